@@ -1,0 +1,383 @@
+"""Every attention call comes through here: find the provider that is active, decide, call its kernel.
+
+Which provider is active, first that applies: the innermost `attention_provider` scope of this thread; the provider
+that the calling processor is bound to; `native`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import masks
+from .errors import AttentionProviderError
+from .masks import MaskKind
+from .providers import lowering, registry, speeds
+from .providers.base import Layout, Option, Params
+from .providers.catalog import SPECS, AttentionProvider
+from .providers.decision import Call, Plan, decide
+
+# Looked up once: a call's own cost is a few microseconds, and each attribute is a part of it.
+_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_NO_MASK = MaskKind.NONE
+
+AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, ...) that it may choose")}
+
+
+class ProviderChoice:
+    """A provider with its options. One object per value, so that comparing and hashing cost nothing."""
+
+    __slots__ = ("options", "provider")
+    provider: str
+    options: tuple[tuple[str, object], ...]
+
+    @staticmethod
+    def of(provider: str | AttentionProvider, **options: object) -> ProviderChoice:
+        """The choice of `provider` (a name or an `AttentionProvider`) with `options` of its kernel.
+
+        Raises:
+            AttentionProviderError: no such provider, or an option that it does not have or of a wrong type.
+        """
+        name = registry.provider_name(provider)
+        known = AUTO_OPTIONS if name == "auto" else SPECS[name].options
+        for option, value in options.items():
+            if option not in known:
+                has = ", ".join(f"{key} ({spec.doc})" for key, spec in known.items()) or "none"
+                raise AttentionProviderError(f"provider '{name}' has no option {option!r}; its options: {has}.")
+            known[option].check(name, option, value)
+        if "lossy" in options:
+            named: Any = options["lossy"]
+            named = (named,) if isinstance(named, str) else named
+            options["lossy"] = tuple(registry.provider_name(each) for each in named)
+        return _intern_choice(name, tuple(sorted(options.items())))
+
+    def updated(self, **options: object) -> ProviderChoice:
+        """This choice with further options. Raises as `of` does."""
+        return ProviderChoice.of(self.provider, **{**dict(self.options), **options})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _intern_choice, (self.provider, self.options)
+
+    def __copy__(self) -> ProviderChoice:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ProviderChoice:
+        return self
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options)
+        return f"ProviderChoice('{self.provider}'{options})"
+
+
+@functools.cache
+def _intern_choice(provider: str, options: tuple[tuple[str, object], ...]) -> ProviderChoice:
+    choice = ProviderChoice.__new__(ProviderChoice)
+    choice.provider, choice.options = provider, options
+    return choice
+
+
+NATIVE = ProviderChoice.of("native")
+
+
+class _Scope(threading.local):
+    """The scopes that this thread is in. A thread-local and not a ContextVar, because Dynamo can guard on it: a
+    compiled graph notices a change of provider."""
+
+    choice: ProviderChoice | None = None
+
+    def __init__(self) -> None:
+        self.outer: list[ProviderChoice | None] = []
+
+
+_scope = _Scope()
+_INHERITED = "diffusers_attn.choice"
+
+
+def _set_choice(choice: ProviderChoice | None) -> None:
+    _scope.choice = choice
+    if not _is_compiling():
+        # On a GPU the backward runs in threads of autograd's own. PyTorch hands them the objects that were stashed
+        # in the thread that called backward, so that a checkpointed forward recomputed there finds its provider.
+        torch._C._stash_obj_in_tls(_INHERITED, choice)
+
+
+def _outside_scopes(bound: ProviderChoice | None) -> ProviderChoice:
+    """The choice where this thread is in no scope: that of the thread that called backward, the caller's, `native`."""
+    if not _is_compiling() and _is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+        if torch._C._is_key_in_tls(_INHERITED):
+            return torch._C._get_obj_in_tls(_INHERITED) or bound or NATIVE
+    return bound or NATIVE
+
+
+class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like a function)
+    """Every attention call that dispatches within this scope uses `provider`.
+
+    Args:
+        provider: a name of `AttentionProvider`.
+        options: options of the provider's kernel.
+
+    The scope is this thread's own, and scopes nest. It overrides the provider that a processor is bound to. With
+    gradient checkpointing the backward recomputes the forward, so it must run inside the scope too; or bind the
+    provider to the model.
+
+    Raises:
+        ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
+        AttentionProviderError: no such provider or option.
+    """
+
+    def __init__(self, provider: str | AttentionProvider, **options: object) -> None:
+        self.choice = ProviderChoice.of(provider, **options)
+        status = registry.provider_status(self.choice.provider)
+        if not status.available:
+            raise registry.unavailable(status)
+
+    def __enter__(self) -> ProviderChoice:
+        _scope.outer.append(_scope.choice)
+        _set_choice(self.choice)
+        return self.choice
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _set_choice(_scope.outer.pop())
+
+
+def active_choice(bound: ProviderChoice | None = None) -> ProviderChoice:
+    """What a call made here would use: this thread's scope, else `bound`, else `native`."""
+    return _scope.choice or _outside_scopes(bound)
+
+
+def attention_dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, through the active provider. May take its place.
+
+    Args:
+        query: `[..., heads, query_len, head_dim]`.
+        key: `[..., kv_heads, key_len, head_dim]`.
+        value: `[..., kv_heads, key_len, value_head_dim]`.
+        attn_mask: bool (True takes part) or floating (added), broadcastable to `[..., heads, query_len, key_len]`; or a
+            flex_attention `BlockMask`. A row without any key gives zeros.
+        dropout_p: probability of dropping a weight.
+        is_causal: query i sees keys up to i (aligned to the top left). May be combined with a mask.
+        scale: of the scores; default `head_dim ** -0.5`.
+        enable_gqa: allow `heads` to be a multiple of `kv_heads`.
+
+    Returns:
+        `[..., heads, query_len, value_head_dim]`.
+
+    Raises:
+        AttentionProviderError: the active provider cannot do exactly this; says who can.
+    """
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bhsd")
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: Layout,
+    bound: ProviderChoice | None = None,
+) -> Tensor:
+    """`attention_dispatch` for 4-D tensors in either layout, for a caller bound to a provider.
+
+    Args:
+        layout: of query, key, value and the result: "bhsd" `[batch, heads, seq, head_dim]`, as SDPA has it, or "bshd",
+            as diffusers' processors do. `attn_mask` is `[batch, heads, query_len, key_len]` in both.
+        bound: the caller's provider, where no scope overrides it.
+    """
+    choice = _scope.choice or _outside_scopes(bound)
+    if _any_autocast_enabled():
+        query, key, value = _autocast(query, key, value)
+    shape = query.shape
+    if len(shape) != 4:
+        return _attend_any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, bound)
+    needs_grad = _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    mask_kind, bias_needs_grad = _NO_MASK, False
+    if attn_mask is not None:
+        heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
+        mask_kind, attn_mask = masks.classify(attn_mask, shape[0], shape[heads], shape[seq], key.shape[seq])
+        bias_needs_grad = mask_kind in masks.ADDITIVE and _is_grad_enabled() and attn_mask.requires_grad
+    if _is_compiling():
+        plan, params = _prepare(
+            choice, query, key, value, mask_kind, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad,
+            bias_needs_grad,
+        )  # fmt: skip
+        attention, transpose = _bind(plan, params), plan.layout != layout
+    else:
+        # All that a decision could depend on, checks included: a call like an earlier one costs one look-up.
+        signature = (
+            choice, layout, shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
+            query.device, key.get_device(), value.get_device(), mask_kind, dropout_p, is_causal, scale, enable_gqa,
+            needs_grad, bias_needs_grad,
+        )  # fmt: skip
+        prepared = _prepared.get(signature)
+        if prepared is None:
+            plan, params = _prepare(
+                choice, query, key, value, mask_kind, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad,
+                bias_needs_grad,
+            )  # fmt: skip
+            prepared = _bind(plan, params), plan.layout != layout
+            if len(_prepared) >= _PREPARED_MAX:
+                _prepared.clear()
+            _prepared[signature] = prepared
+        attention, transpose = prepared
+    if transpose:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out = attention(query, key, value) if attn_mask is None else attention(query, key, value, attn_mask)
+    return out.transpose(1, 2) if transpose else out
+
+
+_PREPARED_MAX = 4096
+_prepared: dict[tuple[object, ...], tuple[Callable[..., Tensor], bool]] = {}
+
+
+def _bind(plan: Plan, params: Params) -> Callable[..., Tensor]:
+    """What carries out `plan`, as a function of query, key, value and mask in the plan's layout."""
+    adapter = registry.ADAPTERS[plan.provider]
+    if plan.lowers:
+        return functools.partial(lowering.attention, adapter=adapter, plan=plan, params=params)
+    return adapter.bind(params)
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does around F.scaled_dot_product_attention; a kernel called by its own name is not covered."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _attend_any_rank(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    layout: Layout,
+    bound: ProviderChoice | None,
+) -> Tensor:
+    """SDPA's other forms: `[seq, head_dim]`, `[heads, seq, head_dim]`, and more than one batch dimension."""
+    if layout != "bhsd" or min(query.ndim, key.ndim, value.ndim) < 2:
+        _check_tensors(query, key, value, enable_gqa, layout)
+    rank = max(query.ndim, key.ndim, value.ndim)
+    if rank < 4:
+        query, key, value = (tensor[(None,) * (4 - tensor.ndim)] for tensor in (query, key, value))
+        out = attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout=layout, bound=bound)
+        return out.reshape(out.shape[4 - rank :])
+    tensors = [tensor[(None,) * (rank - tensor.ndim)] for tensor in (query, key, value)]
+    batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))
+    query, key, value = (tensor.expand(*batch, *tensor.shape[-3:]).flatten(0, -4) for tensor in tensors)
+    if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3:
+        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
+    out = attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout=layout, bound=bound)
+    return out.unflatten(0, batch)
+
+
+def _prepare(
+    choice: ProviderChoice,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_kind: MaskKind,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    layout: Layout,
+    needs_grad: bool,
+    bias_needs_grad: bool,
+) -> tuple[Plan, Params]:
+    """Checks a call and decides how it is served."""
+    _check_tensors(query, key, value, enable_gqa, layout)
+    heads_dim, seq = (1, 2) if layout == "bhsd" else (2, 1)
+    query_len, key_len = query.shape[seq], key.shape[seq]
+    heads, kv_heads = _constant(query.shape[heads_dim]), _constant(key.shape[heads_dim])
+    head_dim = _constant(query.shape[-1])
+    lengths = "equal" if query_len == key_len else "shorter" if query_len < key_len else "longer"
+    # Not the comparisons' results, which are symbolic in a dynamic graph.
+    long = True if key_len >= speeds.LONG else False
+    dropout = True if dropout_p > 0.0 else False
+    call = (
+        query.device, query.dtype, head_dim, _constant(value.shape[-1]), heads, kv_heads, lengths, long, mask_kind,
+        is_causal, dropout, needs_grad, bias_needs_grad, choice.options,
+    )  # fmt: skip
+    plan = Plan(*_decide(choice.provider, *call))
+    if query_len == 0 or key_len == 0 or query.shape[0] == 0:
+        plan = plan._replace(empty=True)
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        plan = plan._replace(broadcast=True)
+    gqa = heads != kv_heads and not plan.repeat_kv
+    exact_scale = float(head_dim) ** -0.5 if scale is None else float(scale)
+    return plan, Params(
+        plan.mask_kind, is_causal, exact_scale, scale is None, dropout_p if dropout else 0.0, gqa, choice.options
+    )
+
+
+def _constant(size: int) -> int:
+    """`size` as a number in a graph that is traced with symbolic sizes: heads and head_dim decide how a call is served.
+    A range's length is what Dynamo specialises; in eager mode this is the identity."""
+    return len(range(size))
+
+
+# Dynamo calls this while tracing and takes its result, plain values, as constants: decisions cost nothing in a graph.
+@torch._dynamo.assume_constant_result
+def _decide(provider: str, *call: Any) -> tuple[Any, ...]:
+    return tuple(decide(provider, Call(*call)))
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, layout: Layout) -> None:
+    """Raises AttentionProviderError where query, key and value do not belong together."""
+    tensors = {"query": query, "key": key, "value": value}
+    if any(tensor.ndim != 4 for tensor in tensors.values()):
+        problem = f"query, key and value must have four dimensions, {list(layout)}"
+    elif not query.device == key.device == value.device:
+        problem = "query, key and value must be on one device"
+    elif not query.dtype == key.dtype == value.dtype:
+        problem = "query, key and value must have one dtype"
+    else:
+        heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
+        batch = max(query.shape[0], key.shape[0], value.shape[0])
+        grouped = enable_gqa or key.shape[heads] == 1  # one key head for all is what broadcasting means anyway
+        if any(tensor.shape[0] not in (1, batch) for tensor in tensors.values()):
+            problem = "batch sizes must be equal (or one)"
+        elif key.shape[seq] != value.shape[seq]:
+            problem = "key and value must have one length"
+        elif key.shape[heads] != value.shape[heads]:
+            problem = "key and value must have one number of heads"
+        elif query.shape[-1] != key.shape[-1]:
+            problem = "query and key must have one head_dim"
+        elif query.shape[heads] != key.shape[heads] and not grouped:
+            problem = "query and key must have one number of heads, unless enable_gqa=True"
+        else:
+            return
+    given = ", ".join(
+        f"{name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}" for name, tensor in tensors.items()
+    )
+    raise AttentionProviderError(f"{problem}. Given (layout {layout}): {given}.")

@@ -1,0 +1,122 @@
+"""The masks that attention calls bring, told apart by their shape alone.
+
+Values are never looked at: that would cost a synchronisation with the device, break `torch.compile` and, on several
+devices, let ranks decide differently. A mask is `[batch, heads, query, key]` after broadcasting, so its kind follows
+from which of these dimensions it really has.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import AttentionProviderError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class MaskKind(str, enum.Enum):
+    """What a provider must be able to apply. Kinds are what capability tables are written in."""
+
+    NONE = "none"
+    KEY = "key"
+    """bool, one value per key: `[batch | 1, 1, 1, key]`; padding."""
+    KEY_BIAS = "key_bias"
+    """additive float, one value per key."""
+    DENSE = "dense"
+    """bool that differs between heads or queries: rows, outer products, block-diagonal, causal by hand."""
+    BIAS = "bias"
+    """additive float that differs between heads or queries."""
+    BLOCK = "block"
+    """a `BlockMask` of `torch.nn.attention.flex_attention`."""
+
+
+ADDITIVE = (MaskKind.KEY_BIAS, MaskKind.BIAS)
+
+
+def classify(
+    mask: torch.Tensor | BlockMask | None, batch: int, heads: int, query_len: int, key_len: int
+) -> tuple[MaskKind, torch.Tensor | BlockMask | None]:
+    """The kind of `mask`, and the mask as a 4-D view with every broadcast dimension of size one.
+
+    Dimensions that were made by `expand` (stride zero) count as broadcast: `[B, 1, 1, Lk]` expanded over heads and
+    queries is still a key mask.
+
+    Args:
+        mask: bool (True takes part) or floating (added to the scores), of one to four dimensions that broadcast to
+            `[batch, heads, query_len, key_len]` by the rules of `F.scaled_dot_product_attention`; or a `BlockMask`.
+
+    Raises:
+        AttentionProviderError: a shape that does not broadcast, or an integer mask.
+    """
+    if mask is None:
+        return MaskKind.NONE, None
+    if not isinstance(mask, torch.Tensor):
+        if type(mask).__name__ == "BlockMask":
+            return MaskKind.BLOCK, mask
+        raise AttentionProviderError(
+            f"attn_mask is a {type(mask).__name__}; a torch.Tensor, a flex_attention BlockMask or None is accepted."
+        )
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise AttentionProviderError(
+            f"attn_mask has dtype {mask.dtype}; torch.bool (True takes part) and floating types (added to the scores) "
+            "are accepted. For a 0/1 integer mask pass `mask.bool()`."
+        )
+    given = tuple(mask.shape)
+    if not 1 <= mask.ndim <= 4:
+        raise _does_not_broadcast(given, batch, heads, query_len, key_len)
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    for dim, size in enumerate((batch, heads, query_len, key_len)):
+        if mask.shape[dim] == 1:
+            continue
+        if mask.shape[dim] != size:
+            raise _does_not_broadcast(given, batch, heads, query_len, key_len)
+        if dim < 3 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    additive = mask.dtype != torch.bool
+    if mask.shape[1] == 1 and mask.shape[2] == 1:
+        return (MaskKind.KEY_BIAS if additive else MaskKind.KEY), mask
+    return (MaskKind.BIAS if additive else MaskKind.DENSE), mask
+
+
+def _does_not_broadcast(
+    given: tuple[int, ...], batch: int, heads: int, query_len: int, key_len: int
+) -> AttentionProviderError:
+    return AttentionProviderError(
+        f"attn_mask has shape {list(given)}, which does not broadcast to [batch, heads, query_len, key_len] = "
+        f"{[batch, heads, query_len, key_len]}. A key mask is [batch, 1, 1, key_len]: for [batch, key_len] pass "
+        "`mask[:, None, None, :]`."
+    )
+
+
+def causal(query_len: int, key_len: int, device: torch.device) -> torch.Tensor:
+    """The mask that `is_causal` means in PyTorch, aligned to the top left: bool `[query_len, key_len]`."""
+    return torch.ones(query_len, key_len, dtype=torch.bool, device=device).tril()
+
+
+def and_causal(mask: torch.Tensor, query_len: int, key_len: int) -> torch.Tensor:
+    """`mask` (a 4-D view from `classify`) and `is_causal` in one mask of the same kind of dtype."""
+    lower = causal(query_len, key_len, mask.device)
+    return mask & lower if mask.dtype == torch.bool else mask.masked_fill(~lower, float("-inf"))
+
+
+def dead_rows(mask: torch.Tensor) -> torch.Tensor:
+    """Where no key is left: bool `[batch | 1, heads | 1, query | 1, 1]`. Their output is zero and their lse -inf."""
+    alive = mask if mask.dtype == torch.bool else mask != float("-inf")
+    return ~alive.any(dim=-1, keepdim=True)
+
+
+def as_bias(mask: torch.Tensor, dead: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`mask` as an additive bias of `dtype` under which no row is fully masked.
+
+    Kernels divide zero by zero in a fully masked row, and the NaN survives in gradients even where the output is
+    thrown away. So `dead` rows attend to everything here, and the caller clears their output.
+    """
+    if mask.dtype == torch.bool:
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return bias.masked_fill_(~mask & ~dead, float("-inf"))
+    return mask.to(dtype).masked_fill(dead, 0.0)

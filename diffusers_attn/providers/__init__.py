@@ -1,0 +1,1 @@
+"""One attention call on one device: every kernel by name."""

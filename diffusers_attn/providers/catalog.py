@@ -1,0 +1,283 @@
+"""Every provider, as data: what it computes, what it needs, what may be set. The one table that all else reads."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+
+from ..masks import MaskKind
+from .base import Capabilities, Option, ProviderSpec, Requirement
+
+
+class AttentionProvider(str, enum.Enum):
+    """The attention kernels, by the names they have had since finetrainers. Members equal their strings."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    FLASH = "flash"
+    FLASH_VARLEN = "flash_varlen"
+    FLASH_3 = "flash_3"
+    FLASH_4 = "flash_4"
+    FLEX = "flex"
+    SAGE = "sage"
+    SAGE_VARLEN = "sage_varlen"
+    XFORMERS = "xformers"
+    _NATIVE_CUDNN = "_native_cudnn"
+    _NATIVE_EFFICIENT = "_native_efficient"
+    _NATIVE_FLASH = "_native_flash"
+    _NATIVE_MATH = "_native_math"
+    _SAGE_QK_INT8_PV_FP8_CUDA = "_sage_qk_int8_pv_fp8_cuda"
+    _SAGE_QK_INT8_PV_FP8_CUDA_SM90 = "_sage_qk_int8_pv_fp8_cuda_sm90"
+    _SAGE_QK_INT8_PV_FP16_CUDA = "_sage_qk_int8_pv_fp16_cuda"
+    _SAGE_QK_INT8_PV_FP16_TRITON = "_sage_qk_int8_pv_fp16_triton"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+CPU, CUDA = frozenset({"cpu"}), frozenset({"cuda"})
+CPU_AND_CUDA = CPU | CUDA
+HALF = frozenset({torch.float16, torch.bfloat16})
+HALF_AND_FLOAT = HALF | {torch.float32}
+FLOATS = HALF_AND_FLOAT | {torch.float64}
+
+NO_MASK = frozenset({MaskKind.NONE})
+KEY_MASK = NO_MASK | {MaskKind.KEY}
+TENSOR_MASKS = KEY_MASK | {MaskKind.KEY_BIAS, MaskKind.DENSE, MaskKind.BIAS}
+ALL_MASKS = TENSOR_MASKS | {MaskKind.BLOCK}
+
+FLASH_ATTN = Requirement("flash-attn", "2.6.3", "flash_attn", "pip install flash-attn --no-build-isolation")
+FLASH_ATTN_3 = Requirement(
+    "flash-attn-3",
+    "3.0.0b1",
+    "flash_attn_interface",
+    "pip install ./hopper --no-build-isolation   # in a clone of https://github.com/Dao-AILab/flash-attention",
+)
+FLASH_ATTN_4 = Requirement("flash-attn-4", "4.0.0b1", "flash_attn.cute", "pip install --pre flash-attn-4")
+SAGE_ATTENTION = Requirement(
+    "sageattention",
+    "2.1.1",
+    "sageattention",
+    "pip install git+https://github.com/thu-ml/SageAttention --no-build-isolation",
+)
+XFORMERS_PACKAGE = Requirement("xformers", "0.0.29.post3", "xformers", "pip install -U xformers")
+
+WINDOW = Option(tuple, "(left, right) keys that a query sees around its own position; -1 is unlimited")
+SOFTCAP = Option((float, int), "caps scores at softcap * tanh(score / softcap); 0 is off")
+DETERMINISTIC = Option(bool, "a backward that gives the same bits every time, more slowly")
+SMOOTH_K = Option(bool, "subtract the mean of the keys before quantising; more accurate")
+QUANT_GRANULARITY = Option(str, "granularity of the int8 scales", ("per_warp", "per_thread"))
+
+_FLASH_2 = Capabilities(
+    devices=CUDA,
+    dtypes=HALF,
+    masks=KEY_MASK,
+    max_head_dim=256,
+    head_dim_multiple=8,
+    causal="square",
+    gqa=True,
+    min_compute_capability=(8, 0),
+)
+_SAGE = Capabilities(
+    devices=CUDA,
+    dtypes=HALF,
+    max_head_dim=128,
+    causal="square",
+    gqa=True,
+    backward=False,
+    cuda_graph=False,
+    exact=False,
+    min_compute_capability=(8, 0),
+)
+_FLASH_2_OPTIONS = {"deterministic": DETERMINISTIC, "softcap": SOFTCAP, "window_size": WINDOW}
+
+
+def _with(capabilities: Capabilities, **changes: object) -> Capabilities:
+    import dataclasses
+
+    return dataclasses.replace(capabilities, **changes)  # type: ignore[arg-type]
+
+
+_SPECS = (
+    ProviderSpec(
+        "native",
+        "native:Native",
+        Capabilities(
+            devices=CPU_AND_CUDA | {"mps", "xpu", "npu"},
+            dtypes=FLOATS,
+            masks=TENSOR_MASKS,
+            value_head_dim=True,
+            causal="top_left",
+            gqa=True,
+            dropout=True,
+            bias_gradient=True,
+        ),
+        "F.scaled_dot_product_attention: PyTorch's own choice among its kernels",
+    ),
+    ProviderSpec(
+        "_native_cudnn",
+        "native:Cudnn",
+        Capabilities(
+            devices=CUDA,
+            dtypes=HALF,
+            masks=TENSOR_MASKS,
+            max_head_dim=128,
+            head_dim_multiple=8,
+            causal="square",
+            min_compute_capability=(8, 0),
+        ),
+        "cuDNN's fused kernel, shipped with PyTorch; the fastest native one on Hopper",
+    ),
+    ProviderSpec(
+        "_native_flash",
+        "native:Flash",
+        Capabilities(
+            devices=CUDA,
+            dtypes=HALF,
+            max_head_dim=256,
+            head_dim_multiple=8,
+            causal="square",
+            min_compute_capability=(8, 0),
+        ),
+        "the FlashAttention-2 that PyTorch ships",
+    ),
+    ProviderSpec(
+        "_native_efficient",
+        "native:Efficient",
+        Capabilities(
+            devices=CUDA,
+            dtypes=HALF_AND_FLOAT,
+            masks=TENSOR_MASKS,
+            head_dim_multiple=8,
+            value_head_dim=True,
+            causal="top_left",
+            min_compute_capability=(5, 0),
+        ),
+        "the memory-efficient kernel that PyTorch ships; float32, and any tensor mask",
+    ),
+    ProviderSpec(
+        "_native_math",
+        "native:Math",
+        Capabilities(
+            devices=CPU_AND_CUDA | {"mps", "xpu", "npu"},
+            dtypes=FLOATS,
+            masks=TENSOR_MASKS,
+            value_head_dim=True,
+            causal="top_left",
+            dropout=True,
+            bias_gradient=True,
+        ),
+        "matmul, softmax, matmul: the reference, quadratic in memory",
+    ),
+    ProviderSpec(
+        "flash",
+        "flash:Flash2",
+        _FLASH_2,
+        "FlashAttention-2; key masks through its variable-length kernel",
+        FLASH_ATTN,
+        _FLASH_2_OPTIONS,
+    ),
+    ProviderSpec(
+        "flash_varlen",
+        "flash:Flash2Varlen",
+        _FLASH_2,
+        "FlashAttention-2's variable-length kernel, for every call",
+        FLASH_ATTN,
+        _FLASH_2_OPTIONS,
+    ),
+    ProviderSpec(
+        "flash_3",
+        "flash:Flash3",
+        _with(_FLASH_2, compute_capabilities=frozenset({(9, 0)})),
+        "FlashAttention-3, for Hopper",
+        FLASH_ATTN_3,
+        _FLASH_2_OPTIONS,
+    ),
+    ProviderSpec(
+        "flash_4",
+        "flash4:Flash4",
+        _with(_FLASH_2, max_head_dim=128, min_compute_capability=(9, 0)),
+        "FlashAttention-4: written in CuTe DSL, compiled on first use",
+        FLASH_ATTN_4,
+        _FLASH_2_OPTIONS,
+    ),
+    ProviderSpec(
+        "flex",
+        "flex:Flex",
+        Capabilities(
+            devices=CPU_AND_CUDA,
+            dtypes=HALF_AND_FLOAT,
+            masks=ALL_MASKS,
+            causal="top_left",
+            gqa=True,
+            without_backward_on=CPU,
+        ),
+        "torch.nn.attention.flex_attention; the one that takes a BlockMask",
+    ),
+    ProviderSpec(
+        "sage",
+        "sage:Sage",
+        _SAGE,
+        "SageAttention's own choice of int8/fp8 kernel for this GPU; lossy",
+        SAGE_ATTENTION,
+        {"smooth_k": SMOOTH_K},
+    ),
+    ProviderSpec(
+        "sage_varlen",
+        "sage:SageVarlen",
+        _with(_SAGE, masks=KEY_MASK, lse=False),
+        "SageAttention's variable-length int8 kernel, for key masks; lossy",
+        SAGE_ATTENTION,
+        {"smooth_k": SMOOTH_K},
+    ),
+    ProviderSpec(
+        "_sage_qk_int8_pv_fp8_cuda",
+        "sage:Fp8Cuda",
+        _with(_SAGE, min_compute_capability=(8, 9)),
+        "SageAttention, fp8 values, Ada kernel; lossy",
+        SAGE_ATTENTION,
+        {"smooth_k": SMOOTH_K, "qk_quant_gran": QUANT_GRANULARITY},
+    ),
+    ProviderSpec(
+        "_sage_qk_int8_pv_fp8_cuda_sm90",
+        "sage:Fp8CudaSm90",
+        _with(_SAGE, compute_capabilities=frozenset({(9, 0)})),
+        "SageAttention, fp8 values, Hopper kernel; lossy",
+        SAGE_ATTENTION,
+        {"smooth_k": SMOOTH_K, "qk_quant_gran": QUANT_GRANULARITY},
+    ),
+    ProviderSpec(
+        "_sage_qk_int8_pv_fp16_cuda",
+        "sage:Fp16Cuda",
+        _SAGE,
+        "SageAttention, fp16 values, CUDA kernel; lossy",
+        SAGE_ATTENTION,
+        {"smooth_k": SMOOTH_K, "qk_quant_gran": QUANT_GRANULARITY},
+    ),
+    ProviderSpec(
+        "_sage_qk_int8_pv_fp16_triton",
+        "sage:Fp16Triton",
+        _SAGE,
+        "SageAttention, fp16 values, Triton kernel; lossy",
+        SAGE_ATTENTION,
+        {"smooth_k": SMOOTH_K},
+    ),
+    ProviderSpec(
+        "xformers",
+        "xformers:Xformers",
+        Capabilities(
+            devices=CUDA,
+            dtypes=HALF_AND_FLOAT,
+            masks=TENSOR_MASKS,
+            head_dim_multiple=8,
+            causal="top_left",
+            min_compute_capability=(5, 0),
+        ),
+        "xformers' memory_efficient_attention",
+        XFORMERS_PACKAGE,
+    ),
+)
+
+SPECS: dict[str, ProviderSpec] = {spec.name: spec for spec in _SPECS}
+"""by name; `auto` is not among them, since it is a choice between these."""

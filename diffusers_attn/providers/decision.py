@@ -1,0 +1,181 @@
+"""Whether, and how, a provider serves a call. Decided from its capabilities alone, before anything runs.
+
+A call is served as it is, or through lowerings that leave every number what it was (`lowering.py` does them), or it is
+refused with the reason and the names of the providers that can.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..errors import AttentionProviderError
+from ..masks import MaskKind
+from . import registry
+from .base import Layout, ProviderSpec
+from .catalog import SPECS
+
+
+class Call(NamedTuple):
+    """All that a decision depends on. Lengths take part only as far as decisions do, so that a compiled graph that is
+    dynamic in its lengths stays one graph."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_head_dim: int
+    heads: int
+    kv_heads: int
+    query_len: str
+    """against the key's: "equal", "shorter" or "longer"."""
+    long: bool
+    """whether it counts as long in the table of speeds."""
+    mask_kind: MaskKind
+    is_causal: bool
+    dropout: bool
+    needs_grad: bool
+    bias_needs_grad: bool
+    options: tuple[tuple[str, object], ...]
+
+    def __str__(self) -> str:
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads} query and {self.kv_heads} key"
+        parts = [f"{str(self.dtype).removeprefix('torch.')} on {self.device}", f"{heads} heads of {self.head_dim}"]
+        if self.value_head_dim != self.head_dim:
+            parts.append(f"values of {self.value_head_dim}")
+        parts.append(f"{self.mask_kind.value} mask" if self.mask_kind != MaskKind.NONE else "no mask")
+        if self.is_causal:
+            parts.append("causal" if self.query_len == "equal" else f"causal with a {self.query_len} query")
+        parts += (
+            ["dropout"] * self.dropout + ["gradients"] * self.needs_grad + ["a bias gradient"] * self.bias_needs_grad
+        )
+        return ", ".join(parts)
+
+
+class Plan(NamedTuple):
+    """How a call is served: the provider and the lowerings. Plain values only: the compiler bakes them in."""
+
+    provider: str
+    layout: Layout
+    repeat_kv: bool = False
+    pad_head_dim: int = 0
+    """to this size; 0 is not at all."""
+    causal: str = "none"
+    """"none"; "kernel"; "mask": merged into the mask; "drop_keys", "two_calls": see `lowering.py`."""
+    mask_kind: MaskKind = MaskKind.NONE
+    broadcast: bool = False
+    """batch sizes of one are expanded."""
+    empty: bool = False
+    """no query, or no key to see: zeros, and no kernel is called."""
+
+    @property
+    def lowers(self) -> bool:
+        return (
+            self.repeat_kv
+            or self.pad_head_dim > 0
+            or self.causal in ("mask", "drop_keys", "two_calls")
+            or self.broadcast
+            or self.empty
+        )
+
+
+def decide(provider: str, call: Call) -> Plan:
+    """How `provider` serves `call`.
+
+    Raises:
+        ProviderUnavailableError: it is not usable on this machine; says how to install it.
+        AttentionProviderError: it cannot serve this call exactly; names those that can.
+    """
+    if provider == "auto":
+        from .selection import select
+
+        return select(call).plan
+    status = registry.provider_status(provider)
+    if not status.available:
+        raise registry.unavailable(status)
+    reason = refusal(SPECS[provider], call)
+    if reason:
+        able = ", ".join(name for name in able_providers(call) if name != provider)
+        raise AttentionProviderError(
+            f"attention provider '{provider}' cannot serve this call: {reason}. The call: {call}. "
+            f"Usable here and able to: {able or 'none'}."
+        )
+    return plan(SPECS[provider], call)
+
+
+def able_providers(call: Call) -> list[str]:
+    """The usable providers that serve `call`, whatever options it has."""
+    call = call._replace(options=())
+    usable = (status.name for status in registry.list_providers() if status.available)
+    return [name for name in usable if not refusal(SPECS[name], call)]
+
+
+def refusal(spec: ProviderSpec, call: Call) -> str:
+    """Why `spec` cannot serve `call`, even lowered; empty if it can."""
+    can = spec.capabilities
+    if call.device.type not in can.devices:
+        return f"it runs on {_names(can.devices)}, not on {call.device.type}"
+    if call.device.type == "cuda":
+        reason = registry.capability_reason(spec, torch.cuda.get_device_capability(call.device))
+        reason = reason or registry.load(spec.name).check_device(call.device) or ""
+        if reason:
+            return reason
+    if call.dtype not in can.dtypes:
+        return f"it takes {_names(str(dtype).removeprefix('torch.') for dtype in can.dtypes)}"
+    if can.max_head_dim is not None and max(call.head_dim, call.value_head_dim) > can.max_head_dim:
+        return f"its head_dim is at most {can.max_head_dim}"
+    if call.value_head_dim != call.head_dim and not can.value_head_dim:
+        return "its value must have the head_dim of its query"
+    if call.heads % call.kv_heads:
+        return f"{call.heads} query heads do not divide into {call.kv_heads} key heads"
+    if _mask_after_lowering(spec, call) not in can.masks:
+        taken = _names(kind.value for kind in can.masks if kind != MaskKind.NONE) or "none"
+        return f"it takes no {_mask_after_lowering(spec, call).value} mask (masks it takes: {taken})"
+    if call.is_causal and call.mask_kind == MaskKind.BLOCK:
+        return "is_causal and a BlockMask together: put the causality into the BlockMask"
+    if call.is_causal and can.causal == "none":
+        return "it has no causal form"
+    if call.dropout and not can.dropout:
+        return "it has no dropout"
+    if call.needs_grad and not (can.backward and call.device.type not in can.without_backward_on):
+        return (
+            f"it has no backward{'' if not can.backward else ' on ' + call.device.type} and an input requires a "
+            "gradient (run inference under torch.no_grad())"
+        )
+    if call.bias_needs_grad and not can.bias_gradient:
+        return "it gives no gradient for attn_mask, which requires one"
+    return ""
+
+
+def _mask_after_lowering(spec: ProviderSpec, call: Call) -> MaskKind:
+    if not call.is_causal or call.mask_kind in (MaskKind.NONE, MaskKind.BLOCK):
+        return call.mask_kind
+    return MaskKind.DENSE if call.mask_kind in (MaskKind.KEY, MaskKind.DENSE) else MaskKind.BIAS
+
+
+def plan(spec: ProviderSpec, call: Call) -> Plan:
+    """The lowerings for a call that `refusal` has let through."""
+    can = spec.capabilities
+    mask_kind = _mask_after_lowering(spec, call)
+    if not call.is_causal:
+        causal = "none"
+    elif mask_kind != MaskKind.NONE:
+        causal = "mask"
+    elif can.causal == "top_left" or call.query_len == "equal":
+        causal = "kernel"
+    else:
+        causal = "drop_keys" if call.query_len == "shorter" else "two_calls"
+    step = can.head_dim_multiple
+    head_dim = max(call.head_dim, call.value_head_dim)
+    return Plan(
+        provider=spec.name,
+        layout=registry.load(spec.name).layout,
+        repeat_kv=call.heads != call.kv_heads and not can.gqa,
+        pad_head_dim=0 if call.head_dim % step == call.value_head_dim % step == 0 else -(-head_dim // step) * step,
+        causal=causal,
+        mask_kind=mask_kind,
+    )
+
+
+def _names(values) -> str:  # type: ignore[no-untyped-def]
+    return ", ".join(sorted(values))

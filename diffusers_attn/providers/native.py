@@ -1,0 +1,339 @@
+"""The kernels that PyTorch ships. Its private aten operators are called here and nowhere else.
+
+The pinned variants call their operator directly rather than under `sdpa_kernel`: that gives the log-sum-exp, traces
+into one graph, leaves no process-wide switch behind, and an operator that cannot serve a call says so instead of
+another one being taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import masks
+from ..masks import MaskKind
+from .base import Adapter, Layout, Params
+
+aten = torch.ops.aten
+# F.scaled_dot_product_attention may have been replaced by attention_dispatch; this is what it was.
+scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+
+
+class AtenAdapter(Adapter):
+    layout: ClassVar[Layout] = "bhsd"
+
+
+def clear_dead_rows(out: Tensor, lse: Tensor | None, dead: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Zero output (`[B, H, S, D]`) and -inf lse (`[B, S, H]`) where no key is left."""
+    out = out.masked_fill(dead, 0.0)
+    if lse is not None:
+        lse = lse.masked_fill(dead.squeeze(-1).transpose(1, 2), -math.inf)
+    return out, lse
+
+
+class Math(AtenAdapter):
+    """Matmul, softmax, matmul. Written out, since this is also the definition that the others are held to."""
+
+    @classmethod
+    def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
+        # The composite operator: its pieces have their own derivatives, that of the bias among them.
+        if mask is not None:
+            mask = CpuFlash.bias(mask, query)
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, mask, params.dropout_p, params.is_causal, scale=params.scale
+        )[0]
+
+    @classmethod
+    def scores(cls, query: Tensor, key: Tensor, mask: Tensor | None, params: Params) -> Tensor:
+        """Scaled and masked scores `[B, H, Lq, Lk]`, in float32 at least."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = query.to(wide) @ key.to(wide).transpose(-1, -2) * params.scale
+        if params.is_causal:
+            lower = masks.causal(query.shape[2], key.shape[2], query.device)
+            scores = scores.masked_fill(~lower, -math.inf)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        return scores
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        scores = cls.scores(query, key, mask, params)
+        lse = scores.logsumexp(dim=-1)
+        weights = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
+        return (weights @ value.to(scores.dtype)).to(query.dtype), lse.transpose(1, 2)
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        out: Tensor,
+        lse: Tensor,
+        params: Params,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = cls.scores(query, key, mask, params)
+        wide = scores.dtype
+        weights = (scores - lse.transpose(1, 2).unsqueeze(-1)).exp().nan_to_num(0.0)
+        grad_out = grad_out.to(wide)
+        grad_weights = grad_out @ value.to(wide).transpose(-1, -2)
+        delta = (grad_out * out.to(wide)).sum(dim=-1, keepdim=True)
+        grad_scores = weights * (grad_weights - delta) * params.scale
+        grad_query = grad_scores @ key.to(wide)
+        grad_key = grad_scores.transpose(-1, -2) @ query.to(wide)
+        grad_value = weights.transpose(-1, -2) @ grad_out
+        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+class CpuFlash(AtenAdapter):
+    """PyTorch's CPU kernel, by itself: forward with lse, and backward. What `native` is on a CPU."""
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, params.is_causal, attn_mask=cls.bias(mask, query), scale=params.scale
+        )
+        lse = lse.transpose(1, 2)
+        if mask is not None:
+            # The kernel's output is zero in such rows, but its lse is not minus infinity.
+            lse = lse.masked_fill(masks.dead_rows(mask).squeeze(-1).transpose(1, 2), -math.inf)
+        return out, lse
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        out: Tensor,
+        lse: Tensor,
+        params: Params,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        bias = cls.bias(mask, query)
+        if mask is not None:
+            # With lse = -inf a dead row's weights would be exp(-inf + inf).
+            lse = lse.masked_fill(lse == -math.inf, 0.0)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, lse.transpose(1, 2).contiguous(), 0.0, params.is_causal,
+            attn_mask=bias, scale=params.scale,
+        )  # fmt: skip
+
+    @classmethod
+    def bias(cls, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        if mask is None or mask.dtype != torch.bool:
+            return None if mask is None else mask.to(query.dtype)
+        return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
+class Native(AtenAdapter):
+    """`F.scaled_dot_product_attention`, and where the lse is wanted, the kernel behind it that gives one."""
+
+    @classmethod
+    def bind(cls, params: Params) -> Callable[..., Tensor]:
+        if params.mask_kind != MaskKind.NONE:
+            return super().bind(params)
+        # Without a mask there is nothing for us to do between the caller and PyTorch.
+        constants: dict[str, Any] = {"dropout_p": params.dropout_p, "is_causal": params.is_causal, "enable_gqa": params.gqa}
+        given = {name: value for name, value in constants.items() if value}
+        if not params.default_scale:
+            given["scale"] = params.scale
+        return functools.partial(scaled_dot_product_attention, **given) if given else scaled_dot_product_attention
+
+    @classmethod
+    def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
+        if query.is_cpu:
+            return scaled_dot_product_attention(
+                query, key, value, mask, params.dropout_p, scale=params.scale, enable_gqa=params.gqa
+            )
+        # On a GPU the fused kernels give NaN in a fully masked row.
+        dead = masks.dead_rows(mask)
+        bias = masks.as_bias(mask, dead, query.dtype)
+        out = scaled_dot_product_attention(
+            query, key, value, bias, params.dropout_p, scale=params.scale, enable_gqa=params.gqa
+        )
+        return out.masked_fill(dead, 0.0)
+
+    @classmethod
+    def kernel(cls, query: Tensor, value: Tensor, mask: Any, params: Params) -> type[AtenAdapter]:
+        """The fastest kernel behind `F.scaled_dot_product_attention` that gives the lse of such a call."""
+        if query.device.type == "cpu":
+            return CpuFlash if query.shape[-1] == value.shape[-1] else Math
+        if query.device.type != "cuda":
+            return Math
+        square = query.shape[2] == value.shape[2] or not params.is_causal
+        aligned = query.shape[-1] % 8 == 0 and query.shape[-1] == value.shape[-1]
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        if (
+            half
+            and aligned
+            and square
+            and query.shape[-1] <= 128
+            and torch.cuda.get_device_capability(query.device) >= (9, 0)
+        ):
+            return Cudnn
+        if half and aligned and square and mask is None:
+            return Flash
+        return Efficient if query.dtype != torch.float64 and query.shape[-1] % 8 == 0 else Math
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        return cls.kernel(query, value, mask, params).forward(query, key, value, mask, params)
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        out: Tensor,
+        lse: Tensor,
+        params: Params,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = cls.kernel(query, value, mask, params)
+        batch, kv_heads, key_len, _ = key.shape
+        groups = query.shape[1] // kv_heads
+        if groups == 1:
+            return kernel.backward(grad_out, query, key, value, mask, out, lse, params)
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        grad_query, grad_key, grad_value = kernel.backward(grad_out, query, key, value, mask, out, lse, params)
+        grad_key, grad_value = (
+            grad.reshape(batch, kv_heads, groups, key_len, -1).sum(dim=2) for grad in (grad_key, grad_value)
+        )
+        return grad_query, grad_key, grad_value
+
+
+def kernel_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A bias as the GPU kernels want it, and the rows to clear: broadcast by strides of zero, rows 16 bytes aligned."""
+    if mask is None:
+        return None, None
+    dead = masks.dead_rows(mask)
+    bias = masks.as_bias(mask, dead, query.dtype)
+    key_len = key.shape[2]
+    if bias.shape[-1] != key_len:
+        bias = bias.expand(*bias.shape[:-1], key_len)
+    short = -key_len % 16
+    if short:
+        bias = torch.nn.functional.pad(bias, (0, short))[..., :key_len]
+    elif bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], key_len), dead
+
+
+class Efficient(AtenAdapter):
+    """The memory-efficient kernel (Rabe and Staats, arXiv 2112.05682), as CUTLASS in PyTorch."""
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        bias, dead = kernel_bias(mask, query, key)
+        out, lse, _, _ = aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, 0.0, params.is_causal, scale=params.scale
+        )
+        # The kernel pads the lse to a multiple of 32 queries.
+        lse = lse[..., : query.shape[2]].transpose(1, 2)
+        return (out, lse) if dead is None else clear_dead_rows(out, lse, dead)  # type: ignore[return-value]
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        out: Tensor,
+        lse: Tensor,
+        params: Params,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        bias, dead = kernel_bias(mask, query, key)
+        lse = lse.transpose(1, 2)
+        if dead is not None:
+            grad_out, lse = grad_out.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), math.inf)
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf).contiguous()
+        no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
+        grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad_out, query, key, value, bias, out, lse, no_dropout, no_dropout, 0.0, [True, True, True, False],
+            params.is_causal, scale=params.scale,
+        )  # fmt: skip
+        return grad_query, grad_key, grad_value
+
+
+class Flash(AtenAdapter):
+    """The FlashAttention-2 (Dao, arXiv 2307.08691) that PyTorch ships."""
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, params.is_causal, False, scale=params.scale
+        )
+        return out, lse.transpose(1, 2)
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        out: Tensor,
+        lse: Tensor,
+        params: Params,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        none = torch.empty(0, dtype=torch.int32, device=query.device)
+        return aten._scaled_dot_product_flash_attention_backward(
+            grad_out, query, key, value, out, lse.transpose(1, 2).contiguous(), none, none,
+            query.shape[2], key.shape[2], 0.0, params.is_causal, no_dropout, none, scale=params.scale,
+        )  # fmt: skip
+
+
+class Cudnn(AtenAdapter):
+    """cuDNN's fused attention, as PyTorch calls it."""
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        bias, dead = kernel_bias(mask, query, key)
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            query, key, value, bias, True, 0.0, params.is_causal, False, scale=params.scale
+        )
+        # From PyTorch 2.9 on the lse has a trailing dimension of one.
+        lse = lse.reshape(query.shape[:3]).transpose(1, 2)
+        return (out, lse) if dead is None else clear_dead_rows(out, lse, dead)  # type: ignore[return-value]
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        out: Tensor,
+        lse: Tensor,
+        params: Params,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        bias, dead = kernel_bias(mask, query, key)
+        lse = lse.transpose(1, 2)
+        if dead is not None:
+            grad_out, lse = grad_out.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), math.inf)
+        no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
+        none = torch.empty(0, dtype=torch.int32, device=query.device)
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            grad_out.contiguous() if grad_out.stride(-1) != 1 else grad_out, query, key, value, out,
+            lse.unsqueeze(-1).contiguous(), no_dropout, no_dropout, bias, none, none,
+            query.shape[2], key.shape[2], 0.0, params.is_causal, scale=params.scale,
+        )  # fmt: skip

@@ -1,0 +1,67 @@
+"""What `auto` picks, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..errors import AttentionProviderError
+from . import registry, speeds
+from .catalog import SPECS
+from .decision import Call, Plan, plan, refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The provider for a call, the plan, and how it came to that. Prints as a short report."""
+
+    plan: Plan
+    reason: str
+    passed_over: tuple[tuple[str, str], ...]
+    """(provider, why not) in the order in which they were considered before the one that was taken."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.plan.provider}: {self.reason}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.passed_over])
+
+
+def select(call: Call) -> Selection:
+    """The fastest provider that serves `call` exactly; lossy ones only where the option `lossy` names them.
+
+    Raises:
+        AttentionProviderError: no usable provider serves the call.
+    """
+    allowed = dict(call.options).get("lossy", ())
+    call = call._replace(options=())
+    passed_over = []
+    for name, evidence in candidates(call):
+        spec = SPECS[name]
+        if not spec.capabilities.exact and name not in allowed:  # type: ignore[operator]
+            passed_over.append((name, "lossy, and not allowed by name"))
+            continue
+        status = registry.provider_status(name)
+        why_not = status.reason if not status.available else refusal(spec, call)
+        if not why_not:
+            return Selection(plan(spec, call), evidence, tuple(passed_over))
+        passed_over.append((name, why_not))
+    reasons = "; ".join(f"{name}: {why}" for name, why in passed_over)
+    raise AttentionProviderError(f"no attention provider usable here serves this call: {call}. {reasons}.")
+
+
+def candidates(call: Call) -> list[tuple[str, str]]:
+    """(provider, evidence), the one expected to be fastest first."""
+    table: dict[str, tuple[float, float]] = {}
+    where = f"on {call.device.type}"
+    if call.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(call.device)
+        where = "on sm_{}{}".format(*capability)
+        sizes = [size for chip, size in speeds.MEASURED if chip == capability and call.head_dim <= size]
+        if sizes:
+            table = speeds.MEASURED[capability, min(sizes)]
+            where += f" with head_dim {min(sizes)} and {'long' if call.long else 'short'} sequences"
+    ranked = sorted(table, key=lambda name: -table[name][call.long])
+    measured = [(name, f"fastest able, {table[name][call.long]:.0f} TFLOP/s measured {where}") for name in ranked]
+    order = ("native", *speeds.UNMEASURED) if call.device.type != "cuda" else speeds.UNMEASURED
+    rest = [(name, f"first able in the order kept for what is not measured {where}") for name in order]
+    return measured + [(name, why) for name, why in dict(rest).items() if name not in table]

@@ -1,0 +1,108 @@
+"""What every adapter promises: its lse, and a backward from any lse. (GPU adapters: tests/gpu.)"""
+
+import math
+
+import pytest
+import torch
+
+from diffusers_attn.masks import MaskKind, classify
+from diffusers_attn.providers.base import KernelFunction, Params
+from diffusers_attn.providers.catalog import SPECS
+from diffusers_attn.providers.registry import load
+
+from .. import reference
+
+B, HEADS, LQ, LK, D = 2, 4, 7, 9, 16
+FORWARD = [name for name, spec in SPECS.items() if "cpu" in spec.capabilities.devices and spec.capabilities.lse]
+BACKWARD = [name for name in FORWARD if "cpu" not in SPECS[name].capabilities.without_backward_on]
+MASKS = {
+    "none": None,
+    "key": torch.arange(LK) < torch.tensor([6, 9]).view(B, 1, 1, 1),
+    "no key": (torch.arange(LK) < torch.tensor([0, 9]).view(B, 1, 1, 1)),
+    "outer": (torch.arange(LQ) < 5).view(LQ, 1) & (torch.arange(LK) < 4),
+    "bias": torch.linspace(-2, 2, HEADS * LQ * LK).view(1, HEADS, LQ, LK),
+}
+
+
+def make(dtype, kv_heads=HEADS, key_len=LK):
+    query = torch.randn(B, HEADS, LQ, D).to(dtype)
+    key, value = torch.randn(2, B, kv_heads, key_len, D).to(dtype)
+    return query, key, value
+
+
+def params(kind, gqa=False, causal=False, scale=0.2):
+    return Params(kind, causal, scale, False, 0.0, gqa, ())
+
+
+# Dispatch merges causality into a mask before an adapter sees it, so that the two do not meet here.
+@pytest.mark.parametrize(("mask", "causal"), [(mask, False) for mask in MASKS] + [("none", True)])
+@pytest.mark.parametrize(
+    ("provider", "dtype"),
+    [(name, dtype) for name in FORWARD for dtype in sorted(SPECS[name].capabilities.dtypes, key=str)],
+)
+def test_lse_is_the_natural_logarithm_of_the_true_sum(provider, dtype, mask, causal):
+    query, key, value = make(dtype)
+    kind, view = classify(MASKS[mask], B, HEADS, LQ, LK)
+    out, lse = load(provider).forward(query, key, value, view, params(kind, causal=causal))
+    expected_out, expected_lse = reference.attention(query, key, value, MASKS[mask], causal, scale=0.2)
+    assert lse.shape == (B, LQ, HEADS)
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected_lse = expected_lse.transpose(1, 2)
+    dead = expected_lse == -math.inf
+    assert torch.equal(lse == -math.inf, dead)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    assert (lse.double() - expected_lse).masked_fill(dead, 0.0).abs().max() < tolerance
+    assert reference.relative_error(out, expected_out) < tolerance
+    assert not out.transpose(1, 2)[dead].any()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("provider", "kv_heads"),
+    [(name, heads) for name in BACKWARD for heads in (HEADS, 2) if heads == HEADS or SPECS[name].capabilities.gqa],
+)
+def test_parts_of_the_keys_add_up(provider, mask, kv_heads):
+    """Forward over two parts of the keys, merged by their lse; backward of each part from the merged result."""
+    adapter = load(provider)
+    query, key, value = make(torch.float64, kv_heads)
+    grad_out = torch.randn(B, HEADS, LQ, D, dtype=torch.float64)
+    parts = []
+    for part in (slice(0, 4), slice(4, LK)):
+        piece = MASKS[mask][..., part] if MASKS[mask] is not None else None
+        kind, view = classify(piece, B, HEADS, LQ, part.stop - part.start)
+        parts.append((key[:, :, part], value[:, :, part], view, params(kind, gqa=kv_heads != HEADS)))
+    partial = [adapter.forward(query, *part) for part in parts]
+    lse = torch.logsumexp(torch.stack([lse for _, lse in partial]), dim=0)
+    weights = [(each - lse).exp().nan_to_num(0.0).transpose(1, 2).unsqueeze(-1) for _, each in partial]
+    out = sum(weight * out for weight, (out, _) in zip(weights, partial))
+    grads = [
+        adapter.backward(grad_out, query, part_key, part_value, view, out, lse, each)
+        for part_key, part_value, view, each in parts
+    ]
+    found = (
+        grads[0][0] + grads[1][0],
+        torch.cat([grads[0][1], grads[1][1]], dim=2),
+        torch.cat([grads[0][2], grads[1][2]], dim=2),
+    )
+    inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    expected_out, _ = reference.attention(*inputs, MASKS[mask], scale=0.2)
+    assert torch.allclose(out, expected_out, atol=1e-12)
+    for ours, expected in zip(found, torch.autograd.grad(expected_out, inputs, grad_out)):
+        assert torch.allclose(ours, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("provider", BACKWARD)
+def test_any_adapter_is_differentiable_through_its_two_functions(provider, mask):
+    query, key, value = (tensor.requires_grad_() for tensor in make(torch.float64))
+    kind, view = classify(MASKS[mask], B, HEADS, LQ, LK)
+
+    def attention(*tensors):
+        return KernelFunction.apply(load(provider), *tensors, view, params(kind))[0]
+
+    assert torch.autograd.gradcheck(attention, (query, key, value))
+
+
+def test_kinds_cover_the_masks_used_here():
+    kinds = {classify(mask, B, HEADS, LQ, LK)[0] for mask in MASKS.values()}
+    assert kinds == {MaskKind.NONE, MaskKind.KEY, MaskKind.DENSE, MaskKind.BIAS}

@@ -1,0 +1,101 @@
+"""What is usable here, and what is said of the rest. Packages are real folders on the path, broken on purpose."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from diffusers_attn import AttentionProvider, AttentionProviderError, list_providers, provider_status
+from diffusers_attn.providers.catalog import SPECS
+
+SPECIFIED = {
+    "flash", "flash_varlen", "flash_3", "flash_4", "flex", "native", "_native_cudnn", "_native_efficient",
+    "_native_flash", "_native_math", "sage", "sage_varlen", "_sage_qk_int8_pv_fp8_cuda",
+    "_sage_qk_int8_pv_fp8_cuda_sm90", "_sage_qk_int8_pv_fp16_cuda", "_sage_qk_int8_pv_fp16_triton", "xformers",
+}  # fmt: skip
+
+
+def test_all_specified_providers_exist_by_their_names():
+    assert set(SPECS) == SPECIFIED
+    assert {member.value for member in AttentionProvider} == SPECIFIED | {"auto"}
+    assert AttentionProvider.FLASH == "flash" and str(AttentionProvider.FLASH) == "flash"
+
+
+def test_the_list_has_usable_ones_first():
+    statuses = list_providers()
+    assert [status.available for status in statuses] == sorted((s.available for s in statuses), reverse=True)
+    assert {"native", "_native_math", "flex"} <= {status.name for status in statuses if status.available}
+    assert {status.name for status in statuses} == SPECIFIED
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_what_needs_a_gpu_says_so():
+    assert "CUDA device" in provider_status("_native_cudnn").reason
+    assert str(provider_status("_native_cudnn")).startswith("_native_cudnn")
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttentionProviderError, match="no attention provider 'nativ'"):
+        provider_status("nativ")
+
+
+def install(folder, distribution, version, module, body):
+    """A package as pip leaves it: the module and its metadata."""
+    info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    package = folder / module
+    package.mkdir()
+    (package / "__init__.py").write_text(body)
+
+
+def run(folder, code):
+    code = textwrap.dedent(code)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": f"{folder}:."}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+SAY = """
+import diffusers_attn
+print(diffusers_attn.provider_status("flash"))
+try:
+    diffusers_attn.attention_provider("flash")
+except diffusers_attn.ProviderUnavailableError as error:
+    print(error)
+"""
+
+
+def test_a_missing_package(tmp_path):
+    said = run(tmp_path, SAY)
+    if torch.cuda.is_available() and provider_status("flash").available:
+        pytest.skip("flash-attn is installed here, so it cannot be missing")
+    assert "flash-attn>=2.6.3 is not installed" in said
+    assert "Install it with: pip install flash-attn" in said and "Usable here: native" in said
+
+
+def test_a_package_that_is_too_old(tmp_path):
+    install(tmp_path, "flash-attn", "2.5.9", "flash_attn", "raise ImportError('never to be imported')")
+    said = run(tmp_path, SAY)
+    assert "flash-attn 2.5.9 is older than 2.6.3" in said and "pip install flash-attn" in said
+
+
+def test_a_broken_package_breaks_its_provider_only(tmp_path):
+    """As a wheel for another CUDA or PyTorch does: it is installed, and importing it raises."""
+    install(tmp_path, "flash-attn", "2.8.3", "flash_attn", "raise OSError('undefined symbol: _ZN3c104')")
+    said = run(
+        tmp_path,
+        """
+        import diffusers_attn
+        from diffusers_attn.providers import registry
+        # The devices are looked at before the package; this is about the package.
+        registry._check_devices = lambda spec: ""
+        """
+        + textwrap.indent(SAY, " " * 8),
+    )
+    assert "does not import: OSError: undefined symbol" in said
+    assert "pip install flash-attn" in said and "Usable here: native" in said

@@ -1,0 +1,84 @@
+"""What auto picks, and why."""
+
+import pytest
+import torch
+
+from diffusers_attn import AttentionProviderError, attention_dispatch, attention_provider
+from diffusers_attn.masks import MaskKind
+from diffusers_attn.providers import registry, selection
+from diffusers_attn.providers.decision import Call
+from diffusers_attn.providers.registry import ProviderStatus
+
+CALL = Call(
+    torch.device("cpu"), torch.float32, 64, 64, 8, 8, "equal", False, MaskKind.NONE, False, False, False, False, ()
+)  # fmt: skip
+
+
+def test_on_a_cpu_it_is_native_and_says_why():
+    chosen = selection.select(CALL)
+    assert chosen.plan.provider == "native"
+    assert str(chosen).startswith("native: first able in the order kept for what is not measured on cpu")
+
+
+def test_what_native_cannot_do_goes_to_who_can():
+    chosen = selection.select(CALL._replace(mask_kind=MaskKind.BLOCK))
+    assert chosen.plan.provider == "flex"
+    name, why = chosen.passed_over[0]
+    assert name == "native" and why.startswith("it takes no block mask")
+
+
+def test_nobody_can():
+    with pytest.raises(AttentionProviderError, match="no attention provider usable here.*flex: it has no backward"):
+        selection.select(CALL._replace(mask_kind=MaskKind.BLOCK, needs_grad=True))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine with a Hopper GPU and every package, as far as a decision sees it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(
+        registry, "provider_status", lambda name: ProviderStatus(str(name), name != "flash_3", "absent", None, "1", "")
+    )
+    kept = dict(registry.ADAPTERS)
+
+    def load(name):
+        from diffusers_attn.providers.base import Adapter
+
+        return kept.get(name, Adapter)
+
+    monkeypatch.setattr(registry, "load", load)
+    return CALL._replace(device=torch.device("cuda", 0), dtype=torch.bfloat16, head_dim=128, value_head_dim=128)
+
+
+def test_measured_speeds_decide(hopper):
+    from diffusers_attn.providers.speeds import MEASURED
+
+    exact = {name: speed for name, speed in MEASURED[(9, 0), 128].items() if "sage" not in name}
+    for long in (False, True):
+        fastest = max(exact, key=lambda name: exact[name][long])
+        chosen = selection.select(hopper._replace(long=long))
+        assert chosen.plan.provider == fastest
+        assert "TFLOP/s measured on sm_90 with head_dim 128" in chosen.reason
+
+
+def test_lossy_ones_only_by_name(hopper):
+    assert ("sage", "lossy, and not allowed by name") in selection.select(hopper._replace(long=True)).passed_over
+    chosen = selection.select(hopper._replace(long=True, options=(("lossy", ("sage",)),)))
+    assert chosen.plan.provider == "sage"
+    with_gradient = hopper._replace(long=True, needs_grad=True, options=(("lossy", ("sage",)),))
+    assert selection.select(with_gradient).plan.provider != "sage"
+
+
+def test_a_mask_and_float32_are_followed(hopper):
+    biased = selection.select(hopper._replace(mask_kind=MaskKind.BIAS))
+    assert biased.plan.provider in ("_native_cudnn", "_native_efficient", "native")
+    assert selection.select(hopper._replace(dtype=torch.float32)).plan.provider == "_native_efficient"
+
+
+def test_auto_serves_calls():
+    query = torch.randn(1, 2, 5, 8)
+    with attention_provider("auto"):
+        out = attention_dispatch(query, query, query)
+    assert torch.equal(out, attention_dispatch(query, query, query))
+    with attention_provider("auto", lossy="sage"):
+        assert torch.equal(attention_dispatch(query, query, query), out)

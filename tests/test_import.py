@@ -1,0 +1,31 @@
+"""Importing the package imports no attention package and costs next to nothing."""
+
+import json
+import subprocess
+import sys
+
+SCRIPT = """
+import importlib, json, sys, time
+import torch, diffusers
+before = set(sys.modules)
+start = time.perf_counter()
+import diffusers_attn
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before)}))
+"""
+KERNELS = ("flash_attn", "flash_attn_interface", "sageattention", "xformers", "triton", "cutlass")
+
+
+def test_no_kernel_package_and_no_diffusers_model_code():
+    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    new = json.loads(result.stdout)["new"]
+    assert not [module for module in new if module.split(".")[0] in KERNELS]
+    assert not [module for module in new if module.startswith("diffusers.")]
+    assert not [module for module in new if module.startswith(("torch._inductor", "torch.nn.attention.flex"))]
+
+
+def test_every_public_name_is_there():
+    import diffusers_attn
+
+    for name in diffusers_attn.__all__:
+        assert getattr(diffusers_attn, name) is not None
