@@ -11,14 +11,13 @@ import functools
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import masks
 from .errors import AttentionProviderError
-from .masks import MaskKind
 from .providers import lowering, registry, speeds
 from .providers.base import Layout, Option, Params
 from .providers.catalog import SPECS, AttentionProvider
@@ -28,7 +27,6 @@ from .providers.decision import Call, Plan, decide
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
-_NO_MASK = MaskKind.NONE
 
 AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, ...) that it may choose")}
 
@@ -112,7 +110,7 @@ def _set_choice(choice: ProviderChoice | None) -> None:
 
 def _outside_scopes(bound: ProviderChoice | None) -> ProviderChoice:
     """The choice where this thread is in no scope: that of the thread that called backward, the caller's, `native`."""
-    if not _is_compiling() and _is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+    if _is_grad_enabled() and not _is_compiling() and torch._C._current_graph_task_id() != -1:
         if torch._C._is_key_in_tls(_INHERITED):
             return torch._C._get_obj_in_tls(_INHERITED) or bound or NATIVE
     return bound or NATIVE
@@ -208,58 +206,65 @@ def attend(
             as diffusers' processors do. `attn_mask` is `[batch, heads, query_len, key_len]` in both.
         bound: the caller's provider, where no scope overrides it.
     """
-    choice = _scope.choice or _outside_scopes(bound)
+    grad_enabled = _is_grad_enabled()
+    choice = _scope.choice or (_outside_scopes(bound) if grad_enabled else bound or NATIVE)
     if _any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
-    shape = query.shape
-    if len(shape) != 4:
-        return _attend_any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, bound)
-    needs_grad = _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    mask_kind, bias_needs_grad = _NO_MASK, False
-    if attn_mask is not None:
-        heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
-        mask_kind, attn_mask = masks.classify(attn_mask, shape[0], shape[heads], shape[seq], key.shape[seq])
-        bias_needs_grad = mask_kind in masks.ADDITIVE and _is_grad_enabled() and attn_mask.requires_grad
+    needs_grad = grad_enabled and (query.requires_grad or key.requires_grad or value.requires_grad)
     if _is_compiling():
-        plan, params = _prepare(
-            choice, query, key, value, mask_kind, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad,
-            bias_needs_grad,
-        )  # fmt: skip
-        attention, transpose = _bind(plan, params), plan.layout != layout
+        attention, transpose, mask_view = _prepare(
+            choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad
+        )
     else:
-        # All that a decision could depend on, checks included: a call like an earlier one costs one look-up.
+        # All that a decision could depend on, checks included: a call like an earlier one costs one look-up. (That the
+        # three agree in dtype and device is checked for the first call here, and for each by every kernel. The
+        # device's index tells CPU, which has -1, from accelerator: PyTorch has one kind of accelerator at a time.)
         signature = (
-            choice, layout, shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
-            query.device, key.get_device(), value.get_device(), mask_kind, dropout_p, is_causal, scale, enable_gqa,
-            needs_grad, bias_needs_grad,
+            choice, layout, query.shape, key.shape, value.shape, query.dtype, query.get_device(), dropout_p, is_causal,
+            scale, enable_gqa, needs_grad, None if attn_mask is None else _mask_signature(attn_mask, grad_enabled),
         )  # fmt: skip
         prepared = _prepared.get(signature)
         if prepared is None:
-            plan, params = _prepare(
-                choice, query, key, value, mask_kind, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad,
-                bias_needs_grad,
-            )  # fmt: skip
-            prepared = _bind(plan, params), plan.layout != layout
+            prepared = _prepare(
+                choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad
+            )
             if len(_prepared) >= _PREPARED_MAX:
                 _prepared.clear()
             _prepared[signature] = prepared
-        attention, transpose = prepared
+        attention, transpose, mask_view = prepared
     if transpose:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    out = attention(query, key, value) if attn_mask is None else attention(query, key, value, attn_mask)
+    if attn_mask is None:
+        out = attention(query, key, value)
+    else:
+        out = attention(query, key, value, attn_mask if mask_view is None else mask_view(attn_mask))
     return out.transpose(1, 2) if transpose else out
 
 
+class Prepared(NamedTuple):
+    """How to serve a kind of call."""
+
+    attention: Callable[..., Tensor]
+    """of query, key, value and, if there is one, the mask."""
+    transpose: bool
+    """whether the kernel's layout is the other one."""
+    mask_view: Callable[[Any], Any] | None
+    """gives the mask the four dimensions that adapters expect; None where it has them."""
+
+
 _PREPARED_MAX = 4096
-_prepared: dict[tuple[object, ...], tuple[Callable[..., Tensor], bool]] = {}
+_prepared: dict[tuple[object, ...], Prepared] = {}
 
 
-def _bind(plan: Plan, params: Params) -> Callable[..., Tensor]:
-    """What carries out `plan`, as a function of query, key, value and mask in the plan's layout."""
-    adapter = registry.ADAPTERS[plan.provider]
-    if plan.lowers:
-        return functools.partial(lowering.attention, adapter=adapter, plan=plan, params=params)
-    return adapter.bind(params)
+def _mask_signature(mask: Any, grad_enabled: bool) -> object:
+    """All that `masks.classify` looks at, and whether the mask wants a gradient."""
+    if not isinstance(mask, Tensor):
+        return type(mask)
+    shape = mask.shape
+    requires_grad = grad_enabled and mask.requires_grad
+    if len(shape) == 4 and shape[1] == shape[2] == 1:  # a key mask, whatever its strides
+        return shape, mask.dtype, requires_grad
+    return shape, mask.dtype, requires_grad, mask.stride()
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,6 +277,24 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def _attend_any_rank(
+    choice: ProviderChoice, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **rest: Any
+) -> Tensor:
+    """SDPA's other forms: `[seq, head_dim]`, `[heads, seq, head_dim]`, and more than one batch dimension."""
+    tensors = query, key, value
+    if query.ndim < 4:
+        out = attend(
+            *(tensor[(None,) * (4 - tensor.ndim)] for tensor in tensors), attn_mask, **rest, layout="bhsd", bound=choice
+        )
+        return out.reshape(out.shape[4 - query.ndim :])
+    batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))
+    if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3:
+        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
+    flat = (tensor.expand(*batch, *tensor.shape[-3:]).flatten(0, -4) for tensor in tensors)
+    return attend(*flat, attn_mask, **rest, layout="bhsd", bound=choice).unflatten(0, batch)
+
+
+def _prepare(
+    choice: ProviderChoice,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -281,45 +304,22 @@ def _attend_any_rank(
     scale: float | None,
     enable_gqa: bool,
     layout: Layout,
-    bound: ProviderChoice | None,
-) -> Tensor:
-    """SDPA's other forms: `[seq, head_dim]`, `[heads, seq, head_dim]`, and more than one batch dimension."""
-    if layout != "bhsd" or min(query.ndim, key.ndim, value.ndim) < 2:
-        _check_tensors(query, key, value, enable_gqa, layout)
-    rank = max(query.ndim, key.ndim, value.ndim)
-    if rank < 4:
-        query, key, value = (tensor[(None,) * (4 - tensor.ndim)] for tensor in (query, key, value))
-        out = attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout=layout, bound=bound)
-        return out.reshape(out.shape[4 - rank :])
-    tensors = [tensor[(None,) * (rank - tensor.ndim)] for tensor in (query, key, value)]
-    batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))
-    query, key, value = (tensor.expand(*batch, *tensor.shape[-3:]).flatten(0, -4) for tensor in tensors)
-    if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3:
-        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
-    out = attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout=layout, bound=bound)
-    return out.unflatten(0, batch)
-
-
-def _prepare(
-    choice: ProviderChoice,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_kind: MaskKind,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    layout: Layout,
     needs_grad: bool,
-    bias_needs_grad: bool,
-) -> tuple[Plan, Params]:
+) -> Prepared:
     """Checks a call and decides how it is served."""
+    if layout == "bhsd" and query.ndim == key.ndim == value.ndim != 4 and query.ndim >= 2:
+        again = functools.partial(
+            _attend_any_rank, choice, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return Prepared(again, False, None)
     _check_tensors(query, key, value, enable_gqa, layout)
     heads_dim, seq = (1, 2) if layout == "bhsd" else (2, 1)
     query_len, key_len = query.shape[seq], key.shape[seq]
     heads, kv_heads = _constant(query.shape[heads_dim]), _constant(key.shape[heads_dim])
     head_dim = _constant(query.shape[-1])
+    sizes = max(query.shape[0], key.shape[0]), query.shape[heads_dim], query_len, key_len
+    mask_kind, mask = masks.classify(attn_mask, *sizes)
+    bias_needs_grad = mask_kind in masks.ADDITIVE and _is_grad_enabled() and mask.requires_grad
     lengths = "equal" if query_len == key_len else "shorter" if query_len < key_len else "longer"
     # Not the comparisons' results, which are symbolic in a dynamic graph.
     long = True if key_len >= speeds.LONG else False
@@ -333,11 +333,27 @@ def _prepare(
         plan = plan._replace(empty=True)
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         plan = plan._replace(broadcast=True)
-    gqa = heads != kv_heads and not plan.repeat_kv
-    exact_scale = float(head_dim) ** -0.5 if scale is None else float(scale)
-    return plan, Params(
-        plan.mask_kind, is_causal, exact_scale, scale is None, dropout_p if dropout else 0.0, gqa, choice.options
+    params = Params(
+        mask_kind=plan.mask_kind,
+        is_causal=is_causal,
+        scale=float(head_dim) ** -0.5 if scale is None else float(scale),
+        default_scale=scale is None,
+        dropout_p=dropout_p if dropout else 0.0,
+        gqa=heads != kv_heads and not plan.repeat_kv,
+        device_type=query.device.type,
+        options=choice.options,
     )
+    adapter = registry.ADAPTERS[plan.provider]
+    if plan.lowers:
+        attention = functools.partial(lowering.attention, adapter=adapter, plan=plan, params=params)
+    else:
+        attention = adapter.bind(params)
+    view = None if mask is attn_mask else functools.partial(_view_mask, sizes=sizes)
+    return Prepared(attention, plan.layout != layout, view)
+
+
+def _view_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Any:
+    return masks.classify(mask, *sizes)[1]
 
 
 def _constant(size: int) -> int:

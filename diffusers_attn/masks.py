@@ -40,10 +40,10 @@ ADDITIVE = (MaskKind.KEY_BIAS, MaskKind.BIAS)
 def classify(
     mask: torch.Tensor | BlockMask | None, batch: int, heads: int, query_len: int, key_len: int
 ) -> tuple[MaskKind, torch.Tensor | BlockMask | None]:
-    """The kind of `mask`, and the mask as a 4-D view with every broadcast dimension of size one.
+    """The kind of `mask`, and the mask as a 4-D view `[batch | 1, heads | 1, query | 1, key | 1]`.
 
-    Dimensions that were made by `expand` (stride zero) count as broadcast: `[B, 1, 1, Lk]` expanded over heads and
-    queries is still a key mask.
+    Heads and queries that were made by `expand` (stride zero) count as broadcast: `[B, 1, 1, Lk]` expanded over them is
+    still a key mask.
 
     Args:
         mask: bool (True takes part) or floating (added to the scores), of one to four dimensions that broadcast to
@@ -75,7 +75,7 @@ def classify(
             continue
         if mask.shape[dim] != size:
             raise _does_not_broadcast(given, batch, heads, query_len, key_len)
-        if dim < 3 and mask.stride(dim) == 0:
+        if dim in (1, 2) and mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
     additive = mask.dtype != torch.bool
     if mask.shape[1] == 1 and mask.shape[2] == 1:

@@ -115,6 +115,7 @@ class Params(NamedTuple):
     dropout_p: float
     gqa: bool
     """whether key and value have fewer heads than the query."""
+    device_type: str
     options: tuple[tuple[str, Any], ...]
 
 

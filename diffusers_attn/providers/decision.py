@@ -16,6 +16,9 @@ from . import registry
 from .base import Layout, ProviderSpec
 from .catalog import SPECS
 
+NO_WINDOW = (-1, -1)
+"""the option window_size of the flash providers, switched off."""
+
 
 class Call(NamedTuple):
     """All that a decision depends on. Lengths take part only as far as decisions do, so that a compiled graph that is
@@ -135,6 +138,10 @@ def refusal(spec: ProviderSpec, call: Call) -> str:
         return "is_causal and a BlockMask together: put the causality into the BlockMask"
     if call.is_causal and can.causal == "none":
         return "it has no causal form"
+    if dict(call.options).get("window_size", NO_WINDOW) != NO_WINDOW and (
+        call.query_len != "equal" or call.mask_kind != MaskKind.NONE
+    ):
+        return "its window_size counts positions: it goes with a query and a key of one length, and without a mask"
     if call.dropout and not can.dropout:
         return "it has no dropout"
     if call.needs_grad and not (can.backward and call.device.type not in can.without_backward_on):

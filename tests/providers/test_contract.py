@@ -31,7 +31,7 @@ def make(dtype, kv_heads=HEADS, key_len=LK):
 
 
 def params(kind, gqa=False, causal=False, scale=0.2):
-    return Params(kind, causal, scale, False, 0.0, gqa, ())
+    return Params(kind, causal, scale, False, 0.0, gqa, "cpu", ())
 
 
 # Dispatch merges causality into a mask before an adapter sees it, so that the two do not meet here.

@@ -1,0 +1,131 @@
+"""Microseconds that a call adds over calling the kernel directly: ours, with all checks, and diffusers' dispatcher.
+
+    python benchmarks/dispatch_overhead.py [--device cuda] [--output overhead.json]
+
+The tensors are tiny, so that the kernel takes as little as it can. Direct, ours and theirs alternate within one
+process, in blocks; a block's overhead is its time over that of the direct block beside it, and the medians over all
+blocks are reported. `direct` is what one would write by hand for tensors of that layout, transposes included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.models import attention_dispatch as theirs
+from versions import versions
+
+from diffusers_attn import attention_dispatch, provider_status
+from diffusers_attn.dispatch import ProviderChoice, attend
+from diffusers_attn.processors.doors import dispatch_door
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+Call = Callable[[], torch.Tensor]
+
+
+def cases(device: str) -> dict[str, dict[str, Call]]:
+    """Name -> {direct, ours, theirs}, without arguments."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    query, key, value = (torch.randn(1, 2, 2, 16, device=device, dtype=dtype) for _ in range(3))
+    mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device)
+    door = dispatch_door(ProviderChoice.of("native"))
+
+    def direct(attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        heads_first = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return sdpa(*heads_first, attn_mask=attn_mask).transpose(1, 2)
+
+    def diffusers(attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return theirs.dispatch_attention_fn(query, key, value, attn_mask=attn_mask, backend=None)
+
+    found = {
+        "native, [batch, seq, heads, head_dim], as a processor calls it": {
+            "direct": direct,
+            "ours": lambda: door(query, key, value),
+            "theirs": diffusers,
+        },
+        "the same with a key mask": {
+            "direct": lambda: direct(mask),
+            "ours": lambda: door(query, key, value, attn_mask=mask),
+            "theirs": lambda: diffusers(mask),
+        },
+        "native, [batch, heads, seq, head_dim], in the place of F.scaled_dot_product_attention": {
+            "direct": lambda: sdpa(query, key, value),
+            "ours": lambda: attention_dispatch(query, key, value),
+        },
+    }
+    if provider_status("flash").available:
+        from flash_attn import flash_attn_func
+
+        flash = functools.partial(attend, layout="bshd", bound=ProviderChoice.of("flash"))
+        found["flash, [batch, seq, heads, head_dim]"] = {
+            "direct": lambda: flash_attn_func(query, key, value),
+            "ours": lambda: flash(query, key, value),
+            "theirs": lambda: theirs.dispatch_attention_fn(
+                query, key, value, backend=theirs.AttentionBackendName.FLASH
+            ),
+        }
+    return found
+
+
+def measure(calls: dict[str, Call], device: str, rounds: int, calls_per_block: int) -> dict[str, float]:
+    """Microseconds: `direct` itself, and what each of the others adds to it."""
+
+    def block(call: Call) -> float:
+        start = time.perf_counter()
+        for _ in range(calls_per_block):
+            call()
+        elapsed = time.perf_counter() - start
+        if device != "cpu":
+            torch.cuda.synchronize()  # outside the clock: a call's cost is what the host does before it returns
+        return elapsed / calls_per_block * 1e6
+
+    for call in calls.values():
+        block(call)
+    gc.disable()
+    times = [{name: block(call) for name, call in calls.items()} for _ in range(rounds)]
+    gc.enable()
+    result = {"direct": statistics.median(each["direct"] for each in times)}
+    for name in calls:
+        if name != "direct":
+            result[name] = statistics.median(each[name] - each["direct"] for each in times)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--calls", type=int, default=100, help="calls a block")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    print(f"{'microseconds a call':86s} {'direct':>8s} {'ours':>8s} {'theirs':>8s} {'checked':>8s}")
+    with torch.no_grad():
+        for name, calls in cases(options.device).items():
+            result = measure(calls, options.device, options.rounds, options.calls)
+            if "theirs" in calls:  # and with the checks that diffusers leaves off by default
+                theirs._AttentionBackendRegistry._checks_enabled = True
+                pair = {"direct": calls["direct"], "theirs": calls["theirs"]}
+                checked = measure(pair, options.device, options.rounds // 4, options.calls)
+                theirs._AttentionBackendRegistry._checks_enabled = False
+                result["theirs_checked"] = checked["theirs"]
+            columns = (result.get(each) for each in ("ours", "theirs", "theirs_checked"))
+            cells = " ".join("        " if cell is None else f"{'+' + format(cell, '.2f'):>8s}" for cell in columns)
+            print(f"{name:86s} {result['direct']:8.2f} {cells}")
+            results[name] = result
+    if options.output:
+        record = {"command": " ".join(sys.argv), **versions(options.device), "microseconds": results}
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

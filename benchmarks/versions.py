@@ -1,0 +1,35 @@
+"""What produced a figure: machine, packages and commit, to be written beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "diffusers", "flash-attn", "flash-attn-4", "sageattention", "xformers", "triton")
+
+
+def versions(device: str, commit: str | None = None) -> dict[str, object]:
+    """As plain JSON values. `commit` stands in where there is no git repository."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "python": platform.python_version(),
+        "packages": installed,
+        "commit": commit or _head(),
+    }
+
+
+def _head() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
