@@ -1,0 +1,56 @@
+# make demo      draws four pictures, with diffusers' own attention and with this library, and compares them
+#
+# Everything lives in .venv and outputs/, and `make clean` takes both away. Variables, with examples:
+#   PYTHON=python3.12                  the Python that .venv is made with (3.11 or newer)
+#   PIP_ARGS="--index-url https://…"   more arguments for pip; for instance, on Linux without an NVIDIA GPU,
+#                                      "--extra-index-url https://download.pytorch.org/whl/cpu" saves gigabytes
+#   ARGS="--provider auto --steps 30"  arguments for the demo, or for pytest
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+# Threads that wait should sleep: if they spin, a machine that is busy with other work runs this ten times as slowly.
+export OMP_WAIT_POLICY ?= passive
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+
+# A stamp is worth nothing without a Python that starts (an interrupted clean, a system Python that was upgraded).
+$(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.dev)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
+
+demo: $(VENV)/.demo  ## install what is needed into .venv, then run examples/quickstart.py
+	@$(RUN) examples/quickstart.py $(ARGS)
+
+test: $(VENV)/.dev  ## the test suite, on the CPU
+	@$(RUN) -m pytest -q $(ARGS)
+
+lint: $(VENV)/.dev  ## formatting, lint and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy diffusers_attn
+
+clean:  ## remove .venv, outputs and caches
+	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp goes away before anything is changed and comes back when all went well. So a stale stamp means a sound .venv
+# that wants an update, and no stamp means one to be made from nothing.
+$(VENV)/.demo: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	  sys.version_info >= (3, 11) or sys.exit(f"constraints.txt needs Python 3.11 or newer; $(PYTHON) is {v}: make PYTHON=python3.12 ...")'
+	@if [ -e $@ ]; then rm $@; else echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@echo "installing the tested versions of constraints.txt (the first time, torch is a large download)"
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@rm -f $@
+	@$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,162 @@
+"""Write the tables in README.md and docs/providers.md from what they describe: the catalog and the recorded runs.
+
+    python docs/generate.py            # write
+    python docs/generate.py --check    # fail where a table is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from diffusers_attn.masks import MaskKind
+from diffusers_attn.providers.base import Capabilities, ProviderSpec
+from diffusers_attn.providers.catalog import SPECS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [header, ["---"] * len(list(header)), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def masks(can: Capabilities) -> str:
+    kinds = can.masks - {MaskKind.NONE}
+    if not kinds:
+        return "none"
+    if kinds == {MaskKind.KEY}:
+        return "key"
+    if MaskKind.BLOCK in kinds:
+        return "all, and BlockMask"
+    return "all" if MaskKind.BIAS in kinds else "bool"
+
+
+def runs_on(can: Capabilities) -> str:
+    if "cpu" in can.devices:
+        return "CPU, GPU"
+    if can.compute_capabilities:
+        return "GPU, only " + ", ".join("sm_{}{}".format(*each) for each in sorted(can.compute_capabilities))
+    assert can.min_compute_capability is not None
+    return "GPU, sm_{}{} or newer".format(*can.min_compute_capability)
+
+
+def training(can: Capabilities) -> str:
+    if not can.backward:
+        return "no"
+    return "yes, on a GPU" if can.without_backward_on else "yes"
+
+
+def parallel(can: Capabilities) -> str:
+    """Strategies of context parallelism: a ring merges partial results, for which it needs their lse."""
+    return "Ulysses, ring" if can.lse else "Ulysses"
+
+
+def install(spec: ProviderSpec) -> str:
+    return code(spec.requirement.install.split("   #")[0]) if spec.requirement else "with PyTorch"
+
+
+def readme_table() -> str:
+    header = ("provider", "install (Linux and WSL)", "runs on", "masks", "training", "context parallelism", "")
+    rows = [
+        (
+            code(spec.name),
+            install(spec),
+            runs_on(spec.capabilities),
+            masks(spec.capabilities),
+            training(spec.capabilities),
+            parallel(spec.capabilities),
+            "" if spec.capabilities.exact else "lossy",
+        )
+        for spec in SPECS.values()
+    ]
+    return table(header, rows)
+
+
+def capability_table() -> str:
+    header = ("provider", "dtypes", "head_dim", "GQA", "causal", "dropout", "lse", "CUDA graph", "options")
+    rows = []
+    for spec in SPECS.values():
+        can = spec.capabilities
+        dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in can.dtypes))
+        causal = {"top_left": "any lengths", "square": "any lengths (split)", "none": "no"}[can.causal]
+        rows.append(
+            (
+                code(spec.name),
+                dtypes,
+                f"to {can.max_head_dim}" if can.max_head_dim else "any",
+                "kernel" if can.gqa else "repeated",
+                causal,
+                "yes" if can.dropout else "no",
+                "yes" if can.lse else "no",
+                "yes" if can.cuda_graph else "refused",
+                ", ".join(code(name) for name in spec.options) or "none",
+            )
+        )
+    return table(header, rows)
+
+
+def overhead_table() -> str:
+    header = ("µs a call, on", "call", "direct", "ours adds", "diffusers adds", "with its checks")
+    rows = []
+    for path in sorted(RESULTS.glob("dispatch_overhead-*.json")):
+        record = json.loads(path.read_text())
+        for name, result in record["microseconds"].items():
+            cells = (result.get(key) for key in ("direct", "ours", "theirs", "theirs_checked"))
+            rows.append((record["device"], name, *("" if cell is None else f"{cell:.2f}" for cell in cells)))
+    return table(header, rows)
+
+
+def speed_tables() -> str:
+    """One section for each recorded run of benchmarks/providers.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import providers
+
+    return "\n\n".join(providers.markdown(json.loads(path.read_text())) for path in sorted(RESULTS.glob("providers-*.json")))
+
+
+def replace_section(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers of `name` replaced."""
+    begin, end = f"<!-- {name}: made by docs/generate.py -->", f"<!-- end of {name} -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"no section {name!r}: the markers {begin} and {end} are missing")
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+
+
+SECTIONS = {
+    "README.md": {"providers": readme_table},
+    "docs/providers.md": {"capabilities": capability_table, "speeds": speed_tables, "overhead": overhead_table},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    stale = []
+    for name, sections in SECTIONS.items():
+        path = ROOT / name
+        old = new = path.read_text()
+        for section, content in sections.items():
+            new = replace_section(new, section, content())
+        if new != old:
+            stale.append(name)
+            if not options.check:
+                path.write_text(new)
+    if stale and options.check:
+        raise SystemExit(f"stale: {', '.join(stale)}. Run: python docs/generate.py")
+    print(f"{'written: ' + ', '.join(stale) if stale else 'up to date'}")
+
+
+if __name__ == "__main__":
+    main()
