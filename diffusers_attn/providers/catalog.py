@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 
 import torch
@@ -54,13 +55,14 @@ FLASH_ATTN_3 = Requirement(
     "flash_attn_interface",
     "pip install ./hopper --no-build-isolation   # in a clone of https://github.com/Dao-AILab/flash-attention",
 )
-FLASH_ATTN_4 = Requirement("flash-attn-4", "4.0.0b1", "flash_attn.cute", "pip install --pre flash-attn-4")
+FLASH_ATTN_4 = Requirement("flash-attn-4", "4.0.0b36", "flash_attn.cute", "pip install --pre flash-attn-4")
 SAGE_ATTENTION = Requirement(
     "sageattention",
     "2.1.1",
     "sageattention",
     "pip install git+https://github.com/thu-ml/SageAttention --no-build-isolation",
 )
+SAGE_ATTENTION_MASKS = dataclasses.replace(SAGE_ATTENTION, minimum="2.2.0")
 XFORMERS_PACKAGE = Requirement("xformers", "0.0.29.post3", "xformers", "pip install -U xformers")
 
 WINDOW = Option(tuple, "(left, right) keys that a query sees around its own position; -1 is unlimited")
@@ -68,6 +70,11 @@ SOFTCAP = Option((float, int), "caps scores at softcap * tanh(score / softcap); 
 DETERMINISTIC = Option(bool, "a backward that gives the same bits every time, more slowly")
 SMOOTH_K = Option(bool, "subtract the mean of the keys before quantising; more accurate")
 QUANT_GRANULARITY = Option(str, "granularity of the int8 scales", ("per_warp", "per_thread"))
+
+
+def _accumulator(*choices: str) -> Option:
+    return Option(str, "type in which weights times values are summed, and of the buffer behind it", choices)
+
 
 _FLASH_2 = Capabilities(
     devices=CUDA,
@@ -83,6 +90,7 @@ _SAGE = Capabilities(
     devices=CUDA,
     dtypes=HALF,
     max_head_dim=128,
+    head_dim_multiple=64,
     causal="square",
     gqa=True,
     backward=False,
@@ -94,8 +102,6 @@ _FLASH_2_OPTIONS = {"deterministic": DETERMINISTIC, "softcap": SOFTCAP, "window_
 
 
 def _with(capabilities: Capabilities, **changes: object) -> Capabilities:
-    import dataclasses
-
     return dataclasses.replace(capabilities, **changes)  # type: ignore[arg-type]
 
 
@@ -188,7 +194,7 @@ _SPECS = (
     ),
     ProviderSpec(
         "flash_3",
-        "flash:Flash3",
+        "flash3:Flash3",
         _with(_FLASH_2, compute_capabilities=frozenset({(9, 0)})),
         "FlashAttention-3, for Hopper",
         FLASH_ATTN_3,
@@ -197,8 +203,15 @@ _SPECS = (
     ProviderSpec(
         "flash_4",
         "flash4:Flash4",
-        _with(_FLASH_2, max_head_dim=128, min_compute_capability=(9, 0)),
-        "FlashAttention-4: written in CuTe DSL, compiled on first use",
+        # Hopper alone would take head dims up to 256. On consumer Blackwell (12.x) its backward knows no mask.
+        _with(
+            _FLASH_2,
+            masks=KEY_MASK | {MaskKind.DENSE},
+            max_head_dim=128,
+            min_compute_capability=None,
+            compute_capabilities=frozenset({(9, 0), (10, 0), (10, 3), (11, 0)}),
+        ),
+        "FlashAttention-4: written in CuTe DSL, compiled on first use; bool masks of any form",
         FLASH_ATTN_4,
         _FLASH_2_OPTIONS,
     ),
@@ -218,10 +231,9 @@ _SPECS = (
     ProviderSpec(
         "sage",
         "sage:Sage",
-        _SAGE,
+        _with(_SAGE, compute_capabilities=frozenset({(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)})),
         "SageAttention's own choice of int8/fp8 kernel for this GPU; lossy",
         SAGE_ATTENTION,
-        {"smooth_k": SMOOTH_K},
     ),
     ProviderSpec(
         "sage_varlen",
@@ -237,7 +249,11 @@ _SPECS = (
         _with(_SAGE, min_compute_capability=(8, 9)),
         "SageAttention, fp8 values, Ada kernel; lossy",
         SAGE_ATTENTION,
-        {"smooth_k": SMOOTH_K, "qk_quant_gran": QUANT_GRANULARITY},
+        {
+            "smooth_k": SMOOTH_K,
+            "qk_quant_gran": QUANT_GRANULARITY,
+            "pv_accum_dtype": _accumulator("fp32", "fp32+fp32", "fp32+fp16"),
+        },
     ),
     ProviderSpec(
         "_sage_qk_int8_pv_fp8_cuda_sm90",
@@ -253,14 +269,18 @@ _SPECS = (
         _SAGE,
         "SageAttention, fp16 values, CUDA kernel; lossy",
         SAGE_ATTENTION,
-        {"smooth_k": SMOOTH_K, "qk_quant_gran": QUANT_GRANULARITY},
+        {
+            "smooth_k": SMOOTH_K,
+            "qk_quant_gran": QUANT_GRANULARITY,
+            "pv_accum_dtype": _accumulator("fp32", "fp16", "fp16+fp32"),
+        },
     ),
     ProviderSpec(
         "_sage_qk_int8_pv_fp16_triton",
         "sage:Fp16Triton",
-        _SAGE,
-        "SageAttention, fp16 values, Triton kernel; lossy",
-        SAGE_ATTENTION,
+        _with(_SAGE, masks=KEY_MASK | {MaskKind.DENSE}, cuda_graph=True),
+        "SageAttention, fp16 values, Triton kernel; bool masks; lossy",
+        SAGE_ATTENTION_MASKS,
         {"smooth_k": SMOOTH_K},
     ),
     ProviderSpec(
@@ -271,6 +291,7 @@ _SPECS = (
             dtypes=HALF_AND_FLOAT,
             masks=TENSOR_MASKS,
             head_dim_multiple=8,
+            value_head_dim=True,
             causal="top_left",
             min_compute_capability=(5, 0),
         ),

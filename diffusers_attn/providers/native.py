@@ -18,6 +18,8 @@ from torch import Tensor
 from .. import masks
 from ..masks import MaskKind
 from .base import Adapter, Layout, Params
+from .bias import aligned_bias
+from .varlen import rows_contiguous
 
 aten = torch.ops.aten
 # F.scaled_dot_product_attention may have been replaced by attention_dispatch; this is what it was.
@@ -139,10 +141,14 @@ class Native(AtenAdapter):
 
     @classmethod
     def bind(cls, params: Params) -> Callable[..., Tensor]:
-        if params.mask_kind != MaskKind.NONE:
+        if params.mask_kind != MaskKind.NONE and params.device_type != "cpu":
             return super().bind(params)
-        # Without a mask there is nothing for us to do between the caller and PyTorch.
-        constants: dict[str, Any] = {"dropout_p": params.dropout_p, "is_causal": params.is_causal, "enable_gqa": params.gqa}
+        # Nothing to do between the caller and PyTorch.
+        constants: dict[str, Any] = {
+            "dropout_p": params.dropout_p,
+            "is_causal": params.is_causal,
+            "enable_gqa": params.gqa,
+        }
         given = {name: value for name, value in constants.items() if value}
         if not params.default_scale:
             given["scale"] = params.scale
@@ -150,10 +156,8 @@ class Native(AtenAdapter):
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
-        if query.is_cpu:
-            return scaled_dot_product_attention(
-                query, key, value, mask, params.dropout_p, scale=params.scale, enable_gqa=params.gqa
-            )
+        if mask is None or params.device_type == "cpu":
+            return cls.bind(params)(query, key, value, mask)
         # On a GPU the fused kernels give NaN in a fully masked row.
         dead = masks.dead_rows(mask)
         bias = masks.as_bias(mask, dead, query.dtype)
@@ -217,20 +221,11 @@ class Native(AtenAdapter):
 
 
 def kernel_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A bias as the GPU kernels want it, and the rows to clear: broadcast by strides of zero, rows 16 bytes aligned."""
+    """A bias of the kernels' shape, and the rows to clear."""
     if mask is None:
         return None, None
-    dead = masks.dead_rows(mask)
-    bias = masks.as_bias(mask, dead, query.dtype)
-    key_len = key.shape[2]
-    if bias.shape[-1] != key_len:
-        bias = bias.expand(*bias.shape[:-1], key_len)
-    short = -key_len % 16
-    if short:
-        bias = torch.nn.functional.pad(bias, (0, short))[..., :key_len]
-    elif bias.stride(-1) != 1:
-        bias = bias.contiguous()
-    return bias.expand(query.shape[0], query.shape[1], query.shape[2], key_len), dead
+    bias, dead = aligned_bias(mask, query.dtype, key.shape[2])
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]), dead
 
 
 class Efficient(AtenAdapter):
@@ -238,6 +233,7 @@ class Efficient(AtenAdapter):
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        query, key, value = rows_contiguous(query, key, value)
         bias, dead = kernel_bias(mask, query, key)
         out, lse, _, _ = aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, 0.0, params.is_causal, scale=params.scale
@@ -258,14 +254,13 @@ class Efficient(AtenAdapter):
         lse: Tensor,
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, query, key, value, out = rows_contiguous(grad_out, query, key, value, out)
         bias, dead = kernel_bias(mask, query, key)
-        lse = lse.transpose(1, 2)
-        if dead is not None:
-            grad_out, lse = grad_out.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), math.inf)
+        grad_out, lse = without_dead_rows(grad_out, lse.transpose(1, 2), dead)
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf).contiguous()
-        no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
+        seed = torch.empty((), dtype=torch.int64, device=query.device)
         grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out, query, key, value, bias, out, lse, no_dropout, no_dropout, 0.0, [True, True, True, False],
+            grad_out, query, key, value, bias, out, lse, seed, seed, 0.0, [True, True, True, False],
             params.is_causal, scale=params.scale,
         )  # fmt: skip
         return grad_query, grad_key, grad_value
@@ -276,6 +271,7 @@ class Flash(AtenAdapter):
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        query, key, value = rows_contiguous(query, key, value)
         out, lse, *_ = aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, params.is_causal, False, scale=params.scale
         )
@@ -293,11 +289,12 @@ class Flash(AtenAdapter):
         lse: Tensor,
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        none = torch.empty(0, dtype=torch.int32, device=query.device)
+        grad_out, query, key, value, out = rows_contiguous(grad_out, query, key, value, out)
+        # Without dropout the random state is not read. A cum_seq that is there, even empty, would mean nested tensors.
+        seed = torch.empty(2, dtype=torch.uint64, device=query.device)
         return aten._scaled_dot_product_flash_attention_backward(
-            grad_out, query, key, value, out, lse.transpose(1, 2).contiguous(), none, none,
-            query.shape[2], key.shape[2], 0.0, params.is_causal, no_dropout, none, scale=params.scale,
+            grad_out, query, key, value, out, lse.transpose(1, 2).contiguous(), None, None,
+            query.shape[2], key.shape[2], 0.0, params.is_causal, seed, seed, scale=params.scale,
         )  # fmt: skip
 
 
@@ -306,11 +303,12 @@ class Cudnn(AtenAdapter):
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        query, key, value = rows_contiguous(query, key, value)
         bias, dead = kernel_bias(mask, query, key)
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             query, key, value, bias, True, 0.0, params.is_causal, False, scale=params.scale
         )
-        # From PyTorch 2.9 on the lse has a trailing dimension of one.
+        # The kernel's lse has a trailing dimension of one.
         lse = lse.reshape(query.shape[:3]).transpose(1, 2)
         return (out, lse) if dead is None else clear_dead_rows(out, lse, dead)  # type: ignore[return-value]
 
@@ -326,14 +324,18 @@ class Cudnn(AtenAdapter):
         lse: Tensor,
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, query, key, value, out = rows_contiguous(grad_out, query, key, value, out)
         bias, dead = kernel_bias(mask, query, key)
-        lse = lse.transpose(1, 2)
-        if dead is not None:
-            grad_out, lse = grad_out.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), math.inf)
-        no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
-        none = torch.empty(0, dtype=torch.int32, device=query.device)
+        grad_out, lse = without_dead_rows(grad_out, lse.transpose(1, 2), dead)
+        seed = torch.empty((), dtype=torch.int64, device=query.device)
         return aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out.contiguous() if grad_out.stride(-1) != 1 else grad_out, query, key, value, out,
-            lse.unsqueeze(-1).contiguous(), no_dropout, no_dropout, bias, none, none,
+            grad_out, query, key, value, out, lse.unsqueeze(-1).contiguous(), seed, seed, bias, None, None,
             query.shape[2], key.shape[2], 0.0, params.is_causal, scale=params.scale,
         )  # fmt: skip
+
+
+def without_dead_rows(grad_out: Tensor, lse: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What makes a backward come out as zero for dead rows: the weights are exp(score - lse). `[B, H, S, ...]`."""
+    if dead is None:
+        return grad_out, lse
+    return grad_out.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), math.inf)

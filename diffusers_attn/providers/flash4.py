@@ -1,0 +1,214 @@
+"""FlashAttention-4: written in CuTe DSL, compiled for each kind of call when it is first made.
+
+The package launches its kernels from Python, which Dynamo cannot trace: a compiled graph holds the operators below.
+An eager call goes to the package directly.
+
+A key mask becomes lengths, as for the other FlashAttentions, but with every sequence in its own place: the kernel then
+keeps the query dense, and blocks of dropped keys cost nothing. Any other bool mask is read entry by entry in the kernel
+(`mask_mod`), never expanded in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import cutlass
+import torch
+from cutlass import cute
+from flash_attn.cute import utils
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+from torch import Tensor
+
+from ..masks import MaskKind
+from . import varlen
+from .base import Adapter, Params
+from .flash_family import Gradients, Settings
+
+
+class Flash4(Adapter):
+    """Rows without keys come out as zeros with an lse of -inf by themselves, and that lse is good in the backward."""
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        key, value, lengths, entries, _ = _lower_mask(key, value, mask, params)
+        run = forward_op if torch.compiler.is_compiling() else _forward
+        out, lse = run(query, key, value, lengths, entries, *_constants(params))
+        return out, lse.transpose(1, 2)
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        out: Tensor,
+        lse: Tensor,
+        params: Params,
+    ) -> Gradients:
+        packed_key, packed_value, lengths, entries, packing = _lower_mask(key, value, mask, params)
+        lse = lse.transpose(1, 2).contiguous()
+        run = backward_op if torch.compiler.is_compiling() else _backward
+        deterministic = Settings.of(params).deterministic
+        grad_query, grad_key, grad_value = run(
+            grad_out, query, packed_key, packed_value, out, lse, lengths, entries, *_constants(params), deterministic
+        )
+        if packing is None:
+            return grad_query, grad_key, grad_value
+        grad_key, grad_value = (
+            varlen.unpack_gradient(grad.flatten(0, 1), packing, like)
+            for grad, like in ((grad_key, key), (grad_value, value))
+        )
+        return grad_query, grad_key, grad_value
+
+
+def _lower_mask(
+    key: Tensor, value: Tensor, mask: Tensor | None, params: Params
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, varlen.KeyPacking | None]:
+    """Key, value, how many keys count, the mask to be read in the kernel, and how to undo the packing."""
+    if mask is None:
+        return key, value, None, None, None
+    if params.mask_kind != MaskKind.KEY:
+        # As bytes, since CuTe has no bool in memory.
+        return key, value, None, varlen.rows_contiguous(mask)[0].view(torch.uint8), None
+    packing = varlen.pack_keys(mask, key.shape[0], key.shape[1], across_batch=False)
+    packed_key, packed_value = (varlen.pack(tensor, packing).view(tensor.shape) for tensor in (key, value))
+    return packed_key, packed_value, packing.lengths, None, packing
+
+
+def _constants(params: Params) -> tuple[float, bool, int, int, float]:
+    """scale, is_causal, window_left, window_right, softcap."""
+    settings = Settings.of(params)
+    return settings.scale, settings.is_causal, *settings.window, settings.softcap
+
+
+@cute.jit
+def _entry_of_mask(batch, head, query, key, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+    """The kernel's `mask_mod`: whether `query` sees `key`. At module level: the package caches kernels by its source.
+
+    The last tile reaches past the sequences; its results are dropped, but what it reads must exist.
+    """
+    query_index = cutlass.min(query[0], seqlen_info.seqlen_q - 1)
+    key_index = cutlass.min(key[0], seqlen_info.seqlen_k - 1)
+    entry = cutlass.Int32(aux_tensors[0][batch[0], head[0], query_index, key_index])
+    return utils.scalar_to_ssa(entry, cutlass.Int32) != utils.scalar_to_ssa(0, cutlass.Int32)
+
+
+def _mask_arguments(query: Tensor, key: Tensor, entries: Tensor | None) -> dict[str, Any]:
+    if entries is None:
+        return {}
+    shape = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
+    return {"mask_mod": _entry_of_mask, "aux_tensors": [entries.expand(shape)]}
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """The package launches on the current device, whatever device its tensors are on."""
+    same = tensor.get_device() == torch.cuda.current_device()
+    return contextlib.nullcontext() if same else torch.cuda.device(tensor.device)
+
+
+def _limit(window: int) -> int | None:
+    return None if window < 0 else window
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    entries: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    with _on_device_of(query):
+        out, lse, *_ = _flash_attn_fwd(
+            query, key, value, seqused_k=lengths, softmax_scale=scale, causal=is_causal, softcap=softcap,
+            window_size_left=_limit(window_left), window_size_right=_limit(window_right), return_lse=True,
+            **_mask_arguments(query, key, entries),
+        )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    entries: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    deterministic: bool,
+) -> Gradients:
+    grad_query, grad_key, grad_value = _empty_gradients(query, key, value)
+    with _on_device_of(query):
+        _flash_attn_bwd(
+            query, key, value, out, grad_out, lse, scale, is_causal, softcap, seqused_k=lengths,
+            window_size_left=_limit(window_left), window_size_right=_limit(window_right), deterministic=deterministic,
+            dq=grad_query, dk=grad_key, dv=grad_value, **_mask_arguments(query, key, entries),
+        )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+def _empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> Gradients:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+@torch.library.custom_op("diffusers_attn::flash_4", mutates_args=(), device_types="cuda")
+def forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    entries: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    return _forward(query, key, value, lengths, entries, scale, is_causal, window_left, window_right, softcap)
+
+
+@forward_op.register_fake
+def _(query, key, value, lengths, entries, scale, is_causal, window_left, window_right, softcap):  # type: ignore[no-untyped-def]
+    batch, query_len, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, query_len), dtype=torch.float32)
+
+
+@torch.library.custom_op("diffusers_attn::flash_4_backward", mutates_args=(), device_types="cuda")
+def backward_op(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    entries: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(
+        grad_out, query, key, value, out, lse, lengths, entries, scale, is_causal, window_left, window_right, softcap,
+        deterministic,
+    )  # fmt: skip
+
+
+@backward_op.register_fake
+def _(grad_out, query, key, value, *constants):  # type: ignore[no-untyped-def]
+    return _empty_gradients(query, key, value)

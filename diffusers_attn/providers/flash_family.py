@@ -1,0 +1,143 @@
+"""What FlashAttention-2 and -3 have in common: a dense kernel, and one for variable lengths that serves key masks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ..errors import AttentionProviderError
+from . import varlen
+from .base import Adapter, Params
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Settings(NamedTuple):
+    """The constants of a call as the kernels take them."""
+
+    scale: float
+    is_causal: bool
+    window: tuple[int, int]
+    """keys to the left and right of a query's own position; -1 is unlimited."""
+    softcap: float
+    deterministic: bool
+
+    @staticmethod
+    def of(params: Params) -> Settings:
+        options = dict(params.options)
+        window = options.get("window_size", (-1, -1))
+        if len(window) != 2 or not all(isinstance(limit, int) for limit in window):
+            raise AttentionProviderError(
+                f"option window_size={window!r}: accepted are two whole numbers, (left, right), where -1 is unlimited."
+            )
+        softcap = float(options.get("softcap", 0.0))
+        return Settings(params.scale, params.is_causal, window, softcap, options.get("deterministic", False))
+
+
+class Lengths(NamedTuple):
+    """What a variable-length kernel is told about a batch."""
+
+    cu_query: Tensor
+    cu_key: Tensor
+    max_query: int
+    max_key: int
+
+
+class FlashAttention(Adapter):
+    """A subclass has the kernels, in pairs of forward and backward."""
+
+    always_varlen: ClassVar[bool] = False
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        settings = Settings.of(params)
+        query, key, value = varlen.rows_contiguous(query, key, value)
+        if mask is None and not cls.always_varlen:
+            out, lse = cls.dense_forward(query, key, value, settings)
+            return out, lse.transpose(1, 2)
+        batch, query_len, heads, _ = query.shape
+        packed_key, packed_value, lengths, _ = pack(query, key, value, mask)
+        out, lse = cls.varlen_forward(query.flatten(0, 1), packed_key, packed_value, lengths, settings)
+        # FlashAttention-2 says +inf where a sequence has no key.
+        lse = lse.masked_fill(lse == math.inf, -math.inf)
+        return out.view(query.shape), lse.view(heads, batch, query_len).permute(1, 2, 0)
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        out: Tensor,
+        lse: Tensor,
+        params: Params,
+    ) -> Gradients:
+        settings = Settings.of(params)
+        grad_out, query, key, value, out = varlen.rows_contiguous(grad_out, query, key, value, out)
+        # The weights are exp(score - lse): with +inf they are zero in a row without keys.
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+        if mask is None and not cls.always_varlen:
+            return cls.dense_backward(grad_out, query, key, value, out, lse.transpose(1, 2).contiguous(), settings)
+        packed_key, packed_value, lengths, packing = pack(query, key, value, mask)
+        grad_query, grad_key, grad_value = cls.varlen_backward(
+            grad_out.flatten(0, 1), query.flatten(0, 1), packed_key, packed_value, out.flatten(0, 1),
+            lse.permute(2, 0, 1).flatten(1).contiguous(), lengths, settings,
+        )  # fmt: skip
+        grad_query = grad_query.view(query.shape)
+        if packing is None:
+            return grad_query, grad_key.view(key.shape), grad_value.view(value.shape)
+        grad_key = varlen.unpack_gradient(grad_key, packing, key)
+        return grad_query, grad_key, varlen.unpack_gradient(grad_value, packing, value)
+
+    @classmethod
+    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+        """Output, and lse `[batch, heads, query_len]`."""
+        raise NotImplementedError
+
+    @classmethod
+    def dense_backward(
+        cls, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, settings: Settings
+    ) -> Gradients:
+        """From what `dense_forward` returned."""
+        raise NotImplementedError
+
+    @classmethod
+    def varlen_forward(
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[batch * query_len, heads, head_dim]`, and lse `[heads, batch * query_len]`."""
+        raise NotImplementedError
+
+    @classmethod
+    def varlen_backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Lengths,
+        settings: Settings,
+    ) -> Gradients:
+        """From what `varlen_forward` returned. Places that no sequence uses are left as they were allocated."""
+        raise NotImplementedError
+
+
+def pack(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Lengths, varlen.KeyPacking | None]:
+    """Key and value with the batch flattened, the lengths, and where each key went."""
+    batch, query_len = query.shape[:2]
+    key_len = key.shape[1]
+    cu_query = varlen.equal_lengths(batch, query_len, query.device)
+    if mask is None:
+        cu_key = varlen.equal_lengths(batch, key_len, query.device)
+        return key.flatten(0, 1), value.flatten(0, 1), Lengths(cu_query, cu_key, query_len, key_len), None
+    packing = varlen.pack_keys(mask, batch, key_len, across_batch=True)
+    lengths = Lengths(cu_query, varlen.cumulative(packing.lengths), query_len, key_len)
+    return varlen.pack(key, packing), varlen.pack(value, packing), lengths, packing
