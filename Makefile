@@ -20,10 +20,10 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs docs-check clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 10
 
 demo: $(VENV)/.demo  ## install what is needed into .venv, then run examples/quickstart.py
 	@$(RUN) examples/quickstart.py $(ARGS)
@@ -35,6 +35,12 @@ lint: $(VENV)/.dev  ## formatting, lint and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy diffusers_attn
+
+docs: $(VENV)/.dev  ## write the generated tables of README.md and docs/
+	@$(RUN) docs/generate.py
+
+docs-check: $(VENV)/.dev  ## fail where such a table is stale
+	@$(RUN) docs/generate.py --check
 
 clean:  ## remove .venv, outputs and caches
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -97,22 +97,35 @@ class _Scope(threading.local):
 
 
 _scope = _Scope()
-_INHERITED = "diffusers_attn.choice"
+# The innermost scope of every thread that is in one. Only a backward reads it; see `_outside_scopes`.
+_innermost: dict[int, ProviderChoice] = {}
 
 
 def _set_choice(choice: ProviderChoice | None) -> None:
     _scope.choice = choice
-    if not _is_compiling():
-        # On a GPU the backward runs in threads of autograd's own. PyTorch hands them the objects that were stashed
-        # in the thread that called backward, so that a checkpointed forward recomputed there finds its provider.
-        torch._C._stash_obj_in_tls(_INHERITED, choice)
+    if _is_compiling():
+        return
+    if choice is None:
+        _innermost.pop(threading.get_ident(), None)
+    else:
+        _innermost[threading.get_ident()] = choice
 
 
 def _outside_scopes(bound: ProviderChoice | None) -> ProviderChoice:
-    """The choice where this thread is in no scope: that of the thread that called backward, the caller's, `native`."""
-    if _is_grad_enabled() and not _is_compiling() and torch._C._current_graph_task_id() != -1:
-        if torch._C._is_key_in_tls(_INHERITED):
-            return torch._C._get_obj_in_tls(_INHERITED) or bound or NATIVE
+    """The choice where this thread is in no scope.
+
+    On a GPU, a backward runs in a thread of autograd's own, which is in no scope although the thread that waits for it
+    may be. What a checkpoint recomputes there must take the provider that its forward took.
+    """
+    if _innermost and _is_grad_enabled() and not _is_compiling() and torch._C._current_graph_task_id() != -1:
+        choices = set(_innermost.values())
+        if len(choices) > 1:
+            raise AttentionProviderError(
+                "attention is recomputed in a backward while several attention_provider scopes are open, and which of "
+                f"them it belongs to is not known ({', '.join(sorted(map(repr, choices)))}). With gradient "
+                "checkpointing, bind the provider to the model: set_attention_provider(model, name)."
+            )
+        return choices.pop()
     return bound or NATIVE
 
 
@@ -280,17 +293,19 @@ def _attend_any_rank(
     choice: ProviderChoice, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **rest: Any
 ) -> Tensor:
     """SDPA's other forms: `[seq, head_dim]`, `[heads, seq, head_dim]`, and more than one batch dimension."""
-    tensors = query, key, value
+    again: Callable[..., Tensor] = functools.partial(attend, **rest, layout="bhsd", bound=choice)
     if query.ndim < 4:
-        out = attend(
-            *(tensor[(None,) * (4 - tensor.ndim)] for tensor in tensors), attn_mask, **rest, layout="bhsd", bound=choice
-        )
+        lead = (None,) * (4 - query.ndim)
+        out = again(query[lead], key[lead], value[lead], attn_mask)
         return out.reshape(out.shape[4 - query.ndim :])
-    batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))
+    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.expand(*batch, *tensor.shape[-3:]).flatten(0, -4)
+
     if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3:
-        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
-    flat = (tensor.expand(*batch, *tensor.shape[-3:]).flatten(0, -4) for tensor in tensors)
-    return attend(*flat, attn_mask, **rest, layout="bhsd", bound=choice).unflatten(0, batch)
+        attn_mask = flat(attn_mask)
+    return again(flat(query), flat(key), flat(value), attn_mask).unflatten(0, batch)
 
 
 def _prepare(
@@ -319,7 +334,7 @@ def _prepare(
     head_dim = _constant(query.shape[-1])
     sizes = max(query.shape[0], key.shape[0]), query.shape[heads_dim], query_len, key_len
     mask_kind, mask = masks.classify(attn_mask, *sizes)
-    bias_needs_grad = mask_kind in masks.ADDITIVE and _is_grad_enabled() and mask.requires_grad
+    bias_needs_grad = mask_kind in masks.ADDITIVE and _is_grad_enabled() and attn_mask.requires_grad
     lengths = "equal" if query_len == key_len else "shorter" if query_len < key_len else "longer"
     # Not the comparisons' results, which are symbolic in a dynamic graph.
     long = True if key_len >= speeds.LONG else False
@@ -344,6 +359,7 @@ def _prepare(
         options=choice.options,
     )
     adapter = registry.ADAPTERS[plan.provider]
+    attention: Callable[..., Tensor]
     if plan.lowers:
         attention = functools.partial(lowering.attention, adapter=adapter, plan=plan, params=params)
     else:

@@ -140,6 +140,9 @@ class Adapter:
         cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, *, params: Params
     ) -> torch.Tensor:
         """Differentiable attention; the result has the adapter's layout."""
+        if torch.compiler.is_compiling() and (query is key or key is value):
+            # Dynamo takes no tensor twice as the input of an autograd.Function.
+            key, value = key.view_as(key), value.view_as(value)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return KernelFunction.apply(cls, query, key, value, mask, params)[0]
         return cls.forward(query, key, value, mask, params)[0]
