@@ -90,9 +90,9 @@ class _Scope(threading.local):
     """The scopes that this thread is in. A thread-local and not a ContextVar, because Dynamo can guard on it: a
     compiled graph notices a change of provider."""
 
-    choice: ProviderChoice | None = None
-
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # runs once in every thread that looks
+        # No defaults in the class: Dynamo before PyTorch 2.13 would find those and not look further.
+        self.choice: ProviderChoice | None = None
         self.outer: list[ProviderChoice | None] = []
 
 

@@ -81,6 +81,8 @@ class Capabilities:
     dropout: bool = False
     lse: bool = True
     backward: bool = True
+    backward_of_parts: bool = True
+    """whether `Adapter.backward` exists, which attention over several devices needs; else only autograd has it."""
     bias_gradient: bool = False
     cuda_graph: bool = True
     min_compute_capability: tuple[int, int] | None = None

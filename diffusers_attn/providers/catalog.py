@@ -228,6 +228,7 @@ _SPECS = (
             causal="top_left",
             gqa=True,
             without_backward_on=CPU,
+            backward_of_parts=False,
         ),
         "torch.nn.attention.flex_attention; the one that takes a BlockMask",
     ),

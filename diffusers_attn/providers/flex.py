@@ -20,6 +20,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from ..masks import MaskKind
 from .base import Adapter, Layout, Params
 
+RECOMPILE_LIMIT = 256
+
 
 class Flex(Adapter):
     """Programmable attention (arXiv 2412.05496). Fully masked rows give zeros and an lse of -inf by themselves."""
@@ -54,7 +56,10 @@ def _call(query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params, 
         with warnings.catch_warnings():  # it recommends torch.compile, which on a CPU cannot return the lse
             warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
             return flex_attention(query, key, value, **arguments)
-    return _compiled()(query, key, value, **arguments)
+    # Every form of mask, and training beside inference, is a graph of its own. Past the compiler's limit for one
+    # function, the uncompiled form would be taken.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        return _compiled()(query, key, value, **arguments)
 
 
 @functools.cache

@@ -254,7 +254,9 @@ class Efficient(AtenAdapter):
         lse: Tensor,
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_out, query, key, value, out = rows_contiguous(grad_out, query, key, value, out)
+        grad_out, query, key, value = rows_contiguous(grad_out, query, key, value)
+        # The kernel takes no strides for the output: it reads it as it once wrote it, [batch, seq, heads, head_dim].
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         bias, dead = kernel_bias(mask, query, key)
         grad_out, lse = without_dead_rows(grad_out, lse.transpose(1, 2), dead)
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf).contiguous()

@@ -55,7 +55,8 @@ class Xformers(Adapter):
         lse: Tensor,
         params: Params,
     ) -> Gradients:
-        grad_out, query, key, value, out = varlen.rows_contiguous(grad_out, query, key, value, out)
+        grad_out, query, key, value = varlen.rows_contiguous(grad_out, query, key, value)
+        out = out.contiguous()  # CUTLASS takes no strides for it
         bias, dead = (None, None) if mask is None else aligned_bias(mask, query.dtype, key.shape[1])
         lse = lse.transpose(1, 2)
         if dead is not None:

@@ -117,7 +117,9 @@ def test_lse(provider, case, record):
     record(provider, "lse", error, limit)
 
 
-@pytest.mark.parametrize(("provider", "case"), provider_cases(lambda can: can.lse and can.backward, ADAPTER_CASES))
+@pytest.mark.parametrize(
+    ("provider", "case"), provider_cases(lambda can: can.lse and can.backward and can.backward_of_parts, ADAPTER_CASES)
+)
 def test_parts_of_the_keys_add_up(provider, case, record):
     """What ring attention does: each part forward, merged by lse; then each part backward from the merged result."""
     adapter, mask = load(provider), case.make_mask()
