@@ -71,8 +71,10 @@ def _lower_mask(
     if mask is None:
         return key, value, None, None, None
     if params.mask_kind != MaskKind.KEY:
-        # As bytes, since CuTe has no bool in memory.
-        return key, value, None, varlen.rows_contiguous(mask)[0].view(torch.uint8), None
+        # As bytes, since CuTe has no bool in memory. (Inductor cannot view a bool as another dtype; it fuses the copy.)
+        (entries,) = varlen.rows_contiguous(mask)
+        compiling = torch.compiler.is_compiling()
+        return key, value, None, entries.to(torch.uint8) if compiling else entries.view(torch.uint8), None
     packing = varlen.pack_keys(mask, key.shape[0], key.shape[1], across_batch=False)
     packed_key, packed_value = (varlen.pack(tensor, packing).view(tensor.shape) for tensor in (key, value))
     return packed_key, packed_value, packing.lengths, None, packing

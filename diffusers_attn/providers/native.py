@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from ..masks import MaskKind
 from .base import Adapter, Layout, Params
 from .bias import aligned_bias
 from .varlen import rows_contiguous
@@ -141,9 +140,7 @@ class Native(AtenAdapter):
 
     @classmethod
     def bind(cls, params: Params) -> Callable[..., Tensor]:
-        if params.mask_kind != MaskKind.NONE and params.device_type != "cpu":
-            return super().bind(params)
-        # Nothing to do between the caller and PyTorch.
+        # Nothing to do between the caller and PyTorch, whose kernels give zeros where a row has no key.
         constants: dict[str, Any] = {
             "dropout_p": params.dropout_p,
             "is_causal": params.is_causal,
@@ -156,15 +153,7 @@ class Native(AtenAdapter):
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
-        if mask is None or params.device_type == "cpu":
-            return cls.bind(params)(query, key, value, mask)
-        # On a GPU the fused kernels give NaN in a fully masked row.
-        dead = masks.dead_rows(mask)
-        bias = masks.as_bias(mask, dead, query.dtype)
-        out = scaled_dot_product_attention(
-            query, key, value, bias, params.dropout_p, scale=params.scale, enable_gqa=params.gqa
-        )
-        return out.masked_fill(dead, 0.0)
+        return cls.bind(params)(query, key, value, mask)
 
     @classmethod
     def kernel(cls, query: Tensor, value: Tensor, mask: Any, params: Params) -> type[AtenAdapter]:
@@ -329,11 +318,48 @@ class Cudnn(AtenAdapter):
         grad_out, query, key, value, out = rows_contiguous(grad_out, query, key, value, out)
         bias, dead = kernel_bias(mask, query, key)
         grad_out, lse = without_dead_rows(grad_out, lse.transpose(1, 2), dead)
-        seed = torch.empty((), dtype=torch.int64, device=query.device)
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out, query, key, value, out, lse.unsqueeze(-1).contiguous(), seed, seed, bias, None, None,
-            query.shape[2], key.shape[2], 0.0, params.is_causal, scale=params.scale,
-        )  # fmt: skip
+        run = cudnn_backward_op if torch.compiler.is_compiling() else _cudnn_backward
+        return run(grad_out, query, key, value, out, lse, bias, params.is_causal, params.scale)
+
+
+def _cudnn_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    seed = torch.empty((), dtype=torch.int64, device=query.device)  # of dropout: not read
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad_out, query, key, value, out, lse.contiguous().unsqueeze(-1), seed, seed, bias, None, None,
+        query.shape[2], key.shape[2], 0.0, is_causal, scale=scale,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("diffusers_attn::cudnn_backward", mutates_args=(), device_types="cuda")
+def cudnn_backward_op(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward, closed to Inductor: it gives an lse that it computed itself strides that cuDNN refuses."""
+    grads = _cudnn_backward(grad_out, query, key, value, out, lse, bias, is_causal, scale)
+    return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
+
+
+@cudnn_backward_op.register_fake
+def _(grad_out, query, key, value, *rest):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def without_dead_rows(grad_out: Tensor, lse: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:
