@@ -211,6 +211,7 @@ def attend(
     *,
     layout: Layout,
     bound: ProviderChoice | None = None,
+    scoped: bool = True,
 ) -> Tensor:
     """`attention_dispatch` for 4-D tensors in either layout, for a caller bound to a provider.
 
@@ -218,9 +219,10 @@ def attend(
         layout: of query, key, value and the result: "bhsd" `[batch, heads, seq, head_dim]`, as SDPA has it, or "bshd",
             as diffusers' processors do. `attn_mask` is `[batch, heads, query_len, key_len]` in both.
         bound: the caller's provider, where no scope overrides it.
+        scoped: whether a scope overrides it.
     """
     grad_enabled = _is_grad_enabled()
-    choice = _scope.choice or (_outside_scopes(bound) if grad_enabled else bound or NATIVE)
+    choice = (scoped and _scope.choice) or (_outside_scopes(bound) if grad_enabled and scoped else bound or NATIVE)
     if _any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     needs_grad = grad_enabled and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -229,11 +231,11 @@ def attend(
             choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad
         )
     else:
-        # All that a decision could depend on, checks included: a call like an earlier one costs one look-up. (That the
-        # three agree in dtype and device is checked for the first call here, and for each by every kernel. The
-        # device's index tells CPU, which has -1, from accelerator: PyTorch has one kind of accelerator at a time.)
+        # All that a decision or a check could depend on: a call like an earlier one costs one look-up. (A device's
+        # index takes less time than the device, and does as well beside the whole device of the query.)
         signature = (
-            choice, layout, query.shape, key.shape, value.shape, query.dtype, query.get_device(), dropout_p, is_causal,
+            choice, layout, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
+            query.device, key.get_device(), value.get_device(), dropout_p, is_causal,
             scale, enable_gqa, needs_grad, None if attn_mask is None else _mask_signature(attn_mask, grad_enabled),
         )  # fmt: skip
         prepared = _prepared.get(signature)

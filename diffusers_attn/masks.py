@@ -116,7 +116,13 @@ def as_bias(mask: torch.Tensor, dead: torch.Tensor, dtype: torch.dtype) -> torch
     Kernels divide zero by zero in a fully masked row, and the NaN survives in gradients even where the output is
     thrown away. So `dead` rows attend to everything here, and the caller clears their output.
     """
-    if mask.dtype == torch.bool:
-        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return bias.masked_fill_(~mask & ~dead, float("-inf"))
-    return mask.to(dtype).masked_fill(dead, 0.0)
+    alive = without_dead_rows(mask, dead)
+    if mask.dtype != torch.bool:
+        return alive.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~alive, float("-inf"))
+
+
+def without_dead_rows(mask: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    """`mask` with its `dead` rows seeing everything, as kernels need it."""
+    # For a bool mask: where a row is alive, mask != False is the mask; where it is dead, False != True is True.
+    return mask != dead if mask.dtype == torch.bool else mask.masked_fill(dead, 0.0)

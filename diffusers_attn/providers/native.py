@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
+from ..masks import MaskKind
 from .base import Adapter, Layout, Params
 from .bias import aligned_bias
 from .varlen import rows_contiguous
@@ -140,7 +141,9 @@ class Native(AtenAdapter):
 
     @classmethod
     def bind(cls, params: Params) -> Callable[..., Tensor]:
-        # Nothing to do between the caller and PyTorch, whose kernels give zeros where a row has no key.
+        if params.mask_kind != MaskKind.NONE and params.device_type != "cpu":
+            return super().bind(params)
+        # Nothing to do between the caller and PyTorch.
         constants: dict[str, Any] = {
             "dropout_p": params.dropout_p,
             "is_causal": params.is_causal,
@@ -153,7 +156,20 @@ class Native(AtenAdapter):
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
-        return cls.bind(params)(query, key, value, mask)
+        if mask is None or params.device_type == "cpu":
+            return cls.bind(params)(query, key, value, mask)
+        # Unlike the CPU's, PyTorch's GPU kernels give whatever they like where a row has no key (cuDNN: not even NaN).
+        dead = masks.dead_rows(mask)
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            masks.without_dead_rows(mask, dead),
+            params.dropout_p,
+            scale=params.scale,
+            enable_gqa=params.gqa,
+        )
+        return out.masked_fill(dead, 0.0)
 
     @classmethod
     def kernel(cls, query: Tensor, value: Tensor, mask: Any, params: Params) -> type[AtenAdapter]:

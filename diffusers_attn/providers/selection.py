@@ -57,7 +57,7 @@ def candidates(call: Call) -> list[tuple[str, str]]:
         capability = torch.cuda.get_device_capability(call.device)
         where = "on sm_{}{}".format(*capability)
         sizes = [size for chip, size in speeds.MEASURED if chip == capability and call.head_dim <= size]
-        if sizes:
+        if sizes and call.dtype in (torch.bfloat16, torch.float16):  # as measured
             table = speeds.MEASURED[capability, min(sizes)]
             where += f" with head_dim {min(sizes)} and {'long' if call.long else 'short'} sequences"
     ranked = sorted(table, key=lambda name: -table[name][call.long])

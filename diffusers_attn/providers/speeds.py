@@ -1,35 +1,50 @@
-"""What was measured, for `auto` to choose by: fastest first, per GPU and head dimension.
+"""What was measured, for `auto` to choose by.
 
-The figures are forward TFLOP/s (4 * batch * heads * Lq * Lk * head_dim over the time of one call), bfloat16, no mask,
-from `benchmarks/providers.py`; docs/providers.md has the runs. Only the order matters here.
+Forward TFLOP/s (4 * batch * heads * Lq * Lk * head_dim over the time of one call) in bfloat16 without a mask, by
+`benchmarks/providers.py`; the runs are in docs/providers.md. Only their order matters here.
 """
 
 from __future__ import annotations
 
-# (compute capability, head_dim up to) -> provider -> TFLOP/s at lengths below 8192 and from 8192 on.
-MEASURED: dict[tuple[tuple[int, int], int], dict[str, tuple[float, float]]] = {
-    ((9, 0), 64): {
-        "flash_4": (400, 531),
-        "_native_cudnn": (390, 416),
-        "sage": (380, 486),
-        "_sage_qk_int8_pv_fp16_triton": (300, 420),
-        "flash": (300, 318),
-        "_native_flash": (280, 316),
-        "_native_efficient": (120, 137),
-    },
-    ((9, 0), 128): {
-        "_native_cudnn": (605, 570),
-        "flash_4": (529, 660),
-        "sage": (445, 758),
-        "flash": (335, 379),
-        "_sage_qk_int8_pv_fp16_triton": (307, 436),
-        "_native_flash": (290, 360),
-        "_native_efficient": (152, 178),
-    },
-}
-
 LONG = 8192
 """the key length from which the second figure counts."""
+
+# (compute capability, largest head_dim) -> provider -> (at 4,608 tokens, at 17,776 and more).
+# With head_dim 64 only the long ones were measured; the short are taken to rank alike.
+MEASURED: dict[tuple[tuple[int, int], int], dict[str, tuple[float, float]]] = {
+    ((9, 0), 64): {
+        "flash_4": (526, 526),
+        "sage": (499, 499),
+        "_sage_qk_int8_pv_fp8_cuda_sm90": (496, 496),
+        "_sage_qk_int8_pv_fp16_triton": (414, 414),
+        "_native_cudnn": (403, 403),
+        "sage_varlen": (400, 400),
+        "_sage_qk_int8_pv_fp16_cuda": (358, 358),
+        "_sage_qk_int8_pv_fp8_cuda": (326, 326),
+        "flash": (317, 317),
+        "xformers": (310, 310),
+        "_native_flash": (309, 309),
+        "flash_varlen": (308, 308),
+        "flex": (295, 295),
+        "_native_efficient": (136, 136),
+    },
+    ((9, 0), 128): {
+        "_native_cudnn": (555, 557),
+        "flash_4": (531, 672),
+        "sage": (415, 767),
+        "_sage_qk_int8_pv_fp8_cuda_sm90": (330, 769),
+        "flash": (329, 375),
+        "_native_flash": (314, 343),
+        "flash_varlen": (303, 372),
+        "flex": (292, 375),
+        "xformers": (275, 372),
+        "_sage_qk_int8_pv_fp16_triton": (260, 438),
+        "_sage_qk_int8_pv_fp16_cuda": (243, 431),
+        "_sage_qk_int8_pv_fp8_cuda": (209, 357),
+        "sage_varlen": (206, 398),
+        "_native_efficient": (161, 177),
+    },
+}
 
 UNMEASURED = ("flash_3", "flash", "_native_cudnn", "native", "xformers", "flex", "flash_varlen", "_native_math")
 """The order elsewhere: newest kernels first. Also what follows the measured ones."""

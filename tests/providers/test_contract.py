@@ -103,6 +103,21 @@ def test_any_adapter_is_differentiable_through_its_two_functions(provider, mask)
     assert torch.autograd.gradcheck(attention, (query, key, value))
 
 
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "none"])
+def test_what_native_does_around_gpu_kernels_changes_no_number(mask):
+    """Those give anything in a row without keys, so native keeps such rows from them. Here with the CPU's kernels."""
+    query, key, value = (tensor.requires_grad_() for tensor in make(torch.float64))
+    kind, view = classify(MASKS[mask], B, HEADS, LQ, LK)
+    view = view if view.dtype == torch.bool else view.double()
+    constants = params(kind)._replace(device_type="cuda")
+    out = load("native").bind(constants)(query, key, value, view)
+    expected, _ = reference.attention(query, key, value, MASKS[mask], scale=0.2)
+    assert torch.allclose(out, expected, atol=1e-12)
+    grads = (torch.autograd.grad(each.square().sum(), (query, key, value)) for each in (out, expected))
+    for ours, theirs in zip(*grads):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
 def test_kinds_cover_the_masks_used_here():
     kinds = {classify(mask, B, HEADS, LQ, LK)[0] for mask in MASKS.values()}
     assert kinds == {MaskKind.NONE, MaskKind.KEY, MaskKind.DENSE, MaskKind.BIAS}

@@ -72,7 +72,8 @@ def test_lossy_ones_only_by_name(hopper):
 def test_a_mask_and_float32_are_followed(hopper):
     biased = selection.select(hopper._replace(mask_kind=MaskKind.BIAS))
     assert biased.plan.provider in ("_native_cudnn", "_native_efficient", "native")
-    assert selection.select(hopper._replace(dtype=torch.float32)).plan.provider == "_native_efficient"
+    in_float32 = selection.select(hopper._replace(dtype=torch.float32))
+    assert in_float32.plan.provider == "native" and "not measured" in in_float32.reason
 
 
 def test_auto_serves_calls():
