@@ -18,10 +18,12 @@ from torch import Tensor
 
 from . import masks
 from .errors import AttentionProviderError
+from .masks import MaskKind
 from .providers import lowering, registry, speeds
 from .providers.base import Layout, Option, Params
 from .providers.catalog import SPECS, AttentionProvider
 from .providers.decision import Call, Plan, decide
+from .providers.selection import Selection, select
 
 # Looked up once: a call's own cost is a few microseconds, and each attribute is a part of it.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -330,33 +332,21 @@ def _prepare(
         )
         return Prepared(again, False, None)
     _check_tensors(query, key, value, enable_gqa, layout)
-    heads_dim, seq = (1, 2) if layout == "bhsd" else (2, 1)
-    query_len, key_len = query.shape[seq], key.shape[seq]
-    heads, kv_heads = _constant(query.shape[heads_dim]), _constant(key.shape[heads_dim])
-    head_dim = _constant(query.shape[-1])
-    sizes = max(query.shape[0], key.shape[0]), query.shape[heads_dim], query_len, key_len
+    sizes = _sizes(query, key, layout)
     mask_kind, mask = masks.classify(attn_mask, *sizes)
-    bias_needs_grad = mask_kind in masks.ADDITIVE and _is_grad_enabled() and attn_mask.requires_grad
-    lengths = "equal" if query_len == key_len else "shorter" if query_len < key_len else "longer"
-    # Not the comparisons' results, which are symbolic in a dynamic graph.
-    long = True if key_len >= speeds.LONG else False
-    dropout = True if dropout_p > 0.0 else False
-    call = (
-        query.device, query.dtype, head_dim, _constant(value.shape[-1]), heads, kv_heads, lengths, long, mask_kind,
-        is_causal, dropout, needs_grad, bias_needs_grad, choice.options,
-    )  # fmt: skip
+    call = _describe(query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, choice.options)
     plan = Plan(*_decide(choice.provider, *call))
-    if query_len == 0 or key_len == 0 or query.shape[0] == 0:
+    if 0 in sizes:
         plan = plan._replace(empty=True)
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         plan = plan._replace(broadcast=True)
     params = Params(
         mask_kind=plan.mask_kind,
         is_causal=is_causal,
-        scale=float(head_dim) ** -0.5 if scale is None else float(scale),
+        scale=float(call.head_dim) ** -0.5 if scale is None else float(scale),
         default_scale=scale is None,
-        dropout_p=dropout_p if dropout else 0.0,
-        gqa=heads != kv_heads and not plan.repeat_kv,
+        dropout_p=dropout_p if call.dropout else 0.0,
+        gqa=call.heads != call.kv_heads and not plan.repeat_kv,
         device_type=query.device.type,
         options=choice.options,
     )
@@ -368,6 +358,71 @@ def _prepare(
         attention = adapter.bind(params)
     view = None if mask is attn_mask else functools.partial(_view_mask, sizes=sizes)
     return Prepared(attention, plan.layout != layout, view)
+
+
+def _sizes(query: Tensor, key: Tensor, layout: Layout) -> tuple[int, int, int, int]:
+    """batch, heads, query_len, key_len."""
+    heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
+    return max(query.shape[0], key.shape[0]), query.shape[heads], query.shape[seq], key.shape[seq]
+
+
+def _describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    mask_kind: MaskKind,
+    dropout_p: float,
+    is_causal: bool,
+    layout: Layout,
+    needs_grad: bool,
+    options: tuple[tuple[str, object], ...],
+) -> Call:
+    """What a decision depends on. Truths are spelled out: a comparison is symbolic in a dynamic graph."""
+    heads = 1 if layout == "bhsd" else 2
+    _, _, query_len, key_len = _sizes(query, key, layout)
+    return Call(
+        device=query.device,
+        dtype=query.dtype,
+        head_dim=_constant(query.shape[-1]),
+        value_head_dim=_constant(value.shape[-1]),
+        heads=_constant(query.shape[heads]),
+        kv_heads=_constant(key.shape[heads]),
+        query_len="equal" if query_len == key_len else "shorter" if query_len < key_len else "longer",
+        long=True if key_len >= speeds.LONG else False,
+        mask_kind=mask_kind,
+        is_causal=is_causal,
+        dropout=True if dropout_p > 0.0 else False,
+        needs_grad=needs_grad,
+        bias_needs_grad=mask_kind in masks.ADDITIVE and _is_grad_enabled() and attn_mask.requires_grad,
+        options=options,
+    )
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+    *,
+    layout: Layout = "bhsd",
+    lossy: str | tuple[str, ...] = (),
+) -> Selection:
+    """What `auto` would pick for a call, and why; prints as a short report. Nothing is computed.
+
+    Takes the arguments of `attend` that matter to a choice; `lossy` is the option of `auto`.
+
+    Raises:
+        AttentionProviderError: no usable provider serves the call; says why for each.
+    """
+    _check_tensors(query, key, value, enable_gqa, layout)
+    mask_kind, _ = masks.classify(attn_mask, *_sizes(query, key, layout))
+    needs_grad = _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    options = ProviderChoice.of("auto", lossy=lossy).options
+    return select(_describe(query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, options))
 
 
 def _view_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Any:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError, attention_dispatch, attention_provider
+from diffusers_attn.dispatch import explain
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers import registry, selection
 from diffusers_attn.providers.decision import Call
@@ -74,6 +75,14 @@ def test_a_mask_and_float32_are_followed(hopper):
     assert biased.plan.provider in ("_native_cudnn", "_native_efficient", "native")
     in_float32 = selection.select(hopper._replace(dtype=torch.float32))
     assert in_float32.plan.provider == "native" and "not measured" in in_float32.reason
+
+
+def test_it_says_what_it_would_pick_and_why():
+    query = torch.randn(1, 2, 5, 8)
+    assert "native: first able" in str(explain(query, query, query))
+    assert explain(query.double(), query.double(), query.double()).plan.provider == "native"
+    with pytest.raises(AttentionProviderError, match="2 query heads do not divide|one number of heads"):
+        explain(query, query[:, :1].expand(1, 3, 5, 8), query[:, :1].expand(1, 3, 5, 8))
 
 
 def test_auto_serves_calls():

@@ -1,0 +1,162 @@
+"""The seam in diffusers: how what is set on its attention modules gets bound, and stays bound.
+
+Everything that is patched is patched here, by `install`. (The functions that processors call are in `doors.py`.)
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_processor import Attention, MochiAttention
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from ..errors import AttentionProviderError
+from .bound import BoundProcessor, bind, obstacle, unbind
+from .dispatch import DispatchProcessor
+
+ATTENTION_CLASSES = (Attention, AttentionModuleMixin, MochiAttention)
+
+# Where a module notes the choice that it is bound to. Its processor is not note enough: it may be one that cannot be
+# bound, for a while (attention slicing), or be swapped without our knowing (perturbed attention guidance assigns to
+# `module.processor`); and what diffusers sets after that is to be bound again.
+_CHOICE = "_attention_provider_choice"
+
+# The functions through which a processor comes from whoever sets it.
+_SETTERS = {"set_attn_processor", "fn_recursive_attn_processor", "set_processor"}
+
+
+@functools.cache  # once
+def install() -> None:
+    """Teach diffusers' attention modules and models what a `DispatchProcessor` is.
+
+    Nothing changes for modules on which none is set.
+    """
+    for cls in (Attention, AttentionModuleMixin):
+        _patch(cls, set_processor=_binding(cls.set_processor))
+    _patch(MochiAttention, set_processor=Attention.set_processor, get_processor=Attention.get_processor)
+    _patch(AttentionMixin, set_attn_processor=_requesting(AttentionMixin.set_attn_processor))
+    # A third of the model classes have attention modules, but not the mixin with these two.
+    _patch(ModelMixin, **{name: vars(AttentionMixin)[name] for name in ("set_attn_processor", "attn_processors")})
+
+
+def _patch(cls: type, **attributes: Any) -> None:
+    for name, value in attributes.items():
+        setattr(cls, name, value)
+
+
+def _binding(upstream: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(upstream)
+    def set_processor(self: nn.Module, processor: Any) -> None:
+        upstream(self, _placed(self, processor))
+
+    return set_processor
+
+
+def _placed(module: nn.Module, processor: Any) -> Any:
+    """What to put into `module` where `processor` is set on it.
+
+    A plain processor that is set by diffusers does attention in another way (fused projections, IP-Adapter, KV cache,
+    and back), which says nothing about the provider: a bound module stays bound, an unbound one unbound. One that is
+    set by anyone else is what they want, and ends the binding.
+    """
+    notes = vars(module)
+    if isinstance(processor, DispatchProcessor):
+        choice, processor = processor.choice, getattr(module, "processor", None)
+        reason = obstacle(processor)
+        if reason is not None:
+            raise AttentionProviderError(f"{type(module).__name__} cannot be bound to an attention provider: {reason}.")
+    elif _CHOICE not in notes and not isinstance(processor, BoundProcessor):
+        return processor
+    elif _set_by_diffusers():
+        if _CHOICE not in notes:
+            return unbind(processor)
+        choice = notes[_CHOICE]
+        reason = obstacle(processor)
+        if reason is not None:
+            provider = f"provider '{choice.provider}'" if choice else "the scope's provider"
+            warnings.warn(f"{reason}. While it is in place, this attention does not go to {provider}.", stacklevel=3)
+    elif isinstance(processor, BoundProcessor):
+        choice = processor.choice
+    else:
+        del notes[_CHOICE]
+        return processor
+    notes[_CHOICE] = choice
+    return bind(processor, choice)
+
+
+def _set_by_diffusers() -> bool:
+    """Whether the processor that is being set comes from diffusers' own code.
+
+    This looks at the caller. The alternative is to patch all that sets processors, in all model classes, loaders and
+    pipelines, and to miss the next one. `set_default_attn_processor` is how a user gets rid of other processors.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (frame.f_globals is globals() or frame.f_code.co_name in _SETTERS):
+        frame = frame.f_back
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package == "diffusers" and frame.f_code.co_name != "set_default_attn_processor"
+
+
+def _requesting(upstream: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(upstream)
+    def set_attn_processor(self: nn.Module, processor: Any) -> None:
+        if isinstance(processor, DispatchProcessor):
+            bind_model(self, processor)
+        elif isinstance(processor, dict):
+            upstream(self, _without_obstacles(self, processor))
+        else:
+            upstream(self, processor)
+
+    return set_attn_processor
+
+
+def _without_obstacles(model: Any, processors: dict[str, Any]) -> dict[str, Any]:
+    """`processors`, leaving alone the modules that they would bind and that cannot be. A copy: upstream empties it."""
+    current: dict[str, Any] = model.attn_processors
+    requested = [name for name, each in processors.items() if isinstance(each, DispatchProcessor) and name in current]
+    blocked = {name: current[name] for name in requested if obstacle(current[name])}
+    if requested and len(blocked) == len(requested):
+        raise _nothing_to_bind(model, blocked.values())
+    return processors | blocked
+
+
+def attention_modules_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules of `model` that have an attention processor, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, ATTENTION_CLASSES) and getattr(module, "processor", None) is not None:
+            yield name, module
+
+
+def check_bindable(model: nn.Module) -> None:
+    """Raises AttentionProviderError if no attention module of `model` can be bound."""
+    processors = [module.processor for _, module in attention_modules_of(model)]
+    if all(map(obstacle, processors)):
+        raise _nothing_to_bind(model, processors)
+
+
+def bind_model(model: nn.Module, request: DispatchProcessor) -> None:
+    """Bind every attention module of `model` that can be; see `check_bindable`."""
+    check_bindable(model)
+    for _, module in attention_modules_of(model):
+        if obstacle(module.processor) is None:
+            module.set_processor(request)
+
+
+def unbind_model(model: nn.Module) -> None:
+    """Put the original processors of `model` back."""
+    for _, module in attention_modules_of(model):
+        module.set_processor(unbind(module.processor))
+
+
+def _nothing_to_bind(model: nn.Module, processors: Iterable[Any]) -> AttentionProviderError:
+    reasons = "; ".join(sorted({str(obstacle(processor)) for processor in processors})) or "it has no attention modules"
+    return AttentionProviderError(
+        f"no attention of {type(model).__name__} can go through a provider: {reasons}. If its own processors were "
+        "replaced (by attention slicing, xformers or set_default_attn_processor), put those back first."
+    )

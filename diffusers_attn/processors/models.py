@@ -1,0 +1,104 @@
+"""Whole models and pipelines at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from ..errors import AttentionProviderError
+from ..providers.catalog import AttentionProvider
+from .binding import attention_modules_of, bind_model, check_bindable, unbind_model
+from .bound import BoundProcessor, obstacle, unbind
+from .dispatch import DispatchProcessor
+
+# Where diffusers keeps the models that a pipeline runs at every step. What it runs once (text and image encoders,
+# autoencoders, connectors) takes little of the time, and often has heads or masks that a fast kernel refuses.
+_DENOISERS = ("diffusers.models.transformers.", "diffusers.models.unets.", "diffusers.models.controlnets.")
+
+
+def set_attention_provider(target: Any, provider: str | AttentionProvider | None, **options: object) -> None:
+    """Send all attention of a model, or of a pipeline's denoising models, through a provider.
+
+    Args:
+        target: a diffusers model (also compiled, or inside of a PEFT model), or a pipeline: then its transformers,
+            UNets and ControlNets are meant, and not its autoencoders and encoders, which can be given by themselves.
+        provider: a name of `AttentionProvider`; None takes back what this function and `DispatchProcessor` did, and
+            leaves the processor objects in place that would be there without it.
+        options: options of the provider's kernel.
+
+    Raises:
+        ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
+        AttentionProviderError: no such provider or option; or nothing in `target` can be bound. Then nothing changed.
+    """
+    models = [target] if isinstance(target, nn.Module) else _denoisers(target)
+    if provider is None:
+        for model in models:
+            unbind_model(model)
+        return
+    request = DispatchProcessor(provider, **options)
+    for model in models:
+        check_bindable(model)
+    for model in models:
+        bind_model(model, request)
+
+
+def _denoisers(pipeline: Any) -> list[nn.Module]:
+    components = getattr(pipeline, "components", None)
+    if components is None:
+        raise AttentionProviderError(
+            f"set_attention_provider was given a {type(pipeline).__name__}; a model (torch.nn.Module) or a diffusers "
+            "pipeline is accepted."
+        )
+    models = [
+        model
+        for name, model in components.items()
+        if isinstance(model, nn.Module) and any(attention_modules_of(model)) and _denoises(name, model)
+    ]
+    if not models:
+        raise AttentionProviderError(
+            f"{type(pipeline).__name__} has no transformer, UNet or ControlNet with attention modules; its components "
+            f"are {', '.join(components)}. Give set_attention_provider the model that you mean."
+        )
+    return models
+
+
+def _denoises(name: str, model: nn.Module) -> bool:
+    # By its name, where the model is a class of the pipeline's own.
+    return name in ("transformer", "unet") or any(cls.__module__.startswith(_DENOISERS) for cls in type(model).__mro__)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionModule:
+    """An attention module of a model, and where its attention goes."""
+
+    name: str
+    processor: str
+    """The class of its processor."""
+    provider: str | None
+    """What it is bound to; "scope" where it follows the scope, None where it is not bound."""
+    obstacle: str | None
+    """Why it cannot be bound, None where it can."""
+
+
+def attention_modules(model: nn.Module) -> list[AttentionModule]:
+    """Every attention module of `model`, in its order: which go through a provider, and why others cannot.
+
+    Attention without a processor, which some models have in a few places (attention pooling), is not among them.
+    """
+    return [
+        AttentionModule(
+            name=name,
+            processor=type(unbind(module.processor)).__name__,
+            provider=_provider_of(module.processor),
+            obstacle=obstacle(module.processor),
+        )
+        for name, module in attention_modules_of(model)
+    ]
+
+
+def _provider_of(processor: Any) -> str | None:
+    if not isinstance(processor, BoundProcessor):
+        return None
+    return processor.choice.provider if processor.choice else "scope"

@@ -1,0 +1,86 @@
+"""Saving, loading, copying: nothing of the binding is in a checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import torch
+
+from diffusers_attn import DispatchProcessor
+from diffusers_attn.processors import attention_modules
+
+from ..zoo import CASES, relative_change
+from . import ip_adapters
+
+
+@torch.no_grad()
+def test_what_is_saved_is_diffusers_own(tmp_path):
+    case = CASES["flux"]
+    model = case.build()
+    ip_adapters.load_flux(model)
+    for folder, bind in (("plain", False), ("bound", True)):
+        if bind:
+            model.set_attn_processor(DispatchProcessor("native"))
+        model.save_pretrained(tmp_path / folder)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "bound" / name).read_bytes()
+
+
+@torch.no_grad()
+def test_a_saved_model_comes_back_unbound(tmp_path):
+    case = CASES["sd3"]
+    model = case.build()
+    expected = model(**case.inputs())
+    model.set_attn_processor(DispatchProcessor("_native_math"))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert {module.provider for module in attention_modules(loaded)} == {None}
+    assert relative_change(loaded(**case.inputs()), expected) == 0
+
+
+@torch.no_grad()
+def test_state_dicts_fit_both_ways():
+    case = CASES["flux"]
+    model, bound = case.build(seed=1), case.build()
+    bound.set_attn_processor(DispatchProcessor("native"))
+    bound.load_state_dict(model.state_dict())
+    assert relative_change(bound(**case.inputs()), model(**case.inputs())) < 1e-6
+    model.load_state_dict(bound.state_dict())
+
+
+def test_a_pickled_model_comes_back_bound_in_another_process(tmp_path):
+    model = CASES["cogview4"].build()
+    model.set_attn_processor(DispatchProcessor("_native_math"))
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    script = """
+import pickle, sys
+from pathlib import Path
+model = pickle.loads(Path(sys.argv[1]).read_bytes())
+from diffusers_attn.processors import attention_modules
+print(*{module.provider for module in attention_modules(model)})
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "model.pickle"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["_native_math"]
+
+
+def test_the_first_line_of_a_process_may_be_on_any_model():
+    """Python looks `set_attn_processor` up before it makes the processor; these model classes do not have it."""
+    script = """
+import diffusers_attn, diffusers
+from diffusers.models.attention_processor import Attention, MochiAttention
+from diffusers.models.modeling_utils import ModelMixin
+plain = Attention.set_processor
+assert not hasattr(MochiAttention, "set_processor") and not hasattr(ModelMixin, "set_attn_processor")
+from diffusers_attn import DispatchProcessor
+sizes = dict(num_layers=1, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4)
+model = diffusers.CogView4Transformer2DModel(**sizes, text_embed_dim=8, time_embed_dim=8, condition_dim=4)
+model.set_attn_processor(DispatchProcessor("native"))
+from diffusers_attn.processors import attention_modules
+print(*{module.provider for module in attention_modules(model)})
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["native"]
