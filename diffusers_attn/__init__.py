@@ -1,5 +1,7 @@
 """Any attention kernel by name, under any diffusers model: exact, scoped, compiled."""
 
+import importlib
+
 from .dispatch import attention_dispatch, attention_provider
 from .errors import AttentionProviderError, ProviderUnavailableError
 from .providers.catalog import AttentionProvider
@@ -8,22 +10,42 @@ from .providers.registry import ProviderStatus, list_providers, provider_status
 __all__ = [
     "AttentionProvider",
     "AttentionProviderError",
+    "CPInput",
+    "CPOutput",
     "DispatchProcessor",
+    "ParamId",
     "ProviderStatus",
     "ProviderUnavailableError",
+    "apply_context_parallel",
     "attention_dispatch",
     "attention_provider",
+    "get_cp_plan",
+    "list_cp_plans",
     "list_providers",
     "provider_status",
+    "register_cp_plan",
+    "remove_context_parallel",
     "set_attention_provider",
 ]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
-    # These two import diffusers' attention modules, which code that only dispatches need not pay for.
-    if name in ("DispatchProcessor", "set_attention_provider"):
-        from . import processors
+# What code that only dispatches need not pay for: diffusers' attention modules, torch.distributed.
+_LAZY = {
+    "DispatchProcessor": "processors",
+    "set_attention_provider": "processors",
+    "apply_context_parallel": "context_parallel.hooks",
+    "remove_context_parallel": "context_parallel.hooks",
+    "CPInput": "cp_plans.plan",
+    "CPOutput": "cp_plans.plan",
+    "ParamId": "cp_plans.plan",
+    "get_cp_plan": "cp_plans.registry",
+    "list_cp_plans": "cp_plans.registry",
+    "register_cp_plan": "cp_plans.registry",
+}
 
-        return getattr(processors, name)
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

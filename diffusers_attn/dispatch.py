@@ -11,12 +11,13 @@ import functools
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import masks
+from .context_parallel.running import running
 from .errors import AttentionProviderError
 from .masks import MaskKind
 from .providers import lowering, registry, speeds
@@ -24,6 +25,12 @@ from .providers.base import Layout, Option, Params
 from .providers.catalog import SPECS, AttentionProvider
 from .providers.decision import Call, Plan, decide
 from .providers.selection import Selection, select
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .context_parallel.mesh import ContextParallelMesh
+    from .context_parallel.streams import Streams
 
 # Looked up once: a call's own cost is a few microseconds, and each attribute is a part of it.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -95,7 +102,8 @@ class _Scope(threading.local):
     def __init__(self) -> None:  # runs once in every thread that looks
         # No defaults in the class: Dynamo before PyTorch 2.13 would find those and not look further.
         self.choice: ProviderChoice | None = None
-        self.outer: list[ProviderChoice | None] = []
+        self.parallel: ContextParallelMesh | None = None
+        self.outer: list[tuple[ProviderChoice | None, ContextParallelMesh | None]] = []
 
 
 _scope = _Scope()
@@ -103,8 +111,8 @@ _scope = _Scope()
 _innermost: dict[int, ProviderChoice] = {}
 
 
-def _set_choice(choice: ProviderChoice | None) -> None:
-    _scope.choice = choice
+def _set_scope(choice: ProviderChoice | None, parallel: ContextParallelMesh | None) -> None:
+    _scope.choice, _scope.parallel = choice, parallel
     if _is_compiling():
         return
     if choice is None:
@@ -136,6 +144,10 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
 
     Args:
         provider: a name of `AttentionProvider`.
+        mesh: the `DeviceMesh` (or `ContextParallelMesh`) that `apply_context_parallel` was given. It is only needed for
+            the next two: a model to which a plan is applied is parallel without it, with the settings it was given.
+        convert_to_fp32: whether partial results of a ring merge in float32; otherwise in the dtype of the query.
+        rotate_method: how keys and values travel in a ring: "allgather", or "alltoall" from rank to rank.
         options: options of the provider's kernel.
 
     The scope is this thread's own, and scopes nest. It overrides the provider that a processor is bound to. With
@@ -147,21 +159,39 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
         AttentionProviderError: no such provider or option.
     """
 
-    def __init__(self, provider: str | AttentionProvider, **options: object) -> None:
+    def __init__(
+        self,
+        provider: str | AttentionProvider,
+        *,
+        mesh: DeviceMesh | ContextParallelMesh | None = None,
+        convert_to_fp32: bool = True,
+        rotate_method: str = "allgather",
+        **options: object,
+    ) -> None:
         self.choice = ProviderChoice.of(provider, **options)
         status = registry.provider_status(self.choice.provider)
         if not status.available:
             raise registry.unavailable(status)
+        self.parallel: ContextParallelMesh | None = None
+        if mesh is not None:
+            from .context_parallel.mesh import ContextParallelMesh
+
+            self.parallel = ContextParallelMesh.of(mesh, rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)
+        elif (convert_to_fp32, rotate_method) != (True, "allgather"):
+            raise AttentionProviderError(
+                f"convert_to_fp32={convert_to_fp32!r} and rotate_method={rotate_method!r} say how a mesh of devices is "
+                "used, and no mesh was given. Pass mesh=..., the one that apply_context_parallel was given."
+            )
 
     def __enter__(self) -> ProviderChoice:
-        _scope.outer.append(_scope.choice)
-        _set_choice(self.choice)
+        _scope.outer.append((_scope.choice, _scope.parallel))
+        _set_scope(self.choice, self.parallel)
         return self.choice
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _set_choice(_scope.outer.pop())
+        _set_scope(*_scope.outer.pop())
 
 
 def active_choice(bound: ProviderChoice | None = None) -> ProviderChoice:
@@ -227,6 +257,12 @@ def attend(
     choice = (scoped and _scope.choice) or (_outside_scopes(bound) if grad_enabled and scoped else bound or NATIVE)
     if _any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
+    if running.streams is not None:  # in a model whose tokens are split over devices
+        out = _attend_split(
+            choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, running.streams
+        )
+        if out is not None:
+            return out
     needs_grad = grad_enabled and (query.requires_grad or key.requires_grad or value.requires_grad)
     if _is_compiling():
         attention, transpose, mask_view = _prepare(
@@ -256,6 +292,32 @@ def attend(
     else:
         out = attention(query, key, value, attn_mask if mask_view is None else mask_view(attn_mask))
     return out.transpose(1, 2) if transpose else out
+
+
+def _attend_split(
+    choice: ProviderChoice,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    layout: Layout,
+    streams: Streams,
+) -> Tensor | None:
+    """Attention over the ranks that share the sequence; None for a call that each rank can answer by itself."""
+    from .context_parallel.call import split_attention
+
+    _check_tensors(query, key, value, enable_gqa, layout)
+    if layout == "bhsd":
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out = split_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, streams=streams, provider=choice.provider,
+        options=choice.options, mesh=_scope.parallel,
+    )  # fmt: skip
+    return out.transpose(1, 2) if out is not None and layout == "bhsd" else out
 
 
 class Prepared(NamedTuple):

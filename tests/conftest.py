@@ -5,8 +5,8 @@ import os
 # Threads that wait should sleep: spinning ones slow down a machine that runs other tests, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 # Side by side with other processes on few cores, more threads only make tests slower.
 torch.set_num_threads(int(os.environ.get("DIFFUSERS_ATTN_TEST_THREADS", "1")))

@@ -212,7 +212,8 @@ def test_dropout_drops_and_is_refused_where_it_cannot_be():
         ({"key": torch.randn(1, 3, 5, 8)}, "one number of heads"),
         ({"key": torch.randn(3, 2, 5, 8), "query": torch.randn(2, 2, 5, 8)}, "batch sizes"),
         ({"key": torch.randn(1, 2, 5, 8, dtype=torch.float64)}, "one dtype"),
-        ({"key": torch.randn(1, 2, 5, 8, device="meta")}, "one device"),
+        # Another length than elsewhere: an index, which is all that a repeated call is checked for, is -1 for both.
+        ({"key": torch.randn(1, 2, 6, 8, device="meta"), "value": torch.randn(1, 2, 6, 8)}, "one device"),
         ({"query": torch.randn(1, 4, 5, 8)}, "enable_gqa"),
     ],
 )

@@ -1,0 +1,96 @@
+"""An attention call as a model makes it, where its tokens may be split: local, over the ranks, or refused.
+
+This is what dispatch asks before it serves a call itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import AttentionProviderError
+from .mesh import ContextParallelMesh
+from .sharded_masks import OuterMask, ShardedMask, sharded_mask
+from .streams import SplitCall, Streams
+from .unified import parallel_attention
+
+
+def split_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    streams: Streams,
+    provider: str,
+    options: tuple[tuple[str, object], ...] = (),
+    mesh: ContextParallelMesh | None = None,
+) -> Tensor | None:
+    """Attention over the ranks of a mesh, or None where the call is complete on each rank.
+
+    Args:
+        streams: of the model that makes the call.
+        mesh: the same groups as those of `streams`, with settings of its own; None takes those of `streams`.
+        query, key, value: `[batch, seq, heads, head_dim]` of this rank.
+        attn_mask: of up to four dimensions, `[batch, heads, queries, keys]` once broadcast. Over this rank's keys, or
+            all.
+
+    Raises:
+        AttentionProviderError: a call that context parallelism does not serve exactly; nothing has been sent.
+    """
+    mesh = streams.mesh if mesh is None else mesh
+    if (mesh.ring, mesh.ulysses) != (streams.mesh.ring, streams.mesh.ulysses):
+        raise AttentionProviderError(
+            f"attention was given a mesh of {mesh.ring.size} (ring) by {mesh.ulysses.size} (ulysses) ranks, and the "
+            f"model's tokens are split over {streams.mesh.ring.size} by {streams.mesh.ulysses.size}. Pass the mesh to "
+            "attention_provider that apply_context_parallel was given."
+        )
+    call = streams.attention(query.shape[1], key.shape[1])
+    if call is None:
+        return None
+    if dropout_p > 0.0:
+        raise AttentionProviderError(
+            f"dropout_p={dropout_p} over several ranks: weights would be dropped independently of how the sequence is "
+            "split only with one shared state. Set dropout to 0, or disable context parallelism."
+        )
+    mask = None if attn_mask is None else _mask(attn_mask, call, streams)
+    if not call.in_order and (is_causal or (attn_mask is not None and attn_mask.shape[-1] == call.keys.total)):
+        raise AttentionProviderError(
+            "several streams are joined in this call, and causality or a mask over all of them needs their order. Give "
+            'it in the plan: "path.of.the.attention": CPAttention(("text", "image")).'
+        )
+    return parallel_attention(
+        query,
+        key,
+        value,
+        mask,
+        mesh=mesh,
+        query_shards=call.queries,
+        key_shards=call.keys,
+        provider=provider,
+        options=options,
+        is_causal=is_causal,
+        scale=scale,
+    )
+
+
+def _mask(mask: Any, call: SplitCall, streams: Streams) -> ShardedMask:
+    if not isinstance(mask, Tensor):
+        raise AttentionProviderError(
+            f"attn_mask is a {type(mask).__name__}; over several ranks a torch.Tensor is accepted. A BlockMask counts "
+            "positions of the whole sequence: run this model on one device."
+        )
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    for dim in (1, 2):
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:  # made by expand: it says nothing of heads or queries
+            mask = mask.narrow(dim, 0, 1)
+    if streams.role is not None and streams.role.outer_mask:
+        # On the diagonal each token's value meets itself, and of True, False, one and zero the square is the same.
+        tokens = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return OuterMask(tokens, tokens)
+    return sharded_mask(mask, call.queries, call.keys, streams.mesh.rank)

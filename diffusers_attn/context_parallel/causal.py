@@ -1,0 +1,95 @@
+"""Causal attention between pieces of a sequence, as calls that kernels know: everything visible, or square and causal.
+
+Which key a query sees depends on their places in the whole sequence. Between two runs the visible keys are a trapezoid,
+and any trapezoid is at most two rectangles and a triangle, so that no mask is ever made.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .sharding import Run
+
+
+class Tile(NamedTuple):
+    """Some of the queries at hand attending to some of the keys at hand. Runs count from the first one at hand."""
+
+    query: Run
+    key: Run
+    is_causal: bool = False
+
+
+def tiles(query_runs: tuple[Run, ...], key_runs: tuple[Run, ...], is_causal: bool) -> list[Tile]:
+    """The calls that together let these queries see all that they may of these keys, each pair once."""
+    queries, keys = (sum(length for _, length in runs) for runs in (query_runs, key_runs))
+    if queries == 0 or keys == 0:
+        return []
+    if not is_causal:
+        return [Tile((0, queries), (0, keys))]
+    if query_runs == key_runs and list(query_runs) == sorted(query_runs):
+        return [Tile((0, queries), (0, keys), True)]
+    found = [
+        tile
+        for query, query_offset in _with_offsets(query_runs)
+        for key, key_offset in _with_offsets(key_runs)
+        for tile in _between(query, key, query_offset, key_offset)
+    ]
+    return _merge_queries(_merge_keys(found))
+
+
+def _with_offsets(runs: tuple[Run, ...]) -> list[tuple[Run, int]]:
+    return [(run, sum(length for _, length in runs[:index])) for index, run in enumerate(runs)]
+
+
+def _between(query: Run, key: Run, query_offset: int, key_offset: int) -> list[Tile]:
+    (query_start, query_len), (key_start, key_len) = query, key
+    query_end, key_end = query_start + query_len, key_start + key_len
+    before = min(key_end, query_start)  # keys up to here are seen by every query
+    corner = max(query_start, key_start)
+    square = min(query_end, key_end) - corner
+
+    def tile(query_from: int, query_to: int, key_from: int, key_to: int, is_causal: bool = False) -> list[Tile]:
+        if query_to <= query_from or key_to <= key_from:
+            return []
+        rows = (query_from - query_start + query_offset, query_to - query_from)
+        return [Tile(rows, (key_from - key_start + key_offset, key_to - key_from), is_causal)]
+
+    found = tile(query_start, query_end, key_start, before)
+    if square > 0:
+        found += tile(corner, corner + square, corner, corner + square, True)
+        found += tile(corner + square, query_end, corner, corner + square)
+    return found
+
+
+def _merge_keys(found: list[Tile]) -> list[Tile]:
+    """Fewer calls: the same queries, neighbouring keys."""
+    merged: list[Tile] = []
+    for tile in sorted(found, key=lambda tile: (tile.is_causal, tile.query, tile.key)):
+        last = merged[-1] if merged else None
+        if (
+            last
+            and not (tile.is_causal or last.is_causal)
+            and last.query == tile.query
+            and sum(last.key) == tile.key[0]
+        ):
+            merged[-1] = Tile(tile.query, (last.key[0], last.key[1] + tile.key[1]))
+        else:
+            merged.append(tile)
+    return merged
+
+
+def _merge_queries(found: list[Tile]) -> list[Tile]:
+    """Fewer calls: the same keys, neighbouring queries."""
+    merged: list[Tile] = []
+    for tile in sorted(found, key=lambda tile: (tile.is_causal, tile.key, tile.query)):
+        last = merged[-1] if merged else None
+        if (
+            last
+            and not (tile.is_causal or last.is_causal)
+            and last.key == tile.key
+            and sum(last.query) == tile.query[0]
+        ):
+            merged[-1] = Tile((last.query[0], last.query[1] + tile.query[1]), tile.key)
+        else:
+            merged.append(tile)
+    return merged

@@ -1,0 +1,52 @@
+"""What a user chooses about context parallelism: plain values, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..errors import AttentionProviderError
+
+ROTATE_METHODS = ("allgather", "alltoall")
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextParallelConfig:
+    """How one sequence is spread over `ring_degree * ulysses_degree` ranks.
+
+    Raises:
+        AttentionProviderError: a value that is not among those described below.
+    """
+
+    ring_degree: int = 1
+    """ranks between which keys and values travel."""
+    ulysses_degree: int = 1
+    """ranks that exchange sequence parts for heads, each then attending with some of the heads."""
+    rotate_method: str = "allgather"
+    """how keys and values travel. "allgather": all at once, under the attention to the local ones; "alltoall": from
+    rank to rank around the ring, each block under the attention to the one before, with memory for two blocks."""
+    convert_to_fp32: bool = True
+    """whether partial results merge in float32; otherwise in the dtype of the query."""
+
+    def __post_init__(self) -> None:
+        for name in ("ring_degree", "ulysses_degree"):
+            degree = getattr(self, name)
+            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+                raise AttentionProviderError(
+                    f"{name}={degree!r}: a whole number from 1 is accepted, where 1 switches it off; ring_degree * "
+                    "ulysses_degree is the number of ranks that share a sequence."
+                )
+        if self.rotate_method not in ROTATE_METHODS:
+            raise AttentionProviderError(
+                f"rotate_method={self.rotate_method!r}: accepted are {' and '.join(map(repr, ROTATE_METHODS))}. "
+                "On NVLink 'allgather' is the faster one; 'alltoall' needs less memory."
+            )
+        if not isinstance(self.convert_to_fp32, bool):
+            raise AttentionProviderError(
+                f"convert_to_fp32={self.convert_to_fp32!r}: True (partial results merge in float32) and False (in the "
+                "dtype of the query) are accepted."
+            )
+
+    @property
+    def size(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ring_degree * self.ulysses_degree

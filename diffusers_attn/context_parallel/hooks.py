@@ -1,0 +1,381 @@
+"""Applying a plan to a module, and taking it off again.
+
+Splits and gathers are forward hooks on the modules that the plan names. All that can be looked up is looked up when the
+plan is applied; a hook itself only slices, so that a compiler traces it into the module's graph. Modules that are
+replaced later, as LoRA does, are followed at the start of the next forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.hooks import RemovableHandle
+
+from ..cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+from ..cp_plans.registry import get_cp_plan
+from ..errors import AttentionProviderError
+from .mesh import ContextParallelMesh
+from .streams import Role, Streams
+
+
+class _Entry:
+    """One entry of a plan, and the hooks that are set for it."""
+
+    def __init__(self, path: str, spec: Any, modules: list[nn.Module], streams: Streams) -> None:
+        self.path = path
+        self.spec = spec
+        self.streams = streams
+        self.handles: list[RemovableHandle] = []
+        self._find(modules)
+
+    def _find(self, modules: list[nn.Module]) -> None:
+        self.modules = [weakref.ref(module) for module in modules]
+        self.hooks = [hook for module in modules for hook in _hooks(module, self.path, self.spec, self.streams)]
+
+    def set(self) -> None:
+        self.handles = [set_hook() for set_hook in self.hooks]
+        self.hooks = []  # they hold the modules, and so the model, alive
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def refresh(self, model: nn.Module) -> None:
+        """Follows a module that was replaced, as adapters (LoRA) do when they are added and unloaded."""
+        if self.path and "*" not in self.path:
+            modules = list(_submodules(model, self.path))
+            if any(_original(now) is not _original(then()) for now, then in zip(modules, self.modules)):
+                self.remove()
+                self._find(modules)
+                self.set()
+
+
+class _Applied(NamedTuple):
+    streams: Streams
+    begin: RemovableHandle
+    entries: list[_Entry]
+
+
+_applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
+
+
+def apply_context_parallel(
+    module: nn.Module, mesh: DeviceMesh | ContextParallelMesh, plan: Plan | None = None
+) -> Streams:
+    """Splits and gathers tensors of `module` over `mesh` wherever `plan` says.
+
+    Args:
+        module: a model. Every rank must run it with the same inputs.
+        mesh: a DeviceMesh of one dimension, or with dimensions named "ring" and "ulysses"; or a ContextParallelMesh.
+        plan: see `diffusers_attn.cp_plans.plan`; None takes the one that is registered for the module's class.
+
+    Returns:
+        What attention needs to know about the sequences that are split.
+
+    Raises:
+        AttentionProviderError: a plan is applied already, or this one does not fit the module. Then nothing changed.
+    """
+    if module in _applied:
+        raise AttentionProviderError(
+            f"context parallelism is applied to this {type(module).__name__} already; call "
+            "remove_context_parallel(module) first."
+        )
+    if isinstance(mesh, DeviceMesh):
+        mesh = ContextParallelMesh.from_mesh(mesh)
+    streams = Streams(mesh)
+    # All of the plan is read before the first hook is set.
+    entries = [
+        _Entry(path, spec, list(_submodules(module, path)), streams)
+        for path, spec in (get_cp_plan(module) if plan is None else plan).items()
+    ]
+    # Attention modules that the plan says nothing of must be known to be this model's all the same.
+    named = {id(then()) for entry in entries if isinstance(entry.spec, CPAttention) for then in entry.modules}
+    others = [each for each in module.modules() if hasattr(each, "processor") and id(each) not in named]
+    entries += [_Entry("", None, [each], streams) for each in others]
+    _applied[module] = _Applied(streams, module.register_forward_pre_hook(_Begin(streams)), entries)
+    for entry in entries:
+        entry.set()
+    return streams
+
+
+def remove_context_parallel(module: nn.Module) -> None:
+    """Takes off what `apply_context_parallel` put on. Without effect where nothing is applied."""
+    if module in _applied:
+        applied = _applied.pop(module)
+        for entry in applied.entries:
+            entry.remove()
+        applied.begin.remove()
+
+
+def applied_streams(module: nn.Module) -> Streams | None:
+    """What `apply_context_parallel` returned for `module`; None where no plan is applied."""
+    return _applied[module].streams if module in _applied else None
+
+
+def _submodules(module: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that a name in a plan means. Raises AttentionProviderError where there are none."""
+    if not path:
+        yield module
+        return
+    name, _, rest = path.partition(".")
+    children = {name: child for name, child in _original(module)._modules.items() if child is not None}
+    if name == "*":
+        found = list(children.values())
+    elif name.lstrip("-").isdigit() and isinstance(_original(module), (nn.ModuleList, nn.Sequential)):
+        index = int(name)
+        found = list(children.values())[index:][:1] if index < 0 else list(children.values())[index : index + 1]
+        found = found if -len(children) <= index else []
+    else:
+        found = [children[name]] if name in children else []
+    if not found:
+        raise AttentionProviderError(
+            f"the plan names '{path}', and {type(_original(module)).__name__} has no '{name}'. It has: "
+            f"{', '.join(children) or 'no submodules'}."
+        )
+    for child in found:
+        yield from _submodules(child, rest)
+
+
+def _original(module: Any) -> Any:
+    """`module` without the wrapper of torch.compile."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _hooks(module: nn.Module, path: str, spec: Any, streams: Streams) -> Iterator[Callable[[], RemovableHandle]]:
+    """The hooks of one entry of a plan, as functions that set them."""
+    if spec is None:
+        yield from _attention_hooks(module, streams, None)
+    elif isinstance(spec, CPAttention):
+        role = Role(tuple(spec.query), tuple(spec.query if spec.key is None else spec.key), spec.outer_mask)
+        yield from _attention_hooks(module, streams, role)
+    elif isinstance(spec, CPOutput) or (isinstance(spec, Sequence) and not isinstance(spec, str)):
+        outputs = [spec] if isinstance(spec, CPOutput) else list(spec)
+        if not all(each is None or isinstance(each, CPOutput) for each in outputs):
+            raise _not_understood(path, spec)
+        yield lambda: module.register_forward_hook(_GatherOutputs(streams, path, outputs))
+    elif isinstance(spec, Mapping):
+        before, behind = [], []
+        for key, each in spec.items():
+            param = key if isinstance(key, ParamId) else ParamId(**{"index" if isinstance(key, int) else "name": key})
+            first = _first(each)
+            if first is None:
+                raise _not_understood(path, spec)
+            if first.split_output:
+                behind.append((param, each))
+            else:
+                before.append((*_argument(module, path, param), each))
+        if before:
+            yield lambda: module.register_forward_pre_hook(_SplitInputs(streams, path, before), with_kwargs=True)
+        if behind:
+            yield lambda: module.register_forward_hook(_SplitOutputs(streams, path, behind))
+    else:
+        raise _not_understood(path, spec)
+
+
+def _attention_hooks(module: nn.Module, streams: Streams, role: Role | None) -> list[Callable[[], RemovableHandle]]:
+    return [
+        lambda: module.register_forward_pre_hook(_EnterAttention(streams, role)),
+        lambda: module.register_forward_hook(_LeaveAttention(streams)),
+    ]
+
+
+def _not_understood(path: str, spec: object) -> AttentionProviderError:
+    return AttentionProviderError(
+        f"the plan has {spec!r} for '{path}'. Accepted are a dict of ParamId to CPInput (or, for nested arguments, "
+        "lists and dicts of them), a CPOutput or a list of them, and a CPAttention."
+    )
+
+
+def _first(spec: Any) -> CPInput | None:
+    """Some CPInput of a nested spec; None where something else is in it."""
+    if isinstance(spec, CPInput):
+        return spec
+    nested = list(spec.values()) if isinstance(spec, Mapping) else spec if isinstance(spec, (list, tuple)) else []
+    found = [_first(each) for each in nested if each is not None]
+    return found[0] if found and None not in found else None
+
+
+def _argument(module: nn.Module, path: str, param: ParamId) -> tuple[str | None, int | None]:
+    """Name and place of an argument of the module's forward: whichever way a caller gives it, the hook finds it."""
+    parameters = list(inspect.signature(_original(module).forward).parameters.values())
+    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    anywhere = names + [each.name for each in parameters if each.kind == each.KEYWORD_ONLY]
+    open_ended = any(each.kind == each.VAR_KEYWORD for each in parameters)
+    if param.name in anywhere:
+        return param.name, names.index(param.name) if param.name in names else None
+    if param.index is not None and -len(names) <= param.index < len(names):
+        index = param.index % len(names)
+        return names[index], index
+    if param.name is not None and open_ended:
+        return param.name, None
+    raise AttentionProviderError(
+        f"the plan names argument {param} of '{path}', and the forward of {type(_original(module)).__name__} has "
+        f"{', '.join(anywhere) or 'none'}."
+    )
+
+
+class _Hook:
+    """What hooks share: applying a spec to whatever is nested as it is. Objects, so that a module still pickles."""
+
+    def __init__(self, streams: Streams, path: str) -> None:
+        self.streams = streams
+        self.path = path
+
+    def split(self, value: Any, spec: Any, what: str) -> Any:
+        """`value` with its tensors split as `spec` says."""
+        if value is None or spec is None:
+            return value
+        if isinstance(value, Tensor) and isinstance(spec, CPInput):
+            if not self._has_dims(value, spec, what):
+                return value
+            return self.streams.split(spec.stream or f"{self.path}:{what}", value, spec.split_dim)
+        if isinstance(value, (list, tuple)):
+            specs = [spec] * len(value) if isinstance(spec, CPInput) else spec
+            if isinstance(specs, (list, tuple)) and len(specs) == len(value):
+                items = [self.split(each, spec, f"{what}[{i}]") for i, (each, spec) in enumerate(zip(value, specs))]
+                return _like(value, items)
+        if isinstance(value, Mapping) and isinstance(spec, Mapping) and set(spec) <= set(value):
+            return _updated(
+                value, {name: self.split(value[name], each, f"{what}.{name}") for name, each in spec.items()}
+            )
+        raise AttentionProviderError(
+            f"{what} of '{self.path}' is {_describe(value)}, and its plan says {spec}. A CPInput is for a tensor, or "
+            "for all tensors of a list; a list of as many for one each; a dict for a dict with such keys."
+        )
+
+    def _has_dims(self, tensor: Tensor, spec: CPInput | CPOutput, what: str) -> bool:
+        if spec.expected_dims is None or tensor.ndim == spec.expected_dims:
+            return True
+        if isinstance(spec, CPInput) and spec.leave_other_dims:
+            return False
+        raise AttentionProviderError(
+            f"{what} of '{self.path}' has {tensor.ndim} dimensions, {list(tensor.shape)}; the plan expects "
+            f"{spec.expected_dims}. Correct expected_dims and the dimension in {spec}, or leave expected_dims out."
+        )
+
+
+class _SplitInputs(_Hook):
+    def __init__(self, streams: Streams, path: str, specs: list[tuple[str | None, int | None, Any]]) -> None:
+        super().__init__(streams, path)
+        self.specs = specs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for name, index, spec in self.specs:
+            if name is not None and name in new_kwargs:
+                new_kwargs[name] = self.split(new_kwargs[name], spec, name)
+            elif index is not None and index < len(new_args):
+                new_args[index] = self.split(new_args[index], spec, name or f"argument {index}")
+        return tuple(new_args), new_kwargs
+
+
+class _SplitOutputs(_Hook):
+    def __init__(self, streams: Streams, path: str, specs: list[tuple[ParamId, Any]]) -> None:
+        super().__init__(streams, path)
+        self.specs = specs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        for param, spec in self.specs:
+            what = f"output {param}"
+            if isinstance(output, Tensor) and param.index in (0, -1, None):
+                output = self.split(output, spec, what)
+            elif isinstance(output, Mapping):
+                name = param.name if param.name is not None else list(output)[param.index or 0]
+                output = _updated(output, {name: self.split(output[name], spec, what)})
+            elif (
+                isinstance(output, (list, tuple))
+                and param.index is not None
+                and -len(output) <= param.index < len(output)
+            ):
+                items = list(output)
+                items[param.index] = self.split(items[param.index], spec, what)
+                output = _like(output, items)
+            else:
+                raise AttentionProviderError(f"'{self.path}' has no {what}: it gave {_describe(output)}.")
+        return output
+
+
+class _GatherOutputs(_Hook):
+    def __init__(self, streams: Streams, path: str, specs: list[CPOutput | None]) -> None:
+        super().__init__(streams, path)
+        self.specs = specs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            items = [output]
+        else:
+            items = list(output.values()) if isinstance(output, Mapping) else list(output)
+        if len(self.specs) > len(items):
+            raise AttentionProviderError(
+                f"the plan gathers {len(self.specs)} outputs of '{self.path}', which gave {_describe(output)}."
+            )
+        for index, spec in enumerate(self.specs):
+            if spec is not None and items[index] is not None:
+                self._has_dims(items[index], spec, f"output {index}")
+                items[index] = self.streams.gather(spec.stream, items[index], spec.gather_dim)
+        if isinstance(output, Tensor):
+            return items[0]
+        return _updated(output, dict(zip(output, items))) if isinstance(output, Mapping) else _like(output, items)
+
+
+class _Begin:
+    """A new forward of the model."""
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.streams.begin()
+        if not torch.compiler.is_compiling() and module in _applied:
+            for entry in _applied[module].entries:
+                entry.refresh(module)
+
+
+class _EnterAttention:
+    """Says whose attention module now runs, and what it attends to."""
+
+    def __init__(self, streams: Streams, role: Role | None) -> None:
+        self.streams = streams
+        self.role = role
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.streams.enter(self.role)
+
+
+class _LeaveAttention:
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.streams.leave()
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    """`items` in a list, tuple or named tuple as `value` is."""
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _updated(value: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
+    """A copy of `value`, a dict or one of diffusers' output objects, with `items` replaced."""
+    if type(value) is dict:
+        return {**value, **items}
+    return type(value)(**{**value, **items})
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {', '.join(map(str, value))}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,184 @@
+"""One provider's attention to the keys that are at hand, on `[batch, seq, heads, head_dim]`.
+
+Either complete and differentiable, or as a part: the output with its log-sum-exp, and the gradients from the output and
+log-sum-exp of all parts. The same decisions and lowerings serve a part as serve a whole call.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import masks
+from ..errors import AttentionProviderError
+from ..masks import MaskKind
+from ..providers import lowering, registry, speeds
+from ..providers.base import Params
+from ..providers.catalog import SPECS
+from ..providers.decision import Call, Plan, decide
+from .exchange import after
+
+
+class Kernel(NamedTuple):
+    """A provider, with all that is the same for every part of a call. Plain values only."""
+
+    provider: str
+    options: tuple[tuple[str, object], ...] = ()
+    scale: float | None = None
+    """of the scores; None is `head_dim ** -0.5`."""
+    needs_grad: bool = False
+
+    def check(
+        self, query: Tensor, key: Tensor, value: Tensor, mask_kind: MaskKind, is_causal: bool, partial: bool
+    ) -> None:
+        """Whether this provider serves such a call; `partial` where it must also give the log-sum-exp.
+
+        It looks at nothing in which ranks differ, so that all of them refuse or none, before data moves.
+
+        Raises:
+            AttentionProviderError: it does not.
+        """
+        plan = self._plan(query, key, value, mask_kind, is_causal, "equal")
+        if partial and not SPECS[plan.provider].capabilities.lse:
+            able = ", ".join(name for name, spec in SPECS.items() if spec.capabilities.lse)
+            raise AttentionProviderError(
+                f"attention provider '{plan.provider}' gives no log-sum-exp, without which partial results over a ring "
+                f"cannot merge. Set ring_degree=1 and use ulysses_degree, which takes any provider, or one of: {able}."
+            )
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Complete, differentiable attention."""
+        if query.numel() == 0 or key.numel() == 0:
+            # A product, so that gradients flow here as they do on ranks that have something to compute.
+            sums = query.sum(dim=-1, keepdim=True) * key.sum(dim=(1, 2, 3), keepdim=True)
+            return after(sums * value.sum(dim=(1, 2), keepdim=True) * 0.0, mask)
+        kind, mask = self._classify(query, key, mask)
+        plan = self._plan(query, key, value, kind, is_causal, _compare(query, key))
+        params = self._params(query, key, plan, is_causal)
+        adapter = registry.ADAPTERS[plan.provider]
+        query, key, value = _transposed(plan, query, key, value)
+        if plan.lowers:
+            out = lowering.attention(query, key, value, mask, adapter=adapter, plan=plan, params=params)
+        else:
+            out = adapter.attention(query, key, value, mask, params=params)
+        return _transposed(plan, out)[0]
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[batch, query_len, heads, value_head_dim]` and lse `[batch, query_len, heads]` over these keys.
+
+        Args:
+            mask: broadcastable to `[batch, heads, query_len, key_len]`, or None.
+            is_causal: only for equal lengths.
+        """
+        if query.numel() == 0 or key.numel() == 0:
+            wide = torch.promote_types(query.dtype, torch.float32)
+            out = value.new_zeros(*query.shape[:3], value.shape[-1])
+            lse = query.new_full(query.shape[:3], -math.inf, dtype=wide)
+            return after(out, key, value, mask), lse
+        plan, mask, params = self._lower(query, key, value, mask, is_causal)
+        value_dim = value.shape[-1]
+        key, value = _repeated(plan, query, key, value)
+        query, key, value = _transposed(plan, *_padded(plan, query, key, value))
+        out, lse = registry.ADAPTERS[plan.provider].forward(query, key, value, mask, params)
+        return _transposed(plan, out)[0][..., :value_dim], lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """These keys' share of the gradients of query, key and value; `out` and `lse` are those over all keys."""
+        if query.numel() == 0 or key.numel() == 0:
+            grad_query = after(torch.zeros_like(query), key, value, mask)
+            return grad_query, torch.zeros_like(key), torch.zeros_like(value)
+        plan, mask, params = self._lower(query, key, value, mask, is_causal)
+        kv_heads, query_dim, value_dim = key.shape[2], query.shape[-1], value.shape[-1]
+        key, value = _repeated(plan, query, key, value)
+        grad_out, query, key, value, out = _transposed(plan, *_padded(plan, grad_out, query, key, value, out))
+        adapter = registry.ADAPTERS[plan.provider]
+        grads = adapter.backward(grad_out, query, key, value, mask, out, lse, params)
+        grad_query, grad_key, grad_value = _transposed(plan, *grads)
+        if plan.repeat_kv:
+            grad_key, grad_value = (grad.unflatten(2, (kv_heads, -1)).sum(dim=3) for grad in (grad_key, grad_value))
+        return grad_query[..., :query_dim], grad_key[..., :query_dim], grad_value[..., :value_dim]
+
+    def _lower(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> tuple[Plan, Tensor | None, Params]:
+        kind, mask = self._classify(query, key, mask)
+        plan = self._plan(query, key, value, kind, is_causal, _compare(query, key))
+        if plan.causal == "mask":
+            mask, is_causal = masks.and_causal(mask, query.shape[1], key.shape[1]), False
+        return plan, mask, self._params(query, key, plan, is_causal)
+
+    def _classify(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[MaskKind, Any]:
+        return masks.classify(mask, query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+
+    def _plan(
+        self, query: Tensor, key: Tensor, value: Tensor, mask_kind: MaskKind, is_causal: bool, query_len: str
+    ) -> Plan:
+        call = (
+            query.device, query.dtype, query.shape[-1], value.shape[-1], query.shape[2], key.shape[2], query_len,
+            True if key.shape[1] >= speeds.LONG else False, mask_kind, is_causal, False, self.needs_grad, False,
+            self.options,
+        )  # fmt: skip
+        return Plan(*_decide(self.provider, *call))
+
+    def _params(self, query: Tensor, key: Tensor, plan: Plan, is_causal: bool) -> Params:
+        return Params(
+            mask_kind=plan.mask_kind,
+            is_causal=is_causal,
+            scale=float(query.shape[-1]) ** -0.5 if self.scale is None else self.scale,
+            default_scale=self.scale is None and not plan.pad_head_dim,
+            dropout_p=0.0,
+            gqa=query.shape[2] != key.shape[2] and not plan.repeat_kv,
+            device_type=query.device.type,
+            options=self.options,
+        )
+
+
+# Dynamo calls this while tracing and takes its result, plain values, as constants. In eager mode every part of every
+# layer's call asks again.
+@torch._dynamo.assume_constant_result
+@functools.lru_cache(maxsize=1024)
+def _decide(provider: str, *call: Any) -> tuple[Any, ...]:
+    return tuple(decide(provider, Call(*call)))
+
+
+def _compare(query: Tensor, key: Tensor) -> str:
+    if query.shape[1] == key.shape[1]:
+        return "equal"
+    return "shorter" if query.shape[1] < key.shape[1] else "longer"
+
+
+def _transposed(plan: Plan, *tensors: Tensor) -> list[Tensor]:
+    """To the kernel's layout, or back from it."""
+    return [tensor.transpose(1, 2) if plan.layout == "bhsd" else tensor for tensor in tensors]
+
+
+def _padded(plan: Plan, *tensors: Tensor) -> list[Tensor]:
+    """With head_dim filled up with zeros to what the kernel takes."""
+    if not plan.pad_head_dim:
+        return list(tensors)
+    return [pad(tensor, (0, plan.pad_head_dim - tensor.shape[-1])) for tensor in tensors]
+
+
+def _repeated(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value with as many heads as the query, for a kernel that needs them so."""
+    if not plan.repeat_kv:
+        return key, value
+    groups = query.shape[2] // key.shape[2]
+    return key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)

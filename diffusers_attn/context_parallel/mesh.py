@@ -1,0 +1,131 @@
+"""Who takes part: the process groups of context parallelism, and the one object that owns them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..errors import AttentionProviderError
+from .config import ContextParallelConfig
+
+AXES = ("ring", "ulysses")
+
+
+class Group(NamedTuple):
+    """A process group as this rank sees it. Plain values, which a compiled graph takes as constants."""
+
+    name: str
+    """what PyTorch's functional collectives know it by; of no meaning where size is 1."""
+    rank: int
+    size: int
+
+
+ALONE = Group("", 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextParallelMesh:
+    """The owner of degrees and groups. Shard number `ring.rank * ulysses.size + ulysses.rank` is this rank's.
+
+    Make one with `from_mesh` or `from_degrees`.
+    """
+
+    config: ContextParallelConfig
+    ring: Group
+    ulysses: Group
+
+    @property
+    def size(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ring.size * self.ulysses.size
+
+    @property
+    def rank(self) -> int:
+        """Which shard of a sequence is this rank's."""
+        return self.ring.rank * self.ulysses.size + self.ulysses.rank
+
+    @staticmethod
+    def of(
+        mesh: DeviceMesh | ContextParallelMesh, *, rotate_method: str = "allgather", convert_to_fp32: bool = True
+    ) -> ContextParallelMesh:
+        """The groups of either kind of mesh with these settings. Raises as `from_mesh` does."""
+        if isinstance(mesh, DeviceMesh):
+            return ContextParallelMesh.from_mesh(mesh, rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)
+        if not isinstance(mesh, ContextParallelMesh):
+            raise AttentionProviderError(
+                f"mesh is a {type(mesh).__name__}; a torch DeviceMesh or a ContextParallelMesh is accepted."
+            )
+        config = dataclasses.replace(mesh.config, rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)
+        return dataclasses.replace(mesh, config=config)
+
+    @staticmethod
+    def from_mesh(
+        mesh: DeviceMesh, *, rotate_method: str = "allgather", convert_to_fp32: bool = True
+    ) -> ContextParallelMesh:
+        """The groups of `mesh`: with one dimension a ring (unless it is named "ulysses"), with two the dimensions named
+        "ring" and "ulysses". It may be a part of a larger mesh.
+
+        Raises:
+            AttentionProviderError: other dimensions, or this rank is not in the mesh.
+        """
+        names = mesh.mesh_dim_names or ()
+        if mesh.ndim == 1:
+            axes = {"ulysses" if names == ("ulysses",) else "ring": 0}
+        elif set(names) == set(AXES):
+            axes = {name: names.index(name) for name in AXES}
+        else:
+            raise AttentionProviderError(
+                f"mesh has {mesh.ndim} dimensions named {names or None}; one dimension (a ring), or two named 'ring' "
+                "and 'ulysses', are accepted. Of a larger mesh pass the part: mesh['ring', 'ulysses'], or mesh['cp']."
+            )
+        if mesh.get_coordinate() is None:
+            raise AttentionProviderError(
+                f"rank {dist.get_rank()} is not in the mesh, which has the ranks {mesh.mesh.flatten().tolist()}. Apply "
+                "context parallelism only on the ranks of the mesh, or make one over all ranks."
+            )
+        groups = {
+            name: Group(mesh.get_group(dim).group_name, mesh.get_local_rank(dim), mesh.size(dim))
+            for name, dim in axes.items()
+        }
+        ring, ulysses = groups.get("ring", ALONE), groups.get("ulysses", ALONE)
+        return ContextParallelMesh(
+            ContextParallelConfig(ring.size, ulysses.size, rotate_method, convert_to_fp32), ring, ulysses
+        )
+
+    @staticmethod
+    def from_degrees(
+        ring_degree: int = 1,
+        ulysses_degree: int = 1,
+        *,
+        device_type: str,
+        rotate_method: str = "allgather",
+        convert_to_fp32: bool = True,
+    ) -> ContextParallelMesh:
+        """New groups over all ranks: neighbouring ranks share a sequence, the rest is data parallel. Every rank of the
+        job must call this.
+
+        Raises:
+            AttentionProviderError: the degrees do not fit the number of ranks, or there are no ranks.
+        """
+        config = ContextParallelConfig(ring_degree, ulysses_degree, rotate_method, convert_to_fp32)
+        if config.size == 1:
+            return ContextParallelMesh(config, ALONE, ALONE)
+        if not dist.is_initialized():
+            raise AttentionProviderError(
+                f"{config.size} ranks were asked for (ring_degree={ring_degree}, ulysses_degree={ulysses_degree}), and "
+                "this is a single process. Start the script with `accelerate launch --num_processes "
+                f"{config.size}` or `torchrun --nproc_per_node {config.size}`, and call "
+                "torch.distributed.init_process_group first."
+            )
+        world = dist.get_world_size()
+        if world % config.size:
+            raise AttentionProviderError(
+                f"ring_degree={ring_degree} * ulysses_degree={ulysses_degree} = {config.size} does not divide the "
+                f"{world} ranks of this job. Accepted products: {[n for n in range(1, world + 1) if world % n == 0]}."
+            )
+        shape = (world // config.size, ring_degree, ulysses_degree)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", *AXES))
+        return ContextParallelMesh.from_mesh(mesh[AXES], rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)

@@ -1,0 +1,149 @@
+"""Which rank holds which tokens, and how tensors are split and gathered accordingly.
+
+Adjoints are the true ones. Splitting reads a part of this rank's own copy of a tensor, so its gradient is that part,
+with zeros elsewhere, and no communication. What is gathered is read by every rank, so the gradient of a part is the sum
+of what all ranks have for it. With these two, the plain mean of gradients over the ranks, which is what DDP and FSDP
+take, is the gradient of a single process, for parameters before the split, between, and after the gather.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import exchange
+from .mesh import ContextParallelMesh, Group
+
+Run = tuple[int, int]
+"""Consecutive tokens of the whole sequence: (start, length)."""
+
+
+class Shards(NamedTuple):
+    """For every rank, the runs that it holds, in the order in which it holds them. Every rank knows all of it, so no
+    sizes are ever exchanged."""
+
+    runs: tuple[tuple[Run, ...], ...]
+
+    @staticmethod
+    def contiguous(length: int, ranks: int) -> Shards:
+        """The sequence in order; where it does not divide, the first ranks have one token more."""
+        return Shards(tuple((run,) for run in _cut(length, ranks)))
+
+    @staticmethod
+    def zigzag(length: int, ranks: int) -> Shards:
+        """Rank r holds the r-th part of `2 * ranks` from the front and the r-th from the back. Under causal attention,
+        where late queries see more keys than early ones, all ranks then have the same work."""
+        parts = _cut(length, 2 * ranks)
+        return Shards(tuple((parts[rank], parts[-1 - rank]) for rank in range(ranks)))
+
+    @staticmethod
+    def joint(*streams: Shards) -> Shards:
+        """Several streams, each split on its own and joined on every rank: (text, image) as text 0, image 0 on rank 0.
+        The whole sequence is all of the first stream, then all of the second."""
+        runs: list[tuple[Run, ...]] = [()] * len(streams[0].runs)
+        for index, stream in enumerate(streams):
+            before = sum(other.total for other in streams[:index])
+            for rank, own in enumerate(stream.runs):
+                runs[rank] += tuple((start + before, length) for start, length in own)
+        return Shards(tuple(runs))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each rank."""
+        return tuple(sum(length for _, length in runs) for runs in self.runs)
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole sequence."""
+        return sum(self.sizes)
+
+    def merged(self, neighbours: int) -> Shards:
+        """What groups of that many neighbouring ranks hold together."""
+        starts = range(0, len(self.runs), neighbours)
+        return Shards(tuple(sum(self.runs[start : start + neighbours], ()) for start in starts))
+
+    def sorted(self) -> Shards:
+        """The same tokens on every rank, in the order of the sequence."""
+        return Shards(tuple(tuple(sorted(runs)) for runs in self.runs))
+
+    def without(self, rank: int) -> tuple[Run, ...]:
+        """The runs of all other ranks, in their order."""
+        return sum(self.runs[:rank] + self.runs[rank + 1 :], ())
+
+
+def _cut(length: int, parts: int) -> list[Run]:
+    size, longer = divmod(length, parts)
+    return [(part * size + min(part, longer), size + (part < longer)) for part in range(parts)]
+
+
+def take(tensor: Tensor, runs: tuple[Run, ...], dim: int) -> Tensor:
+    """The tokens of `runs` along `dim`, in that order; a view where they are one piece."""
+    runs = _joined(runs)
+    pieces = [tensor.narrow(dim, start, length) for start, length in runs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+
+
+def in_order(tensor: Tensor, runs: tuple[Run, ...], dim: int) -> Tensor:
+    """A tensor whose tokens along `dim` are those of `runs`, sorted as they are in the sequence."""
+    pieces = sorted((start, length, offset) for (start, length), offset in zip(runs, _offsets(runs)))
+    return take(tensor, tuple((offset, length) for _, length, offset in pieces), dim)
+
+
+def out_of_order(tensor: Tensor, runs: tuple[Run, ...], dim: int) -> Tensor:
+    """The inverse of `in_order`: tokens in the order of `runs` again."""
+    in_sequence = tuple(sorted(runs))
+    offsets = dict(zip(in_sequence, _offsets(in_sequence)))
+    return take(tensor, tuple((offsets[run], run[1]) for run in runs), dim)
+
+
+def _offsets(runs: tuple[Run, ...]) -> list[int]:
+    return [sum(length for _, length in runs[:index]) for index in range(len(runs))]
+
+
+def _joined(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """The same tokens in fewer runs."""
+    joined: list[Run] = []
+    for start, length in runs:
+        if joined and (length == 0 or sum(joined[-1]) == start):
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        elif length or len(runs) == 1:
+            joined.append((start, length))
+    return tuple(joined) or ((0, 0),)
+
+
+def split(tensor: Tensor, shards: Shards, dim: int, rank: int) -> Tensor:
+    """This rank's shard of a tensor that all ranks have alike."""
+    return take(tensor, shards.runs[rank], dim)
+
+
+def gather(tensor: Tensor, shards: Shards, dim: int, mesh: ContextParallelMesh) -> Tensor:
+    """The whole tensor, in the order of the sequence, from every rank's shard. Its gradient is the sum over ranks."""
+    inner = shards.sizes[mesh.ring.rank * mesh.ulysses.size :][: mesh.ulysses.size]
+    outer = shards.merged(mesh.ulysses.size).sizes
+    tensor = _Gather.apply(tensor, dim, inner, mesh.ulysses)
+    tensor = _Gather.apply(tensor, dim, outer, mesh.ring)
+    return in_order(tensor, sum(shards.runs, ()), dim)
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over the ranks of one group; backward is the reduce-scatter that is its adjoint."""
+
+    @staticmethod
+    def forward(ctx, tensor, dim, sizes, group: Group):  # type: ignore[no-untyped-def]
+        ctx.dim, ctx.sizes, ctx.group = dim, sizes, group
+        if group.size == 1:
+            return tensor.view_as(tensor)
+        gathered = exchange.start_gather(tensor.movedim(dim, 0), sizes, group)
+        return exchange.wait(gathered, group).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        group = ctx.group
+        if group.size == 1:
+            return grad, None, None, None
+        rows = ctx.sizes[group.rank]
+        parts = exchange.start_all_to_all(grad.movedim(ctx.dim, 0), ctx.sizes, [rows] * group.size, group)
+        total = exchange.sum_of_parts(exchange.wait(parts, group), group.size)
+        return total.to(grad.dtype).movedim(0, ctx.dim), None, None, None

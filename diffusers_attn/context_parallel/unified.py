@@ -1,0 +1,198 @@
+"""Any call on any mesh: heads are exchanged along `ulysses`, keys and values along `ring` (USP, arXiv 2405.07719).
+
+Shard `ring.rank * ulysses.size + ulysses.rank` is a rank's. So the ranks that exchange heads hold neighbouring shards,
+and what they then have in common is one shard of the ring.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import AttentionProviderError
+from ..masks import MaskKind
+from . import exchange
+from .blocks import BlockAttention
+from .kernel import Kernel
+from .kv_gather import kv_gather_attention
+from .mesh import ContextParallelMesh
+from .ring import ring_attention
+from .sharded_masks import KeyMask, OuterMask, RowMask, ShardedMask
+from .sharding import Shards, gather, in_order, out_of_order, take
+from .ulysses import ulysses_attention
+
+_STRATEGIES = {"alltoall": ring_attention, "allgather": kv_gather_attention}
+
+
+def parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: ShardedMask | None = None,
+    *,
+    mesh: ContextParallelMesh,
+    query_shards: Shards,
+    key_shards: Shards,
+    provider: str = "native",
+    options: tuple[tuple[str, object], ...] = (),
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of this rank's queries to the keys of all ranks, as one process would compute it.
+
+    Args:
+        query: `[batch, this rank's queries, heads, head_dim]`.
+        key: `[batch, this rank's keys, kv_heads, head_dim]`.
+        value: `[batch, this rank's keys, kv_heads, value_head_dim]`.
+        mask: over this rank's queries and all keys.
+        query_shards, key_shards: who holds which tokens. The same on every rank.
+        provider, options: the kernel.
+        is_causal: a query sees the keys up to its own place in the whole sequence.
+        scale: of the scores; default `head_dim ** -0.5`.
+
+    Returns:
+        `[batch, this rank's queries, heads, value_head_dim]`.
+
+    Raises:
+        AttentionProviderError: shapes that are not those of the shards, or a provider that does not serve the call or,
+            for a ring, gives no log-sum-exp. Before anything is sent.
+    """
+    _check_shapes(query, key, value, mask, mesh, query_shards, key_shards)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    kernel = Kernel(provider, options, scale, needs_grad)
+    kernel.check(query, key, value, _kind(mask), is_causal, partial=mesh.ring.size > 1)
+    key_mask, rows, silent = _reduce_mask(mask, mesh, key_shards)
+    call = BlockAttention(kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32)
+    over = _over_ring if mesh.ulysses.size == 1 else _over_both
+    out = over(query, key, value, key_mask, rows, call, mesh)
+    return out if silent is None else out.masked_fill(silent[:, :, None, None], 0.0)
+
+
+def _over_both(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    call: BlockAttention,
+    mesh: ContextParallelMesh,
+) -> Tensor:
+    """Heads against tokens, then the ring with what that gives."""
+    group = mesh.ulysses
+    mine = slice(mesh.ring.rank * group.size, (mesh.ring.rank + 1) * group.size)
+    query_sizes, key_sizes = call.query_shards.sizes[mine], call.key_shards.sizes[mine]
+    if key_mask is not None:
+        key_mask = _gather_rows(key_mask, 1, key_sizes, mesh)
+    if rows is not None:
+        rows = _gather_rows(rows, 2, query_sizes, mesh)
+    query_shards, key_shards = call.query_shards.merged(group.size), call.key_shards.merged(group.size)
+    query_runs, key_runs = query_shards.runs[mesh.ring.rank], key_shards.runs[mesh.ring.rank]
+    # Only causality cares for the order of tokens. In order, the fewest calls serve it; without a ring, a single one.
+    if call.is_causal:
+        query_shards, key_shards = query_shards.sorted(), key_shards.sorted()
+        key_mask = None if key_mask is None else in_order(key_mask, key_runs, 1)
+        rows = None if rows is None else in_order(rows, query_runs, 2)
+    merged = call._replace(query_shards=query_shards, key_shards=key_shards)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
+        own_rows = rows if rows is None or rows.shape[1] == 1 else rows.narrow(1, first_head, query.shape[2])
+        if not call.is_causal:
+            return _over_ring(query, key, value, key_mask, own_rows, merged, mesh)
+        query, key, value = in_order(query, query_runs, 1), in_order(key, key_runs, 1), in_order(value, key_runs, 1)
+        return out_of_order(_over_ring(query, key, value, key_mask, own_rows, merged, mesh), query_runs, 1)
+
+    return ulysses_attention(query, key, value, group, query_sizes, key_sizes, attention)
+
+
+def _over_ring(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    call: BlockAttention,
+    mesh: ContextParallelMesh,
+) -> Tensor:
+    """The ring's strategy; without a ring, the kernel's own attention."""
+    if mesh.ring.size > 1:
+        return _STRATEGIES[mesh.config.rotate_method](query, key, value, key_mask, rows, call)
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    if rows is not None:
+        mask = take(rows, call.key_shards.runs[0], dim=-1)
+    return call.kernel.attention(query, key, value, mask, call.is_causal)
+
+
+def _check_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: ShardedMask | None,
+    mesh: ContextParallelMesh,
+    query_shards: Shards,
+    key_shards: Shards,
+) -> None:
+    """Raises AttentionProviderError where tensors are not the shards that they are said to be."""
+    if not len(query_shards.runs) == len(key_shards.runs) == mesh.size:
+        raise AttentionProviderError(
+            f"shards for {len(query_shards.runs)} (query) and {len(key_shards.runs)} (key) ranks on a mesh of "
+            f"{mesh.size}: make them for mesh.size ranks."
+        )
+    queries, keys = query_shards.sizes[mesh.rank], key_shards.sizes[mesh.rank]
+    wanted: list[tuple[str, Tensor, int, int]] = [
+        ("query", query, 1, queries), ("key", key, 1, keys), ("value", value, 1, keys)
+    ]  # fmt: skip
+    if isinstance(mask, KeyMask):
+        wanted += [("mask", mask.values, 1, keys)]
+    elif isinstance(mask, RowMask):
+        wanted += [("mask", mask.values, 2, queries), ("mask", mask.values, 3, key_shards.total)]
+    elif mask is not None:
+        wanted += [("query's mask", mask.query, 1, queries), ("key's mask", mask.key, 1, keys)]
+    for name, tensor, dim, size in wanted:
+        if tensor.shape[dim] != size:
+            raise AttentionProviderError(
+                f"{name} {list(tensor.shape)} has {tensor.shape[dim]} in dimension {dim}; its shards say {size} for "
+                f"rank {mesh.rank} (queries {query_shards.sizes}, keys {key_shards.sizes}). Tensors are [batch, tokens "
+                "of this rank, heads, head_dim]."
+            )
+    if query.shape[2] % key.shape[2]:
+        raise AttentionProviderError(
+            f"{query.shape[2]} query heads do not divide into {key.shape[2]} key heads; a multiple is accepted."
+        )
+    if any(tensor.requires_grad for tensor in mask or ()) and torch.is_grad_enabled():
+        raise AttentionProviderError(
+            "the mask requires a gradient, which no strategy of context parallelism gives. Detach it, or train it on "
+            "one device."
+        )
+
+
+def _kind(mask: ShardedMask | None) -> MaskKind:
+    """What the kernel will have to apply."""
+    if mask is None:
+        return MaskKind.NONE
+    if isinstance(mask, OuterMask):
+        return MaskKind.KEY if mask.key.dtype == torch.bool else MaskKind.BIAS
+    if isinstance(mask, KeyMask):
+        return MaskKind.KEY if mask.values.dtype == torch.bool else MaskKind.KEY_BIAS
+    return MaskKind.DENSE if mask.values.dtype == torch.bool else MaskKind.BIAS
+
+
+def _reduce_mask(
+    mask: ShardedMask | None, mesh: ContextParallelMesh, key_shards: Shards
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The two forms that strategies know, a key mask or rows; and which queries see nothing: their output is zero."""
+    if mask is None:
+        return None, None, None
+    if isinstance(mask, KeyMask):
+        return mask.values, None, None
+    if isinstance(mask, RowMask):
+        return None, mask.values, None
+    if mask.key.dtype == torch.bool:
+        return mask.key, None, ~mask.query
+    keys = gather(mask.key, key_shards, 1, mesh)
+    return None, mask.query[:, None, :, None] * keys[:, None, None, :], None
+
+
+def _gather_rows(mask: Tensor, dim: int, sizes: tuple[int, ...], mesh: ContextParallelMesh) -> Tensor:
+    """A mask's parts along `dim` from all ranks that exchange heads."""
+    gathered = exchange.start_gather(mask.movedim(dim, 0), sizes, mesh.ulysses)
+    return exchange.wait(gathered, mesh.ulysses).movedim(0, dim)

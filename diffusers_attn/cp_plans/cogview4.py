@@ -1,0 +1,19 @@
+"""CogView4: text and image, joined in every block and embedded by one module, so that they are split after it."""
+
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+
+PLANS: dict[str, Plan] = {
+    "CogView4Transformer2DModel": {
+        "transformer_blocks.0": {
+            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+        },
+        "transformer_blocks.*": {
+            # cos and sin, of the image's tokens alone.
+            ParamId("image_rotary_emb"): CPInput(0, 2, stream="image"),
+            ParamId("attention_mask"): CPInput(1, 2, stream="text"),
+        },
+        "transformer_blocks.*.attn1": CPAttention(("text", "image"), outer_mask=True),
+        "proj_out": CPOutput(1, 3, stream="image"),
+    },
+}

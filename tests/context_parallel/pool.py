@@ -1,0 +1,130 @@
+"""Four processes on gloo, started once and given work: what a test on several ranks costs is then its own work.
+
+A job is a function of a module below `tests`, called on each of the first `ranks` processes as
+`job(meshes, **arguments)`. It returns something that pickles. If it fails on a rank, the test fails with that rank's
+traceback, and since the other ranks may then wait for it, all processes end and new ones start for the next job.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from diffusers_attn.context_parallel.mesh import ContextParallelMesh
+
+SIZE = 4
+TIMEOUT = 60.0
+_STOP = None
+
+
+class Meshes:
+    """The process groups that jobs ask for. Made on all four ranks, so that jobs on fewer need none of their own."""
+
+    def __init__(self) -> None:
+        # Two ranks are a part of a larger mesh, as they are beside data parallelism.
+        pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "cp"))
+        self.lines: dict[int, DeviceMesh] = {
+            2: pairs["cp"],
+            3: DeviceMesh("cpu", [0, 1, 2], mesh_dim_names=("cp",)),
+            4: init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)),
+        }
+        self.heads = {size: DeviceMesh("cpu", list(range(size)), mesh_dim_names=("ulysses",)) for size in (2, 3, 4)}
+        self.square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+        self.pairs = pairs
+
+    def __call__(self, ring: int, ulysses: int, **config: Any) -> ContextParallelMesh:
+        if ring > 1 and ulysses > 1:
+            return ContextParallelMesh.from_mesh(self.square, **config)
+        return ContextParallelMesh.from_mesh(self.lines[ring] if ring > 1 else self.heads[ulysses], **config)
+
+
+def _work(rank: int, store: str, jobs: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT / 2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timeout)
+    meshes = Meshes()
+    while (work := jobs.get()) is not _STOP:
+        number, job, arguments = work
+        try:
+            torch.manual_seed(0)
+            answer: tuple[bool, Any] = (True, job(meshes, **arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        results.put((number, rank, *answer))
+    # gloo's threads may abort a process that has ended its work and tears down beside others that have not.
+    dist.barrier()
+    results.close()
+    results.join_thread()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+class Pool:
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+        self._number = 0
+
+    def run(self, ranks: int, job: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """What `job` returned on each of the first `ranks` processes."""
+        if not self._processes:
+            self._start()
+        self._number += 1
+        for queue in self._jobs[:ranks]:
+            queue.put((self._number, job, arguments))
+        answers: dict[int, Any] = {}
+        while len(answers) < ranks:
+            try:
+                number, rank, succeeded, answer = self._results.get(timeout=TIMEOUT)
+            except Exception:
+                missing = sorted(set(range(ranks)) - set(answers))
+                self.kill()
+                raise TimeoutError(f"no answer from ranks {missing} within {TIMEOUT:.0f} s") from None
+            if number != self._number:
+                continue
+            if not succeeded:
+                self.kill()
+                raise AssertionError(f"on rank {rank} of {ranks}:\n{answer}")
+            answers[rank] = answer
+        return [answers[rank] for rank in range(ranks)]
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._jobs = [context.SimpleQueue() for _ in range(SIZE)]
+        self._results = context.Queue()
+        store = os.path.join(self._folder.name, "store")
+        self._processes = [
+            context.Process(target=_work, args=(rank, store, self._jobs[rank], self._results), daemon=True)
+            for rank in range(SIZE)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def close(self) -> None:
+        """Ends the processes and raises where one did not end well."""
+        for queue in self._jobs if self._processes else []:
+            queue.put(_STOP)
+        for process in self._processes:
+            process.join(TIMEOUT)
+        codes = [process.exitcode for process in self._processes]
+        self.kill()
+        if any(codes):
+            raise RuntimeError(f"workers ended with {codes}")
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes = []
