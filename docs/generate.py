@@ -1,7 +1,7 @@
 """Write the tables in README.md and docs/providers.md from what they describe: the catalog and the recorded runs.
 
-    python docs/generate.py            # write
-    python docs/generate.py --check    # fail where a table is not what would be written
+python docs/generate.py            # write
+python docs/generate.py --check    # fail where a table is not what would be written
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def speed_tables() -> str:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import providers
 
-    return "\n\n".join(providers.markdown(json.loads(path.read_text())) for path in sorted(RESULTS.glob("providers-*.json")))
+    return "\n\n".join(
+        providers.markdown(json.loads(path.read_text())) for path in sorted(RESULTS.glob("providers-*.json"))
+    )
 
 
 def replace_section(text: str, name: str, content: str) -> str:
