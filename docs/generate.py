@@ -106,7 +106,7 @@ def capability_table() -> str:
 
 
 def overhead_table() -> str:
-    header = ("µs a call, on", "call", "direct", "ours adds", "diffusers adds", "with its checks")
+    header = ("µs a call, on", "call", "direct", "ours adds", "diffusers adds", "diffusers with its checks on")
     rows = []
     for path in sorted(RESULTS.glob("dispatch_overhead-*.json")):
         record = json.loads(path.read_text())
