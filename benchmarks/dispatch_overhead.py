@@ -24,8 +24,9 @@ from diffusers.models import attention_dispatch as theirs
 from versions import versions
 
 from diffusers_attn import attention_dispatch, provider_status
-from diffusers_attn.dispatch import ProviderChoice, attend
+from diffusers_attn.dispatch import attend
 from diffusers_attn.processors.doors import dispatch_door
+from diffusers_attn.scope import ProviderChoice
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 Call = Callable[[], torch.Tensor]

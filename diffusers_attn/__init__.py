@@ -2,10 +2,11 @@
 
 import importlib
 
-from .dispatch import attention_dispatch, attention_provider
+from .dispatch import attention_dispatch
 from .errors import AttentionProviderError, ProviderUnavailableError
 from .providers.catalog import AttentionProvider
 from .providers.registry import ProviderStatus, list_providers, provider_status
+from .scope import attention_provider
 
 __all__ = [
     "AttentionProvider",

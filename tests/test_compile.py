@@ -5,7 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import attention_dispatch, attention_provider
-from diffusers_attn.dispatch import ProviderChoice, attend
+from diffusers_attn.dispatch import attend
+from diffusers_attn.scope import ProviderChoice
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

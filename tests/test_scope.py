@@ -7,8 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_attn import AttentionProvider, AttentionProviderError, ProviderUnavailableError, attention_provider
-from diffusers_attn.dispatch import ProviderChoice, active_choice, attend
+from diffusers_attn.dispatch import attend
 from diffusers_attn.providers.native import Math
+from diffusers_attn.scope import ProviderChoice, active_choice
 
 BOUND = ProviderChoice.of("_native_math")
 

@@ -13,7 +13,7 @@ import threading
 from types import FunctionType
 from typing import Any
 
-from ..dispatch import ProviderChoice
+from ..scope import ProviderChoice
 from .doors import dispatch_door, sdpa_door
 from .overlay import Overlay, calls_attention, names_in
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..dispatch import ProviderChoice
 from ..errors import AttentionProviderError
 from ..providers import registry
 from ..providers.catalog import AttentionProvider
+from ..scope import ProviderChoice
 
 
 class DispatchProcessor:

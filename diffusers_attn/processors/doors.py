@@ -16,8 +16,9 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 
-from ..dispatch import ProviderChoice, active_choice, attend
+from ..dispatch import attend
 from ..errors import AttentionProviderError
+from ..scope import ProviderChoice, active_choice
 from .overlay import sdpa
 
 _FLEX = ProviderChoice.of("flex")

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 
-from diffusers_attn.dispatch import active_choice
 from diffusers_attn.processors import doors
 from diffusers_attn.processors.binding import attention_modules_of
+from diffusers_attn.scope import active_choice
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from diffusers.models.attention_processor import CROSS_ATTENTION_PROCESSORS, Att
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
 from diffusers_attn import DispatchProcessor
-from diffusers_attn.dispatch import ProviderChoice
 from diffusers_attn.processors.bound import BoundProcessor, bind, unbind
+from diffusers_attn.scope import ProviderChoice
 
 from ..zoo import CASES
 

@@ -12,8 +12,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
 
 from diffusers_attn import AttentionProviderError, DispatchProcessor, attention_provider, set_attention_provider
-from diffusers_attn.dispatch import ProviderChoice
 from diffusers_attn.processors.doors import dispatch_door, sdpa_door
+from diffusers_attn.scope import ProviderChoice
 
 from ..zoo import CASES, relative_change
 

@@ -1,0 +1,189 @@
+"""Which provider is active. First that applies: the innermost `attention_provider` scope of this thread; the provider
+that the calling processor is bound to; `native`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import AttentionProviderError
+from .providers import registry
+from .providers.base import Option
+from .providers.catalog import SPECS, AttentionProvider
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .context_parallel.mesh import ContextParallelMesh
+
+AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, ...) that it may choose")}
+
+
+class ProviderChoice:
+    """A provider with its options. One object per value, so that comparing and hashing cost nothing."""
+
+    __slots__ = ("options", "provider")
+    provider: str
+    options: tuple[tuple[str, object], ...]
+
+    @staticmethod
+    def of(provider: str | AttentionProvider, **options: object) -> ProviderChoice:
+        """The choice of `provider` (a name or an `AttentionProvider`) with `options` of its kernel.
+
+        Raises:
+            AttentionProviderError: no such provider, or an option that it does not have or of a wrong type.
+        """
+        name = registry.provider_name(provider)
+        known = AUTO_OPTIONS if name == "auto" else SPECS[name].options
+        for option, value in options.items():
+            if option not in known:
+                has = ", ".join(f"{key} ({spec.doc})" for key, spec in known.items()) or "none"
+                raise AttentionProviderError(f"provider '{name}' has no option {option!r}; its options: {has}.")
+            known[option].check(name, option, value)
+        if "lossy" in options:
+            named: Any = options["lossy"]
+            named = (named,) if isinstance(named, str) else named
+            options["lossy"] = tuple(registry.provider_name(each) for each in named)
+        return _intern_choice(name, tuple(sorted(options.items())))
+
+    def updated(self, **options: object) -> ProviderChoice:
+        """This choice with further options. Raises as `of` does."""
+        return ProviderChoice.of(self.provider, **{**dict(self.options), **options})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _intern_choice, (self.provider, self.options)
+
+    def __copy__(self) -> ProviderChoice:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ProviderChoice:
+        return self
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options)
+        return f"ProviderChoice('{self.provider}'{options})"
+
+
+@functools.cache
+def _intern_choice(provider: str, options: tuple[tuple[str, object], ...]) -> ProviderChoice:
+    choice = ProviderChoice.__new__(ProviderChoice)
+    choice.provider, choice.options = provider, options
+    return choice
+
+
+NATIVE = ProviderChoice.of("native")
+
+
+class _Scope(threading.local):
+    """The scopes that this thread is in. A thread-local and not a ContextVar, because Dynamo can guard on it: a
+    compiled graph notices a change of provider."""
+
+    def __init__(self) -> None:  # runs once in every thread that looks
+        # No defaults in the class: Dynamo before PyTorch 2.13 would find those and not look further.
+        self.choice: ProviderChoice | None = None
+        self.parallel: ContextParallelMesh | None = None
+        self.outer: list[tuple[ProviderChoice | None, ContextParallelMesh | None]] = []
+
+
+scope = _Scope()
+# The innermost scope of every thread that is in one. Only a backward reads it; see `outside_scopes`.
+_innermost: dict[int, ProviderChoice] = {}
+
+
+def _set_scope(choice: ProviderChoice | None, parallel: ContextParallelMesh | None) -> None:
+    scope.choice, scope.parallel = choice, parallel
+    if torch.compiler.is_compiling():
+        return
+    if choice is None:
+        _innermost.pop(threading.get_ident(), None)
+    else:
+        _innermost[threading.get_ident()] = choice
+
+
+def outside_scopes(bound: ProviderChoice | None) -> ProviderChoice:
+    """The choice where this thread is in no scope.
+
+    On a GPU, a backward runs in a thread of autograd's own, which is in no scope although the thread that waits for it
+    may be. What a checkpoint recomputes there must take the provider that its forward took.
+    """
+    if (
+        _innermost
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._current_graph_task_id() != -1
+    ):
+        choices = set(_innermost.values())
+        if len(choices) > 1:
+            raise AttentionProviderError(
+                "attention is recomputed in a backward while several attention_provider scopes are open, and which of "
+                f"them it belongs to is not known ({', '.join(sorted(map(repr, choices)))}). With gradient "
+                "checkpointing, bind the provider to the model: set_attention_provider(model, name)."
+            )
+        return choices.pop()
+    return bound or NATIVE
+
+
+class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like a function)
+    """Every attention call that dispatches within this scope uses `provider`.
+
+    Args:
+        provider: a name of `AttentionProvider`.
+        mesh: the `DeviceMesh` (or `ContextParallelMesh`) that `apply_context_parallel` was given. It is only needed for
+            the next two: a model to which a plan is applied is parallel without it, with the settings it was given.
+        convert_to_fp32: whether partial results of a ring merge in float32; otherwise in the dtype of the query.
+        rotate_method: how keys and values travel in a ring: "allgather", or "alltoall" from rank to rank.
+        options: options of the provider's kernel.
+
+    The scope is this thread's own, and scopes nest. It overrides the provider that a processor is bound to. With
+    gradient checkpointing the backward recomputes the forward, so it must run inside the scope too; or bind the
+    provider to the model.
+
+    Raises:
+        ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
+        AttentionProviderError: no such provider or option.
+    """
+
+    def __init__(
+        self,
+        provider: str | AttentionProvider,
+        *,
+        mesh: DeviceMesh | ContextParallelMesh | None = None,
+        convert_to_fp32: bool = True,
+        rotate_method: str = "allgather",
+        **options: object,
+    ) -> None:
+        self.choice = ProviderChoice.of(provider, **options)
+        status = registry.provider_status(self.choice.provider)
+        if not status.available:
+            raise registry.unavailable(status)
+        self.parallel: ContextParallelMesh | None = None
+        if mesh is not None:
+            from .context_parallel.mesh import ContextParallelMesh
+
+            self.parallel = ContextParallelMesh.of(mesh, rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)
+        elif (convert_to_fp32, rotate_method) != (True, "allgather"):
+            raise AttentionProviderError(
+                f"convert_to_fp32={convert_to_fp32!r} and rotate_method={rotate_method!r} say how a mesh of devices is "
+                "used, and no mesh was given. Pass mesh=..., the one that apply_context_parallel was given."
+            )
+
+    def __enter__(self) -> ProviderChoice:
+        scope.outer.append((scope.choice, scope.parallel))
+        _set_scope(self.choice, self.parallel)
+        return self.choice
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _set_scope(*scope.outer.pop())
+
+
+def active_choice(bound: ProviderChoice | None = None) -> ProviderChoice:
+    """What a call made here would use: this thread's scope, else `bound`, else `native`."""
+    return scope.choice or outside_scopes(bound)
