@@ -225,6 +225,11 @@ def _prepare(
     _check_tensors(query, key, value, enable_gqa, layout)
     sizes = _sizes(query, key, layout)
     mask_kind, mask = masks.classify(attn_mask, *sizes)
+    if mask_kind in masks.ADDITIVE and mask.dtype not in (query.dtype, torch.float32):  # type: ignore[union-attr]
+        raise AttentionProviderError(
+            f"attn_mask has dtype {attn_mask.dtype} beside a query of {query.dtype}; torch.bool, torch.float32 and the "
+            "query's own dtype are accepted. Pass mask.to(query.dtype)."
+        )
     call = _describe(query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, choice.options)
     plan = Plan(*_decide(choice.provider, *call))
     if 0 in sizes:

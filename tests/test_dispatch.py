@@ -95,6 +95,17 @@ def test_gradients_are_those_of_the_definition(provider, call):
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_bias_may_be_float32_beside_half_precision(provider):
+    query, key, value = torch.randn(3, 1, 2, 6, 8).bfloat16()
+    bias = torch.randn(1, 1, 1, 6)
+    with attention_provider(provider):
+        out = attention_dispatch(query, key, value, bias)
+        with pytest.raises(AttentionProviderError, match="float16 beside a query of torch.bfloat16.*mask.to"):
+            attention_dispatch(query, key, value, bias.half())
+    assert reference.relative_error(out, reference.attention(query, key, value, bias)[0]) < 1e-2
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_row_without_keys_gives_zeros(provider):
     query, key, value = torch.randn(3, 2, 4, 6, 8)
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)

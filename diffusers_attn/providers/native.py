@@ -160,11 +160,12 @@ class Native(AtenAdapter):
             return cls.bind(params)(query, key, value, mask)
         # Unlike the CPU's, PyTorch's GPU kernels give whatever they like where a row has no key (cuDNN: not even NaN).
         dead = masks.dead_rows(mask)
+        alive = masks.without_dead_rows(mask, dead)
         out = scaled_dot_product_attention(
             query,
             key,
             value,
-            masks.without_dead_rows(mask, dead),
+            alive if alive.dtype == torch.bool else alive.to(query.dtype),
             params.dropout_p,
             scale=params.scale,
             enable_gqa=params.gqa,
