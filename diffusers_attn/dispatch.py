@@ -165,14 +165,14 @@ _prepared: dict[tuple[object, ...], Prepared] = {}
 
 
 def _mask_signature(mask: Any, grad_enabled: bool) -> object:
-    """All that `masks.classify` looks at, and whether the mask wants a gradient."""
+    """All that `masks.classify` looks at, where the mask is, and whether it wants a gradient."""
     if not isinstance(mask, Tensor):
         return type(mask)
     shape = mask.shape
     requires_grad = grad_enabled and mask.requires_grad
     if len(shape) == 4 and shape[1] == shape[2] == 1:  # a key mask, whatever its strides
-        return shape, mask.dtype, requires_grad
-    return shape, mask.dtype, requires_grad, mask.stride()
+        return shape, mask.dtype, mask.device, requires_grad
+    return shape, mask.dtype, mask.device, requires_grad, mask.stride()
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,6 +225,13 @@ def _prepare(
     _check_tensors(query, key, value, enable_gqa, layout)
     sizes = _sizes(query, key, layout)
     mask_kind, mask = masks.classify(attn_mask, *sizes)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise AttentionProviderError(f"dropout_p={dropout_p}: a probability, from 0 to 1, is accepted.")
+    if isinstance(attn_mask, Tensor) and attn_mask.device != query.device:
+        raise AttentionProviderError(
+            f"attn_mask is on {attn_mask.device} and query on {query.device}: a kernel reads both, so they must be on "
+            "one device. Pass mask.to(query.device)."
+        )
     if mask_kind in masks.ADDITIVE and mask.dtype not in (query.dtype, torch.float32):  # type: ignore[union-attr]
         raise AttentionProviderError(
             f"attn_mask has dtype {attn_mask.dtype} beside a query of {query.dtype}; torch.bool, torch.float32 and the "

@@ -234,6 +234,21 @@ def test_tensors_that_do_not_belong_together(change, problem):
         attention_dispatch(**{**tensors, **change})
 
 
+def test_a_mask_elsewhere_is_refused_however_often_its_like_was_served():
+    query = torch.randn(1, 2, 5, 8)
+    mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    attention_dispatch(query, query, query, mask)
+    with pytest.raises(AttentionProviderError, match="attn_mask is on meta and query on cpu"):
+        attention_dispatch(query, query, query, mask.to("meta"))
+
+
+@pytest.mark.parametrize("dropout_p", [-0.1, 1.5])
+def test_a_dropout_that_is_no_probability_is_refused(dropout_p):
+    query = torch.randn(1, 2, 5, 8)
+    with pytest.raises(AttentionProviderError, match=f"dropout_p={dropout_p}"):
+        attention_dispatch(query, query, query, dropout_p=dropout_p)
+
+
 def test_heads_that_do_not_divide_are_refused():
     query, key = torch.randn(1, 5, 4, 8), torch.randn(1, 2, 4, 8)
     with pytest.raises(AttentionProviderError, match="5 query heads do not divide"):
