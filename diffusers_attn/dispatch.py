@@ -17,15 +17,15 @@ from .providers import lowering, registry, speeds
 from .providers.base import Layout, Params
 from .providers.decision import Call, Plan, decide
 from .providers.selection import Selection, select
-from .scope import NATIVE, ProviderChoice, outside_scopes, scope
+from .recent import remember
+from .scope import NATIVE, ProviderChoice, innermost, outside_scopes, scope
 
 if TYPE_CHECKING:
     from .context_parallel.streams import Streams
 
 # Looked up once: a call's own cost is a few microseconds, and each attribute is a part of it.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
-_is_grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def attention_dispatch(
@@ -82,44 +82,66 @@ def attend(
         bound: the caller's provider, where no scope overrides it.
         scoped: whether a scope overrides it.
     """
-    grad_enabled = _is_grad_enabled()
-    choice = (scoped and scope.choice) or (outside_scopes(bound) if grad_enabled and scoped else bound or NATIVE)
-    if _any_autocast_enabled():
+    tracing = _is_dynamo_compiling()
+    choice = (scoped and scope.choice) or (
+        outside_scopes(bound) if innermost and scoped and not tracing else bound or NATIVE
+    )
+    streams = running.streams  # not None in a model whose tokens are split over devices
+    if streams is None and not tracing:
+        # A call like one of the last: nothing to check or to decide. Inlined, since it is the path of almost all calls.
+        if attn_mask is None:
+            for matches, arguments, attention, transpose, _ in choice.recent:
+                if matches(query, key, value) and arguments == (layout, dropout_p, is_causal, scale, enable_gqa):
+                    if not transpose:
+                        return attention(query, key, value)
+                    return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+        else:
+            for matches, arguments, attention, transpose, view in choice.recent_masked:
+                if matches(query, key, value, attn_mask) and arguments == (
+                    layout, dropout_p, is_causal, scale, enable_gqa
+                ):  # fmt: skip
+                    if view is not None:
+                        attn_mask = view(attn_mask)
+                    if not transpose:
+                        return attention(query, key, value, attn_mask)
+                    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+                    return attention(query, key, value, attn_mask).transpose(1, 2)
+    autocast = _any_autocast_enabled()
+    if autocast:
         query, key, value = _autocast(query, key, value)
-    if running.streams is not None:  # in a model whose tokens are split over devices
-        out = _attend_split(
-            choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, running.streams
-        )
+    rest = dropout_p, is_causal, scale, enable_gqa
+    if streams is not None:
+        out = _attend_split(choice, query, key, value, attn_mask, *rest, layout, streams)
         if out is not None:
             return out
+    grad_enabled = torch.is_grad_enabled()
     needs_grad = grad_enabled and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if _is_compiling():
-        attention, transpose, mask_view = _prepare(
-            choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad
-        )
+    if tracing or torch.compiler.is_compiling():
+        prepared = _prepare(choice, query, key, value, attn_mask, *rest, layout, needs_grad)
     else:
-        # All that a decision or a check could depend on: a call like an earlier one costs one look-up. (A device's
-        # index takes less time than the device, and does as well beside the whole device of the query.)
+        # All that a decision or a check could depend on.
         signature = (
             choice, layout, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
-            query.device, key.get_device(), value.get_device(), dropout_p, is_causal,
-            scale, enable_gqa, needs_grad, None if attn_mask is None else _mask_signature(attn_mask, grad_enabled),
+            query.device, key.device, value.device, *rest, needs_grad,
+            None if attn_mask is None else _mask_signature(attn_mask, grad_enabled),
         )  # fmt: skip
-        prepared = _prepared.get(signature)
-        if prepared is None:
-            prepared = _prepare(
-                choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad
-            )
+        before = _prepared.get(signature)
+        if before is None:
+            prepared = _prepare(choice, query, key, value, attn_mask, *rest, layout, needs_grad)
             if len(_prepared) >= _PREPARED_MAX:
                 _prepared.clear()
             _prepared[signature] = prepared
-        attention, transpose, mask_view = prepared
+        else:
+            prepared = before
+            if not autocast and streams is None:
+                remember(choice, query, key, value, attn_mask, (layout, *rest), prepared)
+    attention, transpose, view = prepared
     if transpose:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if attn_mask is None:
         out = attention(query, key, value)
     else:
-        out = attention(query, key, value, attn_mask if mask_view is None else mask_view(attn_mask))
+        out = attention(query, key, value, attn_mask if view is None else view(attn_mask))
     return out.transpose(1, 2) if transpose else out
 
 
@@ -297,7 +319,7 @@ def _describe(
         is_causal=is_causal,
         dropout=True if dropout_p > 0.0 else False,
         needs_grad=needs_grad,
-        bias_needs_grad=mask_kind in masks.ADDITIVE and _is_grad_enabled() and attn_mask.requires_grad,
+        bias_needs_grad=mask_kind in masks.ADDITIVE and torch.is_grad_enabled() and attn_mask.requires_grad,
         options=options,
     )
 
@@ -323,7 +345,7 @@ def explain(
     """
     _check_tensors(query, key, value, enable_gqa, layout)
     mask_kind, _ = masks.classify(attn_mask, *_sizes(query, key, layout))
-    needs_grad = _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     options = ProviderChoice.of("auto", lossy=lossy).options
     return select(_describe(query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, options))
 

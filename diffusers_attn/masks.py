@@ -110,13 +110,13 @@ def dead_rows(mask: torch.Tensor) -> torch.Tensor:
     return ~alive.any(dim=-1, keepdim=True)
 
 
-def as_bias(mask: torch.Tensor, dead: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_bias(mask: torch.Tensor, dead: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """`mask` as an additive bias of `dtype` under which no row is fully masked.
 
     Kernels divide zero by zero in a fully masked row, and the NaN survives in gradients even where the output is
-    thrown away. So `dead` rows attend to everything here, and the caller clears their output.
+    thrown away. So `dead` rows (None: there are none) attend to everything here, and the caller clears their output.
     """
-    alive = without_dead_rows(mask, dead)
+    alive = mask if dead is None else without_dead_rows(mask, dead)
     if mask.dtype != torch.bool:
         return alive.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~alive, float("-inf"))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from .context_parallel.mesh import ContextParallelMesh
+    from .recent import Recent
 
 AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, ...) that it may choose")}
 
@@ -28,9 +29,13 @@ AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, .
 class ProviderChoice:
     """A provider with its options. One object per value, so that comparing and hashing cost nothing."""
 
-    __slots__ = ("options", "provider")
+    __slots__ = ("options", "provider", "recent", "recent_masked")
     provider: str
     options: tuple[tuple[str, object], ...]
+    recent: tuple[Recent, ...]
+    """the kinds of calls without a mask that this choice served last; see `recent.py`."""
+    recent_masked: tuple[Recent, ...]
+    """the same, with a mask."""
 
     @staticmethod
     def of(provider: str | AttentionProvider, **options: object) -> ProviderChoice:
@@ -74,6 +79,7 @@ class ProviderChoice:
 def _intern_choice(provider: str, options: tuple[tuple[str, object], ...]) -> ProviderChoice:
     choice = ProviderChoice.__new__(ProviderChoice)
     choice.provider, choice.options = provider, options
+    choice.recent = choice.recent_masked = ()
     return choice
 
 
@@ -93,7 +99,7 @@ class _Scope(threading.local):
 
 scope = _Scope()
 # The innermost scope of every thread that is in one. Only a backward reads it; see `outside_scopes`.
-_innermost: dict[int, ProviderChoice] = {}
+innermost: dict[int, ProviderChoice] = {}
 
 
 def _set_scope(choice: ProviderChoice | None, parallel: ContextParallelMesh | None) -> None:
@@ -101,9 +107,9 @@ def _set_scope(choice: ProviderChoice | None, parallel: ContextParallelMesh | No
     if torch.compiler.is_compiling():
         return
     if choice is None:
-        _innermost.pop(threading.get_ident(), None)
+        innermost.pop(threading.get_ident(), None)
     else:
-        _innermost[threading.get_ident()] = choice
+        innermost[threading.get_ident()] = choice
 
 
 def outside_scopes(bound: ProviderChoice | None) -> ProviderChoice:
@@ -113,12 +119,12 @@ def outside_scopes(bound: ProviderChoice | None) -> ProviderChoice:
     may be. What a checkpoint recomputes there must take the provider that its forward took.
     """
     if (
-        _innermost
+        innermost
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._current_graph_task_id() != -1
     ):
-        choices = set(_innermost.values())
+        choices = set(innermost.values())
         if len(choices) > 1:
             raise AttentionProviderError(
                 "attention is recomputed in a backward while several attention_provider scopes are open, and which of "

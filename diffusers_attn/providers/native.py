@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import masks
 from ..masks import MaskKind
+from .alive import known_alive
 from .base import Adapter, Layout, Params
 from .bias import aligned_bias
 from .varlen import rows_contiguous
@@ -141,9 +142,6 @@ class Native(AtenAdapter):
 
     @classmethod
     def bind(cls, params: Params) -> Callable[..., Tensor]:
-        if params.mask_kind != MaskKind.NONE and params.device_type != "cpu":
-            return super().bind(params)
-        # Nothing to do between the caller and PyTorch.
         constants: dict[str, Any] = {
             "dropout_p": params.dropout_p,
             "is_causal": params.is_causal,
@@ -152,25 +150,24 @@ class Native(AtenAdapter):
         given = {name: value for name, value in constants.items() if value}
         if not params.default_scale:
             given["scale"] = params.scale
-        return functools.partial(scaled_dot_product_attention, **given) if given else scaled_dot_product_attention
+        direct = functools.partial(scaled_dot_product_attention, **given) if given else scaled_dot_product_attention
+        if params.mask_kind == MaskKind.NONE or params.device_type == "cpu":
+            return direct  # nothing to do between the caller and PyTorch
+        return functools.partial(cls._masked, direct)
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
-        if mask is None or params.device_type == "cpu":
-            return cls.bind(params)(query, key, value, mask)
+        return cls.bind(params)(query, key, value, *(() if mask is None else (mask,)))
+
+    @staticmethod
+    def _masked(direct: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        if mask.dtype != torch.bool and mask.dtype != query.dtype:
+            mask = mask.to(query.dtype)
+        if known_alive(mask):
+            return direct(query, key, value, mask)
         # Unlike the CPU's, PyTorch's GPU kernels give whatever they like where a row has no key (cuDNN: not even NaN).
         dead = masks.dead_rows(mask)
-        alive = masks.without_dead_rows(mask, dead)
-        out = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            alive if alive.dtype == torch.bool else alive.to(query.dtype),
-            params.dropout_p,
-            scale=params.scale,
-            enable_gqa=params.gqa,
-        )
-        return out.masked_fill(dead, 0.0)
+        return direct(query, key, value, masks.without_dead_rows(mask, dead)).masked_fill(dead, 0.0)
 
     @classmethod
     def kernel(cls, query: Tensor, value: Tensor, mask: Any, params: Params) -> type[AtenAdapter]:

@@ -1,0 +1,86 @@
+"""Masks that are known to leave every query a key.
+
+PyTorch's GPU kernels give garbage in a row without keys, so that a mask which may have such rows costs several small
+kernels in every layer. Almost none has them, and one mask serves many layers and steps. So the second time that a mask
+comes, the device is asked whether it has such rows; its answer is picked up when it is there, without waiting for it,
+and from then on the mask goes to the kernel as it is. A mask that was changed in place, as far as autograd would notice
+(`Tensor._version`), is a new one.
+
+Nothing is taken as known in a graph, captured or compiled: it will run with other masks.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from .. import masks
+
+# The tensor that owns a mask's memory, by its id for as long as it lives: views are made anew for every layer.
+_owners: dict[int, _Owner] = {}
+
+
+class _Owner:
+    """What is known of a tensor, or of views of it, at one version."""
+
+    __slots__ = ("tensor", "version", "views")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor, functools.partial(_forget, id(tensor)))
+        self.version = tensor._version
+        self.views: dict[object, _Answer | None] = {}
+
+
+class _Answer:
+    """Whether a view of a mask leaves every row a key, asked of the device."""
+
+    __slots__ = ("alive", "dead", "ready")
+
+    def __init__(self, mask: Tensor) -> None:
+        self.alive = False
+        self.dead = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self.dead.copy_(masks.dead_rows(mask).any(), non_blocking=True)
+        self.ready: torch.cuda.Event | None = torch.cuda.Event()
+        self.ready.record()
+
+    def look(self) -> bool:
+        if self.ready is not None and self.ready.query():
+            self.alive, self.ready = not self.dead.item(), None
+        return self.alive
+
+
+def known_alive(mask: Tensor) -> bool:
+    """Whether `mask`, a view from `masks.classify`, is known to leave every row a key. False also means: not known yet.
+
+    On other devices than CUDA's nothing is ever asked.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not mask.is_cuda
+        or torch.cuda.is_current_stream_capturing()
+        or mask.is_inference()  # has no version
+    ):
+        return False
+    tensor, view = mask, None
+    if mask._base is not None:
+        tensor, view = mask._base, (mask.shape, mask.stride(), mask.storage_offset())
+    owner = _owners.get(id(tensor))
+    if owner is None or owner.version != tensor._version or owner.tensor() is not tensor:
+        owner = _owners[id(tensor)] = _Owner(tensor)
+    answer = owner.views.get(view)
+    if answer is not None:
+        return answer.alive or answer.look()
+    # A mask that comes but once is not worth a question; one in a torch.func transform stands for several.
+    asks = view in owner.views and not is_functorch_wrapped_tensor(mask)
+    owner.views[view] = _Answer(mask) if asks else None
+    return False
+
+
+def _forget(key: int, tensor: object) -> None:
+    # Another tensor may have been given the id since.
+    if key in _owners and _owners[key].tensor is tensor:
+        del _owners[key]
