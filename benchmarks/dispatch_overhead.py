@@ -23,6 +23,7 @@ import torch
 from diffusers.models import attention_dispatch as theirs
 from versions import versions
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusers_attn import attention_dispatch, provider_status
 from diffusers_attn.dispatch import attend
 from diffusers_attn.processors.doors import dispatch_door
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--calls", type=int, default=100, help="calls a block")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
@@ -124,7 +126,7 @@ def main() -> None:
             print(f"{name:86s} {result['direct']:8.2f} {cells}")
             results[name] = result
     if options.output:
-        record = {"command": " ".join(sys.argv), **versions(options.device), "microseconds": results}
+        record = {"command": " ".join(sys.argv), **versions(options.device, options.commit), "microseconds": results}
         options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
