@@ -13,6 +13,7 @@ import argparse
 import functools
 import gc
 import json
+import logging
 import statistics
 import sys
 import time
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # with its checks on, theirs logs every call to flash
     results = {}
     print(f"{'microseconds a call':86s} {'direct':>8s} {'ours':>8s} {'theirs':>8s} {'checked':>8s}")
     with torch.no_grad():

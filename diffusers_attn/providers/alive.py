@@ -22,17 +22,21 @@ from .. import masks
 
 # The tensor that owns a mask's memory, by its id for as long as it lives: views are made anew for every layer.
 _owners: dict[int, _Owner] = {}
+# Looked up once: this is asked in every layer.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 class _Owner:
     """What is known of a tensor, or of views of it, at one version."""
 
-    __slots__ = ("tensor", "version", "views")
+    __slots__ = ("alive", "tensor", "version", "views")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor, functools.partial(_forget, id(tensor)))
         self.version = tensor._version
         self.views: dict[object, _Answer | None] = {}
+        self.alive = False
+        """of the tensor itself."""
 
 
 class _Answer:
@@ -58,12 +62,14 @@ def known_alive(mask: Tensor) -> bool:
 
     On other devices than CUDA's nothing is ever asked.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not mask.is_cuda
-        or torch.cuda.is_current_stream_capturing()
-        or mask.is_inference()  # has no version
-    ):
+    if _is_dynamo_compiling():
+        return False
+    owner = _owners.get(id(mask))
+    if owner is not None and owner.alive and owner.tensor() is mask and owner.version == mask._version:
+        return not torch.cuda.is_current_stream_capturing()  # the usual case, in a microsecond
+    if not mask.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return False
+    if mask.is_inference():  # has no version
         return False
     tensor, view = mask, None
     if mask._base is not None:
@@ -72,12 +78,14 @@ def known_alive(mask: Tensor) -> bool:
     if owner is None or owner.version != tensor._version or owner.tensor() is not tensor:
         owner = _owners[id(tensor)] = _Owner(tensor)
     answer = owner.views.get(view)
-    if answer is not None:
-        return answer.alive or answer.look()
-    # A mask that comes but once is not worth a question; one in a torch.func transform stands for several.
-    asks = view in owner.views and not is_functorch_wrapped_tensor(mask)
-    owner.views[view] = _Answer(mask) if asks else None
-    return False
+    if answer is None:
+        # A mask that comes but once is not worth a question; one in a torch.func transform stands for several.
+        asks = view in owner.views and not is_functorch_wrapped_tensor(mask)
+        owner.views[view] = _Answer(mask) if asks else None
+        return False
+    alive = answer.alive or answer.look()
+    owner.alive = owner.alive or (alive and view is None)
+    return alive
 
 
 def _forget(key: int, tensor: object) -> None:
