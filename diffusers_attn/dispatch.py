@@ -274,6 +274,7 @@ def _prepare(
         gqa=call.heads != call.kv_heads and not plan.repeat_kv,
         device_type=query.device.type,
         options=choice.options,
+        needs_grad=needs_grad or call.bias_needs_grad,
     )
     adapter = registry.ADAPTERS[plan.provider]
     attention: Callable[..., Tensor]

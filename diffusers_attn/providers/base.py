@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
+from ..autograd import result
 from ..errors import AttentionProviderError
 from ..masks import MaskKind
 
@@ -119,6 +120,8 @@ class Params(NamedTuple):
     """whether key and value have fewer heads than the query."""
     device_type: str
     options: tuple[tuple[str, Any], ...]
+    needs_grad: bool = True
+    """whether a gradient of query, key or value may be wanted."""
 
 
 class Adapter:
@@ -185,7 +188,7 @@ class KernelFunction(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, mask, out, lse)
         ctx.adapter, ctx.params = adapter, params
         ctx.mark_non_differentiable(lse)
-        return out, lse
+        return result(out), lse
 
     @staticmethod
     def backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
+from ..autograd import GradientLaidOutAsOutput, laid_out_as
 from ..masks import MaskKind
 from .alive import known_alive
 from .base import Adapter, Layout, Params
@@ -151,13 +152,34 @@ class Native(AtenAdapter):
         if not params.default_scale:
             given["scale"] = params.scale
         direct = functools.partial(scaled_dot_product_attention, **given) if given else scaled_dot_product_attention
-        if params.mask_kind == MaskKind.NONE or params.device_type == "cpu":
+        if params.device_type == "cpu":
             return direct  # nothing to do between the caller and PyTorch
-        return functools.partial(cls._masked, direct)
+        if params.device_type == "cuda" and params.needs_grad:
+            direct = functools.partial(cls._differentiable, direct, params)
+        return direct if params.mask_kind == MaskKind.NONE else functools.partial(cls._masked, direct)
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
         return cls.bind(params)(query, key, value, *(() if mask is None else (mask,)))
+
+    @classmethod
+    def _differentiable(
+        cls, direct: Callable[..., Tensor], params: Params, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor
+    ) -> Tensor:
+        """It may be cuDNN that is called, whose backward needs a gradient of one layout; see `_cudnn_backward`."""
+        out = direct(query, key, value, *mask)
+        if not out.requires_grad:
+            return out
+        if torch.compiler.is_compiling() and cls._is_served_by_cudnn(query, value, mask, params):
+            # A compiler gives a gradient what layout it likes, except to an operator into which it does not look. (It
+            # drops the call above.)
+            return super().attention(query, key, value, *mask, params=params)
+        return GradientLaidOutAsOutput.apply(out)
+
+    @classmethod
+    def _is_served_by_cudnn(cls, query: Tensor, value: Tensor, mask: tuple[Tensor, ...], params: Params) -> bool:
+        alone = not params.dropout_p and not any(tensor.requires_grad for tensor in mask)
+        return alone and cls.kernel(query, value, mask[0] if mask else None, params) is Cudnn
 
     @staticmethod
     def _masked(direct: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -257,18 +279,56 @@ class Efficient(AtenAdapter):
         lse: Tensor,
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_out, query, key, value = rows_contiguous(grad_out, query, key, value)
-        # The kernel takes no strides for the output: it reads it as it once wrote it, [batch, seq, heads, head_dim].
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         bias, dead = kernel_bias(mask, query, key)
         grad_out, lse = without_dead_rows(grad_out, lse.transpose(1, 2), dead)
-        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf).contiguous()
-        seed = torch.empty((), dtype=torch.int64, device=query.device)
-        grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out, query, key, value, bias, out, lse, seed, seed, 0.0, [True, True, True, False],
-            params.is_causal, scale=params.scale,
-        )  # fmt: skip
-        return grad_query, grad_key, grad_value
+        run = efficient_backward_op if torch.compiler.is_compiling() else _efficient_backward
+        return run(grad_out, query, key, value, out, lse, bias, params.is_causal, params.scale)
+
+
+def _efficient_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, query, key, value = rows_contiguous(grad_out, query, key, value)
+    # The kernel takes no strides for the output: it reads it as it once wrote it, [batch, seq, heads, head_dim].
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf).contiguous()
+    seed = torch.empty((), dtype=torch.int64, device=query.device)
+    grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
+        grad_out, query, key, value, bias, out, lse, seed, seed, 0.0, [True, True, True, False],
+        is_causal, scale=scale,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+@torch.library.custom_op("diffusers_attn::efficient_backward", mutates_args=(), device_types="cuda")
+def efficient_backward_op(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward, closed to Inductor: it gives an output that was merged from parts strides of its own choice, and
+    takes a `contiguous` for done that was so when the graph was traced."""
+    grads = _efficient_backward(grad_out, query, key, value, out, lse, bias, is_causal, scale)
+    return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
+
+
+@efficient_backward_op.register_fake
+def _(grad_out, query, key, value, *rest):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 class Flash(AtenAdapter):
@@ -308,13 +368,11 @@ class Cudnn(AtenAdapter):
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
-        query, key, value = rows_contiguous(query, key, value)
         bias, dead = kernel_bias(mask, query, key)
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            query, key, value, bias, True, 0.0, params.is_causal, False, scale=params.scale
-        )
-        # The kernel's lse has a trailing dimension of one.
-        lse = lse.reshape(query.shape[:3]).transpose(1, 2)
+        closed = params.needs_grad and torch.compiler.is_compiling()
+        run = cudnn_forward_op if closed else _cudnn_forward
+        out, lse = run(query, key, value, bias, params.is_causal, params.scale)
+        lse = lse.transpose(1, 2)
         return (out, lse) if dead is None else clear_dead_rows(out, lse, dead)  # type: ignore[return-value]
 
     @classmethod
@@ -329,11 +387,36 @@ class Cudnn(AtenAdapter):
         lse: Tensor,
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_out, query, key, value, out = rows_contiguous(grad_out, query, key, value, out)
         bias, dead = kernel_bias(mask, query, key)
         grad_out, lse = without_dead_rows(grad_out, lse.transpose(1, 2), dead)
         run = cudnn_backward_op if torch.compiler.is_compiling() else _cudnn_backward
         return run(grad_out, query, key, value, out, lse, bias, params.is_causal, params.scale)
+
+
+def _cudnn_forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    query, key, value = rows_contiguous(query, key, value)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        query, key, value, bias, True, 0.0, is_causal, False, scale=scale
+    )
+    return out, lse.reshape(query.shape[:3])  # the kernel's has a trailing dimension of one
+
+
+@torch.library.custom_op("diffusers_attn::cudnn_forward", mutates_args=(), device_types="cuda")
+def cudnn_forward_op(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The forward that a backward follows, closed to Inductor as that is, so that both see the same layouts."""
+    out, lse = _cudnn_forward(query, key, value, bias, is_causal, scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+
+
+@cudnn_forward_op.register_fake
+def _(query, key, value, bias, is_causal, scale):  # type: ignore[no-untyped-def]
+    batch, heads, length, _ = query.shape
+    out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
 def _cudnn_backward(
@@ -347,7 +430,12 @@ def _cudnn_backward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = rows_contiguous(query, key, value)
     seed = torch.empty((), dtype=torch.int64, device=query.device)  # of dropout: not read
+    # PyTorch (2.11 at least) builds cuDNN's graph once for shapes and strides of query, key and value, and reads an
+    # output and its gradient with the strides that they had then. Those of the output follow from the query's where
+    # the forward made it; so do both here.
+    grad_out, out = laid_out_as(grad_out, query), laid_out_as(out, query)
     return aten._scaled_dot_product_cudnn_attention_backward(
         grad_out, query, key, value, out, lse.contiguous().unsqueeze(-1), seed, seed, bias, None, None,
         query.shape[2], key.shape[2], 0.0, is_causal, scale=scale,
