@@ -40,6 +40,8 @@ class Call(NamedTuple):
     needs_grad: bool
     bias_needs_grad: bool
     options: tuple[tuple[str, object], ...]
+    partial: bool = False
+    """whether it attends to a part of the keys only, and its result is merged with those of the other parts."""
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads} query and {self.kv_heads} key"
@@ -49,6 +51,7 @@ class Call(NamedTuple):
         parts.append(f"{self.mask_kind.value} mask" if self.mask_kind != MaskKind.NONE else "no mask")
         if self.is_causal:
             parts.append("causal" if self.query_len == "equal" else f"causal with a {self.query_len} query")
+        parts += ["one part of a ring's"] * self.partial
         parts += (
             ["dropout"] * self.dropout + ["gradients"] * self.needs_grad + ["a bias gradient"] * self.bias_needs_grad
         )
@@ -151,6 +154,16 @@ def refusal(spec: ProviderSpec, call: Call) -> str:
         )
     if call.bias_needs_grad and not can.bias_gradient:
         return "it gives no gradient for attn_mask, which requires one"
+    if call.partial and not can.lse:
+        return (
+            "it gives no log-sum-exp, without which partial results over a ring cannot merge (set ring_degree=1 and "
+            "use ulysses_degree, which takes any provider)"
+        )
+    if call.partial and call.needs_grad and not can.backward_of_parts:
+        return (
+            "it has no backward for a part of the keys, which a ring needs (set ring_degree=1 and use ulysses_degree, "
+            "which takes any provider)"
+        )
     return ""
 
 

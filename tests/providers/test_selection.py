@@ -6,8 +6,9 @@ import torch
 from diffusers_attn import AttentionProviderError, attention_dispatch, attention_provider
 from diffusers_attn.dispatch import explain
 from diffusers_attn.masks import MaskKind
-from diffusers_attn.providers import registry, selection
-from diffusers_attn.providers.decision import Call
+from diffusers_attn.providers import registry, selection, speeds
+from diffusers_attn.providers.catalog import SPECS
+from diffusers_attn.providers.decision import Call, refusal
 from diffusers_attn.providers.registry import ProviderStatus
 
 CALL = Call(
@@ -68,6 +69,18 @@ def test_lossy_ones_only_by_name(hopper):
     assert chosen.plan.provider == "sage"
     with_gradient = hopper._replace(long=True, needs_grad=True, options=(("lossy", ("sage",)),))
     assert selection.select(with_gradient).plan.provider != "sage"
+
+
+def test_a_part_of_a_ring_goes_to_who_can_merge(hopper, monkeypatch):
+    lossy = hopper._replace(mask_kind=MaskKind.KEY, options=(("lossy", ("sage_varlen",)),), partial=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(speeds.MEASURED, ((9, 0), 128), {"sage_varlen": (999, 999), "flash": (1, 1)})
+        assert selection.select(lossy._replace(partial=False)).plan.provider == "sage_varlen"
+        chosen = selection.select(lossy)
+    assert chosen.plan.provider == "flash"
+    assert dict(chosen.passed_over)["sage_varlen"].startswith("it gives no log-sum-exp")
+    assert refusal(SPECS["flex"], hopper._replace(partial=True, needs_grad=True)).startswith("it has no backward for a")
+    assert not refusal(SPECS["flex"], hopper._replace(partial=True))
 
 
 def test_a_mask_and_float32_are_followed(hopper):
