@@ -14,6 +14,7 @@ from .kernel import Kernel
 from .merge import merge
 from .mesh import Group
 from .sharding import Run, Shards, take
+from .transport import COLLECTIVE
 
 Block = list[Tensor]
 """Key and value `[seq, batch, heads, head_dim]`, and where there is one the key mask `[seq, batch]`: the sequence
@@ -35,6 +36,8 @@ class BlockAttention(NamedTuple):
     key_shards: Shards
     is_causal: bool = False
     convert_to_fp32: bool = True
+    transport: str = COLLECTIVE
+    """how `kv_gather` gets keys and values to the other ranks: a kind of `Transport`."""
 
     def forward(
         self,
@@ -43,8 +46,11 @@ class BlockAttention(NamedTuple):
         runs: tuple[Run, ...],
         rows: Tensor | None,
         so_far: tuple[Tensor, Tensor] | None = None,
+        *,
+        last: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Output and lse of the keys `so_far` and those of `block`.
+        """Output and lse of the keys `so_far` and those of `block`. The output is in the dtype in which partial results
+        merge, or in the query's where it is that of one call of the kernel, or the `last`.
 
         Args:
             query: `[batch, query_len, heads, head_dim]`.
@@ -52,25 +58,29 @@ class BlockAttention(NamedTuple):
             rows: mask of this rank's queries and all keys, `[batch | 1, heads | 1, query_len, all keys]`.
         """
         plan = self._tiles(runs)
-        if so_far is None and _is_whole(plan, query, block):
-            out, lse = self.kernel.forward(query, *_at_hand(block), self._mask(block, rows, runs), plan[0].is_causal)
-            return out.to(self._merge_dtype(query)), lse
+        mask = self._mask(block, rows, runs)
+        dtype = self._merge_dtype(query)
+        if _is_whole(plan, query, block):
+            part = self.kernel.forward(query, *_at_hand(block), mask, plan[0].is_causal)
+            if so_far is None:
+                return part
+            return merge(*so_far, *part, dtype=dtype, out_dtype=query.dtype if last else dtype)
         if so_far is None:
-            out = query.new_zeros(*query.shape[:3], block[1].shape[-1], dtype=self._merge_dtype(query))
+            out = query.new_zeros(*query.shape[:3], block[1].shape[-1], dtype=dtype)
             lse = query.new_full(query.shape[:3], -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
         else:
-            out, lse = so_far
-        mask = self._mask(block, rows, runs)
+            out, lse = so_far[0].to(dtype), so_far[1]
         for tile in plan:
             part = self.kernel.forward(*_cut(tile, query, block, mask), tile.is_causal)
             if tile.query[1] == query.shape[1]:
-                out, lse = merge(out, lse, *part)
+                out, lse = merge(out, lse, *part, dtype=dtype)
             else:
                 some_out, some_lse = out.narrow(1, *tile.query), lse.narrow(1, *tile.query)
-                merged_out, merged_lse = merge(some_out, some_lse, *part)
+                merged_out, merged_lse = merge(some_out, some_lse, *part, dtype=dtype)
                 some_out.copy_(merged_out)
                 some_lse.copy_(merged_lse)
-        return out if plan else after(out, *block), lse
+        out = out if plan else after(out, *block)
+        return out.to(query.dtype) if last else out, lse
 
     def backward(
         self,
@@ -99,8 +109,9 @@ class BlockAttention(NamedTuple):
             totals[0].narrow(1, *tile.query).add_(grads[0])
             totals[1].narrow(0, *tile.key).add_(grads[1].transpose(0, 1))
             totals[2].narrow(0, *tile.key).add_(grads[2].transpose(0, 1))
-        grad_query = totals[0] if plan else after(totals[0], *block)
-        return grad_query, totals[1], totals[2]
+        if not plan:
+            return after(totals[0], *block), after(totals[1], grad_out, block[0]), after(totals[2], grad_out, block[1])
+        return totals[0], totals[1], totals[2]
 
     def _merge_dtype(self, query: Tensor) -> torch.dtype:
         return torch.promote_types(query.dtype, torch.float32) if self.convert_to_fp32 else query.dtype

@@ -8,7 +8,7 @@ On the wire the sequence comes first, `[sequence, batch, heads, head_dim]`: the 
 different lengths itself, and what arrives is a tensor to attend to without another copy.
 
 Every `start_...` returns a tensor that is still under way: `wait` for it before reading it, and compute something in
-between. A faster transport (copy engines over symmetric memory) would take the place of these five functions.
+between. Between GPUs that reach each other, keys and values have a faster way: `push`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,25 @@ def after(tensor: Tensor, *others: Tensor | None) -> Tensor:
 
     All ranks must make the same exchanges in the same order, and a compiler that sees the graph of one rank knows
     nothing of that. It drops what nothing depends on: so the result of a rank that has no use for what it received
-    comes `after` it. And it moves into the forward what does not depend on gradients: so what the backward sends comes
-    `after` them. The dependency is the sum of none of the elements.
+    comes `after` it. And it moves into the forward what does not depend on gradients, and makes one exchange of two
+    that send the same, such as zeros: so what the backward sends comes `after` them and after what it belongs to. The
+    dependency is a zero that an operator makes of `others`, into which no compiler looks.
     """
     if torch.compiler.is_compiling():
-        for other in others:
-            if other is not None:
-                tensor = tensor + other.flatten()[:0].sum().to(tensor.dtype)
+        given = [other.detach() for other in others if other is not None]
+        if given:
+            return tensor + _zero_after(given).to(tensor.dtype)
     return tensor
+
+
+@torch.library.custom_op("diffusers_attn::zero_after", mutates_args=())
+def _zero_after(others: Sequence[Tensor]) -> Tensor:
+    return others[0].new_zeros((), dtype=torch.float32)
+
+
+@_zero_after.register_fake
+def _(others):  # type: ignore[no-untyped-def]
+    return others[0].new_empty((), dtype=torch.float32)
 
 
 def start_gather(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:

@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import masks
-from ..errors import AttentionProviderError
 from ..masks import MaskKind
 from ..providers import lowering, registry, speeds
 from ..providers.base import Params
-from ..providers.catalog import SPECS
 from ..providers.decision import Call, Plan, decide
 from .exchange import after
 
@@ -36,20 +34,14 @@ class Kernel(NamedTuple):
     def check(
         self, query: Tensor, key: Tensor, value: Tensor, mask_kind: MaskKind, is_causal: bool, partial: bool
     ) -> None:
-        """Whether this provider serves such a call; `partial` where it must also give the log-sum-exp.
+        """Whether this provider serves such a call; `partial` where it is one of several, over parts of the keys.
 
         It looks at nothing in which ranks differ, so that all of them refuse or none, before data moves.
 
         Raises:
             AttentionProviderError: it does not.
         """
-        plan = self._plan(query, key, value, mask_kind, is_causal, "equal")
-        if partial and not SPECS[plan.provider].capabilities.lse:
-            able = ", ".join(name for name, spec in SPECS.items() if spec.capabilities.lse)
-            raise AttentionProviderError(
-                f"attention provider '{plan.provider}' gives no log-sum-exp, without which partial results over a ring "
-                f"cannot merge. Set ring_degree=1 and use ulysses_degree, which takes any provider, or one of: {able}."
-            )
+        self._plan(query, key, value, mask_kind, is_causal, "equal", partial)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Complete, differentiable attention."""
@@ -58,7 +50,7 @@ class Kernel(NamedTuple):
             sums = query.sum(dim=-1, keepdim=True) * key.sum(dim=(1, 2, 3), keepdim=True)
             return after(sums * value.sum(dim=(1, 2), keepdim=True) * 0.0, mask)
         kind, mask = self._classify(query, key, mask)
-        plan = self._plan(query, key, value, kind, is_causal, _compare(query, key))
+        plan = self._plan(query, key, value, kind, is_causal, _compare(query, key), False)
         params = self._params(query, key, plan, is_causal)
         adapter = registry.ADAPTERS[plan.provider]
         query, key, value = _transposed(plan, query, key, value)
@@ -102,8 +94,11 @@ class Kernel(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """These keys' share of the gradients of query, key and value; `out` and `lse` are those over all keys."""
         if query.numel() == 0 or key.numel() == 0:
-            grad_query = after(torch.zeros_like(query), key, value, mask)
-            return grad_query, torch.zeros_like(key), torch.zeros_like(value)
+            return (
+                after(torch.zeros_like(query), key, value, mask),
+                after(torch.zeros_like(key), grad_out, key),
+                after(torch.zeros_like(value), grad_out, value),
+            )
         plan, mask, params = self._lower(query, key, value, mask, is_causal)
         kv_heads, query_dim, value_dim = key.shape[2], query.shape[-1], value.shape[-1]
         key, value = _repeated(plan, query, key, value)
@@ -119,7 +114,7 @@ class Kernel(NamedTuple):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
     ) -> tuple[Plan, Tensor | None, Params]:
         kind, mask = self._classify(query, key, mask)
-        plan = self._plan(query, key, value, kind, is_causal, _compare(query, key))
+        plan = self._plan(query, key, value, kind, is_causal, _compare(query, key), True)
         if plan.causal == "mask":
             mask, is_causal = masks.and_causal(mask, query.shape[1], key.shape[1]), False
         return plan, mask, self._params(query, key, plan, is_causal)
@@ -128,12 +123,19 @@ class Kernel(NamedTuple):
         return masks.classify(mask, query.shape[0], query.shape[2], query.shape[1], key.shape[1])
 
     def _plan(
-        self, query: Tensor, key: Tensor, value: Tensor, mask_kind: MaskKind, is_causal: bool, query_len: str
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask_kind: MaskKind,
+        is_causal: bool,
+        query_len: str,
+        partial: bool,
     ) -> Plan:
         call = (
             query.device, query.dtype, query.shape[-1], value.shape[-1], query.shape[2], key.shape[2], query_len,
             True if key.shape[1] >= speeds.LONG else False, mask_kind, is_causal, False, self.needs_grad, False,
-            self.options,
+            self.options, partial,
         )  # fmt: skip
         return Plan(*_decide(self.provider, *call))
 
@@ -147,14 +149,19 @@ class Kernel(NamedTuple):
             gqa=query.shape[2] != key.shape[2] and not plan.repeat_kv,
             device_type=query.device.type,
             options=self.options,
+            needs_grad=self.needs_grad,
         )
 
 
-# Dynamo calls this while tracing and takes its result, plain values, as constants. In eager mode every part of every
-# layer's call asks again.
+# Dynamo calls this while tracing and takes its result, plain values, as constants. It would look through a cache.
 @torch._dynamo.assume_constant_result
-@functools.lru_cache(maxsize=1024)
 def _decide(provider: str, *call: Any) -> tuple[Any, ...]:
+    return _decided(provider, *call)
+
+
+@functools.lru_cache(maxsize=1024)
+def _decided(provider: str, *call: Any) -> tuple[Any, ...]:
+    """In eager mode every part of every layer's call asks again."""
     return tuple(decide(provider, Call(*call)))
 
 

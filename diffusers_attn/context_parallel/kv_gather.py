@@ -6,11 +6,17 @@ ranks, and in exchange has few calls, each as large as can be, and one exchange 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ..autograd import result
 from . import exchange
 from .blocks import Block, BlockAttention, make_block
+from .exchange import after
+from .push import Push
+from .transport import SYMMETRIC
 
 
 def kv_gather_attention(
@@ -32,33 +38,29 @@ def kv_gather_attention(
     Returns:
         `[batch, this rank's queries, heads, value_head_dim]`.
     """
-    return _KVGather.apply(query, key, value, key_mask, rows, call)
+    if call.kernel.needs_grad:
+        return _KVGather.apply(query, key, value, key_mask, rows, call)
+    return _forward(query, key, value, key_mask, rows, call)[0]
 
 
 class _KVGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, key_mask, rows, call: BlockAttention):  # type: ignore[no-untyped-def]
-        group, shards = call.group, call.key_shards
-        block = make_block(key, value, key_mask)
-        coming = _start_fetch(block, call)
-        result = call.forward(query, block, shards.runs[group.rank], rows)
-        rest = [exchange.wait(tensor, group) for tensor in coming]
-        result = call.forward(query, rest, shards.without(group.rank), rows, result)
-        out, lse = result[0].to(query.dtype), result[1]
+        out, lse = _forward(query, key, value, key_mask, rows, call)
         # Not the rest: all layers' together are as large as the whole sequence's. The backward fetches it again.
         ctx.save_for_backward(query, key, value, key_mask, rows, out, lse)
         ctx.call = call
-        return out
+        return result(out)
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         query, key, value, key_mask, rows, out, lse = ctx.saved_tensors
         call: BlockAttention = ctx.call
         group, shards = call.group, call.key_shards
-        block = make_block(key, value, key_mask, grad_out)
-        coming = _start_fetch(block, call)
-        local = call.backward(grad_out, query, block, shards.runs[group.rank], rows, out, lse)
-        rest = [exchange.wait(tensor, group) for tensor in coming]
+        key, value = after(key, grad_out), after(value, grad_out)
+        fetch = _start_fetch(query, key, value, key_mask, call)
+        local = call.backward(grad_out, query, fetch.block, shards.runs[group.rank], rows, out, lse)
+        rest = _finish_fetch(fetch, call, local[0])
         remote = call.backward(grad_out, query, rest, shards.without(group.rank), rows, out, lse)
         # Each rank has a share of every key's gradient; a key's owner adds them up.
         returning = [
@@ -73,5 +75,43 @@ class _KVGather(torch.autograd.Function):
         return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
-def _start_fetch(block: Block, call: BlockAttention) -> Block:
-    return [exchange.start_gather_others(tensor, call.key_shards.sizes, call.group) for tensor in block]
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, rows: Tensor | None, call: BlockAttention
+) -> tuple[Tensor, Tensor]:
+    """Output, in the query's dtype, and lse."""
+    rank, shards = call.group.rank, call.key_shards
+    fetch = _start_fetch(query, key, value, key_mask, call)
+    result = call.forward(query, fetch.block, shards.runs[rank], rows)
+    rest = _finish_fetch(fetch, call, result[0])
+    return call.forward(query, rest, shards.without(rank), rows, result, last=True)
+
+
+class _Fetch(NamedTuple):
+    """Blocks on their way."""
+
+    block: Block
+    """this rank's own."""
+    coming: Block
+    """what collectives bring."""
+    push: Push | None
+    """what brings key and value where the collectives do not."""
+
+
+def _start_fetch(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, call: BlockAttention) -> _Fetch:
+    """Sends this rank's `[batch, seq, ...]` to all others."""
+    sizes, group = call.key_shards.sizes, call.group
+    if call.transport != SYMMETRIC:
+        block = make_block(key, value, key_mask)
+        return _Fetch(block, [exchange.start_gather_others(tensor, sizes, group) for tensor in block], None)
+    push = Push.start(query, key.contiguous(), value.contiguous(), sizes, group, needs_grad=call.kernel.needs_grad)
+    masks = [] if key_mask is None else [key_mask.transpose(0, 1)]
+    coming = [exchange.start_gather_others(mask, sizes, group) for mask in masks]  # they are small
+    return _Fetch([*(tensor.transpose(0, 1) for tensor in push.held[:2]), *masks], coming, push)
+
+
+def _finish_fetch(fetch: _Fetch, call: BlockAttention, meanwhile: Tensor) -> Block:
+    """The block of all other ranks. `meanwhile`: what was computed since it was started."""
+    rest = [exchange.wait(tensor, call.group) for tensor in fetch.coming]
+    if fetch.push is None:
+        return rest
+    return [*(tensor.transpose(0, 1) for tensor in fetch.push.finish(meanwhile)), *rest]

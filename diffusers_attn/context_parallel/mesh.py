@@ -36,6 +36,8 @@ class ContextParallelMesh:
     config: ContextParallelConfig
     ring: Group
     ulysses: Group
+    device_type: str = "cpu"
+    """of the mesh: what its ranks compute on."""
 
     @property
     def size(self) -> int:
@@ -92,7 +94,10 @@ class ContextParallelMesh:
         }
         ring, ulysses = groups.get("ring", ALONE), groups.get("ulysses", ALONE)
         return ContextParallelMesh(
-            ContextParallelConfig(ring.size, ulysses.size, rotate_method, convert_to_fp32), ring, ulysses
+            ContextParallelConfig(ring.size, ulysses.size, rotate_method, convert_to_fp32),
+            ring,
+            ulysses,
+            mesh.device_type,
         )
 
     @staticmethod

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import result
 from . import exchange
 from .blocks import Block, BlockAttention, make_block
 from .mesh import Group
@@ -44,16 +45,16 @@ class _Ring(torch.autograd.Function):
     def forward(ctx, query, key, value, key_mask, rows, call: BlockAttention):  # type: ignore[no-untyped-def]
         group, shards = call.group, call.key_shards
         block = make_block(key, value, key_mask)
-        result: Any = None
+        merged: Any = None
         for step in range(group.size):
             owner = (group.rank - step) % group.size
             coming = _start_rotation(block, owner, shards, group) if step + 1 < group.size else []
-            result = call.forward(query, block, shards.runs[owner], rows, result)
+            merged = call.forward(query, block, shards.runs[owner], rows, merged, last=step + 1 == group.size)
             block = [exchange.wait(tensor, group) for tensor in coming]
-        out, lse = result[0].to(query.dtype), result[1]
+        out, lse = merged
         ctx.save_for_backward(query, key, value, key_mask, rows, out, lse)
         ctx.call = call
-        return out
+        return result(out)
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]

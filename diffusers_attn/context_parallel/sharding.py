@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..autograd import result
 from . import exchange
 from .mesh import ContextParallelMesh, Group
 
@@ -136,7 +137,7 @@ class _Gather(torch.autograd.Function):
         if group.size == 1:
             return tensor.view_as(tensor)
         gathered = exchange.start_gather(tensor.movedim(dim, 0), sizes, group)
-        return exchange.wait(gathered, group).movedim(0, dim)
+        return result(exchange.wait(gathered, group).movedim(0, dim))
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -19,6 +19,7 @@ from .mesh import ContextParallelMesh
 from .ring import ring_attention
 from .sharded_masks import KeyMask, OuterMask, RowMask, ShardedMask
 from .sharding import Shards, gather, in_order, out_of_order, take
+from .transport import COLLECTIVE
 from .ulysses import ulysses_attention
 
 _STRATEGIES = {"alltoall": ring_attention, "allgather": kv_gather_attention}
@@ -37,6 +38,7 @@ def parallel_attention(
     options: tuple[tuple[str, object], ...] = (),
     is_causal: bool = False,
     scale: float | None = None,
+    transport: str = COLLECTIVE,
 ) -> Tensor:
     """Attention of this rank's queries to the keys of all ranks, as one process would compute it.
 
@@ -49,6 +51,7 @@ def parallel_attention(
         provider, options: the kernel.
         is_causal: a query sees the keys up to its own place in the whole sequence.
         scale: of the scores; default `head_dim ** -0.5`.
+        transport: the kind that `choose_transport` chose for the mesh; what it returned beside must be alive.
 
     Returns:
         `[batch, this rank's queries, heads, value_head_dim]`.
@@ -62,7 +65,9 @@ def parallel_attention(
     kernel = Kernel(provider, options, scale, needs_grad)
     kernel.check(query, key, value, _kind(mask), is_causal, partial=mesh.ring.size > 1)
     key_mask, rows, silent = _reduce_mask(mask, mesh, key_shards)
-    call = BlockAttention(kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32)
+    call = BlockAttention(
+        kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32, transport
+    )
     over = _over_ring if mesh.ulysses.size == 1 else _over_both
     out = over(query, key, value, key_mask, rows, call, mesh)
     return out if silent is None else out.masked_fill(silent[:, :, None, None], 0.0)

@@ -40,7 +40,7 @@ def compare(meshes, ring, ulysses, rotate_method, backend, length=11, heads=3, m
 def check(answers):
     for graphs, error in answers:
         assert graphs == 2  # with and without gradients
-        assert error < 1e-5
+        assert error < 3e-5  # of values up to 10, in float32
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -62,8 +62,12 @@ NOTHING_TO_DO = {
 }
 
 
-@pytest.mark.parametrize("case", NOTHING_TO_DO)
-def test_ranks_without_work_take_part(pool, case):
+# Inductor, which takes long, does so in more ways.
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [(case, "aot_eager") for case in NOTHING_TO_DO] + [("causal gather", "inductor"), ("no tokens, ring", "inductor")],
+)
+def test_ranks_without_work_take_part(pool, case, backend):
     ring, ulysses, method, options = NOTHING_TO_DO[case]
-    arguments = {"ring": ring, "ulysses": ulysses, "rotate_method": method, "backend": "aot_eager"}
+    arguments = {"ring": ring, "ulysses": ulysses, "rotate_method": method, "backend": backend}
     check(pool.run(ring * ulysses, compare, **arguments, **options))

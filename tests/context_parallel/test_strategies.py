@@ -9,23 +9,29 @@ from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel import exchange
 from diffusers_attn.context_parallel.sharded_masks import KeyMask, OuterMask, RowMask
 from diffusers_attn.context_parallel.sharding import Shards, split
+from diffusers_attn.context_parallel.transport import COLLECTIVE, SYMMETRIC
 from diffusers_attn.context_parallel.unified import parallel_attention
 
 from .. import reference
+from .shared_memory import FileMemory, open_shared
 
-# (ring, ulysses, rotate_method)
+# (ring, ulysses, rotate_method); "push" is an allgather through memory that ranks share.
 STRATEGIES = {
     "ulysses 2": (1, 2, "allgather"),
     "ring 2": (2, 1, "alltoall"),
     "gather 2": (2, 1, "allgather"),
+    "push 2": (2, 1, "push"),
     "ulysses 3": (1, 3, "allgather"),
     "ring 3": (3, 1, "alltoall"),
     "gather 3": (3, 1, "allgather"),
+    "push 3": (3, 1, "push"),
     "ulysses 4": (1, 4, "allgather"),
     "ring 4": (4, 1, "alltoall"),
     "gather 4": (4, 1, "allgather"),
+    "push 4": (4, 1, "push"),
     "unified ring 2x2": (2, 2, "alltoall"),
     "unified gather 2x2": (2, 2, "allgather"),
+    "unified push 2x2": (2, 2, "push"),
 }
 DEFAULTS = {"batch": 2, "heads": 4, "kv_heads": 4, "queries": (13,), "keys": None, "mask": None, "order": "contiguous"}
 # Each says how it differs from the defaults. A length for each stream: (5, 9) is five text and nine image tokens, each
@@ -102,8 +108,8 @@ def make(case):
     return case, query, key, value, grad_out, whole, query_values, key_values
 
 
-def run_case(mesh, case):
-    """This rank's output and gradients, and what they should be."""
+def run_case(mesh, case, transport):
+    """This rank's output (of inference and training) and gradients, and what they should be."""
     case, query, key, value, grad_out, whole, query_values, key_values = make(case)
     queries, keys = (shards_of(case[name], mesh.size, case["order"]) for name in ("queries", "keys"))
 
@@ -121,25 +127,37 @@ def run_case(mesh, case):
     options = {"is_causal": case.get("is_causal", False), "scale": case.get("scale")}
     inputs = [local(query, queries), local(key, keys), local(value, keys)]
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    out = parallel_attention(*inputs, mask, mesh=mesh, query_shards=queries, key_shards=keys, **options)
-    found = [out, *torch.autograd.grad(out, inputs, local(grad_out, queries))]
+    shards = {"query_shards": queries, "key_shards": keys}
+    out = parallel_attention(*inputs, mask, mesh=mesh, transport=transport, **shards, **options)
+    with torch.no_grad():
+        again = parallel_attention(*inputs, mask, mesh=mesh, transport=transport, **shards, **options)
+    found = [again, out, *torch.autograd.grad(out, inputs, local(grad_out, queries))]
 
     complete = [tensor.transpose(1, 2).requires_grad_() for tensor in (query, key, value)]
     expected_out, _ = reference.attention(*complete, whole, **options)
-    expected = [expected_out, *torch.autograd.grad(expected_out, complete, grad_out.transpose(1, 2))]
+    expected = [expected_out, expected_out, *torch.autograd.grad(expected_out, complete, grad_out.transpose(1, 2))]
     expected = [
-        local(tensor.transpose(1, 2), shards) for tensor, shards in zip(expected, (queries, queries, keys, keys))
+        local(tensor.transpose(1, 2), shards)
+        for tensor, shards in zip(expected, (queries, queries, queries, keys, keys))
     ]
     return found, expected
 
 
+def meshes_of(meshes, ring, ulysses, rotate_method, **config):
+    """Mesh, transport, and what must be held meanwhile."""
+    if rotate_method != "push":
+        return meshes(ring, ulysses, rotate_method=rotate_method, **config), COLLECTIVE, None
+    mesh = meshes(ring, ulysses, **config)
+    return mesh, SYMMETRIC, open_shared(mesh.ring)
+
+
 def compare(meshes, ring, ulysses, rotate_method, cases):
     """The largest difference in outputs and gradients, for every case."""
-    mesh = meshes(ring, ulysses, rotate_method=rotate_method)
+    mesh, transport, _memory = meshes_of(meshes, ring, ulysses, rotate_method)
     errors = {}
     for name, case in cases.items():
         try:
-            found, expected = run_case(mesh, case)
+            found, expected = run_case(mesh, case, transport)
         except Exception as error:
             raise AssertionError(f"case '{name}'") from error
         assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected], name
@@ -165,12 +183,13 @@ def without_exchange(meshes, **arguments):
         rows = tensor[:1].expand(sum(receive), *tensor.shape[1:]) if tensor.shape[0] else None
         return tensor.new_zeros(sum(receive), *tensor.shape[1:]) if rows is None else rows.contiguous()
 
-    real = exchange.start_all_to_all, exchange.wait
+    real = exchange.start_all_to_all, exchange.wait, FileMemory.barrier
     exchange.start_all_to_all, exchange.wait = keep, lambda tensor, group: tensor
+    FileMemory.barrier = lambda self, channel: [buffer.zero_() for buffer in self.buffers]
     try:
         return compare(meshes, **arguments)
     finally:
-        exchange.start_all_to_all, exchange.wait = real
+        exchange.start_all_to_all, exchange.wait, FileMemory.barrier = real
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if "4" not in name])

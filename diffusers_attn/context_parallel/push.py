@@ -1,0 +1,405 @@
+"""A gather by copy engines: every rank writes its keys and values straight into the memory of the others.
+
+    this stream:   ... key, value | attention to the local keys        | attention to the others' ...
+    beside it:                    | copies to every other rank, barrier |
+
+The copies take no multiprocessor, and there is none at the receiver: attention reads what has arrived where it has
+arrived. Only in the order of the ranks is anything known of other ranks' progress, from one barrier a call, which comes
+after the copies. That suffices, for each rank has two slots to receive in and calls alternate between them:
+
+    A rank comes to the barrier of call n (on its side stream) only after all that its stream had been given before call
+    n, so after its attention of call n-1. A rank begins with the copies of call n+1 only after it has passed the
+    barrier of call n. So when these copies arrive, every rank is done with its attention of call n-1, which was the
+    last to read the slot that call n+1 writes.
+
+A CUDA graph repeats its calls with the slots that they were captured with, however often and between whatever others.
+So calls that are captured, and all after them, begin with one more barrier, on the stream itself and before the local
+attention: after it every rank is done with all that it had received.
+
+Memory, on each rank: two slots of the keys and values of all other ranks, of the largest call so far.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import AttentionProviderError
+from .mesh import Group
+
+_SLOTS = 2
+_ARRIVED, _READ = 0, 1
+"""channels of the barriers: all copies of this call have arrived; all that earlier calls brought has been read."""
+_PLANS = 64
+_ODD = 61
+"""elements that nobody uses at the end of what is received; see `Received`."""
+_ALIGN = 128
+"""elements after which a value may begin."""
+
+
+class Memory(Protocol):
+    """What `symmetric.SymmetricMemory` is."""
+
+    buffers: list[Tensor]
+
+    def barrier(self, channel: int) -> None: ...
+
+
+class Lane(Protocol):
+    """What `SideStream` is."""
+
+    def is_captured(self) -> bool: ...
+    def fork(self) -> None: ...
+    def __enter__(self) -> object: ...
+    def __exit__(self, *error: Any) -> None: ...
+    def join(self) -> None: ...
+    def drain(self) -> None: ...
+
+
+class Received(NamedTuple):
+    """Where keys and values of all other ranks lie, in a flat tensor.
+
+    A compiled graph sees this tensor as one of its own, which it may write to once it is read. It never does: a
+    compiler reuses memory for something of the same size, or almost, and keys and values are much smaller than the
+    whole, whose size nothing else has.
+    """
+
+    batch: int
+    rows: int
+    key_tail: tuple[int, ...]
+    """heads and head_dim."""
+    value_tail: tuple[int, ...]
+
+    @staticmethod
+    def of(key: Tensor, value: Tensor, sizes: Sequence[int], rank: int) -> Received:
+        """On `rank`, where ranks have `sizes` rows, from any rank's `[batch, rows, heads, head_dim]`."""
+        return Received(key.shape[0], sum(sizes) - sizes[rank], tuple(key.shape[2:]), tuple(value.shape[2:]))
+
+    @property
+    def key_elements(self) -> int:
+        return self.batch * self.rows * self.key_tail[0] * self.key_tail[1]
+
+    @property
+    def value_elements(self) -> int:
+        return self.batch * self.rows * self.value_tail[0] * self.value_tail[1]
+
+    @property
+    def value_start(self) -> int:
+        return -(-self.key_elements // _ALIGN) * _ALIGN
+
+    @property
+    def length(self) -> int:
+        return self.value_start + self.value_elements + _ODD
+
+    def views(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value, `[batch, rows, heads, head_dim]`, rows in the order of the ranks."""
+        key = flat[: self.key_elements].view(self.batch, self.rows, *self.key_tail)
+        value = flat[self.value_start : self.value_start + self.value_elements]
+        return key, value.view(self.batch, self.rows, *self.value_tail)
+
+
+class _Copy(NamedTuple):
+    is_value: bool
+    sample: int | None
+    """which one; None for the whole batch, where it is one piece."""
+    target: Tensor
+
+
+class _Plan(NamedTuple):
+    """For each slot, what a kind of call copies, and the tensor that it receives."""
+
+    copies: list[list[_Copy]]
+    received: list[Tensor]
+
+
+class PushGather:
+    """Gathers over one group, one at a time, in the same order on every rank.
+
+    Args:
+        allocate: memory of so many bytes on every rank; a collective.
+        lane: where copies go on beside the work of the current stream.
+    """
+
+    def __init__(self, group: Group, allocate: Callable[[int], Memory], lane: Lane) -> None:
+        self.group = group
+        self._allocate = allocate
+        self._lane = lane
+        self._memory: Memory | None = None
+        self._slot_bytes = 0
+        self._retired: list[Memory] = []
+        self._plans: dict[object, _Plan] = {}
+        self._guarded = False
+        self._calls = 0
+        self._coming: dict[int, tuple[int, Tensor]] = {}
+        """what was started and is not finished, by ticket, and which call that was."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that this rank receives in."""
+        return _SLOTS * self._slot_bytes
+
+    def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0) -> None:
+        """Sends this rank's `[batch, rows, heads, head_dim]`, contiguous, to all others. They may not be written to, or
+        freed, before `finish`.
+
+        Args:
+            sizes: rows of every rank.
+            ticket: for `finish`.
+        """
+        signature = (key.shape, value.shape, key.dtype, key.device, tuple(sizes))
+        plan = self._plans.get(signature)
+        if plan is None:
+            plan = self._plans[signature] = self._make_plan(key, value, sizes)
+        memory: Any = self._memory
+        lane = self._lane
+        lane.fork()
+        if lane.is_captured():
+            self._guarded = True
+        if self._guarded:
+            memory.barrier(_READ)
+        self._calls += 1
+        slot = self._calls % _SLOTS
+        with lane:
+            for is_value, sample, target in plan.copies[slot]:
+                source = value if is_value else key
+                target.copy_(source if sample is None else source[sample : sample + 1])
+            memory.barrier(_ARRIVED)
+        self._coming[ticket] = self._calls, plan.received[slot]
+
+    def finish(self, ticket: int = 0) -> Tensor:
+        """What the others have sent, once it has arrived, as `Received` describes it. It is to be read by what is given
+        to the current stream before the next call but one starts, and not to be written to."""
+        call, received = self._coming.pop(ticket)
+        if self._calls - call >= _SLOTS:
+            raise RuntimeError(
+                f"{self._calls - call} gathers of the same ranks have started since this one, which overwrite it. A "
+                "compiler that is given the whole model may move attentions that do not depend on each other: compile "
+                "the model block by block."
+            )
+        self._lane.join()
+        return received
+
+    def _make_plan(self, key: Tensor, value: Tensor, sizes: Sequence[int]) -> _Plan:
+        layouts = [Received.of(key, value, sizes, rank) for rank in range(self.group.size)]
+        itemsize = key.dtype.itemsize
+        self._reserve(max(layout.length for layout in layouts) * itemsize)
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        memory: Any = self._memory
+        if memory.buffers[self.group.rank].device != key.device or value.dtype != key.dtype:
+            raise AttentionProviderError(
+                f"keys of {key.dtype} on {key.device} and values of {value.dtype} on {value.device} are to be sent "
+                f"from {memory.buffers[self.group.rank].device}: give both one dtype, and the model the device that "
+                "was current when context parallelism was applied."
+            )
+        # The next rank's first, so that no rank is everybody's first.
+        others = [(self.group.rank + step) % self.group.size for step in range(1, self.group.size)]
+        with torch.inference_mode(False):
+            slots = [
+                [
+                    buffer[slot * self._slot_bytes :][: layout.length * itemsize].view(key.dtype)
+                    for buffer, layout in zip(memory.buffers, layouts)
+                ]
+                for slot in range(_SLOTS)
+            ]
+            copies = [
+                [copy for rank in others for copy in self._copies(slot[rank], layouts[rank], sizes, rank)]
+                for slot in slots
+            ]
+        return _Plan(copies, [slot[self.group.rank] for slot in slots])
+
+    def _copies(self, flat: Tensor, layout: Received, sizes: Sequence[int], receiver: int) -> list[_Copy]:
+        """This rank's rows at `receiver`, in pieces that are contiguous there."""
+        rank, rows = self.group.rank, sizes[self.group.rank]
+        if rows == 0:
+            return []
+        start = sum(size for other, size in enumerate(sizes[:rank]) if other != receiver)
+        found = []
+        for is_value, there in enumerate(layout.views(flat)):
+            target = there.narrow(1, start, rows)
+            whole = layout.batch == 1 or rows == layout.rows
+            pieces = [(None, target)] if whole else [(n, target[n : n + 1]) for n in range(layout.batch)]
+            found += [_Copy(bool(is_value), sample, piece) for sample, piece in pieces]
+        return found
+
+    def _reserve(self, nbytes: int) -> None:
+        """Memory for slots of `nbytes`. All ranks come to it in the same call, for all know the sizes of all."""
+        from .symmetric import ALIGNMENT
+
+        if nbytes <= self._slot_bytes:
+            return
+        if self._lane.is_captured():
+            raise AttentionProviderError(
+                f"a CUDA graph is captured of a call that is larger than all before ({nbytes} bytes to receive, "
+                f"{self._slot_bytes} are there). Make the call once before it is captured, on every rank."
+            )
+        # All that others have sent here has arrived, since this rank has waited for it; nobody sends more before all
+        # have come here.
+        self._lane.drain()
+        if self._guarded and self._memory is not None:
+            self._retired.append(self._memory)  # graphs still use it
+        self._plans.clear()
+        self._memory = None
+        slot_bytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        self._memory = self._allocate(_SLOTS * slot_bytes)
+        self._slot_bytes = slot_bytes
+
+
+class SideStream:
+    """A stream beside whichever is current. What is given to it inside `with` runs after what the current stream had
+    been given before, beside what that is given until `join`, and before what comes after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Before kernels of the other stream: a barrier is one warp.
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._context = torch.cuda.stream(self._stream)
+        self._begin, self._end = torch.cuda.Event(), torch.cuda.Event()
+        self._main: torch.cuda.Stream | None = None
+
+    def is_captured(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def fork(self) -> None:
+        main = torch.cuda.current_stream(self._device)
+        # In this order: a stream says of None that it is not unequal to it.
+        if self._main is None:
+            self._main = main
+        elif main != self._main:
+            # What was received is read by what the earlier stream was given; a capture has waited for all of it.
+            if not self.is_captured():
+                main.wait_stream(self._main)
+            self._main = main
+
+    def __enter__(self) -> None:
+        assert self._main is not None
+        self._begin.record(self._main)
+        self._stream.wait_event(self._begin)
+        self._context.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end.record(self._stream)
+        self._context.__exit__(kind, error, traceback)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._end)
+
+    def drain(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+
+_gathers: weakref.WeakValueDictionary[str, PushGather] = weakref.WeakValueDictionary()
+"""by the name of their group, as PyTorch knows groups: an operator in a compiled graph is given nothing but plain
+values. What applies context parallelism owns them."""
+
+
+def open_gather(group: Group, make: Callable[[], PushGather]) -> PushGather:
+    """The gather of `group`: the one that is open, or else what `make` makes. It is open as long as somebody holds it.
+    Several models may share one."""
+    gather = _gathers.get(group.name)
+    if gather is None:
+        gather = _gathers[group.name] = make()
+    return gather
+
+
+def gather_of(group: str) -> PushGather:
+    gather = _gathers.get(group)
+    if gather is None:
+        raise AttentionProviderError(
+            f"group '{group}' has no symmetric memory in this process: context parallelism was removed from the model "
+            "whose call this is, or the model was brought here from another process. Call apply_context_parallel."
+        )
+    return gather
+
+
+# Two operators for compiled graphs, so that attention to the local keys can be between them. They change none of the
+# tensors that they are given, and claim to change all: what reads these before, between and after an operator must run
+# before, between and after it, and the memory that is sent from is the same, and alive, until the copies are made. (Of
+# a tensor that is only read, a compiler may give each operator a copy of its own.) The ticket says which operators
+# belong together, and that two calls that send the same are two.
+_library = torch.library.Library("diffusers_attn", "FRAGMENT")
+_library.define("push_start(Tensor(a!)[] held, SymInt[] sizes, str group, int ticket) -> ()")
+_library.define("push_finish(Tensor(a!)[] held, Tensor meanwhile, SymInt length, str group, int ticket) -> Tensor")
+
+
+def _start(held: list[Tensor], sizes: Sequence[int], group: str, ticket: int) -> None:
+    gather_of(group).start(held[0], held[1], sizes, ticket)
+
+
+def _finish(held: list[Tensor], meanwhile: Tensor, length: int, group: str, ticket: int) -> Tensor:
+    return gather_of(group).finish(ticket)
+
+
+_library.impl("push_start", _start, "CompositeExplicitAutograd")
+_library.impl("push_finish", _finish, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("diffusers_attn::push_start", lib=_library)
+def _(held, sizes, group, ticket):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("diffusers_attn::push_finish", lib=_library)
+def _(held, meanwhile, length, group, ticket):  # type: ignore[no-untyped-def]
+    return held[0].new_empty(length)
+
+
+_tickets = itertools.count(1)
+
+
+@torch._dynamo.assume_constant_result
+def _new_ticket() -> int:
+    return next(_tickets)
+
+
+class Push(NamedTuple):
+    """Key and value on their way to the other ranks of a group."""
+
+    held: list[Tensor]
+    """key and value, to be used in their place by all that is computed meanwhile; and the query."""
+    sizes: tuple[int, ...]
+    group: Group
+    ticket: int = 0
+
+    @staticmethod
+    def start(
+        query: Tensor, key: Tensor, value: Tensor, sizes: tuple[int, ...], group: Group, *, needs_grad: bool
+    ) -> Push:
+        """Sends `key` and `value`, `[batch, rows, heads, head_dim]` and contiguous, to all other ranks of `group`.
+
+        Args:
+            query: what attends to them.
+            sizes: rows of every rank.
+            needs_grad: whether they may be saved for a backward.
+        """
+        if not torch.compiler.is_compiling():
+            gather_of(group.name).start(key, value, sizes)
+            return Push([key, value, query], sizes, group)
+        # What is saved must not seem to change.
+        held = [key.clone(), value.clone()] if needs_grad else [key, value, query]
+        ticket = _new_ticket()
+        # The overload, since of that the compiler knows that it changes an argument, and so must not be left out.
+        torch.ops.diffusers_attn.push_start.default(held, sizes, group.name, ticket)
+        return Push(held, sizes, group, ticket)
+
+    def finish(self, meanwhile: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value of all other ranks, in their order. They may be read before the next call but one starts.
+
+        Args:
+            meanwhile: a result of what was computed since the start.
+        """
+        received = Received.of(self.held[0], self.held[1], self.sizes, self.group.rank)
+        if torch.compiler.is_compiling():
+            finish = torch.ops.diffusers_attn.push_finish.default
+            flat = finish(self.held, meanwhile, received.length, self.group.name, self.ticket)
+        else:
+            flat = gather_of(self.group.name).finish(self.ticket)
+        return received.views(flat)

@@ -1,0 +1,113 @@
+"""How keys and values get to the other ranks of a ring: chosen once, when context parallelism is applied.
+
+"symmetric" writes them into the other GPUs' memory by copy engines (`push`), beside all computation. It needs CUDA,
+NCCL to have made the group, and one machine whose GPUs reach each other. "collective" is a functional collective
+(`exchange`) and works everywhere. Results are the same.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import symmetric
+from .mesh import ContextParallelMesh, Group
+from .push import Push, PushGather, SideStream, open_gather
+
+SYMMETRIC = "symmetric"
+COLLECTIVE = "collective"
+
+
+class Transport(NamedTuple):
+    """What was chosen. Plain values, which a compiled graph takes as constants."""
+
+    kind: str = COLLECTIVE
+    """"symmetric" or "collective"."""
+    reason: str = "no other was asked for"
+
+
+def choose_transport(mesh: ContextParallelMesh) -> tuple[Transport, PushGather | None]:
+    """The fastest transport that the ring of `mesh` can use, and what owns its memory; keep that as long as the
+    transport is used. A collective where the mesh is one of GPUs: all its ranks must call this, with their GPU as the
+    current device, and all get the same.
+    """
+    group = mesh.ring
+    if group.size == 1:
+        return Transport(COLLECTIVE, "a ring of one rank sends nothing"), None
+    reason = _not_cuda(mesh)
+    if reason is not None:
+        return Transport(COLLECTIVE, reason), None
+    found = _gathered((_machine(), symmetric.missing_interface()), group)
+    machines, missing = {machine for machine, _ in found}, [reason for _, reason in found if reason]
+    if missing:
+        return Transport(COLLECTIVE, missing[0]), None
+    if len(machines) > 1:
+        return Transport(COLLECTIVE, f"the ring's {group.size} ranks are on {len(machines)} machines"), None
+    gather: PushGather | None = None
+    failure: str | None = None
+    try:
+        gather = open_gather(group, lambda: _make(group))
+        failure = _try(gather)
+    except Exception as error:
+        failure = f"symmetric memory cannot be used: {type(error).__name__}: {error}".partition("\n")[0]
+    failures = [each for each in _gathered(failure, group) if each is not None]
+    if failures:
+        return Transport(COLLECTIVE, failures[0]), None
+    return Transport(SYMMETRIC, f"{group.size} GPUs that reach each other's memory"), gather
+
+
+def _make(group: Group) -> PushGather:
+    device = torch.device("cuda", torch.cuda.current_device())
+    return PushGather(group, lambda nbytes: symmetric.SymmetricMemory(group, nbytes, device), SideStream(device))
+
+
+def _not_cuda(mesh: ContextParallelMesh) -> str | None:
+    """Why the mesh is not one of GPUs; the same on every rank."""
+    import torch.distributed as dist
+
+    if mesh.device_type != "cuda":
+        return f"the mesh is of {mesh.device_type} devices"
+    backends = dist.get_backend_config(_process_group(mesh.ring))
+    return None if "cuda:nccl" in backends else f"the ring's group has the backends {backends}, not cuda:nccl"
+
+
+def _gathered(value, group: Group):  # type: ignore[no-untyped-def]
+    """`value` of every rank of `group`."""
+    import torch.distributed as dist
+
+    values = [None] * group.size
+    dist.all_gather_object(values, value, group=_process_group(group))
+    return values
+
+
+def _process_group(group: Group) -> Any:
+    # What functional collectives do with a name.
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(group.name)
+
+
+def _machine() -> str:
+    """What tells this machine from others, whatever their containers call themselves."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _try(gather: PushGather) -> str | None:
+    """A gather of one row from every rank; why it went wrong, None if it did not."""
+    group = gather.group
+    device = torch.device("cuda", torch.cuda.current_device())
+    for attempt in range(2):  # both slots
+        own = torch.full((1, 1, 1, 8), float(group.rank + 10 * attempt), device=device)
+        sizes = (1,) * group.size
+        key, value = Push.start(own, own, own, sizes, group, needs_grad=False).finish(own)
+        expected = [float(rank + 10 * attempt) for rank in range(group.size) if rank != group.rank]
+        if key[0, :, 0, 0].tolist() != expected or value[0, :, 0, 7].tolist() != expected:
+            return f"on rank {group.rank}, symmetric memory brought {key[0, :, 0, 0].tolist()} instead of {expected}"
+    return None
