@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import AttentionProviderError
 from .mesh import ContextParallelMesh
-from .sharded_masks import OuterMask, ShardedMask, sharded_mask
+from .sharded_masks import OuterMask, RowMask, ShardedMask, sharded_mask
+from .stand_ins import Kept
 from .streams import SplitCall, Streams
 from .unified import parallel_attention
 
@@ -57,13 +58,16 @@ def split_attention(
             f"dropout_p={dropout_p} over several ranks: weights would be dropped independently of how the sequence is "
             "split only with one shared state. Set dropout to 0, or disable context parallelism."
         )
-    mask = None if attn_mask is None else _mask(attn_mask, call, streams)
+    role = streams.role
+    kept = (None, None) if role is None else (streams.kept(role.query), streams.kept(role.key))
+    mask = None if attn_mask is None else _mask(attn_mask, call, streams, *kept)
     if not call.in_order and (is_causal or (attn_mask is not None and attn_mask.shape[-1] == call.keys.total)):
         raise AttentionProviderError(
             "several streams are joined in this call, and causality or a mask over all of them needs their order. Give "
             'it in the plan: "path.of.the.attention": CPAttention(("text", "image")).'
         )
-    return parallel_attention(
+    query, key, value = _without(query, kept[0], 1), _without(key, kept[1], 1), _without(value, kept[1], 1)
+    out = parallel_attention(
         query,
         key,
         value,
@@ -75,10 +79,17 @@ def split_attention(
         options=options,
         is_causal=is_causal,
         scale=scale,
+        transport=streams.transport.kind,
     )
+    return out if kept[0] is None else kept[0].put_back(out, 1)
 
 
-def _mask(mask: Any, call: SplitCall, streams: Streams) -> ShardedMask:
+def _without(tensor: Tensor, kept: Kept | None, dim: int) -> Tensor:
+    """`tensor` without stand-ins, of which there hardly ever are any."""
+    return tensor if kept is None else kept.take_out(tensor, dim)
+
+
+def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None, key_kept: Kept | None) -> ShardedMask:
     if not isinstance(mask, Tensor):
         raise AttentionProviderError(
             f"attn_mask is a {type(mask).__name__}; over several ranks a torch.Tensor is accepted. A BlockMask counts "
@@ -92,5 +103,22 @@ def _mask(mask: Any, call: SplitCall, streams: Streams) -> ShardedMask:
     if streams.role is not None and streams.role.outer_mask:
         # On the diagonal each token's value meets itself, and of True, False, one and zero the square is the same.
         tokens = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        return OuterMask(tokens, tokens)
+        return OuterMask(_without(tokens, query_kept, 1), _without(tokens, key_kept, 1))
+    if streams.role is not None and streams.role.row_mask:
+        return RowMask(_rows(_without(mask, query_kept, 2), call, streams.mesh.rank))
+    if mask.shape[2] > 1:
+        mask = _without(mask, query_kept, 2)
+    if key_kept is not None and mask.shape[-1] == key_kept.seen:
+        mask = key_kept.take_out(mask, -1)
     return sharded_mask(mask, call.queries, call.keys, streams.mesh.rank)
+
+
+def _rows(mask: Tensor, call: SplitCall, rank: int) -> Tensor:
+    """One head's rows, over the keys alone. Raises AttentionProviderError where they are not of this rank's queries."""
+    queries, keys = call.queries.sizes[rank], call.keys.total
+    if mask.shape[2] != queries or mask.shape[-1] < keys:
+        raise AttentionProviderError(
+            f"attn_mask has shape {list(mask.shape)} on rank {rank}; its plan says that it has rows for this rank's "
+            f"{queries} queries and columns for all {keys} keys. Split the rows of the whole mask, and no more."
+        )
+    return mask[:, :1, :, :keys]

@@ -8,6 +8,7 @@ replaced later, as LoRA does, are followed at the start of the next forward.
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from ..cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+from ..cp_plans.plan import CPAbsent, CPAttention, CPInput, CPLength, CPOutput, ParamId, Plan
 from ..cp_plans.registry import get_cp_plan
 from ..errors import AttentionProviderError
 from .mesh import ContextParallelMesh
+from .push import PushGather
 from .streams import Role, Streams
+from .transport import choose_transport
 
 
 class _Entry:
@@ -59,8 +62,11 @@ class _Entry:
 
 class _Applied(NamedTuple):
     streams: Streams
-    begin: RemovableHandle
+    ends: tuple[RemovableHandle, RemovableHandle]
+    """of a forward: its begin and its end."""
     entries: list[_Entry]
+    gather: PushGather | None
+    """what owns the memory of the transport."""
 
 
 _applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
@@ -69,7 +75,8 @@ _applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictio
 def apply_context_parallel(
     module: nn.Module, mesh: DeviceMesh | ContextParallelMesh, plan: Plan | None = None
 ) -> Streams:
-    """Splits and gathers tensors of `module` over `mesh` wherever `plan` says.
+    """Splits and gathers tensors of `module` over `mesh` wherever `plan` says. On GPUs all ranks of the mesh must call
+    this, each with its GPU as the current device: they try whether they reach each other's memory.
 
     Args:
         module: a model. Every rank must run it with the same inputs.
@@ -99,7 +106,11 @@ def apply_context_parallel(
     named = {id(then()) for entry in entries if isinstance(entry.spec, CPAttention) for then in entry.modules}
     others = [each for each in module.modules() if hasattr(each, "processor") and id(each) not in named]
     entries += [_Entry("", None, [each], streams) for each in others]
-    _applied[module] = _Applied(streams, module.register_forward_pre_hook(_Begin(streams)), entries)
+    streams.transport, gather = choose_transport(mesh)
+    _forget_graphs()
+    begin = module.register_forward_pre_hook(_Begin(streams))
+    end = module.register_forward_hook(_End(streams), always_call=True)
+    _applied[module] = _Applied(streams, (begin, end), entries, gather)
     for entry in entries:
         entry.set()
     return streams
@@ -108,10 +119,22 @@ def apply_context_parallel(
 def remove_context_parallel(module: nn.Module) -> None:
     """Takes off what `apply_context_parallel` put on. Without effect where nothing is applied."""
     if module in _applied:
+        _forget_graphs()
         applied = _applied.pop(module)
         for entry in applied.entries:
             entry.remove()
-        applied.begin.remove()
+        for handle in applied.ends:
+            handle.remove()
+
+
+def _forget_graphs() -> None:
+    """Has compiled code compiled anew when it is next called.
+
+    Dynamo does not look whether a module's hooks are those that it saw: what was compiled without a plan would go on
+    running without, wherever shapes fit.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def applied_streams(module: nn.Module) -> Streams | None:
@@ -128,6 +151,8 @@ def _submodules(module: nn.Module, path: str) -> Iterator[nn.Module]:
     children = {name: child for name, child in _original(module)._modules.items() if child is not None}
     if name == "*":
         found = list(children.values())
+        if isinstance(_original(module), nn.ModuleList) and not found:
+            return  # a model without blocks of one kind
     elif name.lstrip("-").isdigit() and isinstance(_original(module), (nn.ModuleList, nn.Sequential)):
         index = int(name)
         found = list(children.values())[index:][:1] if index < 0 else list(children.values())[index : index + 1]
@@ -153,7 +178,8 @@ def _hooks(module: nn.Module, path: str, spec: Any, streams: Streams) -> Iterato
     if spec is None:
         yield from _attention_hooks(module, streams, None)
     elif isinstance(spec, CPAttention):
-        role = Role(tuple(spec.query), tuple(spec.query if spec.key is None else spec.key), spec.outer_mask)
+        keys = spec.query if spec.key is None else spec.key
+        role = Role(tuple(spec.query), tuple(keys), spec.outer_mask, spec.row_mask)
         yield from _attention_hooks(module, streams, role)
     elif isinstance(spec, CPOutput) or (isinstance(spec, Sequence) and not isinstance(spec, str)):
         outputs = [spec] if isinstance(spec, CPOutput) else list(spec)
@@ -164,10 +190,13 @@ def _hooks(module: nn.Module, path: str, spec: Any, streams: Streams) -> Iterato
         before, behind = [], []
         for key, each in spec.items():
             param = key if isinstance(key, ParamId) else ParamId(**{"index" if isinstance(key, int) else "name": key})
-            first = _first(each)
-            if first is None:
+            words = _words(each)
+            if not words or not all(isinstance(word, (CPInput, CPLength, CPAbsent)) for word in words):
                 raise _not_understood(path, spec)
-            if first.split_output:
+            for word in words:
+                if isinstance(word, CPInput) and word.every_rank and word.stream is not None:
+                    streams.every_rank.update((word.stream,) if isinstance(word.stream, str) else word.stream)
+            if isinstance(words[0], CPInput) and words[0].split_output:
                 behind.append((param, each))
             else:
                 before.append((*_argument(module, path, param), each))
@@ -188,18 +217,16 @@ def _attention_hooks(module: nn.Module, streams: Streams, role: Role | None) -> 
 
 def _not_understood(path: str, spec: object) -> AttentionProviderError:
     return AttentionProviderError(
-        f"the plan has {spec!r} for '{path}'. Accepted are a dict of ParamId to CPInput (or, for nested arguments, "
-        "lists and dicts of them), a CPOutput or a list of them, and a CPAttention."
+        f"the plan has {spec!r} for '{path}'. Accepted are a dict of ParamId to CPInput, CPLength or CPAbsent (or, for "
+        "nested arguments, lists and dicts of them), a CPOutput or a list of them, and a CPAttention."
     )
 
 
-def _first(spec: Any) -> CPInput | None:
-    """Some CPInput of a nested spec; None where something else is in it."""
-    if isinstance(spec, CPInput):
-        return spec
-    nested = list(spec.values()) if isinstance(spec, Mapping) else spec if isinstance(spec, (list, tuple)) else []
-    found = [_first(each) for each in nested if each is not None]
-    return found[0] if found and None not in found else None
+def _words(spec: Any) -> list[Any]:
+    """All that is in a nested spec."""
+    if isinstance(spec, (list, tuple)):
+        return [word for each in spec if each is not None for word in _words(each)]
+    return [word for each in spec.values() for word in _words(each)] if isinstance(spec, Mapping) else [spec]
 
 
 def _argument(module: nn.Module, path: str, param: ParamId) -> tuple[str | None, int | None]:
@@ -232,10 +259,18 @@ class _Hook:
         """`value` with its tensors split as `spec` says."""
         if value is None or spec is None:
             return value
+        if isinstance(spec, CPAbsent):
+            raise AttentionProviderError(
+                f"this forward was given {what}={_describe(value)}, which its context-parallel plan cannot serve: "
+                f"{spec.reason}"
+            )
+        if isinstance(spec, CPLength) and isinstance(value, int):
+            return self.streams.shard_length(spec.stream, value)
         if isinstance(value, Tensor) and isinstance(spec, CPInput):
-            if not self._has_dims(value, spec, what):
+            if not self._has_dims(value, spec, what) or (spec.leave_other_dims and value.shape[spec.split_dim] == 1):
                 return value
-            return self.streams.split(spec.stream or f"{self.path}:{what}", value, spec.split_dim)
+            stream = spec.stream or f"{self.path}:{what}"
+            return self.streams.split(stream, value, spec.split_dim)
         if isinstance(value, (list, tuple)):
             specs = [spec] * len(value) if isinstance(spec, CPInput) else spec
             if isinstance(specs, (list, tuple)) and len(specs) == len(value):
@@ -247,7 +282,8 @@ class _Hook:
             )
         raise AttentionProviderError(
             f"{what} of '{self.path}' is {_describe(value)}, and its plan says {spec}. A CPInput is for a tensor, or "
-            "for all tensors of a list; a list of as many for one each; a dict for a dict with such keys."
+            "for all tensors of a list; a list of as many for one each; a dict for a dict with such keys; a CPLength "
+            "for an int."
         )
 
     def _has_dims(self, tensor: Tensor, spec: CPInput | CPOutput, what: str) -> bool:
@@ -338,6 +374,20 @@ class _Begin:
                 entry.refresh(module)
 
 
+class _End:
+    """The forward ends, also by an error: the thread must not take the next model's attention for this one's.
+
+    For the model alone, since Dynamo guards on hooks that are always called: in every block one of its own would mean
+    a graph for every block.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.streams.end()
+
+
 class _EnterAttention:
     """Says whose attention module now runs, and what it attends to."""
 
@@ -372,6 +422,8 @@ def _updated(value: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
 
 
 def _describe(value: Any) -> str:
+    if isinstance(value, (str, int, float)):
+        return repr(value)
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
     if isinstance(value, (list, tuple)):

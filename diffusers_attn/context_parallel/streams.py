@@ -18,6 +18,8 @@ from . import sharding
 from .mesh import ContextParallelMesh
 from .running import running
 from .sharding import Shards
+from .stand_ins import Kept
+from .transport import Transport
 
 
 class Role(NamedTuple):
@@ -29,6 +31,8 @@ class Role(NamedTuple):
     """of its keys; none: keys that every rank has whole."""
     outer_mask: bool = False
     """whether its mask is made of one value per token, multiplied, from tokens that are split."""
+    row_mask: bool = False
+    """whether its mask is of this rank's queries and all keys, alike for all heads, and may be padded behind them."""
 
 
 class SplitCall(NamedTuple):
@@ -43,9 +47,13 @@ class SplitCall(NamedTuple):
 class Streams:
     """One model's sequences on one mesh. Lengths are those of the latest forward."""
 
-    def __init__(self, mesh: ContextParallelMesh) -> None:
+    def __init__(self, mesh: ContextParallelMesh, transport: Transport | None = None) -> None:
         self.mesh = mesh
+        self.transport = Transport() if transport is None else transport
+        """how keys and values get to the other ranks of a ring, with `rotate_method="allgather"`; and why so."""
         self.lengths: dict[str, int] = {}
+        self.every_rank: set[str] = set()
+        """sequences of which a rank without a token is given a stand-in."""
         self.role: Role | None = None
         """of the attention module that is running, where the plan says it."""
         self._outer: list[Role | None] = []
@@ -55,6 +63,11 @@ class Streams:
         """Forgets the sequences of an earlier forward."""
         self.lengths.clear()
         self._calls.clear()
+        self._outer.clear()
+        self.role = running.streams = None
+
+    def end(self) -> None:
+        """No attention module of this model runs any more."""
         self._outer.clear()
         self.role = running.streams = None
 
@@ -69,17 +82,47 @@ class Streams:
         self.role = self._outer.pop()
         running.streams = self if self._outer else None
 
-    def split(self, name: str, tensor: Tensor, dim: int) -> Tensor:
-        """This rank's shard of `tensor`, whose dimension `dim` is the sequence `name`."""
-        if self.lengths.get(name) != tensor.shape[dim]:
-            self.lengths[name] = tensor.shape[dim]
-            self._calls.clear()
-        return sharding.split(tensor, self.shards((name,)), dim, self.mesh.rank)
+    def split(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
+        """This rank's shard of `tensor`, whose dimension `dim` is the sequence `name`; or several that are joined, of
+        which the first is as long as the others leave.
 
-    def gather(self, name: str | None, tensor: Tensor, dim: int) -> Tensor:
-        """The whole of what has this rank's shard in dimension `dim`: of the sequence `name`, or of the one that is so
-        long."""
+        Raises:
+            AttentionProviderError: the others were not split before, or are longer than all.
+        """
+        names = (name,) if isinstance(name, str) else name
+        length = tensor.shape[dim]
+        for other in names[1:]:
+            length -= self._known_length(other)
+        if length < 0:
+            raise AttentionProviderError(
+                f"a tensor {list(tensor.shape)} is to be {' and '.join(names)}, joined along dimension {dim}, and they "
+                f"are longer: {self._known()}. Was it split before?"
+            )
+        self.shard_length(names[0], length)
+        runs, start = [], 0
+        for each in names:
+            (own,) = self.shards((each,)).runs[self.mesh.rank]
+            runs.append((start, 1) if self._stands_in(each, self.mesh.rank) else (start + own[0], own[1]))
+            start += self.lengths[each]
+        shard = sharding.take(tensor, tuple(runs), dim)
+        # Of a tensor without gaps, a shard without gaps: else a block would be compiled once for what was split before
+        # it and once more for what other blocks compute.
+        if tensor.is_contiguous() and not _has_contiguous_strides(shard):
+            return shard.clone(memory_format=torch.contiguous_format)
+        return shard
+
+    def shard_length(self, name: str, length: int) -> int:
+        """How much of the sequence `name`, which has `length` tokens, this rank's model sees."""
+        if self.lengths.get(name) != length:
+            self.lengths[name] = length
+            self._calls.clear()
+        return self._seen((name,))
+
+    def gather(self, name: str | tuple[str, ...] | None, tensor: Tensor, dim: int) -> Tensor:
+        """The whole of what has this rank's shard in dimension `dim`: of the sequence `name`, of several that are
+        joined, or of the one that is so long."""
         if name is None:
+            self._check_without_stand_ins("a CPOutput")
             shards = self._by_length(tensor.shape[dim], [(name,) for name in self.lengths], "a CPOutput")
             if shards is None:
                 raise AttentionProviderError(
@@ -87,16 +130,46 @@ class Streams:
                     f"{tensor.shape[dim]} tokens on rank {self.mesh.rank} ({self._known()}). Was it split?"
                 )
             return sharding.gather(tensor, shards, dim, self.mesh)
-        if name not in self.lengths:
-            raise AttentionProviderError(
-                f"no tensor of stream '{name}' has been split before it is gathered: {self._known()}."
-            )
-        return sharding.gather(tensor, self.shards((name,)), dim, self.mesh)
+        names = (name,) if isinstance(name, str) else name
+        for each in names:
+            self._known_length(each)
+        kept = self.kept(names)
+        tensor = tensor if kept is None else kept.take_out(tensor, dim)
+        return sharding.gather(tensor, self.shards(names), dim, self.mesh)
 
     def shards(self, names: tuple[str, ...]) -> Shards:
         """Who holds what of these sequences, joined."""
         shards = [Shards.contiguous(self.lengths[name], self.mesh.size) for name in names]
         return Shards.joint(*shards or [Shards.contiguous(0, self.mesh.size)])
+
+    def kept(self, names: tuple[str, ...]) -> Kept | None:
+        """Which tokens of these sequences, joined as this rank's model sees them, are its own; None for all."""
+        runs, start = [], 0
+        for name in names:
+            if self._stands_in(name, self.mesh.rank):
+                start += 1
+            else:
+                length = self.shards((name,)).sizes[self.mesh.rank]
+                runs.append((start, length))
+                start += length
+        return Kept(start, tuple(runs)) if len(runs) < len(names) else None
+
+    def _stands_in(self, name: str, rank: int) -> bool:
+        return name in self.every_rank and self.lengths[name] > 0 == self.shards((name,)).sizes[rank]
+
+    def _seen(self, names: tuple[str, ...]) -> int:
+        """How many tokens of these sequences this rank's model sees."""
+        kept = self.kept(names)
+        return self.shards(names).sizes[self.mesh.rank] if kept is None else kept.seen
+
+    def _check_without_stand_ins(self, what: str) -> None:
+        """Lengths do not tell own tokens from stand-ins. Raises AttentionProviderError on all ranks if one has any."""
+        short = [name for name in self.lengths if self._stands_in(name, self.mesh.size - 1)]
+        if short:
+            raise AttentionProviderError(
+                f"'{short[0]}' has {self.lengths[short[0]]} tokens for {self.mesh.size} ranks, and the plan does not "
+                f"say which sequences {what} is of. Name them: CPOutput(stream=...), CPAttention((...))."
+            )
 
     def attention(self, query_len: int, key_len: int) -> SplitCall | None:
         """What the queries and keys of a call are shards of, from their lengths on this rank; None for a call that is
@@ -119,6 +192,7 @@ class Streams:
     def _attention(self, query_len: int, key_len: int) -> SplitCall | None:
         if self.role is not None and all(name in self.lengths for name in self.role.query + self.role.key):
             return self._by_role(self.role, query_len, key_len)
+        self._check_without_stand_ins("an attention call")
         joins = [
             names for count in range(1, len(self.lengths) + 1) for names in itertools.combinations(self.lengths, count)
         ]
@@ -135,7 +209,7 @@ class Streams:
         if not role.key:
             return None
         queries, keys = self.shards(role.query), self.shards(role.key)
-        if (query_len, key_len) == (queries.sizes[self.mesh.rank], keys.sizes[self.mesh.rank]):
+        if (query_len, key_len) == (self._seen(role.query), self._seen(role.key)):
             return SplitCall(queries, keys, True)
         if query_len != key_len:
             return None
@@ -166,6 +240,23 @@ class Streams:
                 )
         return different[found[0]]
 
+    def _known_length(self, name: str) -> int:
+        if name not in self.lengths:
+            raise AttentionProviderError(
+                f"no tensor of stream '{name}' has been split before it is gathered or joined: {self._known()}."
+            )
+        return self.lengths[name]
+
     def _known(self) -> str:
         lengths = ", ".join(f"{name}: {length}" for name, length in self.lengths.items())
         return f"split in this forward are {lengths or 'none'}"
+
+
+def _has_contiguous_strides(tensor: Tensor) -> bool:
+    """`is_contiguous` for a compiler, which also looks at the strides of dimensions with one entry."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+        if stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True

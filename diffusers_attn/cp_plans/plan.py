@@ -48,14 +48,47 @@ class CPInput:
     """A tensor that all ranks have alike and of which each keeps its shard. For a tuple or list, all its tensors."""
 
     split_dim: int
+    """negative counts from the last."""
     expected_dims: int | None = None
     """how many dimensions it must have."""
     split_output: bool = False
     """an output of the module, rather than an input."""
-    stream: str | None = None
-    """a name for the sequence, where a plan splits several."""
+    stream: str | tuple[str, ...] | None = None
+    """a name for the sequence, where a plan splits several. Several names: sequences that the model has joined to one,
+    in this order, of which each is split on its own. The first is as long as the others, split before, leave."""
     leave_other_dims: bool = False
-    """whether a tensor with other than `expected_dims` dimensions is left whole, rather than being an error."""
+    """whether one value may stand for all tokens, as a time does: a tensor with other than `expected_dims` dimensions,
+    or with a single entry in `split_dim`, is left whole."""
+    every_rank: bool = False
+    """whether this stream's code does not run without a token. A rank that has none, of a sequence shorter than there
+    are ranks, is then given the first one to stand in, which attention and gathering leave out. It holds for all that
+    is split of this stream, which needs a name.
+
+    Raises:
+        ValueError: it has none.
+    """
+
+    def __post_init__(self) -> None:
+        if self.every_rank and self.stream is None:
+            raise ValueError('CPInput(every_rank=True) is said of a stream: name it, CPInput(..., stream="text").')
+
+
+@dataclasses.dataclass(frozen=True)
+class CPLength:
+    """A number that is the length of a sequence: its module is given the length of this rank's shard."""
+
+    stream: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CPAbsent:
+    """An argument that must be None or left out, because with it the model does what no plan of this kind can split.
+
+    Given anything else, the forward is refused before it begins.
+    """
+
+    reason: str
+    """what it does and what to do instead, as it stands in the error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +98,8 @@ class CPOutput:
     gather_dim: int
     expected_dims: int | None = None
     """how many dimensions it must have."""
-    stream: str | None = None
-    """which sequence it is; needed only where lengths do not tell."""
+    stream: str | tuple[str, ...] | None = None
+    """which sequence it is, or several, joined; needed only where lengths do not tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +112,18 @@ class CPAttention:
 
     query: tuple[str, ...]
     key: tuple[str, ...] | None = None
-    """None is as the query; () is keys that every rank has whole, so that attention to them is local."""
+    """None is as the query; () is keys that every rank has whole, so that attention to them is local. With
+    `query=()`, queries and keys are."""
     outer_mask: bool = False
     """whether the mask that reaches attention is an outer product, made in the block from one value per token: bool, or
     ones and zeros."""
+    row_mask: bool = False
+    """whether the mask that reaches attention is rows: of this rank's queries, over the keys of all ranks. They are the
+    same for all heads; and what a model pads them with behind the keys, where it takes this rank's for all, is cut
+    off."""
 
 
-InputSpec = CPInput | Sequence["InputSpec | None"] | Mapping[str, "InputSpec"]
+InputSpec = CPInput | CPLength | CPAbsent | Sequence["InputSpec | None"] | Mapping[str, "InputSpec"]
 """Nested as the argument is: a list for a tuple's elements (None for one to leave), a dict for a dict's."""
 
 InputPlan = Mapping[ParamId | str | int, InputSpec]

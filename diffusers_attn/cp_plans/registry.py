@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import AttentionProviderError
-from . import cogvideox, cogview4, flux, wan
+from . import chronoedit, cogvideox, cogview4, flux, flux2, helios, ltx, ltx2, minimax_h3, qwenimage, wan
 from .plan import Plan
 
-_plans: dict[str, Plan] = {**cogvideox.PLANS, **cogview4.PLANS, **flux.PLANS, **wan.PLANS}
+_FAMILIES = (chronoedit, cogvideox, cogview4, flux, flux2, helios, ltx, ltx2, minimax_h3, qwenimage, wan)
+_plans: dict[str, Plan] = {name: plan for family in _FAMILIES for name, plan in family.PLANS.items()}
 
 
 def register_cp_plan(cls_or_name: type | str, plan: Plan) -> None:

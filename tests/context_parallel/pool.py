@@ -52,7 +52,11 @@ def _work(rank: int, store: str, jobs: Any, results: Any) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT / 2)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timeout)
-    meshes = Meshes()
+    serve(rank, Meshes(), jobs, results)
+
+
+def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:
+    """What a process does once it is in its group: jobs as they come, then its end."""
     while (work := jobs.get()) is not _STOP:
         number, job, arguments = work
         try:
@@ -71,7 +75,10 @@ def _work(rank: int, store: str, jobs: Any, results: Any) -> None:
 
 
 class Pool:
-    def __init__(self) -> None:
+    """Processes that run `work(rank, path of a store, jobs, results)`, see `serve`; a job takes `timeout` s at most."""
+
+    def __init__(self, work: Callable[..., None] = _work, size: int = SIZE, timeout: float = TIMEOUT) -> None:
+        self._work, self._size, self._timeout = work, size, timeout
         self._processes: list[Any] = []
         self._number = 0
 
@@ -85,11 +92,11 @@ class Pool:
         answers: dict[int, Any] = {}
         while len(answers) < ranks:
             try:
-                number, rank, succeeded, answer = self._results.get(timeout=TIMEOUT)
+                number, rank, succeeded, answer = self._results.get(timeout=self._timeout)
             except Exception:
                 missing = sorted(set(range(ranks)) - set(answers))
                 self.kill()
-                raise TimeoutError(f"no answer from ranks {missing} within {TIMEOUT:.0f} s") from None
+                raise TimeoutError(f"no answer from ranks {missing} within {self._timeout:.0f} s") from None
             if number != self._number:
                 continue
             if not succeeded:
@@ -101,12 +108,12 @@ class Pool:
     def _start(self) -> None:
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        self._jobs = [context.SimpleQueue() for _ in range(SIZE)]
+        self._jobs = [context.SimpleQueue() for _ in range(self._size)]
         self._results = context.Queue()
         store = os.path.join(self._folder.name, "store")
         self._processes = [
-            context.Process(target=_work, args=(rank, store, self._jobs[rank], self._results), daemon=True)
-            for rank in range(SIZE)
+            context.Process(target=self._work, args=(rank, store, self._jobs[rank], self._results), daemon=True)
+            for rank in range(self._size)
         ]
         for process in self._processes:
             process.start()

@@ -204,6 +204,23 @@ def test_attention_modules_are_known_while_they_run():
     assert first.seen[3] is None
 
 
+def test_after_an_error_nobody_takes_another_model_for_this_one():
+    class Attention(nn.Module):
+        processor = None
+
+        def forward(self, x):
+            if x.shape[1] == 3:
+                raise ValueError("three")
+            return x
+
+    model = Layers([Attention()])
+    streams = apply_context_parallel(model, MESH, {"layers.0": CPAttention(("video",), key=())})
+    with pytest.raises(ValueError, match="three"):
+        model(tokens(3))
+    assert running_streams() is None and streams.role is None
+    model(tokens(4))
+
+
 def test_a_replaced_module_keeps_its_entry():
     class Wrapper(nn.Module):
         def __init__(self, base):

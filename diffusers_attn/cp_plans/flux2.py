@@ -1,0 +1,25 @@
+"""Flux 2: text and image, joined in every block. Everything is per token, so that both are split at the door.
+
+The single blocks' attention is another class, which computes the MLP beside it: per token as well.
+"""
+
+from .plan import CPAbsent, CPAttention, CPInput, CPOutput, ParamId, Plan
+
+PLANS: dict[str, Plan] = {
+    "Flux2Transformer2DModel": {
+        "": {
+            ParamId("kv_cache_mode"): CPAbsent(
+                "the tokens of reference images then attend to themselves only, or come from a cache, and neither is "
+                "split. Leave kv_cache_mode out and give the reference images with every step, or run on one device."
+            ),
+            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            # [batch, tokens, axes] or [tokens, axes].
+            ParamId("img_ids"): CPInput(-2, stream="image"),
+            ParamId("txt_ids"): CPInput(-2, stream="text"),
+        },
+        "transformer_blocks.*.attn": CPAttention(("text", "image")),
+        "single_transformer_blocks.*.attn": CPAttention(("text", "image")),
+        "proj_out": CPOutput(1, 3, stream="image"),
+    },
+}

@@ -1,0 +1,45 @@
+"""LTX 2: video and audio, both split. Each attends to itself, to its text (whole on all ranks: local) and to the other.
+
+With the audio whole on every rank, its attention to the video would be the one call with whole queries and split keys.
+"""
+
+from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
+
+
+def _rotary(stream: str) -> InputPlan:
+    # [batch, tokens, channels], or by heads (rope_type="split"), [batch, heads, tokens, channels].
+    split = CPInput(-2, split_output=True, stream=stream)
+    return {ParamId(index=0): split, ParamId(index=1): split}
+
+
+def _time(stream: str) -> CPInput:
+    # One per token where frames are given, one per sample elsewhere.
+    return CPInput(1, 2, stream=stream, leave_other_dims=True)
+
+
+PLANS: dict[str, Plan] = {
+    "LTX2VideoTransformer3DModel": {
+        "": {
+            # Where the model reshapes rotated queries and times, it infers a dimension, which it cannot of no token.
+            ParamId("hidden_states"): CPInput(1, 3, stream="video", every_rank=True),
+            ParamId("audio_hidden_states"): CPInput(1, 3, stream="audio", every_rank=True),
+            ParamId("timestep"): _time("video"),
+            ParamId("audio_timestep"): _time("audio"),
+            ParamId("video_keyframes_mask"): CPInput(1, 3, stream="video"),
+            # Queries by keys: a rank takes its queries.
+            ParamId("video_self_attention_mask"): CPInput(1, 3, stream="video"),
+        },
+        "rope": _rotary("video"),
+        "cross_attn_rope": _rotary("video"),
+        "audio_rope": _rotary("audio"),
+        "cross_attn_audio_rope": _rotary("audio"),
+        "transformer_blocks.*.attn1": CPAttention(("video",), row_mask=True),
+        "transformer_blocks.*.audio_attn1": CPAttention(("audio",)),
+        "transformer_blocks.*.attn2": CPAttention(("video",), key=()),
+        "transformer_blocks.*.audio_attn2": CPAttention(("audio",), key=()),
+        "transformer_blocks.*.audio_to_video_attn": CPAttention(("video",), key=("audio",)),
+        "transformer_blocks.*.video_to_audio_attn": CPAttention(("audio",), key=("video",)),
+        "proj_out": CPOutput(1, 3, stream="video"),
+        "audio_proj_out": CPOutput(1, 3, stream="audio"),
+    },
+}

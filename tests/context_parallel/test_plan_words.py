@@ -1,0 +1,156 @@
+"""What plans can say beyond splitting one sequence: several joined, their lengths, rows of a mask, tokens that stand
+in, and what is refused before a forward begins."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_attn import AttentionProviderError
+from diffusers_attn.context_parallel.call import split_attention
+from diffusers_attn.context_parallel.config import ContextParallelConfig
+from diffusers_attn.context_parallel.hooks import apply_context_parallel
+from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
+from diffusers_attn.context_parallel.stand_ins import Kept
+from diffusers_attn.context_parallel.streams import Role, Streams
+from diffusers_attn.cp_plans.plan import CPAbsent, CPAttention, CPInput, CPLength, ParamId
+from diffusers_attn.cp_plans.registry import list_cp_plans
+from tests.zoo import CASES
+
+
+def streams_of(rank, ranks=3):
+    """Of one of several ranks. Splitting needs no other, so that these tests need no processes."""
+    return Streams(mesh_of(rank, ranks))
+
+
+def mesh_of(rank, ranks=3):
+    return ContextParallelMesh(ContextParallelConfig(ranks), Group("none", rank, ranks), ALONE)
+
+
+class Recorder(nn.Module):
+    def forward(self, hidden_states=None, length=None, mode=None):
+        return hidden_states, length, mode
+
+
+def test_joined_sequences_are_split_each_on_its_own():
+    streams = streams_of(1)
+    assert streams.shard_length("video", 7) == 2
+    tokens = torch.arange(11)[None]  # 4 of the history, 7 of the video
+    assert streams.split(("history", "video"), tokens, 1).tolist() == [[2, 7, 8]]
+    assert streams.lengths == {"video": 7, "history": 4}
+    assert streams.split(("history", "video"), tokens[:, 4:], -1).tolist() == [[7, 8]]  # this time without a history
+    with pytest.raises(AttentionProviderError, match=r"history and video, joined .* longer: .*video: 7"):
+        streams.split(("history", "video"), tokens[:, :6], 1)
+    with pytest.raises(AttentionProviderError, match="'text' has been split"):
+        streams.split(("history", "text"), tokens, 1)
+
+
+def test_a_module_is_given_the_length_of_its_shard():
+    module = Recorder()
+    plan = {"": {ParamId("length"): CPLength("video"), "hidden_states": CPInput(1, stream=("history", "video"))}}
+    apply_context_parallel(module, mesh_of(2), plan)
+    hidden_states, length, _ = module(torch.arange(11)[None], length=7)
+    assert hidden_states.tolist() == [[3, 9, 10]] and length == 2
+    with pytest.raises(AttentionProviderError, match="a CPLength for an int"):
+        module(length=torch.tensor(7))
+
+
+def test_one_value_for_all_tokens_is_left():
+    module = Recorder()
+    plan = {"": {"hidden_states": CPInput(1, 2, stream="video", leave_other_dims=True)}}
+    streams = apply_context_parallel(module, mesh_of(2), plan)
+    for shape in ((2,), (2, 1), (2, 3, 4)):
+        assert module(torch.zeros(shape))[0].shape == shape
+    assert not streams.lengths
+    assert module(torch.zeros(2, 7))[0].shape == (2, 2)
+
+
+def test_what_a_plan_cannot_serve_is_refused_first():
+    module = Recorder()
+    plan = {"": {"hidden_states": CPInput(1), "mode": CPAbsent("it caches. Leave it out.")}}
+    apply_context_parallel(module, mesh_of(0), plan)
+    assert module(torch.zeros(1, 6), mode=None)[0].shape == (1, 2)
+    with pytest.raises(AttentionProviderError, match=r"mode='extract', which .* cannot serve: it caches. Leave it out"):
+        module(torch.zeros(1, 6), mode="extract")
+
+
+def test_flux2_is_refused_with_a_cache():
+    case = CASES["flux2"]
+    model = case.build()
+    apply_context_parallel(model, mesh_of(0))
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    for mode in ("extract", "cached"):
+        with pytest.raises(AttentionProviderError, match=f"kv_cache_mode='{mode}'.*reference images"):
+            model(**case.inputs(), kv_cache_mode=mode, num_ref_tokens=3)
+
+
+def test_rows_must_be_those_of_this_rank():
+    streams = streams_of(1)
+    streams.split("video", torch.zeros(7), 0)  # 3, 2, 2
+    streams.role = Role(("video",), ("video",), row_mask=True)
+    query = torch.zeros(1, 2, 4, 8)
+    for shape in ((1, 1, 7, 7), (1, 4, 2, 6), (1, 1, 1, 7)):
+        with pytest.raises(AttentionProviderError, match="this rank's 2 queries and columns for all 7 keys"):
+            split_attention(query, query, query, torch.ones(shape), streams=streams, provider="native")
+
+
+def test_a_rank_without_a_token_is_given_one():
+    text = torch.arange(10, 12)[None]
+    for rank, seen in enumerate(([[10]], [[11]], [[10]])):
+        streams = streams_of(rank)
+        streams.every_rank.add("text")
+        assert streams.split("text", text, 1).tolist() == seen
+        assert streams.shard_length("image", 5) == (2, 2, 1)[rank]
+        assert streams.kept(("text", "image")) == (Kept(2, ((1, 1),)) if rank == 2 else None)
+        with pytest.raises(AttentionProviderError, match=r"'text' has 2 tokens for 3 ranks.*CPAttention"):
+            streams.attention(2, 2)  # on all ranks alike
+        streams.role = Role(("text", "image"), ("text", "image"))
+        assert streams.attention((3, 3, 2)[rank], (3, 3, 2)[rank]).queries.sizes == (3, 3, 1)
+        with pytest.raises(AttentionProviderError, match="CPOutput"):
+            streams.gather(None, text, 1)
+    assert streams.split(("text", "image"), torch.arange(7)[None], 1).tolist() == [[0, 6]]
+    assert streams.split("text", text[:, :0], 1).shape == (1, 0)  # nothing can stand in
+    with pytest.raises(ValueError, match="name it"):
+        CPInput(1, every_rank=True)
+
+
+@pytest.mark.parametrize("runs", [(), ((0, 2),), ((1, 2),), ((0, 1), (3, 2)), ((1, 1), (2, 3))])
+def test_stand_ins_come_back_as_zeros(runs):
+    kept, tokens = Kept(6, runs), torch.arange(1, 7)[None]
+    own = [index for start, length in runs for index in range(start, start + length)]
+    taken = kept.take_out(tokens, 1)
+    assert taken.tolist() == [[index + 1 for index in own]]
+    assert kept.put_back(taken, 1).tolist() == [[index + 1 if index in own else 0 for index in range(6)]]
+
+
+def test_a_model_may_have_no_block_of_a_kind():
+    model = nn.Module()
+    model.blocks, model.norm = nn.ModuleList(), nn.Linear(2, 2)
+    apply_context_parallel(model, mesh_of(0), {"blocks.*.attn": CPAttention(("x",))})
+    with pytest.raises(AttentionProviderError, match="has no 'attn'"):
+        other = nn.Module()
+        other.blocks = nn.ModuleList([nn.Linear(2, 2)])
+        apply_context_parallel(other, mesh_of(0), {"blocks.*.attn": CPAttention(("x",))})
+
+
+@pytest.mark.parametrize(
+    "name", ["chronoedit", "cogvideox", "flux2", "helios", "ltx", "ltx2", "minimax_h3", "qwenimage", "wan"]
+)
+def test_plans_say_what_every_attention_module_joins(name):
+    """Lengths would tell most of the time, and not where a text happens to be as long as a shard."""
+    model = CASES[name].build()
+    streams = apply_context_parallel(model, mesh_of(0))
+    for path, module in model.named_modules():
+        if hasattr(module, "processor"):
+            for hook in module._forward_pre_hooks.values():
+                streams.role = None
+                hook(module, ())
+                assert streams.role is not None, path
+    streams.begin()
+
+
+def test_every_plan_of_diffusers_has_one_here():
+    from diffusers.models import transformers
+
+    classes = {name: each for name, each in vars(transformers).items() if isinstance(each, type)}
+    theirs = {name for name, each in classes.items() if getattr(each, "_cp_plan", None) is not None}
+    assert len(theirs) >= 9 and theirs <= set(list_cp_plans())
