@@ -1,0 +1,340 @@
+"""Context parallelism for a pipeline or a model, in one call, and off again.
+
+Everything is looked up and checked first, on every rank; the ranks tell each other what they found, so that all of them
+enable it or none does; and only then are models changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.hooks import RemovableHandle
+
+from ..cp_plans.plan import Plan
+from ..errors import AttentionProviderError
+from ..processors import DispatchProcessor
+from ..processors.binding import attention_modules_of
+from ..processors.bound import BoundProcessor, bind, obstacle, unbind
+from ..providers.catalog import SPECS, AttentionProvider
+from . import ranks
+from .agreement import MODES, Agreement, Links
+from .config import ContextParallelConfig
+from .degrees import Degrees, Situation, complete_degrees
+from .hooks import apply_context_parallel, remove_context_parallel
+from .mesh import AXES, ContextParallelMesh
+from .report import ContextParallelReport
+from .targets import Target, device_type, find_targets, models_of, split_heads
+
+
+class _Enabled(NamedTuple):
+    """What was done to a model. Without a reference to it, so that it is not kept alive."""
+
+    hooks: list[RemovableHandle]
+    links: list[Links]
+    processors: list[tuple[weakref.ref[nn.Module], Any]]
+    """the modules that were bound, with what they had before."""
+
+
+_enabled: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictionary()
+
+
+def enable_context_parallel(
+    pipeline_or_model: Any,
+    *,
+    ulysses_degree: int | None = None,
+    ring_degree: int | None = None,
+    provider: str | AttentionProvider | None = None,
+    rotate_method: str | None = None,
+    convert_to_fp32: bool = True,
+    plan: Plan | None = None,
+    mesh: DeviceMesh | None = None,
+    inputs: Literal["broadcast", "check", "trust"] = "broadcast",
+    verbose: bool = True,
+    **provider_options: object,
+) -> ContextParallelReport:
+    """Shares every sequence of a pipeline's transformers, or of a model, between ranks. All of these must call it.
+
+    Args:
+        pipeline_or_model: a diffusers pipeline: every component that has a plan is meant; or such a model by itself,
+            also compiled or within a PEFT model. On its device already.
+        ulysses_degree, ring_degree: ranks that exchange heads, and ranks between which keys and values travel. Their
+            product is the number of ranks; what is None follows, or is chosen by the rules in `degrees.py`.
+        provider: the attention kernel, by name. None leaves attention that a `DispatchProcessor` is bound to as it is,
+            and gives the rest to "auto" on CUDA devices and to "native" elsewhere.
+        rotate_method: of a ring: "allgather" or "alltoall"; see `ContextParallelConfig`.
+        convert_to_fp32: whether partial results of a ring merge in float32; otherwise in the dtype of the query.
+        plan: what is split, see `diffusers_attn.cp_plans.plan`; None takes the one registered for a model's class.
+        mesh: the ranks that share a sequence, as a DeviceMesh of one dimension (a ring; or Ulysses, if it is named
+            "ulysses") or two, named "ring" and "ulysses"; it may be a part of a larger one. None is all ranks.
+        inputs: what becomes of inputs that differ between these ranks. "broadcast": all use those of the first rank;
+            "check": an error names them, at the price of waiting for the device in every forward; "trust": nothing
+            looks. In the first two, differing shapes and differing arguments that are no tensors are errors.
+        verbose: whether rank 0 prints the report.
+        provider_options: options of the provider's kernel.
+
+    Returns:
+        What was done, and why.
+
+    Raises:
+        ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
+        AttentionProviderError: anything else that cannot be done, with the remedy. Then nothing changed, on any rank.
+    """
+    device = device_type(pipeline_or_model)
+    ranks.join(device)
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise AttentionProviderError(
+            f"mesh is a {type(mesh).__name__}; a torch DeviceMesh is accepted, and None for all ranks of the job."
+        )
+    sharing = None if mesh is None else ContextParallelMesh.from_mesh(mesh)
+    groups = [None] if mesh is None else [mesh.get_group(dim) for dim in _dims(mesh)]
+
+    def settle() -> _Settled:
+        if inputs not in MODES:
+            raise AttentionProviderError(f"inputs={inputs!r}: accepted are {', '.join(map(repr, MODES))}.")
+        targets, whole = find_targets(pipeline_or_model, plan)
+        request = _request(provider, provider_options, device)
+        names = _provider_names(targets, request, rebind=provider is not None)
+        situation = _situation(targets, names, device, sharing, rotate_method)
+        degrees = _degrees(situation, names, sharing, ulysses_degree, ring_degree)
+        config = _config(degrees, convert_to_fp32)
+        return _Settled(targets, whole, request, names, degrees, config)
+
+    settled = _together(settle, groups, inputs)
+    if sharing is None:
+        sharing = ContextParallelMesh.from_degrees(
+            settled.config.ring_degree,
+            settled.config.ulysses_degree,
+            device_type=device,
+            rotate_method=settled.config.rotate_method,
+            convert_to_fp32=convert_to_fp32,
+        )
+    else:
+        sharing = ContextParallelMesh.of(
+            sharing, rotate_method=settled.config.rotate_method, convert_to_fp32=convert_to_fp32
+        )
+    with contextlib.ExitStack() as undo_all:  # whatever fails after all, nothing stays
+        for target in settled.targets:
+            undo_all.callback(_take_off, target.model)
+            _put_on(target, sharing, inputs, settled.request, rebind=provider is not None)
+        undo_all.pop_all()
+    report = ContextParallelReport(
+        models=tuple(target.name for target in settled.targets),
+        whole=tuple(settled.whole),
+        ulysses_degree=settled.degrees.ulysses_degree,
+        ring_degree=settled.degrees.ring_degree,
+        rotate_method=settled.degrees.rotate_method,
+        reason=settled.degrees.reason,
+        provider=", ".join(settled.providers),
+        inputs=inputs,
+        ranks=tuple(range(dist.get_world_size()) if mesh is None else mesh.mesh.flatten().tolist()),
+        world_size=dist.get_world_size(),
+    )
+    if verbose and dist.get_rank() == 0:
+        print(report, flush=True)
+    return report
+
+
+def disable_context_parallel(pipeline_or_model: Any) -> None:
+    """Takes off what `enable_context_parallel` put on, and puts back the processors that were there: models are then
+    as they were. Without effect where it is not enabled.
+
+    Raises:
+        AttentionProviderError: neither a model nor a pipeline was given.
+    """
+    for model in models_of(pipeline_or_model):
+        _take_off(model)
+
+
+class _Settled(NamedTuple):
+    """All decisions, before anything changes."""
+
+    targets: list[Target]
+    whole: list[str]
+    request: DispatchProcessor
+    providers: list[str]
+    degrees: Degrees
+    config: ContextParallelConfig
+
+
+def _together(settle: Callable[[], _Settled], groups: Sequence[dist.ProcessGroup | None], inputs: str) -> _Settled:
+    """What `settle` returns, if it does so on all ranks, and with the same result."""
+    problem: AttentionProviderError | None = None
+    try:
+        settled = settle()
+        found = [target.name for target in settled.targets], settled.providers, settled.degrees, settled.config, inputs
+        said = ", ".join(map(str, found))
+    except AttentionProviderError as error:
+        problem, said = error, f"{type(error).__name__}: {error}"
+    answers = ranks.everyone((dist.get_rank(), problem is None, said), groups)
+    if problem is not None:
+        raise problem
+    for rank, succeeded, answer in answers:
+        if not succeeded:
+            raise AttentionProviderError(f"context parallelism cannot be enabled on rank {rank}: {answer}")
+    if len({answer for _, _, answer in answers}) > 1:
+        listed = "; ".join(f"rank {rank}: {answer}" for rank, _, answer in answers)
+        raise AttentionProviderError(
+            f"ranks that are to share a sequence enable context parallelism in different ways. {listed}. Give the same "
+            "arguments and the same models on all of them."
+        )
+    return settled
+
+
+def _dims(mesh: DeviceMesh) -> list[int]:
+    """The dimensions of a mesh, the ring's first, as shards are counted."""
+    names = mesh.mesh_dim_names or ()
+    return [names.index(axis) for axis in AXES] if mesh.ndim == 2 else [0]
+
+
+def _request(provider: str | AttentionProvider | None, options: dict[str, object], device: str) -> DispatchProcessor:
+    """What attention is bound to, where it is to be bound."""
+    if provider is None:
+        if options:
+            raise AttentionProviderError(
+                f"{', '.join(f'{name}={value!r}' for name, value in options.items())} is neither an argument of "
+                "enable_context_parallel nor, since none is named, an option of a provider. Name the provider whose "
+                "option it is: provider='flash'."
+            )
+        return DispatchProcessor("auto" if device == "cuda" else "native")
+    request = DispatchProcessor(provider, **options)
+    name = request.choice.provider if request.choice else "auto"
+    if name != "auto" and device not in SPECS[name].capabilities.devices:
+        raise AttentionProviderError(
+            f"attention provider '{name}' runs on {', '.join(sorted(SPECS[name].capabilities.devices))}, and the model "
+            f"is on {device}. Move the model there before this call, or name another provider."
+        )
+    return request
+
+
+def _provider_names(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> list[str]:
+    """To whom attention of these models will go; "scope" to whoever is active."""
+    names = set()
+    for target in targets:
+        for _, module in attention_modules_of(target.model):
+            processor = module.processor
+            kept = isinstance(processor, BoundProcessor) and not rebind
+            choice = processor.choice if kept else request.choice
+            names.add("scope" if choice is None else choice.provider)
+    return sorted(names)
+
+
+def _lacking_lse(names: Sequence[str]) -> list[str]:
+    """Those that cannot take part in a ring. "auto" takes only who can; of "scope" nothing is known before a call."""
+    return [name for name in names if name in SPECS and not SPECS[name].capabilities.lse]
+
+
+def _situation(
+    targets: Sequence[Target],
+    names: Sequence[str],
+    device: str,
+    sharing: ContextParallelMesh | None,
+    rotate_method: str | None,
+) -> Situation:
+    per_node = ranks.ranks_per_node()
+    return Situation(
+        ranks=dist.get_world_size() if sharing is None else sharing.size,
+        device_type=device,
+        heads=tuple(sorted({heads for target in targets for heads in split_heads(target)})),
+        ranks_per_node=per_node,
+        peer_access=ranks.peer_access(device),
+        lse=not _lacking_lse(names),
+        rotate_method=rotate_method,
+    )
+
+
+def _degrees(
+    situation: Situation,
+    names: Sequence[str],
+    sharing: ContextParallelMesh | None,
+    ulysses_degree: int | None,
+    ring_degree: int | None,
+) -> Degrees:
+    """As the mesh says, as asked for, or chosen."""
+    for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
+        if degree is not None:
+            ContextParallelConfig(**{name: degree})  # type: ignore[arg-type]  # raises where it is no degree
+    if sharing is not None:
+        if sharing.size == 1:
+            raise AttentionProviderError(
+                f"the mesh has one rank, which has nobody to share a sequence with. {ranks.HOW_TO_LAUNCH}, or make the "
+                "mesh's dimension for context parallelism larger."
+            )
+        for name, asked, has in (
+            ("ulysses_degree", ulysses_degree, sharing.ulysses.size),
+            ("ring_degree", ring_degree, sharing.ring.size),
+        ):
+            if asked not in (None, has):
+                raise AttentionProviderError(
+                    f"{name}={asked}, and the mesh has {has}. Leave it out, or give another mesh: one dimension is a "
+                    'ring (or Ulysses, if it is named "ulysses"), two are named "ring" and "ulysses".'
+                )
+        ulysses_degree, ring_degree = sharing.ulysses.size, sharing.ring.size
+    degrees = complete_degrees(situation, ulysses_degree, ring_degree)
+    lacking = _lacking_lse(names)
+    if degrees.ring_degree > 1 and lacking:
+        able = ", ".join(name for name, spec in SPECS.items() if spec.capabilities.lse)
+        raise AttentionProviderError(
+            f"attention provider {', '.join(map(repr, lacking))} gives no log-sum-exp, without which partial results "
+            f"over a ring (ring_degree={degrees.ring_degree}) cannot merge. Set "
+            f"ulysses_degree={situation.ranks}, ring_degree=1, which takes any provider, or one of: {able}."
+        )
+    return degrees if sharing is None else degrees._replace(reason="as the mesh says")
+
+
+def _config(degrees: Degrees, convert_to_fp32: bool) -> ContextParallelConfig:
+    if degrees.ring_degree == 1 and convert_to_fp32 is not True:
+        raise AttentionProviderError(
+            f"convert_to_fp32={convert_to_fp32!r} says how partial results of a ring merge, and there is no ring "
+            f"(ulysses_degree={degrees.ulysses_degree}, ring_degree=1). Leave it out, or set ring_degree."
+        )
+    return ContextParallelConfig(
+        degrees.ring_degree, degrees.ulysses_degree, degrees.rotate_method or "allgather", convert_to_fp32
+    )
+
+
+def _put_on(
+    target: Target, sharing: ContextParallelMesh, inputs: str, request: DispatchProcessor, rebind: bool
+) -> None:
+    """Changes one model. Every step is noted when it is taken, so that `_take_off` undoes what there is."""
+    model = target.model
+    enabled = _enabled[model] = _Enabled([], [], [])
+    apply_context_parallel(model, sharing, target.plan)
+    if inputs != "trust":
+        links = Links.of(sharing)
+        enabled.links.append(links)
+        hook = Agreement(model, links, inputs)
+        enabled.hooks.append(model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+    for _, module in attention_modules_of(model):
+        processor = module.processor
+        if obstacle(processor) is None and (rebind or not isinstance(processor, BoundProcessor)):
+            enabled.processors.append((weakref.ref(module), processor))
+            module.set_processor(request)
+
+
+def _take_off(model: nn.Module) -> None:
+    enabled = _enabled.pop(model, None)
+    if enabled is None:
+        return
+    for reference, before in enabled.processors:
+        module: Any = reference()
+        if module is not None:
+            module.set_processor(_as_before(module.processor, before))
+    for hook in enabled.hooks:
+        hook.remove()
+    for links in enabled.links:
+        links.release()
+    remove_context_parallel(model)
+
+
+def _as_before(now: Any, before: Any) -> Any:
+    """The processor to put back: `before`, unless diffusers put another kind in its place meanwhile (fused projections,
+    IP-Adapters): then that kind, bound as `before` is."""
+    if unbind(now) is unbind(before):
+        return before
+    return bind(now, before.choice) if isinstance(before, BoundProcessor) else unbind(now)

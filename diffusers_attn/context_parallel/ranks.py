@@ -1,0 +1,84 @@
+"""The job that this process is a rank of: joined if need be, and what is known of its machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import AttentionProviderError
+
+HOW_TO_LAUNCH = (
+    "Start the script with `accelerate launch --num_processes 2 script.py` or `torchrun --nproc_per_node 2 script.py` "
+    "(on CPUs with torchrun: `accelerate launch --cpu` starts one process)"
+)
+
+
+def join(device_type: str) -> None:
+    """Makes sure that torch.distributed runs: as it is, or else by Accelerate, from what the launcher says.
+
+    Raises:
+        AttentionProviderError: there is one rank only, or the job cannot be joined.
+    """
+    if not dist.is_available():
+        raise AttentionProviderError("this PyTorch was built without torch.distributed, which several ranks need.")
+    if not dist.is_initialized():
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched < 2:
+            raise AttentionProviderError(
+                f"context parallelism shares a sequence between ranks, and this job has one. {HOW_TO_LAUNCH}, or leave "
+                "enable_context_parallel out."
+            )
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise AttentionProviderError(
+                f"the launcher started {launched} ranks, which are to be connected. Either install Accelerate (`pip "
+                "install accelerate`), or call torch.distributed.init_process_group first."
+            ) from error
+        PartialState(cpu=device_type == "cpu")
+        if not dist.is_initialized():
+            raise AttentionProviderError(
+                f"the launcher started {launched} ranks, and Accelerate was set up in each of them as a job of one. "
+                "On CPUs make it Accelerator(cpu=True) or PartialState(cpu=True), or set ACCELERATE_USE_CPU=true."
+            )
+    if dist.get_world_size() < 2:
+        raise AttentionProviderError(
+            f"context parallelism shares a sequence between ranks, and this job has one. {HOW_TO_LAUNCH}, or leave "
+            "enable_context_parallel out."
+        )
+    backends = dist.get_backend_config(dist.group.WORLD)
+    if f"{device_type}:" not in backends:
+        raise AttentionProviderError(
+            f"the model is on {device_type}, and torch.distributed was initialised with {backends}, which carries "
+            f"nothing from there. Move the model to its device before this call; or initialise with "
+            "backend='cpu:gloo,cuda:nccl', or leave that to this call."
+        )
+
+
+def ranks_per_node() -> int | None:
+    """What the launcher says; None where it says nothing."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(local) if local else None
+
+
+def peer_access(device_type: str) -> bool:
+    """Whether the devices that this process sees read each other's memory. (One process that sees a single device
+    knows nothing of the others, and takes it that they do.)"""
+    if device_type != "cuda":
+        return False
+    devices = range(torch.cuda.device_count())
+    return all(torch.cuda.can_device_access_peer(one, two) for one in devices for two in devices if one != two)
+
+
+def everyone(said: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any]:
+    """What every rank of these groups says, first along the last of them. None is all ranks of the job."""
+    answers = [said]
+    for group in reversed(groups):
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, answers, group)
+        answers = [each for part in parts for each in part]
+    return answers
