@@ -1,0 +1,446 @@
+"""Milliseconds and memory of one transformer step on several GPUs: one GPU, diffusers' own strategies, and ours.
+
+    torchrun --nproc_per_node 2 benchmarks/context_parallel.py --compile --output results.json
+    torchrun --nproc_per_node 2 benchmarks/context_parallel.py --device cpu --tiny      # tries the script out
+    python benchmarks/context_parallel.py --markdown results.json                       # prints the table of a run
+
+All variants of a model are alive at once and share its weights; each has its own copy of the modules, its own hooks and
+compiled blocks. They take turns in rounds, in alternating order, so that a GPU that gets hot touches all of them. A
+turn is one step that is not counted and some that are, queued without waiting in between, as a pipeline's loop queues
+them. A step takes as long as on its slowest rank; a time is the median of all steps of all rounds. Errors are relative
+to an unmodified, uncompiled model on one GPU. Memory is the allocator's peak in a step beyond what was taken before the
+variant was made (that is, beyond weights), and beside it what the device lost to others since: symmetric memory, and
+NCCL's buffers, which the first variant that uses a group pays for.
+
+A variant that fails is recorded and the others go on, if it failed on all ranks. If not, those that did not fail wait
+in an exchange that nobody joins: all ranks end. What was measured until then is in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import datetime
+import itertools
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import diffusers
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from real_shapes import REAL, TINY, RealModel
+from versions import versions
+
+import diffusers_attn
+from diffusers_attn.context_parallel.mesh import ContextParallelMesh
+
+MIB = 2**20
+
+
+class Strategy(NamedTuple):
+    """What a variant does; degrees of 0 are the number of ranks."""
+
+    side: str
+    """single: on each rank alone; diffusers; ours; auto: ours, as `enable_context_parallel` chooses."""
+    ring: int = 1
+    ulysses: int = 1
+    rotate_method: str = "allgather"
+
+
+STRATEGIES = {
+    "single": Strategy("single"),
+    "diffusers-ulysses": Strategy("diffusers", ulysses=0),
+    "diffusers-ring": Strategy("diffusers", ring=0),
+    "diffusers-unified": Strategy("diffusers", ring=2, ulysses=2),
+    "ulysses": Strategy("ours", ulysses=0),
+    "ring": Strategy("ours", ring=0, rotate_method="alltoall"),
+    "gather": Strategy("ours", ring=0),
+    "unified-ring": Strategy("ours", ring=2, ulysses=2, rotate_method="alltoall"),
+    "unified-gather": Strategy("ours", ring=2, ulysses=2),
+    "auto": Strategy("auto"),
+}
+
+
+class Ranks:
+    """The process groups, and how ranks agree. What they agree on goes over gloo: it works when NCCL does not."""
+
+    def __init__(self, device_type: str, timeout: float) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
+        limit = datetime.timedelta(seconds=timeout)
+        if device_type == "cuda":
+            torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl", timeout=limit, device_id=self.device)
+        else:
+            dist.init_process_group("gloo", timeout=limit)
+        # Ranks compile at their own pace, and meet here.
+        self.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=10))
+        self._meshes: dict[tuple[int, int], DeviceMesh] = {}
+
+    def mesh(self, strategy: Strategy) -> DeviceMesh:
+        """One mesh for each pair of degrees, whoever uses it: communicators take memory."""
+        shape = strategy.ring or self.size, strategy.ulysses or self.size
+        if shape[0] * shape[1] != self.size:
+            raise ValueError(f"{shape[0]} x {shape[1]} ranks are not the {self.size} of this job")
+        if shape not in self._meshes:
+            self._meshes[shape] = init_device_mesh(self.device.type, shape, mesh_dim_names=("ring", "ulysses"))
+        return self._meshes[shape]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.talk)
+        return values
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def attempt(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives on every rank.
+
+        Raises:
+            VariantError: it failed on all ranks.
+            RanksDifferError: it failed on some; the others may wait for them for ever.
+        """
+        try:
+            mine, error = work(), ""
+        except Exception as failure:  # whatever it is, the other variants are still measured
+            if os.environ.get("BENCHMARK_TRACEBACKS"):
+                traceback.print_exc()
+            mine, error = None, f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
+        every = self.gather((mine, error))
+        failed = {rank: error for rank, (_, error) in enumerate(every) if error}
+        if len(failed) == self.size:
+            raise VariantError(failed[0])
+        if failed:
+            raise RanksDifferError(", ".join(f"rank {rank} alone: {error}" for rank, error in failed.items()))
+        return [result for result, _ in every]
+
+
+class VariantError(Exception):
+    """A variant failed, on all ranks alike."""
+
+
+class RanksDifferError(Exception):
+    """A variant failed on some ranks; the others' exchanges can never end."""
+
+
+class Variant:
+    """One way to run a model, its modules and what was measured."""
+
+    def __init__(self, name: str, provider: str, real: RealModel, model: Any, ranks: Ranks) -> None:
+        self.name, self.provider, self.ranks = name, provider, ranks
+        self.strategy, self.model = STRATEGIES[name], model
+        self.result: dict[str, Any] = {"model": real.title, "strategy": name, "provider": provider}
+        self.steps: list[float] = []
+
+    def prepare(self, compiled: bool, inputs: dict[str, Any], warm_up: int) -> None:
+        """Applies the strategy, compiles, and queues the first steps. Nothing here waits for another rank, so that one
+        that fails is noticed."""
+        weights = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        self.began, self.before, self.graphs = time.perf_counter(), _memory(self.ranks.device), _dynamo_counts()
+        self.model = copy.deepcopy(self.model, memo=weights)
+        self.result["note"] = self._apply()
+        if compiled:
+            self.model.compile_repeated_blocks(dynamic=False)
+        for _ in range(warm_up):
+            self.out = self.model(**inputs)[0]
+
+    def measure(self, inputs: dict[str, Any], reference: Tensor) -> dict[str, Any]:
+        """This rank's error and memory, once prepared."""
+        out, expected = self.out.float(), reference.float()
+        own = {"relative_error": ((out - expected).norm() / expected.norm()).item()}
+        self.result["prepare_seconds"] = round(time.perf_counter() - self.began, 1)
+        del self.out, out, expected
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.model(**inputs)
+            self.ranks.synchronize()
+            own["peak_mib"] = round((torch.cuda.max_memory_allocated() - self.before[0]) / MIB)
+            own["outside_allocator_mib"] = round((_memory(self.ranks.device)[1] - self.before[1]) / MIB)
+        return own | {name: count - self.graphs[name] for name, count in _dynamo_counts().items()}
+
+    def _apply(self) -> str:
+        strategy, ranks = self.strategy, self.ranks
+        if strategy.side == "diffusers":
+            mesh = ranks.mesh(strategy)
+            config = diffusers.ContextParallelConfig(ring_degree=mesh.size(0), ulysses_degree=mesh.size(1), mesh=mesh)
+            self.model.set_attention_backend(self.provider)
+            with _diffusers_on_cpu() if ranks.device.type == "cpu" else contextlib.nullcontext():
+                self.model.enable_parallelism(config=config)
+            return ""
+        if strategy.side == "auto":
+            provider = None if self.provider == "auto" else self.provider
+            return str(
+                diffusers_attn.enable_context_parallel(self.model, provider=provider, inputs="trust", verbose=False)
+            )
+        diffusers_attn.set_attention_provider(self.model, self.provider)
+        if strategy.side == "single":
+            return ""
+        mesh = ContextParallelMesh.from_mesh(ranks.mesh(strategy), rotate_method=strategy.rotate_method)
+        streams = diffusers_attn.apply_context_parallel(self.model, mesh)
+        return str(getattr(streams, "transport", ""))
+
+    def close(self) -> None:
+        """Gives memory back: the next model needs it."""
+        if self.strategy.side in ("ours", "auto"):
+            diffusers_attn.disable_context_parallel(self.model)
+            diffusers_attn.remove_context_parallel(self.model)
+        self.model = None
+
+    def turn(self, inputs: dict[str, Any], steps: int) -> None:
+        """Times some steps, after one that is not counted."""
+        self.ranks.gather(None)  # they start together
+        own = self.ranks.attempt(lambda: _step_milliseconds(lambda: self.model(**inputs), steps, self.ranks.device))
+        self.steps += [max(times) for times in zip(*own)]
+        self.result |= {"ms": round(statistics.median(self.steps), 3), "steps": [round(ms, 3) for ms in self.steps]}
+
+
+def _step_milliseconds(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
+    if device.type == "cpu":
+        clock = []
+        for _ in range(steps + 1):
+            step()
+            clock.append(time.perf_counter())
+        return [(after - before) * 1e3 for before, after in itertools.pairwise(clock)]
+    events = []
+    for _ in range(steps + 1):
+        step()
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that tensors take, and bytes that the device has lost to anything but PyTorch's allocator."""
+    if device.type == "cpu":
+        return 0, 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return torch.cuda.memory_allocated(), total - free - torch.cuda.memory_reserved()
+
+
+def _dynamo_counts() -> dict[str, int]:
+    counters = torch._dynamo.utils.counters
+    return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
+
+
+@contextlib.contextmanager
+def _diffusers_on_cpu() -> Iterator[None]:
+    """diffusers 0.42 asks for the accelerator and how many there are, and finds none."""
+    with (
+        mock.patch.object(torch.accelerator, "device_count", lambda: 1),
+        mock.patch.object(torch._C, "_get_accelerator", lambda *_: torch.device("cpu")),
+    ):
+        yield
+
+
+class Report:
+    """The file, written whole after each change, by rank 0."""
+
+    def __init__(self, path: Path | None, ranks: Ranks, args: argparse.Namespace) -> None:
+        self.path = path if ranks.rank == 0 else None
+        self.variants: list[Variant] = []
+        self.environment: dict[str, Any] = {
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "ranks": ranks.size,
+            "blocks_compiled": args.compile,
+            **versions(ranks.device.type, args.commit),
+        }
+        if ranks.device.type == "cuda":
+            self.environment["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+            self.environment["cudnn"] = torch.backends.cudnn.version()
+
+    def write(self) -> None:
+        if self.path is not None:
+            report = {"environment": self.environment, "results": [variant.result for variant in self.variants]}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = self.path.with_name(self.path.name + ".tmp")
+            scratch.write_text(json.dumps(report, indent=1) + "\n")
+            os.replace(scratch, self.path)
+
+
+def choose(args: argparse.Namespace, ranks: int) -> list[tuple[str, str]]:
+    """Pairs of strategy and provider: the product, without what needs four ranks where there are fewer, and extras."""
+    names = args.strategies or [name for name in STRATEGIES if name != "auto"]
+    pairs = []
+    for name in names:
+        strategy = STRATEGIES[name]
+        if strategy.ring == strategy.ulysses == 2 and ranks != 4 and not args.strategies:
+            continue
+        providers = args.diffusers_backends if strategy.side == "diffusers" else args.providers
+        pairs += [(name, provider) for provider in providers]
+    for extra in args.extra:
+        name, _, provider = extra.partition(":")
+        if name not in STRATEGIES or not provider:
+            raise SystemExit(f"--extra {extra}: STRATEGY:PROVIDER is accepted, with one of {', '.join(STRATEGIES)}")
+        pairs.append((name, provider))
+    return list(dict.fromkeys(pairs))
+
+
+def bench_model(real: RealModel, args: argparse.Namespace, ranks: Ranks, report: Report) -> None:
+    model, inputs = real.make(ranks.device), real.inputs(ranks.device)
+    reference = model(**inputs)[0]
+    ready: list[Variant] = []
+    for name, provider in choose(args, ranks.size):
+        variant = Variant(name, provider, real, model, ranks)
+        report.variants.append(variant)
+
+        try:
+            ranks.attempt(lambda: variant.prepare(args.compile, inputs, args.warm_up))  # noqa: B023 (called at once)
+            own = ranks.attempt(lambda: variant.measure(inputs, reference))  # noqa: B023
+            variant.result |= {key: [each[key] for each in own] for key in own[0]}
+            variant.turn(inputs, args.steps)
+            ready.append(variant)
+        except VariantError as failure:
+            variant.result["error"] = str(failure)
+        except RanksDifferError as failure:
+            variant.result["error"] = str(failure)
+            report.write()
+            raise
+        report.write()
+        if ranks.rank == 0:
+            print(_line(variant.result), file=sys.stderr, flush=True)
+    for turn in range(1, args.rounds):
+        for variant in list(ready)[:: 1 if turn % 2 == 0 else -1]:
+            try:
+                variant.turn(inputs, args.steps)
+            except VariantError as failure:
+                variant.result["error"] = str(failure)
+                ready.remove(variant)
+        report.write()
+    for variant in ready:
+        variant.close()
+
+
+def _line(result: dict[str, Any]) -> str:
+    found = result.get("error") or f"{result['ms']:.1f} ms, prepared in {result['prepare_seconds']} s"
+    return f"{result['model']}, {result['strategy']}, {result['provider']}: {found}"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Tables, one for each model."""
+    where, results = report["environment"], report["results"]
+    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    compiled = "blocks compiled" if where["blocks_compiled"] else "eager"
+    lines = [
+        f"{where['ranks']} x {where['device']}, {compiled}; {packages}; {where['date']}, commit {where['commit']}: "
+        f"`{where['command']}`"
+    ]
+    for title in dict.fromkeys(result["model"] for result in results):
+        these = [result for result in results if result["model"] == title and "error" not in result]
+        alone = min((result["ms"] for result in these if result["strategy"] == "single"), default=None)
+        theirs = min((result["ms"] for result in these if result["strategy"].startswith("diffusers")), default=None)
+        lines += [
+            "",
+            f"**{title}**",
+            "",
+            "| strategy | provider | ms per step | of one GPU | of diffusers' best | relative error | peak MiB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for result in these:
+            peak = max(result.get("peak_mib", [0]))
+            outside = max(result.get("outside_allocator_mib", [0]))
+            cells = [
+                result["strategy"],
+                f"`{result['provider']}`",
+                f"{result['ms']:.1f}",
+                f"{alone / result['ms']:.2f}x" if alone else "-",
+                f"{theirs / result['ms']:.2f}x" if theirs else "-",
+                f"{max(result['relative_error']):.1e}",
+                f"{peak} + {outside}" if "peak_mib" in result else "-",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    notes = dict.fromkeys(f"- {r['strategy']}, `{r['provider']}`: {r['note']}" for r in results if r.get("note"))
+    failed = [f"- {_line(result)}" for result in results if "error" in result]
+    return "\n".join(lines + ["", *notes] + (["", "Failed:", "", *failed] if failed else [])) + "\n"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=REAL, default=list(REAL), help="(all)")
+    parser.add_argument(
+        "--strategies", nargs="+", choices=STRATEGIES, help="(all but auto; the unified ones on four ranks)"
+    )
+    parser.add_argument("--providers", nargs="+", help="of ours and of one GPU (_native_cudnn; on a CPU native)")
+    parser.add_argument("--diffusers_backends", nargs="+", help="of diffusers' strategies (the same)")
+    parser.add_argument(
+        "--extra", nargs="+", default=[], metavar="STRATEGY:PROVIDER", help="beside these: ulysses:sage"
+    )
+    parser.add_argument("--compile", action="store_true", help="each block, on both sides")
+    parser.add_argument("--warm_up", type=int, default=2, help="steps before any that is timed (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=90.0, help="of an exchange, in seconds (%(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="the same classes at a size for trying this script out")
+    parser.add_argument("--output", type=Path, help="JSON, written whole after each variant")
+    parser.add_argument("--markdown", type=Path, metavar="RESULTS", help="print the tables of an earlier run")
+    parser.add_argument("--commit", help="what was measured, where git cannot say")
+    args = parser.parse_args()
+    if args.markdown is None:
+        if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) < 2:
+            parser.error("this measures several ranks: torchrun --nproc_per_node 2 benchmarks/context_parallel.py ...")
+        if args.device == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+            parser.error(
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes, and PyTorch sees {torch.cuda.device_count()} CUDA "
+                "devices. Start fewer, or try the script out with --device cpu --tiny."
+            )
+    usual = ["native" if args.device == "cpu" else "_native_cudnn"]
+    args.providers, args.diffusers_backends = args.providers or usual, args.diffusers_backends or usual
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.markdown:
+        print(markdown(json.loads(args.markdown.read_text())), end="")
+        return 0
+    diffusers.utils.logging.set_verbosity_error()  # that its context parallelism is experimental, for each variant
+    # All variants compile the same functions: what one may recompile is not what all may together.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    ranks = Ranks(args.device, args.timeout)
+    report = Report(args.output, ranks, args)
+    status = 0
+    try:
+        with torch.no_grad():
+            for name in args.models:
+                bench_model((TINY if args.tiny else REAL)[name], args, ranks, report)
+                torch._dynamo.reset()
+                _memory(ranks.device)
+    except RanksDifferError as failure:
+        print(f"rank {ranks.rank}: {failure}", file=sys.stderr)
+        status = 1
+    if ranks.rank == 0:
+        results = [variant.result for variant in report.variants]
+        print(markdown({"environment": report.environment, "results": results}), flush=True)
+    if status == 0:
+        dist.barrier(group=ranks.talk)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without tearing down: exchanges may still be open, and gloo's threads abort a process that ends beside others.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Transformers of diffusers as they are in use, with random weights: no download, and every part takes its full time.
+
+`model.make(device)` gives the same weights and `model.inputs(device)` the same inputs on every rank. With `tiny`, the
+same classes at a size at which a CPU takes no time: for trying out a benchmark.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RealModel:
+    """A class, its configuration, and one step's inputs."""
+
+    title: str
+    model_class: str
+    config: Mapping[str, Any]
+    make_inputs: Callable[[], Inputs]
+    dtype: torch.dtype = torch.bfloat16
+
+    def make(self, device: torch.device) -> Any:
+        """The model in eval mode, cast as `from_pretrained(torch_dtype=...)` does: what the class lists to stay in
+        float32 stays."""
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device(device):
+                model = getattr(diffusers, self.model_class)(**self.config)
+        finally:
+            torch.set_default_dtype(usual)
+        keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in model.named_parameters():
+            if keep & set(name.split(".")):
+                parameter.data = parameter.data.float()
+        _randomize(model, device)
+        return model.eval().requires_grad_(False)
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """Keyword arguments of the model's forward, batch one. Drawn on the CPU: alike on all ranks."""
+        floating = {torch.float32: self.dtype}
+        return {
+            name: value.to(device, floating.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
+            for name, value in self.make_inputs().items()
+        }
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module, device: torch.device) -> None:
+    """Weights of unit gain: every block changes the output, and no softmax is uniform or saturated."""
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.02, generator=generator)
+
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _flux(side: int, text: int, config: Mapping[str, Any]) -> Inputs:
+    """`side` tokens in each direction of a picture: one for 16 x 16 pixels."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return {
+        "hidden_states": _normal(1, side * side, config["in_channels"], seed=0),
+        "encoder_hidden_states": _normal(1, text, config["joint_attention_dim"], seed=1),
+        "pooled_projections": _normal(1, config["pooled_projection_dim"], seed=2),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([3.5]),
+        "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float(),
+        "txt_ids": torch.zeros(text, 3),
+        "return_dict": False,
+    }
+
+
+def _wan(latent: tuple[int, int, int], text: int, config: Mapping[str, Any]) -> Inputs:
+    return {
+        "hidden_states": _normal(1, config["in_channels"], *latent, seed=0),
+        "encoder_hidden_states": _normal(1, text, config["text_dim"], seed=1),
+        "timestep": torch.tensor([500], dtype=torch.int64),
+        "return_dict": False,
+    }
+
+
+FLUX = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+}
+TINY_FLUX = FLUX | {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+TINY_WAN = WAN | {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 128,
+    "num_layers": 2,
+}
+
+REAL = {
+    "flux": RealModel("Flux 1024²", "FluxTransformer2DModel", FLUX, lambda: _flux(64, 512, FLUX)),
+    "wan": RealModel(
+        "Wan 2.1 1.3B 480p, 81 frames", "WanTransformer3DModel", WAN, lambda: _wan((21, 60, 104), 512, WAN)
+    ),
+}
+TINY = {
+    "flux": RealModel("tiny Flux", "FluxTransformer2DModel", TINY_FLUX, lambda: _flux(8, 32, TINY_FLUX), torch.float32),
+    "wan": RealModel(
+        "tiny Wan", "WanTransformer3DModel", TINY_WAN, lambda: _wan((3, 8, 8), 32, TINY_WAN), torch.float32
+    ),
+}
