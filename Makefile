@@ -1,4 +1,5 @@
 # make demo      draws four pictures, with diffusers' own attention and with this library, and compares them
+# make demo-cp   draws a picture on two processes, each with half of its tokens, and on one, and compares them
 #
 # Everything lives in .venv and outputs/, and `make clean` takes both away. Variables, with examples:
 #   PYTHON=python3.12                  the Python that .venv is made with (3.11 or newer)
@@ -20,13 +21,17 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs docs-check clean
+.PHONY: help demo demo-cp test lint docs docs-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 10
 
 demo: $(VENV)/.demo  ## install what is needed into .venv, then run examples/quickstart.py
 	@$(RUN) examples/quickstart.py $(ARGS)
+
+demo-cp: $(VENV)/.demo  ## the demo's model on two processes (on the CPU) and on one
+	@OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node 2 examples/inference_cp.py \
+	  --device cpu --compare --steps 12 --output outputs/demo_cp.png $(ARGS)
 
 test: $(VENV)/.dev  ## the test suite, on the CPU
 	@$(RUN) -m pytest -q $(ARGS)

@@ -1,0 +1,316 @@
+#!/usr/bin/env python
+"""Draw a picture or a video on several devices, each with a part of the sequence: context parallelism.
+
+    accelerate launch --num_processes 4 examples/inference_cp.py --model black-forest-labs/FLUX.1-dev --dtype bfloat16
+    torchrun --nproc_per_node 2 examples/inference_cp.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dtype bfloat16 \\
+        --prompt "a cat plays the piano" --height 480 --width 832 --num_frames 81 --compile_scope regional
+    torchrun --nproc_per_node 2 examples/inference_cp.py --device cpu --compare    # the toy that ships: make demo-cp
+
+Any pipeline of diffusers whose transformer has a plan: Flux, Wan, CogVideoX, CogView4 and more. With one process it
+draws without context parallelism. On CPUs, start it with torchrun, or with `ACCELERATE_USE_CPU=true accelerate launch
+--multi_gpu`: `accelerate launch --cpu` starts one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice about vision packages is of no use here
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_video
+from PIL import Image
+
+from diffusers_attn import (
+    AttentionProviderError,
+    apply_compile,
+    enable_context_parallel,
+    set_attention_provider,
+)
+
+TINY = Path(__file__).resolve().parent / "tiny_flux"
+TINY_CALL = {"height": 64, "width": 64, "max_sequence_length": 32}
+"""the only size that the toy has seen."""
+
+
+class Drawn(NamedTuple):
+    """What a pipeline drew, and how long it took."""
+
+    pixels: np.ndarray
+    """`[height, width, 3]` or `[frames, height, width, 3]`, in [0, 1]."""
+    seconds: float
+    """for everything: text, steps, decoding."""
+    steps_per_second: float
+    """of the denoising loop, without its first step; nan for a single step."""
+
+
+def join(device: str) -> PartialState:
+    """This process's place among those that the launcher started, which connect here."""
+    state = PartialState(cpu=device == "cpu")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != launched:
+        raise SystemExit(f"inference_cp.py: {launched} processes were started, and each found itself alone.")
+    return state
+
+
+def load(args: argparse.Namespace, state: PartialState) -> Any:
+    """The pipeline, on this process's device. Of each machine's processes one downloads."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        if not state.is_main_process or args.model == str(TINY):
+            library.utils.logging.disable_progress_bar()
+    dtype: Any = getattr(torch, args.dtype)
+    with state.local_main_process_first():
+        parts = DiffusionPipeline.load_config(args.model)
+        if parts.get("vae", [None, None])[1] == "AutoencoderKLWan":  # its pictures suffer in less than float32
+            dtype = {"vae": torch.float32, "default": dtype}
+        pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype)
+    pipe.set_progress_bar_config(disable=not state.is_main_process, ncols=80)
+    return pipe.to(state.device)
+
+
+def call_arguments(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What the pipeline is called with. Raises SystemExit for what this pipeline does not take."""
+    given = {name: getattr(args, name) for name in ("height", "width", "num_frames", "negative_prompt")}
+    call = {"prompt": args.prompt, "num_inference_steps": args.steps, **(TINY_CALL if args.model == str(TINY) else {})}
+    call |= {name: value for name, value in given.items() if value is not None} | dict(args.set)
+    accepted = inspect.signature(pipe.__call__).parameters
+    unknown = [name for name in call if name not in accepted]
+    if unknown:
+        raise SystemExit(
+            f"inference_cp.py: {type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(accepted)}."
+        )
+    return call
+
+
+def draw(pipe: Any, call: dict[str, Any], seed: int, device: torch.device) -> Drawn:
+    """One call of the pipeline, from the same noise on all ranks."""
+    marks: list[Any] = []
+
+    def mark(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if device.type == "cuda":  # an event, so that nothing waits for the device
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+        return tensors
+
+    began = time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        # An array on the CPU, so that the device has finished when the clock is read.
+        output = pipe(**call, generator=generator, output_type="np", callback_on_step_end=mark)
+    seconds = time.perf_counter() - began
+    rate = math.nan
+    if len(marks) > 1:
+        first, last = marks[0], marks[-1]
+        spent = first.elapsed_time(last) / 1e3 if device.type == "cuda" else last - first
+        rate = (len(marks) - 1) / spent
+    pixels = output.images[0] if hasattr(output, "images") else output.frames[0]
+    return Drawn(np.asarray(pixels), seconds, rate)
+
+
+def save(pixels: np.ndarray, path: Path, fps: int, as_frames: bool) -> None:
+    """A picture, a video, or with `as_frames` a video as a new folder of pictures. There whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        scratch = Path(folder) / path.name
+        if as_frames:
+            scratch.mkdir()
+            for number, frame in enumerate(pixels):
+                _picture(frame).save(scratch / f"{number:04d}.png")
+        elif pixels.ndim == 4:
+            export_to_video(list(pixels), str(scratch), fps=fps)
+        else:
+            _picture(pixels).save(scratch)
+        os.replace(scratch, path)
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
+    """Where the result goes, and whether as a folder of frames. Raises SystemExit where it could not be written."""
+    is_video = "num_frames" in inspect.signature(pipe.__call__).parameters
+    if args.frames and not is_video:
+        raise SystemExit(f"inference_cp.py: {type(pipe).__name__} draws pictures; leave --frames out.")
+    suffix = "" if args.frames else ".mp4" if is_video else ".png"
+    path = args.output or Path("outputs") / f"inference_cp{suffix}"
+    if args.frames and path.exists():
+        raise SystemExit(f"inference_cp.py: {path} exists; give the frames a new folder: --output")
+    if not args.frames and path.suffix != suffix:
+        raise SystemExit(f"inference_cp.py: --output {path}: {type(pipe).__name__} makes a {suffix} file.")
+    missing = [name for name in ("imageio", "imageio_ffmpeg") if importlib.util.find_spec(name) is None]
+    if is_video and not args.frames and missing:
+        raise SystemExit(
+            f"inference_cp.py: writing {path} needs {' and '.join(missing)}: pip install imageio imageio-ffmpeg. Or "
+            "give --frames, and the video is saved as a folder of pictures."
+        )
+    return path, args.frames
+
+
+def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
+    """Splits the pipeline's sequences over the processes; one line on what was done."""
+    degrees = {"ulysses_degree": args.ulysses_degree, "ring_degree": args.ring_degree}
+    if state.num_processes == 1 and set(degrees.values()) <= {None, 1}:
+        if args.attn_provider:
+            set_attention_provider(pipe, args.attn_provider)
+        return f"one process: no context parallelism; attention by {args.attn_provider or 'diffusers'}"
+    report = enable_context_parallel(
+        pipe, **degrees, rotate_method=args.rotate_method, provider=args.attn_provider, verbose=False
+    )
+    return str(report)
+
+
+def difference(alone: np.ndarray, shared: np.ndarray) -> str:
+    """How far two pictures are from each other."""
+    apart = np.abs(alone.astype(np.float64) - shared.astype(np.float64))
+    noise = float(np.square(apart).mean())
+    ratio = f"{-10 * math.log10(noise):.1f} dB" if noise > 0.0 else "infinite"
+    return f"{apart.max():.1e} of a pixel's range at most; PSNR {ratio}"
+
+
+def largest(value: float, state: PartialState) -> float:
+    """Of all ranks'."""
+    if state.num_processes == 1:
+        return value
+    tensor = torch.tensor(value, device=state.device, dtype=torch.float32)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return tensor.item()
+
+
+def run(args: argparse.Namespace) -> Drawn:
+    """Everything but the end of the process. Call it on every rank."""
+    state = join(args.device)
+    say = print if state.is_main_process else lambda *words, **options: None
+    pipe = load(args, state)
+    call = call_arguments(pipe, args)
+    path, as_frames = target(pipe, args)
+    threads = f" (threads: {torch.get_num_threads()})" if state.device.type == "cpu" else ""
+    say(f"model       {type(pipe).__name__} {args.model}, {args.dtype}")
+    say(f"processes   {state.num_processes}, {state.device.type}{threads}; torch {torch.__version__}", flush=True)
+    alone = None
+    if args.compare:
+        say("alone       every process draws all of it by itself", flush=True)
+        alone = draw(pipe, call, args.seed, state.device)
+    say(share(pipe, args, state), flush=True)
+    if args.compile_scope != "none":
+        for name, model in pipe.components.items():
+            if name == "transformer" or name.startswith("transformer_"):
+                apply_compile(model, args.compile_scope, dynamic=False)
+        warm_up = draw(pipe, call | {"num_inference_steps": 2}, args.seed, state.device)
+        say(f"compiled    in {warm_up.seconds:.1f} s, with two steps", flush=True)
+    if state.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    drawn = draw(pipe, call, args.seed, state.device)
+    say(f"took        {drawn.seconds:.2f} s in all, {drawn.steps_per_second:.2f} steps/s")
+    if alone is not None:
+        say(f"alone       {alone.seconds:.2f} s in all, {alone.steps_per_second:.2f} steps/s")
+        say(f"difference  {difference(alone.pixels, drawn.pixels)}")
+    if state.device.type == "cuda":
+        say(f"memory      {largest(torch.cuda.max_memory_allocated() / 2**30, state):.1f} GiB at most on a device")
+    if state.is_main_process:
+        save(drawn.pixels, path, args.fps, as_frames)
+    say(f"saved       {path}", flush=True)
+    return drawn
+
+
+def name_and_value(text: str) -> tuple[str, Any]:
+    """`guidance_scale=3.5`: the value is JSON, or else text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    with contextlib.suppress(json.JSONDecodeError):
+        return name, json.loads(value)
+    return name, value
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    draws = parser.add_argument_group("what it draws")
+    draws.add_argument("--model", default=str(TINY), help="a pipeline: its name on the Hub, or a folder (the toy)")
+    draws.add_argument("--prompt", default="a cat", help="(%(default)s)")
+    draws.add_argument("--negative_prompt")
+    draws.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
+    draws.add_argument("--height", type=int, help="in pixels (the pipeline's default)")
+    draws.add_argument("--width", type=int)
+    draws.add_argument("--num_frames", type=int, help="of a video")
+    draws.add_argument("--steps", type=int, default=28, help="denoising steps (%(default)s)")
+    draws.add_argument(
+        "--set",
+        type=name_and_value,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other arguments of the pipeline",
+    )
+    draws.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(%(default)s)")
+    draws.add_argument("--output", type=Path, help="(outputs/inference_cp.png, or .mp4)")
+    draws.add_argument("--fps", type=int, default=16, help="of a video (%(default)s)")
+    draws.add_argument("--frames", action="store_true", help="save a video as a folder of pictures")
+    shares = parser.add_argument_group("how processes share it")
+    shares.add_argument("--ulysses_degree", type=int, help="processes that exchange heads (chosen)")
+    shares.add_argument("--ring_degree", type=int, help="processes between which keys and values travel (chosen)")
+    shares.add_argument("--rotate_method", choices=("allgather", "alltoall"), help="how these travel (chosen)")
+    shares.add_argument("--attn_provider", help="attention kernel (auto on GPUs, native on CPUs)")
+    shares.add_argument("--compile_scope", choices=("none", "regional", "full"), default="none", help="(%(default)s)")
+    shares.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    shares.add_argument("--compare", action="store_true", help="draw it without context parallelism first, and compare")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1: {args.steps}")
+    if args.rotate_method and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        parser.error("--rotate_method is for several processes: start it with accelerate launch or torchrun")
+    return args
+
+
+def end(status: int) -> None:
+    """Ends this process, together with the others if all went well, and at once if not: the launcher then ends them.
+    Without tearing down, in which gloo's threads may abort a process that has done its work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if status == 0:
+            PartialState().wait_for_everyone()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    rank = os.environ.get("RANK")
+    name = "inference_cp.py" if rank is None else f"inference_cp.py, rank {rank}"
+    status = 1
+    try:
+        run(args)
+        status = 0
+    except AttentionProviderError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+    except SystemExit as stop:
+        print(stop.code, file=sys.stderr)
+    except BaseException:
+        print(f"{name}:\n{traceback.format_exc()}", file=sys.stderr)
+    end(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""`examples/inference_cp.py` as users start it: two processes draw what one process draws."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from .test_quickstart import MODEL, PHOTOS, ROOT, example
+from .tiny_pipelines import PIPELINES, make
+
+SCRIPT = ROOT / "examples" / "inference_cp.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+# 15 tokens in a frame, so that the sequence does not divide by two.
+SIZE = ["--height", "48", "--width", "80", "--steps", "3", "--device", "cpu", "--prompt", "a cat", "--seed", "1"]
+VIDEO = ["--num_frames", "9", "--frames", "--set", "max_sequence_length=21"]
+CALLS = {
+    "wan": [*VIDEO, "--negative_prompt", "bad", "--ulysses_degree", "2"],
+    "cogvideox": [*VIDEO, "--ring_degree", "2", "--rotate_method", "alltoall"],
+    "cogview4": ["--set", "max_sequence_length=33", "guidance_scale=3.0", "--ring_degree", "2"],
+}
+SHARING = ("--ulysses_degree", "--ring_degree", "--rotate_method")
+
+
+def launch(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a launcher, with this checkout on the path of what it starts."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def arguments(name: str, folder: Path, output: str, alone: bool = False) -> list[str]:
+    """What the script is given to draw with one of the tiny pipelines."""
+    suffix = "" if "--frames" in CALLS[name] else ".png"
+    call = list(CALLS[name])
+    if alone:
+        for option in SHARING:
+            if option in call:
+                del call[call.index(option) : call.index(option) + 2]
+    return ["--model", str(folder / name), *SIZE, *call, "--output", str(folder / f"{output}-{name}{suffix}")]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    yield example("inference_cp")
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipelines, saved."""
+    made = tmp_path_factory.mktemp("pipelines")
+    for name in PIPELINES:
+        make(name).save_pretrained(made / name)
+    return made
+
+
+# One job for all of them, since most of a job's time is its start. In the end one of its ranks fails.
+JOB = """
+import importlib.util, json, os, sys
+import numpy as np
+folder, calls = sys.argv[1], json.loads(sys.argv[2])
+spec = importlib.util.spec_from_file_location("inference_cp", {script!r})
+script = importlib.util.module_from_spec(spec)
+sys.modules["inference_cp"] = script
+spec.loader.exec_module(script)
+rank = os.environ["RANK"]
+for name, call in calls.items():
+    drawn = script.run(script.parse_arguments(call))
+    np.save(f"{{folder}}/pixels-{{name}}-{{rank}}.npy", drawn.pixels)
+draw = script.draw
+def fail(*arguments):
+    if rank == "1":
+        raise RuntimeError("this rank has a fault")
+    return draw(*arguments)
+script.draw = fail
+script.main([*call[:-1], f"{{folder}}/never.png"])
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What two processes printed, who drew with all of them."""
+    import json
+
+    job = folder / "job.py"
+    job.write_text(JOB.format(script=str(SCRIPT)))
+    calls = {name: arguments(name, folder, "shared") for name in PIPELINES}
+    return launch([*TORCHRUN, job, folder, json.dumps(calls)])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_two_processes_draw_what_one_draws(
+    shared: subprocess.CompletedProcess[str], script: ModuleType, folder: Path, name: str
+) -> None:
+    assert (folder / f"pixels-{name}-0.npy").exists(), shared.stderr
+    drawn = script.run(script.parse_arguments(arguments(name, folder, "alone", alone=True)))
+    other = script.run(script.parse_arguments([*arguments(name, folder, "other", alone=True), "--seed", "2"]))
+    found = [np.load(folder / f"pixels-{name}-{rank}.npy") for rank in range(2)]
+    assert found[0].shape == drawn.pixels.shape
+    assert np.abs(other.pixels - drawn.pixels).max() > 0.1  # it is not a picture of nothing
+    for pixels in found:
+        assert np.abs(pixels - drawn.pixels).max() < 1e-4
+    saved = folder / f"shared-{name}{'' if '--frames' in CALLS[name] else '.png'}"
+    pictures = sorted(saved.iterdir()) if saved.is_dir() else [saved]
+    assert len(pictures) == (len(drawn.pixels) if saved.is_dir() else 1)
+    image = np.asarray(Image.open(pictures[-1]), dtype=np.float64) / 255
+    assert np.abs(image - (drawn.pixels[-1] if saved.is_dir() else drawn.pixels)).max() < 2e-2
+
+
+def test_it_says_what_was_done(shared: subprocess.CompletedProcess[str]) -> None:
+    assert "WanTransformer3DModel) on 2 ranks, Ulysses over 2" in shared.stdout
+    assert "CogVideoXTransformer3DModel) on 2 ranks, a ring (alltoall) of 2" in shared.stdout
+    assert shared.stdout.count("steps/s") == len(PIPELINES)  # rank 0 alone speaks
+
+
+def test_a_rank_that_fails_ends_the_job(shared: subprocess.CompletedProcess[str], folder: Path) -> None:
+    """It is over within the fixture's time limit, while the other rank waits in an exchange."""
+    assert shared.returncode != 0
+    assert "rank 1:" in shared.stderr and "this rank has a fault" in shared.stderr
+    assert not (folder / "never.png").exists()
+
+
+def test_accelerate_launch_with_the_demo(tmp_path: Path) -> None:
+    """As `make demo-cp` has it, started by Accelerate."""
+    picture = tmp_path / "new" / "picture.png"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    accelerate += ["--main_process_port", "0"]
+    options = ["--compare", "--steps", "6", "--prompt", "a rocket", "--output", picture]
+    done = launch([*accelerate, SCRIPT, "--device", "cpu", *options], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    difference = re.search(r"^difference  (\S+) .* PSNR (\S+) dB$", done.stdout, re.MULTILINE)
+    assert difference is not None and float(difference[1]) < 1e-4 and float(difference[2]) > 80, done.stdout
+    assert "context parallelism: transformer (FluxTransformer2DModel) on 2 ranks" in done.stdout
+    assert f"saved       {picture}" in done.stdout
+    assert [file.name for file in picture.parent.iterdir()] == [picture.name]  # no scratch file is left behind
+    drawn = np.asarray(Image.open(picture).convert("RGB"), dtype=np.float64)
+    photo = np.asarray(Image.open(MODEL / "photos" / f"{PHOTOS['a rocket']}.png").convert("RGB"), dtype=np.float64)
+    assert np.corrcoef(drawn.ravel(), photo.ravel())[0, 1] > 0.9
+
+
+def test_make_demo_cp_starts_this_script() -> None:
+    printed = subprocess.run(["make", "-n", "demo-cp"], cwd=ROOT, capture_output=True, text=True)
+    assert "--nproc_per_node 2 examples/inference_cp.py" in printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ulysses_degree", "2"], "this job has one"),
+        (["--set", "guidance=1"], "FluxPipeline takes no guidance; it takes prompt"),
+        (["--frames"], "FluxPipeline draws pictures"),
+        (["--output", "picture.mp4"], "makes a .png file"),
+        (["--attn_provider", "no_such_provider"], "no_such_provider"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_message(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--device", "cpu", "--steps", "1", "--output", str(tmp_path / "picture.png"), *options])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_without_an_encoder_is_refused_before_it_is_drawn(
+    script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    call = [*SIZE, "--num_frames", "9", "--output", str(folder / "video.mp4")]
+    with pytest.raises(SystemExit):
+        script.main(["--model", str(folder / "wan"), *call])
+    said = capsys.readouterr().err
+    assert "pip install imageio imageio-ffmpeg" in said and "--frames" in said
+
+
+def test_a_video_is_saved(script: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    script.save(torch.rand(5, 32, 32, 3).numpy(), tmp_path / "video.mp4", fps=8, as_frames=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
+    assert (tmp_path / "video.mp4").stat().st_size > 100
