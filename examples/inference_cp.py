@@ -153,6 +153,8 @@ def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
     is_video = "num_frames" in inspect.signature(pipe.__call__).parameters
     if args.frames and not is_video:
         raise SystemExit(f"inference_cp.py: {type(pipe).__name__} draws pictures; leave --frames out.")
+    if args.fps is not None and (args.frames or not is_video):
+        raise SystemExit("inference_cp.py: --fps is for a video file, and pictures are saved; leave it out.")
     suffix = "" if args.frames else ".mp4" if is_video else ".png"
     path = args.output or Path("outputs") / f"inference_cp{suffix}"
     if args.frames and path.exists():
@@ -229,7 +231,7 @@ def run(args: argparse.Namespace) -> Drawn:
     if state.device.type == "cuda":
         say(f"memory      {largest(torch.cuda.max_memory_allocated() / 2**30, state):.1f} GiB at most on a device")
     if state.is_main_process:
-        save(drawn.pixels, path, args.fps, as_frames)
+        save(drawn.pixels, path, args.fps or 16, as_frames)
     say(f"saved       {path}", flush=True)
     return drawn
 
@@ -265,7 +267,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     draws.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(%(default)s)")
     draws.add_argument("--output", type=Path, help="(outputs/inference_cp.png, or .mp4)")
-    draws.add_argument("--fps", type=int, default=16, help="of a video (%(default)s)")
+    draws.add_argument("--fps", type=int, help="of a video file (16)")
     draws.add_argument("--frames", action="store_true", help="save a video as a folder of pictures")
     shares = parser.add_argument_group("how processes share it")
     shares.add_argument("--ulysses_degree", type=int, help="processes that exchange heads (chosen)")

@@ -160,6 +160,7 @@ def test_make_demo_cp_starts_this_script() -> None:
         (["--ulysses_degree", "2"], "this job has one"),
         (["--set", "guidance=1"], "FluxPipeline takes no guidance; it takes prompt"),
         (["--frames"], "FluxPipeline draws pictures"),
+        (["--fps", "8"], "--fps is for a video file"),
         (["--output", "picture.mp4"], "makes a .png file"),
         (["--attn_provider", "no_such_provider"], "no_such_provider"),
     ],
@@ -187,7 +188,7 @@ def test_a_video_without_an_encoder_is_refused_before_it_is_drawn(
 
 
 def test_a_video_is_saved(script: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("imageio_ffmpeg")
+    pytest.importorskip("imageio_ffmpeg", reason="writing videos needs imageio and imageio-ffmpeg")
     script.save(torch.rand(5, 32, 32, 3).numpy(), tmp_path / "video.mp4", fps=8, as_frames=False)
     assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
     assert (tmp_path / "video.mp4").stat().st_size > 100

@@ -76,7 +76,8 @@ def apply_context_parallel(
     module: nn.Module, mesh: DeviceMesh | ContextParallelMesh, plan: Plan | None = None
 ) -> Streams:
     """Splits and gathers tensors of `module` over `mesh` wherever `plan` says. On GPUs all ranks of the mesh must call
-    this, each with its GPU as the current device: they try whether they reach each other's memory.
+    this, each with its GPU as the current device: they try whether they reach each other's memory. What was compiled in
+    this process is compiled anew when it is next called, also after `remove_context_parallel`: Dynamo notices no hooks.
 
     Args:
         module: a model. Every rank must run it with the same inputs.

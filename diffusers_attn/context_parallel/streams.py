@@ -63,8 +63,7 @@ class Streams:
         """Forgets the sequences of an earlier forward."""
         self.lengths.clear()
         self._calls.clear()
-        self._outer.clear()
-        self.role = running.streams = None
+        self.end()
 
     def end(self) -> None:
         """No attention module of this model runs any more."""

@@ -253,6 +253,31 @@ def kernel_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor
     return bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]), dead
 
 
+def _closed_backward(name: str, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
+    """A backward as an operator that is closed to Inductor, which has its own mind about strides."""
+
+    def backward(
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bias: Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = run(grad_out, query, key, value, out, lse, bias, is_causal, scale)
+        return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
+
+    def fake(grad_out, query, key, value, *rest):  # type: ignore[no-untyped-def]
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+    operator = torch.library.custom_op(f"diffusers_attn::{name}", backward, mutates_args=(), device_types="cuda")
+    operator.register_fake(fake)
+    return operator
+
+
 class Efficient(AtenAdapter):
     """The memory-efficient kernel (Rabe and Staats, arXiv 2112.05682), as CUTLASS in PyTorch."""
 
@@ -308,27 +333,9 @@ def _efficient_backward(
     return grad_query, grad_key, grad_value
 
 
-@torch.library.custom_op("diffusers_attn::efficient_backward", mutates_args=(), device_types="cuda")
-def efficient_backward_op(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward, closed to Inductor: it gives an output that was merged from parts strides of its own choice, and
-    takes a `contiguous` for done that was so when the graph was traced."""
-    grads = _efficient_backward(grad_out, query, key, value, out, lse, bias, is_causal, scale)
-    return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
-
-
-@efficient_backward_op.register_fake
-def _(grad_out, query, key, value, *rest):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+# Inductor gives an output that was merged from parts strides of its own choice, which its rule for attention lets pass,
+# and it takes a `contiguous` for done that was so when the graph was traced.
+efficient_backward_op = _closed_backward("efficient_backward", _efficient_backward)
 
 
 class Flash(AtenAdapter):
@@ -442,26 +449,8 @@ def _cudnn_backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("diffusers_attn::cudnn_backward", mutates_args=(), device_types="cuda")
-def cudnn_backward_op(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward, closed to Inductor: it gives an lse that it computed itself strides that cuDNN refuses."""
-    grads = _cudnn_backward(grad_out, query, key, value, out, lse, bias, is_causal, scale)
-    return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
-
-
-@cudnn_backward_op.register_fake
-def _(grad_out, query, key, value, *rest):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+# Inductor gives an lse that it computed itself strides that cuDNN refuses.
+cudnn_backward_op = _closed_backward("cudnn_backward", _cudnn_backward)
 
 
 def without_dead_rows(grad_out: Tensor, lse: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:
