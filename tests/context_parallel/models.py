@@ -1,0 +1,147 @@
+"""Tiny models of diffusers under their plans, against one process: outputs, and gradients of all parameters.
+
+Attention is caught where these models' ends, at F.scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+
+import torch
+
+from diffusers_attn import attention_dispatch
+from diffusers_attn.context_parallel import exchange
+from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.sharding import Shards, gather
+from tests.zoo.case import Draw
+
+from .model_cases import VARIANTS
+
+MESHES = {
+    **{f"ulysses {size}": (1, size, "allgather") for size in (2, 3, 4)},
+    **{f"gather {size}": (size, 1, "allgather") for size in (2, 3, 4)},
+    **{f"ring {size}": (size, 1, "alltoall") for size in (2, 3, 4)},
+    "gather 2 x ulysses 2": (2, 2, "allgather"),
+    "ring 2 x ulysses 2": (2, 2, "alltoall"),
+}
+# More ranks are more of the same: enough to see with a few models.
+WITHOUT_FOURS = ("ulysses 2", "ulysses 3", "gather 2", "gather 3", "ring 2", "ring 3", "gather 2 x ulysses 2")
+# Variants differ in what is split, and hardly in how it is exchanged.
+WITH_VARIANTS = ("gather 2", "ulysses 3", "ring 3", "gather 2 x ulysses 2")
+
+
+@contextlib.contextmanager
+def attention_over_ranks():
+    """As code does that knows nothing of this library: by putting attention_dispatch in SDPA's place."""
+    local = torch.nn.functional.scaled_dot_product_attention
+    torch.nn.functional.scaled_dot_product_attention = attention_dispatch
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = local
+
+
+@contextlib.contextmanager
+def float64_throughout():
+    """Models compute some things in float32 whatever their dtype, which would hide differences below 1e-7."""
+    real = torch.Tensor.float, torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        return real[1](tensor, *(torch.float64 if each is torch.float32 else each for each in args), **kwargs)
+
+    torch.Tensor.float, torch.Tensor.to = torch.Tensor.double, to
+    try:
+        yield
+    finally:
+        torch.Tensor.float, torch.Tensor.to = real
+
+
+@float64_throughout()
+def run(model, inputs):
+    """Output, and the gradients of a loss that every element of it takes part in."""
+    from tests.zoo import outputs
+
+    out = torch.cat([each.flatten() for each in outputs(model(**inputs))])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grads = torch.autograd.grad(out.square().mean(), parameters, allow_unused=True)
+    return out.detach(), torch.cat(
+        [(grad if grad is not None else p * 0).flatten() for grad, p in zip(grads, parameters)]
+    )
+
+
+def build(name, dtype=torch.float64):
+    from tests.zoo import CASES
+
+    case = CASES[name.partition(",")[0]]
+    config, _ = VARIANTS.get(name, ({}, None))
+    model = dataclasses.replace(case, config={**case.config, **config}).build(dtype=dtype)
+    return model.double() if dtype == torch.float64 else model  # also what a class keeps in float32
+
+
+def inputs(name, dtype=torch.float64):
+    from tests.zoo import CASES
+
+    drawn = CASES[name.partition(",")[0]].inputs(dtype=dtype)
+    _, change = VARIANTS.get(name, ({}, None))
+    if change is not None:
+        change(drawn, Draw("cpu", dtype, seed=1))
+    return drawn
+
+
+@functools.cache
+def alone(name):
+    """What one process computes. A worker keeps it for the meshes that follow."""
+    return run(build(name), inputs(name))
+
+
+def compare(meshes, ring, ulysses, rotate_method, name, plan, checkpointing=False, disabled=False, removal=False):
+    """Relative errors of the output, and of the mean of gradients over ranks. `removal`: that it restores all, too."""
+    mesh = meshes(ring, ulysses, rotate_method=rotate_method)
+    model = build(name)
+    if checkpointing:
+        model.train()
+        model.enable_gradient_checkpointing()
+
+    expected, expected_grad = alone(name)
+    apply_context_parallel(model, mesh, plan)
+    with attention_over_ranks(), without_exchange() if disabled else contextlib.nullcontext():
+        found, grad = run(model, inputs(name))
+    grad = gather(grad[None], Shards.contiguous(mesh.size, mesh.size), 0, mesh).mean(dim=0)
+    remove_context_parallel(model)
+    if removal:
+        again, again_grad = run(model, inputs(name))
+        assert torch.equal(again, expected) and torch.equal(again_grad, expected_grad), f"{name}: not as before"
+    return [((one - other).norm() / other.norm()).item() for one, other in ((found, expected), (grad, expected_grad))]
+
+
+@contextlib.contextmanager
+def without_exchange():
+    """What each rank receives is made of its own data."""
+    real = exchange.start_all_to_all, exchange.wait
+
+    def keep(tensor, send, receive, group):
+        return tensor[:1].expand(sum(receive), *tensor.shape[1:]).contiguous()
+
+    exchange.start_all_to_all, exchange.wait = keep, lambda tensor, group: tensor
+    try:
+        yield
+    finally:
+        exchange.start_all_to_all, exchange.wait = real
+
+
+def errors_of(pool, mesh, models, **options):
+    """Of every model the errors of all ranks. A job for each, so that none takes long on a machine that is busy."""
+    ring, ulysses, method = MESHES[mesh]
+    where = {"ring": ring, "ulysses": ulysses, "rotate_method": method}
+    return {
+        name: pool.run(ring * ulysses, compare, name=name, plan=plan, **where, **options)
+        for name, plan in models.items()
+    }
+
+
+def check(pool, mesh, models, tolerance=1e-10, **options):
+    errors = errors_of(pool, mesh, models, **options)
+    wrong = {name: each for name, each in errors.items() if not max(map(max, each)) < tolerance}
+    assert not wrong
