@@ -198,6 +198,30 @@ class Variant:
         streams = diffusers_attn.apply_context_parallel(self.model, mesh)
         return str(getattr(streams, "transport", ""))
 
+    def profile(self, inputs: dict[str, Any]) -> None:
+        """Where this rank's GPU spends a step: what it runs longest, and for how long it runs anything at all."""
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            self.model(**inputs)
+            self.ranks.synchronize()
+        spans = [(event.time_range.start, event.time_range.end, event.name) for event in profiler.events()]
+        spans = [span for span in sorted(spans) if span[1] > span[0] and not span[2].startswith("cuda")]
+        if not spans:
+            return
+        total: dict[str, list[float]] = {}
+        busy, until = 0.0, spans[0][0]
+        for start, end, name in spans:
+            each = total.setdefault(name[:100], [0, 0.0])
+            each[0], each[1] = each[0] + 1, each[1] + (end - start) / 1e3
+            busy, until = busy + max(0.0, end - max(start, until)) / 1e3, max(until, end)
+        longest = sorted(total.items(), key=lambda item: -item[1][1])[:16]
+        self.result["gpu"] = {
+            "busy_ms": round(busy, 2),
+            "from_first_to_last_ms": round((until - spans[0][0]) / 1e3, 2),
+            "launches": sum(int(count) for count, _ in total.values()),
+            "longest": [{"name": name, "times": int(count), "ms": round(ms, 2)} for name, (count, ms) in longest],
+        }
+
     def close(self) -> None:
         """Gives memory back: the next model needs it."""
         if self.strategy.side in ("ours", "auto"):
@@ -330,6 +354,10 @@ def bench_model(real: RealModel, args: argparse.Namespace, ranks: Ranks, report:
                 ready.remove(variant)
         report.write()
     for variant in ready:
+        if args.profile and ranks.device.type == "cuda":
+            ranks.gather(None)
+            ranks.attempt(lambda: variant.profile(inputs))  # noqa: B023
+            report.write()
         variant.close()
 
 
@@ -391,6 +419,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warm_up", type=int, default=2, help="steps before any that is timed (%(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (%(default)s)")
+    parser.add_argument("--profile", action="store_true", help="and record what the GPU does in one step of each")
     parser.add_argument("--timeout", type=float, default=90.0, help="of an exchange, in seconds (%(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the same classes at a size for trying this script out")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,23 +21,27 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .. import masks
 
-# The tensor that owns a mask's memory, by its id for as long as it lives: views are made anew for every layer.
+# By a tensor's id for as long as it lives: the one that owns a mask's memory, since a view may be made anew for every
+# layer; and views that turned out to be alive.
 _owners: dict[int, _Owner] = {}
 # Looked up once: this is asked in every layer.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device by its index; not in a CPU build
+_LEGACY_STREAM = 0  # what CUDA calls the default stream: it cannot be captured
 
 
 class _Owner:
     """What is known of a tensor, or of views of it, at one version."""
 
-    __slots__ = ("alive", "tensor", "version", "views")
+    __slots__ = ("alive", "device_index", "tensor", "version", "views")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor, functools.partial(_forget, id(tensor)))
         self.version = tensor._version
+        self.device_index = tensor.device.index
         self.views: dict[object, _Answer | None] = {}
         self.alive = False
-        """of the tensor itself."""
+        """the tensor itself."""
 
 
 class _Answer:
@@ -57,16 +62,33 @@ class _Answer:
         return self.alive
 
 
+def where_alive(attention: Callable[..., Tensor], otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of query, key, value and mask: `attention` with a mask that is known to leave every row a key, else `otherwise`.
+
+    One function rather than a question and a call, because in almost every layer it is all that a mask costs.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        if not _is_dynamo_compiling():
+            # An entry under a tensor's id is of this very tensor: it goes when the tensor does.
+            owner = _owners.get(id(mask))
+            if (
+                owner is not None
+                and owner.alive
+                and owner.version == mask._version
+                and _raw_stream(owner.device_index) == _LEGACY_STREAM  # type: ignore[misc]
+            ):
+                return attention(query, key, value, mask)
+        return attention(query, key, value, mask) if known_alive(mask) else otherwise(query, key, value, mask)
+
+    return attend
+
+
 def known_alive(mask: Tensor) -> bool:
     """Whether `mask`, a view from `masks.classify`, is known to leave every row a key. False also means: not known yet.
 
     On other devices than CUDA's nothing is ever asked.
     """
-    if _is_dynamo_compiling():
-        return False
-    owner = _owners.get(id(mask))
-    if owner is not None and owner.alive and owner.tensor() is mask and owner.version == mask._version:
-        return not torch.cuda.is_current_stream_capturing()  # the usual case, in a microsecond
     if not mask.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return False
     if mask.is_inference():  # has no version
@@ -83,12 +105,18 @@ def known_alive(mask: Tensor) -> bool:
         asks = view in owner.views and not is_functorch_wrapped_tensor(mask)
         owner.views[view] = _Answer(mask) if asks else None
         return False
-    alive = answer.alive or answer.look()
-    owner.alive = owner.alive or (alive and view is None)
-    return alive
+    if not (answer.alive or answer.look()):
+        return False
+    if view is None:
+        owner.alive = True
+    else:  # most models make a view once and give it to every layer
+        _owners[id(mask)] = own = _Owner(mask)
+        own.alive = True
+    return True
 
 
-def _forget(key: int, tensor: object) -> None:
-    # Another tensor may have been given the id since.
-    if key in _owners and _owners[key].tensor is tensor:
-        del _owners[key]
+def _forget(key: int, tensor: object, owners: dict[int, _Owner] = _owners) -> None:
+    # Another tensor may have been given the id since. (The dict is an argument, since the last tensors go when the
+    # interpreter has cleared the module's names.)
+    if key in owners and owners[key].tensor is tensor:
+        del owners[key]

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import masks
 from ..autograd import GradientLaidOutAsOutput, laid_out_as
 from ..masks import MaskKind
-from .alive import known_alive
+from .alive import where_alive
 from .base import Adapter, Layout, Params
 from .bias import aligned_bias
 from .varlen import rows_contiguous
@@ -156,7 +156,10 @@ class Native(AtenAdapter):
             return direct  # nothing to do between the caller and PyTorch
         if params.device_type == "cuda" and params.needs_grad:
             direct = functools.partial(cls._differentiable, direct, params)
-        return direct if params.mask_kind == MaskKind.NONE else functools.partial(cls._masked, direct)
+        if params.mask_kind == MaskKind.NONE:
+            return direct
+        masked = where_alive(direct, otherwise=functools.partial(cls._cleared, direct))
+        return functools.partial(cls._in_query_dtype, masked) if params.mask_kind in masks.ADDITIVE else masked
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
@@ -182,11 +185,14 @@ class Native(AtenAdapter):
         return alone and cls.kernel(query, value, mask[0] if mask else None, params) is Cudnn
 
     @staticmethod
-    def _masked(direct: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        if mask.dtype != torch.bool and mask.dtype != query.dtype:
-            mask = mask.to(query.dtype)
-        if known_alive(mask):
-            return direct(query, key, value, mask)
+    def _in_query_dtype(
+        masked: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+    ) -> Tensor:
+        # Before it is asked whether a row has a key: float32's most negative number becomes minus infinity in bfloat16.
+        return masked(query, key, value, mask if mask.dtype == query.dtype else mask.to(query.dtype))
+
+    @staticmethod
+    def _cleared(direct: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         # Unlike the CPU's, PyTorch's GPU kernels give whatever they like where a row has no key (cuDNN: not even NaN).
         dead = masks.dead_rows(mask)
         return direct(query, key, value, masks.without_dead_rows(mask, dead)).masked_fill(dead, 0.0)
