@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AttentionProviderError
+from .exchange import after
 from .mesh import Group
 
 _SLOTS = 2
@@ -383,8 +384,8 @@ class Push(NamedTuple):
         if not torch.compiler.is_compiling():
             gather_of(group.name).start(key, value, sizes)
             return Push([key, value, query], sizes, group)
-        # What is saved must not seem to change.
-        held = [key.clone(), value.clone()] if needs_grad else [key, value, query]
+        # What is saved must not seem to change: copies, which come after the query, as the query would see to itself.
+        held = [after(key, query), after(value, query)] if needs_grad else [key, value, query]
         ticket = _new_ticket()
         # The overload, since of that the compiler knows that it changes an argument, and so must not be left out.
         torch.ops.diffusers_attn.push_start.default(held, sizes, group.name, ticket)

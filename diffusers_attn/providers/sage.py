@@ -19,11 +19,15 @@ import sageattention
 import torch
 from sageattention import core
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import masks
 from ..errors import AttentionProviderError
 from . import varlen
 from .base import Adapter, Params
+
+TILE = 64
+"""keys that the fp16 CUDA kernel takes at a time."""
 
 # With this tag the compiler leaves an operator out of the CUDA graphs that it makes.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
@@ -37,8 +41,12 @@ class SageAttention(Adapter):
     """which of the package's compiled modules it needs, by compute capability; None stands for all others."""
 
     @classmethod
+    def extension(cls, device: torch.device) -> str | None:
+        return cls.extensions.get(torch.cuda.get_device_capability(device), cls.extensions.get(None))
+
+    @classmethod
     def check_device(cls, device: torch.device) -> str | None:
-        needed = cls.extensions.get(torch.cuda.get_device_capability(device), cls.extensions.get(None))
+        needed = cls.extension(device)
         # The package imports without what it was not built with, and asserts when called.
         if needed is None or getattr(core, f"{needed}_ENABLED", True):
             return None
@@ -62,18 +70,39 @@ class SageAttention(Adapter):
     ) -> tuple[Tensor, Tensor]:
         """Output, and lse `[batch, heads, query_len]`, which is empty unless asked for."""
         options = dict(params.options)
+        query_len, key_len = query.shape[1], key.shape[1]
+        if key_len < TILE and cls.extension(query.device) == "SM80":
+            query, key, value = filled_tile(query, key, value, params.is_causal)
         query, key, value = varlen.rows_contiguous(query, key, value)
         run = dense_op if torch.compiler.is_compiling() else _dense
         out, lse = run(
             query, key, value, mask, cls.kernel, params.is_causal, params.scale, return_lse, options.get("smooth_k"),
             options.get("qk_quant_gran"), options.get("pv_accum_dtype"),
         )  # fmt: skip
+        if key.shape[1] != key_len:
+            out = out[:, :query_len]
+            if return_lse:
+                lse = lse[..., :query_len] - (0.0 if params.is_causal else math.log(key.shape[1] // key_len))
         if mask is None:
             return out, lse
         # The kernel's mask is a large negative number: a row without keys attends to all of them.
         dead = masks.dead_rows(mask)
         out = out.masked_fill(dead.transpose(1, 2), 0.0)
         return out, lse.masked_fill(dead.squeeze(-1), -math.inf) if return_lse else lse
+
+
+def filled_tile(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same attention with keys and values for a whole tile: the fp16 CUDA kernel multiplies what lies in shared
+    memory behind the last key by weights of zero, and before a first tile is full that may be another kernel's NaN.
+
+    Every key so often again, which leaves the output as it is and adds the logarithm of how often to the lse. Where
+    attention is causal (lengths are equal then), zeros at the end, which only queries at the end see.
+    """
+    if is_causal:
+        behind = (0, 0, 0, 0, 0, TILE - key.shape[1])
+        return pad(query, behind), pad(key, behind), pad(value, behind)
+    times = -(-TILE // key.shape[1])
+    return query, key.repeat(1, times, 1, 1), value.repeat(1, times, 1, 1)
 
 
 class Sage(SageAttention):
