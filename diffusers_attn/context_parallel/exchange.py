@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .inductor import let_exchanges_be_dense
 from .mesh import Group
 
 
@@ -26,6 +27,8 @@ def start_all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int]
     `receive` is how many rows come from each. Rows come in the order of the ranks."""
     if group.size == 1:
         return tensor
+    if torch.compiler.is_compiling():
+        let_exchanges_be_dense()
     return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
 
 

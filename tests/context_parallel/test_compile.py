@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from diffusers_attn.context_parallel import exchange
 from diffusers_attn.context_parallel.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sharding import Shards, gather, split
 from diffusers_attn.context_parallel.unified import parallel_attention
@@ -71,3 +72,24 @@ def test_ranks_without_work_take_part(pool, case, backend):
     ring, ulysses, method, options = NOTHING_TO_DO[case]
     arguments = {"ring": ring, "ulysses": ulysses, "rotate_method": method, "backend": backend}
     check(pool.run(ring * ulysses, compare, **arguments, **options))
+
+
+def constraint(meshes):
+    """What Inductor is told of the layout of what an exchange sends, once it has compiled one."""
+    from torch._inductor import lowering
+
+    group = meshes(2, 1).ring
+
+    def send(tensor):
+        return exchange.wait(exchange.start_gather_others(tensor.sin(), (3, 3), group), group)
+
+    torch._dynamo.reset()
+    tensor = torch.ones(3, 2)
+    assert torch.equal(torch.compile(send, fullgraph=True, backend="aot_eager")(tensor), tensor.sin())
+    found = lowering.maybe_layout_constraints(torch.ops._c10d_functional.all_to_all_single.default)
+    return found.__name__
+
+
+def test_a_compiler_leaves_no_gaps_in_what_is_sent(pool):
+    """It does so on GPUs only; `tests/gpu/test_context_parallel.py` shows what comes of it, with Wan in bfloat16."""
+    assert pool.run(2, constraint) == ["require_contiguous_strides"] * 2
