@@ -204,8 +204,8 @@ class Variant:
         with torch.profiler.profile(activities=activities) as profiler:
             self.model(**inputs)
             self.ranks.synchronize()
-        spans = [(event.time_range.start, event.time_range.end, event.name) for event in profiler.events()]
-        spans = [span for span in sorted(spans) if span[1] > span[0] and not span[2].startswith("cuda")]
+        events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
         if not spans:
             return
         total: dict[str, list[float]] = {}
@@ -353,11 +353,11 @@ def bench_model(real: RealModel, args: argparse.Namespace, ranks: Ranks, report:
                 variant.result["error"] = str(failure)
                 ready.remove(variant)
         report.write()
+    for variant in ready if args.profile and ranks.device.type == "cuda" else []:
+        ranks.gather(None)
+        ranks.attempt(lambda: variant.profile(inputs))  # noqa: B023
+    report.write()
     for variant in ready:
-        if args.profile and ranks.device.type == "cuda":
-            ranks.gather(None)
-            ranks.attempt(lambda: variant.profile(inputs))  # noqa: B023
-            report.write()
         variant.close()
 
 
