@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .inductor import let_exchanges_be_dense
+from .inductor import prepare_for_exchanges
 from .mesh import Group
 
 
@@ -28,7 +28,7 @@ def start_all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int]
     if group.size == 1:
         return tensor
     if torch.compiler.is_compiling():
-        let_exchanges_be_dense()
+        prepare_for_exchanges()
     return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
 
 

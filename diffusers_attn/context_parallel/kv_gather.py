@@ -72,7 +72,10 @@ class _KVGather(torch.autograd.Function):
             (own + exchange.sum_of_parts(exchange.wait(shares, group), group.size - 1)).transpose(0, 1)
             for own, shares in zip(local[1:], returning)
         )
-        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        # A compiler sees no order between this return and the fetch of the layer before, where their keys have nothing
+        # to do with each other; and ranks that take different ones wait for each other for ever.
+        grad_query = after(grad_query.to(query.dtype), grad_key, grad_value)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 def _forward(

@@ -260,7 +260,10 @@ def kernel_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor
 
 
 def _closed_backward(name: str, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
-    """A backward as an operator that is closed to Inductor, which has its own mind about strides."""
+    """A backward as an operator that is closed to Inductor, which has its own mind about strides.
+
+    Its gradients are in memory as models' tensors are, `[batch, seq, heads, head_dim]`.
+    """
 
     def backward(
         grad_out: Tensor,
@@ -274,10 +277,10 @@ def _closed_backward(name: str, run: Callable[..., tuple[Tensor, Tensor, Tensor]
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = run(grad_out, query, key, value, out, lse, bias, is_causal, scale)
-        return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
+        return tuple(grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)  # type: ignore[return-value]
 
     def fake(grad_out, query, key, value, *rest):  # type: ignore[no-untyped-def]
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+        return tuple(each.new_empty(each.transpose(1, 2).shape).transpose(1, 2) for each in (query, key, value))
 
     operator = torch.library.custom_op(f"diffusers_attn::{name}", backward, mutates_args=(), device_types="cuda")
     operator.register_fake(fake)
