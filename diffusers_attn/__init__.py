@@ -15,7 +15,13 @@ __all__ = [
     "CPAttention",
     "CPInput",
     "CPLength",
+    "CPLogBase",
+    "CPNeighbours",
     "CPOutput",
+    "CPPlanReport",
+    "CPPresent",
+    "CPStore",
+    "CPWhole",
     "ContextParallelReport",
     "DispatchProcessor",
     "ParamId",
@@ -34,6 +40,7 @@ __all__ = [
     "register_cp_plan",
     "remove_context_parallel",
     "set_attention_provider",
+    "verify_cp_plan",
 ]
 __version__ = "0.1.0"
 
@@ -52,11 +59,18 @@ _LAZY = {
     "CPAttention": "cp_plans.plan",
     "CPInput": "cp_plans.plan",
     "CPLength": "cp_plans.plan",
+    "CPLogBase": "cp_plans.plan",
+    "CPNeighbours": "cp_plans.plan",
     "CPOutput": "cp_plans.plan",
+    "CPPresent": "cp_plans.plan",
+    "CPStore": "cp_plans.plan",
+    "CPWhole": "cp_plans.plan",
     "ParamId": "cp_plans.plan",
     "get_cp_plan": "cp_plans.registry",
     "list_cp_plans": "cp_plans.registry",
     "register_cp_plan": "cp_plans.registry",
+    "CPPlanReport": "cp_plans.verify_report",
+    "verify_cp_plan": "cp_plans.verify",
 }
 
 

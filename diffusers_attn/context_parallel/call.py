@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import AttentionProviderError
 from .mesh import ContextParallelMesh
-from .sharded_masks import OuterMask, RowMask, ShardedMask, sharded_mask
+from .sharded_masks import KeyMask, OuterMask, RowMask, ShardedMask, sharded_mask
+from .sharding import take
 from .stand_ins import Kept
 from .streams import SplitCall, Streams
 from .unified import parallel_attention
@@ -50,16 +51,23 @@ def split_attention(
             f"model's tokens are split over {streams.mesh.ring.size} by {streams.mesh.ulysses.size}. Pass the mesh to "
             "attention_provider that apply_context_parallel was given."
         )
+    if streams.role is not None and streams.role.key and streams.lengths and mesh.size > 1:
+        _check_tensor(attn_mask)  # before lengths are, which a model fills up to whole blocks
     call = streams.attention(query.shape[1], key.shape[1])
     if call is None:
         return None
+    _check_tensor(attn_mask)
     if dropout_p > 0.0:
         raise AttentionProviderError(
             f"dropout_p={dropout_p} over several ranks: weights would be dropped independently of how the sequence is "
             "split only with one shared state. Set dropout to 0, or disable context parallelism."
         )
     role = streams.role
-    kept = (None, None) if role is None else (streams.kept(role.query), streams.kept(role.key))
+    kept: tuple[Kept | None, Kept | None] = (None, None)
+    if role is not None:
+        query_names, key_names = streams.present(role.query), streams.present(role.key)
+        prefix = 0 if role.prefix is None else call.keys.total - streams.shards(key_names).total
+        kept = streams.kept(query_names), streams.kept(key_names, prefix)
     mask = None if attn_mask is None else _mask(attn_mask, call, streams, *kept)
     if not call.in_order and (is_causal or (attn_mask is not None and attn_mask.shape[-1] == call.keys.total)):
         raise AttentionProviderError(
@@ -89,12 +97,15 @@ def _without(tensor: Tensor, kept: Kept | None, dim: int) -> Tensor:
     return tensor if kept is None else kept.take_out(tensor, dim)
 
 
-def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None, key_kept: Kept | None) -> ShardedMask:
-    if not isinstance(mask, Tensor):
+def _check_tensor(mask: Any) -> None:
+    if mask is not None and not isinstance(mask, Tensor):
         raise AttentionProviderError(
             f"attn_mask is a {type(mask).__name__}; over several ranks a torch.Tensor is accepted. A BlockMask counts "
-            "positions of the whole sequence: run this model on one device."
+            "positions of the whole sequence: run this model on one device, or give it a processor that makes none."
         )
+
+
+def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None, key_kept: Kept | None) -> ShardedMask:
     while mask.ndim < 4:
         mask = mask.unsqueeze(0)
     for dim in (1, 2):
@@ -104,6 +115,8 @@ def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None,
         # On the diagonal each token's value meets itself, and of True, False, one and zero the square is the same.
         tokens = mask[:, 0].diagonal(dim1=-2, dim2=-1)
         return OuterMask(_without(tokens, query_kept, 1), _without(tokens, key_kept, 1))
+    if streams.role is not None and streams.role.key_mask:
+        return KeyMask(_own_keys(mask, call, streams.mesh.rank))
     if streams.role is not None and streams.role.row_mask:
         return RowMask(_rows(_without(mask, query_kept, 2), call, streams.mesh.rank))
     if mask.shape[2] > 1:
@@ -111,6 +124,16 @@ def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None,
     if key_kept is not None and mask.shape[-1] == key_kept.seen:
         mask = key_kept.take_out(mask, -1)
     return sharded_mask(mask, call.queries, call.keys, streams.mesh.rank)
+
+
+def _own_keys(mask: Tensor, call: SplitCall, rank: int) -> Tensor:
+    """One head's only row, of this rank's keys. Raises AttentionProviderError where it is not of all keys."""
+    if mask.shape[2] != 1 or mask.shape[-1] < call.keys.total:
+        raise AttentionProviderError(
+            f"attn_mask has shape {list(mask.shape)} on rank {rank}; its plan says that it has one row, with columns "
+            f"for all {call.keys.total} keys. Leave the mask whole, or say something else of it in CPAttention."
+        )
+    return take(mask[:, 0, 0], call.keys.runs[rank], dim=1)
 
 
 def _rows(mask: Tensor, call: SplitCall, rank: int) -> Tensor:

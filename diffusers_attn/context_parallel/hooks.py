@@ -18,11 +18,27 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from ..cp_plans.plan import CPAbsent, CPAttention, CPInput, CPLength, CPOutput, ParamId, Plan
+from ..cp_plans.plan import (
+    CPAbsent,
+    CPAttention,
+    CPInput,
+    CPLength,
+    CPLogBase,
+    CPNeighbours,
+    CPOutput,
+    CPPresent,
+    CPStore,
+    CPWhole,
+    ParamId,
+    Plan,
+)
+from ..cp_plans.plan import entries as entries_of
 from ..cp_plans.registry import get_cp_plan
 from ..errors import AttentionProviderError
 from .mesh import ContextParallelMesh
+from .neighbours import AddNeighbours, CutNeighbours
 from .push import PushGather
+from .store import GatheringStore
 from .streams import Role, Streams
 from .transport import choose_transport
 
@@ -101,7 +117,7 @@ def apply_context_parallel(
     # All of the plan is read before the first hook is set.
     entries = [
         _Entry(path, spec, list(_submodules(module, path)), streams)
-        for path, spec in (get_cp_plan(module) if plan is None else plan).items()
+        for path, spec in entries_of(get_cp_plan(module) if plan is None else plan)
     ]
     # Attention modules that the plan says nothing of must be known to be this model's all the same.
     named = {id(then()) for entry in entries if isinstance(entry.spec, CPAttention) for then in entry.modules}
@@ -149,6 +165,7 @@ def _submodules(module: nn.Module, path: str) -> Iterator[nn.Module]:
         yield module
         return
     name, _, rest = path.partition(".")
+    name, optional = name.removesuffix("?"), name.endswith("?")
     children = {name: child for name, child in _original(module)._modules.items() if child is not None}
     if name == "*":
         found = list(children.values())
@@ -160,7 +177,7 @@ def _submodules(module: nn.Module, path: str) -> Iterator[nn.Module]:
         found = found if -len(children) <= index else []
     else:
         found = [children[name]] if name in children else []
-    if not found:
+    if not found and not optional:
         raise AttentionProviderError(
             f"the plan names '{path}', and {type(_original(module)).__name__} has no '{name}'. It has: "
             f"{', '.join(children) or 'no submodules'}."
@@ -180,8 +197,13 @@ def _hooks(module: nn.Module, path: str, spec: Any, streams: Streams) -> Iterato
         yield from _attention_hooks(module, streams, None)
     elif isinstance(spec, CPAttention):
         keys = spec.query if spec.key is None else spec.key
-        role = Role(tuple(spec.query), tuple(keys), spec.outer_mask, spec.row_mask)
+        role = Role(tuple(spec.query), tuple(keys), spec.outer_mask, spec.key_mask, spec.row_mask, spec.prefix)
+        if spec.prefix is not None:
+            streams.whole.add(spec.prefix)
         yield from _attention_hooks(module, streams, role)
+    elif isinstance(spec, CPNeighbours):
+        yield lambda: module.register_forward_pre_hook(AddNeighbours(streams, path, spec))
+        yield lambda: module.register_forward_hook(CutNeighbours(streams, spec))
     elif isinstance(spec, CPOutput) or (isinstance(spec, Sequence) and not isinstance(spec, str)):
         outputs = [spec] if isinstance(spec, CPOutput) else list(spec)
         if not all(each is None or isinstance(each, CPOutput) for each in outputs):
@@ -192,7 +214,7 @@ def _hooks(module: nn.Module, path: str, spec: Any, streams: Streams) -> Iterato
         for key, each in spec.items():
             param = key if isinstance(key, ParamId) else ParamId(**{"index" if isinstance(key, int) else "name": key})
             words = _words(each)
-            if not words or not all(isinstance(word, (CPInput, CPLength, CPAbsent)) for word in words):
+            if not words or not all(isinstance(word, _INPUTS) for word in words):
                 raise _not_understood(path, spec)
             for word in words:
                 if isinstance(word, CPInput) and word.every_rank and word.stream is not None:
@@ -218,9 +240,13 @@ def _attention_hooks(module: nn.Module, streams: Streams, role: Role | None) -> 
 
 def _not_understood(path: str, spec: object) -> AttentionProviderError:
     return AttentionProviderError(
-        f"the plan has {spec!r} for '{path}'. Accepted are a dict of ParamId to CPInput, CPLength or CPAbsent (or, for "
-        "nested arguments, lists and dicts of them), a CPOutput or a list of them, and a CPAttention."
+        f"the plan has {spec!r} for '{path}'. Accepted are a dict of ParamId to "
+        f"{', '.join(word.__name__ for word in _INPUTS)} (or, for nested arguments, lists and dicts of them), a "
+        "CPOutput or a list of them, a CPNeighbours, a CPAttention, and a list of these."
     )
+
+
+_INPUTS = (CPInput, CPWhole, CPStore, CPLength, CPLogBase, CPAbsent, CPPresent)
 
 
 def _words(spec: Any) -> list[Any]:
@@ -257,7 +283,14 @@ class _Hook:
         self.path = path
 
     def split(self, value: Any, spec: Any, what: str) -> Any:
-        """`value` with its tensors split as `spec` says."""
+        """`value` with its tensors split, or gathered, as `spec` says."""
+        if isinstance(spec, CPPresent):
+            if value is None:
+                raise AttentionProviderError(
+                    f"this forward was given no {what}, without which its context-parallel plan cannot serve it: "
+                    f"{spec.reason}"
+                )
+            return value
         if value is None or spec is None:
             return value
         if isinstance(spec, CPAbsent):
@@ -265,29 +298,41 @@ class _Hook:
                 f"this forward was given {what}={_describe(value)}, which its context-parallel plan cannot serve: "
                 f"{spec.reason}"
             )
-        if isinstance(spec, CPLength) and isinstance(value, int):
-            return self.streams.shard_length(spec.stream, value)
+        if isinstance(spec, CPLength) and (spec.of is not None or isinstance(value, int)):
+            length = self.streams.shard_length(spec.stream, value if spec.of is None else spec.of(value))
+            return length if spec.of is None else value
+        if isinstance(spec, CPLogBase) and isinstance(value, (int, float)):
+            return self.streams.log_base(spec.stream, value)
         if isinstance(value, Tensor) and isinstance(spec, CPInput):
             if not self._has_dims(value, spec, what) or (spec.leave_other_dims and value.shape[spec.split_dim] == 1):
                 return value
             stream = spec.stream or f"{self.path}:{what}"
-            return self.streams.split(stream, value, spec.split_dim)
+            if spec.grouped:
+                return self.streams.split_groups(stream, value, spec.split_dim)
+            return self.streams.split(stream, value, spec.split_dim, spec.flattened, spec.split_already)
+        if isinstance(value, Tensor) and isinstance(spec, CPWhole):
+            self._has_dims(value, spec, what)
+            return self.streams.gather(spec.stream, value, spec.gather_dim)
+        if isinstance(spec, CPStore):
+            return GatheringStore(value, spec, self.streams)
         if isinstance(value, (list, tuple)):
-            specs = [spec] * len(value) if isinstance(spec, CPInput) else spec
+            specs = [spec] * len(value) if isinstance(spec, (CPInput, CPWhole)) else spec
             if isinstance(specs, (list, tuple)) and len(specs) == len(value):
                 items = [self.split(each, spec, f"{what}[{i}]") for i, (each, spec) in enumerate(zip(value, specs))]
                 return _like(value, items)
-        if isinstance(value, Mapping) and isinstance(spec, Mapping) and set(spec) <= set(value):
+        if isinstance(value, Mapping) and isinstance(spec, (Mapping, CPInput, CPWhole)):
+            specs = spec if isinstance(spec, Mapping) else dict.fromkeys(value, spec)
+            found = {name: each for name, each in specs.items() if name in value}  # as of arguments: those given
             return _updated(
-                value, {name: self.split(value[name], each, f"{what}.{name}") for name, each in spec.items()}
+                value, {name: self.split(value[name], each, f"{what}.{name}") for name, each in found.items()}
             )
         raise AttentionProviderError(
-            f"{what} of '{self.path}' is {_describe(value)}, and its plan says {spec}. A CPInput is for a tensor, or "
-            "for all tensors of a list; a list of as many for one each; a dict for a dict with such keys; a CPLength "
-            "for an int."
+            f"{what} of '{self.path}' is {_describe(value)}, and its plan says {spec}. A CPInput or CPWhole is for a "
+            "tensor, or for all tensors of a list or dict; a list of as many for one each; a dict for a dict; a "
+            "CPLength for an int."
         )
 
-    def _has_dims(self, tensor: Tensor, spec: CPInput | CPOutput, what: str) -> bool:
+    def _has_dims(self, tensor: Tensor, spec: CPInput | CPWhole | CPOutput, what: str) -> bool:
         if spec.expected_dims is None or tensor.ndim == spec.expected_dims:
             return True
         if isinstance(spec, CPInput) and spec.leave_other_dims:
@@ -299,6 +344,8 @@ class _Hook:
 
 
 class _SplitInputs(_Hook):
+    """Splits a module's arguments, or gathers those that it needs whole."""
+
     def __init__(self, streams: Streams, path: str, specs: list[tuple[str | None, int | None, Any]]) -> None:
         super().__init__(streams, path)
         self.specs = specs
@@ -310,6 +357,8 @@ class _SplitInputs(_Hook):
                 new_kwargs[name] = self.split(new_kwargs[name], spec, name)
             elif index is not None and index < len(new_args):
                 new_args[index] = self.split(new_args[index], spec, name or f"argument {index}")
+            elif isinstance(spec, CPPresent):
+                self.split(None, spec, name or f"argument {index}")
         return tuple(new_args), new_kwargs
 
 
@@ -356,7 +405,8 @@ class _GatherOutputs(_Hook):
         for index, spec in enumerate(self.specs):
             if spec is not None and items[index] is not None:
                 self._has_dims(items[index], spec, f"output {index}")
-                items[index] = self.streams.gather(spec.stream, items[index], spec.gather_dim)
+                gather = self.streams.gather_groups if spec.grouped else self.streams.gather
+                items[index] = gather(spec.stream, items[index], spec.gather_dim)
         if isinstance(output, Tensor):
             return items[0]
         return _updated(output, dict(zip(output, items))) if isinstance(output, Mapping) else _like(output, items)

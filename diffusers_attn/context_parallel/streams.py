@@ -8,6 +8,7 @@ does not, lengths tell, or the call is refused: on all ranks, since all judge by
 from __future__ import annotations
 
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,12 @@ class Role(NamedTuple):
     """of its keys; none: keys that every rank has whole."""
     outer_mask: bool = False
     """whether its mask is made of one value per token, multiplied, from tokens that are split."""
+    key_mask: bool = False
+    """whether its mask is of all keys, alike for all heads and queries, and may be padded behind them."""
     row_mask: bool = False
     """whether its mask is of this rank's queries and all keys, alike for all heads, and may be padded behind them."""
+    prefix: str | None = None
+    """the stream, or name of a cache, whose keys come before and are whole on every rank."""
 
 
 class SplitCall(NamedTuple):
@@ -54,6 +59,9 @@ class Streams:
         self.lengths: dict[str, int] = {}
         self.every_rank: set[str] = set()
         """sequences of which a rank without a token is given a stand-in."""
+        self.whole: set[str] = set()
+        """sequences of which every rank has all tokens. Of their keys, and where they are gathered, it takes its shard,
+        as of what is split: so nothing counts twice, and the mean of gradients over the ranks is right."""
         self.role: Role | None = None
         """of the attention module that is running, where the plan says it."""
         self._outer: list[Role | None] = []
@@ -81,27 +89,46 @@ class Streams:
         self.role = self._outer.pop()
         running.streams = self if self._outer else None
 
-    def split(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
+    def split(
+        self,
+        name: str | tuple[str, ...],
+        tensor: Tensor,
+        dim: int,
+        flattened: bool = False,
+        already: tuple[str, ...] = (),
+    ) -> Tensor:
         """This rank's shard of `tensor`, whose dimension `dim` is the sequence `name`; or several that are joined, of
-        which the first is as long as the others leave.
+        which one, that was not split before or else the first, is as long as the others leave; or, `flattened`, the
+        sequence once for every sample. Of those in `already`, the tensor has this rank's shard.
 
         Raises:
             AttentionProviderError: the others were not split before, or are longer than all.
         """
+        if flattened:
+            return self._split_flattened(name, tensor, dim % tensor.ndim)
         names = (name,) if isinstance(name, str) else name
+        rest = next((each for each in names if each not in self.lengths), names[0])
         length = tensor.shape[dim]
-        for other in names[1:]:
-            length -= self._known_length(other)
+        for other in names:
+            known = 0 if other == rest else self._known_length(other)
+            length -= self._seen((other,)) if other in already else known
         if length < 0:
             raise AttentionProviderError(
                 f"a tensor {list(tensor.shape)} is to be {' and '.join(names)}, joined along dimension {dim}, and they "
                 f"are longer: {self._known()}. Was it split before?"
             )
-        self.shard_length(names[0], length)
+        self.shard_length(rest, length)
         runs, start = [], 0
         for each in names:
             (own,) = self.shards((each,)).runs[self.mesh.rank]
-            runs.append((start, 1) if self._stands_in(each, self.mesh.rank) else (start + own[0], own[1]))
+            if each in already:
+                runs.append((start, self._seen((each,))))
+                start += self._seen((each,))
+                continue
+            if each in self.whole:
+                runs.append((start, self.lengths[each]))
+            else:
+                runs.append((start, 1) if self._stands_in(each, self.mesh.rank) else (start + own[0], own[1]))
             start += self.lengths[each]
         shard = sharding.take(tensor, tuple(runs), dim)
         # Of a tensor without gaps, a shard without gaps: else a block would be compiled once for what was split before
@@ -110,12 +137,39 @@ class Streams:
             return shard.clone(memory_format=torch.contiguous_format)
         return shard
 
+    def _split_flattened(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
+        length = self._known_length(name) if isinstance(name, str) else 0
+        if not length or tensor.shape[dim] % length:
+            raise AttentionProviderError(
+                f"a tensor {list(tensor.shape)} is to have sequence {name!r} once for every sample in dimension {dim}, "
+                f"and that is no multiple of its length. {self._known()[0].upper()}{self._known()[1:]}."
+            )
+        return self.split(name, tensor.unflatten(dim, (-1, length)), dim + 1).flatten(dim, dim + 1)
+
     def shard_length(self, name: str, length: int) -> int:
         """How much of the sequence `name`, which has `length` tokens, this rank's model sees."""
         if self.lengths.get(name) != length:
             self.lengths[name] = length
             self._calls.clear()
         return self._seen((name,))
+
+    def log_base(self, name: str, base: float) -> float:
+        """The base to which the length of this rank's shard has the logarithm that the sequence's length has to `base`.
+
+        Raises:
+            AttentionProviderError: there is none, since some rank has a single token or none. On all ranks.
+        """
+        length, sizes = self._known_length(name), self.shards((name,)).sizes
+        if self.mesh.size > 1 and min(sizes) < 2:
+            raise AttentionProviderError(
+                f"'{name}' has {length} tokens for {self.mesh.size} ranks, and this model's scores are scaled by the "
+                "logarithm of how many a rank has, which tells nothing of one. Use fewer ranks."
+            )
+        return (
+            base
+            if self.mesh.size == 1
+            else math.exp(math.log(base) * math.log(sizes[self.mesh.rank]) / math.log(length))
+        )
 
     def gather(self, name: str | tuple[str, ...] | None, tensor: Tensor, dim: int) -> Tensor:
         """The whole of what has this rank's shard in dimension `dim`: of the sequence `name`, of several that are
@@ -128,33 +182,66 @@ class Streams:
                     f"a tensor {list(tensor.shape)} is to be gathered along dimension {dim}, and no sequence has "
                     f"{tensor.shape[dim]} tokens on rank {self.mesh.rank} ({self._known()}). Was it split?"
                 )
-            return sharding.gather(tensor, shards, dim, self.mesh)
+            return sharding.gather(tensor, shards, dim, self.mesh).contiguous()
         names = (name,) if isinstance(name, str) else name
         for each in names:
             self._known_length(each)
         kept = self.kept(names)
         tensor = tensor if kept is None else kept.take_out(tensor, dim)
-        return sharding.gather(tensor, self.shards(names), dim, self.mesh)
+        return sharding.gather(tensor, self.shards(names), dim, self.mesh).contiguous()  # models view what they compute
+
+    def split_groups(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
+        """As `split`, where every entry of the sequence is several tokens. Raises AttentionProviderError where there
+        are fewer entries than ranks, or no such tokens."""
+        length = self._known_length(name) if isinstance(name, str) else 0
+        if length < self.mesh.size or tensor.shape[dim] % length:
+            raise AttentionProviderError(
+                f"a tensor {list(tensor.shape)} is to have as many tokens for each of '{name}' in dimension {dim}, of "
+                f"which every one of {self.mesh.size} ranks needs one; {self._known()}. Use fewer ranks."
+            )
+        dim %= tensor.ndim
+        return self.split(name, tensor.unflatten(dim, (length, -1)), dim).flatten(dim, dim + 1)
+
+    def gather_groups(self, name: str | tuple[str, ...] | None, tensor: Tensor, dim: int) -> Tensor:
+        """As `gather`, of what `split_groups` split."""
+        names = name if isinstance(name, tuple) else (name or "",)
+        self._known_length(names[0])
+        dim %= tensor.ndim
+        groups = tensor.unflatten(dim, (self._seen(names), -1))
+        return self.gather(name, groups, dim).flatten(dim, dim + 1)
 
     def shards(self, names: tuple[str, ...]) -> Shards:
         """Who holds what of these sequences, joined."""
-        shards = [Shards.contiguous(self.lengths[name], self.mesh.size) for name in names]
-        return Shards.joint(*shards or [Shards.contiguous(0, self.mesh.size)])
+        return Shards.joint(*[self._contiguous(self.lengths[name]) for name in names] or [self._contiguous(0)])
 
-    def kept(self, names: tuple[str, ...]) -> Kept | None:
-        """Which tokens of these sequences, joined as this rank's model sees them, are its own; None for all."""
-        runs, start = [], 0
+    def _contiguous(self, length: int) -> Shards:
+        return Shards.contiguous(length, self.mesh.size)
+
+    def kept(self, names: tuple[str, ...], prefix: int = 0) -> Kept | None:
+        """Which tokens of these sequences, joined as this rank's model sees them, are its own; None for all. Before
+        them may be a `prefix` of so many tokens that every rank has whole."""
+        runs = list(self._contiguous(prefix).runs[self.mesh.rank]) if prefix else []
+        start, partial = prefix, prefix > 0
         for name in names:
-            if self._stands_in(name, self.mesh.rank):
-                start += 1
+            (own,) = self.shards((name,)).runs[self.mesh.rank]
+            if name in self.whole:
+                runs.append((start + own[0], own[1]))
+                start, partial = start + self.lengths[name], True
+            elif self._stands_in(name, self.mesh.rank):
+                start, partial = start + 1, True
             else:
-                length = self.shards((name,)).sizes[self.mesh.rank]
-                runs.append((start, length))
-                start += length
-        return Kept(start, tuple(runs)) if len(runs) < len(names) else None
+                runs.append((start, own[1]))
+                start += own[1]
+        return Kept(start, tuple(runs)) if partial else None
+
+    def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of these sequences that this forward has: a model may do without reference images."""
+        return tuple(name for name in names if name in self.lengths)
 
     def _stands_in(self, name: str, rank: int) -> bool:
-        return name in self.every_rank and self.lengths[name] > 0 == self.shards((name,)).sizes[rank]
+        if name in self.whole or name not in self.every_rank:
+            return False
+        return self.lengths[name] > 0 == self.shards((name,)).sizes[rank]
 
     def _seen(self, names: tuple[str, ...]) -> int:
         """How many tokens of these sequences this rank's model sees."""
@@ -162,7 +249,14 @@ class Streams:
         return self.shards(names).sizes[self.mesh.rank] if kept is None else kept.seen
 
     def _check_without_stand_ins(self, what: str) -> None:
-        """Lengths do not tell own tokens from stand-ins. Raises AttentionProviderError on all ranks if one has any."""
+        """Lengths do not tell own tokens from stand-ins, or from those that are whole. Raises AttentionProviderError on
+        all ranks if one has any."""
+        whole = [name for name in self.lengths if name in self.whole]
+        if whole:
+            raise AttentionProviderError(
+                f"every rank has all of '{whole[0]}', and the plan does not say which sequences {what} is of. Name "
+                "them: CPOutput(stream=...), CPAttention((...))."
+            )
         short = [name for name in self.lengths if self._stands_in(name, self.mesh.size - 1)]
         if short:
             raise AttentionProviderError(
@@ -189,8 +283,11 @@ class Streams:
         return self._calls[signature]
 
     def _attention(self, query_len: int, key_len: int) -> SplitCall | None:
-        if self.role is not None and all(name in self.lengths for name in self.role.query + self.role.key):
-            return self._by_role(self.role, query_len, key_len)
+        if self.role is not None:
+            query, key = self.present(self.role.query), self.present(self.role.key)
+            role = self.role._replace(query=query, key=key)
+            if role == self.role or (query and key and (query_len, key_len) == (self._seen(query), self._seen(key))):
+                return self._by_role(role, query_len, key_len)
         self._check_without_stand_ins("an attention call")
         joins = [
             names for count in range(1, len(self.lengths) + 1) for names in itertools.combinations(self.lengths, count)
@@ -207,10 +304,22 @@ class Streams:
     def _by_role(self, role: Role, query_len: int, key_len: int) -> SplitCall | None:
         if not role.key:
             return None
+        if role.prefix is not None:
+            return self._behind_prefix(role, self.lengths.get(role.prefix, 0), query_len, key_len)
         queries, keys = self.shards(role.query), self.shards(role.key)
         if (query_len, key_len) == (self._seen(role.query), self._seen(role.key)):
             return SplitCall(queries, keys, True)
         if query_len != key_len:
+            return None
+        raise self._mixed(query_len, key_len)
+
+    def _behind_prefix(self, role: Role, known: int, query_len: int, key_len: int) -> SplitCall | None:
+        """Of keys after some that are whole: so many that are `known` of a stream, or more that are in a cache."""
+        prefix = key_len - self._seen(role.key)
+        if query_len == self._seen(role.query) and prefix >= known:
+            keys = Shards.joint(self._contiguous(prefix), *[self.shards((name,)) for name in role.key])
+            return SplitCall(self.shards(role.query), keys, True)
+        if key_len <= known:
             return None
         raise self._mixed(query_len, key_len)
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..cp_plans.plan import CPAttention, Plan
-from ..cp_plans.registry import get_cp_plan, list_cp_plans
+from ..cp_plans.plan import CPAttention, Plan, entries
+from ..cp_plans.registry import get_cp_plan, list_cp_plans, uncovered
 from ..errors import AttentionProviderError
 from ..processors.binding import attention_modules_of, check_bindable
 from ..processors.bound import obstacle
@@ -90,12 +90,18 @@ def split_heads(target: Target) -> tuple[int, ...]:
     local = _local(target)
     found = set()
     for _, module in attention_modules_of(target.model):
-        heads = getattr(module, "heads", None)
-        if isinstance(heads, int) and id(module) not in local:
+        heads = _number(module, "heads", "num_heads", "num_attention_heads")
+        if heads is not None and id(module) not in local:
             inner: Any = getattr(module, "inner_dim", None) or 1
             inner_kv: Any = getattr(module, "inner_kv_dim", None) or inner
-            found.add(heads * min(inner, inner_kv) // inner)
+            kv_heads = _number(module, "kv_heads", "num_kv_heads", "num_key_value_heads")
+            found.add(min(heads, heads * inner_kv // inner if kv_heads is None else kv_heads))
     return tuple(sorted(found))
+
+
+def _number(module: Any, *names: str) -> int | None:
+    """The first of these attributes that is a number: classes of diffusers differ in what they call it."""
+    return next((value for value in (getattr(module, name, None) for name in names) if isinstance(value, int)), None)
 
 
 def _components(pipeline: Any) -> dict[str, Any]:
@@ -122,11 +128,12 @@ def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[s
         elif transformer:
             whole.append(f"{name} ({type(model).__name__})")
     if not targets:
+        reasons = "".join(f"{reason} " for reason in map(uncovered, components.values()) if reason is not None)
         raise AttentionProviderError(
             f"{type(pipeline).__name__} has nothing to split: its components are "
             f"{', '.join(f'{name} ({type(each).__name__})' for name, each in components.items())}, and there are plans "
-            f"for {', '.join(list_cp_plans())}. Register one for its transformer's class (register_cp_plan), or pass "
-            "plan=..."
+            f"for {', '.join(list_cp_plans())}. {reasons}Register one for its transformer's class (register_cp_plan), "
+            "or pass plan=..."
         )
     classes = {type(target.model).__name__ for target in targets.values()}
     if plan is not None and len(classes) > 1:
@@ -146,8 +153,8 @@ def _local(target: Target) -> set[int]:
     """Attention modules whose keys every rank has whole, by id."""
     return {
         id(module)
-        for path, spec in target.plan.items()
-        if isinstance(spec, CPAttention) and spec.key == ()
+        for path, spec in entries(target.plan)
+        if isinstance(spec, CPAttention) and (spec.key == () or not spec.query)
         for module in _submodules(target.model, path)
     }
 

@@ -1,19 +1,34 @@
-"""Flux: text and image, joined in every block. Everything is per token, so that both are split at the door."""
+"""Flux: text and image, joined in every block. Everything is per token, so that both are split at the door.
 
-from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+Images of an IP-Adapter are whole on every rank, and attention to them is local.
+"""
+
+from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
+
+JOINED = ("text", "image")
+DOOR: InputPlan = {
+    ParamId("hidden_states"): CPInput(1, 3, stream="image"),
+    ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+    # [tokens, axes], or [batch, tokens, axes] as it was once.
+    ParamId("img_ids"): CPInput(-2, stream="image"),
+    ParamId("txt_ids"): CPInput(-2, stream="text"),
+}
+# Queries by keys: a rank takes its queries. What is alike for all queries is left.
+MASK = CPInput(2, 4, stream=JOINED, leave_other_dims=True)
+BEHIND_THE_DOOR: Plan = {
+    "transformer_blocks.*.attn": CPAttention(JOINED),
+    "single_transformer_blocks.*.attn": CPAttention(JOINED),
+    "proj_out": CPOutput(1, 3, stream="image"),
+}
 
 PLANS: dict[str, Plan] = {
     "FluxTransformer2DModel": {
         "": {
-            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
-            ParamId("img_ids"): CPInput(0, 2, stream="image"),
-            ParamId("txt_ids"): CPInput(0, 2, stream="text"),
+            **DOOR,
             ParamId("controlnet_block_samples"): CPInput(1, 3, stream="image"),
             ParamId("controlnet_single_block_samples"): CPInput(1, 3, stream="image"),
+            ParamId("joint_attention_kwargs"): {"attention_mask": MASK},
         },
-        "transformer_blocks.*.attn": CPAttention(("text", "image")),
-        "single_transformer_blocks.*.attn": CPAttention(("text", "image")),
-        "proj_out": CPOutput(1, 3, stream="image"),
+        **BEHIND_THE_DOOR,
     },
 }

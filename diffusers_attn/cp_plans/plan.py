@@ -10,13 +10,15 @@ A plan maps names of submodules to what happens there:
     }
 
 Names are those of `named_modules`, "" the model itself, `*` every entry of a ModuleList, and negative numbers count
-from its end. No imports here: plans are data, and anyone may read them.
+from its end. A name with a question mark, "blocks.*.attn2?", is of a module that only some models, or some blocks,
+have. No imports here: plans are data, and anyone may read them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,8 @@ class ParamId:
 
 @dataclasses.dataclass(frozen=True)
 class CPInput:
-    """A tensor that all ranks have alike and of which each keeps its shard. For a tuple or list, all its tensors."""
+    """A tensor that all ranks have alike and of which each keeps its shard. For a tuple, list or dict, all its
+    tensors."""
 
     split_dim: int
     """negative counts from the last."""
@@ -55,10 +58,20 @@ class CPInput:
     """an output of the module, rather than an input."""
     stream: str | tuple[str, ...] | None = None
     """a name for the sequence, where a plan splits several. Several names: sequences that the model has joined to one,
-    in this order, of which each is split on its own. The first is as long as the others, split before, leave."""
+    in this order, of which each is split on its own. One of them, the one that was not split before or else the first,
+    is as long as the others leave."""
     leave_other_dims: bool = False
     """whether one value may stand for all tokens, as a time does: a tensor with other than `expected_dims` dimensions,
     or with a single entry in `split_dim`, is left whole."""
+    split_already: tuple[str, ...] = ()
+    """those of `stream` of which the tensor holds this rank's tokens alone, since the model made it after they were
+    split."""
+    flattened: bool = False
+    """whether `split_dim` is a batch and the sequence in one: the tokens of one sample after those of another, as where
+    a model attends from frame to frame at every place. The sequence, a single one, is split before elsewhere."""
+    grouped: bool = False
+    """whether every entry of the sequence is several tokens, one after the other, as the pixels of a row are. The
+    sequence, a single one of at least as many entries as there are ranks, has its length from before."""
     every_rank: bool = False
     """whether this stream's code does not run without a token. A rank that has none, of a sequence shorter than there
     are ranks, is then given the first one to stand in, which attention and gathering leave out. It holds for all that
@@ -74,8 +87,44 @@ class CPInput:
 
 
 @dataclasses.dataclass(frozen=True)
+class CPWhole:
+    """An argument of which every rank has its shard and which its module needs whole, as where experts choose among all
+    tokens: it is gathered before the module. What comes out for all tokens is split again with
+    `CPInput(split_output=True)`. All ranks then compute all of the module, so that it is no faster than on one."""
+
+    gather_dim: int
+    expected_dims: int | None = None
+    """how many dimensions it must have."""
+    stream: str | tuple[str, ...] | None = None
+    """which sequence it is, or several, joined; needed only where lengths do not tell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CPStore:
+    """An object in which a module keeps keys and values for later forwards. What it stores is gathered before, so that
+    every rank has all of it; `CPAttention(prefix=...)` says of later calls that such keys come first."""
+
+    method: str
+    """by which the module stores tensors, given by position."""
+    gather_dim: int
+    stream: str | tuple[str, ...]
+    """which sequence they are, or several, joined."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CPLength:
     """A number that is the length of a sequence: its module is given the length of this rank's shard."""
+
+    stream: str
+    of: Callable[[Any], int] | None = None
+    """where the argument is no such number, but tells it: a function of it that gives the sequence's length. The module
+    is given the argument as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CPLogBase:
+    """The base of a logarithm that a module takes of the length of its sequence, for the scale of its scores: it is
+    given the base to which the length of this rank's shard has the logarithm that the length of the whole has."""
 
     stream: str
 
@@ -92,6 +141,17 @@ class CPAbsent:
 
 
 @dataclasses.dataclass(frozen=True)
+class CPPresent:
+    """An argument that must be given, because without it the model does what its plan does not say.
+
+    Without it, the forward is refused before it begins.
+    """
+
+    reason: str
+    """what it does then and what to do instead, as it stands in the error."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CPOutput:
     """A tensor of which every rank has its shard and which all then have whole."""
 
@@ -100,6 +160,20 @@ class CPOutput:
     """how many dimensions it must have."""
     stream: str | tuple[str, ...] | None = None
     """which sequence it is, or several, joined; needed only where lengths do not tell."""
+    grouped: bool = False
+    """whether every entry of the sequence is several tokens, one after the other, as the pixels of a row are. The
+    sequence, a single one of at least as many entries as there are ranks, has its length from before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CPNeighbours:
+    """A module that looks at neighbours in a sequence, as a convolution does: its first argument is given with those of
+    the ranks before and after, and of what comes out, which is as long, those are cut off."""
+
+    dim: int
+    reach: int
+    """how far it looks, to either side."""
+    stream: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +188,51 @@ class CPAttention:
     key: tuple[str, ...] | None = None
     """None is as the query; () is keys that every rank has whole, so that attention to them is local. With
     `query=()`, queries and keys are."""
+    prefix: str | None = None
+    """keys that come before these and that every rank has whole: those of a stream, or, where none of this name is
+    split, of a cache. Such a stream then stays whole wherever it is named, and a call among its tokens is local: what
+    has to be split of it are its keys, and what is gathered."""
     outer_mask: bool = False
     """whether the mask that reaches attention is an outer product, made in the block from one value per token: bool, or
     ones and zeros."""
+    key_mask: bool = False
+    """whether the mask that reaches attention is one value per key, of all keys, whole on every rank: alike for all
+    heads and queries. What a model pads it with behind them is cut off."""
     row_mask: bool = False
     """whether the mask that reaches attention is rows: of this rank's queries, over the keys of all ranks. They are the
     same for all heads; and what a model pads them with behind the keys, where it takes this rank's for all, is cut
     off."""
 
 
-InputSpec = CPInput | CPLength | CPAbsent | Sequence["InputSpec | None"] | Mapping[str, "InputSpec"]
-"""Nested as the argument is: a list for a tuple's elements (None for one to leave), a dict for a dict's."""
+InputSpec = (
+    CPInput
+    | CPWhole
+    | CPStore
+    | CPLength
+    | CPLogBase
+    | CPAbsent
+    | CPPresent
+    | Sequence["InputSpec | None"]
+    | Mapping[str, "InputSpec"]
+)
+"""Nested as the argument is: a list for a tuple's elements (None for one to leave), a dict for a dict's, of which those
+that it has are split."""
 
 InputPlan = Mapping[ParamId | str | int, InputSpec]
 OutputPlan = CPOutput | Sequence[CPOutput | None]
-Plan = Mapping[str, InputPlan | OutputPlan | CPAttention]
+Entry = InputPlan | OutputPlan | CPNeighbours | CPAttention
+_One = InputPlan | CPOutput | CPNeighbours | CPAttention
+Plan = Mapping[str, _One | Sequence[_One | None]]
+"""By name of the module. A list with anything but outputs in it is several entries for one module."""
+PlanOfModel = Callable[[Any], Plan]
+"""What may be registered in a plan's place for a class whose configuration decides what there is to split: a function
+that is given the model and returns its plan."""
+
+
+def entries(plan: Plan) -> Iterator[tuple[str, Entry]]:
+    """What a plan says, one thing at a time: names of modules, which may come again, and what happens there."""
+    for path, spec in plan.items():
+        if isinstance(spec, Sequence) and any(isinstance(each, (Mapping, CPNeighbours, CPAttention)) for each in spec):
+            yield from ((path, each) for each in spec if each is not None)
+        else:
+            yield path, cast(Entry, spec)

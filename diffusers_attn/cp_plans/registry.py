@@ -5,16 +5,141 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import AttentionProviderError
-from . import chronoedit, cogvideox, cogview4, flux, flux2, helios, ltx, ltx2, minimax_h3, qwenimage, wan
-from .plan import Plan
+from . import (
+    ace_step,
+    allegro,
+    anyflow,
+    aura_flow,
+    bria,
+    bria_fibo2,
+    chroma,
+    chronoedit,
+    cogvideox,
+    cogview3plus,
+    cogview4,
+    consisid,
+    cosmos,
+    cosmos3,
+    easyanimate,
+    ernie_image,
+    flux,
+    flux2,
+    flux3,
+    framepack,
+    glm_image,
+    helios,
+    hidream,
+    hunyuan_dit,
+    hunyuan_image,
+    hunyuan_video,
+    hunyuan_video15,
+    ideogram4,
+    joyimage,
+    kandinsky5,
+    kandinsky6,
+    krea2,
+    latte,
+    longcat_audio,
+    longcat_image,
+    ltx,
+    ltx2,
+    lumina2,
+    lumina_next,
+    minimax_h3,
+    minimax_music3,
+    mochi,
+    motif_video,
+    nucleus_moe,
+    omnigen,
+    ovis_image,
+    pixart,
+    prx,
+    qwenimage,
+    qwenimage21,
+    sana,
+    sana_wm_refiner,
+    sd3,
+    skyreels_v2,
+    stable_audio,
+    stable_audio3,
+    temporal,
+    wan,
+    wan_animate,
+    wan_vace,
+    zimage,
+)
+from .plan import Plan, PlanOfModel
+from .uncovered import UNCOVERED
 
-_FAMILIES = (chronoedit, cogvideox, cogview4, flux, flux2, helios, ltx, ltx2, minimax_h3, qwenimage, wan)
-_plans: dict[str, Plan] = {name: plan for family in _FAMILIES for name, plan in family.PLANS.items()}
+_FAMILIES = (
+    ace_step,
+    allegro,
+    anyflow,
+    aura_flow,
+    bria,
+    bria_fibo2,
+    chroma,
+    chronoedit,
+    cogvideox,
+    cogview3plus,
+    cogview4,
+    consisid,
+    cosmos,
+    cosmos3,
+    easyanimate,
+    ernie_image,
+    flux,
+    flux2,
+    flux3,
+    framepack,
+    glm_image,
+    helios,
+    hidream,
+    hunyuan_dit,
+    hunyuan_image,
+    hunyuan_video,
+    hunyuan_video15,
+    ideogram4,
+    joyimage,
+    kandinsky5,
+    kandinsky6,
+    krea2,
+    latte,
+    longcat_audio,
+    longcat_image,
+    ltx,
+    ltx2,
+    lumina2,
+    lumina_next,
+    minimax_h3,
+    minimax_music3,
+    mochi,
+    motif_video,
+    nucleus_moe,
+    omnigen,
+    ovis_image,
+    pixart,
+    prx,
+    qwenimage,
+    qwenimage21,
+    sana,
+    sana_wm_refiner,
+    sd3,
+    skyreels_v2,
+    stable_audio,
+    stable_audio3,
+    temporal,
+    wan,
+    wan_animate,
+    wan_vace,
+    zimage,
+)
+_plans: dict[str, Plan | PlanOfModel] = {name: plan for family in _FAMILIES for name, plan in family.PLANS.items()}
 
 
-def register_cp_plan(cls_or_name: type | str, plan: Plan) -> None:
-    """Makes `plan` the one that models of this class (or of a class of this name), and of its subclasses, are given.
-    An earlier one is replaced."""
+def register_cp_plan(cls_or_name: type | str, plan: Plan | PlanOfModel) -> None:
+    """Makes `plan` the one that models of this class (or of a class of this name), and of its subclasses, are given; or
+    what `plan` returns for the model, if it is a function. An earlier one is replaced."""
     _plans[cls_or_name if isinstance(cls_or_name, str) else cls_or_name.__name__] = plan
 
 
@@ -22,17 +147,34 @@ def get_cp_plan(model: Any) -> Plan:
     """The plan for a model: that of its class, else of the nearest class that it derives from.
 
     Raises:
-        AttentionProviderError: there is none.
+        AttentionProviderError: there is none; for a class that is known to have none, says why.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _plans:
-            return _plans[cls.__name__]
+            plan = _plans[cls.__name__]
+            return plan(model) if callable(plan) else plan
+        if cls.__name__ in UNCOVERED:
+            raise AttentionProviderError(
+                f"{uncovered(model)} A plan of your own is registered with "
+                f"register_cp_plan({type(model).__name__!r}, {{...}})."
+            )
     raise AttentionProviderError(
         f"no context-parallel plan is registered for {type(model).__name__}. There are plans for "
         f"{', '.join(list_cp_plans())}. Pass one (plan=...), or register it: "
         f"register_cp_plan({type(model).__name__!r}, {{...}}); the docstring of "
         "diffusers_attn.cp_plans.plan shows how one is written."
     )
+
+
+def uncovered(model: Any) -> str | None:
+    """Why there is no plan for a model's class and what to do instead, of a class that is known to have none."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in _plans:
+            return None
+        if cls.__name__ in UNCOVERED:
+            reason, instead = UNCOVERED[cls.__name__]
+            return f"{type(model).__name__} has no context-parallel plan. {reason} {instead}"
+    return None
 
 
 def list_cp_plans() -> list[str]:

@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from diffusers_attn import attention_dispatch
+from diffusers_attn import attention_dispatch, set_attention_provider
 from diffusers_attn.context_parallel import exchange
 from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.sharding import Shards, gather
@@ -28,6 +28,8 @@ MESHES = {
 }
 # More ranks are more of the same: enough to see with a few models.
 WITHOUT_FOURS = ("ulysses 2", "ulysses 3", "gather 2", "gather 3", "ring 2", "ring 3", "gather 2 x ulysses 2")
+# Models that call attention for every sample, unless their processors are bound to a provider.
+BOUND = ("mochi",)
 # Variants differ in what is split, and hardly in how it is exchanged.
 WITH_VARIANTS = ("gather 2", "ulysses 3", "ring 3", "gather 2 x ulysses 2")
 
@@ -45,17 +47,21 @@ def attention_over_ranks():
 
 @contextlib.contextmanager
 def float64_throughout():
-    """Models compute some things in float32 whatever their dtype, which would hide differences below 1e-7."""
-    real = torch.Tensor.float, torch.Tensor.to
+    """Models compute some things in float32 or bfloat16 whatever their dtype, which would hide differences."""
+    real = torch.Tensor.float, torch.Tensor.to, torch.linalg.vector_norm
+    lower = (torch.float32, torch.bfloat16)
 
     def to(tensor, *args, **kwargs):
-        return real[1](tensor, *(torch.float64 if each is torch.float32 else each for each in args), **kwargs)
+        return real[1](tensor, *(torch.float64 if each in lower else each for each in args), **kwargs)
 
-    torch.Tensor.float, torch.Tensor.to = torch.Tensor.double, to
+    def norm(tensor, *args, dtype=None, **kwargs):
+        return real[2](tensor, *args, **kwargs)
+
+    torch.Tensor.float, torch.Tensor.to, torch.linalg.vector_norm = torch.Tensor.double, to, norm
     try:
         yield
     finally:
-        torch.Tensor.float, torch.Tensor.to = real
+        torch.Tensor.float, torch.Tensor.to, torch.linalg.vector_norm = real
 
 
 @float64_throughout()
@@ -106,10 +112,13 @@ def compare(meshes, ring, ulysses, rotate_method, name, plan, checkpointing=Fals
 
     expected, expected_grad = alone(name)
     apply_context_parallel(model, mesh, plan)
+    if name.partition(",")[0] in BOUND:
+        set_attention_provider(model, "native")
     with attention_over_ranks(), without_exchange() if disabled else contextlib.nullcontext():
         found, grad = run(model, inputs(name))
     grad = gather(grad[None], Shards.contiguous(mesh.size, mesh.size), 0, mesh).mean(dim=0)
     remove_context_parallel(model)
+    set_attention_provider(model, None)
     if removal:
         again, again_grad = run(model, inputs(name))
         assert torch.equal(again, expected) and torch.equal(again_grad, expected_grad), f"{name}: not as before"

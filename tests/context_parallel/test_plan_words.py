@@ -1,19 +1,26 @@
 """What plans can say beyond splitting one sequence: several joined, their lengths, rows of a mask, tokens that stand
 in, and what is refused before a forward begins."""
 
+import fnmatch
+
 import pytest
 import torch
 from torch import nn
 
 from diffusers_attn import AttentionProviderError
+from diffusers_attn.context_parallel import call as call_module
+from diffusers_attn.context_parallel import hooks
 from diffusers_attn.context_parallel.call import split_attention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
+from diffusers_attn.context_parallel.neighbours import AddNeighbours, with_neighbours
+from diffusers_attn.context_parallel.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.stand_ins import Kept
 from diffusers_attn.context_parallel.streams import Role, Streams
-from diffusers_attn.cp_plans.plan import CPAbsent, CPAttention, CPInput, CPLength, ParamId
-from diffusers_attn.cp_plans.registry import list_cp_plans
+from diffusers_attn.cp_plans import registry
+from diffusers_attn.cp_plans.plan import CPAbsent, CPAttention, CPInput, CPLength, CPNeighbours, ParamId
+from diffusers_attn.cp_plans.registry import get_cp_plan, list_cp_plans
 from tests.zoo import CASES
 
 
@@ -40,8 +47,10 @@ def test_joined_sequences_are_split_each_on_its_own():
     assert streams.split(("history", "video"), tokens[:, 4:], -1).tolist() == [[7, 8]]  # this time without a history
     with pytest.raises(AttentionProviderError, match=r"history and video, joined .* longer: .*video: 7"):
         streams.split(("history", "video"), tokens[:, :6], 1)
-    with pytest.raises(AttentionProviderError, match="'text' has been split"):
-        streams.split(("history", "text"), tokens, 1)
+    # The text was not split before.
+    assert streams.split(("video", "text"), tokens, 1).tolist() == [[3, 4, 9]]
+    with pytest.raises(AttentionProviderError, match="'audio' has been split"):
+        streams.split(("history", "image", "audio"), tokens, 1)
 
 
 def test_a_module_is_given_the_length_of_its_shard():
@@ -64,6 +73,89 @@ def test_one_value_for_all_tokens_is_left():
     assert module(torch.zeros(2, 7))[0].shape == (2, 2)
 
 
+def test_of_joined_sequences_some_may_be_split_already():
+    tokens = torch.arange(10)[None]
+    for rank, seen in enumerate(([[0, 1, 5, 6]], [[2, 3, 5, 6]], [[4, 5, 6]])):
+        streams = streams_of(rank)
+        streams.every_rank.add("text")
+        streams.shard_length("text", 2)
+        streams.shard_length("image", 5)
+        mixed = tokens[:, :7]  # 5 of the image, whole, and one for each of two texts on every rank
+        assert streams.split(("image", "text", "text"), mixed, 1, already=("text",)).tolist() == seen
+        streams.lengths.pop("image")
+        assert streams.split(("text", "image"), tokens[:, :6], 1, already=("text",)).shape == (1, len(seen[0]) - 1)
+        assert streams.lengths["image"] == 5
+
+
+def test_sequences_that_a_forward_does_not_have():
+    streams = streams_of(2)
+    streams.role = Role(("text", "image", "reference"), ("text", "image", "reference"))
+    streams.split("text", torch.zeros(2), 0)  # none here: lengths would not tell
+    streams.split("image", torch.zeros(7), 0)
+    call = streams.attention(2, 2)
+    assert call.queries == call.keys == streams.shards(("text", "image")) and call.in_order
+    query = torch.zeros(1, 3, 2, 4)
+    with pytest.raises(AttentionProviderError, match="a mix of"):
+        split_attention(query, query, query, streams=streams, provider="native")
+
+
+def test_a_sequence_that_is_one_dimension_with_the_batch():
+    streams = streams_of(1)
+    tokens = torch.arange(14)[:, None]  # two samples of 7
+    with pytest.raises(AttentionProviderError, match="'video' has been split before"):
+        streams.split("video", tokens, 0, flattened=True)
+    streams.split("video", tokens[:7], 0)
+    assert streams.split("video", tokens, 0, flattened=True).tolist() == [[3], [4], [10], [11]]
+    assert streams.split("video", tokens.T, -1, flattened=True).tolist() == [[3, 4, 10, 11]]
+    with pytest.raises(
+        AttentionProviderError, match="'video' once for every sample in dimension 0.*Split .* are video: 7"
+    ):
+        streams.split("video", tokens[:13], 0, flattened=True)
+
+
+def test_rows_of_pixels_are_split_and_every_rank_needs_one():
+    streams = streams_of(1)
+    pixels = torch.arange(10)[None]  # five rows of two
+    with pytest.raises(AttentionProviderError, match="'rows' has been split"):
+        streams.split_groups("rows", pixels, 1)
+    streams.shard_length("rows", 5)  # 2, 2, 1
+    assert streams.split_groups("rows", pixels, -1).tolist() == [[4, 5, 6, 7]]
+    for rows, tokens in ((2, 4), (5, 11)):
+        streams.shard_length("rows", rows)
+        with pytest.raises(AttentionProviderError, match=f"every one of 3 ranks needs one; .* rows: {rows}"):
+            streams.split_groups("rows", torch.zeros(1, tokens), 1)
+
+
+def test_a_neighbour_must_have_as_much_as_is_looked_at():
+    streams = streams_of(1)
+    streams.shard_length("rows", 5)  # 2, 2, 1
+    with pytest.raises(AttentionProviderError, match="'rows' is split into 2, 2, 1, .* looks at 2"):
+        with_neighbours(streams, CPNeighbours(2, 2, "rows"), torch.zeros(1, 1, 2, 1))
+    with pytest.raises(AttentionProviderError, match="first argument of 'conv'.*by position"):
+        AddNeighbours(streams, "conv", CPNeighbours(2, 1, "rows"))(nn.Identity(), ())
+
+
+def test_a_whole_mask_of_keys_is_cut_to_those_of_this_rank():
+    streams = streams_of(2)
+    streams.split("text", torch.zeros(1), 0)  # no token here, and lengths would not tell
+    streams.split("video", torch.zeros(7), 0)
+    streams.role = Role(("text", "video"), ("text", "video"), key_mask=True)
+    call = streams.attention(2, 2)
+    mask = torch.arange(8.0).expand(2, 4, 1, 8)
+    for whole in (mask, torch.nn.functional.pad(mask, (0, 2)), mask.expand(2, 4, 2, 8)):
+        found = call_module._mask(whole, call, streams, None, None)
+        assert isinstance(found, KeyMask) and found.values.tolist() == [[6, 7]] * 2
+    for shape in ((1, 1, 2, 8), (2, 1, 1, 7)):
+        with pytest.raises(AttentionProviderError, match="one row, with columns for all 8 keys"):
+            call_module._mask(torch.ones(shape), call, streams, None, None)
+
+
+def test_a_plan_may_depend_on_the_model(monkeypatch):
+    monkeypatch.setattr(registry, "_plans", {})
+    registry.register_cp_plan("Recorder", lambda model: {"": {"mode": CPAbsent(f"of {model.training}")}})
+    assert get_cp_plan(Recorder().eval())[""]["mode"].reason == "of False"
+
+
 def test_what_a_plan_cannot_serve_is_refused_first():
     module = Recorder()
     plan = {"": {"hidden_states": CPInput(1), "mode": CPAbsent("it caches. Leave it out.")}}
@@ -81,6 +173,14 @@ def test_flux2_is_refused_with_a_cache():
     for mode in ("extract", "cached"):
         with pytest.raises(AttentionProviderError, match=f"kv_cache_mode='{mode}'.*reference images"):
             model(**case.inputs(), kv_cache_mode=mode, num_ref_tokens=3)
+
+
+def test_kandinsky5_is_refused_where_it_is_sparse():
+    case = CASES["kandinsky5"]
+    model = case.build()
+    apply_context_parallel(model, mesh_of(0))
+    with pytest.raises(AttentionProviderError, match="sparse_params=.*attention_type is 'regular'"):
+        model(**case.inputs(), sparse_params={"to_fractal": True})
 
 
 def test_rows_must_be_those_of_this_rank():
@@ -132,19 +232,18 @@ def test_a_model_may_have_no_block_of_a_kind():
         apply_context_parallel(other, mesh_of(0), {"blocks.*.attn": CPAttention(("x",))})
 
 
-@pytest.mark.parametrize(
-    "name", ["chronoedit", "cogvideox", "flux2", "helios", "ltx", "ltx2", "minimax_h3", "qwenimage", "wan"]
-)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model_class in list_cp_plans()])
 def test_plans_say_what_every_attention_module_joins(name):
     """Lengths would tell most of the time, and not where a text happens to be as long as a shard."""
-    model = CASES[name].build()
+    case = CASES[name]
+    model = case.build()
     streams = apply_context_parallel(model, mesh_of(0))
     for path, module in model.named_modules():
-        if hasattr(module, "processor"):
-            for hook in module._forward_pre_hooks.values():
-                streams.role = None
-                hook(module, ())
-                assert streams.role is not None, path
+        if hasattr(module, "processor") and not any(fnmatch.fnmatch(path, silent) for silent in case.silent):
+            (enter,) = [each for each in module._forward_pre_hooks.values() if isinstance(each, hooks._EnterAttention)]
+            streams.role = None
+            enter(module, ())
+            assert streams.role is not None, path
     streams.begin()
 
 

@@ -110,6 +110,18 @@ def anyflow(draw: Draw) -> Inputs:
 
 
 @case(
+    "anyflow_far",
+    "AnyFlowFARTransformer3DModel",
+    notes="as anyflow, in chunks of frames that see earlier ones: block mask, padded to 128 tokens, in self-attention",
+    **_WAN,
+    in_channels=4,
+    chunk_partition=(1, 2, 2),
+)
+def anyflow_far(draw: Draw) -> Inputs:
+    return anyflow(draw) | {"chunk_partition": (1, 2, 2)}
+
+
+@case(
     "helios",
     "HeliosTransformer3DModel",
     notes="self-attention over [history, video], cross-attention of the video only",

@@ -6,7 +6,7 @@ Each module has
     VARIANTS: name -> (changes to the case's configuration, None or a function that changes its drawn inputs).
 """
 
-from . import shipped
+from . import image_joint, shipped, single, video
 
-FAMILIES = {"shipped": shipped}
+FAMILIES = {"shipped": shipped, "image_joint": image_joint, "video": video, "single": single}
 VARIANTS = {name: changes for family in FAMILIES.values() for name, changes in family.VARIANTS.items()}

@@ -1,0 +1,20 @@
+"""ACE-Step: self-attention over the audio; cross-attention to text, lyrics and timbre that all ranks have whole: local.
+
+Every other layer sees a window only, by a mask with a row for every query: a rank takes the rows of its queries.
+"""
+
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+
+PLANS: dict[str, Plan] = {
+    "AceStepTransformer1DModel": {
+        "layers.0": {ParamId("hidden_states"): CPInput(1, 3, stream="audio")},
+        "layers.*": {
+            # cos and sin.
+            ParamId("position_embeddings"): CPInput(0, 2, stream="audio"),
+            ParamId("attention_mask"): CPInput(2, 4, stream="audio"),
+        },
+        "layers.*.self_attn": CPAttention(("audio",), row_mask=True),
+        "layers.*.cross_attn": CPAttention(("audio",), key=()),
+        "norm_out": CPOutput(1, 3, stream="audio"),
+    },
+}

@@ -1,0 +1,16 @@
+"""ERNIE-Image: image and text in one sequence, which is one stream and the first dimension. The mask is of all keys."""
+
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+
+PLANS: dict[str, Plan] = {
+    "ErnieImageTransformer2DModel": {
+        "layers.0": {ParamId("x"): CPInput(0, 3, stream="joint")},
+        "layers.*": {
+            ParamId("rotary_pos_emb"): CPInput(1, 4, stream="joint"),
+            # Shifts, scales and gates, which the model repeats for every token.
+            ParamId("temb"): CPInput(0, 3, stream="joint"),
+        },
+        "layers.*.self_attention": CPAttention(("joint",), key_mask=True),
+        "final_linear": CPOutput(0, 3, stream="joint"),
+    },
+}

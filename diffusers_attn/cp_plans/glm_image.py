@@ -1,0 +1,26 @@
+"""GLM-Image: CogView4's blocks, with tokens of a coarse image added to the image. Split as CogView4 is.
+
+The keys of images to edit are made by a forward of each, split as any, and kept. They come first when the picture is
+drawn, and every rank then has all of them.
+"""
+
+from .plan import CPAttention, CPInput, CPOutput, CPStore, ParamId, Plan
+
+_JOINED = ("text", "image")
+
+PLANS: dict[str, Plan] = {
+    "GlmImageTransformer2DModel": {
+        "transformer_blocks.0": {
+            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+        },
+        "transformer_blocks.*": {
+            # cos and sin, of the image's tokens alone.
+            ParamId("image_rotary_emb"): CPInput(0, 2, stream="image"),
+            ParamId("attention_mask"): CPInput(1, 2, stream="text"),
+            ParamId("kv_cache"): CPStore("store", 1, stream=_JOINED),
+        },
+        "transformer_blocks.*.attn1": CPAttention(_JOINED, prefix="cache", outer_mask=True),
+        "proj_out": CPOutput(1, 3, stream="image"),
+    },
+}

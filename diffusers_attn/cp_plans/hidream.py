@@ -1,0 +1,38 @@
+"""HiDream: image and three texts, joined in every block: T5's, the last of Llama's layers, and the block's own layer.
+
+The texts are split where they are projected. By their lengths the model then makes ids for them, and puts these behind
+those of the image, which is whole there: the rotary embedding holds this rank's text already. Ids of text are all zero.
+"""
+
+from typing import Any
+
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+
+_TEXT = ("t5", "llama", "llama")
+_JOINED = ("image", *_TEXT)
+
+
+def _projected(stream: str) -> CPInput:
+    # No tokens cannot be divided into samples.
+    return CPInput(1, 3, split_output=True, stream=stream, every_rank=True)
+
+
+def _plan(model: Any) -> Plan:
+    last = len(model.caption_projection) - 1
+    return {
+        "x_embedder": {ParamId(index=0): CPInput(1, 3, split_output=True, stream="image")},
+        **{f"caption_projection.{layer}": {ParamId(index=0): _projected("llama")} for layer in range(last)},
+        f"caption_projection.{last}": {ParamId(index=0): _projected("t5")},
+        "pe_embedder": {ParamId(index=0): CPInput(1, 6, split_output=True, stream=_JOINED, split_already=_TEXT)},
+        # Pictures that are no squares are padded, and their keys multiplied by ones and zeros.
+        "double_stream_blocks.*": {ParamId("hidden_states_masks"): CPInput(1, 2, stream="image")},
+        "single_stream_blocks.*": {
+            ParamId("hidden_states_masks"): CPInput(1, 2, stream=_JOINED, split_already=_TEXT),
+        },
+        "double_stream_blocks.*.block.attn1": CPAttention(_JOINED),
+        "single_stream_blocks.*.block.attn1": CPAttention(_JOINED),
+        "final_layer": CPOutput(1, 3, stream="image"),
+    }
+
+
+PLANS = {"HiDreamImageTransformer2DModel": _plan}

@@ -1,0 +1,19 @@
+"""Hunyuan-DiT: self-attention over the image; cross-attention to text that all ranks have whole: local.
+
+The second half of the blocks is given what came out of the first, token by token. The text's mask replaces tokens, and
+what pools them attends to them before anything is split.
+"""
+
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+
+PLANS: dict[str, Plan] = {
+    "HunyuanDiT2DModel": {
+        "": {ParamId("controlnet_block_samples"): CPInput(1, 3, stream="image")},
+        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
+        # cos and sin.
+        "blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, stream="image")},
+        "blocks.*.attn1": CPAttention(("image",)),
+        "blocks.*.attn2": CPAttention(("image",), key=()),
+        "proj_out": CPOutput(1, 3, stream="image"),
+    },
+}

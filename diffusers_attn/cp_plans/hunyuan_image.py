@@ -1,0 +1,27 @@
+"""HunyuanImage: image and text, joined in every block, with a mask of the text, which was refined whole before.
+
+Valid tokens of two texts are put before the padding of both, sample by sample, so that the text is split after that.
+"""
+
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+
+# Of the mask, all ranks have all.
+_ATTENTION = CPAttention(("image", "text"), key_mask=True)
+
+PLANS: dict[str, Plan] = {
+    "HunyuanImageTransformer2DModel": {
+        "rope": {
+            ParamId(index=0): CPInput(0, 2, split_output=True, stream="image"),
+            ParamId(index=1): CPInput(0, 2, split_output=True, stream="image"),
+        },
+        "context_embedder.token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
+        "transformer_blocks.0": {
+            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
+            # Blocks cut the text off by its length, from the end, where no text would mean all.
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+        },
+        "transformer_blocks.*.attn": _ATTENTION,
+        "single_transformer_blocks.*.attn": _ATTENTION,
+        "proj_out": CPOutput(1, 3, stream="image"),
+    },
+}

@@ -1,0 +1,48 @@
+"""HunyuanVideo: video and text, joined in every block, with a mask of the text, which was refined whole before.
+
+Blocks cut the text off by its length, from the end, where no text would mean all. With `token_replace` the first frame
+is given, and modulated otherwise: its tokens are a sequence of their own, so that its length on a rank is right there.
+"""
+
+from typing import Any
+
+from .plan import CPAttention, CPInput, CPLength, CPOutput, InputPlan, ParamId, Plan
+
+
+def joined(*video: str) -> Plan:
+    """What double and single blocks join. Of their key mask, all ranks have all."""
+    attention = CPAttention((*video, "text"), key_mask=True)
+    return {
+        "context_embedder.token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
+        "transformer_blocks.0": {
+            ParamId("hidden_states"): CPInput(1, 3, stream=video),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+        },
+        "transformer_blocks.*.attn": attention,
+        "single_transformer_blocks.*.attn": attention,
+    }
+
+
+def rotated(*video: str, lengths: InputPlan | None = None) -> Plan:
+    """cos and sin, of the video's tokens alone, split for every block, behind the lengths of what they are of."""
+    rotary, lengths = CPInput(0, 2, stream=video), lengths or {}
+    return {
+        "transformer_blocks.*": {**lengths, ParamId("freqs_cis"): rotary},
+        "single_transformer_blocks.*": {**lengths, ParamId("image_rotary_emb"): rotary},
+    }
+
+
+def _plan(model: Any) -> Plan:
+    if model.config.image_condition_type == "token_replace":
+        video = ("first_frame", "video")
+        plan = rotated(*video, lengths={ParamId("num_tokens"): CPLength("first_frame")})
+        return {**plan, **joined(*video), "proj_out": CPOutput(1, 3, stream=video)}
+    rotary = CPInput(0, 2, split_output=True, stream="video")
+    return {
+        "rope": {ParamId(index=0): rotary, ParamId(index=1): rotary},
+        **joined("video"),
+        "proj_out": CPOutput(1, 3, stream="video"),
+    }
+
+
+PLANS = {"HunyuanVideoTransformer3DModel": _plan}

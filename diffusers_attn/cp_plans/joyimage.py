@@ -1,0 +1,31 @@
+"""JoyImage Edit and Edit Plus: image and text, joined in every block.
+
+Edit Plus takes several pictures of any size, padded, with a mask of text and pictures, of which all ranks have all.
+"""
+
+from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
+
+_FIRST: InputPlan = {
+    ParamId("hidden_states"): CPInput(1, 3, stream="image"),
+    # Text that is rotated, with rope_type="mrope", cannot be so without a token.
+    ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+}
+_JOINED = ("image", "text")
+
+PLANS: dict[str, Plan] = {
+    "JoyImageEditTransformer3DModel": {
+        "double_blocks.0": _FIRST,
+        "double_blocks.*": {
+            # cos and sin of the image, and with rope_type="mrope" of the text.
+            ParamId("image_rotary_emb"): [CPInput(0, 2, stream="image"), CPInput(0, 2, stream="text")],
+        },
+        "double_blocks.*.attn": CPAttention(_JOINED),
+        "proj_out": CPOutput(1, 3, stream="image"),
+    },
+    "JoyImageEditPlusTransformer3DModel": {
+        "double_blocks.0": _FIRST,
+        "double_blocks.*": {ParamId("image_rotary_emb"): CPInput(1, 3, stream="image")},
+        "double_blocks.*.attn": CPAttention(_JOINED, key_mask=True),
+        "proj_out": CPOutput(1, 3, stream="image"),
+    },
+}

@@ -1,0 +1,29 @@
+"""Kandinsky 6: video and audio, both split. Each attends to itself, to its text (whole on all ranks: local) and to the
+other. Without audio, the video alone.
+"""
+
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+
+PLANS: dict[str, Plan] = {
+    "Kandinsky6Transformer3DModel": {
+        "video_text_transformer_blocks.*.attn": CPAttention(query=()),
+        "audio_text_transformer_blocks.*.attn": CPAttention(query=()),
+        "visual_transformer_blocks.0": {
+            # Where queries are rotated, a dimension is inferred, which it cannot be of no token.
+            ParamId("vis"): CPInput(1, 3, stream="video", every_rank=True),
+            ParamId("aud"): CPInput(1, 3, stream="audio", every_rank=True),
+        },
+        "visual_transformer_blocks.*": {
+            ParamId("vis_rope"): CPInput(0, stream="video"),
+            ParamId("aud_rope"): CPInput(0, stream="audio"),
+        },
+        "visual_transformer_blocks.*.video_dec_block.self_attention": CPAttention(("video",)),
+        "visual_transformer_blocks.*.audio_dec_block.self_attention": CPAttention(("audio",)),
+        "visual_transformer_blocks.*.video_dec_block.cross_attention": CPAttention(("video",), key=()),
+        "visual_transformer_blocks.*.audio_dec_block.cross_attention": CPAttention(("audio",), key=()),
+        "visual_transformer_blocks.*.va_cross_attention": CPAttention(("video",), key=("audio",)),
+        "visual_transformer_blocks.*.av_cross_attention": CPAttention(("audio",), key=("video",)),
+        # Behind it the video's tokens become frames, rows and columns again.
+        "visual_transformer_blocks.-1": [CPOutput(1, 3, stream="video"), CPOutput(1, 3, stream="audio")],
+    },
+}

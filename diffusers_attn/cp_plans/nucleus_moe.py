@@ -1,0 +1,39 @@
+"""Nucleus-Image: the image attends to image and text, with a mask of the text, which is split before every block.
+
+Experts choose their tokens among all of the image. So every rank computes those layers for the whole of it: they gain
+nothing from several ranks, the others do.
+"""
+
+from typing import Any
+
+from .plan import CPAttention, CPInput, CPOutput, CPWhole, InputPlan, ParamId, Plan
+
+_WHOLE = CPWhole(1, 3, stream="image")
+_EXPERTS: InputPlan = {
+    ParamId("hidden_states"): _WHOLE,
+    ParamId("hidden_states_unmodulated"): _WHOLE,
+    ParamId(index=0): CPInput(1, 3, split_output=True, stream="image"),
+}
+
+
+def _plan(model: Any) -> Plan:
+    experts = [index for index, block in enumerate(model.transformer_blocks) if block.moe_enabled]
+    return {
+        "pos_embed": {
+            ParamId(index=0): CPInput(0, 2, split_output=True, stream="image"),
+            ParamId(index=1): CPInput(0, 2, split_output=True, stream="text"),
+        },
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
+        "transformer_blocks.*": {
+            # No tokens cannot be rotated.
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+            # One value per key.
+            ParamId("attention_kwargs"): {"attention_mask": CPInput(1, 2, stream=("image", "text"))},
+        },
+        "transformer_blocks.*.attn": CPAttention(("image",), key=("image", "text")),
+        **{f"transformer_blocks.{index}.img_mlp": _EXPERTS for index in experts},
+        "proj_out": CPOutput(1, 3, stream="image"),
+    }
+
+
+PLANS = {"NucleusMoEImageTransformer2DModel": _plan}
