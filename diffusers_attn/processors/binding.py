@@ -17,8 +17,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..errors import AttentionProviderError
+from ..scope import active_choice
 from .bound import BoundProcessor, bind, obstacle, unbind
 from .dispatch import DispatchProcessor
+from .doors import backend_refused
 
 ATTENTION_CLASSES = (Attention, AttentionModuleMixin, MochiAttention)
 
@@ -37,17 +39,41 @@ def install() -> None:
 
     Nothing changes for modules on which none is set.
     """
-    for cls in (Attention, AttentionModuleMixin):
-        _patch(cls, set_processor=_binding(cls.set_processor))
+    for has_setter in (Attention, AttentionModuleMixin):
+        _patch(has_setter, set_processor=_binding(has_setter.set_processor))
     _patch(MochiAttention, set_processor=Attention.set_processor, get_processor=Attention.get_processor)
     _patch(AttentionMixin, set_attn_processor=_requesting(AttentionMixin.set_attn_processor))
     # A third of the model classes have attention modules, but not the mixin with these two.
     _patch(ModelMixin, **{name: vars(AttentionMixin)[name] for name in ("set_attn_processor", "attn_processors")})
+    _patch(ModelMixin, set_attention_backend=_checking(ModelMixin.set_attention_backend))
+    # And some have a set_attn_processor of their own: those that are imported already, and those that will be.
+    for cls in _subclasses(ModelMixin):
+        _adopt(cls)
+    _patch(ModelMixin, __init_subclass__=classmethod(_adopting_init_subclass))
 
 
 def _patch(cls: type, **attributes: Any) -> None:
     for name, value in attributes.items():
         setattr(cls, name, value)
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    each: type
+    for each in cls.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+def _adopt(cls: type) -> None:
+    """Teach a model class of diffusers that has a set_attn_processor of its own. What others write is theirs."""
+    own = vars(cls).get("set_attn_processor")
+    if own is not None and cls.__module__.startswith("diffusers."):
+        _patch(cls, set_attn_processor=_requesting(own))
+
+
+def _adopting_init_subclass(cls: Any, /, **kwargs: Any) -> None:
+    super(ModelMixin, cls).__init_subclass__(**kwargs)
+    _adopt(cls)
 
 
 def _binding(upstream: Callable[..., None]) -> Callable[..., None]:
@@ -118,12 +144,34 @@ def _requesting(upstream: Callable[..., None]) -> Callable[..., None]:
 
 def _without_obstacles(model: Any, processors: dict[str, Any]) -> dict[str, Any]:
     """`processors`, leaving alone the modules that they would bind and that cannot be. A copy: upstream empties it."""
-    current: dict[str, Any] = model.attn_processors
+    # Not by `attn_processors` alone: that of a class of its own (HunyuanDiT2DControlNetModel) gives nothing but None.
+    current: dict[str, Any] = dict(model.attn_processors)
+    current |= {f"{name}.processor": module.processor for name, module in attention_modules_of(model)}
     requested = [name for name, each in processors.items() if isinstance(each, DispatchProcessor) and name in current]
     blocked = {name: current[name] for name in requested if obstacle(current[name])}
     if requested and len(blocked) == len(requested):
         raise _nothing_to_bind(model, blocked.values())
     return processors | blocked
+
+
+def _checking(upstream: Callable[..., None]) -> Callable[..., None]:
+    """`set_attention_backend`, refused at once on a bound model.
+
+    diffusers notes a backend in those processors that know backends: some of a model's, or none, and the others would
+    go on with the provider. One that was set before is found when the model is called (`doors.py`). Only "flex" is not
+    in the way where every processor knows it: its calls come with it, and go to the provider of that name.
+    """
+
+    @functools.wraps(upstream)
+    def set_attention_backend(self: nn.Module, backend: str) -> None:
+        bound = [module.processor for _, module in attention_modules_of(self)]
+        bound = [processor for processor in bound if isinstance(processor, BoundProcessor)]
+        honoured = str(backend).lower() == "flex" and all(hasattr(each, "_attention_backend") for each in bound)
+        if bound and not honoured:
+            raise backend_refused(backend, active_choice(bound[0].choice))
+        upstream(self, backend)
+
+    return set_attention_backend
 
 
 def attention_modules_of(model: nn.Module) -> Iterator[tuple[str, Any]]:

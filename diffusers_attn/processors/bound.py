@@ -14,6 +14,7 @@ from types import FunctionType
 from typing import Any
 
 from ..scope import ProviderChoice
+from . import ace_step, mochi
 from .doors import dispatch_door, sdpa_door
 from .overlay import Overlay, calls_attention, names_in
 
@@ -25,6 +26,9 @@ _INSTEAD = {
     "memory_efficient_attention": "it calls xformers itself",
     "scaled_dot_product_attention": "it must be a global, or an attribute of the global torch.nn.functional",
 }
+
+# Processors that do more than their code does with another attention call: what they call instead, by class.
+_OWN = {each.PROCESSOR: each.methods for each in (ace_step, mochi)}
 
 
 class BoundProcessor:
@@ -106,6 +110,10 @@ def _bound_class(cls: type, choice: ProviderChoice | None) -> type | None:
         return None
     overlay = _overlay(choice)
     namespace: dict[str, Any] = {name: overlay.rebuild(method) for name, method in methods.items()}
+    call = methods.get("__call__")
+    if call is not None:  # by the method, and not the class: one that derives from it may have another
+        own = _OWN.get(f"{call.__module__}.{call.__qualname__}".removesuffix(".__call__"))
+        namespace |= {} if own is None else own(call, overlay)
     namespace |= {"__slots__": ("original",), "__module__": cls.__module__, "choice": choice}
     return type(f"{cls.__name__}[{choice.provider if choice else 'scope'}]", (BoundProcessor, cls), namespace)
 

@@ -112,14 +112,19 @@ def _requested(
         # it, the same provider is meant.
         choice = choice if choice.provider == "flex" else _FLEX
     elif backend is not None:
-        name = getattr(backend, "value", backend)
-        raise AttentionProviderError(
-            f"set_attention_backend('{name}') was called on a model whose attention goes through provider "
-            f"'{choice.provider}', and one call cannot go through both. To keep '{choice.provider}', call "
-            "model.reset_attention_backend(); for diffusers' own backends, set_attention_provider(model, None); for "
-            "another provider, set_attention_provider(model, name)."
-        )
+        raise backend_refused(backend, choice)
     return choice.updated(**attention_kwargs) if attention_kwargs else choice
+
+
+def backend_refused(backend: str, choice: ProviderChoice) -> AttentionProviderError:
+    """What to raise where a backend of diffusers and a provider are asked for at once."""
+    name = getattr(backend, "value", backend)
+    return AttentionProviderError(
+        f"set_attention_backend('{name}') was called on a model whose attention goes through provider "
+        f"'{choice.provider}', and one call cannot go through both. To keep '{choice.provider}', call "
+        "model.reset_attention_backend(); for diffusers' own backends, set_attention_provider(model, None); for "
+        "another provider, set_attention_provider(model, name)."
+    )
 
 
 def _modes_listen() -> bool:

@@ -110,8 +110,8 @@ def test_another_backend_of_diffusers_is_refused_with_the_way_out(monkeypatch):
     case = CASES["flux"]
     model = case.build()
     expected = model(**case.inputs())
-    model.set_attn_processor(DispatchProcessor("_native_math"))
     model.set_attention_backend("_native_math")
+    model.set_attn_processor(DispatchProcessor("_native_math"))
     message = (
         r"set_attention_backend\('_native_math'\).*reset_attention_backend\(\).*set_attention_provider\(model, None\)"
     )
@@ -119,9 +119,38 @@ def test_another_backend_of_diffusers_is_refused_with_the_way_out(monkeypatch):
         model(**case.inputs())
     model.reset_attention_backend()
     assert relative_change(model(**case.inputs()), expected) < 1e-5
-    model.set_attention_backend("_native_math")
-    set_attention_provider(model, None)
+    with pytest.raises(AttentionProviderError, match=message):
+        model.set_attention_backend("_native_math")
     assert relative_change(model(**case.inputs()), expected) < 1e-5
+    set_attention_provider(model, None)
+    model.set_attention_backend("_native_math")
+    assert relative_change(model(**case.inputs()), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd3", "hunyuan_video"])  # no processor notes a backend; some do
+@torch.no_grad()
+def test_a_backend_is_refused_also_where_diffusers_would_not_note_it(name, monkeypatch, routed):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    case = CASES[name]
+    model = case.build()
+    model.set_attn_processor(DispatchProcessor("native"))
+    for backend in ("_native_math", "flex"):
+        with pytest.raises(AttentionProviderError, match=rf"set_attention_backend\('{backend}'\)"):
+            model.set_attention_backend(backend)
+    model(**case.inputs())
+    assert set(routed) == {"native"}
+
+
+@torch.no_grad()
+def test_flex_is_honoured_where_all_processors_know_it(monkeypatch, routed):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    case = CASES["flux"]
+    model = case.build()
+    expected = model(**case.inputs())
+    model.set_attn_processor(DispatchProcessor("native"))
+    model.set_attention_backend("flex")
+    assert relative_change(model(**case.inputs()), expected) < 1e-5
+    assert set(routed) == {"flex"}
 
 
 def test_diffusers_own_parallelism_is_refused_with_the_way_out():

@@ -64,6 +64,23 @@ def test_set_attn_processor():
     assert ModelMixin.set_attn_processor is AttentionMixin.set_attn_processor
 
 
+def test_models_with_a_set_attn_processor_of_their_own():
+    """Imported before us or after: what they do with a DispatchProcessor is what all do."""
+    own = [
+        cls
+        for info in pkgutil.walk_packages(diffusers.models.__path__, "diffusers.models.")
+        if info.name.split(".")[2] in ("transformers", "unets", "controlnets")
+        for cls in vars(importlib.import_module(info.name)).values()
+        if isinstance(cls, type)
+        and issubclass(cls, ModelMixin)
+        and cls is not ModelMixin
+        and "set_attn_processor" in vars(cls)
+    ]
+    assert {cls.__name__ for cls in own} == {"HunyuanDiT2DControlNetModel"}
+    for cls in own:
+        assert inspect.unwrap(cls.set_attn_processor) is not cls.set_attn_processor
+
+
 def processors():
     """Every attention processor class of the models in diffusers, by name."""
     for module in pkgutil.walk_packages(diffusers.models.__path__, "diffusers.models."):
