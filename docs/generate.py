@@ -1,4 +1,4 @@
-"""Write the tables in README.md and docs/providers.md from what they describe: the catalog and the recorded runs.
+"""Write the tables in README.md and docs/ from what they describe: the catalog, the recorded runs, diffusers' models.
 
 python docs/generate.py            # write
 python docs/generate.py --check    # fail where a table is not what would be written
@@ -7,6 +7,7 @@ python docs/generate.py --check    # fail where a table is not what would be wri
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -126,6 +127,13 @@ def speed_tables() -> str:
     )
 
 
+def models_table(package: str) -> str:
+    """Of the models in diffusers.models.`package`. Runs all of the tests' tiny models: half a minute."""
+    import models_page
+
+    return table(models_page.HEADER, models_page.rows(package))
+
+
 def replace_section(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     begin, end = f"<!-- {name}: made by docs/generate.py -->", f"<!-- end of {name} -->"
@@ -137,6 +145,9 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 SECTIONS = {
     "README.md": {"providers": readme_table},
+    "docs/models.md": {
+        package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
+    },
     "docs/providers.md": {"capabilities": capability_table, "speeds": speed_tables, "overhead": overhead_table},
 }
 

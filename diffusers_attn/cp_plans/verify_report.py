@@ -1,0 +1,133 @@
+"""What a verification of a plan found, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..errors import AttentionProviderError
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """A tensor that a module was given, or gave."""
+
+    name: str
+    whole: tuple[int, ...] | None
+    """its shape in one process; None where it had no such tensor there."""
+    here: tuple[int, ...]
+    """on this rank."""
+
+    def __str__(self) -> str:
+        if self.whole is None:
+            return f"{self.name} {list(self.here)}"
+        return f"{self.name} {list(self.here)}" + (
+            ", whole" if self.whole == self.here else f" of {list(self.whole)} in one process"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parting:
+    """Where a model under its plan first parts from the same model in one process, in the order of execution."""
+
+    module: str
+    """its name; "" is the model itself."""
+    cls: str
+    call: int
+    """which of its calls, from 0."""
+    rank: int
+    problem: str
+    """what differs, or the error that was raised."""
+    inputs: tuple[Argument, ...]
+    after: str
+    """the module that ended last before; "" for none."""
+    hint: str
+
+    def __str__(self) -> str:
+        name = f"'{self.module}' ({self.cls})" if self.module else f"the model's own forward ({self.cls})"
+        times = f", call {self.call + 1}" if self.call else ""
+        after = f", after '{self.after}'" if self.after else ""
+        given = "; ".join(map(str, self.inputs)) or "no tensors"
+        return f"first parts at {name}{times}{after}, on rank {self.rank}: {self.problem}\ngiven: {given}\n{self.hint}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """One way of sharing attention between the ranks."""
+
+    name: str
+    """"ulysses", "gather" (a ring with rotate_method="allgather") or "ring" (with "alltoall")."""
+    error: float | None = None
+    """of the outputs, relative to one process; None where the run did not come so far."""
+    gradient_error: float | None = None
+    """of the mean of gradients over the ranks; None where they were not compared."""
+    gradient: str = ""
+    """the parameter whose gradient differs most."""
+    parting: Parting | None = None
+    failure: str = ""
+    """why there is nothing to compare: an error outside of the model, or an end without a word."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CPPlanReport:
+    """What `verify_cp_plan` returns; prints as a short report."""
+
+    model: str
+    world_size: int
+    tolerance: float
+    strategies: tuple[Strategy, ...]
+    unexchanged: float | None
+    """the error of the output where no attention went over the ranks, which a good verification notices; infinite where
+    the model did not even run so, None where it was not tried."""
+
+    def right(self, strategy: Strategy) -> bool:
+        """Whether this strategy gave the results of one process."""
+        errors = [error for error in (strategy.error, strategy.gradient_error) if error is not None]
+        return strategy.error is not None and all(error <= self.tolerance for error in errors)
+
+    @property
+    def insensitive(self) -> bool:
+        """Whether the output is the same without any exchange, so that it says nothing about attention."""
+        return self.unexchanged is not None and self.unexchanged <= self.tolerance
+
+    @property
+    def ok(self) -> bool:
+        """Whether every strategy was tried and is right, and the comparison would have noticed if it were not."""
+        return bool(self.strategies) and all(map(self.right, self.strategies)) and not self.insensitive
+
+    @property
+    def parting(self) -> Parting | None:
+        """The first one found."""
+        return next((strategy.parting for strategy in self.strategies if strategy.parting is not None), None)
+
+    def raise_if_wrong(self) -> None:
+        """Raises AttentionProviderError with the report where it is not `ok`."""
+        if not self.ok:
+            raise AttentionProviderError(f"the context-parallel plan was not shown to be right.\n{self}")
+
+    def __str__(self) -> str:
+        verdict = "right" if self.ok else "insensitive" if all(map(self.right, self.strategies)) else "wrong"
+        lines = [f"{self.model} under its plan on {self.world_size} processes: {verdict}"]
+        for strategy in self.strategies:
+            lines.append(f"  {strategy.name}: {self._of(strategy)}")
+            if strategy.parting is not None:
+                lines += [f"    {line}" for line in str(strategy.parting).splitlines()]
+        if self.unexchanged is not None:
+            seen = f"output {self.unexchanged:.1e}" if self.unexchanged < float("inf") else "does not run"
+            lines.append(f"  without any exchange in attention: {seen}, as it must be" * (not self.insensitive))
+        if self.insensitive:
+            lines[-1] = (
+                f"  without any exchange in attention: output {self.unexchanged:.1e}. So the output hardly depends on "
+                "attention, and that it is the same proves nothing. Layers that start at zero, as output layers and "
+                "gates do, do this: give the model random or trained weights."
+            )
+        return "\n".join(lines)
+
+    def _of(self, strategy: Strategy) -> str:
+        said = "right" if self.right(strategy) else "wrong" if strategy.error is not None else "failed"
+        if strategy.error is not None:
+            said += f", output {strategy.error:.1e}"
+        if strategy.gradient_error is not None:
+            said += f", gradients {strategy.gradient_error:.1e}"
+            if strategy.gradient_error > self.tolerance:
+                said += f" (most of all that of '{strategy.gradient}')"
+        return said + (f": {strategy.failure}" if strategy.failure else "")

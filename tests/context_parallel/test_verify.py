@@ -1,0 +1,286 @@
+"""verify_cp_plan: right plans are right, and of wrong ones it names the module where the model parts from one process.
+
+Most of it runs on the pool's processes; that it starts its own, and ends them, is tested with a few.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_attn import AttentionProviderError, get_cp_plan, verify_cp_plan
+from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
+from diffusers_attn.cp_plans.verify import _report
+from diffusers_attn.cp_plans.verify_rank import STRATEGIES, Job, work
+from examples import writing_plans
+from tests.zoo import CASES
+from tests.zoo.weights import randomize
+
+LENGTH, WIDTH = 13, 32
+
+
+class Attention(nn.Module):
+    """Of a model without diffusers, in which attention is a call of F.scaled_dot_product_attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.processor = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.to_qkv(hidden_states).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return self.attend(query, key, value).transpose(1, 2).flatten(2)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+class SpelledOut(Attention):
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1) @ value
+
+
+class OverTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, WIDTH)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden_states.mT).mT
+
+
+class Small(nn.Module):
+    def __init__(self, *blocks: type[nn.Module], end: float = 1.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for block in blocks)
+        self.proj_out = nn.Linear(WIDTH, WIDTH)
+        randomize(self, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            self.proj_out.weight.mul_(end)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states)
+        return self.proj_out(hidden_states)
+
+
+PLAN = {"": {ParamId("hidden_states"): CPInput(1, 3)}, "proj_out": CPOutput(1, 3)}
+
+
+def small_inputs() -> dict[str, torch.Tensor]:
+    return {"hidden_states": torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))}
+
+
+def job_of(meshes, folder, told, name, model, inputs):
+    """What a process of verify_cp_plan does, on a process of the pool."""
+    built = CASES[name].build() if model is None else model
+    inputs = CASES[name].inputs() if model is None else inputs
+    rank = meshes(2, 1).rank
+    work(told, built, inputs, rank, pathlib.Path(folder), lambda ring, ulysses, **how: meshes(ring, ulysses, **how))
+
+
+@pytest.fixture
+def verify(pool, tmp_path):
+    def verify(name, plan, model=None, strategies=tuple(STRATEGIES), **options):
+        settings = {"gradients": False, "replace_sdpa": False, "inputs": small_inputs(), **options}
+        for path in tmp_path.iterdir():  # of an earlier call
+            path.unlink()
+        job = Job(plan, 2, strategies, "native", settings["replace_sdpa"], settings["gradients"], 1e-4, 60.0, None)
+        pool.run(2, job_of, folder=str(tmp_path), told=job, name=name, model=model, inputs=settings["inputs"])
+        return _report(tmp_path, job, name, [0, 0])
+
+    return verify
+
+
+def plan_of(name):
+    return dict(get_cp_plan(CASES[name].build()))
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "qwenimage", "ltx2_masked", "helios_amplified", "cogview4"])
+def test_right_plans_are_right(name, verify):
+    report = verify(name, plan_of(name), gradients=True)
+    assert report.ok, str(report)
+    report.raise_if_wrong()
+    assert [strategy.name for strategy in report.strategies] == ["ulysses", "gather", "ring"]
+    assert all(strategy.error < 1e-5 and strategy.gradient_error < 1e-4 for strategy in report.strategies)
+    assert report.unexchanged > 1e-2 and report.parting is None
+    assert "right" in str(report) and "hint" not in str(report)
+
+
+def without(name, *keys):
+    plan = plan_of(name)
+    for path, argument in keys:
+        if argument is None:
+            del plan[path]
+        else:
+            plan[path] = {param: spec for param, spec in plan[path].items() if param.name != argument}
+    return plan
+
+
+BROKEN = {
+    # name of the case, plan, module, words of the report
+    "rope is not split": ("wan", without("wan", ("rope", None)), "blocks.0.attn1", ["rotary_emb", "whole"]),
+    "output is not gathered": (
+        "flux",
+        without("flux", ("proj_out", None)),
+        "",
+        ["not whole", "'proj_out' is the last"],
+    ),
+    "text is whole": (
+        "flux",
+        without("flux", ("", "encoder_hidden_states"), ("", "txt_ids")),
+        "transformer_blocks.0.attn",
+        ["hint: encoder_hidden_states is whole beside hidden_states"],
+    ),
+    "wrong dimension": (
+        "wan",
+        plan_of("wan") | {"blocks.0": {ParamId("hidden_states"): CPInput(2)}},
+        "blocks.0.norm1",
+        ["split_dim", "of [2, 175, 64] in one process"],
+    ),
+    "mask is not split": (
+        "qwenimage",
+        without("qwenimage", ("transformer_blocks.*", "encoder_hidden_states_mask")),
+        "transformer_blocks.0.attn",
+        ["encoder_hidden_states_mask", "Split the mask"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_of_a_wrong_plan_the_module_is_named(name, verify):
+    case, plan, module, words = BROKEN[name]
+    report = verify(case, plan)
+    assert not report.ok
+    assert report.parting is not None and report.parting.module == module, str(report)
+    for word in words:
+        assert word in str(report), str(report)
+    with pytest.raises(AttentionProviderError, match="was not shown to be right"):
+        report.raise_if_wrong()
+
+
+def test_attention_outside_of_any_provider(verify):
+    report = verify("small", PLAN, Small(Attention, SpelledOut), replace_sdpa=True)
+    assert report.parting.module == "blocks.1" and "none of its attention went through a provider" in str(report)
+    assert all(strategy.error > 1e-3 for strategy in report.strategies)
+    without_sdpa = verify("small", PLAN, Small(Attention))
+    assert without_sdpa.parting.module == "blocks.0" and not without_sdpa.ok
+    assert verify("small", PLAN, Small(Attention, Attention), replace_sdpa=True, gradients=True).ok
+
+
+def test_a_statistic_over_tokens(verify):
+    report = verify("small", PLAN, Small(Attention, OverTokens), replace_sdpa=True)
+    assert report.parting.module == "blocks.1.norm" and "a statistic, a convolution" in str(report)
+
+
+def test_a_comparison_that_notices_nothing_is_no_proof(verify):
+    report = verify("small", PLAN, Small(Attention, end=0.0), replace_sdpa=True)
+    assert all(map(report.right, report.strategies)) and report.insensitive and not report.ok
+    assert "insensitive" in str(report) and "proves nothing" in str(report)
+
+
+def test_gradients_are_looked_at(verify):
+    """A sequence that every rank has whole counts once for each rank."""
+    plan = {"proj_out": CPAttention(())}
+    whole = verify("small", plan, Small(Attention), replace_sdpa=True, gradients=True)
+    assert whole.strategies[0].gradient_error < 1e-4 and whole.insensitive
+
+
+def test_the_page_about_plans_says_what_is_printed(verify):
+    """docs/writing_plans.md, up to the rounding of the numbers."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "writing_plans.md").read_text()
+    blocks = re.findall(r"^```\n(SmallTransformer.*?)^```", page, re.DOTALL | re.MULTILINE)
+    torch.manual_seed(0)
+    model = writing_plans.SmallTransformer()
+    for plan, shown in zip((writing_plans.FIRST_ATTEMPT, writing_plans.PLAN), blocks, strict=True):
+        report = verify("SmallTransformer", plan, model, gradients=True, inputs=writing_plans.inputs())
+        numbers = r"[0-9.]+e[-+]\d+"
+        assert re.sub(numbers, "", str(report)) == re.sub(numbers, "", shown).rstrip()
+    assert report.ok
+
+
+@pytest.fixture
+def folder_is_importable(monkeypatch):
+    """As the directory that pytest was started in."""
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2]))
+
+
+def test_processes_of_its_own(folder_is_importable):
+    report = verify_cp_plan(
+        Small(Attention).to(torch.bfloat16), small_inputs(), PLAN, world_size=3, replace_sdpa=True, gradients=True
+    )
+    assert report.ok, str(report)
+    assert report.world_size == 3 and report.model == "Small"
+
+
+class Dies(nn.Module):
+    """On one rank, as where memory ends. In one process, that is in the first call, it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 2 and torch.distributed.get_rank() == 1:
+            os._exit(7)
+        return hidden_states
+
+
+def test_a_rank_that_dies_does_not_hang_the_others(folder_is_importable):
+    start = time.monotonic()
+    report = verify_cp_plan(Small(Dies, Attention), small_inputs(), PLAN, replace_sdpa=True)
+    assert not report.ok and "ended with" in str(report) and "7" in str(report)
+    assert time.monotonic() - start < 60
+
+
+SCRIPT = """
+import torch
+from torch import nn
+from diffusers_attn import CPInput, CPOutput, ParamId, attention_dispatch, verify_cp_plan
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.attn = Inner()
+    def forward(self, x):
+        return self.proj(self.attn(x))
+
+class Inner(nn.Module):
+    processor = None
+    def forward(self, x):
+        return attention_dispatch(x[:, None], x[:, None], x[:, None])[:, 0]
+
+if __name__ == "__main__":
+    plan = {"": {ParamId("x"): CPInput(1)}, "proj": CPOutput(1)}
+    print(verify_cp_plan(Mine(), [torch.randn(2, 5, 8)], plan, strategies=("gather",)))
+"""
+
+
+def test_a_class_of_the_script(tmp_path):
+    """It is found in no module."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    where = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=where, capture_output=True, text=True)
+    assert "Mine under its plan on 2 processes: right" in run.stdout, run.stdout + run.stderr
+
+
+def test_what_is_refused(pool):
+    model = Small(Attention)
+    with pytest.raises(AttentionProviderError, match="no context-parallel plan"):
+        verify_cp_plan(model, small_inputs())
+    with pytest.raises(AttentionProviderError, match="'ulyses'.*'ulysses', 'gather', 'ring'"):
+        verify_cp_plan(model, small_inputs(), PLAN, strategies=["ulyses"])
+    with pytest.raises(AttentionProviderError, match="two processes or more"):
+        verify_cp_plan(model, small_inputs(), PLAN, world_size=1)
+    with pytest.raises(AttentionProviderError, match="no attention provider 'nativ'"):
+        verify_cp_plan(model, small_inputs(), PLAN, provider="nativ")
