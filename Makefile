@@ -1,5 +1,6 @@
 # make demo      draws four pictures, with diffusers' own attention and with this library, and compares them
 # make demo-cp   draws a picture on two processes, each with half of its tokens, and on one, and compares them
+# make demo-train  trains a LoRA on one photograph, and draws its caption before and after
 #
 # Everything lives in .venv and outputs/, and `make clean` takes both away. Variables, with examples:
 #   PYTHON=python3.12                  the Python that .venv is made with (3.11 or newer)
@@ -18,13 +19,13 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 # A stamp is worth nothing without a Python that starts (an interrupted clean, a system Python that was upgraded).
-$(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.dev)
+$(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp test lint docs docs-check clean
+.PHONY: help demo demo-cp demo-train test lint docs docs-check clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
 
 demo: $(VENV)/.demo  ## install what is needed into .venv, then run examples/quickstart.py
 	@$(RUN) examples/quickstart.py $(ARGS)
@@ -32,6 +33,9 @@ demo: $(VENV)/.demo  ## install what is needed into .venv, then run examples/qui
 demo-cp: $(VENV)/.demo  ## the demo's model on two processes (on the CPU) and on one
 	@OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node 2 examples/inference_cp.py \
 	  --device cpu --compare --steps 12 --output outputs/demo_cp.png $(ARGS)
+
+demo-train: $(VENV)/.train  ## train a LoRA on one photograph, and draw its caption before and after
+	@$(RUN) examples/demo_train.py $(ARGS)
 
 test: $(VENV)/.dev  ## the test suite, on the CPU
 	@$(RUN) -m pytest -q $(ARGS)
@@ -59,6 +63,11 @@ $(VENV)/.demo: constraints.txt pyproject.toml
 	@if [ -e $@ ]; then rm $@; else echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
 	@echo "installing the tested versions of constraints.txt (the first time, torch is a large download)"
 	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.demo
+	@rm -f $@
+	@$(PIP) --editable '.[demo-train]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -1,0 +1,100 @@
+"""The card that says what an adapter is and how to use it, and the upload of both."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig
+from .families import Family
+from .lora import IN_DIFFUSERS_FORMAT
+from .validation import Sample
+
+
+def write_card(config: TrainConfig, family: Family, samples: Sequence[Sample], facts: Mapping[str, Any]) -> Path:
+    """Writes README.md into the output folder.
+
+    Args:
+        samples: files in or below that folder.
+        facts: about the run: names and values.
+    """
+    text = model_card(config, family, samples, facts)
+    path = config.output / "README.md"
+    scratch = path.with_name(".README.md.unfinished")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+    return path
+
+
+def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], facts: Mapping[str, Any]) -> str:
+    """The card's text, with the metadata that the Hub reads."""
+    kind = "text-to-image" if family.kind == "image" else "text-to-video"
+    files = [(each.prompt, each.path.relative_to(config.output).as_posix()) for each in samples]
+    widget = "".join(
+        f"- text: {json.dumps(prompt)}\n  output:\n    url: {json.dumps(file)}\n" for prompt, file in files
+    )
+    gallery = "\n".join(f"| {prompt} | ![{prompt}]({file}) |" for prompt, file in files)
+    told = {
+        "data": Path(config.data).name, "adapter": f"{config.adapter}, rank {config.rank}", "steps": config.steps,
+        "optimizer": config.optimizer, "seed": config.seed, **facts,
+    }  # fmt: skip
+    rows = "\n".join(f"| {name} | {value} |" for name, value in told.items())
+    pipeline = type(family.pipeline).__name__
+    if config.adapter in IN_DIFFUSERS_FORMAT:
+        load = f'pipe.load_lora_weights("{config.hub_model_id or config.output.name}")'
+    else:
+        load = (
+            "from diffusers_attn.training.lora import load_adapter\n\n"
+            f'load_adapter(pipe.transformer, "{config.output.name}")'
+        )
+    base = Path(config.model).name if Path(config.model).exists() else config.model
+    metadata = f"base_model: {base}\n" if not Path(config.model).exists() else ""
+    return f"""\
+---
+library_name: diffusers
+pipeline_tag: {kind}
+{metadata}tags:
+- {config.adapter}
+- diffusers
+{"widget:" if widget else ""}
+{widget}---
+# {config.output.name}
+
+An adapter for `{base}`, trained with diffusers_attn.
+
+```python
+import torch
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
+{load}
+```
+
+| | |
+| --- | --- |
+{rows}
+{f"{chr(10)}| prompt | drawn |{chr(10)}| --- | --- |{chr(10)}{gallery}{chr(10)}" if gallery else ""}"""
+
+
+def push(config: TrainConfig) -> str:
+    """Uploads adapter, card and the last samples. Returns the address.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: as the Hub says, for instance without a token (`hf auth login`).
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    name = config.hub_model_id or config.output.name
+    repository = api.create_repo(name, exist_ok=True)
+    api.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=config.output,
+        commit_message="Adapter trained with diffusers_attn",
+        allow_patterns=["README.md", "*.safetensors", "adapter_config.json", "samples/last/*"],
+        ignore_patterns=["cache/**", "checkpoints/**"],
+    )
+    return str(repository)

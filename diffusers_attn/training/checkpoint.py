@@ -1,0 +1,123 @@
+"""Checkpoints that are there whole or not at all.
+
+A checkpoint is written to a folder beside the others whose name says that it is unfinished, brought to the disk, and
+then renamed, which a file system does as one thing. So a kill at any moment leaves the checkpoints that were there, and
+every folder that has a checkpoint's name is one. Old ones are renamed before they are taken apart, for the same reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import TrainingError
+
+_NAME = re.compile(r"step-(\d{8})")
+_UNFINISHED = ".unfinished-"
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder of their own.
+
+    Args:
+        folder: is made when the first is saved.
+        keep: how many of the newest stay; None keeps all.
+    """
+
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, rising."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(each.name) for each in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        """Of the checkpoint of `step`."""
+        return self.folder / f"step-{step:08d}"
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint; None where there is none."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def find(self, wanted: str | None) -> Path | None:
+        """The checkpoint to resume from.
+
+        Args:
+            wanted: "latest" is the newest, or none where there is none yet; a step's number; a folder; None is none.
+
+        Raises:
+            TrainingError: there is no such checkpoint.
+        """
+        if wanted is None:
+            return None
+        if wanted == "latest":
+            return self.newest()
+        path = self.path(int(wanted)) if wanted.isdigit() else Path(wanted)
+        if not path.is_dir() or not _NAME.fullmatch(path.name):
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise TrainingError(
+                f"resume={wanted!r}: there is no checkpoint at {path}. Accepted are 'latest', a step (in "
+                f"{self.folder}: {there}), or a checkpoint's folder."
+            )
+        return path
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Saves the checkpoint of `step`. On one process only.
+
+        Args:
+            write: is given an empty folder and writes files into it.
+
+        Returns:
+            Where it is.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tidy()
+        scratch = self.folder / f"{_UNFINISHED}{step:08d}"
+        scratch.mkdir()
+        write(scratch)
+        for file in scratch.rglob("*"):
+            _to_disk(file)
+        _to_disk(scratch)
+        path = self.path(step)
+        if path.exists():  # of an earlier run that was resumed from before it
+            self._discard(path)
+        os.rename(scratch, path)
+        _to_disk(self.folder)
+        self.tidy()
+        return path
+
+    def discard_after(self, step: int) -> None:
+        """Takes checkpoints of later steps away: those of a run that is given up by resuming from `step`."""
+        for later in self.steps():
+            if later > step:
+                self._discard(self.path(later))
+
+    def tidy(self) -> None:
+        """Takes away what a kill left behind, and all but the newest. On one process only."""
+        if self.folder.is_dir():
+            for each in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(each)
+        if self.keep is not None:
+            for old in self.steps()[: -self.keep]:
+                self._discard(self.path(old))
+
+    def _discard(self, path: Path) -> None:
+        leaving = self.folder / f"{_UNFINISHED}old-{path.name}"
+        os.rename(path, leaving)
+        shutil.rmtree(leaving)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,43 @@
+"""Data for training: from a folder or a data set to batches of latents and text embeddings.
+
+examples = read_examples("photographs/", on_bad_data="skip")
+latents = LatentCache("cache/", settings, Buckets.of(512 * 512)).fill(examples, encode, ranks=ranks)
+text = TextCache("cache/", settings).fill([each.caption for each in examples], encode_text, ranks=ranks)
+sampler = LatentLoader.sampler_for(latents, global_batch_size=8, seed=0)
+for batch in LatentLoader(latents, text, sampler, Share(dp_rank, dp_size, micro_batch_size=1)):
+    ...
+"""
+
+from .buckets import Bucket, Buckets
+from .cache import CachedLatents, LatentCache, TextCache
+from .decode import MissingDecoderError
+from .errors import Problem, TrainingDataError
+from .examples import Example, read_dataset, read_examples, read_folder
+from .frames import FramePicking
+from .loader import LatentLoader
+from .ranks import GroupRanks, OneRank, OtherRankError, Ranks
+from .sampler import BatchSampler, Share, Step
+
+__all__ = [
+    "BatchSampler",
+    "Bucket",
+    "Buckets",
+    "CachedLatents",
+    "Example",
+    "FramePicking",
+    "GroupRanks",
+    "LatentCache",
+    "LatentLoader",
+    "MissingDecoderError",
+    "OneRank",
+    "OtherRankError",
+    "Problem",
+    "Ranks",
+    "Share",
+    "Step",
+    "TextCache",
+    "TrainingDataError",
+    "read_dataset",
+    "read_examples",
+    "read_folder",
+]

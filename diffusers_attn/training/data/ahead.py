@@ -1,0 +1,29 @@
+"""Work done in threads a little before it is asked for: decoding and reading, while a device computes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ahead(do: Callable[[T], R], items: Iterable[T], *, threads: int, depth: int) -> Generator[R, None, None]:
+    """`map(do, items)`, in this order, by `threads` threads that are up to `depth` items ahead.
+
+    `items` may be endless. What `do` raises is raised in its turn. Threads end with the iterator.
+    """
+    source = iter(items)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="training-data")
+    running: deque[Future[R]] = deque(pool.submit(do, item) for item in itertools.islice(source, depth))
+    try:
+        while running:
+            result = running.popleft().result()
+            running.extend(pool.submit(do, item) for item in itertools.islice(source, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

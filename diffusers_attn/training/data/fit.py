@@ -1,0 +1,52 @@
+"""Frames brought to the size of their bucket: resized so that they cover it, what stands over cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .buckets import Bucket, cover_scale
+from .errors import TrainingDataError
+
+CROPS = ("centre", "random")
+
+
+def fit(frames: Iterable[Tensor], bucket: Bucket, *, crop: str = "centre", seed: int = 0) -> Tensor:
+    """Frames in the size of `bucket`.
+
+    Args:
+        frames: uint8 [3, height, width] each, as many as the bucket has.
+        bucket: the size.
+        crop: "centre" keeps the middle; "random" a part that `seed` decides, the same in all frames.
+        seed: of a random crop.
+
+    Returns:
+        float32 [frames, 3, height, width] in [-1, 1].
+
+    Raises:
+        TrainingDataError: no such crop.
+    """
+    if crop not in CROPS:
+        raise TrainingDataError(f"crop={crop!r}; it is one of {', '.join(map(repr, CROPS))}.")
+    fitted = []
+    for frame in frames:
+        height, width = frame.shape[-2:]
+        scale = cover_scale(height, width, bucket.height, bucket.width)
+        size = (max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale)))
+        pixels = frame[None].float()
+        if size != (height, width):
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+        over = (size[0] - bucket.height, size[1] - bucket.width)
+        if crop == "centre":
+            top, left = over[0] // 2, over[1] // 2
+        else:
+            share = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            top, left = (int(each * (room + 1)) for each, room in zip(share.tolist(), over))
+        pixels = pixels[0, :, top : top + bucket.height, left : left + bucket.width]
+        fitted.append((pixels / 127.5 - 1).clamp(-1, 1))
+    if len(fitted) != bucket.frames:
+        raise TrainingDataError(f"it gave {len(fitted)} frames, and {bucket.frames} are wanted")
+    return torch.stack(fitted)

@@ -1,0 +1,97 @@
+"""Tensors in safetensors files, each named by a hash of everything that decided what is in it.
+
+So a file that is there never needs to be compared with anything: other settings or other data have other names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .atomic import remove_unfinished, write_atomically
+from .errors import TrainingDataError
+
+_ABOUT = "diffusers_attn"
+"""The entry in a file's metadata: a JSON object with `key` and `made_from`."""
+
+
+def hash_of(made_from: Mapping[str, Any]) -> str:
+    """A name for what is made from this.
+
+    Args:
+        made_from: what JSON can say; the order of keys does not matter.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        TrainingDataError: JSON cannot say it.
+    """
+    return hashlib.sha256(_json(made_from).encode()).hexdigest()
+
+
+class TensorStore:
+    """A folder with such files. Any number of processes may write to it.
+
+    Args:
+        folder: the folder; made when the first file is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        """Where the file of this key is, or would be."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether the file is there, is as long as its header says, and was written under this key."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
+                return json.loads((file.metadata() or {})[_ABOUT])["key"] == key
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return False
+
+    def write(self, key: str, tensors: Mapping[str, Tensor], made_from: Mapping[str, Any]) -> None:
+        """Writes the file, whole or not at all. `made_from` goes with it, for people who wonder what it is."""
+        from safetensors.torch import save_file
+
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # One entry: of several, the order in the file would vary.
+        metadata = {_ABOUT: _json({"key": key, "made_from": made_from})}
+        write_atomically(self.path(key), lambda path: save_file(own, path, metadata))
+
+    def remove_unfinished(self) -> None:
+        """Removes what processes that were killed have left."""
+        remove_unfinished(self.folder)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, read from the disk when they are first used."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, from its header."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TrainingDataError(
+            f"settings that name a file must be what JSON can say (numbers, strings, flags, lists, mappings): {error}."
+        ) from error

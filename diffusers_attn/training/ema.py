@@ -1,0 +1,57 @@
+"""An average of the adapter over steps, by diffusers' EMAModel, in a form that any number of processes can load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .lora import sharded_like, trained_parameters, whole
+
+
+class AdapterAverage:
+    """The average of what is trained in a model.
+
+    Args:
+        transformer: with an adapter; prepared by Accelerate.
+        decay: of the average; it is smaller in the first steps.
+    """
+
+    def __init__(self, transformer: nn.Module, decay: float) -> None:
+        from diffusers.training_utils import EMAModel
+
+        self._parameters = trained_parameters(transformer)
+        self._average = EMAModel(self._parameters.values(), decay=decay)
+
+    def step(self) -> None:
+        """Takes the parameters as they are into the average."""
+        self._average.step(self._parameters.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The average by name, whole, on the CPU. With FSDP2 every process must call this."""
+        return {name: whole(each) for name, each in zip(self._parameters, self._average.shadow_params)}
+
+    @property
+    def steps(self) -> int:
+        """How many are in the average."""
+        return self._average.optimization_step
+
+    def load(self, weights: Mapping[str, Tensor], steps: int) -> None:
+        """Sets what `weights` and `steps` returned."""
+        with torch.no_grad():
+            for (name, parameter), average in zip(self._parameters.items(), self._average.shadow_params):
+                average.copy_(sharded_like(weights[name].to(average.dtype), parameter))
+        self._average.optimization_step = steps
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the model has the average in place of its parameters."""
+        own = [parameter.data.clone() for parameter in self._parameters.values()]
+        self._average.copy_to(self._parameters.values())
+        try:
+            yield
+        finally:
+            for parameter, before in zip(self._parameters.values(), own):
+                parameter.data.copy_(before)

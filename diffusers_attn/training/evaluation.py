@@ -1,0 +1,57 @@
+"""A loss that can be compared from step to step: the same examples, the same noise, the same noise levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .families import Family
+from .parallel import TrainingParallel
+from .prepare import Prepared, evaluation_batches
+from .randomness import SampleRandomness
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""shares of noise, before the shift."""
+
+
+@torch.no_grad()
+def evaluate(
+    family: Family, prepared: Prepared, parallel: TrainingParallel, seed: int, device: torch.device
+) -> dict[str, float]:
+    """The mean loss over the examples, at each level and over all. To be called on all processes.
+
+    Returns:
+        "evaluation/loss" and "evaluation/loss at 0.1", ..., the same on all processes.
+    """
+    transformer = family.pipeline.transformer
+    pairs = [(example, level) for example in range(len(prepared.evaluation)) for level in range(len(LEVELS))]
+    rounds = -(-len(pairs) // parallel.dp_degree)
+    sums = [0.0] * len(LEVELS)
+    was_training = transformer.training
+    transformer.eval()
+    for turn in range(rounds):
+        # All processes take part in every round, as FSDP2 needs it; what is beyond the end counts nothing.
+        number = turn * parallel.dp_degree + parallel.dp_rank
+        example, level = pairs[number % len(pairs)]
+        batch = {name: each.to(device) for name, each in evaluation_batches(prepared, [example])[0].items()}
+        loss = loss_of(family, transformer, batch, SampleRandomness(seed, 0, [example], "evaluate"), LEVELS[level])
+        if number < len(pairs):
+            sums[level] += float(loss)
+    transformer.train(was_training)
+    shares = [each / parallel.cp_degree / len(prepared.evaluation) for each in parallel.ranks.sum(sums)]
+    result = {f"evaluation/loss at {level}": share for level, share in zip(LEVELS, shares)}
+    return {"evaluation/loss": sum(shares) / len(shares), **result}
+
+
+def loss_of(
+    family: Family, transformer: Any, batch: dict[str, Any], random: SampleRandomness, u: float
+) -> torch.Tensor:
+    """The mean loss of a batch at one noise level."""
+    mean = batch["latents_mean"]
+    clean = family.clean(batch, random.normal("posterior", mean.shape[1:]).to(mean.device))
+    noise = random.normal("noise", clean.shape[1:]).to(mean.device)
+    level = family.objective.level(torch.full((len(clean),), u, device=mean.device), family.tokens(clean.shape))
+    noisy = family.objective.noisy(clean, noise, level)
+    prediction = family.predict(transformer, noisy, level.timestep, batch)
+    return family.objective.loss(prediction, clean, noise, level).mean()

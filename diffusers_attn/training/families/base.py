@@ -1,0 +1,176 @@
+"""What a family of models has to say about itself to be trained.
+
+Latents are `[batch, channels, frames, height, width]` everywhere, of pictures with one frame; what a VAE and a
+transformer want instead is their family's business.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from ..loss import Objective
+
+
+class Family(abc.ABC):
+    """One pipeline, as training sees it.
+
+    Args:
+        pipeline: of diffusers, with text encoders and VAE, as long as something is to be encoded.
+        shift: in place of the scheduler's, a number; None takes the scheduler's. Only for rectified flow.
+        guidance: what a model that was distilled from guidance is told.
+        max_sequence_length: tokens of text; None is the pipeline's own number.
+    """
+
+    kind: ClassVar[Literal["image", "video"]]
+    lora_targets: ClassVar[tuple[str, ...]]
+    """names of the layers that get adapters, where a user names none."""
+    text_length: ClassVar[int]
+    """tokens of text, where a user says nothing."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        shift: float | None = None,
+        guidance: float = 1.0,
+        max_sequence_length: int | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.shift = shift
+        self.guidance = guidance
+        self.max_sequence_length = max_sequence_length or self.text_length
+        self.check()
+        self.objective = self.make_objective()
+
+    def check(self) -> None:  # noqa: B027 (most have nothing to check)
+        """Raises TrainingError where this pipeline or these settings cannot be trained."""
+
+    @property
+    def config(self) -> Any:
+        """Of the transformer."""
+        return self.pipeline.transformer.config
+
+    @abc.abstractmethod
+    def make_objective(self) -> Objective:
+        """What the model predicts, with the shift of its sampler."""
+
+    @property
+    def text_tokens(self) -> int:
+        """To how many tokens captions are padded."""
+        return self.max_sequence_length
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where captions are encoded. (A pipeline with models in several places does not know.)"""
+        return self.pipeline.text_encoder.device
+
+    # ---- Data
+
+    @property
+    @abc.abstractmethod
+    def size_multiple(self) -> int:
+        """What height and width in pixels must be multiples of."""
+
+    @property
+    def frame_rule(self) -> tuple[int, int]:
+        """(multiple, remainder) that numbers of frames have; of pictures, one frame."""
+        return 1, 0
+
+    def prepare_captions(self, captions: Sequence[str]) -> None:  # noqa: B027 (most need not know)
+        """Told all captions before the first is encoded, for those whose length depends on each other."""
+
+    @abc.abstractmethod
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        """What the transformer is told of each caption: tensors [captions, ...] by name, on the CPU."""
+
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """The distribution of latents of `pixels`, float [batch, 3, frames, height, width] in [-1, 1].
+
+        Returns:
+            "latents_mean" and "latents_logvar", float32 [batch, channels, frames, height, width], on the CPU, as the
+            VAE has them: not scaled yet.
+        """
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            posterior = vae.encode(self.to_vae(pixels.to(vae.device, vae.dtype))).latent_dist
+        mean, logvar = (self.from_vae(each.float().cpu()) for each in (posterior.mean, posterior.logvar))
+        return {"latents_mean": mean, "latents_logvar": logvar}
+
+    def to_vae(self, pixels: Tensor) -> Tensor:
+        """As the VAE takes them."""
+        return pixels
+
+    def from_vae(self, latents: Tensor) -> Tensor:
+        """From the VAE, [batch, channels, frames, height, width]."""
+        return latents
+
+    @abc.abstractmethod
+    def normalise(self, latents: Tensor) -> Tensor:
+        """The VAE's latents as the transformer knows them."""
+
+    def clean(self, batch: Mapping[str, Tensor], noise: Tensor) -> Tensor:
+        """A sample of the distribution that `encode` gave, float32, normalised. `noise` says which, of its shape."""
+        mean, logvar = batch["latents_mean"].float(), batch["latents_logvar"].float()
+        return self.normalise(mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise)
+
+    # ---- The transformer
+
+    @abc.abstractmethod
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Of one sample: how many the transformer makes of latents [..., frames, height, width]."""
+
+    @abc.abstractmethod
+    def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The arguments of the transformer's forward. `text` is a batch of what `encode_text` gave."""
+
+    def prediction(self, output: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the transformer returned, as [batch, channels, frames, height, width]."""
+        return output
+
+    def predict(self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """One forward. `transformer` may be wrapped, as DDP does."""
+        dtype = self.pipeline.transformer.dtype
+        inputs = self.inputs(noisy.to(dtype), timestep, {name: _cast(each, dtype) for name, each in text.items()})
+        return self.prediction(transformer(**inputs, return_dict=False)[0], noisy.shape)
+
+    # ---- Drawing
+
+    def prompt_arguments(self, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor]:
+        """What the pipeline is called with in place of a prompt, so that it needs no text encoder.
+
+        Args:
+            guided: whether it is called with classifier-free guidance.
+        """
+        arguments = self.encode_text([prompt])
+        if guided:
+            negative = self.encode_text([negative_prompt or ""])
+            arguments |= {f"negative_{name}": each for name, each in negative.items()}
+        return arguments
+
+    def size_arguments(self, frames: int, height: int, width: int) -> dict[str, int]:
+        """What the pipeline is called with to draw this size in pixels."""
+        size = {"height": height, "width": width}
+        return {**size, "num_frames": frames} if self.kind == "video" else size
+
+    def guidance_arguments(self, scale: float) -> dict[str, float]:
+        """What the pipeline is called with for this much guidance."""
+        return {self.guidance_argument: scale}
+
+    def refuse_shift(self) -> None:
+        """Raises TrainingError where a shift was given to a family without one."""
+        if self.shift is not None:
+            raise TrainingError(
+                f"shift={self.shift}: {type(self.pipeline.transformer).__name__} is not trained by rectified flow, and "
+                "its noise schedule is part of its scheduler. Leave it out."
+            )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

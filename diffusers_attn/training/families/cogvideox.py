@@ -1,0 +1,78 @@
+"""CogVideoX 1.0 and 1.5: videos; v-prediction; frames before channels; rotary embeddings given from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..loss import Objective, VPrediction
+from .base import Family
+
+
+class CogVideoX(Family):
+    """`CogVideoXPipeline` with a `CogVideoXTransformer3DModel`, from text."""
+
+    kind = "video"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_length = 226
+
+    def check(self) -> None:
+        self.refuse_shift()
+        if self.max_sequence_length > self.config.max_text_seq_length:
+            self.max_sequence_length = self.config.max_text_seq_length
+        if self.config.in_channels != self.pipeline.vae.config.latent_channels:
+            raise TrainingError(
+                f"this CogVideoX takes {self.config.in_channels} channels and its VAE has "
+                f"{self.pipeline.vae.config.latent_channels}: it continues pictures or videos. Accepted are those that "
+                "draw from text: CogVideoX-2b, CogVideoX-5b, CogVideoX1.5-5B."
+            )
+
+    def make_objective(self) -> Objective:
+        return VPrediction(self.pipeline.scheduler.alphas_cumprod)
+
+    @property
+    def size_multiple(self) -> int:
+        return self.pipeline.vae_scale_factor_spatial * self.config.patch_size
+
+    @property
+    def frame_rule(self) -> tuple[int, int]:
+        # 1.5 takes latent frames in packs: of 4 n + 1 frames those that fill them.
+        factor, pack = self.pipeline.vae_scale_factor_temporal, self.config.patch_size_t or 1
+        return factor * pack, factor * (pack - 1) + 1
+
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            text, _ = self.pipeline.encode_prompt(
+                captions,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+                device=self.text_device,
+            )
+        return {"prompt_embeds": text.cpu()}
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        return latents * self.pipeline.vae.config.scaling_factor
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        patch = self.config.patch_size
+        return (shape[-3] // (self.config.patch_size_t or 1)) * (shape[-2] // patch) * (shape[-1] // patch)
+
+    def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
+        *_, frames, height, width = noisy.shape
+        factor = self.pipeline.vae_scale_factor_spatial
+        rotary = self.pipeline._prepare_rotary_positional_embeddings(
+            height * factor, width * factor, frames, noisy.device
+        )
+        return {
+            "hidden_states": noisy.transpose(1, 2),
+            "encoder_hidden_states": text["prompt_embeds"],
+            "timestep": timestep,
+            "image_rotary_emb": rotary if self.config.use_rotary_positional_embeddings else None,
+        }
+
+    def prediction(self, output: Tensor, shape: Sequence[int]) -> Tensor:
+        return output.transpose(1, 2)

@@ -1,0 +1,73 @@
+"""FLUX.1: pictures; two text encoders; latents in packs of 2 x 2; told its guidance where it was distilled from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loss import Objective, RectifiedFlow, scheduler_shift
+from .base import Family
+
+
+class Flux(Family):
+    """`FluxPipeline` with a `FluxTransformer2DModel`."""
+
+    kind = "image"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    text_length = 512
+
+    def make_objective(self) -> Objective:
+        fixed = self.shift
+        shift = scheduler_shift(self.pipeline.scheduler.config) if fixed is None else lambda tokens: fixed
+        return RectifiedFlow(shift)
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * self.pipeline.vae_scale_factor
+
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            text, pooled, _ = self.pipeline.encode_prompt(
+                captions, max_sequence_length=self.max_sequence_length, device=self.text_device
+            )
+        return {"prompt_embeds": text.cpu(), "pooled_prompt_embeds": pooled.cpu()}
+
+    def to_vae(self, pixels: Tensor) -> Tensor:
+        return pixels.squeeze(2)
+
+    def from_vae(self, latents: Tensor) -> Tensor:
+        return latents.unsqueeze(2)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        return (shape[-2] // 2) * (shape[-1] // 2)
+
+    def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
+        batch, channels, _, height, width = noisy.shape
+        words = text["prompt_embeds"]
+        guidance = noisy.new_full((batch,), self.guidance, dtype=torch.float32)
+        return {
+            "hidden_states": self.pipeline._pack_latents(noisy, batch, channels, height, width),
+            "timestep": timestep / 1000,
+            "guidance": guidance if self.config.guidance_embeds else None,
+            "pooled_projections": text["pooled_prompt_embeds"],
+            "encoder_hidden_states": words,
+            "txt_ids": words.new_zeros(words.shape[1], 3),
+            "img_ids": self.pipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, noisy.device, noisy.dtype
+            ),
+        }
+
+    def prediction(self, output: Tensor, shape: Sequence[int]) -> Tensor:
+        factor = self.pipeline.vae_scale_factor
+        return self.pipeline._unpack_latents(output, shape[-2] * factor, shape[-1] * factor, factor).unsqueeze(2)
+
+    def prompt_arguments(self, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor]:
+        # Its guidance_scale is told to the model; guidance by a second forward is true_cfg_scale's, which is left off.
+        return self.encode_text([prompt])

@@ -1,0 +1,67 @@
+"""Wan 2.1, and the small model of Wan 2.2: videos of 4 n + 1 frames; text padded with zeros; latents standardised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..loss import Objective, RectifiedFlow, scheduler_shift
+from .base import Family
+
+
+class Wan(Family):
+    """`WanPipeline` with one `WanTransformer3DModel`."""
+
+    kind = "video"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_length = 512
+
+    def check(self) -> None:
+        if getattr(self.pipeline, "transformer_2", None) is not None:
+            raise TrainingError(
+                "this pipeline has two transformers, one for high and one for low noise, and which of them is to be "
+                "trained on what cannot be said. Accepted are pipelines with one: Wan 2.1 and Wan2.2-TI2V-5B."
+            )
+
+    def make_objective(self) -> Objective:
+        fixed = self.shift
+        shift = scheduler_shift(self.pipeline.scheduler.config) if fixed is None else lambda tokens: fixed
+        return RectifiedFlow(shift)
+
+    @property
+    def size_multiple(self) -> int:
+        return self.pipeline.vae_scale_factor_spatial * self.config.patch_size[-1]
+
+    @property
+    def frame_rule(self) -> tuple[int, int]:
+        return self.pipeline.vae_scale_factor_temporal, 1
+
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            text, _ = self.pipeline.encode_prompt(
+                captions,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+                device=self.text_device,
+            )
+        return {"prompt_embeds": text.cpu()}
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        mean, std = (
+            latents.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std)
+        )
+        return (latents - mean) / std
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        patch = self.config.patch_size
+        return (shape[-3] // patch[0]) * (shape[-2] // patch[1]) * (shape[-1] // patch[2])
+
+    def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
+        if self.pipeline.config.expand_timesteps:  # it takes one for each token, as its first frame may be given
+            timestep = timestep[:, None].expand(-1, self.tokens(noisy.shape))
+        return {"hidden_states": noisy, "timestep": timestep, "encoder_hidden_states": text["prompt_embeds"]}

@@ -1,0 +1,209 @@
+"""The adapter that is trained: put on, taken out of whatever wraps the model, and written for diffusers to load."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TrainingError
+from .randomness import derived_seed
+
+ADAPTER = "default"
+KINDS = ("lora", "rslora", "dora", "loha", "lokr")
+IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
+
+
+def adapter_config(
+    kind: str,
+    rank: int,
+    alpha: float | None,
+    targets: Sequence[str],
+    init: str = "default",
+    dropout: float = 0.0,
+) -> Any:
+    """The configuration of an adapter, in PEFT's words.
+
+    Args:
+        kind: one of `KINDS`.
+        rank: of the matrices that are trained.
+        alpha: the adapter counts `alpha / rank` (of "rslora", `alpha / sqrt(rank)`); None is `rank`.
+        targets: names of layers, or ends of them: "to_q", "attn.to_out.0"; or one regular expression for whole names.
+        init: how the first matrix starts, one of `INITIALISATIONS`; only for "lora", "rslora" and "dora".
+        dropout: of the adapter's input.
+
+    Raises:
+        TrainingError: a kind or initialisation that is none of these, or that do not go together.
+    """
+    import peft
+
+    if kind not in KINDS:
+        raise TrainingError(f"adapter={kind!r}: accepted are {', '.join(map(repr, KINDS))}.")
+    if init not in INITIALISATIONS:
+        raise TrainingError(f"adapter_init={init!r}: accepted are {', '.join(map(repr, INITIALISATIONS))}.")
+    names: Any = targets[0] if len(targets) == 1 and set(targets[0]) & set("*+()|[]^$") else list(targets)
+    alpha = float(rank) if alpha is None else alpha
+    if kind in IN_DIFFUSERS_FORMAT:
+        return peft.LoraConfig(
+            r=rank,
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # what files usually have
+            target_modules=names,
+            init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            use_rslora=kind == "rslora",
+            use_dora=kind == "dora",
+        )
+    if init != "default":
+        raise TrainingError(f"adapter_init={init!r} is for {', '.join(IN_DIFFUSERS_FORMAT)}, not for adapter={kind!r}.")
+    config = peft.LoHaConfig if kind == "loha" else peft.LoKrConfig
+    return config(r=rank, alpha=alpha, target_modules=names, rank_dropout=0.0, module_dropout=dropout)  # type: ignore[arg-type]
+
+
+def add_adapter(transformer: nn.Module, config: Any, seed: int) -> list[nn.Parameter]:
+    """Freezes a model and adds an adapter in float32, whatever the model's own dtype is.
+
+    Args:
+        config: from `adapter_config`.
+        seed: of the adapter's first weights, which are the same on every process.
+
+    Returns:
+        The adapter's parameters, which are all that is trained.
+
+    Raises:
+        TrainingError: no layer has such a name.
+    """
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(seed, "adapter"))
+        try:
+            transformer.add_adapter(config, ADAPTER)  # type: ignore[operator]
+        except ValueError as error:
+            names = {name.split(".")[-1] for name, each in transformer.named_modules() if isinstance(each, nn.Linear)}
+            raise TrainingError(
+                f"targets={config.target_modules}: {error} Its linear layers end in {', '.join(sorted(names))}."
+            ) from error
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    return trained
+
+
+def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Of a model that may be wrapped: those that are trained, by the names that they have without wrappers."""
+    prefix = "module."  # of DDP
+    found = {}
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix(prefix).replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+            found[name] = parameter
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, of all parts where FSDP2 sharded it: then every process must call this."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The whole `tensor` as `like` is: on its device, and this process's part of it where FSDP2 sharded it."""
+    if not hasattr(like, "full_tensor"):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Any = like
+    return distribute_tensor(tensor.to(placed.to_local().device), placed.device_mesh, placed.placements)
+
+
+def adapter_weights(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapter's parameters by name, whole, on the CPU. With FSDP2 every process must call this."""
+    return {name: whole(parameter.data) for name, parameter in trained_parameters(transformer).items()}
+
+
+def load_adapter_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Sets what `adapter_weights` returned.
+
+    Raises:
+        TrainingError: they are of another adapter.
+    """
+    parameters = trained_parameters(transformer)
+    if set(parameters) != set(weights):
+        odd = sorted(set(parameters) ^ set(weights))
+        raise TrainingError(
+            f"the checkpoint is of another adapter: {len(odd)} of its {len(weights)} tensors are missing here or "
+            f"there, for instance {odd[0]}. Give the same --adapter, --rank and --targets, or another --output_dir."
+        )
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != tuple(weights[name].shape):
+            raise TrainingError(
+                f"the checkpoint has {name} as {list(weights[name].shape)}, and here it is {list(parameter.shape)}. "
+                "Give the same --rank, or another --output_dir."
+            )
+        with torch.no_grad():
+            parameter.copy_(sharded_like(weights[name].to(parameter.dtype), parameter))
+
+
+def save_adapter(pipeline: Any, weights: Mapping[str, Tensor], folder: Path, kind: str) -> Path:
+    """Writes an adapter, there whole or not at all.
+
+    Those that diffusers knows are written by the pipeline's own `save_lora_weights`, for `load_lora_weights`; "loha"
+    and "lokr" in PEFT's format, for `load_adapter`.
+
+    Args:
+        pipeline: its transformer has the adapter's configuration.
+        weights: from `adapter_weights`.
+        folder: is made.
+        kind: of the adapter.
+
+    Returns:
+        The file.
+    """
+    from peft import get_peft_model_state_dict
+
+    transformer = pipeline.transformer
+    config = transformer.peft_config[ADAPTER]
+    layers = get_peft_model_state_dict(transformer, state_dict=dict(weights), adapter_name=ADAPTER)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as scratch:
+        if kind in IN_DIFFUSERS_FORMAT:
+            name = "pytorch_lora_weights.safetensors"
+            type(pipeline).save_lora_weights(
+                scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=_plain(config.to_dict())
+            )
+        else:
+            from safetensors.torch import save_file
+
+            name = "adapter_model.safetensors"
+            save_file({key: each.contiguous() for key, each in layers.items()}, Path(scratch) / name)
+            (Path(scratch) / "adapter_config.json").write_text(json.dumps(_plain(config.to_dict()), indent=2))
+            os.replace(Path(scratch) / "adapter_config.json", folder / "adapter_config.json")
+        os.replace(Path(scratch) / name, folder / name)
+    return folder / name
+
+
+def load_adapter(transformer: nn.Module, folder: str | Path) -> None:
+    """Puts an adapter on a model that `save_adapter` wrote in PEFT's format ("loha", "lokr")."""
+    from peft import PeftConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    transformer.add_adapter(PeftConfig.from_pretrained(str(folder)), ADAPTER)  # type: ignore[operator]
+    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    set_peft_model_state_dict(transformer, weights, adapter_name=ADAPTER)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON takes it: sets sorted, enumerations as their values."""
+    plain = {}
+    for key, value in config.items():
+        if isinstance(value, (set, frozenset)):
+            value = sorted(value)
+        plain[key] = getattr(value, "value", value)
+    return plain

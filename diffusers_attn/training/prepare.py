@@ -1,0 +1,136 @@
+"""From a folder of examples to a loader of latents and embeddings, as a family wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .config import TrainConfig
+from .data.buckets import ASPECTS, Buckets
+from .data.cache import CachedLatents, LatentCache, TextCache
+from .data.examples import Example, read_examples
+from .data.frames import FramePicking
+from .data.loader import LatentLoader
+from .data.sampler import Share
+from .families import Family
+from .models import fingerprint, placed, text_encoders
+from .parallel import TrainingParallel
+from .randomness import generator
+
+VIDEO_FRAMES = 49
+"""of buckets for videos, where a user says nothing."""
+
+
+class Prepared:
+    """Everything encoded that training needs.
+
+    Attributes:
+        latents, text: for `LatentLoader`.
+        evaluation: those of `latents` or of data of their own that are evaluated on.
+        bucket: (frames, height, width) of the first example.
+    """
+
+    def __init__(self, latents: list[CachedLatents], text: dict[str, Any], evaluation: list[CachedLatents]) -> None:
+        self.latents, self.text, self.evaluation = latents, text, evaluation
+        self.bucket = tuple(latents[0].bucket)
+
+
+def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel, device: torch.device) -> Prepared:
+    """Reads the examples and encodes what is not encoded yet. All processes divide that work.
+
+    Raises:
+        TrainingDataError: the data cannot be used, or there are no buckets for them.
+    """
+    main = parallel.ranks.rank == 0
+    reading: dict[str, Any] = {
+        "on_bad_data": config.on_bad_data, "caption_column": config.caption_column, "main_process": main
+    }  # fmt: skip
+    examples = read_examples(config.data, **reading)
+    held_out: list[Example] = []
+    if config.evaluation_every and config.evaluation_data:
+        held_out = read_examples(config.evaluation_data, **reading)[: config.evaluation_examples]
+    everything = examples + held_out
+    captions = [each.caption for each in everything]
+    family.prepare_captions(captions)
+    latents = _latent_cache(config, family)
+    text = _text_cache(config, family)
+    with placed([family.pipeline.vae], device):
+        filling: dict[str, Any] = {
+            "ranks": parallel.ranks, "on_bad_data": config.on_bad_data, "batch_size": config.cache_batch_size
+        }  # fmt: skip
+        cached = latents.fill(examples, family.encode, **filling)
+        cached_held_out = latents.fill(held_out, family.encode, **filling) if held_out else []
+    with placed(list(text_encoders(family.pipeline).values()), device):
+        embedded = text.fill(captions, family.encode_text, ranks=parallel.ranks)
+    return Prepared(cached, embedded, (cached_held_out or cached)[: config.evaluation_examples])
+
+
+def make_loader(config: TrainConfig, prepared: Prepared, parallel: TrainingParallel) -> LatentLoader:
+    """The batches of this process's data-parallel group, the same on all processes that share sequences.
+
+    Raises:
+        TrainingDataError: they do not come out even.
+    """
+    global_batch = config.batch_size * config.gradient_accumulation_steps * parallel.dp_degree
+    sampler = LatentLoader.sampler_for(
+        prepared.latents,
+        global_batch_size=global_batch,
+        seed=config.seed,
+        repeats=config.repeats,
+        incomplete=config.incomplete_batches,
+    )
+    return LatentLoader(
+        prepared.latents,
+        prepared.text,
+        sampler,
+        Share(parallel.dp_rank, parallel.dp_degree, config.batch_size),
+        caption_dropout=config.caption_dropout,
+        generator=lambda step, position: generator(config.seed, "caption", step, position),
+    )
+
+
+def buckets_of(config: TrainConfig, family: Family) -> Buckets:
+    """The sizes that settings and family agree on."""
+    step, offset = family.frame_rule
+    default = [1] if family.kind == "image" else [(VIDEO_FRAMES - offset) // step * step + offset]
+    return Buckets.of(
+        [side * side for side in config.resolution],
+        multiple=family.size_multiple,
+        aspects=config.aspects or ASPECTS,
+        frames=config.num_frames or default,
+        frame_rule=family.frame_rule,
+        max_upscale=config.max_upscale,
+        picking=FramePicking(config.fps, config.frame_pick),
+    )
+
+
+def _latent_cache(config: TrainConfig, family: Family) -> LatentCache:
+    vae = family.pipeline.vae
+    settings = {"vae": type(vae).__name__, "weights": fingerprint(vae), "dtype": str(vae.dtype)}
+    return LatentCache(config.cache, settings, buckets_of(config, family), crop=config.crop, seed=config.seed)
+
+
+def _text_cache(config: TrainConfig, family: Family) -> TextCache:
+    encoders = text_encoders(family.pipeline)
+    settings: dict[str, Any] = {
+        "family": type(family).__name__,
+        "weights": {name: fingerprint(each) for name, each in encoders.items()},
+        "tokens": family.text_tokens,
+        "dtype": {name: str(each.dtype) for name, each in encoders.items()},
+    }
+    return TextCache(config.cache, settings)
+
+
+def evaluation_batches(prepared: Prepared, wanted: Sequence[int]) -> list[dict[str, Any]]:
+    """The examples `wanted` of those to evaluate on, one by one, as `LatentLoader` gives batches."""
+    from .data.collate import collate
+    from .data.store import read_tensors
+
+    batches = []
+    for number in wanted:
+        each = prepared.evaluation[number]
+        text = read_tensors(prepared.text[each.example.caption])
+        batches.append({**collate([read_tensors(each.path)]), **collate([text])})
+    return batches

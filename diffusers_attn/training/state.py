@@ -1,0 +1,105 @@
+"""What a checkpoint has in it: gathered from all processes, written by one, and set again on any number of them.
+
+Tensors are whole in a checkpoint, however they were sharded, and generators have no state that would have to be kept
+(see `randomness`). So a run goes on exactly where it was, and with FSDP2 or on other numbers of processes as well.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .data.loader import LatentLoader
+from .ema import AdapterAverage
+from .errors import TrainingError
+from .lora import adapter_weights, load_adapter_weights
+from .optim import load_optimizer_state, optimizer_state
+
+_FORMAT = 1
+
+
+class Training(NamedTuple):
+    """What changes from step to step."""
+
+    transformer: nn.Module
+    """prepared by Accelerate."""
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    average: AdapterAverage | None
+    loader: LatentLoader
+
+
+class Snapshot(NamedTuple):
+    """A checkpoint in memory."""
+
+    step: int
+    adapter: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    average_steps: int
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    loader: dict[str, Any]
+
+
+def snapshot(training: Training, step: int) -> Snapshot:
+    """The state behind `step`. With FSDP2 every process must call this."""
+    average = training.average
+    return Snapshot(
+        step,
+        adapter_weights(training.transformer),
+        None if average is None else average.weights(),
+        0 if average is None else average.steps,
+        optimizer_state(training.optimizer),
+        training.schedule.state_dict(),
+        training.loader.state_dict(),
+    )
+
+
+def write(taken: Snapshot, folder: Path) -> None:
+    """Into an empty folder."""
+    from safetensors.torch import save_file
+
+    save_file(taken.adapter, folder / "adapter.safetensors")
+    if taken.average is not None:
+        save_file(taken.average, folder / "average.safetensors")
+    torch.save({"optimizer": taken.optimizer, "schedule": taken.schedule}, folder / "optimizer.pt")
+    said = {"format": _FORMAT, "step": taken.step, "loader": taken.loader, "average_steps": taken.average_steps}
+    (folder / "state.json").write_text(json.dumps(said, indent=2) + "\n")
+
+
+def restore(training: Training, folder: Path) -> int:
+    """Sets what `write` wrote. To be called on all processes.
+
+    Returns:
+        The step behind which it was taken.
+
+    Raises:
+        TrainingError: it is of another adapter, has no average where one is wanted, or is of another version.
+        TrainingDataError: it is of other data.
+    """
+    from safetensors.torch import load_file
+
+    said = json.loads((folder / "state.json").read_text())
+    if said["format"] != _FORMAT:
+        raise TrainingError(
+            f"resume: {folder} has format {said['format']}, and this version writes and reads {_FORMAT}. Go on with "
+            "the version that wrote it."
+        )
+    averaged = (folder / "average.safetensors").is_file()
+    if averaged != (training.average is not None):
+        raise TrainingError(
+            f"resume: {folder} has {'an' if averaged else 'no'} average of the adapter, and ema_decay is "
+            f"{'not ' if averaged else ''}set. Set it as it was."
+        )
+    training.loader.load_state_dict(said["loader"])
+    load_adapter_weights(training.transformer, load_file(folder / "adapter.safetensors"))
+    if training.average is not None:
+        training.average.load(load_file(folder / "average.safetensors"), said["average_steps"])
+    kept = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    load_optimizer_state(training.optimizer, kept["optimizer"])
+    training.schedule.load_state_dict(kept["schedule"])
+    return int(said["step"])

@@ -1,0 +1,359 @@
+"""The loop: what is done at the start, at every step, at some of them, and at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .card import push, write_card
+from .checkpoint import Checkpoints
+from .config import TrainConfig
+from .data.ranks import in_step
+from .ema import AdapterAverage
+from .errors import TrainingError
+from .evaluation import evaluate
+from .families import family_of
+from .lora import adapter_config, adapter_weights, add_adapter, save_adapter, trained_parameters
+from .loss import sample_u
+from .models import drop_text_encoders, load_pipeline
+from .optim import check_optimizer, make_optimizer, make_schedule
+from .parallel import TrainingParallel, check_trainable
+from .prepare import make_loader, prepare_data
+from .progress import Progress
+from .randomness import SampleRandomness, derived_seed
+from .state import Training, restore, snapshot, write
+from .validation import Sample, Validation, log_samples
+
+
+class Trainer:
+    """One run. All processes of the job make one, with the same settings, and call `run`.
+
+    Args:
+        config: the settings.
+        on_step: is told of every step, on every process: its number from 1, and "loss", "gradient norm" and
+            "learning rate", which are the same on all.
+    """
+
+    def __init__(self, config: TrainConfig, on_step: Callable[[int, dict[str, float]], None] | None = None) -> None:
+        self.config = config
+        self.on_step = on_step
+        self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
+        self.parallel = TrainingParallel.of(
+            self.accelerator,
+            config.cp_degree,
+            ulysses_degree=config.ulysses_degree,
+            ring_degree=config.ring_degree,
+            rotate_method=config.rotate_method,
+        )
+        self.ranks = self.parallel.ranks
+        self.main = self.ranks.rank == 0
+        self.checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoints_kept or None)
+        self.step = 0
+        self.checked = False
+        """whether processes have compared what they train on."""
+        self._check()
+
+    def _check(self) -> None:
+        """All that can be refused before a model is loaded."""
+        config = self.config
+        check_optimizer(config.optimizer)
+        if config.attn_provider is not None:
+            check_trainable(config.attn_provider, self.device.type, parts=self.parallel.cp_degree > 1)
+        if config.adapter_dropout and self.parallel.cp_degree > 1:
+            raise TrainingError(
+                f"adapter_dropout={config.adapter_dropout} with cp_degree={self.parallel.cp_degree}: processes that "
+                "share a sequence would drop different parts of what all of them hold. Set one of them to 0 or 1."
+            )
+        self.checkpoints.find(config.resume)
+        if config.resume is None and self.checkpoints.steps():
+            raise TrainingError(
+                f"output_dir={config.output_dir!r} has checkpoints of an earlier run. Go on with it, --resume latest, "
+                "or take another folder."
+            )
+
+    # ---- The run
+
+    def run(self) -> Path:
+        """Trains. Returns the adapter's file.
+
+        Raises:
+            TrainingError, TrainingDataError, AttentionProviderError: what cannot be served as asked.
+        """
+        config = self.config
+        self._load()
+        self._resume()
+        self._start_trackers()
+        progress = Progress(self.accelerator, config.steps, self.step, config.log_every)
+        stop = False
+        with _terminated() as asked_to_stop:
+            micros: Any = iter(self.training.loader)
+            while self.step < config.steps and not stop:
+                numbers, tokens, stop = self._train_step(micros, asked_to_stop)
+                progress.step(self.step, numbers, tokens)
+                if self.on_step is not None:
+                    self.on_step(self.step, numbers)
+                self._now_and_then(progress, last=stop or self.step == config.steps)
+            micros.close()
+        progress.close()
+        if stop and self.step < config.steps:
+            return self.checkpoints.path(self.step)
+        return self._finish()
+
+    def _load(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        pipeline = load_pipeline(
+            config.model,
+            revision=config.revision,
+            dtype=dtype,
+            ranks=self.ranks,
+            local_main=accelerator.is_local_main_process,
+        )
+        self.family = family_of(
+            pipeline, shift=config.shift, guidance=config.guidance, max_sequence_length=config.max_sequence_length
+        )
+        self.sampling = config.timestep_sampling or self.family.objective.sampling
+        self.prepared = prepare_data(config, self.family, self.parallel, self.device)
+        self.validation = Validation(config, self.family, self.prepared.bucket, self.device)
+        drop_text_encoders(pipeline)
+        loader = make_loader(config, self.prepared, self.parallel)
+
+        transformer = pipeline.transformer.to(self.device)
+        # Adapters first: they put modules in the place of others, to which the plan's hooks then go.
+        parameters = add_adapter(transformer, self._adapter_config(), config.seed)
+        self.report = self.parallel.enable(transformer, provider=config.attn_provider, inputs="trust")
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if config.compile:
+            from ..compilation import apply_compile
+
+            apply_compile(transformer)
+        transformer.train()
+        fused = self.device.type == "cuda" and accelerator.distributed_type != "FSDP"
+        optimizer: Any = make_optimizer(
+            config.optimizer,
+            parameters,
+            learning_rate=config.learning_rate,
+            betas=(config.adam_betas[0], config.adam_betas[1]),
+            weight_decay=config.weight_decay,
+            eps=config.adam_eps,
+            fused=fused,
+        )
+        self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
+        self.parameters = list(trained_parameters(self.model).values())
+        schedule = make_schedule(
+            config.lr_schedule, self.optimizer.optimizer, warmup_steps=config.lr_warmup_steps, steps=config.steps
+        )
+        average = None if config.ema_decay is None else AdapterAverage(self.model, config.ema_decay)
+        self.training = Training(self.model, self.optimizer.optimizer, schedule, average, loader)
+
+    def _adapter_config(self) -> Any:
+        config = self.config
+        targets = config.targets or self.family.lora_targets
+        return adapter_config(
+            config.adapter, config.rank, config.alpha, targets, config.adapter_init, config.adapter_dropout
+        )
+
+    def _resume(self) -> None:
+        checkpoint = self.checkpoints.find(self.config.resume)
+        if checkpoint is not None:
+            self.step = restore(self.training, checkpoint)
+        self.ranks.barrier()  # all have read before one changes anything
+        if self.main:
+            if checkpoint is not None and checkpoint.parent == self.checkpoints.folder:
+                self.checkpoints.discard_after(self.step)
+            self.checkpoints.tidy()
+
+    def _start_trackers(self) -> None:
+        if self.config.trackers:
+            plain = {
+                name: each if isinstance(each, (int, float, bool, str)) else str(each)
+                for name, each in self.config.as_dict().items()
+            }
+            self.accelerator.init_trackers(self.config.tracker_project, plain)
+
+    # ---- A step
+
+    def _train_step(
+        self, micros: Iterator[dict[str, Any]], stop: Callable[[], bool]
+    ) -> tuple[dict[str, float], int, bool]:
+        """One step of the optimizer. Returns its numbers, how many tokens it had, and whether to stop."""
+        accelerator, config = self.accelerator, self.config
+        total = torch.zeros((), device=self.device)
+        tokens = 0
+        for _ in range(config.gradient_accumulation_steps):
+            batch = next(micros)
+            with accelerator.accumulate(self.model):
+                loss = self._loss(batch)
+                accelerator.backward(loss)
+                total += loss.detach() / config.gradient_accumulation_steps
+                tokens += self.family.tokens(batch["latents_mean"].shape) * config.batch_size * self.parallel.dp_degree
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm or float("inf"))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        rate = self.training.schedule.get_last_lr()[0]
+        self.training.schedule.step()
+        if self.training.average is not None:
+            self.training.average.step()
+        self.step += 1
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # One exchange for all that processes have to agree on.
+        loss_sum, stops = self.ranks.sum([float(total), float(stop())])
+        numbers = {"loss": loss_sum / self.ranks.size, "gradient norm": float(norm), "learning rate": rate}
+        if not numbers["loss"] < float("inf"):
+            raise TrainingError(
+                f"the loss is {numbers['loss']} in step {self.step}. Go on from the last checkpoint with a smaller "
+                "--learning_rate."
+            )
+        return numbers, tokens, stops > 0
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        """The mean loss of a micro-batch."""
+        config, family, objective = self.config, self.family, self.family.objective
+        on_device = {
+            name: each.to(self.device, non_blocking=True) for name, each in batch.items() if isinstance(each, Tensor)
+        }
+        random = SampleRandomness(config.seed, batch["step"], batch["positions"])
+        shape = batch["latents_mean"].shape[1:]
+        posterior, noise = (random.normal(what, shape).to(self.device) for what in ("posterior", "noise"))
+        u = sample_u(
+            self.sampling, random.generators("level"), config.logit_mean, config.logit_std, config.mode_scale
+        ).to(self.device)
+        if not self.checked:
+            self.checked = True
+            self.parallel.check({**on_device, "posterior": posterior, "noise": noise, "u": u})
+        if config.adapter_dropout:
+            torch.manual_seed(derived_seed(config.seed, "dropout", batch["step"], batch["positions"][0]))
+        clean = family.clean(on_device, posterior)
+        level = objective.level(u, family.tokens(clean.shape))
+        noisy = objective.noisy(clean, noise, level)
+        text = {name: each for name, each in on_device.items() if not name.startswith("latents_")}
+        prediction = family.predict(self.model, noisy, level.timestep, text)
+        return objective.loss(prediction, clean, noise, level).mean()
+
+    # ---- At some steps, and at the end
+
+    def _now_and_then(self, progress: Progress, last: bool) -> None:
+        config, step = self.config, self.step
+        if last or _due(step, config.checkpoint_every):
+            self._save()
+        if _due(step, config.evaluation_every):
+            found = evaluate(self.family, self.prepared, self.parallel, config.seed, self.device)
+            self.accelerator.log(found, step=step)
+            progress.say(f"step {step}: evaluation loss {found['evaluation/loss']:.5f}")
+        if not last and _due(step, config.validation_every):
+            samples = self._draw(f"step-{step:08d}")
+            if samples:
+                progress.say(f"step {step}: drew {', '.join(str(each.path) for each in samples)}")
+
+    def _save(self) -> None:
+        taken = snapshot(self.training, self.step)
+
+        def save(_: None) -> None:
+            self.checkpoints.save(self.step, lambda folder: write(taken, folder))
+
+        in_step(self.ranks, [None] if self.main else [], save, "saving a checkpoint")
+
+    def _draw(self, name: str) -> list[Sample]:
+        if not self.validation.prompts:
+            return []
+        average = self.training.average
+        with contextlib.nullcontext() if average is None else average.in_place():
+            samples = self.validation.draw(
+                self.config.output / "samples" / name,
+                self.parallel,
+                self.device,
+                together=self.accelerator.distributed_type == "FSDP",
+            )
+        if self.main:
+            log_samples(self.accelerator, samples, self.step)
+        return samples
+
+    def _finish(self) -> Path:
+        """Writes adapter and card, and uploads them if asked to."""
+        config, average = self.config, self.training.average
+        own = adapter_weights(self.model)
+        averaged = own if average is None else average.weights()
+        samples = self._draw("last")
+        found: list[Path] = []
+
+        def save(_: None) -> None:
+            found.append(save_adapter(self.family.pipeline, averaged, config.output, config.adapter))
+            if average is not None:
+                save_adapter(self.family.pipeline, own, config.output / "not_averaged", config.adapter)
+            facts = {"processes": f"{self.parallel.dp_degree} x {self.parallel.cp_degree} (data x context parallel)"}
+            write_card(config, self.family, samples, facts)
+            if config.push_to_hub:
+                push(config)
+
+        in_step(self.ranks, [None] if self.main else [], save, "saving the adapter")
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # and not accelerator.end_training(), which leaves the process group, the caller's own
+        return found[0] if found else config.output
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """This process's `accelerate.Accelerator`, connected with the others.
+
+    Raises:
+        TrainingError: several processes were started and each found itself alone; or fp16.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        cpu=config.cpu or not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.trackers,
+        project_dir=config.output_dir,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
+            # Encoding a video or drawing one may keep the others waiting.
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=1)),
+        ],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise TrainingError(
+            f"{launched} processes were started, and each found itself alone. On CPUs start them with torchrun, or "
+            "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise TrainingError(f"mixed_precision={accelerator.mixed_precision!r}: accepted are 'no' and 'bf16'.")
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+        raise TrainingError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}, and accelerate launch says "
+            f"{accelerator.gradient_accumulation_steps}. Give the same number."
+        )
+    return accelerator
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM is only noted: the step is ended and a checkpoint saved. Gives whether it came."""
+    came: list[float] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(time.time()))
+    except ValueError:  # not the main thread, which alone may do this
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)

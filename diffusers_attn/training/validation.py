@@ -1,0 +1,125 @@
+"""Pictures and videos drawn with the adapter as it is, on all processes: in a group that shares sequences, all take
+part in every forward, and a process that drew alone would wait for the others for ever."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .families import Family
+from .models import decoding_in_its_dtype, placed, text_encoders
+from .parallel import TrainingParallel
+from .randomness import derived_seed
+
+
+class Sample(NamedTuple):
+    """What was drawn for a prompt."""
+
+    prompt: str
+    path: Path
+
+
+class Validation:
+    """Prompts, encoded once, and how they are drawn.
+
+    Args:
+        config: the settings.
+        family: whose pipeline draws; with text encoders, still.
+        bucket: (frames, height, width) to draw in, where settings say nothing.
+        device: where text encoders run.
+    """
+
+    def __init__(self, config: TrainConfig, family: Family, bucket: Sequence[int], device: torch.device) -> None:
+        frames, height, width = bucket
+        if config.validation_size is not None:
+            height, width = config.validation_size
+        self.prompts = config.validation_prompts or []
+        self.seed = config.seed
+        self.family = family
+        self.call: dict[str, Any] = {
+            "num_inference_steps": config.validation_steps,
+            **family.size_arguments(config.validation_frames or frames, height, width),
+        }
+        scale = config.validation_guidance
+        if scale is not None:
+            self.call |= family.guidance_arguments(scale)
+        else:
+            scale = inspect.signature(family.pipeline.__call__).parameters[family.guidance_argument].default
+        self.encoded: list[dict[str, Tensor]] = []
+        if self.prompts:
+            with placed(list(text_encoders(family.pipeline).values()), device):
+                self.encoded = [family.prompt_arguments(each, None, guided=scale > 1) for each in self.prompts]
+
+    def draw(self, folder: Path, parallel: TrainingParallel, device: torch.device, together: bool) -> list[Sample]:
+        """Draws every prompt, always from the same noise. To be called on all processes.
+
+        Args:
+            folder: for the files; all processes see it.
+            together: whether all processes draw every prompt, as FSDP2 needs it; otherwise groups divide them.
+
+        Returns:
+            What was drawn, the same on all processes.
+        """
+        pipeline = self.family.pipeline
+        transformer = pipeline.transformer
+        was_training = transformer.training
+        transformer.eval()
+        mine = range(len(self.prompts)) if together else range(parallel.dp_rank, len(self.prompts), parallel.dp_degree)
+        writes = parallel.cp_rank == 0 and (not together or parallel.dp_rank == 0)
+        samples = []
+        with placed([pipeline.vae], device), decoding_in_its_dtype(pipeline.vae), torch.no_grad():
+            for number in mine:
+                generator = torch.Generator().manual_seed(derived_seed(self.seed, "validate", number))
+                encoded = {name: each.to(device) for name, each in self.encoded[number].items()}
+                output = pipeline(**self.call, **encoded, generator=generator, output_type="np")
+                if writes:
+                    drawn = output.images[0] if hasattr(output, "images") else output.frames[0]
+                    name = f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', self.prompts[number].lower())[:40].strip('-')}"
+                    samples.append((number, str(_save(drawn, folder / name))))
+        transformer.train(was_training)
+        found = sorted(each for several in parallel.ranks.everyone(samples) for each in several)
+        return [Sample(self.prompts[number], Path(path)) for number, path in found]
+
+
+def _save(drawn: Any, path: Path) -> Path:
+    """A picture, `[height, width, 3]` in [0, 1], or frames of them, as a file that is there whole or not at all."""
+    import numpy as np
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (np.asarray(drawn).clip(0, 1) * 255).round().astype(np.uint8)
+    # A GIF, and not a video file: cards and trackers show it everywhere, and PIL writes it.
+    suffix = ".gif" if pixels.ndim == 4 else ".png"
+    scratch = path.with_name(f".{path.name}.unfinished{suffix}")
+    frames = [Image.fromarray(each) for each in (pixels if pixels.ndim == 4 else pixels[None])]
+    several: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 62, "loop": 0}
+    frames[0].save(scratch, **(several if pixels.ndim == 4 else {}))
+    target = path.with_name(path.name + suffix)
+    os.replace(scratch, target)
+    return target
+
+
+def log_samples(accelerator: Any, samples: Sequence[Sample], step: int) -> None:
+    """Gives pictures to the trackers that show them. On one process."""
+    import numpy as np
+    from PIL import Image, ImageSequence
+
+    for tracker in accelerator.trackers:
+        for number, sample in enumerate(samples):
+            with Image.open(sample.path) as image:
+                frames = np.stack([np.asarray(each.convert("RGB")) for each in ImageSequence.Iterator(image)])
+            if tracker.name == "tensorboard":
+                tracker.writer.add_images(f"validation/{number}", frames[:1], step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                shown = wandb.Image(str(sample.path), caption=sample.prompt)
+                tracker.log({f"validation/{number}": shown}, step=step)

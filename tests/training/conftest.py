@@ -1,0 +1,61 @@
+"""Models, data and processes that tests of training share."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+
+import pytest
+
+from ..context_parallel.pool import Pool
+from . import worlds
+from .runs import COMMON, SETTINGS, VIDEOS, make_data, make_model
+
+
+@pytest.fixture(scope="session")
+def run_worlds(tmp_path_factory):
+    """Runs jobs on up to four processes; see `worlds.py`."""
+    pool = Pool(work=worlds.work, timeout=worlds.TIMEOUT)
+    yield lambda *these: worlds.run(pool, tmp_path_factory.mktemp("worlds"), *these)
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def settings_of(tmp_path_factory):
+    """Settings for a run of one of the four families, with a folder of its own."""
+    folder = tmp_path_factory.mktemp("training")
+    made = {}
+    numbers = itertools.count()
+
+    def settings(name, **others):
+        if name not in made:
+            kind = "video" if name in VIDEOS else "image"
+            data = folder / f"data_{kind}"
+            data = data if data.exists() else make_data(kind, data)
+            made[name] = {"model": str(make_model(name, folder / name)), "data": str(data)}
+        output = folder / f"run_{next(numbers)}"
+        cache = str(folder / f"cache_{name}")
+        return {**COMMON, **SETTINGS[name], **made[name], "output_dir": str(output), "cache_dir": cache, **others}
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Runs a function in a process that starts with everything imported; returns its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["diffusers_attn.training.trainer", "diffusers", "transformers", "peft", "tests.training.runs"]
+    )
+
+    def run(job, *arguments, timeout=120):
+        process = context.Process(target=job, args=arguments)
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise TimeoutError(f"{job.__name__} did not end within {timeout} s")
+        return process.exitcode
+
+    return run

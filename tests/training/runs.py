@@ -1,0 +1,144 @@
+"""Runs of the trainer at a size for tests: tiny models, a few small examples, and what a run says of its steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from .data.media import picture, video
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_FLUX = ROOT / "examples" / "tiny_flux"
+
+# Sizes whose numbers of tokens do not divide among processes.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "flux": {"resolution": [30], "aspects": [1.0], "max_sequence_length": 15},
+    "wan": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
+    "cogvideox": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 21},
+    "cogview4": {"resolution": [48], "aspects": [1.0]},
+}
+VIDEOS = ("wan", "cogvideox")
+COMMON: dict[str, Any] = {
+    "steps": 10,
+    "rank": 4,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 2,
+    "gradient_accumulation_steps": 2,
+    "adapter_init": "gaussian",
+    "caption_dropout": 0.3,
+    "checkpoint_every": 0,
+    "cpu": True,
+    "mixed_precision": "no",
+    "max_upscale": 4.0,
+}
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """A pipeline on the disk."""
+    if name == "flux":
+        return TINY_FLUX
+    from ..tiny_pipelines import make
+
+    make(name).save_pretrained(folder)
+    return folder
+
+
+def make_data(kind: str, folder: Path, number: int = 5) -> Path:
+    """Pictures or videos with captions of different lengths."""
+    folder.mkdir(parents=True)
+    for i in range(number):
+        if kind == "image":
+            picture(folder / f"{i}.png", width=48, height=48, seed=i)
+        else:
+            video(folder / f"{i}.mp4", frames=9 + i, width=48, height=48)
+        (folder / f"{i}.txt").write_text(f"number {i}" + " and more of it" * i)
+    return folder
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    """One run. Returns what it said of its steps, and the adapter's file."""
+    from diffusers_attn.training import TrainConfig, Trainer
+
+    steps: list[dict[str, float]] = []
+    trainer = Trainer(TrainConfig(**settings), on_step=lambda step, numbers: steps.append({"step": step, **numbers}))
+    path = trainer.run()
+    return {"steps": steps, "path": str(path), "report": trainer.report and str(trainer.report)}
+
+
+def train_all(several: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several runs, one after the other."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    results = []
+    for settings in several:
+        results.append(train(settings))
+        AcceleratorState._reset_state(False)
+        GradientState._reset_state()
+    return results
+
+
+def train_and_die(settings: dict[str, Any], event: int | None, answer: str) -> None:
+    """A run that is killed when it makes its `event`-th change to its folder of checkpoints; None is not."""
+    checkpoints = os.path.join(settings["output_dir"], "checkpoints")
+    changes = 0
+
+    def watch(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal changes
+        changing = name in ("os.rename", "os.mkdir", "os.rmdir", "os.remove") or (
+            name == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        )
+        if changing and checkpoints in str(arguments[0]):
+            changes += 1
+            if changes == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    result = train(settings)
+    Path(answer).write_text(json.dumps({**result, "changes": changes}))
+
+
+def train_until_terminated(settings: dict[str, Any], step: int) -> None:
+    """A run that is told to end while it is at `step`."""
+    from diffusers_attn.training import TrainConfig, Trainer
+
+    def tell(number: int, _: dict[str, float]) -> None:
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Trainer(TrainConfig(**settings), on_step=tell).run()
+
+
+def train_sharded(settings: dict[str, Any], block: str, cp_degree: int) -> dict[str, Any]:
+    """A run with FSDP2. Accelerate has that for GPUs only, so that it is told that these processes are some."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    axes = {
+        "DP_REPLICATE": 1,
+        "DP_SHARD": int(os.environ["WORLD_SIZE"]) // cp_degree,
+        "CP": cp_degree,
+        "TP": 1,
+        "SP": 1,
+    }
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": block,
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        **{f"PARALLELISM_CONFIG_{axis}_SIZE": str(size) for axis, size in axes.items()},
+    }
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ |= environment
+    try:
+        return train(settings)
+    finally:
+        for name in environment:
+            os.environ.pop(name)

@@ -1,0 +1,183 @@
+"""A family gives the transformer what its pipeline gives it, at the noise levels of its sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_attn.training.errors import TrainingError
+from diffusers_attn.training.families import family_of
+from diffusers_attn.training.loss import RectifiedFlow, VPrediction, sample_u
+from diffusers_attn.training.randomness import SampleRandomness
+
+from .runs import TINY_FLUX
+
+SIZES = {
+    "flux": {"height": 48, "width": 32},
+    "wan": {"height": 48, "width": 32, "num_frames": 9},
+    "cogvideox": {"height": 48, "width": 32, "num_frames": 9},
+    "cogview4": {"height": 48, "width": 32},
+}
+FAMILIES = list(SIZES)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """For each pipeline: its family, and what the transformer was called with when the pipeline drew."""
+    made = {}
+    for name in FAMILIES:
+        pipeline = _pipeline(name)
+        family = family_of(pipeline, max_sequence_length=16, guidance=3.5)
+        calls = []
+        handle = pipeline.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs, calls=calls: calls.append(kwargs), with_kwargs=True
+        )
+        arguments = {**SIZES[name], "num_inference_steps": 3, "max_sequence_length": 16, "output_type": "latent"}
+        guidance = {"guidance_scale": 3.5 if name == "flux" else 1.0}
+        pipeline("a cat", **arguments, **guidance, generator=torch.Generator().manual_seed(0))
+        handle.remove()
+        made[name] = family, calls
+    return made
+
+
+def _pipeline(name):
+    if name == "flux":
+        from diffusers import FluxPipeline
+
+        return FluxPipeline.from_pretrained(TINY_FLUX, dtype=torch.float32)
+    from ..tiny_pipelines import make
+
+    return make(name)
+
+
+def _latents(family, hidden_states):
+    """A pipeline's latents as families have them."""
+    factor = family.pipeline.vae_scale_factor if family.kind == "image" else family.pipeline.vae_scale_factor_spatial
+    return family.prediction(hidden_states, (0, 0, 0, 48 // factor, 32 // factor))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inputs_are_those_of_the_pipeline(drawn, name):
+    family, calls = drawn[name]
+    family.prepare_captions(["a cat"])
+    text = family.encode_text(["a cat"])
+    call = {key: each for key, each in calls[1].items() if each is not None}
+    noisy = _latents(family, call["hidden_states"])
+    timestep = call["timestep"] * (1000 if name == "flux" else 1)
+    ours = {key: each for key, each in family.inputs(noisy, timestep, text).items() if each is not None}
+    assert set(ours) == set(call) - {"return_dict", "attention_kwargs", "joint_attention_kwargs"}
+    for key, each in ours.items():
+        for one, other in zip(each, call[key]) if isinstance(each, tuple) else [(each, call[key])]:
+            assert torch.allclose(one.float(), other.float(), atol=1e-5), key
+    assert (
+        family.prediction(call["hidden_states"] if name == "flux" else calls[0]["hidden_states"], noisy.shape).shape
+        == noisy.shape
+    )
+
+
+@pytest.mark.parametrize("name", ["flux", "cogview4"])
+def test_noise_levels_are_those_of_the_sampler(drawn, name):
+    family, _ = drawn[name]
+    scheduler = family.pipeline.scheduler
+    asked = torch.linspace(1, 1 / 3, 3) if name == "flux" else torch.linspace(1000, 1, 3).long() / 1000
+    level = family.objective.level(
+        asked, family.tokens((1, 48 // family.size_multiple * 2, 32 // family.size_multiple * 2))
+    )
+    assert torch.allclose(level.sigma, scheduler.sigmas[:-1], atol=1e-6)
+    assert torch.allclose(level.timestep, scheduler.timesteps, atol=1e-3)
+
+
+def test_the_shift_of_wan_and_one_of_ones_own(drawn):
+    u = torch.tensor([0.5])
+    family = drawn["wan"][0]
+    assert family.objective.level(u, 100).sigma.item() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
+    other = family_of(family.pipeline, shift=5.0)
+    assert other.objective.level(u, 100).sigma.item() == pytest.approx(5 * 0.5 / (1 + 4 * 0.5))
+    with pytest.raises(TrainingError, match=r"shift=5\.0.*CogVideoX"):
+        family_of(drawn["cogvideox"][0].pipeline, shift=5.0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_come_back_through_the_pipelines_way_of_decoding(drawn, name):
+    family, _ = drawn[name]
+    frames = 9 if family.kind == "video" else 1
+    pixels = torch.rand(1, 3, frames, 48, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encoded = family.encode(pixels)
+    clean = family.clean(encoded, torch.zeros_like(encoded["latents_mean"]))
+    assert clean.shape[2] == (frames - 1) // 4 + 1
+    config = family.pipeline.vae.config
+    if name == "wan":
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
+        back = clean * std + mean
+    else:
+        back = clean / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0) * (name == "flux")
+    assert torch.allclose(back, encoded["latents_mean"], atol=1e-5)
+    moved = family.clean(encoded, torch.ones_like(clean))
+    assert name == "flux" or not torch.allclose(
+        moved, clean, atol=1e-3
+    )  # a posterior with a width (that VAE's has none)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_size_rules(drawn, name):
+    family, _ = drawn[name]
+    assert family.size_multiple == {"flux": 2, "wan": 16, "cogvideox": 16, "cogview4": 16}[name]
+    assert family.frame_rule == ((4, 1) if family.kind == "video" else (1, 0))
+
+
+def test_captions_of_cogview4_have_one_length(drawn):
+    family, _ = drawn["cogview4"]
+    with pytest.raises(TrainingError, match="prepare_captions"):
+        family_of(family.pipeline).encode_text(["a"])
+    family.prepare_captions(["a", "a much longer caption"])
+    short, long = (family.encode_text([each])["prompt_embeds"] for each in ("a", "a much longer caption"))
+    assert short.shape == long.shape
+    together, _ = family.pipeline.encode_prompt(
+        ["a", "a much longer caption"], do_classifier_free_guidance=False, max_sequence_length=16
+    )
+    family.prepare_captions(["a cat"])
+    assert short.shape[1] % 16 == 0 and together.shape[1] == short.shape[1]
+    assert torch.allclose(torch.cat([short, long]), together, atol=1e-5)
+
+
+def test_v_prediction_is_the_weighted_error_of_the_clean_sample():
+    alphas = torch.linspace(0.99, 0.01, 10)
+    objective = VPrediction(alphas)
+    clean, noise, wrong = (torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    level = objective.level(torch.tensor([0.05, 0.95]), 1)
+    assert level.timestep.tolist() == [0, 9]
+    noisy = objective.noisy(clean, noise, level)
+    alpha = alphas[level.timestep].view(-1, 1, 1, 1, 1)
+    predicted = alpha.sqrt() * noisy - (1 - alpha).sqrt() * wrong
+    expected = ((predicted - clean) ** 2 / (1 - alpha)).flatten(1).mean(1)
+    assert torch.allclose(objective.loss(wrong, clean, noise, level), expected, rtol=1e-4)
+
+
+def test_rectified_flow():
+    objective = RectifiedFlow(lambda tokens: 1.0)
+    clean, noise = torch.zeros(2, 1, 1, 1, 1), torch.ones(2, 1, 1, 1, 1)
+    level = objective.level(torch.tensor([0.25, 1.0]), 1)
+    assert objective.noisy(clean, noise, level).flatten().tolist() == [0.25, 1.0]
+    assert objective.loss(noise - clean, clean, noise, level).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode"])
+def test_draws_belong_to_positions_not_to_processes(sampling):
+    whole = SampleRandomness(0, 3, range(4))
+    halves = [SampleRandomness(0, 3, range(2)), SampleRandomness(0, 3, range(2, 4))]
+    u = sample_u(sampling, whole.generators("level"))
+    assert u.equal(torch.cat([sample_u(sampling, half.generators("level")) for half in halves]))
+    assert len(set(u.tolist())) == 4 and 0 <= u.min() and u.max() <= 1
+    assert whole.normal("noise", [5]).equal(torch.cat([half.normal("noise", [5]) for half in halves]))
+    assert not whole.normal("noise", [5]).equal(whole.normal("posterior", [5]))
+    assert not whole.normal("noise", [5]).equal(SampleRandomness(0, 4, range(4)).normal("noise", [5]))
+    with pytest.raises(TrainingError, match="timestep_sampling='often'"):
+        sample_u("often", whole.generators("level"))
+
+
+def test_a_model_that_is_not_known():
+    class Unknown:
+        transformer = torch.nn.Linear(1, 1)
+
+    with pytest.raises(TrainingError, match="class Linear, and training is known for.*WanTransformer3DModel"):
+        family_of(Unknown())

@@ -1,0 +1,84 @@
+"""One process, two that share each sequence by a ring or by Ulysses, and two times two, train alike."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import load_file
+
+from .runs import SETTINGS, train_all, train_sharded
+from .worlds import World
+
+FAMILIES = list(SETTINGS)
+ONE = {"batch_size": 2}
+SPLIT = {
+    "ring": {"batch_size": 2, "cp_degree": 2, "ring_degree": 2, "rotate_method": "alltoall"},
+    "ulysses": {"batch_size": 2, "ulysses_degree": 2},
+    "dp x cp": {"batch_size": 1, "cp_degree": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(run_worlds, settings_of):
+    """The steps of every family, on one process and on several: the same four examples in each step."""
+
+    def job(size, several, **more):
+        return World(size, train_all, {"several": [settings_of(name, **several, **more) for name in FAMILIES]})
+
+    alone = job(1, ONE, checkpoint_every=5, checkpoints_kept=0)
+    first = run_worlds(alone, job(2, SPLIT["ring"]))
+    halfway = [f"{settings['output_dir']}/checkpoints/step-00000005" for settings in alone.arguments["several"]]
+    resumed = [settings_of(name, **SPLIT["ring"], resume=path) for name, path in zip(FAMILIES, halfway)]
+    second = run_worlds(job(2, SPLIT["ulysses"]), World(2, train_all, {"several": resumed}))
+    third = run_worlds(job(4, SPLIT["dp x cp"]))
+    sharded = settings_of("cogview4", batch_size=1, resume=halfway[-1])
+    arguments = {"settings": sharded, "block": "CogView4TransformerBlock", "cp_degree": 2}
+    [fourth] = run_worlds(World(4, train_sharded, arguments))
+    answers = dict(zip(["one", "ring", "ulysses", "resumed", "dp x cp"], [*first, *second, *third]))
+    found = {name: [dict(zip(FAMILIES, of_rank)) for of_rank in ranks] for name, ranks in answers.items()}
+    return {**found, "sharded": fourth}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split", list(SPLIT))
+def test_loss_and_gradient_norm_are_those_of_one_process(runs, family, split):
+    expected = runs["one"][0][family]["steps"]
+    assert len(expected) == 10
+    assert len({step["loss"] for step in expected}) == 10
+    for of_rank in runs[split]:
+        for ours, theirs in zip(of_rank[family]["steps"], expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_one_process_goes_on_on_two(runs, family):
+    expected = runs["one"][0][family]["steps"][5:]
+    for ours, theirs in zip(runs["resumed"][0][family]["steps"], expected, strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
+        assert ours["learning rate"] == theirs["learning rate"]
+
+
+def test_a_checkpoint_of_one_process_goes_on_sharded_over_four(runs):
+    """FSDP2, two times two, with what was saved by one process."""
+    expected = runs["one"][0]["cogview4"]
+    for of_rank in runs["sharded"]:
+        assert "on 2 of 4 ranks" in of_rank["report"]
+        for ours, theirs in zip(of_rank["steps"], expected["steps"][5:], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
+    saved, alone = (load_file(each["path"]) for each in (runs["sharded"][0], expected))
+    assert saved.keys() == alone.keys()
+    assert all(saved[name].allclose(alone[name], atol=1e-4) for name in alone)
+
+
+def test_it_was_split_as_asked(runs):
+    for name, words in {
+        "ring": "a ring (alltoall) of 2",
+        "ulysses": "Ulysses over 2",
+        "dp x cp": "on 2 of 4 ranks",
+    }.items():
+        for family in FAMILIES:
+            assert words in runs[name][0][family]["report"]
+    assert runs["one"][0]["flux"]["report"] is None

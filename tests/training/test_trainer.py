@@ -1,0 +1,180 @@
+"""What a run leaves behind, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_attn.training import TrainConfig, Trainer, TrainingError
+from diffusers_attn.training.data.errors import TrainingDataError
+
+from .runs import train
+from .worlds import World
+
+
+@pytest.fixture(autouse=True)
+def _afterwards():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def test_all_that_a_run_leaves(settings_of, tmp_path, capfd):
+    settings = settings_of(
+        "wan",
+        steps=4,
+        batch_size=1,
+        ema_decay=0.5,
+        checkpoint_every=2,
+        validation_prompts=["a cat", "number 1"],
+        validation_every=2,
+        validation_steps=2,
+        evaluation_every=2,
+    )
+    told = []
+    trainer = Trainer(TrainConfig(**settings), on_step=lambda step, numbers: told.append((step, numbers)))
+    path = trainer.run()
+    output = Path(settings["output_dir"])
+    assert [step for step, _ in told] == [1, 2, 3, 4]
+    assert [numbers["learning rate"] for _, numbers in told] == [0.0, 5e-4, 1e-3, 1e-3]
+    said = capfd.readouterr().err
+    assert "tok/s" in said and "evaluation loss" in said and "GB" in said
+
+    averaged, last = load_file(path), load_file(output / "not_averaged" / path.name)
+    assert path == output / "pytorch_lora_weights.safetensors"
+    assert averaged.keys() == last.keys() and not all(averaged[name].equal(last[name]) for name in last)
+    kept = load_file(output / "checkpoints" / "step-00000004" / "adapter.safetensors")
+    assert sum(each.numel() for each in kept.values()) == sum(each.numel() for each in last.values())
+
+    card = (output / "README.md").read_text()
+    assert "text-to-video" in card and 'pipe.load_lora_weights("' in card and "samples/last/00-a-cat.gif" in card
+    for folder in ("step-00000002", "last"):
+        samples = sorted((output / "samples" / folder).iterdir())
+        assert [each.name for each in samples] == ["00-a-cat.gif", "01-number-1.gif"]
+        assert [Image.open(each).n_frames for each in samples] == [9, 9]
+    assert not list(output.rglob("*unfinished*"))
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    with pytest.raises(TrainingError, match="output_dir=.*--resume latest"):
+        Trainer(TrainConfig(**settings))
+
+
+@pytest.mark.parametrize("adapter", ["dora", "lokr"])
+def test_other_adapters(settings_of, adapter):
+    init = {"adapter_init": "default"} if adapter == "lokr" else {}
+    result = train(settings_of("cogview4", steps=2, adapter=adapter, lr_warmup_steps=0, **init))
+    assert len({step["loss"] for step in result["steps"]}) == 2
+    assert Path(result["path"]).is_file()
+
+
+@pytest.mark.parametrize("name", ["flux", "cogvideox", "wan", "cogview4"])
+def test_a_base_in_bfloat16(settings_of, name):
+    settings = settings_of(name, steps=2, mixed_precision="bf16", gradient_accumulation_steps=1, lr_warmup_steps=0)
+    drawing = {"validation_prompts": ["a cat"], "validation_steps": 1, "cache_dir": f"{settings['output_dir']}/cache"}
+    trainer = Trainer(TrainConfig(**{**settings, **drawing}))
+    weights = load_file(trainer.run())
+    dtypes = {each.requires_grad: each.dtype for each in trainer.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert {each.dtype for each in weights.values()} == {torch.float32}
+    assert len(list(Path(settings["output_dir"], "samples", "last").iterdir())) == 1
+
+
+def test_the_loss_goes_down(settings_of):
+    settings = settings_of("cogview4", steps=60, batch_size=4, gradient_accumulation_steps=1, caption_dropout=0.0)
+    steps = train({**settings, "learning_rate": 1e-2, "rank": 16})["steps"]
+    first, last = (sum(step["loss"] for step in part) / 10 for part in (steps[:10], steps[-10:]))
+    assert last < 0.8 * first
+
+
+def test_bad_data_is_named(settings_of, tmp_path):
+    settings = settings_of("cogview4", steps=1)
+    data = shutil.copytree(settings["data"], tmp_path / "data")
+    (data / "0.png").write_bytes((data / "0.png").read_bytes()[:50])
+    (data / "1.txt").unlink()
+    (data / "lonely.txt").write_text("no picture")
+    settings |= {"data": str(data)}
+    with pytest.raises(TrainingDataError) as refused:
+        train(settings)
+    assert {"0.png", "1.png", "lonely.txt"} <= {problem.name for problem in refused.value.problems}
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    assert len(train({**settings, "on_bad_data": "skip"})["steps"]) == 1
+
+
+def test_a_checkpoint_of_other_settings(settings_of):
+    settings = settings_of("cogview4", steps=1)
+    train(settings)
+    for others, error, message in (
+        ({"rank": 8}, TrainingError, r"and here it is \[8, "),
+        ({"targets": ["to_q"]}, TrainingError, "another adapter"),
+        ({"ema_decay": 0.9}, TrainingError, "no average"),
+        ({"seed": 1}, TrainingDataError, "seed"),
+    ):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        with pytest.raises(error, match=message):
+            train({**settings, "steps": 2, "resume": "latest", **others})
+
+
+def _one_fails(settings):
+    """The first process cannot save: there is a file where its folder would be."""
+    if os.environ["RANK"] == "0":
+        Path(settings["output_dir"]).mkdir()
+        Path(settings["output_dir"], "checkpoints").write_text("")
+    with pytest.raises((OSError, RuntimeError)) as failed:
+        train(settings)
+    return str(failed.value)
+
+
+def test_a_failure_of_one_process_ends_all(run_worlds, settings_of):
+    settings = settings_of("cogview4", steps=1, cp_degree=2)
+    [[first, second]] = run_worlds(World(2, _one_fails, {"settings": settings}))
+    assert "File exists" in first and "saving a checkpoint failed on another process" in second
+
+
+def test_the_command_line():
+    parsed = TrainConfig.from_arguments(
+        ["--model", "m", "--data", "d", "--resolution", "256", "512", "--no-gradient_checkpointing", "--rank", "8"]
+    )
+    assert (parsed.resolution, parsed.gradient_checkpointing, parsed.rank, parsed.ema_decay) == (
+        [256, 512],
+        False,
+        8,
+        None,
+    )
+    assert json.dumps(parsed.as_dict())
+    assert parsed == TrainConfig(model="m", data="d", resolution=[256, 512], gradient_checkpointing=False, rank=8)
+    for arguments, message in (
+        (["--data", "d"], "required: --model"),
+        (["--model", "m", "--data", "d", "--rank", "0"], "--rank=0: a whole number from 1"),
+        (["--model", "m", "--data", "d", "--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--model", "m", "--data", "d", "--ranks", "2"], "unrecognized arguments: --ranks"),
+    ):
+        said = io.StringIO()
+        with pytest.raises(SystemExit), contextlib.redirect_stderr(said):
+            TrainConfig.from_arguments(arguments)
+        assert message in said.getvalue()
+    assert "processes and attention:" in TrainConfig.parser().format_help()
+
+
+def test_adapter_dropout_needs_no_state(settings_of):
+    """It draws from the global generator, which is seeded for every forward."""
+    settings = {"steps": 4, "adapter_dropout": 0.5, "checkpoint_every": 2}
+    whole = train(settings_of("cogview4", **settings))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    checkpoint = Path(whole["path"]).parent / "checkpoints" / "step-00000002"
+    torch.rand(7)
+    resumed = train(settings_of("cogview4", **settings, resume=str(checkpoint)))
+    assert resumed["steps"] == whole["steps"][2:]
