@@ -127,6 +127,15 @@ def speed_tables() -> str:
     )
 
 
+def strategy_tables() -> str:
+    """One section for each recorded run of benchmarks/context_parallel.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import context_parallel
+
+    runs = sorted(RESULTS.glob("context_parallel-*.json"))
+    return "\n".join(context_parallel.markdown(json.loads(path.read_text())) for path in runs).rstrip()
+
+
 def models_table(package: str) -> str:
     """Of the models in diffusers.models.`package`. Runs all of the tests' tiny models: half a minute."""
     import models_page
@@ -145,6 +154,7 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 SECTIONS = {
     "README.md": {"providers": readme_table},
+    "docs/context_parallel.md": {"strategies": strategy_tables},
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
     },

@@ -77,7 +77,7 @@ def test_ranks_without_work_take_part(pool, case, backend):
 
 
 def constraint(meshes):
-    """What Inductor is told of the layout of what it sends, once it has compiled an exchange; and whether gaps are on."""
+    """What Inductor is told of the layout of what is sent, once an exchange was compiled; and whether gaps are on."""
     from torch._inductor import config, lowering
 
     group = meshes(2, 1).ring

@@ -223,7 +223,7 @@ MESSAGES = {
     "no such provider": "there is no attention provider 'lightning'",
     "no such option": "provider 'native' has no option 'deterministic'",
     "no such argument": "ulises_degree=2 is neither an argument of enable_context_parallel nor",
-    "no plan": "no context-parallel plan is registered for ControlNetModel",
+    "no plan": "ControlNetModel has no context-parallel plan. Its convolutions, ",
     "a plan that does not fit": "the plan names argument 'nothing' of 'blocks.0'",
     "a mesh of one": "the mesh has one rank",
     "no mesh": "mesh is a ContextParallelMesh; a torch DeviceMesh is accepted",

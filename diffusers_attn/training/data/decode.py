@@ -140,7 +140,7 @@ def video_decoder() -> str:
     """
     try:
         # It raises others than ImportError where it is installed and FFmpeg's libraries are not.
-        _torchcodec()
+        _load_torchcodec()
         return "torchcodec"
     except Exception as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -170,6 +170,17 @@ def _pil() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingDecoderError(f"{HOW_TO_INSTALL_PIL} ({error})") from error
     return Image, ImageOps
+
+
+def _load_torchcodec() -> None:
+    """Raises RuntimeError where it can be imported but not used: some versions look for FFmpeg only when they decode."""
+    try:
+        _torchcodec()(b"")
+    except RuntimeError as error:
+        if "libtorchcodec" in str(error):
+            raise
+    except ValueError:
+        pass  # no video in no bytes
 
 
 def _torchcodec() -> Any:
