@@ -222,7 +222,9 @@ def agrees(model, case, moment, bound, routed):
     """Outputs, processors and calls are those of `moment`, and all calls of the modules in `bound` go through us."""
     routed.clear()
     assert relative_change(run(model, case), moment.outputs) < 1e-6
-    assert len(routed) == sum(name in bound for name in moment.calls)
+    # Mochi's own processor attends once for each sample, ours once for all.
+    calls = sorted(set(moment.calls)) if case.name == "mochi" else moment.calls
+    assert len(routed) == sum(name in bound for name in calls)
     modules = attention_modules(model)
     assert [module.processor for module in modules] == [cls.__name__ for cls in moment.processors]
     for module in modules:
