@@ -42,7 +42,8 @@ class SageAttention(Adapter):
 
     @classmethod
     def extension(cls, device: torch.device) -> str | None:
-        return cls.extensions.get(torch.cuda.get_device_capability(device), cls.extensions.get(None))
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return cls.extensions.get(capability, cls.extensions.get(None))
 
     @classmethod
     def check_device(cls, device: torch.device) -> str | None:

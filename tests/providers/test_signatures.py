@@ -125,6 +125,28 @@ def test_sage(adapter, mask, monkeypatch):
         assert torch.allclose(lse, expected_lse.transpose(1, 2))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_sage_is_given_keys_for_a_whole_tile(is_causal, monkeypatch):
+    """Of fewer, the fp16 CUDA kernel reads what another kernel left behind."""
+    module = packages.install("sageattention 2.2.0", monkeypatch)
+    real = getattr(module.sageattention, module.Fp16Cuda.kernel)
+    lengths = []
+
+    def recorded(query, key, value, **rest):
+        lengths.append(key.shape[1])
+        return real(query, key, value, **rest)
+
+    monkeypatch.setattr(module.sageattention, module.Fp16Cuda.kernel, recorded)
+    query, key, value = make()
+    query = key.flip(1) if is_causal else query
+    params = Params(MaskKind.NONE, is_causal, 0.11, False, 0.0, False, "cuda", ())
+    out, lse = module.Fp16Cuda.forward(query, key, value, None, params)
+    expected, expected_lse = reference.attention(*heads_first(query, key, value), None, is_causal, scale=0.11)
+    assert torch.allclose(*heads_first(out), expected)
+    assert torch.allclose(lse, expected_lse.transpose(1, 2))
+    assert min(lengths) >= module.TILE
+
+
 def test_sage_clears_rows_without_keys(monkeypatch):
     module = packages.install("sageattention 2.2.0", monkeypatch)
     mask = MASKS["no key"]
