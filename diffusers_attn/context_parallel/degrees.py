@@ -1,6 +1,7 @@
 """Which strategy a job is given where its user names none: rules, read from the top, with a reason each.
 
-Pure: facts in, degrees out. What a rule says about speed was measured (docs/context_parallel.md) or says that it was not.
+Pure: facts in, degrees out. What a rule says about speed was measured (docs/context_parallel.md), or it says that it
+was not.
 """
 
 from __future__ import annotations

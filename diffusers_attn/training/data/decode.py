@@ -173,7 +173,7 @@ def _pil() -> tuple[Any, Any]:
 
 
 def _load_torchcodec() -> None:
-    """Raises RuntimeError where it can be imported but not used: some versions look for FFmpeg only when they decode."""
+    """Raises RuntimeError where it can be imported but not used: some look for FFmpeg only when they decode."""
     try:
         _torchcodec()(b"")
     except RuntimeError as error:
