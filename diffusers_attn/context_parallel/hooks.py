@@ -51,6 +51,10 @@ class _Entry:
         self.spec = spec
         self.streams = streams
         self.handles: list[RemovableHandle] = []
+        # Blocks, and attention modules as a whole, are not what adapters take the place of; and there are many.
+        self._is_followed = bool(path) and (
+            "*" not in path or not (path.endswith("*") or spec is None or isinstance(spec, CPAttention))
+        )
         self._find(modules)
 
     def _find(self, modules: list[nn.Module]) -> None:
@@ -68,7 +72,7 @@ class _Entry:
 
     def refresh(self, model: nn.Module) -> None:
         """Follows a module that was replaced, as adapters (LoRA) do when they are added and unloaded."""
-        if self.path and "*" not in self.path:
+        if self._is_followed:
             modules = list(_submodules(model, self.path))
             if any(_original(now) is not _original(then()) for now, then in zip(modules, self.modules)):
                 self.remove()

@@ -54,11 +54,6 @@ UNCOVERED: dict[str, Uncovered] = {
         "so that rows and columns would have to be split at once.",
         _BATCH,
     ),
-    "SanaVideoTransformer3DModel": Uncovered(
-        "Its self-attention is linear, a sum over the whole video, and its feed-forward convolves neighbouring pixels "
-        "and frames, which lie on several ranks.",
-        _BATCH,
-    ),
     "SanaWMTransformer3DModel": Uncovered(
         "Most of its layers are recurrent, frame after frame, the others compute attention outside of any processor, "
         "and all convolve neighbouring pixels.",

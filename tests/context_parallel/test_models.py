@@ -31,13 +31,13 @@ def test_with_gradient_checkpointing(pool):
     check(pool, "gather 2", models=dict.fromkeys(names), checkpointing=True)
 
 
-def with_lora(meshes, target):
+def with_lora(meshes, name, targets):
     """Relative errors of a model to which LoRA is added after its plan was applied, and from which it is unloaded."""
     import peft
 
-    adapter = peft.LoraConfig(r=4, target_modules=["to_q", "to_out.0", target], init_lora_weights=False)
+    adapter = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     errors = []
-    models = [build("flux") for _ in range(2)]
+    models = [build(name) for _ in range(2)]
     streams = apply_context_parallel(models[1], meshes(2, 1))
     for change in ("add", "unload"):
         results = []
@@ -46,7 +46,7 @@ def with_lora(meshes, target):
             model.add_adapter(adapter) if change == "add" else model.unload_lora()
             model.requires_grad_()
             with attention_over_ranks() if model is models[1] else contextlib.nullcontext():
-                results.append(run(model, inputs("flux")))
+                results.append(run(model, inputs(name)))
         (expected, expected_grad), (found, grad) = results
         grad = gather(grad[None], Shards.contiguous(2, 2), 0, streams.mesh).mean(dim=0)
         errors += [((found - expected).norm() / expected.norm()).item()]
@@ -54,8 +54,12 @@ def with_lora(meshes, target):
     return errors
 
 
-def test_with_lora_added_and_unloaded_after(pool):
-    for errors in pool.run(2, with_lora, target="proj_out"):
+# Modules that are gathered, and that are given their neighbours' edges.
+@pytest.mark.parametrize(
+    ("name", "targets"), [("flux", ["to_q", "to_out.0", "proj_out"]), ("sana_video", ["to_k", "to_out.0", "conv_temp"])]
+)
+def test_with_lora_added_and_unloaded_after(pool, name, targets):
+    for errors in pool.run(2, with_lora, name=name, targets=targets):
         assert max(errors) < 1e-10
 
 

@@ -1,4 +1,4 @@
-"""Models of videos for which diffusers ships no plan; and Sana."""
+"""Models of videos for which diffusers ships no plan; and Sana, the picture's."""
 
 import torch
 
@@ -42,6 +42,8 @@ MODELS = {
     "sana": None,
     "sana, control": None,
     "sana_sprint": None,
+    "sana_video": None,
+    "sana_video, first frame given": None,
     "sana_wm_refiner": None,
     "sana_wm_refiner, rotated by heads": None,
 }
@@ -96,6 +98,14 @@ def control(inputs, draw):
     inputs["controlnet_block_samples"] = (draw.normal(BATCH, GRID[0] * GRID[1], 32),)
 
 
+def first_frame_given(inputs, draw):
+    """As the pipeline says that it has no noise: a time for every token. And control."""
+    noise = torch.ones(BATCH, 1, FRAMES, *GRID)
+    noise[:, :, 0] = 0
+    inputs["timestep"] = draw.steps()[:, None, None, None, None] * noise
+    inputs["controlnet_block_samples"] = (draw.normal(BATCH, VIDEO_TOKENS, 64),)
+
+
 def rotated_by_heads(inputs, draw):
     inputs["video_rotary_emb"] = tuple(
         part.reshape(VIDEO_TOKENS, 4, 8).transpose(0, 1).repeat(BATCH, 1, 1, 1)
@@ -118,5 +128,6 @@ VARIANTS = {
     "allegro, rotated and masked": ({}, rotated_and_masked),
     "kandinsky6, silent": ({}, silent),
     "sana, control": ({}, control),
+    "sana_video, first frame given": ({}, first_frame_given),
     "sana_wm_refiner, rotated by heads": ({"rope_type": "split"}, rotated_by_heads),
 }
