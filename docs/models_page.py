@@ -26,7 +26,7 @@ from diffusers_attn.processors import attention_modules, doors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.context_parallel.model_cases import FAMILIES as CASES_OF_PLANS
+from tests.context_parallel.model_cases import COMPARED as CASES_OF_PLANS
 from tests.zoo import CASES
 
 KINDS = {

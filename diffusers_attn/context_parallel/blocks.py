@@ -13,7 +13,7 @@ from .exchange import after
 from .kernel import Kernel
 from .merge import merge
 from .mesh import Group
-from .sharding import Run, Shards, take
+from .sharding import Run, Shards, in_blocks, take
 from .transport import COLLECTIVE
 
 Block = list[Tensor]
@@ -55,7 +55,8 @@ class BlockAttention(NamedTuple):
         Args:
             query: `[batch, query_len, heads, head_dim]`.
             block: the keys that are at hand, and `runs`, where they are in the whole sequence.
-            rows: mask of this rank's queries and all keys, `[batch | 1, heads | 1, query_len, all keys]`.
+            rows: mask of this rank's queries and all keys, `[batch | 1, heads | 1, query_len, all keys]`; or of their
+                blocks, as large as the kernel's.
         """
         plan = self._tiles(runs)
         mask = self._mask(block, rows, runs)
@@ -122,7 +123,7 @@ class BlockAttention(NamedTuple):
     def _mask(self, block: Block, rows: Tensor | None, runs: tuple[Run, ...]) -> Tensor | None:
         """What these keys' mask is: `[batch | 1, heads | 1, query_len | 1, keys at hand]`."""
         if rows is not None:
-            return take(rows, runs, dim=-1)
+            return take(rows, in_blocks(runs, self.kernel.block), dim=-1)
         return block[2].transpose(0, 1)[:, None, None, :] if len(block) == 3 else None
 
 

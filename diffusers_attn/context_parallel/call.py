@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import AttentionProviderError
 from .mesh import ContextParallelMesh
-from .sharded_masks import KeyMask, OuterMask, RowMask, ShardedMask, sharded_mask
+from .sharded_masks import BlockRowMask, KeyMask, OuterMask, RowMask, ShardedMask, sharded_mask
 from .sharding import take
 from .stand_ins import Kept
 from .streams import SplitCall, Streams
@@ -69,7 +69,10 @@ def split_attention(
         prefix = 0 if role.prefix is None else call.keys.total - streams.shards(key_names).total
         kept = streams.kept(query_names), streams.kept(key_names, prefix)
     mask = None if attn_mask is None else _mask(attn_mask, call, streams, *kept)
-    if not call.in_order and (is_causal or (attn_mask is not None and attn_mask.shape[-1] == call.keys.total)):
+    of_all_keys = isinstance(attn_mask, BlockRowMask) or (
+        attn_mask is not None and attn_mask.shape[-1] == call.keys.total
+    )
+    if not call.in_order and (is_causal or of_all_keys):
         raise AttentionProviderError(
             "several streams are joined in this call, and causality or a mask over all of them needs their order. Give "
             'it in the plan: "path.of.the.attention": CPAttention(("text", "image")).'
@@ -98,7 +101,7 @@ def _without(tensor: Tensor, kept: Kept | None, dim: int) -> Tensor:
 
 
 def _check_tensor(mask: Any) -> None:
-    if mask is not None and not isinstance(mask, Tensor):
+    if mask is not None and not isinstance(mask, (Tensor, BlockRowMask)):
         raise AttentionProviderError(
             f"attn_mask is a {type(mask).__name__}; over several ranks a torch.Tensor is accepted. A BlockMask counts "
             "positions of the whole sequence: run this model on one device, or give it a processor that makes none."
@@ -106,6 +109,8 @@ def _check_tensor(mask: Any) -> None:
 
 
 def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None, key_kept: Kept | None) -> ShardedMask:
+    if isinstance(mask, BlockRowMask):
+        return mask
     while mask.ndim < 4:
         mask = mask.unsqueeze(0)
     for dim in (1, 2):

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..cp_plans.plan import (
     CPAbsent,
     CPAttention,
+    CPBlocks,
     CPInput,
     CPLength,
     CPLogBase,
@@ -250,7 +251,7 @@ def _not_understood(path: str, spec: object) -> AttentionProviderError:
     )
 
 
-_INPUTS = (CPInput, CPWhole, CPStore, CPLength, CPLogBase, CPAbsent, CPPresent)
+_INPUTS = (CPInput, CPWhole, CPStore, CPLength, CPLogBase, CPBlocks, CPAbsent, CPPresent)
 
 
 def _words(spec: Any) -> list[Any]:
@@ -302,6 +303,9 @@ class _Hook:
                 f"this forward was given {what}={_describe(value)}, which its context-parallel plan cannot serve: "
                 f"{spec.reason}"
             )
+        if isinstance(spec, CPBlocks):
+            self.streams.keep_blocks(spec.stream, spec.size)
+            return value
         if isinstance(spec, CPLength) and (spec.of is not None or isinstance(value, int)):
             length = self.streams.shard_length(spec.stream, value if spec.of is None else spec.of(value))
             return length if spec.of is None else value
@@ -451,6 +455,8 @@ class _EnterAttention:
         self.role = role
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.role is not None and self.streams.splits_blocks(self.role.key):
+            _check_bound(module)
         self.streams.enter(self.role)
 
 
@@ -460,6 +466,16 @@ class _LeaveAttention:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.streams.leave()
+
+
+def _check_bound(module: Any) -> None:
+    """Raises AttentionProviderError where attention goes by blocks of what is split, in diffusers' own processor."""
+    if not hasattr(module.processor, "choice"):
+        raise AttentionProviderError(
+            f"{type(module).__name__} attends by blocks that it chooses from all tokens, and its processor, "
+            f"{type(module.processor).__name__}, knows of this rank's alone. Bind it to a provider, which gives it one "
+            'that asks the other ranks: model.set_attn_processor(DispatchProcessor("flex")).'
+        )
 
 
 def _like(value: Any, items: list[Any]) -> Any:

@@ -18,7 +18,9 @@ from .. import masks
 from ..masks import MaskKind
 from ..providers import lowering, registry, speeds
 from ..providers.base import Params
+from ..providers.catalog import SPECS
 from ..providers.decision import Call, Plan, decide
+from .block_masks import block_mask
 from .exchange import after
 
 
@@ -30,6 +32,8 @@ class Kernel(NamedTuple):
     scale: float | None = None
     """of the scores; None is `head_dim ** -0.5`."""
     needs_grad: bool = False
+    block: int = 1
+    """tokens, of queries as of keys, that an entry of a mask stands for."""
 
     def check(
         self, query: Tensor, key: Tensor, value: Tensor, mask_kind: MaskKind, is_causal: bool, partial: bool
@@ -49,7 +53,7 @@ class Kernel(NamedTuple):
             # A product, so that gradients flow here as they do on ranks that have something to compute.
             sums = query.sum(dim=-1, keepdim=True) * key.sum(dim=(1, 2, 3), keepdim=True)
             return after(sums * value.sum(dim=(1, 2), keepdim=True) * 0.0, mask)
-        kind, mask = self._classify(query, key, mask)
+        kind, mask = self._classify(query, key, self._by_token(mask))
         plan = self._plan(query, key, value, kind, is_causal, _compare(query, key), False)
         params = self._params(query, key, plan, is_causal)
         adapter = registry.ADAPTERS[plan.provider]
@@ -113,11 +117,26 @@ class Kernel(NamedTuple):
     def _lower(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
     ) -> tuple[Plan, Tensor | None, Params]:
-        kind, mask = self._classify(query, key, mask)
+        kind, mask = self._classify(query, key, self._by_token(mask))
         plan = self._plan(query, key, value, kind, is_causal, _compare(query, key), True)
         if plan.causal == "mask":
             mask, is_causal = masks.and_causal(mask, query.shape[1], key.shape[1]), False
         return plan, mask, self._params(query, key, plan, is_causal)
+
+    @property
+    def block_kind(self) -> MaskKind:
+        """As what this provider is given a mask by blocks. "auto" finds who takes it as what it is: token by token, a
+        sequence that is worth choosing blocks of would need more memory than there is."""
+        by_block = self.provider == "auto" or MaskKind.BLOCK in SPECS[self.provider].capabilities.masks
+        return MaskKind.BLOCK if by_block else MaskKind.DENSE
+
+    def _by_token(self, mask: Tensor | None) -> Any:
+        """A mask by blocks as this provider takes it; any other as it is."""
+        if mask is None or self.block == 1:
+            return mask
+        if self.block_kind == MaskKind.BLOCK:
+            return block_mask(mask, self.block)
+        return mask.repeat_interleave(self.block, dim=-2).repeat_interleave(self.block, dim=-1)
 
     def _classify(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[MaskKind, Any]:
         return masks.classify(mask, query.shape[0], query.shape[2], query.shape[1], key.shape[1])

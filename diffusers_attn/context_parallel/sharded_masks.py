@@ -27,6 +27,16 @@ class RowMask(NamedTuple):
     values: Tensor
 
 
+class BlockRowMask(NamedTuple):
+    """Rows by blocks: which blocks of the keys of all ranks each block of this rank's queries sees, in the order of the
+    sequence: `[batch | 1, heads | 1, this rank's blocks of queries, all blocks of keys]`, bool. Every rank holds whole
+    blocks. A provider that takes a `BlockMask` is given one; others, the same mask for every token."""
+
+    values: Tensor
+    block: int
+    """tokens of a block, of queries as of keys."""
+
+
 class OuterMask(NamedTuple):
     """What queries and keys say separately, both split like their tokens: `[batch | 1, this rank's queries]` and
     `[batch | 1, this rank's keys]`. Bool: a pair takes part where both do. Floating: their product is added."""
@@ -35,7 +45,7 @@ class OuterMask(NamedTuple):
     key: Tensor
 
 
-ShardedMask = KeyMask | RowMask | OuterMask
+ShardedMask = KeyMask | RowMask | BlockRowMask | OuterMask
 
 
 def sharded_mask(mask: Tensor, query_shards: Shards, key_shards: Shards, rank: int) -> KeyMask | RowMask:

@@ -28,9 +28,11 @@ class Shards(NamedTuple):
     runs: tuple[tuple[Run, ...], ...]
 
     @staticmethod
-    def contiguous(length: int, ranks: int) -> Shards:
-        """The sequence in order; where it does not divide, the first ranks have one token more."""
-        return Shards(tuple((run,) for run in _cut(length, ranks)))
+    def contiguous(length: int, ranks: int, block: int = 1) -> Shards:
+        """The sequence in order; where it does not divide, the first ranks have one token more. With a `block`, of
+        which `length` is a multiple, so many tokens more."""
+        runs = _cut(length // block, ranks)
+        return Shards(tuple(((start * block, size * block),) for start, size in runs))
 
     @staticmethod
     def zigzag(length: int, ranks: int) -> Shards:
@@ -65,6 +67,10 @@ class Shards(NamedTuple):
         starts = range(0, len(self.runs), neighbours)
         return Shards(tuple(sum(self.runs[start : start + neighbours], ()) for start in starts))
 
+    def in_blocks(self, block: int) -> Shards:
+        """The same, counted in blocks of so many tokens, which all runs must begin and end with."""
+        return Shards(tuple(in_blocks(runs, block) for runs in self.runs))
+
     def sorted(self) -> Shards:
         """The same tokens on every rank, in the order of the sequence."""
         return Shards(tuple(tuple(sorted(runs)) for runs in self.runs))
@@ -77,6 +83,11 @@ class Shards(NamedTuple):
 def _cut(length: int, parts: int) -> list[Run]:
     size, longer = divmod(length, parts)
     return [(part * size + min(part, longer), size + (part < longer)) for part in range(parts)]
+
+
+def in_blocks(runs: tuple[Run, ...], block: int) -> tuple[Run, ...]:
+    """`runs`, which begin and end with blocks of so many tokens, counted in these."""
+    return runs if block == 1 else tuple((start // block, length // block) for start, length in runs)
 
 
 def take(tensor: Tensor, runs: tuple[Run, ...], dim: int) -> Tensor:

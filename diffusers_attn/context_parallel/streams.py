@@ -57,6 +57,8 @@ class Streams:
         self.transport = Transport() if transport is None else transport
         """how keys and values get to the other ranks of a ring, with `rotate_method="allgather"`; and why so."""
         self.lengths: dict[str, int] = {}
+        self.blocks: dict[str, int] = {}
+        """of sequences that are split between blocks only, in the latest forward: how many tokens a block has."""
         self.every_rank: set[str] = set()
         """sequences of which a rank without a token is given a stand-in."""
         self.whole: set[str] = set()
@@ -70,6 +72,7 @@ class Streams:
     def begin(self) -> None:
         """Forgets the sequences of an earlier forward."""
         self.lengths.clear()
+        self.blocks.clear()
         self._calls.clear()
         self.end()
 
@@ -149,9 +152,33 @@ class Streams:
     def shard_length(self, name: str, length: int) -> int:
         """How much of the sequence `name`, which has `length` tokens, this rank's model sees."""
         if self.lengths.get(name) != length:
+            block = self.blocks.get(name, 1)
+            if block > 1 and (length % block or length < block * self.mesh.size):
+                raise AttentionProviderError(
+                    f"'{name}' has {length} tokens, and attention goes by blocks of {block}, of which every one of "
+                    f"{self.mesh.size} ranks needs one. Give the model a size that divides into blocks, or use fewer "
+                    "ranks."
+                )
             self.lengths[name] = length
             self._calls.clear()
         return self._seen((name,))
+
+    def keep_blocks(self, name: str, size: int) -> None:
+        """Has the sequence `name` split between blocks of `size` tokens only.
+
+        Raises:
+            AttentionProviderError: it has been split in another way.
+        """
+        if name in self.lengths and self.blocks.get(name, 1) != size:
+            raise AttentionProviderError(
+                f"'{name}' is to be split between blocks of {size} tokens, and was split before that was said. Give "
+                'CPBlocks for an argument of the model, "", or of a module that runs before.'
+            )
+        self.blocks[name] = size
+
+    def splits_blocks(self, names: tuple[str, ...]) -> bool:
+        """Whether attention goes by blocks of one of these sequences, on more than one rank."""
+        return self.mesh.size > 1 and any(name in self.blocks for name in names)
 
     def log_base(self, name: str, base: float) -> float:
         """The base to which the length of this rank's shard has the logarithm that the sequence's length has to `base`.
@@ -212,10 +239,11 @@ class Streams:
 
     def shards(self, names: tuple[str, ...]) -> Shards:
         """Who holds what of these sequences, joined."""
-        return Shards.joint(*[self._contiguous(self.lengths[name]) for name in names] or [self._contiguous(0)])
+        every = [self._contiguous(self.lengths[name], self.blocks.get(name, 1)) for name in names]
+        return Shards.joint(*every or [self._contiguous(0)])
 
-    def _contiguous(self, length: int) -> Shards:
-        return Shards.contiguous(length, self.mesh.size)
+    def _contiguous(self, length: int, block: int = 1) -> Shards:
+        return Shards.contiguous(length, self.mesh.size, block)
 
     def kept(self, names: tuple[str, ...], prefix: int = 0) -> Kept | None:
         """Which tokens of these sequences, joined as this rank's model sees them, are its own; None for all. Before

@@ -17,8 +17,8 @@ from .kernel import Kernel
 from .kv_gather import kv_gather_attention
 from .mesh import ContextParallelMesh
 from .ring import ring_attention
-from .sharded_masks import KeyMask, OuterMask, RowMask, ShardedMask
-from .sharding import Shards, gather, in_order, out_of_order, take
+from .sharded_masks import BlockRowMask, KeyMask, OuterMask, RowMask, ShardedMask
+from .sharding import Shards, gather, in_blocks, in_order, out_of_order, take
 from .transport import COLLECTIVE
 from .ulysses import ulysses_attention
 
@@ -61,9 +61,16 @@ def parallel_attention(
             for a ring, gives no log-sum-exp. Before anything is sent.
     """
     _check_shapes(query, key, value, mask, mesh, query_shards, key_shards)
+    if is_causal and isinstance(mask, BlockRowMask):
+        raise AttentionProviderError(
+            "is_causal and a mask by blocks together: within a block on the diagonal a query would see some keys only. "
+            "Pass a RowMask that says both."
+        )
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    kernel = Kernel(provider, options, scale, needs_grad)
-    kernel.check(query, key, value, _kind(mask), is_causal, partial=mesh.ring.size > 1)
+    block = mask.block if isinstance(mask, BlockRowMask) else 1
+    kernel = Kernel(provider, options, scale, needs_grad, block)
+    kind = kernel.block_kind if isinstance(mask, BlockRowMask) else _kind(mask)
+    kernel.check(query, key, value, kind, is_causal, partial=mesh.ring.size > 1)
     key_mask, rows, silent = _reduce_mask(mask, mesh, key_shards)
     call = BlockAttention(
         kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32, transport
@@ -89,7 +96,7 @@ def _over_both(
     if key_mask is not None:
         key_mask = _gather_rows(key_mask, 1, key_sizes, mesh)
     if rows is not None:
-        rows = _gather_rows(rows, 2, query_sizes, mesh)
+        rows = _gather_rows(rows, 2, tuple(size // call.kernel.block for size in query_sizes), mesh)
     query_shards, key_shards = call.query_shards.merged(group.size), call.key_shards.merged(group.size)
     query_runs, key_runs = query_shards.runs[mesh.ring.rank], key_shards.runs[mesh.ring.rank]
     # Only causality cares for the order of tokens. In order, the fewest calls serve it; without a ring, a single one.
@@ -123,7 +130,7 @@ def _over_ring(
         return _STRATEGIES[mesh.config.rotate_method](query, key, value, key_mask, rows, call)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if rows is not None:
-        mask = take(rows, call.key_shards.runs[0], dim=-1)
+        mask = take(rows, in_blocks(call.key_shards.runs[0], call.kernel.block), dim=-1)
     return call.kernel.attention(query, key, value, mask, call.is_causal)
 
 
@@ -150,6 +157,8 @@ def _check_shapes(
         wanted += [("mask", mask.values, 1, keys)]
     elif isinstance(mask, RowMask):
         wanted += [("mask", mask.values, 2, queries), ("mask", mask.values, 3, key_shards.total)]
+    elif isinstance(mask, BlockRowMask):
+        _check_blocks(mask, mesh, query_shards, key_shards)
     elif mask is not None:
         wanted += [("query's mask", mask.query, 1, queries), ("key's mask", mask.key, 1, keys)]
     for name, tensor, dim, size in wanted:
@@ -163,10 +172,28 @@ def _check_shapes(
         raise AttentionProviderError(
             f"{query.shape[2]} query heads do not divide into {key.shape[2]} key heads; a multiple is accepted."
         )
-    if any(tensor.requires_grad for tensor in mask or ()) and torch.is_grad_enabled():
+    if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in mask or ()) and torch.is_grad_enabled():
         raise AttentionProviderError(
             "the mask requires a gradient, which no strategy of context parallelism gives. Detach it, or train it on "
             "one device."
+        )
+
+
+def _check_blocks(mask: BlockRowMask, mesh: ContextParallelMesh, query_shards: Shards, key_shards: Shards) -> None:
+    """Raises AttentionProviderError where some rank holds a part of a block, or the mask is not of this rank's."""
+    runs = [run for shards in (query_shards, key_shards) for each in shards.runs for run in each]
+    found, wanted = list(mask.values.shape[2:]), [query_shards.sizes[mesh.rank], key_shards.total]
+    if any(start % mask.block or length % mask.block for start, length in runs):
+        raise AttentionProviderError(
+            f"the mask is of blocks of {mask.block} tokens, and the ranks hold {query_shards.sizes} queries and "
+            f"{key_shards.sizes} keys, which are not whole blocks. Split the sequence between blocks: "
+            f"CPBlocks(stream, {mask.block}) in its plan."
+        )
+    if mask.values.dtype != torch.bool or [size * mask.block for size in found] != wanted:
+        raise AttentionProviderError(
+            f"the mask by blocks of {mask.block} tokens is {mask.values.dtype} {list(mask.values.shape)} on rank "
+            f"{mesh.rank}; accepted is bool [batch, heads, {wanted[0] // mask.block}, {wanted[1] // mask.block}], for "
+            f"this rank's {wanted[0]} queries and all {wanted[1]} keys."
         )
 
 
@@ -189,7 +216,7 @@ def _reduce_mask(
         return None, None, None
     if isinstance(mask, KeyMask):
         return mask.values, None, None
-    if isinstance(mask, RowMask):
+    if isinstance(mask, (RowMask, BlockRowMask)):
         return None, mask.values, None
     if mask.key.dtype == torch.bool:
         return mask.key, None, ~mask.query

@@ -1,16 +1,14 @@
-"""Kandinsky 5: self-attention over the video; cross-attention to text that all ranks have whole: local."""
+"""Kandinsky 5: self-attention over the video; cross-attention to text that all ranks have whole: local.
 
-from .plan import CPAbsent, CPAttention, CPInput, CPOutput, ParamId, Plan
+With `sparse_params` each self-attention chooses which blocks of 64 tokens see each other (NABLA): then ranks have whole
+blocks. `processors/nabla.py` makes each rank's rows of that choice.
+"""
+
+from .plan import CPAttention, CPBlocks, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "Kandinsky5Transformer3DModel": {
-        "": {
-            ParamId("sparse_params"): CPAbsent(
-                "every layer then chooses which blocks of the video see each other from queries and keys pooled over "
-                "all of it, as a BlockMask that none of the strategies takes. Take a model whose attention_type is "
-                "'regular', or run it on one device."
-            )
-        },
+        "": {ParamId("sparse_params"): CPBlocks("video", 64)},
         "text_transformer_blocks.*.self_attention": CPAttention(query=()),
         "visual_transformer_blocks.0": {ParamId("visual_embed"): CPInput(1, 3, stream="video")},
         "visual_transformer_blocks.*": {ParamId("rope"): CPInput(1, stream="video")},

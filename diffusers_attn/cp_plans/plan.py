@@ -130,6 +130,25 @@ class CPLogBase:
 
 
 @dataclasses.dataclass(frozen=True)
+class CPBlocks:
+    """An argument with which a model attends by blocks of so many tokens of a sequence, chosen while it runs: where it
+    is given, the sequence is split between blocks and never within one. The argument itself is left as it is. It
+    belongs to a module that runs before the sequence is split, as the model itself, "".
+
+    Raises:
+        ValueError: a size below one.
+    """
+
+    stream: str
+    size: int
+    """how many tokens a block has. The sequence's length must be a multiple, of at least as many blocks as ranks."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"CPBlocks(size={self.size}): a number of tokens is accepted, from 1.")
+
+
+@dataclasses.dataclass(frozen=True)
 class CPAbsent:
     """An argument that must be None or left out, because with it the model does what no plan of this kind can split.
 
@@ -210,6 +229,7 @@ InputSpec = (
     | CPStore
     | CPLength
     | CPLogBase
+    | CPBlocks
     | CPAbsent
     | CPPresent
     | Sequence["InputSpec | None"]

@@ -37,11 +37,6 @@ UNCOVERED: dict[str, Uncovered] = {
         "and keeps keys of earlier frames in caches that are whole.",
         "Run it on one device, or take AnyFlowTransformer3DModel, which has a plan.",
     ),
-    "Kandinsky6SRTransformer3DModel": Uncovered(
-        "Every block chooses which parts of the picture see each other from queries and keys pooled over the whole of "
-        "it, as a BlockMask that none of the strategies takes.",
-        _BATCH,
-    ),
     "MiniMaxMusic3RVQDepthDecoder": Uncovered(
         "Its sequences have 8 tokens at most, for which any exchange takes longer than what it saves.", f"{_ALIKE}."
     ),

@@ -175,14 +175,6 @@ def test_flux2_is_refused_with_a_cache():
             model(**case.inputs(), kv_cache_mode=mode, num_ref_tokens=3)
 
 
-def test_kandinsky5_is_refused_where_it_is_sparse():
-    case = CASES["kandinsky5"]
-    model = case.build()
-    apply_context_parallel(model, mesh_of(0))
-    with pytest.raises(AttentionProviderError, match="sparse_params=.*attention_type is 'regular'"):
-        model(**case.inputs(), sparse_params={"to_fractal": True})
-
-
 def test_rows_must_be_those_of_this_rank():
     streams = streams_of(1)
     streams.split("video", torch.zeros(7), 0)  # 3, 2, 2

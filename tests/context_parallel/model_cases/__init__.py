@@ -6,7 +6,9 @@ Each module has
     VARIANTS: name -> (changes to the case's configuration, None or a function that changes its drawn inputs).
 """
 
-from . import image_joint, shipped, single, video
+from . import blocks, image_joint, shipped, single, video
 
 FAMILIES = {"shipped": shipped, "image_joint": image_joint, "video": video, "single": single}
+COMPARED = {**FAMILIES, "blocks": blocks}
+"""Also those that are compared in a test of their own."""
 VARIANTS = {name: changes for family in FAMILIES.values() for name, changes in family.VARIANTS.items()}
