@@ -23,6 +23,7 @@ from diffusers_attn.cp_plans.registry import _FAMILIES
 from diffusers_attn.cp_plans.uncovered import UNCOVERED
 from diffusers_attn.masks import MaskKind, classify
 from diffusers_attn.processors import attention_modules, doors
+from diffusers_attn.providers.catalog import SPECS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -135,6 +136,18 @@ def compared(cls: str) -> list[str]:
     ]
 
 
+def providers(masks: set[MaskKind]) -> str:
+    """Those that take all of these masks. What else they lack, dispatch adds."""
+    takes = [name for name, spec in SPECS.items() if masks - {MaskKind.NONE} <= spec.capabilities.masks]
+    others = [name for name in SPECS if name not in takes]
+    if not masks:
+        return ""
+    if not others:
+        return "all"
+    named = takes if len(takes) <= len(others) else others
+    return ("" if named is takes else "all but ") + ", ".join(f"`{name}`" for name in named)
+
+
 def rows(package: str) -> Iterator[tuple[str, ...]]:
     """One for each class: what is seen, and what is known."""
     for name in sorted(classes(package)):
@@ -150,13 +163,16 @@ def rows(package: str) -> Iterator[tuple[str, ...]]:
             ", ".join(each.removesuffix("Pipeline") for each in pipelines().get(name, [])),
             "; ".join(dict.fromkeys(case.notes for case in cases)),
             masks,
+            providers(seen.masks),
             "yes" if name in PLANS else " ".join(UNCOVERED[name]) if name in UNCOVERED else "no",
+            "Ulysses, ring, both" if name in PLANS else "",
+            "over ranks" if tests else "on one device" if seen.masks else "",
             "; ".join(tests),
             ", ".join(case.name for case in cases),
         )
 
 
 HEADER = (
-    "class", "pipelines", "what is special", "masks that reach attention", "context parallelism",
-    "compared with one process as", "processors tested as",
+    "class", "pipelines", "what is special", "masks that reach attention", "providers", "context parallelism",
+    "strategies", "training", "compared with one process as", "processors tested as",
 )  # fmt: skip
