@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import AttentionProviderError
-from .hooks import _like, _updated
 from .mesh import ContextParallelMesh, Group
+from .nested import like, updated
 
 MODES = ("broadcast", "check", "trust")
 _COLLECTIVES = torch.ops._c10d_functional
@@ -180,7 +180,7 @@ def _replaced(value: Any, sent: Iterator[Tensor], watched: Iterator[Tensor]) -> 
     new = {key: _replaced(each, sent, watched) for key, each in items}
     if all(new[key] is each for key, each in items):
         return value
-    return _updated(value, new) if isinstance(value, Mapping) else _like(value, [new[key] for key, _ in items])
+    return updated(value, new) if isinstance(value, Mapping) else like(value, [new[key] for key, _ in items])
 
 
 # One operator, opaque to the compiler: all that depends on other ranks happens within it, compiled or not.

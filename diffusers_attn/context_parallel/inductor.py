@@ -1,16 +1,10 @@
 """What PyTorch's compiler is told where it compiles exchanges. This is private to Inductor, and touched here alone.
 
 Inductor leaves gaps between the rows of a tensor on a GPU where that makes them begin at round addresses
-(`comprehensive_padding`). Two things go wrong with that:
-
-Of what a collective sends Inductor keeps only the order of the strides, so that it may give it a tensor with gaps where
-one without is meant, and the collective sends memory as it lies there. It is told that the strides are those of a
-contiguous tensor.
-
-Before PyTorch 2.13, where a tensor with gaps is read by a concatenation (as in the backward of rotary embeddings) and
-its order in memory is then decided by what it was computed from (as gradients of attention are, heads first), the one
-assumes another order than the other takes: gradients are wrong, without a word. There the gaps are turned off, for this
-process.
+(`comprehensive_padding`). Before PyTorch 2.13, where a tensor with gaps is read by a concatenation (as in the backward
+of rotary embeddings) and its order in memory is then decided by what it was computed from (as gradients of attention
+are, heads first), the one assumes another order than the other takes: gradients are wrong, without a word. There the
+gaps are turned off, for this process.
 """
 
 from __future__ import annotations
@@ -33,15 +27,15 @@ def prepare_for_exchanges() -> bool:
 
 @functools.cache
 def _prepare() -> bool:
-    from torch._inductor import config, lowering  # slow to import, and needed by compilers only
+    if Version(torch.__version__) >= ORDERS_AGREE:
+        return True
+    from torch._inductor import config  # slow to import, and needed by compilers only
 
-    exchange = torch.ops._c10d_functional.all_to_all_single.default
-    lowering.add_layout_constraint(exchange, lowering.require_contiguous_strides)
-    if Version(torch.__version__) < ORDERS_AGREE and config.comprehensive_padding:
+    if config.comprehensive_padding:
+        config.comprehensive_padding = False
         logger.info(
             "torch._inductor.config.comprehensive_padding is off from here on: with it, PyTorch %s computes wrong "
             "gradients of compiled blocks under context parallelism",
             torch.__version__,
         )
-        config.comprehensive_padding = False
     return True

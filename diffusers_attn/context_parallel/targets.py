@@ -12,7 +12,8 @@ from ..cp_plans.registry import get_cp_plan, list_cp_plans, uncovered
 from ..errors import AttentionProviderError
 from ..processors.binding import attention_modules_of, check_bindable
 from ..processors.bound import obstacle
-from .hooks import _submodules, applied_streams
+from .hooks import applied_streams
+from .submodules import submodules
 
 
 class Target(NamedTuple):
@@ -155,7 +156,7 @@ def _local(target: Target) -> set[int]:
         id(module)
         for path, spec in entries(target.plan)
         if isinstance(spec, CPAttention) and (spec.key == () or not spec.query)
-        for module in _submodules(target.model, path)
+        for module in submodules(target.model, path)
     }
 
 

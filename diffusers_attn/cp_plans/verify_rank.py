@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..context_parallel.hooks import _submodules, apply_context_parallel, remove_context_parallel
+from ..context_parallel.hooks import apply_context_parallel, remove_context_parallel
 from ..context_parallel.mesh import ContextParallelMesh
 from ..context_parallel.sharding import Shards, gather
+from ..context_parallel.submodules import submodules
 from ..dispatch import attention_dispatch
 from ..scope import attention_provider
 from .plan import CPAttention, Plan
@@ -116,7 +117,7 @@ def work(
     attention = {id(module) for module in model.modules() if hasattr(module, "processor")}
     for path, spec in job.plan.items():
         if isinstance(spec, CPAttention):
-            attention |= {id(module) for module in _submodules(model, path)}
+            attention |= {id(module) for module in submodules(model, path)}
     names = frozenset(name for name, module in model.named_modules() if id(module) in attention)
     for name in (*job.strategies, UNEXCHANGED):
         axis, method = STRATEGIES[job.strategies[0] if name == UNEXCHANGED else name]

@@ -5,8 +5,7 @@ import torch
 from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_attn.context_parallel import exchange
-from diffusers_attn.context_parallel.inductor import ORDERS_AGREE
+from diffusers_attn.context_parallel import exchange, inductor
 from diffusers_attn.context_parallel.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sharding import Shards, gather, split
 from diffusers_attn.context_parallel.unified import parallel_attention
@@ -76,9 +75,9 @@ def test_ranks_without_work_take_part(pool, case, backend):
     check(pool.run(ring * ulysses, compare, **arguments, **options))
 
 
-def constraint(meshes):
-    """What Inductor is told of the layout of what is sent, once an exchange was compiled; and whether gaps are on."""
-    from torch._inductor import config, lowering
+def gaps(meshes, orders_agree):
+    """Whether Inductor may leave gaps once an exchange was compiled, by a PyTorch before or after `orders_agree`."""
+    from torch._inductor import config
 
     group = meshes(2, 1).ring
 
@@ -86,13 +85,19 @@ def constraint(meshes):
         return exchange.wait(exchange.start_gather_others(tensor.sin(), (3, 3), group), group)
 
     torch._dynamo.reset()
-    tensor = torch.ones(3, 2)
-    assert torch.equal(torch.compile(send, fullgraph=True, backend="aot_eager")(tensor), tensor.sin())
-    found = lowering.maybe_layout_constraints(torch.ops._c10d_functional.all_to_all_single.default)
-    return found.__name__, config.comprehensive_padding
+    real, tensor = inductor.ORDERS_AGREE, torch.ones(3, 2)
+    try:
+        inductor.ORDERS_AGREE = Version(orders_agree)
+        inductor._prepare.cache_clear()
+        with config.patch(comprehensive_padding=True):
+            assert torch.equal(torch.compile(send, fullgraph=True, backend="aot_eager")(tensor), tensor.sin())
+            return config.comprehensive_padding
+    finally:
+        inductor.ORDERS_AGREE = real
+        inductor._prepare.cache_clear()
 
 
-def test_a_compiler_leaves_no_gaps_in_what_is_sent(pool):
-    """It does so on GPUs only; `tests/gpu/test_context_parallel.py` shows what comes of it, with Wan in bfloat16."""
-    gaps = Version(torch.__version__) >= ORDERS_AGREE
-    assert pool.run(2, constraint) == [("require_contiguous_strides", gaps)] * 2
+@pytest.mark.parametrize(("orders_agree", "allowed"), [("99", False), ("2.0", True)])
+def test_a_compiler_that_misreads_gaps_leaves_none(pool, orders_agree, allowed):
+    """What comes of them on a GPU is seen by `tests/gpu/test_context_parallel.py`, with Wan in bfloat16."""
+    assert pool.run(2, gaps, orders_agree=orders_agree) == [allowed] * 2

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel import call as call_module
-from diffusers_attn.context_parallel import hooks
+from diffusers_attn.context_parallel import plan_hooks
 from diffusers_attn.context_parallel.call import split_attention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks import apply_context_parallel
@@ -232,7 +232,9 @@ def test_plans_say_what_every_attention_module_joins(name):
     streams = apply_context_parallel(model, mesh_of(0))
     for path, module in model.named_modules():
         if hasattr(module, "processor") and not any(fnmatch.fnmatch(path, silent) for silent in case.silent):
-            (enter,) = [each for each in module._forward_pre_hooks.values() if isinstance(each, hooks._EnterAttention)]
+            (enter,) = [
+                each for each in module._forward_pre_hooks.values() if isinstance(each, plan_hooks._EnterAttention)
+            ]
             streams.role = None
             enter(module, ())
             assert streams.role is not None, path

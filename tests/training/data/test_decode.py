@@ -130,6 +130,16 @@ def test_video_that_is_damaged_in_the_middle(tmp_path, decoder):
         list(decode.read_video(FileSource(path), range(20)))
 
 
+def test_takes_av_where_torchcodec_finds_no_ffmpeg(monkeypatch):
+    """Some versions of it look only when they decode."""
+
+    def without_libraries(data):
+        raise RuntimeError("Could not load libtorchcodec. Likely causes: ...")
+
+    monkeypatch.setattr(decode, "_torchcodec", lambda: without_libraries)
+    assert decode.video_decoder.__wrapped__() == "av"
+
+
 def test_says_what_to_install(monkeypatch):
     real = builtins.__import__
 

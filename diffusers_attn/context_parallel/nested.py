@@ -1,0 +1,34 @@
+"""Lists, tuples and mappings of tensors, made anew as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def like(value: Any, items: list[Any]) -> Any:
+    """`items` in a list, tuple or named tuple as `value` is."""
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def updated(value: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
+    """A copy of `value`, a dict or one of diffusers' output objects, with `items` replaced."""
+    if type(value) is dict:
+        return {**value, **items}
+    return type(value)(**{**value, **items})
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, (str, int, float)):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {', '.join(map(str, value))}"
+    return f"a {type(value).__name__}"

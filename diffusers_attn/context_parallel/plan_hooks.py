@@ -1,0 +1,290 @@
+"""What one entry of a plan does: hooks on the modules that it names.
+
+All that can be looked up is looked up when a hook is made; a hook itself only slices, so that a compiler traces it into
+its module's graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..cp_plans.plan import (
+    CPAbsent,
+    CPAttention,
+    CPBlocks,
+    CPInput,
+    CPLength,
+    CPLogBase,
+    CPNeighbours,
+    CPOutput,
+    CPPresent,
+    CPStore,
+    CPWhole,
+    ParamId,
+)
+from ..errors import AttentionProviderError
+from .neighbours import AddNeighbours, CutNeighbours
+from .nested import describe, like, updated
+from .store import GatheringStore
+from .streams import Role, Streams
+from .submodules import original
+
+
+def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Iterator[Callable[[], RemovableHandle]]:
+    """The hooks of one entry of a plan, as functions that set them."""
+    if spec is None:
+        yield from _attention_hooks(module, streams, None)
+    elif isinstance(spec, CPAttention):
+        keys = spec.query if spec.key is None else spec.key
+        role = Role(tuple(spec.query), tuple(keys), spec.outer_mask, spec.key_mask, spec.row_mask, spec.prefix)
+        if spec.prefix is not None:
+            streams.whole.add(spec.prefix)
+        yield from _attention_hooks(module, streams, role)
+    elif isinstance(spec, CPNeighbours):
+        yield lambda: module.register_forward_pre_hook(AddNeighbours(streams, path, spec))
+        yield lambda: module.register_forward_hook(CutNeighbours(streams, spec))
+    elif isinstance(spec, CPOutput) or (isinstance(spec, Sequence) and not isinstance(spec, str)):
+        outputs = [spec] if isinstance(spec, CPOutput) else list(spec)
+        if not all(each is None or isinstance(each, CPOutput) for each in outputs):
+            raise _not_understood(path, spec)
+        yield lambda: module.register_forward_hook(_GatherOutputs(streams, path, outputs))
+    elif isinstance(spec, Mapping):
+        before, behind = [], []
+        for key, each in spec.items():
+            param = key if isinstance(key, ParamId) else ParamId(**{"index" if isinstance(key, int) else "name": key})
+            words = _words(each)
+            if not words or not all(isinstance(word, _INPUTS) for word in words):
+                raise _not_understood(path, spec)
+            for word in words:
+                if isinstance(word, CPInput) and word.every_rank and word.stream is not None:
+                    streams.every_rank.update((word.stream,) if isinstance(word.stream, str) else word.stream)
+            if isinstance(words[0], CPInput) and words[0].split_output:
+                behind.append((param, each))
+            else:
+                before.append((*_argument(module, path, param), each))
+        if before:
+            yield lambda: module.register_forward_pre_hook(_SplitInputs(streams, path, before), with_kwargs=True)
+        if behind:
+            yield lambda: module.register_forward_hook(_SplitOutputs(streams, path, behind))
+    else:
+        raise _not_understood(path, spec)
+
+
+def _attention_hooks(module: nn.Module, streams: Streams, role: Role | None) -> list[Callable[[], RemovableHandle]]:
+    return [
+        lambda: module.register_forward_pre_hook(_EnterAttention(streams, role)),
+        lambda: module.register_forward_hook(_LeaveAttention(streams)),
+    ]
+
+
+def _not_understood(path: str, spec: object) -> AttentionProviderError:
+    return AttentionProviderError(
+        f"the plan has {spec!r} for '{path}'. Accepted are a dict of ParamId to "
+        f"{', '.join(word.__name__ for word in _INPUTS)} (or, for nested arguments, lists and dicts of them), a "
+        "CPOutput or a list of them, a CPNeighbours, a CPAttention, and a list of these."
+    )
+
+
+_INPUTS = (CPInput, CPWhole, CPStore, CPLength, CPLogBase, CPBlocks, CPAbsent, CPPresent)
+
+
+def _words(spec: Any) -> list[Any]:
+    """All that is in a nested spec."""
+    if isinstance(spec, (list, tuple)):
+        return [word for each in spec if each is not None for word in _words(each)]
+    return [word for each in spec.values() for word in _words(each)] if isinstance(spec, Mapping) else [spec]
+
+
+def _argument(module: nn.Module, path: str, param: ParamId) -> tuple[str | None, int | None]:
+    """Name and place of an argument of the module's forward: whichever way a caller gives it, the hook finds it."""
+    parameters = list(inspect.signature(original(module).forward).parameters.values())
+    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    anywhere = names + [each.name for each in parameters if each.kind == each.KEYWORD_ONLY]
+    open_ended = any(each.kind == each.VAR_KEYWORD for each in parameters)
+    if param.name in anywhere:
+        return param.name, names.index(param.name) if param.name in names else None
+    if param.index is not None and -len(names) <= param.index < len(names):
+        index = param.index % len(names)
+        return names[index], index
+    if param.name is not None and open_ended:
+        return param.name, None
+    raise AttentionProviderError(
+        f"the plan names argument {param} of '{path}', and the forward of {type(original(module)).__name__} has "
+        f"{', '.join(anywhere) or 'none'}."
+    )
+
+
+class _Hook:
+    """What hooks share: applying a spec to whatever is nested as it is. Objects, so that a module still pickles."""
+
+    def __init__(self, streams: Streams, path: str) -> None:
+        self.streams = streams
+        self.path = path
+
+    def split(self, value: Any, spec: Any, what: str) -> Any:
+        """`value` with its tensors split, or gathered, as `spec` says."""
+        if isinstance(spec, CPPresent):
+            if value is None:
+                raise AttentionProviderError(
+                    f"this forward was given no {what}, without which its context-parallel plan cannot serve it: "
+                    f"{spec.reason}"
+                )
+            return value
+        if value is None or spec is None:
+            return value
+        if isinstance(spec, CPAbsent):
+            raise AttentionProviderError(
+                f"this forward was given {what}={describe(value)}, which its context-parallel plan cannot serve: "
+                f"{spec.reason}"
+            )
+        if isinstance(spec, CPBlocks):
+            self.streams.keep_blocks(spec.stream, spec.size)
+            return value
+        if isinstance(spec, CPLength) and (spec.of is not None or isinstance(value, int)):
+            length = self.streams.shard_length(spec.stream, value if spec.of is None else spec.of(value))
+            return length if spec.of is None else value
+        if isinstance(spec, CPLogBase) and isinstance(value, (int, float)):
+            return self.streams.log_base(spec.stream, value)
+        if isinstance(value, Tensor) and isinstance(spec, CPInput):
+            if not self._has_dims(value, spec, what) or (spec.leave_other_dims and value.shape[spec.split_dim] == 1):
+                return value
+            stream = spec.stream or f"{self.path}:{what}"
+            if spec.grouped:
+                return self.streams.split_groups(stream, value, spec.split_dim)
+            return self.streams.split(stream, value, spec.split_dim, spec.flattened, spec.split_already)
+        if isinstance(value, Tensor) and isinstance(spec, CPWhole):
+            self._has_dims(value, spec, what)
+            return self.streams.gather(spec.stream, value, spec.gather_dim)
+        if isinstance(spec, CPStore):
+            return GatheringStore(value, spec, self.streams)
+        if isinstance(value, (list, tuple)):
+            specs = [spec] * len(value) if isinstance(spec, (CPInput, CPWhole)) else spec
+            if isinstance(specs, (list, tuple)) and len(specs) == len(value):
+                items = [self.split(each, spec, f"{what}[{i}]") for i, (each, spec) in enumerate(zip(value, specs))]
+                return like(value, items)
+        if isinstance(value, Mapping) and isinstance(spec, (Mapping, CPInput, CPWhole)):
+            specs = spec if isinstance(spec, Mapping) else dict.fromkeys(value, spec)
+            found = {name: each for name, each in specs.items() if name in value}  # as of arguments: those given
+            return updated(
+                value, {name: self.split(value[name], each, f"{what}.{name}") for name, each in found.items()}
+            )
+        raise AttentionProviderError(
+            f"{what} of '{self.path}' is {describe(value)}, and its plan says {spec}. A CPInput or CPWhole is for a "
+            "tensor, or for all tensors of a list or dict; a list of as many for one each; a dict for a dict; a "
+            "CPLength for an int."
+        )
+
+    def _has_dims(self, tensor: Tensor, spec: CPInput | CPWhole | CPOutput, what: str) -> bool:
+        if spec.expected_dims is None or tensor.ndim == spec.expected_dims:
+            return True
+        if isinstance(spec, CPInput) and spec.leave_other_dims:
+            return False
+        raise AttentionProviderError(
+            f"{what} of '{self.path}' has {tensor.ndim} dimensions, {list(tensor.shape)}; the plan expects "
+            f"{spec.expected_dims}. Correct expected_dims and the dimension in {spec}, or leave expected_dims out."
+        )
+
+
+class _SplitInputs(_Hook):
+    """Splits a module's arguments, or gathers those that it needs whole."""
+
+    def __init__(self, streams: Streams, path: str, specs: list[tuple[str | None, int | None, Any]]) -> None:
+        super().__init__(streams, path)
+        self.specs = specs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for name, index, spec in self.specs:
+            if name is not None and name in new_kwargs:
+                new_kwargs[name] = self.split(new_kwargs[name], spec, name)
+            elif index is not None and index < len(new_args):
+                new_args[index] = self.split(new_args[index], spec, name or f"argument {index}")
+            elif isinstance(spec, CPPresent):
+                self.split(None, spec, name or f"argument {index}")
+        return tuple(new_args), new_kwargs
+
+
+class _SplitOutputs(_Hook):
+    def __init__(self, streams: Streams, path: str, specs: list[tuple[ParamId, Any]]) -> None:
+        super().__init__(streams, path)
+        self.specs = specs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        for param, spec in self.specs:
+            what = f"output {param}"
+            if isinstance(output, Tensor) and param.index in (0, -1, None):
+                output = self.split(output, spec, what)
+            elif isinstance(output, Mapping):
+                name = param.name if param.name is not None else list(output)[param.index or 0]
+                output = updated(output, {name: self.split(output[name], spec, what)})
+            elif (
+                isinstance(output, (list, tuple))
+                and param.index is not None
+                and -len(output) <= param.index < len(output)
+            ):
+                items = list(output)
+                items[param.index] = self.split(items[param.index], spec, what)
+                output = like(output, items)
+            else:
+                raise AttentionProviderError(f"'{self.path}' has no {what}: it gave {describe(output)}.")
+        return output
+
+
+class _GatherOutputs(_Hook):
+    def __init__(self, streams: Streams, path: str, specs: list[CPOutput | None]) -> None:
+        super().__init__(streams, path)
+        self.specs = specs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            items = [output]
+        else:
+            items = list(output.values()) if isinstance(output, Mapping) else list(output)
+        if len(self.specs) > len(items):
+            raise AttentionProviderError(
+                f"the plan gathers {len(self.specs)} outputs of '{self.path}', which gave {describe(output)}."
+            )
+        for index, spec in enumerate(self.specs):
+            if spec is not None and items[index] is not None:
+                self._has_dims(items[index], spec, f"output {index}")
+                gather = self.streams.gather_groups if spec.grouped else self.streams.gather
+                items[index] = gather(spec.stream, items[index], spec.gather_dim)
+        if isinstance(output, Tensor):
+            return items[0]
+        return updated(output, dict(zip(output, items))) if isinstance(output, Mapping) else like(output, items)
+
+
+class _EnterAttention:
+    """Says whose attention module now runs, and what it attends to."""
+
+    def __init__(self, streams: Streams, role: Role | None) -> None:
+        self.streams = streams
+        self.role = role
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.role is not None and self.streams.splits_blocks(self.role.key):
+            _check_bound(module)
+        self.streams.enter(self.role)
+
+
+class _LeaveAttention:
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.streams.leave()
+
+
+def _check_bound(module: Any) -> None:
+    """Raises AttentionProviderError where attention goes by blocks of what is split, in diffusers' own processor."""
+    if not hasattr(module.processor, "choice"):
+        raise AttentionProviderError(
+            f"{type(module).__name__} attends by blocks that it chooses from all tokens, and its processor, "
+            f"{type(module.processor).__name__}, knows of this rank's alone. Bind it to a provider, which gives it one "
+            'that asks the other ranks: model.set_attn_processor(DispatchProcessor("flex")).'
+        )
