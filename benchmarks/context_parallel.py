@@ -10,7 +10,9 @@ turn is one step that is not counted and some that are, queued without waiting i
 them. A step takes as long as on its slowest rank; a time is the median of all steps of all rounds. Errors are relative
 to an unmodified, uncompiled model on one GPU. Memory is the allocator's peak in a step beyond what was taken before the
 variant was made (that is, beyond weights), and beside it what the device lost to others since: symmetric memory, and
-NCCL's buffers, which the first variant that uses a group pays for.
+NCCL's buffers, which the first variant that uses a group pays for. Of a step in a CUDA graph, what it keeps counts.
+
+"+graph" behind a strategy, also one of diffusers', records the whole step (`apply_cuda_graphs`).
 
 A variant that fails is recorded and the others go on, if it failed on all ranks. If not, those that did not fail wait
 in an exchange that nobody joins: all ranks end. What was measured until then is in the file.
@@ -61,6 +63,8 @@ class Strategy(NamedTuple):
     ring: int = 1
     ulysses: int = 1
     rotate_method: str = "allgather"
+    in_graph: bool = False
+    """whether the step is recorded as a CUDA graph."""
 
 
 STRATEGIES = {
@@ -75,6 +79,8 @@ STRATEGIES = {
     "unified-gather": Strategy("ours", ring=2, ulysses=2),
     "auto": Strategy("auto"),
 }
+GRAPH = "+graph"
+STRATEGIES |= {name + GRAPH: strategy._replace(in_graph=True) for name, strategy in STRATEGIES.items()}
 
 
 class Ranks:
@@ -160,8 +166,15 @@ class Variant:
         self.result["note"] = self._apply()
         if compiled:
             self.model.compile_repeated_blocks(dynamic=False)
+        self.graph_bytes = 0
+        if self.strategy.in_graph:
+            diffusers_attn.apply_cuda_graphs(self.model)
+            self.model(**inputs)  # records nothing yet
+            self.graph_bytes = -_reserved(self.ranks.device)
         for _ in range(warm_up):
             self.out = self.model(**inputs)[0]
+        if self.strategy.in_graph:
+            self.graph_bytes += _reserved(self.ranks.device)
 
     def measure(self, inputs: dict[str, Any], reference: Tensor) -> dict[str, Any]:
         """This rank's error and memory, once prepared."""
@@ -173,7 +186,7 @@ class Variant:
             torch.cuda.reset_peak_memory_stats()
             self.model(**inputs)
             self.ranks.synchronize()
-            own["peak_mib"] = round((torch.cuda.max_memory_allocated() - self.before[0]) / MIB)
+            own["peak_mib"] = round((torch.cuda.max_memory_allocated() - self.before[0] + self.graph_bytes) / MIB)
             own["outside_allocator_mib"] = round((_memory(self.ranks.device)[1] - self.before[1]) / MIB)
         return own | {name: count - self.graphs[name] for name, count in _dynamo_counts().items()}
 
@@ -224,6 +237,7 @@ class Variant:
 
     def close(self) -> None:
         """Gives memory back: the next model needs it."""
+        diffusers_attn.remove_cuda_graphs(self.model)
         if self.strategy.side in ("ours", "auto"):
             diffusers_attn.disable_context_parallel(self.model)
             diffusers_attn.remove_context_parallel(self.model)
@@ -261,6 +275,12 @@ def _memory(device: torch.device) -> tuple[int, int]:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return torch.cuda.memory_allocated(), total - free - torch.cuda.memory_reserved()
+
+
+def _reserved(device: torch.device) -> int:
+    """Bytes that PyTorch's allocator keeps for what it gave away, and for graphs."""
+    _memory(device)
+    return torch.cuda.memory_reserved() if device.type == "cuda" else 0
 
 
 def _dynamo_counts() -> dict[str, int]:
@@ -306,7 +326,7 @@ class Report:
 
 def choose(args: argparse.Namespace, ranks: int) -> list[tuple[str, str]]:
     """Pairs of strategy and provider: the product, without what needs four ranks where there are fewer, and extras."""
-    names = args.strategies or [name for name in STRATEGIES if name != "auto"]
+    names = args.strategies or [name for name in STRATEGIES if name != "auto" and not name.endswith(GRAPH)]
     pairs = []
     for name in names:
         strategy = STRATEGIES[name]
@@ -408,7 +428,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=REAL, default=list(REAL), help="(all)")
     parser.add_argument(
-        "--strategies", nargs="+", choices=STRATEGIES, help="(all but auto; the unified ones on four ranks)"
+        "--strategies",
+        nargs="+",
+        choices=STRATEGIES,
+        metavar="STRATEGY",
+        help=f"of {', '.join(STRATEGIES)} (all but auto and graphs; the unified ones on four ranks)",
     )
     parser.add_argument("--providers", nargs="+", help="of ours and of one GPU (_native_cudnn; on a CPU native)")
     parser.add_argument("--diffusers_backends", nargs="+", help="of diffusers' strategies (the same)")

@@ -150,6 +150,11 @@ def applied_streams(module: nn.Module) -> Streams | None:
     return _applied[module].streams if module in _applied else None
 
 
+def applied_gather(module: nn.Module) -> PushGather | None:
+    """What brings this module's keys and values to the other ranks by copy engines; None where collectives do."""
+    return _applied[module].gather if module in _applied else None
+
+
 class _Begin:
     """A new forward of the model."""
 

@@ -14,16 +14,18 @@ after the copies. That suffices, for each rank has two slots to receive in and c
 
 A CUDA graph repeats its calls with the slots that they were captured with, however often and between whatever others.
 So calls that are captured, and all after them, begin with one more barrier, on the stream itself and before the local
-attention: after it every rank is done with all that it had received.
+attention: after it every rank is done with all that it had received. Of calls that are known to be in one graph
+(`in_one_graph`) only the first does: the others have their predecessors in the graph with them.
 
 Memory, on each rank: two slots of the keys and values of all other ranks, of the largest call so far.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -136,6 +138,8 @@ class PushGather:
         self._retired: list[Memory] = []
         self._plans: dict[object, _Plan] = {}
         self._guarded = False
+        self._in_one_graph: int | None = None
+        """while a graph is captured and it is known that this is one: how many of its calls there were."""
         self._calls = 0
         self._coming: dict[int, tuple[int, Tensor]] = {}
         """what was started and is not finished, by ticket, and which call that was."""
@@ -160,9 +164,12 @@ class PushGather:
         memory: Any = self._memory
         lane = self._lane
         lane.fork()
-        if lane.is_captured():
+        is_captured = lane.is_captured()
+        if is_captured:
             self._guarded = True
-        if self._guarded:
+        if is_captured and self._in_one_graph is not None:
+            self._in_one_graph += 1
+        if self._guarded and not (is_captured and self._in_one_graph not in (None, 1)):
             memory.barrier(_READ)
         self._calls += 1
         slot = self._calls % _SLOTS
@@ -185,6 +192,15 @@ class PushGather:
             )
         self._lane.join()
         return received
+
+    @contextlib.contextmanager
+    def in_one_graph(self) -> Iterator[None]:
+        """Calls that are captured within are all in the same CUDA graph, and in this order."""
+        outer, self._in_one_graph = self._in_one_graph, 0
+        try:
+            yield
+        finally:
+            self._in_one_graph = outer
 
     def _make_plan(self, key: Tensor, value: Tensor, sizes: Sequence[int]) -> _Plan:
         layouts = [Received.of(key, value, sizes, rank) for rank in range(self.group.size)]

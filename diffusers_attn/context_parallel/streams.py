@@ -49,6 +49,13 @@ class SplitCall(NamedTuple):
     """whether the order of joined streams is known, and with it the place of every token."""
 
 
+class StreamsState(NamedTuple):
+    """What a forward found out about its sequences."""
+
+    lengths: dict[str, int]
+    blocks: dict[str, int]
+
+
 class Streams:
     """One model's sequences on one mesh. Lengths are those of the latest forward."""
 
@@ -75,6 +82,15 @@ class Streams:
         self.blocks.clear()
         self._calls.clear()
         self.end()
+
+    def state(self) -> StreamsState:
+        """What is known of the latest forward's sequences, to keep."""
+        return StreamsState(dict(self.lengths), dict(self.blocks))
+
+    def restore(self, state: StreamsState) -> None:
+        """Knows of the running forward what is known after it: it was recorded, and its hooks do not run again."""
+        self.lengths.update(state.lengths)
+        self.blocks.update(state.blocks)
 
     def end(self) -> None:
         """No attention module of this model runs any more."""

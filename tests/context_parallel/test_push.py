@@ -1,5 +1,6 @@
 """The gather by direct writes: its slots, its memory, and that a compiler leaves its parts in order."""
 
+import contextlib
 import re
 import time
 
@@ -88,19 +89,22 @@ def test_inductor(pool):
             assert sorted(re.findall(r"buf\d+", local[1])) == sorted(held.groups())
 
 
-def rotations(meshes, captured, calls):
+def rotations(meshes, captured, known, calls):
     """Whether all that arrives is right, and still is when it is read late, on ranks that are slow at random."""
     mesh = meshes(3, 1)
     lane = NoLane()
     memory = open_shared(mesh.ring, lane)
     sizes = (3, 4, 5)
     delays = torch.Generator().manual_seed(mesh.rank)
-    right = True
+    right, graph = True, contextlib.ExitStack()
     for call in range(calls):
         # As a CUDA graph does: what a capture began with is what its repetitions begin with.
         lane.captured = captured and call > 0
         if captured and call % 3 == 0:
             memory._calls = 0
+            if known:  # a graph of three calls, repeated
+                graph.close()
+                graph.enter_context(memory.in_one_graph())
         key = torch.full((2, sizes[mesh.rank], 1, 4), float(10 * call + mesh.rank))
         push = Push.start(key, key, -key, sizes, mesh.ring, needs_grad=False)
         found = push.finish(key)
@@ -113,9 +117,10 @@ def rotations(meshes, captured, calls):
     return right
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_nothing_is_overwritten_before_it_is_read(pool, captured):
-    assert all(pool.run(3, rotations, captured=captured, calls=60))
+@pytest.mark.parametrize(("captured", "known"), [(False, False), (True, False), (True, True)])
+def test_nothing_is_overwritten_before_it_is_read(pool, captured, known):
+    """`known`: that calls are in one graph, of which then only the first waits for all that came before."""
+    assert all(pool.run(3, rotations, captured=captured, known=known, calls=60))
 
 
 def lives(meshes):

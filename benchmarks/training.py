@@ -1,0 +1,473 @@
+"""Seconds and memory of one LoRA training step on several GPUs: one GPU, diffusers' context parallelism, and ours.
+
+    torchrun --nproc_per_node 2 benchmarks/training.py --compile --output results.json
+    torchrun --nproc_per_node 2 benchmarks/training.py --device cpu --size tiny      # tries the script out
+    python benchmarks/training.py --markdown results.json more.json                  # prints the tables of runs
+
+The model is Wan 2.1 1.3B at 480p and 81 frames, with random weights; the adapter has rank 32, on the layers that the
+trainer takes by default, in float32 over a bfloat16 base; a batch is one video; blocks are checkpointed. The loop is
+one that a user would write with `diffusers_attn.training`. Under diffusers' context parallelism it is the same loop:
+since the backward of its gather takes a slice, where the adjoint is a sum, the mean of gradients that DDP takes is too
+small by the number of ranks, and its loss is multiplied by that before the backward.
+
+"single" is one GPU without DDP, on every rank for itself. All variants are alive at once: they share the base model's
+weights, and each has its own adapter, optimizer, hooks and compiled blocks. They take turns in rounds, in alternating
+order, so that a GPU that gets hot touches all of them. A turn is one step that is not counted and some that are,
+queued without waiting in between. A step takes as long as on its slowest rank.
+
+In its first step, each has the noise and the adapter of an unmodified, uncompiled model on one GPU, with whose loss and
+gradients its own, after all communication, are compared. Activation memory is the allocator's peak in a step beyond
+what is there before it: weights, adapter, its gradients (kept for this one step) and the optimizer's state. Outside the
+allocator are symmetric memory and NCCL's buffers, for which the first variant that uses a group pays.
+
+A variant that fails is recorded and the others go on, if it failed on all ranks. If not, those that did not fail wait
+in an exchange that nobody joins: all ranks end. What was measured until then is in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import diffusers
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from context_parallel import (
+    MIB,
+    STRATEGIES,
+    Ranks,
+    RanksDifferError,
+    Report,
+    VariantError,
+    _diffusers_on_cpu,
+    _dynamo_counts,
+    _memory,
+    _step_milliseconds,
+)
+from real_shapes import REAL, TINY, RealModel
+
+import diffusers_attn
+from diffusers_attn.compilation import apply_compile
+from diffusers_attn.training import TrainingParallel
+from diffusers_attn.training.families.wan import Wan
+from diffusers_attn.training.lora import adapter_config, add_adapter, trained_parameters
+from diffusers_attn.training.loss import RectifiedFlow, sample_u
+from diffusers_attn.training.optim import make_optimizer
+from diffusers_attn.training.randomness import generator
+
+NAMES = ("single", "diffusers-ulysses", "diffusers-ring", "gather", "ulysses", "ring")
+SEED = 0
+SHIFT = 3.0
+"""of Wan at 480p."""
+
+
+class Choice(NamedTuple):
+    """A variant to measure."""
+
+    strategy: str
+    provider: str
+    compiled: bool
+
+
+class Task:
+    """What all variants train: the base model, one example, the loss, and what the first step has to come to."""
+
+    def __init__(self, real: RealModel, device: torch.device, rank: int) -> None:
+        self.device, self.rank = device, rank
+        self.base = real.make(device)
+        self.weights = sum(each.numel() * each.element_size() for each in self.base.parameters())
+        inputs = real.inputs(device)
+        self.clean, self.text = inputs["hidden_states"].float(), inputs["encoder_hidden_states"]
+        self.dtype = self.text.dtype
+        frames, height, width = self.clean.shape[-3:]
+        self.tokens = frames * (height // 2) * (width // 2)
+        self.objective = RectifiedFlow(lambda tokens: SHIFT)
+        self.loss, self.gradients = self._reference()
+
+    def trainee(self) -> tuple[Any, list[torch.nn.Parameter]]:
+        """A model of its own that shares the base's weights, and the parameters of its adapter. No matrix of these is
+        zero, as half of them usually are at the start: every gradient counts."""
+        weights = {id(tensor): tensor for tensor in [*self.base.parameters(), *self.base.buffers()]}
+        model = copy.deepcopy(self.base, memo=weights)
+        parameters = add_adapter(model, adapter_config("lora", self.rank, None, Wan.lora_targets), SEED)
+        drawn = generator(SEED, "adapter")
+        for parameter in parameters:
+            if not parameter.any():
+                parameter.data.copy_(torch.randn(parameter.shape, generator=drawn) * 0.02)
+        model.enable_gradient_checkpointing()
+        return model.train(), parameters
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """Noise and its share, on the device; the same on all ranks, which all have the one example."""
+        drawn = generator(SEED, "step", step)
+        u = sample_u("logit_normal", [drawn])
+        noise = torch.randn(self.clean.shape, generator=drawn)
+        if self.device.type == "cuda":  # so that nothing waits
+            u, noise = u.pin_memory(), noise.pin_memory()
+        return noise.to(self.device, non_blocking=True), u.to(self.device, non_blocking=True)
+
+    def loss_of(self, model: Any, noise: Tensor, u: Tensor) -> Tensor:
+        """One forward."""
+        level = self.objective.level(u, self.tokens)
+        noisy = self.objective.noisy(self.clean, noise, level)
+        prediction = model(
+            hidden_states=noisy.to(self.dtype),
+            timestep=level.timestep,
+            encoder_hidden_states=self.text,
+            return_dict=False,
+        )[0]
+        return self.objective.loss(prediction, self.clean, noise, level).mean()
+
+    def _reference(self) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients of the first step: nothing of ours, and another kernel than those that are compared."""
+        model, _ = self.trainee()
+        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        mixed = self.dtype != torch.float32
+        with sdpa_kernel(kernels), torch.autocast(self.device.type, self.dtype, enabled=mixed):
+            loss = self.loss_of(model, *self.draw(0))
+        with sdpa_kernel(kernels):
+            loss.backward()
+        return loss.item(), {name: each.grad for name, each in trained_parameters(model).items()}
+
+
+class Variant:
+    """One way to train, and what was measured."""
+
+    def __init__(self, choice: Choice, task: Task, ranks: Ranks) -> None:
+        self.choice, self.task, self.ranks = choice, task, ranks
+        self.strategy = STRATEGIES[choice.strategy]
+        self.result: dict[str, Any] = {**choice._asdict(), "ranks": 1 if self.alone else ranks.size}
+        self.milliseconds: list[float] = []
+        self.number = 0
+        """of the next step."""
+
+    @property
+    def alone(self) -> bool:
+        return self.strategy.side == "single"
+
+    def prepare(self, warm_up: int) -> None:
+        """Makes the model, applies the strategy, and does the first steps."""
+        self.began, self.before, self.graphs = time.perf_counter(), _memory(self.ranks.device), _dynamo_counts()
+        on_cpu = self.ranks.device.type == "cpu"
+        mixed = "no" if self.task.dtype == torch.float32 else "bf16"
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
+        model, self.parameters = self.task.trainee()
+        self.result["note"] = self._apply(model)
+        if self.choice.compiled:
+            self._compile(model)
+        optimizer = make_optimizer("adamw", self.parameters, fused=not on_cpu)
+        if self.alone:  # all that prepare does but DDP
+            self.model, self.optimizer = self.accelerator.prepare_model(model, evaluation_mode=True), optimizer
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.step(look=self._compare)
+        for _ in range(warm_up):
+            self.step()
+        self.ranks.synchronize()
+        self.result["prepare_seconds"] = round(time.perf_counter() - self.began, 1)
+
+    def _apply(self, model: Any) -> str:
+        strategy, ranks, provider = self.strategy, self.ranks, self.choice.provider
+        self.scale = 1
+        if strategy.side == "diffusers":
+            self.scale = ranks.size
+            mesh = ranks.mesh(strategy)
+            config = diffusers.ContextParallelConfig(ring_degree=mesh.size(0), ulysses_degree=mesh.size(1), mesh=mesh)
+            model.set_attention_backend(provider)
+            with _diffusers_on_cpu() if ranks.device.type == "cpu" else contextlib.nullcontext():
+                model.enable_parallelism(config=config)
+            return ""
+        if self.alone:
+            TrainingParallel.of(self.accelerator, 1).enable(model, provider=provider)
+            return ""
+        parallel = TrainingParallel.of(
+            self.accelerator,
+            ranks.size,
+            ring_degree=strategy.ring or None,
+            ulysses_degree=strategy.ulysses or None,
+            rotate_method=None if strategy.ring == 1 else strategy.rotate_method,
+        )
+        report = parallel.enable(model, provider=provider, inputs="trust")
+        noise, u = self.task.draw(0)
+        parallel.check({"clean": self.task.clean, "text": self.task.text, "noise": noise, "u": u})
+        return str(report)
+
+    def _compile(self, model: Any) -> None:
+        if self.strategy.side == "diffusers":
+            model.compile_repeated_blocks(dynamic=False)  # with its graph breaks, if it has any
+        else:
+            apply_compile(model, dynamic=False)
+
+    def step(self, look: Callable[[float], None] | None = None, keep_gradients: bool = False) -> None:
+        """One step of the optimizer. `look` is called behind the backward with the loss."""
+        loss = self.task.loss_of(self.model, *self.task.draw(self.number))
+        self.accelerator.backward(loss * self.scale)
+        if look is not None:
+            look(loss.item())
+        self.accelerator.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not keep_gradients)
+        self.number += 1
+
+    def _compare(self, loss: float) -> None:
+        """Keeps what the first step's loss and gradients are off by."""
+        square = wrong = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
+        for name, parameter in trained_parameters(self.model).items():
+            square = square + parameter.grad.double().square().sum()
+            wrong = wrong + (parameter.grad - self.task.gradients[name]).double().square().sum()
+        expected = sum(each.double().square().sum() for each in self.task.gradients.values())
+        self.first = {
+            "loss": loss,
+            "gradient_norm": square.sqrt().item(),
+            "gradient_error": (wrong / expected).sqrt().item(),
+        }
+
+    def measure(self) -> dict[str, Any]:
+        """This rank's first step and memory, once prepared."""
+        own: dict[str, Any] = dict(self.first)
+        if self.ranks.device.type == "cuda":
+            self.step(keep_gradients=True)
+            static, outside = _memory(self.ranks.device)
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            self.ranks.synchronize()
+            own["activation_mib"] = round((torch.cuda.max_memory_allocated() - static) / MIB, 1)
+            own["static_mib"] = round((static - self.before[0] + self.task.weights) / MIB, 1)
+            own["outside_allocator_mib"] = round((outside - self.before[1]) / MIB)
+        return own | {name: count - self.graphs[name] for name, count in _dynamo_counts().items()}
+
+    def turn(self, steps: int) -> None:
+        """Times some steps, after one that is not counted."""
+        self.ranks.gather(None)  # they start together
+        own = self.ranks.attempt(lambda: _step_milliseconds(self.step, steps, self.ranks.device))
+        self.milliseconds += [max(times) for times in zip(*own)]
+        self.result |= {
+            "seconds": round(statistics.median(self.milliseconds) / 1e3, 4),
+            "fastest": round(min(self.milliseconds) / 1e3, 4),
+            "steps": [round(ms / 1e3, 4) for ms in self.milliseconds],
+        }
+
+    def close(self) -> None:
+        """Takes hooks off, and gives memory back."""
+        if self.strategy.side == "ours" and hasattr(self, "model"):
+            diffusers_attn.disable_context_parallel(self.accelerator.unwrap_model(self.model))
+        self.model = self.optimizer = self.accelerator = None
+        self.parameters = []
+
+
+def choose(args: argparse.Namespace, ranks: int) -> list[Choice]:
+    """The product of strategies and providers, as far as there are ranks for them, and extras."""
+    choices = []
+    for name in args.strategies:
+        side = STRATEGIES[name].side
+        providers = args.diffusers_backends if side == "diffusers" else args.providers
+        choices += [Choice(name, each, args.compile) for each in providers if side == "single" or ranks > 1]
+    for extra in args.extra:
+        name, provider, how = (*extra.split(":"), "", "")[:3]
+        if name not in NAMES or not provider or how not in ("", "eager", "compiled"):
+            raise SystemExit(
+                f"--extra {extra}: STRATEGY:PROVIDER, STRATEGY:PROVIDER:eager and STRATEGY:PROVIDER:compiled are "
+                f"accepted, with one of {', '.join(NAMES)}"
+            )
+        choices.append(Choice(name, provider, how == "compiled" if how else args.compile))
+    return list(dict.fromkeys(choices))
+
+
+def bench(task: Task, args: argparse.Namespace, ranks: Ranks, report: Report, began: float) -> None:
+    def late() -> bool:
+        """Whether the time is up: on rank 0, which all go by."""
+        return bool(args.seconds and ranks.gather(time.monotonic() - began)[0] > args.seconds)
+
+    report.variants = [Variant(choice, task, ranks) for choice in choose(args, ranks.size)]
+    ready: list[Variant] = []
+    for variant in report.variants:
+        try:
+            if late():
+                variant.result["error"] = f"not started: --seconds {args.seconds:g} were over"
+                continue
+            ranks.attempt(lambda: variant.prepare(args.warm_up))  # noqa: B023 (called at once)
+            own = ranks.attempt(variant.measure)
+            variant.result |= {key: [each[key] for each in own] for key in own[0]}
+            variant.turn(args.steps)
+            ready.append(variant)
+        except VariantError as failure:
+            variant.result["error"] = str(failure)
+            with contextlib.suppress(Exception):  # it may have failed at any point
+                variant.close()
+        except RanksDifferError as failure:
+            variant.result["error"] = str(failure)
+            raise
+        finally:
+            report.write()
+            if ranks.rank == 0:
+                print(_line(variant.result), file=sys.stderr, flush=True)
+    for turn in range(1, args.rounds):
+        if late():
+            break
+        for variant in list(ready)[:: 1 if turn % 2 == 0 else -1]:
+            try:
+                variant.turn(args.steps)
+            except VariantError as failure:
+                variant.result["error"] = str(failure)
+                ready.remove(variant)
+        report.write()
+    for variant in ready:
+        variant.close()
+
+
+def _line(result: dict[str, Any]) -> str:
+    found = result.get("error") or (
+        f"{result['seconds']:.3f} s, gradient off by {max(result['gradient_error']):.1e}, prepared in "
+        f"{result['prepare_seconds']} s"
+    )
+    return f"{result['strategy']}, {result['provider']}, {_blocks(result)}: {found}"
+
+
+def _blocks(result: dict[str, Any]) -> str:
+    return "compiled" if result["compiled"] else "eager"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a run, and what failed."""
+    where, results = report["environment"], report["results"]
+    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    lines = [
+        f"{where['ranks']} x {where['device']}; {packages}; {where['date']}, commit {where['commit']}: "
+        f"`{where['command']}`",
+        "",
+        f"**{where['task']}**: loss {where['loss']:.5f}, gradient norm {where['gradient_norm']:.5f}",
+        "",
+        "| strategy | provider | blocks | s per step | of one GPU | efficiency | of diffusers' best | activation MiB "
+        "| times ranks, of one GPU's | static MiB | outside MiB | loss | gradient norm | gradient error |",
+        "|" + "---|" * 14,
+    ]
+    measured = [each for each in results if "error" not in each]
+    theirs = min((each["seconds"] for each in measured if each["strategy"].startswith("diffusers")), default=None)
+    for each in measured:
+        alone = _alone(each, measured)
+        ratio = alone["seconds"] / each["seconds"] if alone else None
+        memory = max(each.get("activation_mib", [0]))
+        spread = memory * each["ranks"] / max(alone["activation_mib"]) if alone and memory else None
+        cells = [
+            each["strategy"],
+            f"`{each['provider']}`",
+            _blocks(each),
+            f"{each['seconds']:.4f}",
+            f"{ratio:.2f}x" if ratio else "-",
+            f"{ratio / each['ranks']:.1%}" if ratio else "-",
+            f"{theirs / each['seconds']:.2f}x" if theirs else "-",
+            f"{memory:.0f}" if memory else "-",
+            f"{spread:.2f}" if spread else "-",
+            f"{max(each['static_mib']):.0f}" if memory else "-",
+            f"{max(each['outside_allocator_mib'])}" if memory else "-",
+            f"{each['loss'][0]:.5f}",
+            f"{each['gradient_norm'][0]:.5f}",
+            f"{max(each['gradient_error']):.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = dict.fromkeys(
+        f"- {each['strategy']}, `{each['provider']}`: {each['note']}" for each in measured if each["note"]
+    )
+    failed = [f"- {_line(each)}" for each in results if "error" in each]
+    return "\n".join([*lines, "", *notes, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
+
+
+def _alone(result: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What one GPU does with the same provider, compiled or not as this one; otherwise with any provider."""
+    singles = [each for each in measured if each["strategy"] == "single" and each["compiled"] == result["compiled"]]
+    same = [each for each in singles if each["provider"] == result["provider"]]
+    return (same or singles or [None])[0]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategies", nargs="+", choices=NAMES, default=list(NAMES), help="(all)")
+    parser.add_argument(
+        "--providers", nargs="+", help="of ours and of one GPU (_native_cudnn flash_4; on a CPU native)"
+    )
+    parser.add_argument("--diffusers_backends", nargs="+", help="of diffusers' (_native_cudnn; on a CPU native)")
+    parser.add_argument(
+        "--extra", nargs="+", default=[], metavar="STRATEGY:PROVIDER[:eager]", help="beside these: ring:flash:compiled"
+    )
+    parser.add_argument("--compile", action="store_true", help="each block, on both sides")
+    parser.add_argument("--rank", type=int, default=32, help="of the adapter (%(default)s)")
+    parser.add_argument("--warm_up", type=int, default=2, help="steps after the first that are not timed (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (%(default)s)")
+    parser.add_argument("--seconds", type=float, help="after which no further variant or round is started")
+    parser.add_argument("--timeout", type=float, default=90.0, help="of an exchange, in seconds (%(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: for trying this script out")
+    parser.add_argument("--output", type=Path, help="JSON, written whole after each variant")
+    parser.add_argument("--markdown", type=Path, nargs="+", metavar="RESULTS", help="print the tables of earlier runs")
+    parser.add_argument("--commit", help="what was measured, where git cannot say")
+    args = parser.parse_args()
+    if args.markdown is None:
+        if "WORLD_SIZE" not in os.environ:
+            parser.error("start it with torchrun: torchrun --nproc_per_node 2 benchmarks/training.py ...")
+        if args.device == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+            parser.error(
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes, and PyTorch sees {torch.cuda.device_count()} CUDA "
+                "devices. Start fewer, or try the script out with --device cpu --size tiny."
+            )
+    args.providers = args.providers or (["native"] if args.device == "cpu" else ["_native_cudnn", "flash_4"])
+    args.diffusers_backends = args.diffusers_backends or ["native" if args.device == "cpu" else "_native_cudnn"]
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.markdown:
+        print("\n".join(markdown(json.loads(path.read_text())) for path in args.markdown), end="")
+        return 0
+    began = time.monotonic()
+    diffusers.utils.logging.set_verbosity_error()  # that its context parallelism is experimental, for each variant
+    # All variants compile the same functions: what one may recompile is not what all may together.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    # Blocks are compiled one by one. DDP's way to overlap one graph's backward would only cut each of them in two.
+    torch._dynamo.config.optimize_ddp = False
+    ranks = Ranks(args.device, args.timeout)
+    report = Report(args.output, ranks, args)
+    status = 0
+    try:
+        real = (TINY if args.size == "tiny" else REAL)["wan"]
+        task = Task(real, ranks.device, args.rank)
+        norm = torch.stack([each.double().square().sum() for each in task.gradients.values()]).sum().sqrt().item()
+        report.environment |= {
+            "task": f"{real.title}, LoRA of rank {args.rank}",
+            "loss": task.loss,
+            "gradient_norm": norm,
+        }
+        bench(task, args, ranks, report, began)
+    except RanksDifferError as failure:
+        print(f"rank {ranks.rank}: {failure}", file=sys.stderr)
+        status = 1
+    if ranks.rank == 0:
+        results = [variant.result for variant in report.variants]
+        print(markdown({"environment": report.environment, "results": results}), flush=True)
+    if status == 0:
+        dist.barrier(group=ranks.talk)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without tearing down: exchanges may still be open, and gloo's threads abort a process that ends beside others.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
