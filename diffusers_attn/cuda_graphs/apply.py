@@ -31,8 +31,9 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
 
     Of each kind of call (shapes, dtypes, arguments that are no tensors, provider in scope), the first runs as before,
     the second is recorded, and from then on it is replayed with the values of the tensors that are given. Results are
-    those of the forward, bit for bit, and the caller's own. What changes in the model between two calls is noticed
-    (adapters, processors, weights that moved, context parallelism), and the forward recorded anew.
+    those of the forward, bit for bit, and the caller's own. (Tensors of the host are brought to the device first.) What
+    changes in the model between two calls is noticed (adapters, processors, weights that moved, context parallelism),
+    and the forward recorded anew.
 
     Beside `apply_compile(model, "regional")` and `enable_context_parallel`, in any order. The model's own hooks, and
     with them the comparison of ranks' inputs, run in every call; hooks on modules within it, and Python in its forward,
@@ -65,8 +66,9 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
         )
     if "forward" in vars(model):
         raise AttentionProviderError(
-            f"the forward of this {name} was replaced, as offloading does: its weights move, and a CUDA graph needs "
-            "them where they were. Take that off first (pipe.remove_all_hooks())."
+            f"the forward of this {name} was replaced, as offloading and diffusers' hooks do (its own context "
+            "parallelism, caching, layerwise casting). A CUDA graph would have what these did in one call, and weights "
+            "where they were then. Take that off first (pipe.remove_all_hooks())."
         )
     if model._compiled_call_impl is not None:
         raise AttentionProviderError(
@@ -177,6 +179,10 @@ def _check_mode(name: str) -> None:
 
 def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: Call) -> Any:
     said, tensors = call.taken_apart(name)
+    if any(tensor.device != graphs.device for tensor in tensors):
+        # In every call, so that all compute alike: a graph has no copies from the host.
+        call = call.with_tensors([tensor.to(graphs.device, non_blocking=True) for tensor in tensors])
+        said, tensors = call.taken_apart(name)
     streams = applied_streams(model)
     # Of a sequence that was split before the forward, ranks may have a shard of the same shape at another length: and
     # all ranks must record in the same call.
@@ -196,7 +202,11 @@ def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: Call)
             graphs.pool = torch.cuda.graph_pool_handle()
         gather = applied_gather(model)
         meanwhile = contextlib.nullcontext() if gather is None else gather.in_one_graph()
-        recording = Recording(forward, call, tensors, graphs.device, graphs.pool, streams, meanwhile, name)
+        try:
+            recording = Recording(forward, call, tensors, graphs.pool, streams, meanwhile, name)
+        except AttentionProviderError:
+            graphs.pool = None  # it is left as it was in the middle of the recording
+            raise
         graphs.recordings[kind] = recording
         graphs.snapshot = Snapshot(model)
     return recording.replay(tensors, streams)

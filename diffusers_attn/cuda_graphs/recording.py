@@ -21,8 +21,7 @@ class Recording:
         forward: of the model. It has run once with a call like this one, so that nothing is left to be compiled or
             chosen.
         call: its arguments.
-        tensors: those in it.
-        device: of the model. Tensors of the host are brought there.
+        tensors: those in it, on the model's device.
         pool: whose memory the forward computes in. Recordings that share one may not run at the same time.
         streams: of the model's context parallelism, if it has any.
         meanwhile: what is to be held while it is recorded.
@@ -36,13 +35,12 @@ class Recording:
         forward: Callable[..., Any],
         call: Call,
         tensors: list[Tensor],
-        device: torch.device,
         pool: Any,
         streams: Streams | None,
         meanwhile: contextlib.AbstractContextManager[Any],
         model: str,
     ) -> None:
-        self._inputs = [torch.empty_like(tensor, device=device) for tensor in tensors]
+        self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
         self._copy(tensors)
         args, kwargs = call.with_tensors(self._inputs)
         self._graph = torch.cuda.CUDAGraph()
@@ -67,7 +65,7 @@ class Recording:
 
     def _copy(self, tensors: list[Tensor]) -> None:
         for own, given in zip(self._inputs, tensors):
-            own.copy_(given, non_blocking=True)
+            own.copy_(given)
 
     def replay(self, tensors: list[Tensor], streams: Streams | None) -> Any:
         """The output for other `tensors`, as the forward would return it."""

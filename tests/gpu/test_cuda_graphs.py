@@ -186,7 +186,7 @@ def test_results_are_the_callers_own(model):
             assert torch.equal(found, plain(**inputs(model, seed)).sample)
 
 
-def test_inputs_of_other_layouts_and_places(model):
+def test_inputs_of_other_layouts_and_places(model, replays):
     plain = copy.deepcopy(model)
     apply_cuda_graphs(model)
     for seed in range(3):
@@ -197,6 +197,7 @@ def test_inputs_of_other_layouts_and_places(model):
             expected = plain(**call).sample
             found = model(**call | {"hidden_states": strided, "timestep": on_host if seed else call["timestep"]}).sample
         assert torch.equal(found, expected)
+    assert len(replays) == 2
 
 
 def test_few_graphs_are_kept(model, replays, caplog):
