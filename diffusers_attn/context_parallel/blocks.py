@@ -13,6 +13,7 @@ from .exchange import after
 from .kernel import Kernel
 from .merge import merge
 from .mesh import Group
+from .rectangles import Rectangle, tiles_within
 from .sharding import Run, Shards, in_blocks, take
 from .transport import COLLECTIVE
 
@@ -37,7 +38,9 @@ class BlockAttention(NamedTuple):
     is_causal: bool = False
     convert_to_fp32: bool = True
     transport: str = COLLECTIVE
-    """how `kv_gather` gets keys and values to the other ranks: a kind of `Transport`."""
+    """how keys and values get to the other ranks: a kind of `Transport`."""
+    seen: tuple[Rectangle, ...] | None = None
+    """which runs of queries see which runs of keys, where not all see all; without causality and masks."""
 
     def forward(
         self,
@@ -93,15 +96,14 @@ class BlockAttention(NamedTuple):
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This block's share of the gradients: of the query, and of its own key and value (sequence first), in float32
-        at least, since shares add up."""
+        """This block's share of the gradients: of the query, and of its own key and value (sequence first). In the
+        kernel's dtype, or in float32 at least where they are sums; what adds shares up widens them."""
         plan = self._tiles(runs)
         mask = self._mask(block, rows, runs)
-        wide = torch.promote_types(query.dtype, torch.float32)
         if _is_whole(plan, query, block):
             grads = self.kernel.backward(grad_out, query, *_at_hand(block), mask, plan[0].is_causal, out, lse)
-            grad_query, grad_key, grad_value = (grad.to(wide) for grad in grads)
-            return grad_query, grad_key.transpose(0, 1), grad_value.transpose(0, 1)
+            return grads[0], grads[1].transpose(0, 1), grads[2].transpose(0, 1)
+        wide = torch.promote_types(query.dtype, torch.float32)
         totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (query, block[0], block[1])]
         for tile in plan:
             tile_query, key, value, tile_mask = _cut(tile, query, block, mask)
@@ -118,7 +120,8 @@ class BlockAttention(NamedTuple):
         return torch.promote_types(query.dtype, torch.float32) if self.convert_to_fp32 else query.dtype
 
     def _tiles(self, runs: tuple[Run, ...]) -> list[Tile]:
-        return tiles(self.query_shards.runs[self.group.rank], runs, self.is_causal)
+        queries = self.query_shards.runs[self.group.rank]
+        return tiles(queries, runs, self.is_causal) if self.seen is None else tiles_within(self.seen, queries, runs)
 
     def _mask(self, block: Block, rows: Tensor | None, runs: tuple[Run, ...]) -> Tensor | None:
         """What these keys' mask is: `[batch | 1, heads | 1, query_len | 1, keys at hand]`."""

@@ -62,12 +62,13 @@ class _KVGather(torch.autograd.Function):
         local = call.backward(grad_out, query, fetch.block, shards.runs[group.rank], rows, out, lse)
         rest = _finish_fetch(fetch, call, local[0])
         remote = call.backward(grad_out, query, rest, shards.without(group.rank), rows, out, lse)
+        grad_query = local[0].to(torch.promote_types(query.dtype, torch.float32)) + remote[0]
         # Each rank has a share of every key's gradient; a key's owner adds them up.
         returning = [
             exchange.start_return_to_owners(share.to(tensor.dtype), shards.sizes, group)
             for share, tensor in zip(remote[1:], (key, value))
         ]
-        grad_query = local[0] + remote[0]
+        del fetch, rest, remote  # as large as the keys of all ranks, and so is what now comes
         grad_key, grad_value = (
             (own + exchange.sum_of_parts(exchange.wait(shares, group), group.size - 1)).transpose(0, 1)
             for own, shares in zip(local[1:], returning)

@@ -1,23 +1,31 @@
-"""A gather by copy engines: every rank writes its keys and values straight into the memory of the others.
+"""Keys and values sent by copy engines: every rank writes them straight into the memory of the others, of all at once
+for a gather, or of one in each step of a ring.
 
     this stream:   ... key, value | attention to the local keys        | attention to the others' ...
     beside it:                    | copies to every other rank, barrier |
 
 The copies take no multiprocessor, and there is none at the receiver: attention reads what has arrived where it has
 arrived. Only in the order of the ranks is anything known of other ranks' progress, from one barrier a call, which comes
-after the copies. That suffices, for each rank has two slots to receive in and calls alternate between them:
+after the copies. That suffices, for each rank has several slots to receive in and calls take turns in them:
 
     A rank comes to the barrier of call n (on its side stream) only after all that its stream had been given before call
-    n, so after its attention of call n-1. A rank begins with the copies of call n+1 only after it has passed the
-    barrier of call n. So when these copies arrive, every rank is done with its attention of call n-1, which was the
-    last to read the slot that call n+1 writes.
+    n. In a gather that is its attention of call n-1. A rank begins with the copies of call n+1 only after it has passed
+    the barrier of call n. So when these copies arrive, every rank is done with its attention of call n-1, which was the
+    last to read the slot that call n+1 writes, if there are two.
+
+    In a ring, call n starts before the attention to what call n-1 has brought, to be under way beside it. All is one
+    call later, and there are three slots.
 
 A CUDA graph repeats its calls with the slots that they were captured with, however often and between whatever others.
 So calls that are captured, and all after them, begin with one more barrier, on the stream itself and before the local
 attention: after it every rank is done with all that it had received. Of calls that are known to be in one graph
 (`in_one_graph`) only the first does: the others have their predecessors in the graph with them.
 
-Memory, on each rank: two slots of the keys and values of all other ranks, of the largest call so far.
+Where gathers follow a ring or a ring gathers, whose slots are other places in the same memory, there is one such
+barrier, too.
+
+Memory, on each rank: the slots of what the largest call so far brings; in a gather two of the keys and values of all
+other ranks, in a ring three of those of one.
 """
 
 from __future__ import annotations
@@ -36,7 +44,7 @@ from ..errors import AttentionProviderError
 from .exchange import after
 from .mesh import Group
 
-_SLOTS = 2
+_SLOTS, _SLOTS_OF_A_RING = 2, 3
 _ARRIVED, _READ = 0, 1
 """channels of the barriers: all copies of this call have arrived; all that earlier calls brought has been read."""
 _PLANS = 64
@@ -66,7 +74,7 @@ class Lane(Protocol):
 
 
 class Received(NamedTuple):
-    """Where keys and values of all other ranks lie, in a flat tensor.
+    """Where keys and values of other ranks lie, in a flat tensor.
 
     A compiled graph sees this tensor as one of its own, which it may write to once it is read. It never does: a
     compiler reuses memory for something of the same size, or almost, and keys and values are much smaller than the
@@ -80,9 +88,11 @@ class Received(NamedTuple):
     value_tail: tuple[int, ...]
 
     @staticmethod
-    def of(key: Tensor, value: Tensor, sizes: Sequence[int], rank: int) -> Received:
-        """On `rank`, where ranks have `sizes` rows, from any rank's `[batch, rows, heads, head_dim]`."""
-        return Received(key.shape[0], sum(sizes) - sizes[rank], tuple(key.shape[2:]), tuple(value.shape[2:]))
+    def of(key: Tensor, value: Tensor, sizes: Sequence[int], rank: int, shift: int = 0) -> Received:
+        """On `rank`, where ranks have `sizes` rows, from any rank's `[batch, rows, heads, head_dim]`; of the rank that
+        is `shift` before, or of all others."""
+        rows = sizes[(rank - shift) % len(sizes)] if shift else sum(sizes) - sizes[rank]
+        return Received(key.shape[0], rows, tuple(key.shape[2:]), tuple(value.shape[2:]))
 
     @property
     def key_elements(self) -> int:
@@ -134,33 +144,36 @@ class PushGather:
         self._allocate = allocate
         self._lane = lane
         self._memory: Memory | None = None
-        self._slot_bytes = 0
+        self._nbytes = 0
+        self._slots = _SLOTS
+        """of the latest call."""
         self._retired: list[Memory] = []
         self._plans: dict[object, _Plan] = {}
         self._guarded = False
         self._in_one_graph: int | None = None
         """while a graph is captured and it is known that this is one: how many of its calls there were."""
         self._calls = 0
-        self._coming: dict[int, tuple[int, Tensor]] = {}
-        """what was started and is not finished, by ticket, and which call that was."""
+        self._coming: dict[int, tuple[int, int, Tensor]] = {}
+        """what was started and is not finished, by ticket: which call that was, of how many slots, and the tensor."""
 
     @property
     def nbytes(self) -> int:
         """Memory that this rank receives in."""
-        return _SLOTS * self._slot_bytes
+        return self._nbytes
 
-    def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0) -> None:
-        """Sends this rank's `[batch, rows, heads, head_dim]`, contiguous, to all others. They may not be written to, or
+    def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0, shift: int = 0) -> None:
+        """Sends this rank's `[batch, rows, heads, head_dim]`, contiguous, to others. They may not be written to, or
         freed, before `finish`.
 
         Args:
             sizes: rows of every rank.
             ticket: for `finish`.
+            shift: to the rank that is so many further, in a ring; 0 is to all others.
         """
-        signature = (key.shape, value.shape, key.dtype, key.device, tuple(sizes))
+        signature = (key.shape, value.shape, key.dtype, key.device, tuple(sizes), shift)
         plan = self._plans.get(signature)
         if plan is None:
-            plan = self._plans[signature] = self._make_plan(key, value, sizes)
+            plan = self._plans[signature] = self._make_plan(key, value, sizes, shift)
         memory: Any = self._memory
         lane = self._lane
         lane.fork()
@@ -169,22 +182,25 @@ class PushGather:
             self._guarded = True
         if is_captured and self._in_one_graph is not None:
             self._in_one_graph += 1
-        if self._guarded and not (is_captured and self._in_one_graph not in (None, 1)):
+        slots = len(plan.received)
+        is_behind_its_like = is_captured and self._in_one_graph not in (None, 1)
+        if slots != self._slots or (self._guarded and not is_behind_its_like):
             memory.barrier(_READ)
+        self._slots = slots
         self._calls += 1
-        slot = self._calls % _SLOTS
+        slot = self._calls % slots
         with lane:
             for is_value, sample, target in plan.copies[slot]:
                 source = value if is_value else key
                 target.copy_(source if sample is None else source[sample : sample + 1])
             memory.barrier(_ARRIVED)
-        self._coming[ticket] = self._calls, plan.received[slot]
+        self._coming[ticket] = self._calls, slots, plan.received[slot]
 
     def finish(self, ticket: int = 0) -> Tensor:
         """What the others have sent, once it has arrived, as `Received` describes it. It is to be read by what is given
-        to the current stream before the next call but one starts, and not to be written to."""
-        call, received = self._coming.pop(ticket)
-        if self._calls - call >= _SLOTS:
+        to the current stream before the next call starts, or in a ring the next but one, and not to be written to."""
+        call, slots, received = self._coming.pop(ticket)
+        if self._calls - call >= slots:
             raise RuntimeError(
                 f"{self._calls - call} gathers of the same ranks have started since this one, which overwrite it. A "
                 "compiler that is given the whole model may move attentions that do not depend on each other: compile "
@@ -202,10 +218,11 @@ class PushGather:
         finally:
             self._in_one_graph = outer
 
-    def _make_plan(self, key: Tensor, value: Tensor, sizes: Sequence[int]) -> _Plan:
-        layouts = [Received.of(key, value, sizes, rank) for rank in range(self.group.size)]
+    def _make_plan(self, key: Tensor, value: Tensor, sizes: Sequence[int], shift: int) -> _Plan:
+        layouts = [Received.of(key, value, sizes, rank, shift) for rank in range(self.group.size)]
         itemsize = key.dtype.itemsize
-        self._reserve(max(layout.length for layout in layouts) * itemsize)
+        count = _SLOTS_OF_A_RING if shift else _SLOTS
+        slot_bytes = self._reserve(max(layout.length for layout in layouts) * itemsize, count)
         if len(self._plans) >= _PLANS:
             self._plans.clear()
         memory: Any = self._memory
@@ -216,27 +233,28 @@ class PushGather:
                 "was current when context parallelism was applied."
             )
         # The next rank's first, so that no rank is everybody's first.
-        others = [(self.group.rank + step) % self.group.size for step in range(1, self.group.size)]
+        steps = [shift] if shift else range(1, self.group.size)
+        others = [(self.group.rank + step) % self.group.size for step in steps]
         with torch.inference_mode(False):
             slots = [
                 [
-                    buffer[slot * self._slot_bytes :][: layout.length * itemsize].view(key.dtype)
+                    buffer[slot * slot_bytes :][: layout.length * itemsize].view(key.dtype)
                     for buffer, layout in zip(memory.buffers, layouts)
                 ]
-                for slot in range(_SLOTS)
+                for slot in range(count)
             ]
             copies = [
-                [copy for rank in others for copy in self._copies(slot[rank], layouts[rank], sizes, rank)]
+                [copy for rank in others for copy in self._copies(slot[rank], layouts[rank], sizes, rank, shift)]
                 for slot in slots
             ]
         return _Plan(copies, [slot[self.group.rank] for slot in slots])
 
-    def _copies(self, flat: Tensor, layout: Received, sizes: Sequence[int], receiver: int) -> list[_Copy]:
+    def _copies(self, flat: Tensor, layout: Received, sizes: Sequence[int], receiver: int, shift: int) -> list[_Copy]:
         """This rank's rows at `receiver`, in pieces that are contiguous there."""
         rank, rows = self.group.rank, sizes[self.group.rank]
         if rows == 0:
             return []
-        start = sum(size for other, size in enumerate(sizes[:rank]) if other != receiver)
+        start = 0 if shift else sum(size for other, size in enumerate(sizes[:rank]) if other != receiver)
         found = []
         for is_value, there in enumerate(layout.views(flat)):
             target = there.narrow(1, start, rows)
@@ -245,27 +263,28 @@ class PushGather:
             found += [_Copy(bool(is_value), sample, piece) for sample, piece in pieces]
         return found
 
-    def _reserve(self, nbytes: int) -> None:
-        """Memory for slots of `nbytes`. All ranks come to it in the same call, for all know the sizes of all."""
+    def _reserve(self, nbytes: int, slots: int) -> int:
+        """How far slots are apart, in memory for `slots` of `nbytes`. All ranks come to it in the same call, for all
+        know the sizes of all."""
         from .symmetric import ALIGNMENT
 
-        if nbytes <= self._slot_bytes:
-            return
-        if self._lane.is_captured():
-            raise AttentionProviderError(
-                f"a CUDA graph is captured of a call that is larger than all before ({nbytes} bytes to receive, "
-                f"{self._slot_bytes} are there). Make the call once before it is captured, on every rank."
-            )
-        # All that others have sent here has arrived, since this rank has waited for it; nobody sends more before all
-        # have come here.
-        self._lane.drain()
-        if self._guarded and self._memory is not None:
-            self._retired.append(self._memory)  # graphs still use it
-        self._plans.clear()
-        self._memory = None
-        slot_bytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
-        self._memory = self._allocate(_SLOTS * slot_bytes)
-        self._slot_bytes = slot_bytes
+        needed = slots * -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if needed > self._nbytes:
+            if self._lane.is_captured():
+                raise AttentionProviderError(
+                    f"a CUDA graph is captured of a call that is larger than all before ({needed} bytes to receive in, "
+                    f"{self._nbytes} are there). Make the call once before it is captured, on every rank."
+                )
+            # All that others have sent here has arrived, since this rank has waited for it; nobody sends more before
+            # all have come here.
+            self._lane.drain()
+            if self._guarded and self._memory is not None:
+                self._retired.append(self._memory)  # graphs still use it
+            self._plans.clear()
+            self._memory = None
+            self._memory = self._allocate(needed)
+            self._nbytes = needed
+        return self._nbytes // slots // ALIGNMENT * ALIGNMENT
 
 
 class SideStream:
@@ -343,12 +362,12 @@ def gather_of(group: str) -> PushGather:
 # a tensor that is only read, a compiler may give each operator a copy of its own.) The ticket says which operators
 # belong together, and that two calls that send the same are two.
 _library = torch.library.Library("diffusers_attn", "FRAGMENT")
-_library.define("push_start(Tensor(a!)[] held, SymInt[] sizes, str group, int ticket) -> ()")
+_library.define("push_start(Tensor(a!)[] held, SymInt[] sizes, str group, int ticket, int shift) -> ()")
 _library.define("push_finish(Tensor(a!)[] held, Tensor meanwhile, SymInt length, str group, int ticket) -> Tensor")
 
 
-def _start(held: list[Tensor], sizes: Sequence[int], group: str, ticket: int) -> None:
-    gather_of(group).start(held[0], held[1], sizes, ticket)
+def _start(held: list[Tensor], sizes: Sequence[int], group: str, ticket: int, shift: int) -> None:
+    gather_of(group).start(held[0], held[1], sizes, ticket, shift)
 
 
 def _finish(held: list[Tensor], meanwhile: Tensor, length: int, group: str, ticket: int) -> Tensor:
@@ -360,7 +379,7 @@ _library.impl("push_finish", _finish, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("diffusers_attn::push_start", lib=_library)
-def _(held, sizes, group, ticket):  # type: ignore[no-untyped-def]
+def _(held, sizes, group, ticket, shift):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -385,35 +404,54 @@ class Push(NamedTuple):
     sizes: tuple[int, ...]
     group: Group
     ticket: int = 0
+    shift: int = 0
 
     @staticmethod
     def start(
-        query: Tensor, key: Tensor, value: Tensor, sizes: tuple[int, ...], group: Group, *, needs_grad: bool
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sizes: tuple[int, ...],
+        group: Group,
+        *,
+        needs_grad: bool,
+        shift: int = 0,
     ) -> Push:
-        """Sends `key` and `value`, `[batch, rows, heads, head_dim]` and contiguous, to all other ranks of `group`.
+        """Sends `key` and `value`, `[batch, rows, heads, head_dim]` and contiguous, to other ranks of `group`.
 
         Args:
             query: what attends to them.
             sizes: rows of every rank.
             needs_grad: whether they may be saved for a backward.
+            shift: to the rank that is so many further; 0 is to all others.
         """
+        held = [key, value, query]
+        if needs_grad and torch.compiler.is_compiling():
+            # What is saved must not seem to change: copies, which come after the query, as it would see to itself.
+            held = [after(key, query), after(value, query)]
+        return Push(held, sizes, group)._begun(shift)
+
+    def again(self, shift: int) -> Push:
+        """Sends the same to another rank."""
+        return self._begun(shift)
+
+    def _begun(self, shift: int) -> Push:
         if not torch.compiler.is_compiling():
-            gather_of(group.name).start(key, value, sizes)
-            return Push([key, value, query], sizes, group)
-        # What is saved must not seem to change: copies, which come after the query, as the query would see to itself.
-        held = [after(key, query), after(value, query)] if needs_grad else [key, value, query]
+            gather_of(self.group.name).start(self.held[0], self.held[1], self.sizes, shift=shift)
+            return self._replace(shift=shift)
         ticket = _new_ticket()
         # The overload, since of that the compiler knows that it changes an argument, and so must not be left out.
-        torch.ops.diffusers_attn.push_start.default(held, sizes, group.name, ticket)
-        return Push(held, sizes, group, ticket)
+        torch.ops.diffusers_attn.push_start.default(self.held, self.sizes, self.group.name, ticket, shift)
+        return self._replace(shift=shift, ticket=ticket)
 
     def finish(self, meanwhile: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of all other ranks, in their order. They may be read before the next call but one starts.
+        """Key and value of the rank that is `shift` before, or of all others in their order. They may be read until the
+        next call starts, or in a ring the next but one.
 
         Args:
             meanwhile: a result of what was computed since the start.
         """
-        received = Received.of(self.held[0], self.held[1], self.sizes, self.group.rank)
+        received = Received.of(self.held[0], self.held[1], self.sizes, self.group.rank, self.shift)
         if torch.compiler.is_compiling():
             finish = torch.ops.diffusers_attn.push_finish.default
             flat = finish(self.held, meanwhile, received.length, self.group.name, self.ticket)

@@ -2,11 +2,14 @@
 
 Every rank keeps its queries. In each of as many steps as there are ranks it attends to the block that it holds, while
 that block is on its way to the next rank and the previous rank's is coming. The results of the steps merge.
+
+Where ranks write into each other's memory (`push`), a block need not travel through them: in every step each rank sends
+its own, to the rank that is one further than in the step before. What comes is the same.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +17,11 @@ from torch import Tensor
 from ..autograd import result
 from . import exchange
 from .blocks import Block, BlockAttention, make_block
+from .exchange import after
 from .mesh import Group
+from .push import Push
 from .sharding import Shards
+from .transport import SYMMETRIC
 
 
 def ring_attention(
@@ -37,21 +43,29 @@ def ring_attention(
     Returns:
         `[batch, this rank's queries, heads, value_head_dim]`.
     """
-    return _Ring.apply(query, key, value, key_mask, rows, call)
+    if call.kernel.needs_grad:
+        return _Ring.apply(query, key, value, key_mask, rows, call)
+    return _forward(query, key, value, key_mask, rows, call)[0]
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, rows: Tensor | None, call: BlockAttention
+) -> tuple[Tensor, Tensor]:
+    """Output, in the query's dtype, and lse."""
+    size = call.group.size
+    hands = _Hands.start(query, key, value, key_mask, call)
+    merged: Any = None
+    for step in range(size):
+        runs = call.key_shards.runs[(call.group.rank - step) % size]
+        merged = call.forward(query, hands.block, runs, rows, merged, last=step + 1 == size)
+        hands = hands.next(merged[0])
+    return merged
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, key_mask, rows, call: BlockAttention):  # type: ignore[no-untyped-def]
-        group, shards = call.group, call.key_shards
-        block = make_block(key, value, key_mask)
-        merged: Any = None
-        for step in range(group.size):
-            owner = (group.rank - step) % group.size
-            coming = _start_rotation(block, owner, shards, group) if step + 1 < group.size else []
-            merged = call.forward(query, block, shards.runs[owner], rows, merged, last=step + 1 == group.size)
-            block = [exchange.wait(tensor, group) for tensor in coming]
-        out, lse = merged
+        out, lse = _forward(query, key, value, key_mask, rows, call)
         ctx.save_for_backward(query, key, value, key_mask, rows, out, lse)
         ctx.call = call
         return result(out)
@@ -63,21 +77,71 @@ class _Ring(torch.autograd.Function):
         query, key, value, key_mask, rows, out, lse = ctx.saved_tensors
         call: BlockAttention = ctx.call
         group, shards = call.group, call.key_shards
-        block = make_block(key, value, key_mask, grad_out)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        hands = _Hands.start(query, key, value, key_mask, call, grad_out)
         grad_query: Any = 0
         following: Block = []
         for step in range(group.size):
             owner = (group.rank - step) % group.size
-            coming = _start_rotation(block, owner, shards, group) if step + 1 < group.size else []
-            share = call.backward(grad_out, query, block, shards.runs[owner], rows, out, lse)
-            grad_query = grad_query + share[0]
-            grads = list(share[1:])
+            parts = call.backward(grad_out, query, hands.block, shards.runs[owner], rows, out, lse)
+            grad_query = grad_query + parts[0].to(wide)
+            grads = [part.to(wide) for part in parts[1:]]
             if step > 0:
                 grads = [own + exchange.wait(before, group) for own, before in zip(grads, following)]
             following = _start_rotation(grads, owner, shards, group)
-            block = [exchange.wait(tensor, group) for tensor in coming]
+            hands = hands.next(parts[0])
         grad_key, grad_value = (exchange.wait(tensor, group).transpose(0, 1) for tensor in following)
-        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        # A compiler sees no order between what this sends and what the layer before does.
+        grad_query = after(grad_query.to(query.dtype), grad_key, grad_value)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+
+
+class _Hands(NamedTuple):
+    """The block that a rank holds, and the next one, which is under way."""
+
+    call: BlockAttention
+    step: int
+    block: Block
+    coming: Block
+    """what collectives bring: all of the block, or its mask alone."""
+    push: Push | None
+    """what brings key and value where collectives do not."""
+
+    @staticmethod
+    def start(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        call: BlockAttention,
+        grad_out: Tensor | None = None,
+    ) -> _Hands:
+        """This rank's own block, of `[batch, seq, ...]` tensors; sent once `grad_out` is there, if it is given."""
+        if call.transport != SYMMETRIC:
+            block = make_block(key, value, key_mask, grad_out)
+            return _Hands(call, 0, block, _start_rotation(block, call.group.rank, call.key_shards, call.group), None)
+        key, value = (after(tensor, grad_out).contiguous() for tensor in (key, value))
+        push = Push.start(
+            query, key, value, call.key_shards.sizes, call.group, needs_grad=call.kernel.needs_grad, shift=1
+        )
+        masks = [] if key_mask is None else [after(key_mask, grad_out).transpose(0, 1).contiguous()]
+        coming = _start_rotation(masks, call.group.rank, call.key_shards, call.group)
+        return _Hands(call, 0, [*(tensor.transpose(0, 1) for tensor in push.held[:2]), *masks], coming, push)
+
+    def next(self, meanwhile: Tensor) -> _Hands:
+        """What is there one step later. `meanwhile`: what was computed with this block."""
+        call, step = self.call, self.step + 1
+        if step == call.group.size:
+            return self
+        block = [exchange.wait(tensor, call.group) for tensor in self.coming]
+        masks, push = block if self.push else [], self.push
+        if push is not None:
+            block = [*(tensor.transpose(0, 1) for tensor in push.finish(meanwhile)), *block]
+        if step + 1 == call.group.size:  # nobody needs another
+            return _Hands(call, step, block, [], None)
+        owner = (call.group.rank - step) % call.group.size
+        coming = _start_rotation(masks if push else block, owner, call.key_shards, call.group)
+        return _Hands(call, step, block, coming, push.again(step + 1) if push else None)
 
 
 def _start_rotation(block: Block, owner: int, shards: Shards, group: Group) -> Block:

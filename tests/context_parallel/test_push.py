@@ -1,6 +1,7 @@
-"""The gather by direct writes: its slots, its memory, and that a compiler leaves its parts in order."""
+"""Direct writes, of a gather and of a ring: its slots, its memory, and that a compiler leaves its parts in order."""
 
 import contextlib
+import itertools
 import re
 import time
 
@@ -22,9 +23,9 @@ from .shared_memory import NoLane, open_shared
 LAYERS = 2
 
 
-def compiled(meshes, ring, backend, length, is_causal, train, masked=False):
+def compiled(meshes, ring, backend, length, is_causal, train, masked=False, method="allgather"):
     """Number of graphs, and the largest difference to eager mode over several calls; and, of Inductor, its code."""
-    mesh = meshes(ring, 1)
+    mesh = meshes(ring, 1, rotate_method=method)
     memory = open_shared(mesh.ring)
     shards = Shards.contiguous(length, mesh.size)
     options = {"query_shards": shards, "key_shards": shards, "is_causal": is_causal, "transport": SYMMETRIC}
@@ -62,6 +63,9 @@ COMPILED = {
     "training": {"ring": 2, "length": 11, "train": True, "masked": True},
     "no queries or keys on a rank": {"ring": 3, "length": 2},
     "nothing to see": {"ring": 3, "length": 11, "is_causal": True, "train": True},
+    "a ring": {"ring": 3, "length": 11, "method": "alltoall"},
+    "a ring, training": {"ring": 3, "length": 11, "train": True, "masked": True, "method": "alltoall"},
+    "a ring, nothing to see": {"ring": 3, "length": 11, "is_causal": True, "train": True, "method": "alltoall"},
 }
 
 
@@ -73,9 +77,10 @@ def test_one_graph(pool, case):
         assert error < 1e-4
 
 
-def test_inductor(pool):
+@pytest.mark.parametrize("method", ["allgather", "alltoall"])
+def test_inductor(pool, method):
     """All is in its order, and what is sent is sent from where it was computed, and is alive until it is there."""
-    arguments = {"ring": 2, "length": 12, "is_causal": False, "train": False, "backend": "inductor"}
+    arguments = {"ring": 2, "length": 12, "is_causal": False, "train": False, "backend": "inductor", "method": method}
     for graphs, error, code in pool.run(2, compiled, **arguments):
         assert graphs == 1
         assert error < 1e-4
@@ -89,38 +94,50 @@ def test_inductor(pool):
             assert sorted(re.findall(r"buf\d+", local[1])) == sorted(held.groups())
 
 
-def rotations(meshes, captured, known, calls):
+def rotations(meshes, captured, known, shifts, calls):
     """Whether all that arrives is right, and still is when it is read late, on ranks that are slow at random."""
     mesh = meshes(3, 1)
     lane = NoLane()
     memory = open_shared(mesh.ring, lane)
     sizes = (3, 4, 5)
     delays = torch.Generator().manual_seed(mesh.rank)
-    right, graph = True, contextlib.ExitStack()
+    graph, wrong, unread = contextlib.ExitStack(), [], []
+
+    def read():
+        for call, shift, found in unread:
+            time.sleep(torch.rand(1, generator=delays).item() * 4e-3)
+            others = [(mesh.rank - shift) % 3] if shift else [rank for rank in range(3) if rank != mesh.rank]
+            for sign, part in zip((1, -1), found):
+                expected = [torch.full((2, sizes[rank], 1, 4), sign * float(10 * call + rank)) for rank in others]
+                wrong.extend([] if torch.equal(part, torch.cat(expected, dim=1)) else [call])
+        unread.clear()
+
     for call in range(calls):
         # As a CUDA graph does: what a capture began with is what its repetitions begin with.
-        lane.captured = captured and call > 0
+        lane.captured = captured and call >= len(shifts)
         if captured and call % 3 == 0:
             memory._calls = 0
             if known:  # a graph of three calls, repeated
                 graph.close()
                 graph.enter_context(memory.in_one_graph())
+        shift = shifts[call % len(shifts)]
+        # What a gather brought is read before the next call, and so is all before another kind, or another graph.
+        if 0 in (shift, *(before for _, before, _ in unread)) or (captured and call % 3 == 0):
+            read()
         key = torch.full((2, sizes[mesh.rank], 1, 4), float(10 * call + mesh.rank))
-        push = Push.start(key, key, -key, sizes, mesh.ring, needs_grad=False)
-        found = push.finish(key)
-        time.sleep(torch.rand(1, generator=delays).item() * 4e-3)
-        for sign, part in zip((1, -1), found):
-            others = [rank for rank in range(3) if rank != mesh.rank]
-            expected = [torch.full((2, sizes[rank], 1, 4), sign * float(10 * call + rank)) for rank in others]
-            right = right and torch.equal(part, torch.cat(expected, dim=1))
+        push = Push.start(key, key, -key, sizes, mesh.ring, needs_grad=False, shift=shift)
+        read()  # of a ring: beside the next step
+        unread.append((call, shift, push.finish(key)))
+    read()
     del memory
-    return right
+    return wrong
 
 
 @pytest.mark.parametrize(("captured", "known"), [(False, False), (True, False), (True, True)])
-def test_nothing_is_overwritten_before_it_is_read(pool, captured, known):
+@pytest.mark.parametrize("shifts", [(0,), (1, 2), (0, 1, 2)], ids=["gather", "ring", "both"])
+def test_nothing_is_overwritten_before_it_is_read(pool, captured, known, shifts):
     """`known`: that calls are in one graph, of which then only the first waits for all that came before."""
-    assert all(pool.run(3, rotations, captured=captured, known=known, calls=60))
+    assert pool.run(3, rotations, captured=captured, known=known, shifts=shifts, calls=36) == [[]] * 3
 
 
 def lives(meshes):
@@ -176,12 +193,12 @@ def test_life_of_the_memory(pool):
 def test_what_is_received_is_no_size_that_a_compiler_reuses(sizes):
     """It takes the memory of a tensor for another of at least 0.95 times the size."""
     key, value = torch.empty(2, 1, 3, 64), torch.empty(2, 1, 3, 40)
-    for rank in range(len(sizes)):
-        received = Received.of(key, value, sizes, rank)
+    for rank, shift in itertools.product(range(len(sizes)), (0, 1)):
+        received = Received.of(key, value, sizes, rank, shift)
         flat = torch.arange(received.length)
         parts = received.views(flat)
         assert all(part.numel() < 0.95 * received.length for part in parts)
-        assert [part.shape[1] for part in parts] == [sum(sizes) - sizes[rank]] * 2
+        assert [part.shape[1] for part in parts] == [sizes[rank - 1] if shift else sum(sizes) - sizes[rank]] * 2
         assert not set(parts[0].flatten().tolist()) & set(parts[1].flatten().tolist())
         assert all(part.storage_offset() % 128 == 0 for part in parts)
 

@@ -15,23 +15,27 @@ from diffusers_attn.context_parallel.unified import parallel_attention
 from .. import reference
 from .shared_memory import FileMemory, open_shared
 
-# (ring, ulysses, rotate_method); "push" is an allgather through memory that ranks share.
+# (ring, ulysses, rotate_method); behind "push" through memory that ranks share.
 STRATEGIES = {
     "ulysses 2": (1, 2, "allgather"),
     "ring 2": (2, 1, "alltoall"),
     "gather 2": (2, 1, "allgather"),
-    "push 2": (2, 1, "push"),
+    "push gather 2": (2, 1, "push allgather"),
+    "push ring 2": (2, 1, "push alltoall"),
     "ulysses 3": (1, 3, "allgather"),
     "ring 3": (3, 1, "alltoall"),
     "gather 3": (3, 1, "allgather"),
-    "push 3": (3, 1, "push"),
+    "push gather 3": (3, 1, "push allgather"),
+    "push ring 3": (3, 1, "push alltoall"),
     "ulysses 4": (1, 4, "allgather"),
     "ring 4": (4, 1, "alltoall"),
     "gather 4": (4, 1, "allgather"),
-    "push 4": (4, 1, "push"),
+    "push gather 4": (4, 1, "push allgather"),
+    "push ring 4": (4, 1, "push alltoall"),
     "unified ring 2x2": (2, 2, "alltoall"),
     "unified gather 2x2": (2, 2, "allgather"),
-    "unified push 2x2": (2, 2, "push"),
+    "unified push gather 2x2": (2, 2, "push allgather"),
+    "unified push ring 2x2": (2, 2, "push alltoall"),
 }
 DEFAULTS = {"batch": 2, "heads": 4, "kv_heads": 4, "queries": (13,), "keys": None, "mask": None, "order": "contiguous"}
 # Each says how it differs from the defaults. A length for each stream: (5, 9) is five text and nine image tokens, each
@@ -145,10 +149,9 @@ def run_case(mesh, case, transport):
 
 def meshes_of(meshes, ring, ulysses, rotate_method, **config):
     """Mesh, transport, and what must be held meanwhile."""
-    if rotate_method != "push":
-        return meshes(ring, ulysses, rotate_method=rotate_method, **config), COLLECTIVE, None
-    mesh = meshes(ring, ulysses, **config)
-    return mesh, SYMMETRIC, open_shared(mesh.ring)
+    push, method = rotate_method.startswith("push "), rotate_method.removeprefix("push ")
+    mesh = meshes(ring, ulysses, rotate_method=method, **config)
+    return (mesh, SYMMETRIC, open_shared(mesh.ring)) if push else (mesh, COLLECTIVE, None)
 
 
 def compare(meshes, ring, ulysses, rotate_method, cases):

@@ -50,9 +50,9 @@ def delay(chance=0.3):
         time.sleep(random.random() * 2e-3)
 
 
-def opened(meshes):
+def opened(meshes, strategy="gather"):
     """The mesh of a ring over all GPUs, and what must be held."""
-    mesh = meshes("gather")
+    mesh = meshes(strategy)
     chosen, gather = choose_transport(mesh)
     assert chosen.kind == SYMMETRIC, chosen.reason
     random.seed(mesh.rank)
@@ -174,9 +174,9 @@ def test_memory_cannot_grow_in_a_capture(gpus):
         assert "once before it is captured" in message
 
 
-def attention(meshes, mode, length, heads, calls):
+def attention(meshes, strategy, mode, length, heads, calls):
     """Largest relative differences of outputs and gradients between the transports, over several calls."""
-    mesh, gather = opened(meshes)
+    mesh, gather = opened(meshes, strategy)
     shards = Shards.contiguous(length, mesh.size)
 
     def layers(query, key, value, transport):
@@ -210,10 +210,11 @@ def attention(meshes, mode, length, heads, calls):
     return counter.frame_count, worst.item()
 
 
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("mode", ["eager", "eager training", "compiled", "compiled training"])
 @pytest.mark.parametrize("length", [1024, 1003])
-def test_attention_is_that_of_collectives(gpus, mode, length, record):
-    for graphs, error in gpus.run(SIZE, attention, mode=mode, length=length, heads=4, calls=30):
+def test_attention_is_that_of_collectives(gpus, strategy, mode, length, record):
+    for graphs, error in gpus.run(SIZE, attention, strategy=strategy, mode=mode, length=length, heads=4, calls=30):
         assert graphs == (1 if mode.startswith("compiled") else 0)
         record("symmetric memory", mode, error, 1e-2)
 
