@@ -11,6 +11,7 @@ noise that every rank drew by itself, which gives a picture made of pieces of se
    were in the digests already ("check"); reading those is the one thing for which a host waits for its device.
 
 A tensor that requires a gradient is never replaced, since its graph is this rank's own: it is checked in both modes.
+What a plan calls a cache is left alone in all: the model writes into it, and it may be larger than all else together.
 """
 
 from __future__ import annotations
@@ -81,11 +82,13 @@ class Agreement:
         module: the model; the signature of its forward gives names to arguments.
         links: of the ranks that share a sequence.
         mode: "broadcast": all are given the first rank's tensors; "check": an error where tensors differ.
+        caches: names of arguments that are each rank's own; that they are given is all that ranks agree on.
     """
 
-    def __init__(self, module: nn.Module, links: Links, mode: str) -> None:
+    def __init__(self, module: nn.Module, links: Links, mode: str, caches: Sequence[str] = ()) -> None:
         self.links = json.dumps(links)
         self.mode = mode
+        self.caches = frozenset(caches)
         self.names = list(inspect.signature(module.forward).parameters)
         self.compared = False
         """whether tensors that are about to be replaced were compared: once, to tell the user of unseeded noise."""
@@ -94,7 +97,10 @@ class Agreement:
         given = _named(self.names, args, kwargs)
         found = _Found([], [], [], [], [], [], [])
         for name, value in given:
-            _find(found, name, value)
+            if name in self.caches and value is not None:
+                found.said.append(f"{name}: {type(value).__name__}")
+            else:
+                _find(found, name, value)
         compare = False
         if not torch.compiler.is_compiling():
             compare, self.compared = self.mode == "broadcast" and not self.compared, True
@@ -107,7 +113,7 @@ class Agreement:
         watched = [tensor + answer[0] for tensor in found.watched] if torch.compiler.is_compiling() else found.watched
         # The same order again: each takes the place of one that was found.
         places = iter(answer[1:]), iter(watched)
-        new = {name: _replaced(value, *places) for name, value in given}
+        new = {name: value if name in self.caches else _replaced(value, *places) for name, value in given}
         new_args = [new[name] for name, _ in given[: len(args)]]
         return tuple(new_args), {name: new[name] for name in kwargs}
 

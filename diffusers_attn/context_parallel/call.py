@@ -11,11 +11,22 @@ from torch import Tensor
 
 from ..errors import AttentionProviderError
 from .mesh import ContextParallelMesh
-from .sharded_masks import BlockRowMask, KeyMask, OuterMask, RowMask, ShardedMask, sharded_mask
+from .sharded_masks import (
+    BlockRowMask,
+    KeyMask,
+    OuterMask,
+    RectangleMask,
+    RowMask,
+    ShardedMask,
+    sharded_mask,
+)
 from .sharding import take
 from .stand_ins import Kept
 from .streams import SplitCall, Streams
 from .unified import parallel_attention
+
+_BY_PLACES = (BlockRowMask, RectangleMask)
+"""masks that say themselves what they are, and are of places in the whole sequences."""
 
 
 def split_attention(
@@ -69,7 +80,7 @@ def split_attention(
         prefix = 0 if role.prefix is None else call.keys.total - streams.shards(key_names).total
         kept = streams.kept(query_names), streams.kept(key_names, prefix)
     mask = None if attn_mask is None else _mask(attn_mask, call, streams, *kept)
-    of_all_keys = isinstance(attn_mask, BlockRowMask) or (
+    of_all_keys = isinstance(attn_mask, _BY_PLACES) or (
         attn_mask is not None and attn_mask.shape[-1] == call.keys.total
     )
     if not call.in_order and (is_causal or of_all_keys):
@@ -101,7 +112,7 @@ def _without(tensor: Tensor, kept: Kept | None, dim: int) -> Tensor:
 
 
 def _check_tensor(mask: Any) -> None:
-    if mask is not None and not isinstance(mask, (Tensor, BlockRowMask)):
+    if mask is not None and not isinstance(mask, (Tensor, *_BY_PLACES)):
         raise AttentionProviderError(
             f"attn_mask is a {type(mask).__name__}; over several ranks a torch.Tensor is accepted. A BlockMask counts "
             "positions of the whole sequence: run this model on one device, or give it a processor that makes none."
@@ -109,7 +120,7 @@ def _check_tensor(mask: Any) -> None:
 
 
 def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None, key_kept: Kept | None) -> ShardedMask:
-    if isinstance(mask, BlockRowMask):
+    if isinstance(mask, _BY_PLACES):
         return mask
     while mask.ndim < 4:
         mask = mask.unsqueeze(0)

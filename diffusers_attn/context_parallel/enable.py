@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from ..cp_plans.plan import Plan
+from ..cp_plans.plan import CPCache, ParamId, Plan, entries
 from ..errors import AttentionProviderError
 from ..processors import DispatchProcessor
 from ..processors.binding import attention_modules_of
@@ -308,13 +308,21 @@ def _put_on(
     if inputs != "trust":
         links = Links.of(sharing)
         enabled.links.append(links)
-        hook = Agreement(model, links, inputs)
+        hook = Agreement(model, links, inputs, _caches(target.plan))
         enabled.hooks.append(model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
     for _, module in attention_modules_of(model):
         processor = module.processor
         if obstacle(processor) is None and (rebind or not isinstance(processor, BoundProcessor)):
             enabled.processors.append((weakref.ref(module), processor))
             module.set_processor(request)
+
+
+def _caches(plan: Plan) -> list[str]:
+    """The model's arguments that a plan calls caches."""
+    of_model = [spec for path, spec in entries(plan) if not path and isinstance(spec, Mapping)]
+    named = [(key, word) for spec in of_model for key, word in spec.items() if isinstance(word, CPCache)]
+    names = [key.name if isinstance(key, ParamId) else key for key, _ in named]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _take_off(model: nn.Module) -> None:

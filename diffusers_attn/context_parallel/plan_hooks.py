@@ -17,6 +17,7 @@ from ..cp_plans.plan import (
     CPAbsent,
     CPAttention,
     CPBlocks,
+    CPCache,
     CPInput,
     CPLength,
     CPLogBase,
@@ -44,7 +45,7 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
         role = Role(tuple(spec.query), tuple(keys), spec.outer_mask, spec.key_mask, spec.row_mask, spec.prefix)
         if spec.prefix is not None:
             streams.whole.add(spec.prefix)
-        yield from _attention_hooks(module, streams, role)
+        yield from _attention_hooks(module, streams, role, spec.bound)
     elif isinstance(spec, CPNeighbours):
         yield lambda: module.register_forward_pre_hook(AddNeighbours(streams, path, spec))
         yield lambda: module.register_forward_hook(CutNeighbours(streams, spec))
@@ -75,9 +76,11 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
         raise _not_understood(path, spec)
 
 
-def _attention_hooks(module: nn.Module, streams: Streams, role: Role | None) -> list[Callable[[], RemovableHandle]]:
+def _attention_hooks(
+    module: nn.Module, streams: Streams, role: Role | None, bound: bool = False
+) -> list[Callable[[], RemovableHandle]]:
     return [
-        lambda: module.register_forward_pre_hook(_EnterAttention(streams, role)),
+        lambda: module.register_forward_pre_hook(_EnterAttention(streams, role, bound)),
         lambda: module.register_forward_hook(_LeaveAttention(streams)),
     ]
 
@@ -90,7 +93,7 @@ def _not_understood(path: str, spec: object) -> AttentionProviderError:
     )
 
 
-_INPUTS = (CPInput, CPWhole, CPStore, CPLength, CPLogBase, CPBlocks, CPAbsent, CPPresent)
+_INPUTS = (CPInput, CPWhole, CPStore, CPCache, CPLength, CPLogBase, CPBlocks, CPAbsent, CPPresent)
 
 
 def _words(spec: Any) -> list[Any]:
@@ -135,7 +138,7 @@ class _Hook:
                     f"{spec.reason}"
                 )
             return value
-        if value is None or spec is None:
+        if value is None or spec is None or isinstance(spec, CPCache):
             return value
         if isinstance(spec, CPAbsent):
             raise AttentionProviderError(
@@ -262,13 +265,16 @@ class _GatherOutputs(_Hook):
 class _EnterAttention:
     """Says whose attention module now runs, and what it attends to."""
 
-    def __init__(self, streams: Streams, role: Role | None) -> None:
+    def __init__(self, streams: Streams, role: Role | None, bound: bool) -> None:
         self.streams = streams
         self.role = role
+        self.bound = bound
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.role is not None and self.streams.splits_blocks(self.role.key):
-            _check_bound(module)
+            _check_bound(module, "attends by blocks that it chooses from all tokens", "asks the other ranks")
+        elif self.bound and self.streams.mesh.size > 1:
+            _check_bound(module, "counts places of the whole sequence", "knows where this rank's tokens are")
         self.streams.enter(self.role)
 
 
@@ -280,11 +286,12 @@ class _LeaveAttention:
         self.streams.leave()
 
 
-def _check_bound(module: Any) -> None:
-    """Raises AttentionProviderError where attention goes by blocks of what is split, in diffusers' own processor."""
+def _check_bound(module: Any, what: str, instead: str) -> None:
+    """Raises AttentionProviderError where a processor would have to know of tokens that other ranks have, and it is
+    diffusers' own."""
     if not hasattr(module.processor, "choice"):
         raise AttentionProviderError(
-            f"{type(module).__name__} attends by blocks that it chooses from all tokens, and its processor, "
-            f"{type(module.processor).__name__}, knows of this rank's alone. Bind it to a provider, which gives it one "
-            'that asks the other ranks: model.set_attn_processor(DispatchProcessor("flex")).'
+            f"{type(module).__name__} {what}, and its processor, {type(module.processor).__name__}, knows of this "
+            f"rank's alone. Bind it to a provider, which gives it one that {instead}: "
+            'model.set_attn_processor(DispatchProcessor("flex")).'
         )

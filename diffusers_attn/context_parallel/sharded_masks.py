@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import AttentionProviderError
+from .rectangles import Rectangle
 from .sharding import Shards, take
 
 
@@ -45,7 +46,14 @@ class OuterMask(NamedTuple):
     key: Tensor
 
 
-ShardedMask = KeyMask | RowMask | BlockRowMask | OuterMask
+class RectangleMask(NamedTuple):
+    """Which runs of all queries see which runs of all keys, in the order of the sequences; alike for all samples and
+    heads, and no pair in two of them. Queries that are in none see nothing: their output is zero."""
+
+    rectangles: tuple[Rectangle, ...]
+
+
+ShardedMask = KeyMask | RowMask | BlockRowMask | OuterMask | RectangleMask
 
 
 def sharded_mask(mask: Tensor, query_shards: Shards, key_shards: Shards, rank: int) -> KeyMask | RowMask:

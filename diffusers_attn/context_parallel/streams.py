@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Streams:
     def __init__(self, mesh: ContextParallelMesh, transport: Transport | None = None) -> None:
         self.mesh = mesh
         self.transport = Transport() if transport is None else transport
-        """how keys and values get to the other ranks of a ring, with `rotate_method="allgather"`; and why so."""
+        """how keys and values get to the other ranks of a ring, and why so."""
         self.lengths: dict[str, int] = {}
         self.blocks: dict[str, int] = {}
         """of sequences that are split between blocks only, in the latest forward: how many tokens a block has."""
@@ -75,6 +76,7 @@ class Streams:
         """of the attention module that is running, where the plan says it."""
         self._outer: list[Role | None] = []
         self._calls: dict[tuple[Role | None, int, int], SplitCall | None] = {}
+        self._made: dict[int, tuple[Any, Any]] = {}
 
     def begin(self) -> None:
         """Forgets the sequences of an earlier forward."""
@@ -95,6 +97,7 @@ class Streams:
     def end(self) -> None:
         """No attention module of this model runs any more."""
         self._outer.clear()
+        self._made.clear()
         self.role = running.streams = None
 
     def enter(self, role: Role | None) -> None:
@@ -107,6 +110,15 @@ class Streams:
         """It ends."""
         self.role = self._outer.pop()
         running.streams = self if self._outer else None
+
+    def once(self, of: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns for an object that all layers of a forward are given: made for the first of them, and
+        kept for the others until the forward ends."""
+        if torch.compiler.is_compiling():
+            return make()
+        if id(of) not in self._made:
+            self._made[id(of)] = of, make()
+        return self._made[id(of)][1]
 
     def split(
         self,

@@ -17,7 +17,7 @@ from .kernel import Kernel
 from .kv_gather import kv_gather_attention
 from .mesh import ContextParallelMesh
 from .ring import ring_attention
-from .sharded_masks import BlockRowMask, KeyMask, OuterMask, RowMask, ShardedMask
+from .sharded_masks import BlockRowMask, KeyMask, OuterMask, RectangleMask, RowMask, ShardedMask
 from .sharding import Shards, gather, in_blocks, in_order, out_of_order, take
 from .transport import COLLECTIVE
 from .ulysses import ulysses_attention
@@ -61,19 +61,20 @@ def parallel_attention(
             for a ring, gives no log-sum-exp. Before anything is sent.
     """
     _check_shapes(query, key, value, mask, mesh, query_shards, key_shards)
-    if is_causal and isinstance(mask, BlockRowMask):
+    if is_causal and isinstance(mask, (BlockRowMask, RectangleMask)):
         raise AttentionProviderError(
-            "is_causal and a mask by blocks together: within a block on the diagonal a query would see some keys only. "
-            "Pass a RowMask that says both."
+            "is_causal and a mask by blocks or rectangles together: within one on the diagonal a query would see some "
+            "keys only. Pass a RowMask that says both."
         )
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     block = mask.block if isinstance(mask, BlockRowMask) else 1
     kernel = Kernel(provider, options, scale, needs_grad, block)
     kind = kernel.block_kind if isinstance(mask, BlockRowMask) else _kind(mask)
-    kernel.check(query, key, value, kind, is_causal, partial=mesh.ring.size > 1)
+    seen = mask.rectangles if isinstance(mask, RectangleMask) else None
+    kernel.check(query, key, value, kind, is_causal, partial=mesh.ring.size > 1 or seen is not None)
     key_mask, rows, silent = _reduce_mask(mask, mesh, key_shards)
     call = BlockAttention(
-        kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32, transport
+        kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32, transport, seen
     )
     over = _over_ring if mesh.ulysses.size == 1 else _over_both
     out = over(query, key, value, key_mask, rows, call, mesh)
@@ -99,8 +100,9 @@ def _over_both(
         rows = _gather_rows(rows, 2, tuple(size // call.kernel.block for size in query_sizes), mesh)
     query_shards, key_shards = call.query_shards.merged(group.size), call.key_shards.merged(group.size)
     query_runs, key_runs = query_shards.runs[mesh.ring.rank], key_shards.runs[mesh.ring.rank]
-    # Only causality cares for the order of tokens. In order, the fewest calls serve it; without a ring, a single one.
-    if call.is_causal:
+    # Only these care for the order of tokens. In order, the fewest calls serve them: causality, without a ring, one.
+    ordered = call.is_causal or call.seen is not None
+    if ordered:
         query_shards, key_shards = query_shards.sorted(), key_shards.sorted()
         key_mask = None if key_mask is None else in_order(key_mask, key_runs, 1)
         rows = None if rows is None else in_order(rows, query_runs, 2)
@@ -108,7 +110,7 @@ def _over_both(
 
     def attention(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
         own_rows = rows if rows is None or rows.shape[1] == 1 else rows.narrow(1, first_head, query.shape[2])
-        if not call.is_causal:
+        if not ordered:
             return _over_ring(query, key, value, key_mask, own_rows, merged, mesh)
         query, key, value = in_order(query, query_runs, 1), in_order(key, key_runs, 1), in_order(value, key_runs, 1)
         return out_of_order(_over_ring(query, key, value, key_mask, own_rows, merged, mesh), query_runs, 1)
@@ -128,6 +130,8 @@ def _over_ring(
     """The ring's strategy; without a ring, the kernel's own attention."""
     if mesh.ring.size > 1:
         return _STRATEGIES[mesh.config.rotate_method](query, key, value, key_mask, rows, call)
+    if call.seen is not None:  # several calls all the same, which a ring of one rank merges
+        return ring_attention(query, key, value, key_mask, rows, call)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if rows is not None:
         mask = take(rows, in_blocks(call.key_shards.runs[0], call.kernel.block), dim=-1)
@@ -159,7 +163,9 @@ def _check_shapes(
         wanted += [("mask", mask.values, 2, queries), ("mask", mask.values, 3, key_shards.total)]
     elif isinstance(mask, BlockRowMask):
         _check_blocks(mask, mesh, query_shards, key_shards)
-    elif mask is not None:
+    elif isinstance(mask, RectangleMask):
+        _check_rectangles(mask, query_shards, key_shards)
+    elif isinstance(mask, OuterMask):
         wanted += [("query's mask", mask.query, 1, queries), ("key's mask", mask.key, 1, keys)]
     for name, tensor, dim, size in wanted:
         if tensor.shape[dim] != size:
@@ -197,9 +203,20 @@ def _check_blocks(mask: BlockRowMask, mesh: ContextParallelMesh, query_shards: S
         )
 
 
+def _check_rectangles(mask: RectangleMask, query_shards: Shards, key_shards: Shards) -> None:
+    """Raises AttentionProviderError where there are no such queries or keys."""
+    for rectangle in mask.rectangles:
+        for (start, length), total in zip(rectangle, (query_shards.total, key_shards.total)):
+            if start < 0 or length < 0 or start + length > total:
+                raise AttentionProviderError(
+                    f"the mask has {rectangle}, and there are {query_shards.total} queries and {key_shards.total} "
+                    "keys. Runs are (start, length) in the whole sequences of all ranks."
+                )
+
+
 def _kind(mask: ShardedMask | None) -> MaskKind:
     """What the kernel will have to apply."""
-    if mask is None:
+    if mask is None or isinstance(mask, RectangleMask):
         return MaskKind.NONE
     if isinstance(mask, OuterMask):
         return MaskKind.KEY if mask.key.dtype == torch.bool else MaskKind.BIAS
@@ -212,7 +229,7 @@ def _reduce_mask(
     mask: ShardedMask | None, mesh: ContextParallelMesh, key_shards: Shards
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The two forms that strategies know, a key mask or rows; and which queries see nothing: their output is zero."""
-    if mask is None:
+    if mask is None or isinstance(mask, RectangleMask):
         return None, None, None
     if isinstance(mask, KeyMask):
         return mask.values, None, None

@@ -112,6 +112,12 @@ class CPStore:
 
 
 @dataclasses.dataclass(frozen=True)
+class CPCache:
+    """An argument of the model, "", that holds tensors from one forward for later ones, into which the model writes:
+    each rank's stay its own, neither compared with the other ranks' nor replaced by them."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CPLength:
     """A number that is the length of a sequence: its module is given the length of this rank's shard."""
 
@@ -221,12 +227,16 @@ class CPAttention:
     """whether the mask that reaches attention is rows: of this rank's queries, over the keys of all ranks. They are the
     same for all heads; and what a model pads them with behind the keys, where it takes this rank's for all, is cut
     off."""
+    bound: bool = False
+    """whether diffusers' own processor counts places of the whole sequence, so that only one that is bound to a
+    provider, for which this library has code of its own, can serve what is split."""
 
 
 InputSpec = (
     CPInput
     | CPWhole
     | CPStore
+    | CPCache
     | CPLength
     | CPLogBase
     | CPBlocks

@@ -11,13 +11,13 @@ from .uncovered import UNCOVERED
 
 # The files of this folder that hold plans.
 _NAMES = """
-    ace_step allegro anyflow aura_flow bria bria_fibo2 chroma chronoedit cogvideox cogview3plus cogview4
+    ace_step allegro anyflow anyflow_far aura_flow bria bria_fibo2 chroma chronoedit cogvideox cogview3plus cogview4
     consisid cosmos cosmos3 easyanimate ernie_image flux flux2 flux3 framepack glm_image helios hidream
     hunyuan_dit hunyuan_image hunyuan_video hunyuan_video15 ideogram4 joyimage kandinsky5 kandinsky6
     kandinsky6_sr krea2 latte longcat_audio longcat_image ltx ltx2 lumina2 lumina_next minimax_h3
     minimax_music3 mochi motif_video nucleus_moe omnigen ovis_image pixart prx qwenimage qwenimage21
     sana sana_video sana_wm_refiner sd3 skyreels_v2 stable_audio stable_audio3 temporal wan wan_animate
-    wan_vace zimage
+    wan_animate2 wan_vace zimage
 """
 _FAMILIES = tuple(importlib.import_module(f".{name}", __package__) for name in _NAMES.split())
 _plans: dict[str, Plan | PlanOfModel] = {name: plan for family in _FAMILIES for name, plan in family.PLANS.items()}

@@ -32,11 +32,6 @@ _SEVERAL = Uncovered("It only holds several ControlNets, and runs one after the 
 
 UNCOVERED: dict[str, Uncovered] = {
     # Transformers.
-    "AnyFlowFARTransformer3DModel": Uncovered(
-        "It pads its queries and keys to blocks of 128, masks them by frames with a BlockMask over the whole sequence "
-        "and keeps keys of earlier frames in caches that are whole.",
-        "Run it on one device, or take AnyFlowTransformer3DModel, which has a plan.",
-    ),
     "MiniMaxMusic3RVQDepthDecoder": Uncovered(
         "Its sequences have 8 tokens at most, for which any exchange takes longer than what it saves.", f"{_ALIKE}."
     ),
@@ -56,11 +51,6 @@ UNCOVERED: dict[str, Uncovered] = {
     ),
     "T5FilmDecoder": Uncovered(
         "Its sequences have 256 tokens, and its processors compute the scores themselves.", f"{_ALIKE}."
-    ),
-    "WanAnimate2Transformer3DModel": Uncovered(
-        "It makes its rotary embedding from places in the whole packed sequence within every attention, and keeps keys "
-        "of earlier chunks, masked with a BlockMask, in caches that are whole.",
-        "Run it on one device, or take WanAnimateTransformer3DModel, which has a plan.",
     ),
     # UNets.
     "DreamLiteUNetModel": _UNET,

@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any
 
 from ..scope import ProviderChoice
-from . import ace_step, mochi, nabla
+from . import ace_step, anyflow_far, mochi, nabla, wan_animate2
 from .doors import dispatch_door, sdpa_door
 from .overlay import Overlay, calls_attention, names_in
 
@@ -28,7 +28,9 @@ _INSTEAD = {
 }
 
 # Processors that do more than their code does with another attention call: what they call instead, by class.
-_OWN = {each.PROCESSOR: each.methods for each in (ace_step, mochi)} | dict.fromkeys(nabla.PROCESSORS, nabla.methods)
+_OWN = {each.PROCESSOR: each.methods for each in (ace_step, anyflow_far, mochi, wan_animate2)} | dict.fromkeys(
+    nabla.PROCESSORS, nabla.methods
+)
 
 
 class BoundProcessor:

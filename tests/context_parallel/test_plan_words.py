@@ -225,8 +225,9 @@ def test_a_model_may_have_no_block_of_a_kind():
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model_class in list_cp_plans()])
-def test_plans_say_what_every_attention_module_joins(name):
+def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
     """Lengths would tell most of the time, and not where a text happens to be as long as a shard."""
+    monkeypatch.setattr(plan_hooks, "_check_bound", lambda *_: None)
     case = CASES[name]
     model = case.build()
     streams = apply_context_parallel(model, mesh_of(0))

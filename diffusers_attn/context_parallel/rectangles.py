@@ -1,0 +1,37 @@
+"""Masks that are rectangles: runs of queries that see all of a run of keys. Each is a call without a mask.
+
+So no mask is ever made, what nobody sees is never computed, and any kernel that gives its log-sum-exp serves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .causal import Tile, _merge_keys, _merge_queries, _with_offsets
+from .sharding import Run
+
+
+class Rectangle(NamedTuple):
+    """These queries see these keys, all of them. Places are those of the whole sequences."""
+
+    query: Run
+    key: Run
+
+
+def tiles_within(
+    rectangles: tuple[Rectangle, ...], query_runs: tuple[Run, ...], key_runs: tuple[Run, ...]
+) -> list[Tile]:
+    """The calls that together let these queries see what `rectangles`, no two of which share a pair, let them see of
+    these keys."""
+    found = []
+    for seen in rectangles:
+        queries = [_common(run, seen.query, offset) for run, offset in _with_offsets(query_runs)]
+        keys = [_common(run, seen.key, offset) for run, offset in _with_offsets(key_runs)]
+        found += [Tile(query, key) for query in queries for key in keys if query[1] > 0 and key[1] > 0]
+    return _merge_queries(_merge_keys(found))
+
+
+def _common(run: Run, other: Run, offset: int) -> Run:
+    """What both have, counted from the start of `run`, which is at `offset`. Negative lengths are nothing."""
+    start = max(run[0], other[0])
+    return start - run[0] + offset, min(sum(run), sum(other)) - start

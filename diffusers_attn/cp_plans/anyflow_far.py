@@ -1,0 +1,25 @@
+"""AnyFlow FAR: AnyFlow's blocks over chunks of frames, the earlier ones compressed; a chunk sees those before it.
+
+Tokens are all that a forward computes: [compressed, full, clean], or the chunk that is made from a cache of keys that
+every rank has whole. `processors/anyflow_far.py` does what depends on places. Behind the last block the model modulates
+by the times of all tokens and picks frames, so that it gathers there.
+"""
+
+from .plan import CPAttention, CPCache, CPInput, CPOutput, ParamId, Plan
+
+PLANS: dict[str, Plan] = {
+    "AnyFlowFARTransformer3DModel": {
+        "": {ParamId("kv_cache"): CPCache()},
+        "condition_embedder": {ParamId(index=1): CPInput(1, 3, split_output=True, stream="video")},
+        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="video")},
+        "blocks.*": {
+            ParamId("rotary_emb"): {
+                "query": CPInput(2, 4, stream="video"),
+                "key": CPInput(2, 4, stream=("cached", "video")),
+            }
+        },
+        "blocks.*.attn1": CPAttention(("video",), prefix="cached", row_mask=True, bound=True),
+        "blocks.*.attn2": CPAttention(("video",), key=()),
+        "blocks.-1": CPOutput(1, 3, stream="video"),
+    },
+}

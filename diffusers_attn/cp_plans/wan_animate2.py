@@ -1,0 +1,28 @@
+"""Wan Animate 2: a pass over a reference fills a cache; others attend to a video and, frame by frame, to that cache.
+
+What is split is what a pass computes. Of the cache every rank has its shard, as the first pass leaves it there.
+`processors/wan_animate2.py` does what depends on places; "nothing" are keys of zeros that it may put before the others.
+"""
+
+from typing import Any
+
+from .plan import CPAttention, CPInput, CPLength, CPOutput, ParamId, Plan
+
+
+def _tokens(grid_sizes: Any) -> int:
+    """Of a reference, whose frames, rows and columns these are."""
+    frames, height, width = grid_sizes[0].tolist()
+    return frames * height * width
+
+
+PLANS: dict[str, Plan] = {
+    "WanAnimate2Transformer3DModel": {
+        "blocks.0": {
+            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
+            ParamId("reference_grid_sizes"): CPLength("reference", of=_tokens),
+        },
+        "blocks.*.self_attn": CPAttention(("video",), key=("video", "reference"), prefix="nothing", bound=True),
+        "blocks.*.cross_attn": CPAttention(("video",), key=()),
+        "head": CPOutput(1, 3, stream="video"),
+    },
+}

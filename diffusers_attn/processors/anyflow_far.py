@@ -1,0 +1,141 @@
+"""AnyFlow FAR: attention to chunks of frames and to a cache of earlier ones, where several ranks share the sequence.
+
+diffusers' processor slices keys for its cache by places of the whole sequence, fills queries and keys up to a multiple
+of 128 and masks them with a BlockMask over all of it. Over several ranks the code here takes its place: the cache is
+given the keys of all ranks, so that it is whole and alike on every one, and of the mask a rank takes its queries' rows.
+On one device it is diffusers' own code.
+
+A step that reads the cache has no mask, so that the zeros with which keys are filled up take part in it, in diffusers
+as here: they belong to what the model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from ..context_parallel.running import running
+from ..errors import AttentionProviderError
+from ..masks import MaskKind
+from ..providers.catalog import SPECS
+from ..scope import ProviderChoice, active_choice
+from .overlay import Overlay
+
+PROCESSOR = "diffusers.models.transformers.transformer_anyflow_far.AnyFlowCausalAttnProcessor"
+BLOCK = 128
+
+
+def methods(upstream: FunctionType, overlay: Overlay) -> dict[str, Callable[..., Any]]:
+    """What a bound processor has in place of `upstream`, the `__call__` of diffusers' processor."""
+    return {
+        "__call__": overlay.rebuild(cast(FunctionType, _call)),
+        "on_one_device": overlay.rebuild(upstream),
+        "rotate": staticmethod(upstream.__globals__["apply_rotary_emb"]),
+    }
+
+
+def _call(
+    self: Any,
+    attn: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Any = None,
+    rotary_emb: dict[str, Tensor] | None = None,
+    kv_cache: dict[str, Tensor] | None = None,
+    kv_cache_flag: dict[str, Any] | None = None,
+) -> Tensor:
+    """As diffusers' processor, with the same arguments; over several ranks:
+
+    Args:
+        hidden_states: of this rank's tokens, `[batch, tokens, channels]`.
+        attention_mask: a BlockMask over the tokens of all ranks, filled up to whole blocks.
+        rotary_emb: "query", `[1, 1, tokens, head_dim / 2]`, and "key", the same behind those of all cached tokens.
+        kv_cache: "compressed_cache" and "full_cache", `[2, batch, heads, places, head_dim]`, of all tokens.
+
+    Raises:
+        AttentionProviderError: a mask of other tokens.
+    """
+    streams = running.streams
+    names = () if streams is None or streams.role is None else streams.present(streams.role.query)
+    if streams is None or streams.mesh.size == 1 or not names or self._attention_backend != "flex":
+        return self.on_one_device(
+            attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, kv_cache, kv_cache_flag
+        )
+    source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    key = key if attn.norm_k is None else attn.norm_k(key)
+    # [batch, heads, tokens, head_dim], as caches and rotary embeddings are.
+    query, key, value = (
+        each.to(hidden_states.dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value)
+    )
+    shards = streams.shards(names)
+    if kv_cache is not None and kv_cache_flag is not None:
+        if kv_cache_flag["is_cache_step"]:
+            _fill(kv_cache, kv_cache_flag, streams.gather(names, key, 2), streams.gather(names, value, 2))
+        else:
+            cached = [_cached(kv_cache, kv_cache_flag, part) for part in (0, 1)]
+            key, value = torch.cat([cached[0], key], dim=2), torch.cat([cached[1], value], dim=2)
+    if rotary_emb is not None:
+        query, key = self.rotate(query, rotary_emb["query"]), self.rotate(key, rotary_emb["key"])
+    rows = backend = None
+    if attention_mask is not None:
+        rows = streams.once(attention_mask, lambda: _rows(attention_mask, shards.runs[streams.mesh.rank], shards.total))
+        # Whoever the provider is, diffusers asks for flex; without a mask, any does.
+        backend = None if _takes_rows(active_choice(self.choice)) else "flex"
+    elif -shards.total % BLOCK:
+        # Before the others, where keys are that every rank has.
+        key, value = (
+            torch.cat([each.new_zeros(*each.shape[:2], -shards.total % BLOCK, each.shape[3]), each], dim=2)
+            for each in (key, value)
+        )
+    out = dispatch_attention_fn(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=rows,
+        backend=backend,  # type: ignore[arg-type]
+        parallel_config=self._parallel_config,
+    )
+    out = out.flatten(2, 3).type_as(query)
+    return attn.to_out[1](attn.to_out[0](out))
+
+
+def _fill(cache: dict[str, Tensor], flag: dict[str, Any], key: Tensor, value: Tensor) -> None:
+    """Puts the keys and values of all tokens into the cache, compressed frames first."""
+    compressed, full = flag["num_compressed_tokens"], flag["num_full_tokens"]
+    for part, whole in enumerate((key, value)):
+        cache["compressed_cache"][part, :, :, :compressed] = whole[:, :, :compressed]
+        cache["full_cache"][part, :, :, :full] = whole[:, :, compressed:]
+
+
+def _cached(cache: dict[str, Tensor], flag: dict[str, Any], part: int) -> Tensor:
+    compressed, full = flag["num_cached_compressed_tokens"], flag["num_cached_full_tokens"]
+    return torch.cat(
+        [cache["compressed_cache"][part, :, :, :compressed], cache["full_cache"][part, :, :, :full]], dim=2
+    )
+
+
+def _rows(mask: Any, runs: tuple[tuple[int, int], ...], total: int) -> Tensor:
+    """This rank's queries' rows over all keys, of a BlockMask over the whole sequence."""
+    from ..context_parallel.block_masks import rows_of
+
+    places = -(-total // BLOCK) * BLOCK
+    if type(mask).__name__ != "BlockMask" or tuple(mask.shape[-2:]) != (places, places) or mask.shape[1] != 1:
+        given = f" of shape {list(mask.shape)}" if hasattr(mask, "shape") else ""
+        raise AttentionProviderError(
+            f"attention_mask is a {type(mask).__name__}{given}; over several ranks a BlockMask of [1, 1, {places}, "
+            f"{places}] is accepted, for {total} tokens in blocks of {BLOCK}. Leave it out, or make it with "
+            "model.build_attention_mask for these chunks and sizes."
+        )
+    ((start, length),) = runs
+    return rows_of(mask, start, length, total)
+
+
+def _takes_rows(choice: ProviderChoice) -> bool:
+    return choice.provider == "auto" or MaskKind.DENSE in SPECS[choice.provider].capabilities.masks

@@ -1,0 +1,165 @@
+"""Wan Animate 2: attention to a video and, frame by frame, to a cache of reference keys, shared between ranks.
+
+diffusers' processor rotates by places in the whole sequence; in the pass that uses the cache it then scatters all
+tokens into buffers as large as the whole video, and masks these with a BlockMask. Over several ranks the code here
+takes its place. A rank rotates its tokens by their places, and its cache is given its shard of the reference keys (one
+that was filled on one device, and is whole, serves too). And what is seen is said as rectangles, [all queries, all of
+the video] and [a frame's queries, the reference of the frame before], each of which is a call without a mask: the
+BlockMask, which says the same, is not looked at. On one device it is diffusers' own code.
+
+Where a video, or its reference, is smaller than the size that the mask is made for, places of the buffers stay empty,
+and their zeros take part in diffusers. So they do here: they belong to what the model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from ..context_parallel.rectangles import Rectangle
+from ..context_parallel.running import running
+from ..errors import AttentionProviderError
+from .overlay import Overlay
+
+PROCESSOR = "diffusers.models.transformers.transformer_wan_animate_2.WanAnimate2AttnProcessor"
+
+
+def methods(upstream: FunctionType, overlay: Overlay) -> dict[str, Callable[..., Any]]:
+    """What a bound processor has in place of `upstream`, the `__call__` of diffusers' processor."""
+    return {
+        "__call__": overlay.rebuild(cast(FunctionType, _call)),
+        "on_one_device": overlay.rebuild(upstream),
+        "project": staticmethod(upstream.__globals__["_get_qkv_projections"]),
+    }
+
+
+def _call(
+    self: Any,
+    attn: Any,
+    hidden_states: Tensor,
+    rotary_emb: Tensor,
+    grid_sizes: Tensor,
+    kv_cache: Any,
+    kv_cache_mode: str,
+    rope_stride: int = 1,
+    reference_rotary_emb: Tensor | None = None,
+    reference_grid_sizes: Tensor | None = None,
+    reference_rope_stride: int = 1,
+    attention_mask: Any = None,
+    origin_latent_frames: int | None = None,
+    origin_latent_hw: int | None = None,
+) -> Tensor:
+    """As diffusers' processor, with the same arguments, of which `hidden_states` and what is in `kv_cache` are this
+    rank's.
+
+    Raises:
+        AttentionProviderError: a cache that was filled in another way, or sizes that do not fit together.
+    """
+    streams = running.streams
+    names = () if streams is None or streams.role is None else streams.present(streams.role.query)
+    if streams is None or streams.mesh.size == 1 or not names:
+        return self.on_one_device(
+            attn, hidden_states, rotary_emb, grid_sizes, kv_cache, kv_cache_mode, rope_stride, reference_rotary_emb,
+            reference_grid_sizes, reference_rope_stride, attention_mask, origin_latent_frames, origin_latent_hw,
+        )  # fmt: skip
+    from ..context_parallel.sharded_masks import RectangleMask
+
+    rank = streams.mesh.rank
+    query, key, value = self.project(attn, hidden_states, None)
+    query, key, value = (each.unflatten(2, (attn.heads, -1)) for each in (attn.norm_q(query), attn.norm_k(key), value))
+    if kv_cache_mode == "extract":
+        kv_cache.store(key, value)
+    ((start, length),) = streams.shards(names).runs[rank]
+    turns = _turns(rotary_emb, grid_sizes, rope_stride, start, length)
+    query, key = _rotated(query, turns), _rotated(key, turns)
+    mask = None
+    if kv_cache_mode == "cached":
+        key_ref, value_ref = kv_cache.get()
+        shards = streams.shards(("reference",))
+        ((start, length),) = shards.runs[rank]
+        if key_ref.shape[1] not in (length, shards.total):
+            raise AttentionProviderError(
+                f"the cache holds {key_ref.shape[1]} reference tokens on rank {rank}; accepted are its {length} of the "
+                f"{shards.total} that reference_grid_sizes says, or all. Fill it anew, kv_cache_mode='extract', with "
+                "this reference and on as many ranks."
+            )
+        if key_ref.shape[1] != length:
+            key_ref, value_ref = key_ref.narrow(1, start, length), value_ref.narrow(1, start, length)
+        turns = _turns(reference_rotary_emb, reference_grid_sizes, reference_rope_stride, start, length)
+        whole = cast(tuple[int, int], (origin_latent_frames, origin_latent_hw))
+        empty, rectangles = _seen(*_frames(grid_sizes), *_frames(reference_grid_sizes), *whole)
+        zeros = key.new_zeros(key.shape[0], empty, *key.shape[2:])
+        key, value = torch.cat([zeros, key, _rotated(key_ref, turns)], dim=1), torch.cat([zeros, value, value_ref], 1)
+        mask = RectangleMask(rectangles)
+    out = dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=mask,  # type: ignore[arg-type]
+        backend=self._attention_backend,
+        parallel_config=self._parallel_config,
+    )
+    return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
+
+
+def _turns(angles: Any, grids: Any, stride: int, start: int, length: int) -> Tensor:
+    """Of the tokens of a run, complex `[batch, length, 1, head_dim / 2]`: those of its frame, row and column."""
+    channels = angles.shape[1]
+    of_time, of_rows, of_columns = angles.split([channels - 2 * (channels // 3), channels // 3, channels // 3], dim=1)
+    place = torch.arange(start, start + length, device=angles.device)
+    turns = [
+        torch.cat([of_time[place // (h * w) * stride], of_rows[place // w % h], of_columns[place % w]], dim=1)
+        for _, h, w in grids.tolist()
+    ]
+    return torch.stack(turns)[:, :, None]
+
+
+def _rotated(tensor: Tensor, turns: Tensor) -> Tensor:
+    """`[batch, tokens, heads, head_dim]`, every pair of neighbouring channels turned; rounded as diffusers does."""
+    turned = torch.view_as_complex(tensor.to(torch.float64).unflatten(-1, (-1, 2))) * turns
+    return torch.view_as_real(turned).flatten(3).float().type_as(tensor)
+
+
+def _frames(grids: Any) -> tuple[int, int]:
+    """How many frames, and tokens of a frame, the first sample has, as which diffusers packs all."""
+    frames, height, width = grids[0].tolist()
+    return frames, height * width
+
+
+def _seen(
+    frames: int, tokens: int, ref_frames: int, ref_tokens: int, all_frames: int, all_tokens: int
+) -> tuple[int, tuple[Rectangle, ...]]:
+    """How many zeros come before the keys, [zeros, video, reference], and which queries see which keys.
+
+    Args:
+        frames, tokens: of the video, and of a frame; ref_frames, ref_tokens: of the reference.
+        all_frames, all_tokens: for which the buffers are made, one frame more for the video.
+
+    Raises:
+        AttentionProviderError: buffers that are too small.
+    """
+    if frames > all_frames + 1 or ref_frames > all_frames or max(tokens, ref_tokens) > all_tokens:
+        raise AttentionProviderError(
+            f"{frames} frames of {tokens} tokens and a reference of {ref_frames} frames of {ref_tokens} do not fit "
+            f"origin_len and origin_area, which give room for {all_frames + 1} and {all_frames} frames of "
+            f"{all_tokens}. Give those of the whole video."
+        )
+    # The first frame has no reference. Every frame sees what is empty in the video's buffer, and beside a reference's
+    # frame what is empty there; such zeros are all alike, so that they need no places of their own.
+    of_video = (all_frames + 1) * all_tokens - frames * tokens
+    of_frame = [of_video] + [
+        of_video + all_tokens - (ref_tokens if frame <= ref_frames else 0) for frame in range(1, frames)
+    ]
+    empty, video = max(of_frame), frames * tokens
+    seen = [Rectangle((0, video), (empty, video))]
+    for frame, zeros in enumerate(of_frame):
+        queries = frame * tokens, tokens
+        seen.append(Rectangle(queries, (0, zeros)))
+        if 0 < frame <= ref_frames:
+            seen.append(Rectangle(queries, (empty + video + (frame - 1) * ref_tokens, ref_tokens)))
+    return empty, tuple(each for each in seen if each.key[1] > 0)
