@@ -106,16 +106,17 @@ def make_schedule(
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state of an optimizer with whole tensors, on the CPU: the same for any number of processes. With FSDP2 every
     process must call this."""
+    state = optimizer.state_dict()
+    return {"state": _whole(state["state"]), "param_groups": state["param_groups"]}
+
+
+def _whole(state: Any) -> Any:
+    """With all tensors in it whole and on the CPU. (bitsandbytes has dicts of its own in a parameter's state.)"""
     from .lora import whole
 
-    state = optimizer.state_dict()
-    return {
-        "state": {
-            number: {name: whole(each) if isinstance(each, torch.Tensor) else each for name, each in entries.items()}
-            for number, entries in state["state"].items()
-        },
-        "param_groups": state["param_groups"],
-    }
+    if isinstance(state, dict):
+        return {name: _whole(each) for name, each in state.items()}
+    return whole(state) if isinstance(state, torch.Tensor) else state
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

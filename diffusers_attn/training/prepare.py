@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ import torch
 from .config import TrainConfig
 from .data.buckets import ASPECTS, Buckets
 from .data.cache import CachedLatents, LatentCache, TextCache
+from .data.collate import collate, varying
 from .data.examples import Example, read_examples
 from .data.frames import FramePicking
 from .data.loader import LatentLoader
 from .data.sampler import Share
+from .data.store import read_shapes, read_tensors
 from .families import Family
 from .models import fingerprint, placed, text_encoders
 from .parallel import TrainingParallel
@@ -35,6 +38,11 @@ class Prepared:
     def __init__(self, latents: list[CachedLatents], text: dict[str, Any], evaluation: list[CachedLatents]) -> None:
         self.latents, self.text, self.evaluation = latents, text, evaluation
         self.bucket = tuple(latents[0].bucket)
+
+    @functools.cached_property
+    def padded(self) -> frozenset[str]:
+        """Names of the text's tensors whose lengths vary, which batches have with a mask."""
+        return varying(read_shapes(path) for path in dict.fromkeys(self.text.values()))
 
 
 def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel, device: torch.device) -> Prepared:
@@ -67,8 +75,16 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
     return Prepared(cached, embedded, (cached_held_out or cached)[: config.evaluation_examples])
 
 
-def make_loader(config: TrainConfig, prepared: Prepared, parallel: TrainingParallel) -> LatentLoader:
+def make_loader(
+    config: TrainConfig,
+    prepared: Prepared,
+    parallel: TrainingParallel,
+    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> LatentLoader:
     """The batches of this process's data-parallel group, the same on all processes that share sequences.
+
+    Args:
+        finish: what is still done with each by the threads that read it.
 
     Raises:
         TrainingDataError: they do not come out even.
@@ -88,6 +104,7 @@ def make_loader(config: TrainConfig, prepared: Prepared, parallel: TrainingParal
         Share(parallel.dp_rank, parallel.dp_degree, config.batch_size),
         caption_dropout=config.caption_dropout,
         generator=lambda step, position: generator(config.seed, "caption", step, position),
+        finish=finish,
     )
 
 
@@ -125,12 +142,9 @@ def _text_cache(config: TrainConfig, family: Family) -> TextCache:
 
 def evaluation_batches(prepared: Prepared, wanted: Sequence[int]) -> list[dict[str, Any]]:
     """The examples `wanted` of those to evaluate on, one by one, as `LatentLoader` gives batches."""
-    from .data.collate import collate
-    from .data.store import read_tensors
-
     batches = []
     for number in wanted:
         each = prepared.evaluation[number]
         text = read_tensors(prepared.text[each.example.caption])
-        batches.append({**collate([read_tensors(each.path)]), **collate([text])})
+        batches.append({**collate([read_tensors(each.path)]), **collate([text], prepared.padded)})
     return batches

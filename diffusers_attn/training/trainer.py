@@ -18,18 +18,18 @@ from .card import push, write_card
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .data.ranks import in_step
+from .draws import Draws
 from .ema import AdapterAverage
 from .errors import TrainingError
 from .evaluation import evaluate
 from .families import family_of
 from .lora import adapter_config, adapter_weights, add_adapter, save_adapter, trained_parameters
-from .loss import sample_u
 from .models import drop_text_encoders, load_pipeline
 from .optim import check_optimizer, make_optimizer, make_schedule
 from .parallel import TrainingParallel, check_trainable
 from .prepare import make_loader, prepare_data
 from .progress import Progress
-from .randomness import SampleRandomness, derived_seed
+from .randomness import derived_seed
 from .state import Training, restore, snapshot, write
 from .validation import Sample, Validation, log_samples
 
@@ -89,6 +89,13 @@ class Trainer:
         Raises:
             TrainingError, TrainingDataError, AttentionProviderError: what cannot be served as asked.
         """
+        # Blocks are compiled one by one. DDP's way to overlap the backward of one large graph with its exchanges would
+        # only cut each of them in two.
+        whole_blocks = torch._dynamo.config.patch(optimize_ddp=False)
+        with whole_blocks if self.config.compile else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> Path:
         config = self.config
         self._load()
         self._resume()
@@ -126,7 +133,8 @@ class Trainer:
         self.prepared = prepare_data(config, self.family, self.parallel, self.device)
         self.validation = Validation(config, self.family, self.prepared.bucket, self.device)
         drop_text_encoders(pipeline)
-        loader = make_loader(config, self.prepared, self.parallel)
+        draws = Draws(config, self.sampling, pin=self.device.type == "cuda")
+        loader = make_loader(config, self.prepared, self.parallel, draws)
 
         transformer = pipeline.transformer.to(self.device)
         # Adapters first: they put modules in the place of others, to which the plan's hooks then go.
@@ -221,22 +229,17 @@ class Trainer:
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss of a micro-batch."""
         config, family, objective = self.config, self.family, self.family.objective
-        on_device = {
-            name: each.to(self.device, non_blocking=True) for name, each in batch.items() if isinstance(each, Tensor)
-        }
-        random = SampleRandomness(config.seed, batch["step"], batch["positions"])
-        shape = batch["latents_mean"].shape[1:]
-        posterior, noise = (random.normal(what, shape).to(self.device) for what in ("posterior", "noise"))
-        u = sample_u(
-            self.sampling, random.generators("level"), config.logit_mean, config.logit_std, config.mode_scale
-        ).to(self.device)
+        on_device, drawn = (
+            {name: each.to(self.device, non_blocking=True) for name, each in these.items() if isinstance(each, Tensor)}
+            for these in (batch, batch["drawn"])
+        )
         if not self.checked:
             self.checked = True
-            self.parallel.check({**on_device, "posterior": posterior, "noise": noise, "u": u})
+            self.parallel.check({**on_device, **drawn})
         if config.adapter_dropout:
             torch.manual_seed(derived_seed(config.seed, "dropout", batch["step"], batch["positions"][0]))
-        clean = family.clean(on_device, posterior)
-        level = objective.level(u, family.tokens(clean.shape))
+        clean, noise = family.clean(on_device, drawn["posterior"]), drawn["noise"]
+        level = objective.level(drawn["u"], family.tokens(clean.shape))
         noisy = objective.noisy(clean, noise, level)
         text = {name: each for name, each in on_device.items() if not name.startswith("latents_")}
         prediction = family.predict(self.model, noisy, level.timestep, text)

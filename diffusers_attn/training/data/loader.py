@@ -50,6 +50,7 @@ class LatentLoader:
         caption_dropout: the probability that an example is given the empty caption's text.
         generator: for a step and a position in its global batch, a new generator on the CPU, which decides about the
             caption there. It must be the same on all ranks of a context-parallel group.
+        finish: what the threads that read a batch still do with it; what it returns is given.
         threads: that read.
         depth: how many micro-batches are read ahead.
 
@@ -67,6 +68,7 @@ class LatentLoader:
         *,
         caption_dropout: float = 0.0,
         generator: Callable[[int, int], torch.Generator] | None = None,
+        finish: Callable[[Batch], Batch] | None = None,
         threads: int = 2,
         depth: int = 4,
     ) -> None:
@@ -79,7 +81,7 @@ class LatentLoader:
             raise TrainingDataError(f"caption_dropout={caption_dropout} needs generator=..., which decides about it.")
         if threads < 1 or depth < 1:
             raise TrainingDataError(f"threads={threads}, depth={depth}; they are 1 or more.")
-        self.caption_dropout, self._generator = caption_dropout, generator
+        self.caption_dropout, self._generator, self._finish = caption_dropout, generator, finish
         self._threads, self._depth = threads, depth
         unknown = {each.example.caption for each in self.latents} | {""}
         unknown -= self.text.keys()
@@ -131,7 +133,7 @@ class LatentLoader:
             "" if self._dropped(step.number, position) else each.example.caption
             for position, each in zip(positions, examples)
         ]
-        return {
+        batch = {
             **collate([read_tensors(each.path) for each in examples]),
             **collate([read_tensors(self.text[caption]) for caption in captions], self._padded),
             "captions": captions,
@@ -142,6 +144,7 @@ class LatentLoader:
             "positions": positions,
             "last": micro.last,
         }
+        return batch if self._finish is None else self._finish(batch)
 
     def _dropped(self, step: int, position: int) -> bool:
         if not self.caption_dropout or self._generator is None:

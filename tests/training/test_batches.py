@@ -1,0 +1,72 @@
+"""What a step is given: drawn as it always is, whoever draws it; and in an evaluation what training would be given."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffusers_attn.training import TrainConfig
+from diffusers_attn.training.data import LatentLoader, Share
+from diffusers_attn.training.data.cache import CachedLatents
+from diffusers_attn.training.draws import Draws
+from diffusers_attn.training.loss import sample_u
+from diffusers_attn.training.prepare import Prepared, evaluation_batches
+from diffusers_attn.training.randomness import SampleRandomness
+
+
+class Named:
+    """As much of an example as batches look at."""
+
+    def __init__(self, name: str, caption: str) -> None:
+        self.name, self.caption = name, caption
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    """Four examples, whose captions have from two to five tokens."""
+    latents, text = [], {"": tmp_path / "empty"}
+    save_file({"words": torch.zeros(1, 3)}, text[""])
+    for number in range(4):
+        path, caption = tmp_path / f"latents{number}", f"caption {number}"
+        save_file({name: torch.randn(2, 1, 4, 4) for name in ("latents_mean", "latents_logvar")}, path)
+        latents.append(CachedLatents(Named(f"{number}.png", caption), (1, 32, 32), path))
+        text[caption] = tmp_path / f"text{number}"
+        save_file({"words": torch.randn(2 + number, 3)}, text[caption])
+    return Prepared(latents, text, latents)
+
+
+def batches(prepared: Prepared, share: Share, finish: Draws | None, number: int) -> list[dict]:
+    sampler = LatentLoader.sampler_for(prepared.latents, global_batch_size=4, seed=1)
+    iterator = iter(LatentLoader(prepared.latents, prepared.text, sampler, share, finish=finish))
+    try:
+        return list(itertools.islice(iterator, number))
+    finally:
+        iterator.close()
+
+
+def test_what_is_drawn_ahead_is_what_was_drawn_before(prepared: Prepared) -> None:
+    config = TrainConfig(model="m", data="d", seed=7, logit_mean=0.5)
+    draws = Draws(config, "logit_normal", pin=False)
+    for batch in batches(prepared, Share(1, 2, 2), draws, 3):
+        random = SampleRandomness(7, batch["step"], batch["positions"])
+        drawn = batch["drawn"]
+        assert all(drawn[what].equal(random.normal(what, (2, 1, 4, 4))) for what in ("posterior", "noise"))
+        assert drawn["u"].equal(sample_u("logit_normal", random.generators("level"), 0.5, config.logit_std))
+    plain = batches(prepared, Share(1, 2, 2), None, 1)[0]
+    assert "drawn" not in plain and plain["positions"] == [2, 3]
+
+
+def test_an_evaluation_is_given_the_masks_of_training(prepared: Prepared) -> None:
+    trained = {
+        name: {key: each[0] for key, each in batch.items() if isinstance(each, torch.Tensor)}
+        for batch in batches(prepared, Share(0, 1, 1), None, 4)
+        for name in batch["names"]
+    }
+    for number, batch in enumerate(evaluation_batches(prepared, range(4))):
+        expected = trained[f"{number}.png"]
+        assert batch.keys() == expected.keys() and "words_mask" in batch
+        assert all(each[0].equal(expected[key]) for key, each in batch.items())
