@@ -14,6 +14,9 @@ Nothing else in the loop changes, and nothing is to be scaled: all collectives o
 adjoints, so that the mean of gradients over all processes, which DDP and FSDP2 take, is the gradient of one process on
 the global batch.
 
+Where `apply_compile` compiles the blocks, set `torch._dynamo.config.optimize_ddp = False`: DDP otherwise cuts each of
+them in two where its buckets of gradients end. (`Trainer` does so for its own run.)
+
 Processes that are neighbours share a sequence. A plain `Accelerator()` wraps the model with DDP over all processes.
 With FSDP2, parameters are sharded over data and context parallelism together, which Accelerate must be told as well
 (`parallelism_config_cp_size` of its configuration, the same number).

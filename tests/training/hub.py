@@ -99,7 +99,7 @@ def hub() -> Iterator[Hub]:
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_POST = do_PUT = answer
+        do_GET = do_POST = do_PUT = answer  # noqa: N815 (names that the server looks for)
 
         def log_message(self, *args: object) -> None: ...
 

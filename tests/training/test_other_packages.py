@@ -25,7 +25,7 @@ def _reset():
 
 
 def _needs(package):
-    """Skips where a package of the extra "test" is missing."""
+    """Skips where a package is missing."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install -e .[test]")
 

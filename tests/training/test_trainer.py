@@ -168,6 +168,22 @@ def test_the_command_line():
     assert "processes and attention:" in TrainConfig.parser().format_help()
 
 
+def test_compiled_blocks_train_alike(settings_of):
+    """Each as one graph, also under DDP, which would otherwise cut it where its buckets of gradients end."""
+    plain = train(settings_of("cogview4", steps=2, gradient_accumulation_steps=1, lr_warmup_steps=0))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    settings = settings_of("cogview4", steps=2, gradient_accumulation_steps=1, lr_warmup_steps=0, compile=True)
+    cut = []
+    config = TrainConfig(**settings)
+    trainer = Trainer(config, on_step=lambda *step: cut.append((step, torch._dynamo.config.optimize_ddp)))
+    trainer.run()
+    assert [flag for _, flag in cut] == [False, False] and torch._dynamo.config.optimize_ddp
+    for ((_, numbers), _), expected in zip(cut, plain["steps"]):
+        assert numbers["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert numbers["gradient norm"] == pytest.approx(expected["gradient norm"], rel=1e-4)
+
+
 def test_adapter_dropout_needs_no_state(settings_of):
     """It draws from the global generator, which is seeded for every forward."""
     settings = {"steps": 4, "adapter_dropout": 0.5, "checkpoint_every": 2}
