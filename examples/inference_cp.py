@@ -42,6 +42,7 @@ from PIL import Image
 from diffusers_attn import (
     AttentionProviderError,
     apply_compile,
+    apply_cuda_graphs,
     enable_context_parallel,
     set_attention_provider,
 )
@@ -215,12 +216,17 @@ def run(args: argparse.Namespace) -> Drawn:
         say("alone       every process draws all of it by itself", flush=True)
         alone = draw(pipe, call, args.seed, state.device)
     say(share(pipe, args, state), flush=True)
+    components = pipe.components.items()
+    denoisers = [model for name, model in components if name.startswith("transformer") and model is not None]
     if args.compile_scope != "none":
-        for name, model in pipe.components.items():
-            if name == "transformer" or name.startswith("transformer_"):
-                apply_compile(model, args.compile_scope, dynamic=False)
+        for model in denoisers:
+            apply_compile(model, args.compile_scope, dynamic=False)
+    if args.cuda_graphs:
+        for model in denoisers:
+            apply_cuda_graphs(model)
+    if args.compile_scope != "none" or args.cuda_graphs:
         warm_up = draw(pipe, call | {"num_inference_steps": 2}, args.seed, state.device)
-        say(f"compiled    in {warm_up.seconds:.1f} s, with two steps", flush=True)
+        say(f"prepared    in {warm_up.seconds:.1f} s, with two steps", flush=True)
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     drawn = draw(pipe, call, args.seed, state.device)
@@ -275,6 +281,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shares.add_argument("--rotate_method", choices=("allgather", "alltoall"), help="how these travel (chosen)")
     shares.add_argument("--attn_provider", help="attention kernel (auto on GPUs, native on CPUs)")
     shares.add_argument("--compile_scope", choices=("none", "regional", "full"), default="none", help="(%(default)s)")
+    shares.add_argument("--cuda_graphs", action="store_true", help="record a step, and launch it as one")
     shares.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     shares.add_argument("--compare", action="store_true", help="draw it without context parallelism first, and compare")
     args = parser.parse_args(argv)
@@ -282,6 +289,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--steps must be at least 1: {args.steps}")
     if args.rotate_method and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         parser.error("--rotate_method is for several processes: start it with accelerate launch or torchrun")
+    if args.cuda_graphs and (args.device == "cpu" or args.compile_scope == "full"):
+        parser.error("--cuda_graphs is for CUDA devices, and with --compile_scope none or regional")
     return args
 
 

@@ -31,9 +31,9 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
 
     Of each kind of call (shapes, dtypes, arguments that are no tensors, provider in scope), the first runs as before,
     the second is recorded, and from then on it is replayed with the values of the tensors that are given. Results are
-    those of the forward, bit for bit, and the caller's own. (Tensors of the host are brought to the device first.) What
-    changes in the model between two calls is noticed (adapters, processors, weights that moved, context parallelism),
-    and the forward recorded anew.
+    those of the forward, bit for bit, and the caller's own. (In every call, tensors are
+    first brought to the device, and into the order of their dimensions.) What changes in the model between two calls is
+    noticed (adapters, processors, weights that moved, context parallelism), and the forward recorded anew.
 
     Beside `apply_compile(model, "regional")` and `enable_context_parallel`, in any order. The model's own hooks, and
     with them the comparison of ranks' inputs, run in every call; hooks on modules within it, and Python in its forward,
@@ -179,9 +179,11 @@ def _check_mode(name: str) -> None:
 
 def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: Call) -> Any:
     said, tensors = call.taken_apart(name)
-    if any(tensor.device != graphs.device for tensor in tensors):
-        # In every call, so that all compute alike: a graph has no copies from the host.
-        call = call.with_tensors([tensor.to(graphs.device, non_blocking=True) for tensor in tensors])
+    if not all(tensor.device == graphs.device and tensor.is_contiguous() for tensor in tensors):
+        # In every call, so that all compute alike: where a tensor is, and in which order it lies there, decides how
+        # what is computed from it is rounded.
+        tensors = [tensor.to(graphs.device, non_blocking=True).contiguous() for tensor in tensors]
+        call = call.with_tensors(tensors)
         said, tensors = call.taken_apart(name)
     streams = applied_streams(model)
     # Of a sequence that was split before the forward, ranks may have a shard of the same shape at another length: and
