@@ -18,6 +18,7 @@ from ..cp_plans.plan import (
     CPAttention,
     CPBlocks,
     CPCache,
+    CPHeads,
     CPInput,
     CPLength,
     CPLogBase,
@@ -29,6 +30,7 @@ from ..cp_plans.plan import (
     ParamId,
 )
 from ..errors import AttentionProviderError
+from .heads import ToHeads, ToTokens
 from .neighbours import AddNeighbours, CutNeighbours
 from .nested import describe, like, updated
 from .store import GatheringStore
@@ -47,8 +49,14 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
             streams.whole.add(spec.prefix)
         yield from _attention_hooks(module, streams, role, spec.bound)
     elif isinstance(spec, CPNeighbours):
-        yield lambda: module.register_forward_pre_hook(AddNeighbours(streams, path, spec))
+        length = None if spec.length is None else _argument(module, path, ParamId(spec.length))
+        add = AddNeighbours(streams, path, spec, length)
+        yield lambda: module.register_forward_pre_hook(add, with_kwargs=True)
         yield lambda: module.register_forward_hook(CutNeighbours(streams, spec))
+    elif isinstance(spec, CPHeads):
+        places = [(name, _argument(module, path, ParamId(name))[1], dims) for name, dims in spec.arguments.items()]
+        yield lambda: module.register_forward_pre_hook(ToHeads(streams, path, spec, places), with_kwargs=True)
+        yield lambda: module.register_forward_hook(ToTokens(streams, path, spec))
     elif isinstance(spec, CPOutput) or (isinstance(spec, Sequence) and not isinstance(spec, str)):
         outputs = [spec] if isinstance(spec, CPOutput) else list(spec)
         if not all(each is None or isinstance(each, CPOutput) for each in outputs):
@@ -89,7 +97,7 @@ def _not_understood(path: str, spec: object) -> AttentionProviderError:
     return AttentionProviderError(
         f"the plan has {spec!r} for '{path}'. Accepted are a dict of ParamId to "
         f"{', '.join(word.__name__ for word in _INPUTS)} (or, for nested arguments, lists and dicts of them), a "
-        "CPOutput or a list of them, a CPNeighbours, a CPAttention, and a list of these."
+        "CPOutput or a list of them, a CPNeighbours, a CPHeads, a CPAttention, and a list of these."
     )
 
 
@@ -149,6 +157,8 @@ class _Hook:
             self.streams.keep_blocks(spec.stream, spec.size)
             return value
         if isinstance(spec, CPLength) and (spec.of is not None or isinstance(value, int)):
+            if spec.whole:
+                return self.streams.whole_length(spec.stream, value)
             length = self.streams.shard_length(spec.stream, value if spec.of is None else spec.of(value))
             return length if spec.of is None else value
         if isinstance(spec, CPLogBase) and isinstance(value, (int, float)):
@@ -162,7 +172,8 @@ class _Hook:
             return self.streams.split(stream, value, spec.split_dim, spec.flattened, spec.split_already)
         if isinstance(value, Tensor) and isinstance(spec, CPWhole):
             self._has_dims(value, spec, what)
-            return self.streams.gather(spec.stream, value, spec.gather_dim)
+            gather = self.streams.gather_groups if spec.grouped else self.streams.gather
+            return gather(spec.stream, value, spec.gather_dim)
         if isinstance(spec, CPStore):
             return GatheringStore(value, spec, self.streams)
         if isinstance(value, (list, tuple)):

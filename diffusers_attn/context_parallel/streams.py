@@ -72,6 +72,9 @@ class Streams:
         self.whole: set[str] = set()
         """sequences of which every rank has all tokens. Of their keys, and where they are gathered, it takes its shard,
         as of what is split: so nothing counts twice, and the mean of gradients over the ranks is right."""
+        self.others_seen = True
+        """whether modules that compute by heads see the tokens of other ranks; if not, zeros in their place, by which
+        `verify_cp_plan` knows that it would notice."""
         self.role: Role | None = None
         """of the attention module that is running, where the plan says it."""
         self._outer: list[Role | None] = []
@@ -190,6 +193,20 @@ class Streams:
             self.lengths[name] = length
             self._calls.clear()
         return self._seen((name,))
+
+    def whole_length(self, name: str, seen: int) -> int:
+        """The length of the sequence `name`, of which this rank's model sees so many tokens.
+
+        Raises:
+            AttentionProviderError: it sees another number of them. On all ranks, unless these see different ones.
+        """
+        length = self._known_length(name)
+        if seen != self._seen((name,)):
+            raise AttentionProviderError(
+                f"a number of {seen} is to be the length of this rank's part of '{name}', which is "
+                f"{self._seen((name,))}; {self._known()}. Was it made of what is split?"
+            )
+        return length
 
     def keep_blocks(self, name: str, size: int) -> None:
         """Has the sequence `name` split between blocks of `size` tokens only.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..cp_plans.plan import CPAttention, Plan, entries
+from ..cp_plans.plan import CPAttention, CPHeads, Plan, entries
 from ..cp_plans.registry import get_cp_plan, list_cp_plans, uncovered
 from ..errors import AttentionProviderError
 from ..processors.binding import attention_modules_of, check_bindable
@@ -89,7 +89,7 @@ def device_type(pipeline_or_model: Any) -> str:
 def split_heads(target: Target) -> tuple[int, ...]:
     """The different numbers of heads, or of key heads where there are fewer, of attention that is split."""
     local = _local(target)
-    found = set()
+    found = {spec.heads for _, spec in entries(target.plan) if isinstance(spec, CPHeads)}
     for _, module in attention_modules_of(target.model):
         heads = _number(module, "heads", "num_heads", "num_attention_heads")
         if heads is not None and id(module) not in local:

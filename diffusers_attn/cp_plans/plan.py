@@ -97,6 +97,8 @@ class CPWhole:
     """how many dimensions it must have."""
     stream: str | tuple[str, ...] | None = None
     """which sequence it is, or several, joined; needed only where lengths do not tell."""
+    grouped: bool = False
+    """whether every entry of the sequence is several tokens, as for `CPOutput`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +121,23 @@ class CPCache:
 
 @dataclasses.dataclass(frozen=True)
 class CPLength:
-    """A number that is the length of a sequence: its module is given the length of this rank's shard."""
+    """A number that is the length of a sequence: its module is given the length of this rank's shard.
+
+    Raises:
+        ValueError: `of` together with `whole`.
+    """
 
     stream: str
     of: Callable[[Any], int] | None = None
     """where the argument is no such number, but tells it: a function of it that gives the sequence's length. The module
     is given the argument as it is."""
+    whole: bool = False
+    """the other way: the number is the length of this rank's shard, and the module, which is given the whole of the
+    sequence, is given its length."""
+
+    def __post_init__(self) -> None:
+        if self.whole and self.of is not None:
+            raise ValueError("CPLength(of=..., whole=True): one of them is accepted, as either tells the other.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +212,30 @@ class CPNeighbours:
     reach: int
     """how far it looks, to either side."""
     stream: str
+    grouped: bool = False
+    """whether every entry of the sequence is several tokens, as for `CPOutput`."""
+    length: str | None = None
+    """the argument, if there is one, that says how many entries there are: it is given the neighbours among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CPHeads:
+    """A module that computes every head by itself from the whole sequence, and not by calling attention, as a
+    recurrence over frames does. Before it, ranks exchange all heads of some tokens for all tokens of some heads, and
+    behind it back, so that every one has the work of its heads. Neither need divide.
+
+    The sequence has its length from before, of at least as many entries as there are ranks. Arguments without heads are
+    given to the module whole, with `CPWhole` and `CPLength(whole=True)` where they are not.
+    """
+
+    stream: str
+    heads: int
+    """how many there are on one device."""
+    arguments: Mapping[str, tuple[int, int]]
+    """of each argument with heads, by name, the dimensions of the sequence and of the heads; the batch is the first.
+    Either may have several numbers for every entry, one after the other: pixels of a frame, channels of a head."""
+    output: tuple[int, int]
+    """the same of what comes out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +287,9 @@ that it has are split."""
 
 InputPlan = Mapping[ParamId | str | int, InputSpec]
 OutputPlan = CPOutput | Sequence[CPOutput | None]
-Entry = InputPlan | OutputPlan | CPNeighbours | CPAttention
-_One = InputPlan | CPOutput | CPNeighbours | CPAttention
+Entry = InputPlan | OutputPlan | CPNeighbours | CPHeads | CPAttention
+_One = InputPlan | CPOutput | CPNeighbours | CPHeads | CPAttention
+_NO_OUTPUTS = (Mapping, CPNeighbours, CPHeads, CPAttention)
 Plan = Mapping[str, _One | Sequence[_One | None]]
 """By name of the module. A list with anything but outputs in it is several entries for one module."""
 PlanOfModel = Callable[[Any], Plan]
@@ -262,7 +300,7 @@ that is given the model and returns its plan."""
 def entries(plan: Plan) -> Iterator[tuple[str, Entry]]:
     """What a plan says, one thing at a time: names of modules, which may come again, and what happens there."""
     for path, spec in plan.items():
-        if isinstance(spec, Sequence) and any(isinstance(each, (Mapping, CPNeighbours, CPAttention)) for each in spec):
+        if isinstance(spec, Sequence) and any(isinstance(each, _NO_OUTPUTS) for each in spec):
             yield from ((path, each) for each in spec if each is not None)
         else:
             yield path, cast(Entry, spec)

@@ -16,7 +16,7 @@ _NAMES = """
     hunyuan_dit hunyuan_image hunyuan_video hunyuan_video15 ideogram4 joyimage kandinsky5 kandinsky6
     kandinsky6_sr krea2 latte longcat_audio longcat_image ltx ltx2 lumina2 lumina_next minimax_h3
     minimax_music3 mochi motif_video nucleus_moe omnigen ovis_image pixart prx qwenimage qwenimage21
-    sana sana_video sana_wm_refiner sd3 skyreels_v2 stable_audio stable_audio3 temporal wan wan_animate
+    sana sana_video sana_wm sana_wm_refiner sd3 skyreels_v2 stable_audio stable_audio3 temporal wan wan_animate
     wan_animate2 wan_vace zimage
 """
 _FAMILIES = tuple(importlib.import_module(f".{name}", __package__) for name in _NAMES.split())

@@ -44,11 +44,6 @@ UNCOVERED: dict[str, Uncovered] = {
         "so that rows and columns would have to be split at once.",
         _BATCH,
     ),
-    "SanaWMTransformer3DModel": Uncovered(
-        "Most of its layers are recurrent, frame after frame, the others compute attention outside of any processor, "
-        "and all convolve neighbouring pixels.",
-        _BATCH,
-    ),
     "T5FilmDecoder": Uncovered(
         "Its sequences have 256 tokens, and its processors compute the scores themselves.", f"{_ALIKE}."
     ),

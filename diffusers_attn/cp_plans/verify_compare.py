@@ -210,6 +210,11 @@ def _parts(here: Tensor, whole: Tensor, streams: Streams) -> Iterator[Tensor]:
     (dim,) = dims
     size, rank = streams.mesh.size, streams.mesh.rank
     total = whole.shape[dim]
+    for length in streams.lengths.values():
+        if length and total > length and total % length == 0:  # each of its entries is several tokens
+            own, held = Shards.contiguous(total, size, total // length).runs[rank][0]
+            if held == here.shape[dim]:
+                yield whole.narrow(dim, own, held)
     for lengths in _joins(total, sorted(set(streams.lengths.values()))):
         for split in itertools.product((True, False), repeat=len(lengths)):
             runs: list[tuple[int, int]] = []

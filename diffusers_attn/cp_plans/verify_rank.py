@@ -126,6 +126,7 @@ def work(
         streams = apply_context_parallel(model, mesh, job.plan)
         if name == UNEXCHANGED:
             streams.attention = lambda query_len, key_len: None  # type: ignore[method-assign]
+            streams.others_seen = False
             try:
                 with _routed(job), torch.no_grad():
                     error = _error(_forward(model, inputs), expected)

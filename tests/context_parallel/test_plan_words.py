@@ -14,7 +14,7 @@ from diffusers_attn.context_parallel.call import split_attention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.neighbours import AddNeighbours, with_neighbours
+from diffusers_attn.context_parallel.neighbours import AddNeighbours
 from diffusers_attn.context_parallel.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.stand_ins import Kept
 from diffusers_attn.context_parallel.streams import Role, Streams
@@ -126,13 +126,9 @@ def test_rows_of_pixels_are_split_and_every_rank_needs_one():
             streams.split_groups("rows", torch.zeros(1, tokens), 1)
 
 
-def test_a_neighbour_must_have_as_much_as_is_looked_at():
-    streams = streams_of(1)
-    streams.shard_length("rows", 5)  # 2, 2, 1
-    with pytest.raises(AttentionProviderError, match="'rows' is split into 2, 2, 1, .* looks at 2"):
-        with_neighbours(streams, CPNeighbours(2, 2, "rows"), torch.zeros(1, 1, 2, 1))
+def test_neighbours_are_of_an_argument_by_position():
     with pytest.raises(AttentionProviderError, match="first argument of 'conv'.*by position"):
-        AddNeighbours(streams, "conv", CPNeighbours(2, 1, "rows"))(nn.Identity(), ())
+        AddNeighbours(streams_of(1), "conv", CPNeighbours(2, 1, "rows"))(nn.Identity(), (), {})
 
 
 def test_a_whole_mask_of_keys_is_cut_to_those_of_this_rank():

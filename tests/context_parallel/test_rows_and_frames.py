@@ -10,7 +10,7 @@ from tests.zoo import CASES
 from .test_plan_words import mesh_of
 
 
-@pytest.mark.parametrize(("name", "what"), [("sana", "rows"), ("sana_video", "frames")])
+@pytest.mark.parametrize(("name", "what"), [("sana", "rows"), ("sana_video", "frames"), ("sana_wm", "frames")])
 def test_fewer_than_ranks_are_refused(name, what):
     inputs = CASES[name].inputs()
     inputs["hidden_states"] = inputs["hidden_states"][:, :, :2]

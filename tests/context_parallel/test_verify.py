@@ -115,6 +115,17 @@ def test_right_plans_are_right(name, verify):
     assert "right" in str(report) and "hint" not in str(report)
 
 
+def test_a_recurrence_by_heads(verify):
+    """In float64: in float32 this model's softmax layers attend in bfloat16."""
+    model, inputs = CASES["sana_wm"].build().double(), CASES["sana_wm"].inputs()
+    inputs = {name: each.double() if each.is_floating_point() else each for name, each in inputs.items()}
+    report = verify("sana_wm", plan_of("sana_wm"), model=model, inputs=inputs, gradients=True)
+    assert report.ok and report.unexchanged > 1e-2, str(report)
+    plan = without("sana_wm", ("blocks.*.attn.conv_k?", None))
+    report = verify("sana_wm", plan, model=model, inputs=inputs, strategies=("gather",))
+    assert not report.ok and report.parting.module == "blocks.0.attn.conv_k"
+
+
 def without(name, *keys):
     plan = plan_of(name)
     for path, argument in keys:

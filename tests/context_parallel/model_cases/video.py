@@ -44,6 +44,10 @@ MODELS = {
     "sana_sprint": None,
     "sana_video": None,
     "sana_video, first frame given": None,
+    "sana_wm": None,
+    "sana_wm, camera": None,
+    "sana_wm, camera and coordinates": None,
+    "sana_wm, camera, two heads": None,
     "sana_wm_refiner": None,
     "sana_wm_refiner, rotated by heads": None,
 }
@@ -106,6 +110,36 @@ def first_frame_given(inputs, draw):
     inputs["controlnet_block_samples"] = (draw.normal(BATCH, VIDEO_TOKENS, 64),)
 
 
+def camera(inputs, draw):
+    """As the pipeline gives it: poses and intrinsics of every frame. The model makes rays of it in float32, which is
+    done before. The last frame of one sample is left out."""
+    from diffusers.models.transformers.transformer_sana_wm import _invert_SE3, _process_camera_conditions_ucpe
+
+    turns, _ = torch.linalg.qr(draw.normal(BATCH, FRAMES, 3, 3))
+    poses = torch.eye(4, dtype=draw.dtype).repeat(BATCH, FRAMES, 1, 1)
+    poses[..., :3, :3], poses[..., :3, 3] = turns, draw.normal(BATCH, FRAMES, 3)
+    intrinsics = draw.floats(6.0, 6.0, 3.5, 2.5).expand(BATCH, FRAMES, 4)
+    inputs["camera_conditions"] = torch.cat([poses.flatten(2), intrinsics], dim=-1)
+    rays, horizon = _process_camera_conditions_ucpe(inputs["camera_conditions"], BATCH, (FRAMES, *GRID), (1, 1, 1))
+    rays = rays.reshape(BATCH, -1, 4, 4)
+    horizon = horizon.permute(0, 4, 1, 2, 3).to(draw.dtype)
+    inputs["cam_pos_embeds"] = {"absmap": horizon, "P": rays, "P_inv": _invert_SE3(rays)}
+    inputs["frame_valid_mask"] = draw.mask((FRAMES, FRAMES - 1), FRAMES).float()
+
+
+def camera_and_coordinates(inputs, draw):
+    """Also coordinates of its rays behind every attention; and another form of the mask."""
+    camera(inputs, draw)
+    inputs["chunk_plucker"] = draw.normal(BATCH, 6, FRAMES, *GRID)
+    inputs["frame_valid_mask"] = inputs["frame_valid_mask"][:, None, :, None, None]
+
+
+def camera_and_one_time(inputs, draw):
+    camera(inputs, draw)
+    del inputs["frame_valid_mask"]  # which needs a time for each
+    inputs["timestep"] = inputs["timestep"][..., :1]
+
+
 def rotated_by_heads(inputs, draw):
     inputs["video_rotary_emb"] = tuple(
         part.reshape(VIDEO_TOKENS, 4, 8).transpose(0, 1).repeat(BATCH, 1, 1, 1)
@@ -129,5 +163,11 @@ VARIANTS = {
     "kandinsky6, silent": ({}, silent),
     "sana, control": ({}, control),
     "sana_video, first frame given": ({}, first_frame_given),
+    "sana_wm, camera": ({}, camera),
+    "sana_wm, camera and coordinates": (
+        {"k_conv_only": False, "use_chunk_plucker_post_attn": True, "chunk_plucker_channels": 6, "conv_kernel_size": 2},
+        camera_and_coordinates,
+    ),
+    "sana_wm, camera, two heads": ({"linear_head_dim": 32, "t_kernel_size": 5}, camera_and_one_time),
     "sana_wm_refiner, rotated by heads": ({"rope_type": "split"}, rotated_by_heads),
 }

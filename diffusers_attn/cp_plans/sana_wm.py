@@ -1,0 +1,74 @@
+"""SANA-WM: two branches in every layer, of the video and of the camera, recurrent over the frames or with softmax
+attention; cross-attention to text that all ranks have whole (local); convolutions in space and in time.
+
+It is whole frames that are split: what a layer computes per frame stays local, the mean of its pixels as well as the
+convolution in space, and the convolutions in time look a few frames beyond a shard, however long the video is. The
+recurrence passes a state from frame to frame, which ranks could only do one after the other. But every head has its
+own, so that ranks exchange frames for heads around it, as Ulysses does around attention. Softmax layers have the same
+form, and attend in no processor: they go the same way, with the kernel that they call, whatever the mesh is. (It is
+given bfloat16 where the model is in float32, so that a comparison with one process shows its rounding.)
+
+Rotary embeddings and the rays of the camera, which are read there only, stay whole.
+"""
+
+from typing import Any
+
+from .plan import CPAttention, CPHeads, CPInput, CPLength, CPNeighbours, CPOutput, CPWhole, Entry, ParamId, Plan
+
+_FRAMES = CPInput(1, 3, stream="frames", grouped=True)
+_TIMES = CPInput(2, 4, stream="frames", leave_other_dims=True)  # one for all frames, or for each its own
+_BY_TOKEN = {"query": (1, 2), "key": (1, 2), "value": (1, 2)}
+_BY_FRAME = {"beta": (2, 1), "decay": (2, 1)}
+
+
+def _number_of_frames(latents: Any) -> int:
+    """The model accepts no patches of several."""
+    return int(latents.shape[2])
+
+
+def _plan(model: Any) -> Plan:
+    plan: dict[str, Any] = {
+        "": {ParamId("hidden_states"): CPLength("frames", of=_number_of_frames)},
+        "blocks.0": {ParamId("x"): _FRAMES},
+        "blocks.*": [
+            {
+                ParamId("t"): _TIMES,
+                ParamId("THW"): [CPLength("frames"), None, None],
+                ParamId("plucker_emb"): _FRAMES,
+                ParamId("frame_valid_mask"): CPInput(2, 5, stream="frames", leave_other_dims=True),
+            },
+            # It comes in three forms: with pixels, without, and without channels, too.
+            {ParamId("frame_valid_mask"): CPInput(2, 3, stream="frames", leave_other_dims=True)},
+            {ParamId("frame_valid_mask"): CPInput(1, 2, stream="frames", leave_other_dims=True)},
+        ],
+        "blocks.*.cross_attn": CPAttention(("frames",), key=()),
+        "blocks.*.mlp?.t_conv?": CPNeighbours(2, model.config.t_kernel_size // 2, stream="frames"),
+        "final_layer": [{ParamId("t"): _TIMES}, CPOutput(1, 3, stream="frames", grouped=True)],
+    }
+    # A short convolution is run once forwards and once backwards.
+    in_time = CPNeighbours(1, max(model.config.conv_kernel_size - 1, 0), "frames", grouped=True, length="num_frames")
+    for of in ("q", "k", "v"):
+        plan |= {f"blocks.*.attn.conv_{of}{camera}?": in_time for camera in ("", "_cam")}
+    for index, block in enumerate(model.blocks):
+        every = model.config.softmax_every_n
+        recurrent = every <= 0 or (index + 1) % every != 0
+        plan[f"blocks.{index}.attn.attn"] = plan[f"blocks.{index}.attn.cam_attn"] = _by_heads(block, recurrent)
+    return plan
+
+
+def _by_heads(block: Any, recurrent: bool) -> list[Entry]:
+    """Of a branch of a layer."""
+    whole: dict[ParamId | str | int, Any] = {
+        ParamId("token_valid_mask"): CPWhole(1, 2, stream="frames", grouped=True),
+    }
+    if recurrent:
+        whole |= {
+            ParamId("num_frames"): CPLength("frames", whole=True),
+            ParamId("beta_valid_mask"): CPWhole(2, 4, stream="frames"),
+            ParamId("decay_valid_mask"): CPWhole(2, 3, stream="frames"),
+        }
+    arguments = _BY_TOKEN | _BY_FRAME if recurrent else _BY_TOKEN
+    return [whole, CPHeads("frames", block.attn.heads, arguments, output=(1, 2))]
+
+
+PLANS = {"SanaWMTransformer3DModel": _plan}
