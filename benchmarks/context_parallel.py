@@ -23,19 +23,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import datetime
-import itertools
 import json
 import os
-import shlex
 import statistics
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -43,109 +37,15 @@ import diffusers
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, reserved, step_milliseconds
+from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
-from versions import versions
+from strategies import GRAPH, STRATEGIES
 
 import diffusers_attn
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
-
-MIB = 2**20
-
-
-class Strategy(NamedTuple):
-    """What a variant does; degrees of 0 are the number of ranks."""
-
-    side: str
-    """single: on each rank alone; diffusers; ours; auto: ours, as `enable_context_parallel` chooses."""
-    ring: int = 1
-    ulysses: int = 1
-    rotate_method: str = "allgather"
-    in_graph: bool = False
-    """whether the step is recorded as a CUDA graph."""
-
-
-STRATEGIES = {
-    "single": Strategy("single"),
-    "diffusers-ulysses": Strategy("diffusers", ulysses=0),
-    "diffusers-ring": Strategy("diffusers", ring=0),
-    "diffusers-unified": Strategy("diffusers", ring=2, ulysses=2),
-    "ulysses": Strategy("ours", ulysses=0),
-    "ring": Strategy("ours", ring=0, rotate_method="alltoall"),
-    "gather": Strategy("ours", ring=0),
-    "unified-ring": Strategy("ours", ring=2, ulysses=2, rotate_method="alltoall"),
-    "unified-gather": Strategy("ours", ring=2, ulysses=2),
-    "auto": Strategy("auto"),
-}
-GRAPH = "+graph"
-STRATEGIES |= {name + GRAPH: strategy._replace(in_graph=True) for name, strategy in STRATEGIES.items()}
-
-
-class Ranks:
-    """The process groups, and how ranks agree. What they agree on goes over gloo: it works when NCCL does not."""
-
-    def __init__(self, device_type: str, timeout: float) -> None:
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
-        limit = datetime.timedelta(seconds=timeout)
-        if device_type == "cuda":
-            torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl", timeout=limit, device_id=self.device)
-        else:
-            dist.init_process_group("gloo", timeout=limit)
-        # Ranks compile at their own pace, and meet here.
-        self.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=10))
-        self._meshes: dict[tuple[int, int], DeviceMesh] = {}
-
-    def mesh(self, strategy: Strategy) -> DeviceMesh:
-        """One mesh for each pair of degrees, whoever uses it: communicators take memory."""
-        shape = strategy.ring or self.size, strategy.ulysses or self.size
-        if shape[0] * shape[1] != self.size:
-            raise ValueError(f"{shape[0]} x {shape[1]} ranks are not the {self.size} of this job")
-        if shape not in self._meshes:
-            self._meshes[shape] = init_device_mesh(self.device.type, shape, mesh_dim_names=("ring", "ulysses"))
-        return self._meshes[shape]
-
-    def gather(self, value: Any) -> list[Any]:
-        """What every rank has."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.talk)
-        return values
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def attempt(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives on every rank.
-
-        Raises:
-            VariantError: it failed on all ranks.
-            RanksDifferError: it failed on some; the others may wait for them for ever.
-        """
-        try:
-            mine, error = work(), ""
-        except Exception as failure:  # whatever it is, the other variants are still measured
-            if os.environ.get("BENCHMARK_TRACEBACKS"):
-                traceback.print_exc()
-            mine, error = None, f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
-        every = self.gather((mine, error))
-        failed = {rank: error for rank, (_, error) in enumerate(every) if error}
-        if len(failed) == self.size:
-            raise VariantError(failed[0])
-        if failed:
-            raise RanksDifferError(", ".join(f"rank {rank} alone: {error}" for rank, error in failed.items()))
-        return [result for result, _ in every]
-
-
-class VariantError(Exception):
-    """A variant failed, on all ranks alike."""
-
-
-class RanksDifferError(Exception):
-    """A variant failed on some ranks; the others' exchanges can never end."""
 
 
 class Variant:
@@ -161,7 +61,7 @@ class Variant:
         """Applies the strategy, compiles, and queues the first steps. Nothing here waits for another rank, so that one
         that fails is noticed."""
         weights = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
-        self.began, self.before, self.graphs = time.perf_counter(), _memory(self.ranks.device), _dynamo_counts()
+        self.began, self.before, self.graphs = time.perf_counter(), memory_taken(self.ranks.device), dynamo_counts()
         self.model = copy.deepcopy(self.model, memo=weights)
         self.result["note"] = self._apply()
         if compiled:
@@ -170,11 +70,11 @@ class Variant:
         if self.strategy.in_graph:
             diffusers_attn.apply_cuda_graphs(self.model)
             self.model(**inputs)  # records nothing yet
-            self.graph_bytes = -_reserved(self.ranks.device)
+            self.graph_bytes = -reserved(self.ranks.device)
         for _ in range(warm_up):
             self.out = self.model(**inputs)[0]
         if self.strategy.in_graph:
-            self.graph_bytes += _reserved(self.ranks.device)
+            self.graph_bytes += reserved(self.ranks.device)
 
     def measure(self, inputs: dict[str, Any], reference: Tensor) -> dict[str, Any]:
         """This rank's error and memory, once prepared."""
@@ -187,8 +87,8 @@ class Variant:
             self.model(**inputs)
             self.ranks.synchronize()
             own["peak_mib"] = round((torch.cuda.max_memory_allocated() - self.before[0] + self.graph_bytes) / MIB)
-            own["outside_allocator_mib"] = round((_memory(self.ranks.device)[1] - self.before[1]) / MIB)
-        return own | {name: count - self.graphs[name] for name, count in _dynamo_counts().items()}
+            own["outside_allocator_mib"] = round((memory_taken(self.ranks.device)[1] - self.before[1]) / MIB)
+        return own | {name: count - self.graphs[name] for name, count in dynamo_counts().items()}
 
     def _apply(self) -> str:
         strategy, ranks = self.strategy, self.ranks
@@ -196,7 +96,7 @@ class Variant:
             mesh = ranks.mesh(strategy)
             config = diffusers.ContextParallelConfig(ring_degree=mesh.size(0), ulysses_degree=mesh.size(1), mesh=mesh)
             self.model.set_attention_backend(self.provider)
-            with _diffusers_on_cpu() if ranks.device.type == "cpu" else contextlib.nullcontext():
+            with diffusers_on_cpu() if ranks.device.type == "cpu" else contextlib.nullcontext():
                 self.model.enable_parallelism(config=config)
             return ""
         if strategy.side == "auto":
@@ -246,82 +146,9 @@ class Variant:
     def turn(self, inputs: dict[str, Any], steps: int) -> None:
         """Times some steps, after one that is not counted."""
         self.ranks.gather(None)  # they start together
-        own = self.ranks.attempt(lambda: _step_milliseconds(lambda: self.model(**inputs), steps, self.ranks.device))
+        own = self.ranks.attempt(lambda: step_milliseconds(lambda: self.model(**inputs), steps, self.ranks.device))
         self.steps += [max(times) for times in zip(*own)]
         self.result |= {"ms": round(statistics.median(self.steps), 3), "steps": [round(ms, 3) for ms in self.steps]}
-
-
-def _step_milliseconds(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
-    if device.type == "cpu":
-        clock = []
-        for _ in range(steps + 1):
-            step()
-            clock.append(time.perf_counter())
-        return [(after - before) * 1e3 for before, after in itertools.pairwise(clock)]
-    events = []
-    for _ in range(steps + 1):
-        step()
-        events.append(torch.cuda.Event(enable_timing=True))
-        events[-1].record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that tensors take, and bytes that the device has lost to anything but PyTorch's allocator."""
-    if device.type == "cpu":
-        return 0, 0
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    return torch.cuda.memory_allocated(), total - free - torch.cuda.memory_reserved()
-
-
-def _reserved(device: torch.device) -> int:
-    """Bytes that PyTorch's allocator keeps for what it gave away, and for graphs."""
-    _memory(device)
-    return torch.cuda.memory_reserved() if device.type == "cuda" else 0
-
-
-def _dynamo_counts() -> dict[str, int]:
-    counters = torch._dynamo.utils.counters
-    return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
-
-
-@contextlib.contextmanager
-def _diffusers_on_cpu() -> Iterator[None]:
-    """diffusers 0.42 asks for the accelerator and how many there are, and finds none."""
-    with (
-        mock.patch.object(torch.accelerator, "device_count", lambda: 1),
-        mock.patch.object(torch._C, "_get_accelerator", lambda *_: torch.device("cpu")),
-    ):
-        yield
-
-
-class Report:
-    """The file, written whole after each change, by rank 0."""
-
-    def __init__(self, path: Path | None, ranks: Ranks, args: argparse.Namespace) -> None:
-        self.path = path if ranks.rank == 0 else None
-        self.variants: list[Variant] = []
-        self.environment: dict[str, Any] = {
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "ranks": ranks.size,
-            "blocks_compiled": args.compile,
-            **versions(ranks.device.type, args.commit),
-        }
-        if ranks.device.type == "cuda":
-            self.environment["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-            self.environment["cudnn"] = torch.backends.cudnn.version()
-
-    def write(self) -> None:
-        if self.path is not None:
-            report = {"environment": self.environment, "results": [variant.result for variant in self.variants]}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = self.path.with_name(self.path.name + ".tmp")
-            scratch.write_text(json.dumps(report, indent=1) + "\n")
-            os.replace(scratch, self.path)
 
 
 def choose(args: argparse.Namespace, ranks: int) -> list[tuple[str, str]]:
@@ -480,7 +307,7 @@ def main() -> int:
             for name in args.models:
                 bench_model((TINY if args.tiny else REAL)[name], args, ranks, report)
                 torch._dynamo.reset()
-                _memory(ranks.device)
+                memory_taken(ranks.device)
     except RanksDifferError as failure:
         print(f"rank {ranks.rank}: {failure}", file=sys.stderr)
         status = 1

@@ -48,19 +48,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from context_parallel import (
-    MIB,
-    STRATEGIES,
-    Ranks,
-    RanksDifferError,
-    Report,
-    VariantError,
-    _diffusers_on_cpu,
-    _dynamo_counts,
-    _memory,
-    _step_milliseconds,
-)
+from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, step_milliseconds
+from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
+from strategies import STRATEGIES
 
 import diffusers_attn
 from diffusers_attn.compilation import apply_compile
@@ -163,7 +154,7 @@ class Variant:
 
     def prepare(self, warm_up: int) -> None:
         """Makes the model, applies the strategy, and does the first steps."""
-        self.began, self.before, self.graphs = time.perf_counter(), _memory(self.ranks.device), _dynamo_counts()
+        self.began, self.before, self.graphs = time.perf_counter(), memory_taken(self.ranks.device), dynamo_counts()
         on_cpu = self.ranks.device.type == "cpu"
         mixed = "no" if self.task.dtype == torch.float32 else "bf16"
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
@@ -190,7 +181,7 @@ class Variant:
             mesh = ranks.mesh(strategy)
             config = diffusers.ContextParallelConfig(ring_degree=mesh.size(0), ulysses_degree=mesh.size(1), mesh=mesh)
             model.set_attention_backend(provider)
-            with _diffusers_on_cpu() if ranks.device.type == "cpu" else contextlib.nullcontext():
+            with diffusers_on_cpu() if ranks.device.type == "cpu" else contextlib.nullcontext():
                 model.enable_parallelism(config=config)
             return ""
         if self.alone:
@@ -243,19 +234,19 @@ class Variant:
         own: dict[str, Any] = dict(self.first)
         if self.ranks.device.type == "cuda":
             self.step(keep_gradients=True)
-            static, outside = _memory(self.ranks.device)
+            static, outside = memory_taken(self.ranks.device)
             torch.cuda.reset_peak_memory_stats()
             self.step()
             self.ranks.synchronize()
             own["activation_mib"] = round((torch.cuda.max_memory_allocated() - static) / MIB, 1)
             own["static_mib"] = round((static - self.before[0] + self.task.weights) / MIB, 1)
             own["outside_allocator_mib"] = round((outside - self.before[1]) / MIB)
-        return own | {name: count - self.graphs[name] for name, count in _dynamo_counts().items()}
+        return own | {name: count - self.graphs[name] for name, count in dynamo_counts().items()}
 
     def turn(self, steps: int) -> None:
         """Times some steps, after one that is not counted."""
         self.ranks.gather(None)  # they start together
-        own = self.ranks.attempt(lambda: _step_milliseconds(self.step, steps, self.ranks.device))
+        own = self.ranks.attempt(lambda: step_milliseconds(self.step, steps, self.ranks.device))
         self.milliseconds += [max(times) for times in zip(*own)]
         self.result |= {
             "seconds": round(statistics.median(self.milliseconds) / 1e3, 4),

@@ -1,0 +1,97 @@
+"""Time and memory of steps, and the file in which they are kept."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from ranks import Ranks
+from versions import versions
+
+MIB = 2**20
+
+
+def step_milliseconds(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
+    if device.type == "cpu":
+        clock = []
+        for _ in range(steps + 1):
+            step()
+            clock.append(time.perf_counter())
+        return [(after - before) * 1e3 for before, after in itertools.pairwise(clock)]
+    events = []
+    for _ in range(steps + 1):
+        step()
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+
+def memory_taken(device: torch.device) -> tuple[int, int]:
+    """Bytes that tensors take, and bytes that the device has lost to anything but PyTorch's allocator."""
+    if device.type == "cpu":
+        return 0, 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return torch.cuda.memory_allocated(), total - free - torch.cuda.memory_reserved()
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes that PyTorch's allocator keeps for what it gave away, and for graphs."""
+    memory_taken(device)
+    return torch.cuda.memory_reserved() if device.type == "cuda" else 0
+
+
+def dynamo_counts() -> dict[str, int]:
+    counters = torch._dynamo.utils.counters
+    return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
+
+
+@contextlib.contextmanager
+def diffusers_on_cpu() -> Iterator[None]:
+    """diffusers 0.42 asks for the accelerator and how many there are, and finds none."""
+    with (
+        mock.patch.object(torch.accelerator, "device_count", lambda: 1),
+        mock.patch.object(torch._C, "_get_accelerator", lambda *_: torch.device("cpu")),
+    ):
+        yield
+
+
+class Report:
+    """The file, written whole after each change, by rank 0."""
+
+    def __init__(self, path: Path | None, ranks: Ranks, args: argparse.Namespace) -> None:
+        self.path = path if ranks.rank == 0 else None
+        self.variants: list[Any] = []
+        """whatever has a `result`."""
+        self.environment: dict[str, Any] = {
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "ranks": ranks.size,
+            "blocks_compiled": args.compile,
+            **versions(ranks.device.type, args.commit),
+        }
+        if ranks.device.type == "cuda":
+            self.environment["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+            self.environment["cudnn"] = torch.backends.cudnn.version()
+
+    def write(self) -> None:
+        if self.path is not None:
+            report = {"environment": self.environment, "results": [variant.result for variant in self.variants]}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = self.path.with_name(self.path.name + ".tmp")
+            scratch.write_text(json.dumps(report, indent=1) + "\n")
+            os.replace(scratch, self.path)

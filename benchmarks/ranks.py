@@ -1,0 +1,79 @@
+"""The processes of a benchmark, and how they agree."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from strategies import Strategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+class Ranks:
+    """The process groups, and how ranks agree. What they agree on goes over gloo: it works when NCCL does not."""
+
+    def __init__(self, device_type: str, timeout: float) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
+        limit = datetime.timedelta(seconds=timeout)
+        if device_type == "cuda":
+            torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl", timeout=limit, device_id=self.device)
+        else:
+            dist.init_process_group("gloo", timeout=limit)
+        # Ranks compile at their own pace, and meet here.
+        self.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=10))
+        self._meshes: dict[tuple[int, int], DeviceMesh] = {}
+
+    def mesh(self, strategy: Strategy) -> DeviceMesh:
+        """One mesh for each pair of degrees, whoever uses it: communicators take memory."""
+        shape = strategy.ring or self.size, strategy.ulysses or self.size
+        if shape[0] * shape[1] != self.size:
+            raise ValueError(f"{shape[0]} x {shape[1]} ranks are not the {self.size} of this job")
+        if shape not in self._meshes:
+            self._meshes[shape] = init_device_mesh(self.device.type, shape, mesh_dim_names=("ring", "ulysses"))
+        return self._meshes[shape]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.talk)
+        return values
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def attempt(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives on every rank.
+
+        Raises:
+            VariantError: it failed on all ranks.
+            RanksDifferError: it failed on some; the others may wait for them for ever.
+        """
+        try:
+            mine, error = work(), ""
+        except Exception as failure:  # whatever it is, the other variants are still measured
+            if os.environ.get("BENCHMARK_TRACEBACKS"):
+                traceback.print_exc()
+            mine, error = None, f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
+        every = self.gather((mine, error))
+        failed = {rank: error for rank, (_, error) in enumerate(every) if error}
+        if len(failed) == self.size:
+            raise VariantError(failed[0])
+        if failed:
+            raise RanksDifferError(", ".join(f"rank {rank} alone: {error}" for rank, error in failed.items()))
+        return [result for result, _ in every]
+
+
+class VariantError(Exception):
+    """A variant failed, on all ranks alike."""
+
+
+class RanksDifferError(Exception):
+    """A variant failed on some ranks; the others' exchanges can never end."""
