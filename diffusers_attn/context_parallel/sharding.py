@@ -139,6 +139,16 @@ def gather(tensor: Tensor, shards: Shards, dim: int, mesh: ContextParallelMesh) 
     return in_order(tensor, sum(shards.runs, ()), dim)
 
 
+def alone(tensor: Tensor, shards: Shards, dim: int, rank: int) -> Tensor:
+    """The whole tensor as `rank` would have it if nobody sent anything: zeros in the place of what others hold."""
+    whole = tensor.new_zeros([*tensor.shape[:dim], shards.total, *tensor.shape[dim + 1 :]])
+    start = 0
+    for first, length in shards.runs[rank]:
+        whole.narrow(dim, first, length).copy_(tensor.narrow(dim, start, length))
+        start += length
+    return whole
+
+
 class _Gather(torch.autograd.Function):
     """Concatenation over the ranks of one group; backward is the reduce-scatter that is its adjoint."""
 

@@ -73,8 +73,8 @@ class Streams:
         """sequences of which every rank has all tokens. Of their keys, and where they are gathered, it takes its shard,
         as of what is split: so nothing counts twice, and the mean of gradients over the ranks is right."""
         self.others_seen = True
-        """whether modules that compute by heads see the tokens of other ranks; if not, zeros in their place, by which
-        `verify_cp_plan` knows that it would notice."""
+        """whether modules that compute by heads, and what is gathered within attention, have the tokens of other ranks;
+        if not, zeros in their place, by which `verify_cp_plan` knows that it would notice."""
         self.role: Role | None = None
         """of the attention module that is running, where the plan says it."""
         self._outer: list[Role | None] = []
@@ -260,7 +260,10 @@ class Streams:
             self._known_length(each)
         kept = self.kept(names)
         tensor = tensor if kept is None else kept.take_out(tensor, dim)
-        return sharding.gather(tensor, self.shards(names), dim, self.mesh).contiguous()  # models view what they compute
+        shards = self.shards(names)
+        if not self.others_seen and self._outer:
+            return sharding.alone(tensor, shards, dim, self.mesh.rank)
+        return sharding.gather(tensor, shards, dim, self.mesh).contiguous()  # models view what they compute
 
     def split_groups(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
         """As `split`, where every entry of the sequence is several tokens. Raises AttentionProviderError where there

@@ -5,9 +5,15 @@ gathering those leaves its processor as it is: the sum is little work, and every
 looks one row up and down.
 """
 
+import functools
 from typing import Any
 
 from .plan import CPAttention, CPInput, CPLength, CPNeighbours, CPOutput, ParamId, Plan
+
+
+def _patches(size: int, latents: Any) -> int:
+    """Of how many rows of patches the latents are."""
+    return int(latents.shape[2]) // size
 
 
 def _plan(model: Any) -> Plan:
@@ -15,7 +21,7 @@ def _plan(model: Any) -> Plan:
     rows = CPInput(1, 3, stream="rows", grouped=True)
     return {
         "": {
-            ParamId("hidden_states"): CPLength("rows", of=lambda latents: latents.shape[2] // patch),
+            ParamId("hidden_states"): CPLength("rows", of=functools.partial(_patches, patch)),
             ParamId("controlnet_block_samples"): rows,
         },
         "transformer_blocks.0": {ParamId("hidden_states"): rows},

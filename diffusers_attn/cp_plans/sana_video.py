@@ -7,9 +7,15 @@ Sana gathers keys and values, here queries are gathered, too, and each rank keep
 last projection. Every rank makes all of the sum, which is little work beside the projections and convolutions.
 """
 
+import functools
 from typing import Any
 
 from .plan import CPAttention, CPInput, CPLength, CPNeighbours, CPOutput, ParamId, Plan
+
+
+def _patches(size: int, latents: Any) -> int:
+    """Of how many frames of patches the latents are."""
+    return int(latents.shape[2]) // size
 
 
 def _plan(model: Any) -> Plan:
@@ -20,7 +26,7 @@ def _plan(model: Any) -> Plan:
     times = CPInput(1, 3, stream="frames", grouped=True, leave_other_dims=True)
     return {
         "": {
-            ParamId("hidden_states"): CPLength("frames", of=lambda latents: latents.shape[2] // patch),
+            ParamId("hidden_states"): CPLength("frames", of=functools.partial(_patches, patch)),
             ParamId("controlnet_block_samples"): frames,
         },
         "transformer_blocks.0": {ParamId("hidden_states"): frames},

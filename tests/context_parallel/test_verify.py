@@ -115,6 +115,13 @@ def test_right_plans_are_right(name, verify):
     assert "right" in str(report) and "hint" not in str(report)
 
 
+@pytest.mark.parametrize("name", ["sana", "sana_video"])
+def test_linear_attention(name, verify):
+    """What is exchanged are its keys and values, by gathers within it."""
+    report = verify(name, plan_of(name), strategies=("gather",))
+    assert report.ok and report.unexchanged > 1e-3, str(report)
+
+
 def test_a_recurrence_by_heads(verify):
     """In float64: in float32 this model's softmax layers attend in bfloat16."""
     model, inputs = CASES["sana_wm"].build().double(), CASES["sana_wm"].inputs()
