@@ -136,6 +136,15 @@ def strategy_tables() -> str:
     return "\n".join(context_parallel.markdown(json.loads(path.read_text())) for path in runs).rstrip()
 
 
+def training_tables() -> str:
+    """One section for each recorded run of benchmarks/training.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import training
+
+    runs = sorted(RESULTS.glob("training-*.json"), reverse=True)
+    return "\n".join(training.markdown(json.loads(path.read_text())) for path in runs).rstrip()
+
+
 def models_table(package: str) -> str:
     """Of the models in diffusers.models.`package`. Runs all of the tests' tiny models: half a minute."""
     import models_page
@@ -154,7 +163,7 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 SECTIONS = {
     "README.md": {"providers": readme_table},
-    "docs/context_parallel.md": {"strategies": strategy_tables},
+    "docs/context_parallel.md": {"strategies": strategy_tables, "training": training_tables},
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
     },
