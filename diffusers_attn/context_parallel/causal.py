@@ -30,14 +30,15 @@ def tiles(query_runs: tuple[Run, ...], key_runs: tuple[Run, ...], is_causal: boo
         return [Tile((0, queries), (0, keys), True)]
     found = [
         tile
-        for query, query_offset in _with_offsets(query_runs)
-        for key, key_offset in _with_offsets(key_runs)
+        for query, query_offset in with_offsets(query_runs)
+        for key, key_offset in with_offsets(key_runs)
         for tile in _between(query, key, query_offset, key_offset)
     ]
-    return _merge_queries(_merge_keys(found))
+    return merge_queries(merge_keys(found))
 
 
-def _with_offsets(runs: tuple[Run, ...]) -> list[tuple[Run, int]]:
+def with_offsets(runs: tuple[Run, ...]) -> list[tuple[Run, int]]:
+    """Each run, and where its tokens begin among those at hand."""
     return [(run, sum(length for _, length in runs[:index])) for index, run in enumerate(runs)]
 
 
@@ -61,7 +62,7 @@ def _between(query: Run, key: Run, query_offset: int, key_offset: int) -> list[T
     return found
 
 
-def _merge_keys(found: list[Tile]) -> list[Tile]:
+def merge_keys(found: list[Tile]) -> list[Tile]:
     """Fewer calls: the same queries, neighbouring keys."""
     merged: list[Tile] = []
     for tile in sorted(found, key=lambda tile: (tile.is_causal, tile.query, tile.key)):
@@ -78,7 +79,7 @@ def _merge_keys(found: list[Tile]) -> list[Tile]:
     return merged
 
 
-def _merge_queries(found: list[Tile]) -> list[Tile]:
+def merge_queries(found: list[Tile]) -> list[Tile]:
     """Fewer calls: the same keys, neighbouring queries."""
     merged: list[Tile] = []
     for tile in sorted(found, key=lambda tile: (tile.is_causal, tile.key, tile.query)):

@@ -20,7 +20,7 @@ from .mesh import ContextParallelMesh, Group
 from .nested import describe
 from .sharding import Shards
 from .streams import Streams
-from .ulysses import Layout, _ToHeads, _ToTokens
+from .ulysses import Layout, TokensToHeads, HeadsToTokens
 
 Place = tuple[str, int | None, tuple[int, int]]
 
@@ -143,13 +143,13 @@ class _Shares(NamedTuple):
         for stage in self.stages:
             mine = stage.sizes[stage.group.rank]
             layouts = tuple(stage.layout(tensor.shape[1] // mine) for tensor in tensors)
-            tensors = _ToHeads.apply(layouts, *tensors)
+            tensors = TokensToHeads.apply(layouts, *tensors)
         return tensors
 
     def to_tokens(self, tensor: Tensor) -> Tensor:
         """The way back."""
         for stage in reversed(self.stages):
-            (tensor,) = _ToTokens.apply((stage.layout(tensor.shape[1] // sum(stage.sizes)),), tensor)
+            (tensor,) = HeadsToTokens.apply((stage.layout(tensor.shape[1] // sum(stage.sizes)),), tensor)
         return tensor
 
 

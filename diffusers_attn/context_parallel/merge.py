@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 
 import torch
 from torch import Tensor
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def merge(
@@ -35,15 +34,15 @@ def merge(
     Returns:
         The merged output, and lse in the dtype of `lse`.
 
-    On a GPU one Triton kernel does it, also in a compiled graph: an operator into which no compiler looks. Given the
-    formulas, it joins them to what comes after; where that is a concatenation, as in Flux, it computes weights for each
-    element anew and takes twice as long as both kernels do.
+    In eager mode on a GPU one Triton kernel does it. A compiler makes one kernel of the formulas by itself, and joins
+    what comes after to it.
     """
     dtype = out.dtype if dtype is None else dtype
     out_dtype = dtype if out_dtype is None else out_dtype
-    if out.is_cuda and lse.dtype == torch.float32 and _HAS_TRITON:
-        by_kernel = _merge_op if torch.compiler.is_compiling() else _merge_by_kernel
-        return by_kernel(out, lse, part_out, part_lse, dtype, out_dtype)
+    if out.is_cuda and not torch.compiler.is_compiling() and lse.dtype == torch.float32 and _has_triton():
+        from .merge_triton import merge_by_kernel
+
+        return merge_by_kernel(out, lse, part_out, part_lse, dtype, out_dtype)
     return merge_by_formula(out, lse, part_out, part_lse, dtype, out_dtype)
 
 
@@ -59,17 +58,6 @@ def merge_by_formula(
     return merged.to(out_dtype), torch.logaddexp(lse, part_lse)
 
 
-def _merge_by_kernel(
-    out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, dtype: torch.dtype, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    from .merge_triton import merge_by_kernel
-
-    return merge_by_kernel(out, lse, part_out, part_lse, dtype, out_dtype)
-
-
-_merge_op = torch.library.custom_op("diffusers_attn::merge", _merge_by_kernel, mutates_args=())
-
-
-@_merge_op.register_fake
-def _(out, lse, part_out, part_lse, dtype, out_dtype):  # type: ignore[no-untyped-def]
-    return out.new_empty(out.shape, dtype=out_dtype), lse.new_empty(lse.shape)
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

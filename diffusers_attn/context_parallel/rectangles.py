@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .causal import Tile, _merge_keys, _merge_queries, _with_offsets
+from .causal import Tile, merge_keys, merge_queries, with_offsets
 from .sharding import Run
 
 
@@ -25,10 +25,10 @@ def tiles_within(
     these keys."""
     found = []
     for seen in rectangles:
-        queries = [_common(run, seen.query, offset) for run, offset in _with_offsets(query_runs)]
-        keys = [_common(run, seen.key, offset) for run, offset in _with_offsets(key_runs)]
+        queries = [_common(run, seen.query, offset) for run, offset in with_offsets(query_runs)]
+        keys = [_common(run, seen.key, offset) for run, offset in with_offsets(key_runs)]
         found += [Tile(query, key) for query in queries for key in keys if query[1] > 0 and key[1] > 0]
-    return _merge_queries(_merge_keys(found))
+    return merge_queries(merge_keys(found))
 
 
 def _common(run: Run, other: Run, offset: int) -> Run:

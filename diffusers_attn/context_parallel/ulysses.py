@@ -52,9 +52,9 @@ def ulysses_attention(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
     queries, keys = Layout(group, query_sizes, heads), Layout(group, key_sizes, kv_heads)
-    query, key, value = _ToHeads.apply((queries, keys, keys), query, key, value)
+    query, key, value = TokensToHeads.apply((queries, keys, keys), query, key, value)
     out = attention(query, key, value, sum(heads[: group.rank]))
-    return _ToTokens.apply((queries,), out)[0]
+    return HeadsToTokens.apply((queries,), out)[0]
 
 
 def split_heads(heads: int, kv_heads: int, ranks: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -70,7 +70,7 @@ def split_heads(heads: int, kv_heads: int, ranks: int) -> tuple[tuple[int, ...],
     return tuple(count * groups // repeats for count in kv_split), kv_split, repeats
 
 
-class _ToHeads(torch.autograd.Function):
+class TokensToHeads(torch.autograd.Function):
     """All tensors under way at once. Nothing is computed, only moved, so the adjoint is the way back."""
 
     @staticmethod
@@ -83,7 +83,7 @@ class _ToHeads(torch.autograd.Function):
         return None, *_move(_start_to_tokens, _finish_to_tokens, ctx.layouts, grads)
 
 
-class _ToTokens(torch.autograd.Function):
+class HeadsToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layouts: tuple[Layout, ...], *tensors):  # type: ignore[no-untyped-def]
         ctx.layouts = layouts
