@@ -20,7 +20,7 @@ from .mesh import ContextParallelMesh, Group
 from .nested import describe
 from .sharding import Shards
 from .streams import Streams
-from .ulysses import Layout, TokensToHeads, HeadsToTokens
+from .ulysses import HeadsToTokens, Layout, TokensToHeads
 
 Place = tuple[str, int | None, tuple[int, int]]
 
