@@ -38,6 +38,7 @@ class _Hook:
             AttentionProviderError: the sequence was not split, or some rank has none of it. On all ranks.
         """
         streams, mesh, name = self.streams, self.streams.mesh, self.spec.stream
+        streams.check_in_order(name, "a CPHeads")
         sizes = streams.shards((name,)).sizes if name in streams.lengths else (0,)
         if min(sizes) == 0:
             raise AttentionProviderError(

@@ -62,6 +62,7 @@ class CutNeighbours:
 
 def _beside(streams: Streams, spec: CPNeighbours) -> tuple[int, int]:
     """How many entries this rank is given from before its own, and from behind."""
+    streams.check_in_order(spec.stream, "a CPNeighbours")
     shards = streams.shards((spec.stream,))
     ((start, own),) = shards.runs[streams.mesh.rank]
     return min(spec.reach, start), min(spec.reach, shards.total - start - own)
@@ -77,6 +78,7 @@ def with_neighbours(streams: Streams, spec: CPNeighbours, tensor: Tensor) -> Ten
     mesh, dim, reach = streams.mesh, spec.dim % tensor.ndim, spec.reach
     if mesh.size == 1:
         return tensor
+    streams.check_in_order(spec.stream, "a CPNeighbours")
     shards = streams.shards((spec.stream,))
     ((start, own),) = shards.runs[mesh.rank]
     if tensor.shape[dim] % own if spec.grouped and own else tensor.shape[dim] != own:

@@ -70,8 +70,10 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
             if not words or not all(isinstance(word, _INPUTS) for word in words):
                 raise _not_understood(path, spec)
             for word in words:
-                if isinstance(word, CPInput) and word.every_rank and word.stream is not None:
-                    streams.every_rank.update((word.stream,) if isinstance(word.stream, str) else word.stream)
+                if isinstance(word, CPInput) and word.stream is not None:
+                    names = (word.stream,) if isinstance(word.stream, str) else word.stream
+                    streams.every_rank.update(names if word.every_rank else ())
+                    streams.balanced.update(names if word.balanced else ())
             if isinstance(words[0], CPInput) and words[0].split_output:
                 behind.append((param, each))
             else:

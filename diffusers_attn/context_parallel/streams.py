@@ -69,6 +69,8 @@ class Streams:
         """of sequences that are split between blocks only, in the latest forward: how many tokens a block has."""
         self.every_rank: set[str] = set()
         """sequences of which a rank without a token is given a stand-in."""
+        self.balanced: set[str] = set()
+        """sequences of which each rank has a part of the front and one of the back."""
         self.whole: set[str] = set()
         """sequences of which every rank has all tokens. Of their keys, and where they are gathered, it takes its shard,
         as of what is split: so nothing counts twice, and the mean of gradients over the ranks is right."""
@@ -154,15 +156,16 @@ class Streams:
         self.shard_length(rest, length)
         runs, start = [], 0
         for each in names:
-            (own,) = self.shards((each,)).runs[self.mesh.rank]
             if each in already:
                 runs.append((start, self._seen((each,))))
                 start += self._seen((each,))
                 continue
             if each in self.whole:
                 runs.append((start, self.lengths[each]))
+            elif self._stands_in(each, self.mesh.rank):
+                runs.append((start, 1))
             else:
-                runs.append((start, 1) if self._stands_in(each, self.mesh.rank) else (start + own[0], own[1]))
+                runs += [(start + first, count) for first, count in self.shards((each,)).runs[self.mesh.rank]]
             start += self.lengths[each]
         shard = sharding.take(tensor, tuple(runs), dim)
         # Of a tensor without gaps, a shard without gaps: else a block would be compiled once for what was split before
@@ -219,6 +222,7 @@ class Streams:
                 f"'{name}' is to be split between blocks of {size} tokens, and was split before that was said. Give "
                 'CPBlocks for an argument of the model, "", or of a module that runs before.'
             )
+        self.check_in_order(name, "attention by blocks")
         self.blocks[name] = size
 
     def splits_blocks(self, names: tuple[str, ...]) -> bool:
@@ -287,8 +291,21 @@ class Streams:
 
     def shards(self, names: tuple[str, ...]) -> Shards:
         """Who holds what of these sequences, joined."""
-        every = [self._contiguous(self.lengths[name], self.blocks.get(name, 1)) for name in names]
-        return Shards.joint(*every or [self._contiguous(0)])
+        return Shards.joint(*[self._shards_of(name) for name in names] or [self._contiguous(0)])
+
+    def _shards_of(self, name: str) -> Shards:
+        if name in self.balanced:
+            return Shards.zigzag(self.lengths[name], self.mesh.size)
+        return self._contiguous(self.lengths[name], self.blocks.get(name, 1))
+
+    def check_in_order(self, name: str, what: str) -> None:
+        """Raises AttentionProviderError where ranks do not have one part each of this sequence, which `what` needs. On
+        all ranks."""
+        if name in self.balanced:
+            raise AttentionProviderError(
+                f"the plan splits '{name}' with balanced=True, a part of its front and one of its back for each rank, "
+                f"and {what} needs it in order. Leave balanced out."
+            )
 
     def _contiguous(self, length: int, block: int = 1) -> Shards:
         return Shards.contiguous(length, self.mesh.size, block)
@@ -299,15 +316,15 @@ class Streams:
         runs = list(self._contiguous(prefix).runs[self.mesh.rank]) if prefix else []
         start, partial = prefix, prefix > 0
         for name in names:
-            (own,) = self.shards((name,)).runs[self.mesh.rank]
+            shards = self.shards((name,))
             if name in self.whole:
-                runs.append((start + own[0], own[1]))
+                runs += [(start + first, count) for first, count in shards.runs[self.mesh.rank]]
                 start, partial = start + self.lengths[name], True
             elif self._stands_in(name, self.mesh.rank):
                 start, partial = start + 1, True
             else:
-                runs.append((start, own[1]))
-                start += own[1]
+                runs.append((start, shards.sizes[self.mesh.rank]))
+                start += shards.sizes[self.mesh.rank]
         return Kept(start, tuple(runs)) if partial else None
 
     def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -371,7 +388,10 @@ class Streams:
         queries = self._by_length(query_len, joins, "the queries of an attention call")
         keys = self._by_length(key_len, joins, "the keys of an attention call")
         if queries is not None and keys is not None:
-            in_order = all(len(runs) == 1 for shards in (queries, keys) for runs in shards.runs)
+            streams = [self.shards((name,)) for name in self.lengths]
+            in_order = all(
+                shards in streams or all(len(runs) == 1 for runs in shards.runs) for shards in (queries, keys)
+            )
             return SplitCall(queries, keys, in_order)
         if keys is None and query_len != key_len:
             return None

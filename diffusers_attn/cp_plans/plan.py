@@ -75,15 +75,20 @@ class CPInput:
     every_rank: bool = False
     """whether this stream's code does not run without a token. A rank that has none, of a sequence shorter than there
     are ranks, is then given the first one to stand in, which attention and gathering leave out. It holds for all that
-    is split of this stream, which needs a name.
+    is split of this stream, which needs a name."""
+    balanced: bool = False
+    """whether each rank has a part from the front of this stream and one from its back, rather than one part. Where
+    attention is causal, late tokens see more than early ones, and all ranks then have the same work. It holds for all
+    that is split of this stream, which needs a name.
 
     Raises:
         ValueError: it has none.
     """
 
     def __post_init__(self) -> None:
-        if self.every_rank and self.stream is None:
-            raise ValueError('CPInput(every_rank=True) is said of a stream: name it, CPInput(..., stream="text").')
+        for said in ("every_rank", "balanced"):
+            if getattr(self, said) and self.stream is None:
+                raise ValueError(f'CPInput({said}=True) is said of a stream: name it, CPInput(..., stream="text").')
 
 
 @dataclasses.dataclass(frozen=True)

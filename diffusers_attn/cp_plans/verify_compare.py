@@ -215,13 +215,18 @@ def _parts(here: Tensor, whole: Tensor, streams: Streams) -> Iterator[Tensor]:
             own, held = Shards.contiguous(total, size, total // length).runs[rank][0]
             if held == here.shape[dim]:
                 yield whole.narrow(dim, own, held)
+    balanced = {streams.lengths[name] for name in streams.balanced & streams.lengths.keys()}
+
+    def shards_of(length: int) -> Shards:
+        return Shards.zigzag(length, size) if length in balanced else Shards.contiguous(length, size)
+
     for lengths in _joins(total, sorted(set(streams.lengths.values()))):
         for split in itertools.product((True, False), repeat=len(lengths)):
             runs: list[tuple[int, int]] = []
             start = 0
             for length, shared in zip(lengths, split):
-                own, held = Shards.contiguous(length, size).runs[rank][0] if shared else (0, length)
-                runs.append((start + own, held))
+                mine = shards_of(length).runs[rank] if shared else ((0, length),)
+                runs += [(start + own, count) for own, count in mine]
                 start += length
             if sum(held for _, held in runs) == here.shape[dim]:
                 yield take(whole, tuple(runs), dim)
