@@ -10,6 +10,8 @@ noise that every rank drew by itself, which gives a picture made of pieces of se
 3. Otherwise the first rank's tensors go to the others, in one message ("broadcast"). Or fingerprints of their values
    were in the digests already ("check"); reading those is the one thing for which a host waits for its device.
 
+Where a model's forward is recorded as CUDA graphs, ranks also agree on what is.
+
 A tensor that requires a gradient is never replaced, since its graph is this rank's own: it is checked in both modes.
 What a plan calls a cache is left alone in all: the model writes into it, and it may be larger than all else together.
 """
@@ -103,6 +105,10 @@ class Agreement:
                 _find(found, name, value)
         compare = False
         if not torch.compiler.is_compiling():
+            # A rank that replays a recorded forward and one that runs it meet in other places.
+            standing = getattr(vars(module).get("forward"), "standing", None)
+            if standing is not None:
+                found.said.append(f"what is recorded of the model: {standing()}")
             compare, self.compared = self.mode == "broadcast" and not self.compared, True
         answer = torch.ops.diffusers_attn.agree(
             found.sent, [tensor.detach() for tensor in found.watched], found.integers, found.floats,

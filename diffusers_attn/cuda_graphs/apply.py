@@ -31,9 +31,10 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
 
     Of each kind of call (shapes, dtypes, arguments that are no tensors, provider in scope), the first runs as before,
     the second is recorded, and from then on it is replayed with the values of the tensors that are given. Results are
-    those of the forward, bit for bit, and the caller's own. (In every call, tensors are
-    first brought to the device, and into the order of their dimensions.) What changes in the model between two calls is
-    noticed (adapters, processors, weights that moved, context parallelism), and the forward recorded anew.
+    those of the forward, bit for bit, and the caller's own. (In every call, tensors are first brought to the device,
+    and into the order of their dimensions.) What changes in the model between two calls is noticed (adapters,
+    processors, weights that moved, context parallelism), and the forward recorded anew. Ranks that share a sequence
+    must make such changes alike; unless their inputs are trusted, it is an error if not.
 
     Beside `apply_compile(model, "regional")` and `enable_context_parallel`, in any order. The model's own hooks, and
     with them the comparison of ranks' inputs, run in every call; hooks on modules within it, and Python in its forward,
@@ -105,6 +106,8 @@ class _Graphs:
         self.max_graphs = max_graphs
         self.pool: Any = None
         self.snapshot: Snapshot | None = None
+        self.is_checked = False
+        """whether `check` was called for the call that runs."""
         self.recordings: OrderedDict[object, Recording | None] = OrderedDict()
         """by kind of call, the latest used last; None for one that has run once."""
 
@@ -151,6 +154,19 @@ class GraphedForward:
         with torch.cuda.device(graphs.device):
             return _run(model, name, forward, graphs, Call(args, kwargs))
 
+    def standing(self) -> str:
+        """What ranks that share a sequence must have alike, so that all record, replay or run a call: what of all that
+        was recorded still holds, and what a thread adds to a call."""
+        model = self._model()
+        graphs = None if model is None else _applied.get(model)
+        if graphs is None:
+            return "nothing"
+        graphs.check()
+        graphs.is_checked = True  # for the call that is about to run
+        recorded = sum(each is not None for each in graphs.recordings.values())
+        choice, _, *rest = surroundings()
+        return f"{recorded} of {len(graphs.recordings)} kinds of calls; now called in {choice!r}, {rest}"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         return self._of(memo.get(id(self._model())))
 
@@ -190,7 +206,9 @@ def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: Call)
     # all ranks must record in the same call.
     lengths = () if streams is None else tuple(sorted(streams.lengths.items()))
     kind = said, lengths, surroundings()
-    graphs.check()
+    if not graphs.is_checked:
+        graphs.check()
+    graphs.is_checked = False
     if kind not in graphs.recordings:
         output = forward(*call.args, **call.kwargs)
         graphs.recordings[kind] = None

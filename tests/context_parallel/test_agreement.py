@@ -72,6 +72,33 @@ def test_all_ranks_are_given_the_first_ones_tensors(pool, mesh):
     assert pool.run(ring * ulysses, broadcast, ring=ring, ulysses=ulysses) == [(8, True)] * (ring * ulysses)
 
 
+class Recorded:
+    """A forward as `apply_cuda_graphs` leaves it, of which it says what is recorded."""
+
+    def __init__(self, said):
+        self.standing = said
+
+    def __call__(self, x):
+        return x
+
+
+def recorded(meshes, ring, ulysses):
+    mesh = meshes(ring, ulysses)
+    module, _ = watched(mesh, "broadcast")
+    x = torch.ones(2) * mesh.rank
+    module.forward = Recorded(lambda: "1 of 1 kinds of calls")
+    assert module(x).tolist() == [0, 0]
+    module.forward = Recorded(lambda: f"{int(mesh.rank != 1)} of 1 kinds of calls")
+    with pytest.raises(AttentionProviderError) as failure:
+        module(x)
+    return str(failure.value)
+
+
+def test_ranks_of_which_one_has_lost_what_it_recorded(pool):
+    for message in pool.run(3, recorded, ring=3, ulysses=1):
+        assert "what is recorded of the model: 1 of 1 kinds of calls on ranks 0, 2; 0 of 1 kinds" in message
+
+
 def refused(meshes, mode, ring, ulysses):
     """Messages of calls in which one rank differs, and whether agreement goes on working after each."""
     mesh = meshes(ring, ulysses)
