@@ -35,7 +35,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import diffusers
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -314,12 +313,7 @@ def main() -> int:
     if ranks.rank == 0:
         results = [variant.result for variant in report.variants]
         print(markdown({"environment": report.environment, "results": results}), flush=True)
-    if status == 0:
-        dist.barrier(group=ranks.talk)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Without tearing down: exchanges may still be open, and gloo's threads abort a process that ends beside others.
-    os._exit(status)
+    ranks.end(status)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import diffusers
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -452,12 +451,7 @@ def main() -> int:
     if ranks.rank == 0:
         results = [variant.result for variant in report.variants]
         print(markdown({"environment": report.environment, "results": results}), flush=True)
-    if status == 0:
-        dist.barrier(group=ranks.talk)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Without tearing down: exchanges may still be open, and gloo's threads abort a process that ends beside others.
-    os._exit(status)
+    ranks.end(status)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,6 @@ class _Graphs:
         self.max_graphs = max_graphs
         self.pool: Any = None
         self.snapshot: Snapshot | None = None
-        self.is_checked = False
-        """whether `check` was called for the call that runs."""
         self.recordings: OrderedDict[object, Recording | None] = OrderedDict()
         """by kind of call, the latest used last; None for one that has run once."""
 
@@ -162,7 +160,6 @@ class GraphedForward:
         if graphs is None:
             return "nothing"
         graphs.check()
-        graphs.is_checked = True  # for the call that is about to run
         recorded = sum(each is not None for each in graphs.recordings.values())
         choice, _, *rest = surroundings()
         return f"{recorded} of {len(graphs.recordings)} kinds of calls; now called in {choice!r}, {rest}"
@@ -206,9 +203,7 @@ def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: Call)
     # all ranks must record in the same call.
     lengths = () if streams is None else tuple(sorted(streams.lengths.items()))
     kind = said, lengths, surroundings()
-    if not graphs.is_checked:
-        graphs.check()
-    graphs.is_checked = False
+    graphs.check()
     if kind not in graphs.recordings:
         output = forward(*call.args, **call.kwargs)
         graphs.recordings[kind] = None
