@@ -24,12 +24,15 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -41,9 +44,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, reserved, step_milliseconds
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
-from strategies import GRAPH, STRATEGIES
+from strategies import STRATEGIES, USUAL
 
 import diffusers_attn
+from diffusers_attn.context_parallel import one_call
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 
 
@@ -68,12 +72,16 @@ class Variant:
         self.graph_bytes = 0
         if self.strategy.in_graph:
             diffusers_attn.apply_cuda_graphs(self.model)
-            self.model(**inputs)  # records nothing yet
+            self.step(inputs)  # records nothing yet
             self.graph_bytes = -reserved(self.ranks.device)
         for _ in range(warm_up):
-            self.out = self.model(**inputs)[0]
+            self.out = self.step(inputs)
         if self.strategy.in_graph:
             self.graph_bytes += reserved(self.ranks.device)
+
+    def step(self, inputs: dict[str, Any]) -> Tensor:
+        with calls_of_attention(self.strategy.one_call):
+            return self.model(**inputs)[0]
 
     def measure(self, inputs: dict[str, Any], reference: Tensor) -> dict[str, Any]:
         """This rank's error and memory, once prepared."""
@@ -83,7 +91,7 @@ class Variant:
         del self.out, out, expected
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.model(**inputs)
+            self.step(inputs)
             self.ranks.synchronize()
             own["peak_mib"] = round((torch.cuda.max_memory_allocated() - self.before[0] + self.graph_bytes) / MIB)
             own["outside_allocator_mib"] = round((memory_taken(self.ranks.device)[1] - self.before[1]) / MIB)
@@ -114,7 +122,7 @@ class Variant:
         """Where this rank's GPU spends a step: what it runs longest, and for how long it runs anything at all."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
-            self.model(**inputs)
+            self.step(inputs)
             self.ranks.synchronize()
         events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
@@ -145,14 +153,25 @@ class Variant:
     def turn(self, inputs: dict[str, Any], steps: int) -> None:
         """Times some steps, after one that is not counted."""
         self.ranks.gather(None)  # they start together
-        own = self.ranks.attempt(lambda: step_milliseconds(lambda: self.model(**inputs), steps, self.ranks.device))
+        own = self.ranks.attempt(lambda: step_milliseconds(lambda: self.step(inputs), steps, self.ranks.device))
         self.steps += [max(times) for times in zip(*own)]
         self.result |= {"ms": round(statistics.median(self.steps), 3), "steps": [round(ms, 3) for ms in self.steps]}
 
 
+@contextlib.contextmanager
+def calls_of_attention(one: bool | None) -> Iterator[None]:
+    """Has compiled attention await all keys and be one call, or not; None leaves it to the library. Dynamo guards on
+    what is patched, so that variants do not share what is compiled for others."""
+    if one is None:
+        yield
+    else:
+        with mock.patch.object(one_call, "BYTES_PER_SECOND", math.inf if one else 1.0):
+            yield
+
+
 def choose(args: argparse.Namespace, ranks: int) -> list[tuple[str, str]]:
     """Pairs of strategy and provider: the product, without what needs four ranks where there are fewer, and extras."""
-    names = args.strategies or [name for name in STRATEGIES if name != "auto" and not name.endswith(GRAPH)]
+    names = args.strategies or USUAL
     pairs = []
     for name in names:
         strategy = STRATEGIES[name]
@@ -258,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         choices=STRATEGIES,
         metavar="STRATEGY",
-        help=f"of {', '.join(STRATEGIES)} (all but auto and graphs; the unified ones on four ranks)",
+        help=f"of {', '.join(STRATEGIES)} ({', '.join(USUAL)}; the unified ones on four ranks)",
     )
     parser.add_argument("--providers", nargs="+", help="of ours and of one GPU (_native_cudnn; on a CPU native)")
     parser.add_argument("--diffusers_backends", nargs="+", help="of diffusers' strategies (the same)")

@@ -15,6 +15,8 @@ class Strategy(NamedTuple):
     rotate_method: str = "allgather"
     in_graph: bool = False
     """whether the step is recorded as a CUDA graph."""
+    one_call: bool | None = None
+    """whether compiled attention awaits all keys, where that is not left to the library."""
 
 
 STRATEGIES = {
@@ -25,9 +27,12 @@ STRATEGIES = {
     "ulysses": Strategy("ours", ulysses=0),
     "ring": Strategy("ours", ring=0, rotate_method="alltoall"),
     "gather": Strategy("ours", ring=0),
+    "gather-one-call": Strategy("ours", ring=0, one_call=True),
+    "gather-two-calls": Strategy("ours", ring=0, one_call=False),
     "unified-ring": Strategy("ours", ring=2, ulysses=2, rotate_method="alltoall"),
     "unified-gather": Strategy("ours", ring=2, ulysses=2),
     "auto": Strategy("auto"),
 }
+USUAL = [name for name, strategy in STRATEGIES.items() if strategy.one_call is None and name != "auto"]
 GRAPH = "+graph"
 STRATEGIES |= {name + GRAPH: strategy._replace(in_graph=True) for name, strategy in STRATEGIES.items()}

@@ -24,8 +24,11 @@ attention: after it every rank is done with all that it had received. Of calls t
 Where gathers follow a ring or a ring gathers, whose slots are other places in the same memory, there is one such
 barrier, too.
 
+A gather may bring what a rank has itself, too, for a call that is to have all keys in one piece. That copy goes on
+beside those to the others.
+
 Memory, on each rank: the slots of what the largest call so far brings; in a gather two of the keys and values of all
-other ranks, in a ring three of those of one.
+other ranks, or of all, in a ring three of those of one.
 """
 
 from __future__ import annotations
@@ -42,8 +45,11 @@ from torch import Tensor
 
 from ..errors import AttentionProviderError
 from .exchange import after
+from .inductor import prepare_for_exchanges
 from .mesh import Group
 
+OTHERS, EVERYONE = 0, -1
+"""where a gather sends to, in the place of a ring's shift: to all other ranks, or to these and itself."""
 _SLOTS, _SLOTS_OF_A_RING = 2, 3
 _ARRIVED, _READ = 0, 1
 """channels of the barriers: all copies of this call have arrived; all that earlier calls brought has been read."""
@@ -88,10 +94,11 @@ class Received(NamedTuple):
     value_tail: tuple[int, ...]
 
     @staticmethod
-    def of(key: Tensor, value: Tensor, sizes: Sequence[int], rank: int, shift: int = 0) -> Received:
+    def of(key: Tensor, value: Tensor, sizes: Sequence[int], rank: int, shift: int = OTHERS) -> Received:
         """On `rank`, where ranks have `sizes` rows, from any rank's `[batch, rows, heads, head_dim]`; of the rank that
-        is `shift` before, or of all others."""
-        rows = sizes[(rank - shift) % len(sizes)] if shift else sum(sizes) - sizes[rank]
+        is `shift` before, of all others, or of all."""
+        rows = sizes[(rank - shift) % len(sizes)] if shift > 0 else sum(sizes)
+        rows -= sizes[rank] if shift == OTHERS else 0
         return Received(key.shape[0], rows, tuple(key.shape[2:]), tuple(value.shape[2:]))
 
     @property
@@ -123,12 +130,29 @@ class _Copy(NamedTuple):
     """which one; None for the whole batch, where it is one piece."""
     target: Tensor
 
+    def make(self, key: Tensor, value: Tensor) -> None:
+        source = value if self.is_value else key
+        self.target.copy_(source if self.sample is None else source[self.sample : self.sample + 1])
+
 
 class _Plan(NamedTuple):
-    """For each slot, what a kind of call copies, and the tensor that it receives."""
+    """For each slot, what a kind of call copies to other ranks, and to its own, and the tensor that it receives."""
 
-    copies: list[list[_Copy]]
+    to_others: list[list[_Copy]]
+    to_itself: list[list[_Copy]]
     received: list[Tensor]
+
+
+class _Coming(NamedTuple):
+    """A call that was started."""
+
+    call: int
+    """its number."""
+    slots: int
+    """between which such calls take turns."""
+    received: Tensor
+    own_lane: Lane | None
+    """where a copy of this rank's own is under way."""
 
 
 class PushGather:
@@ -136,13 +160,15 @@ class PushGather:
 
     Args:
         allocate: memory of so many bytes on every rank; a collective.
-        lane: where copies go on beside the work of the current stream.
+        lane: where copies to other ranks go on beside the work of the current stream.
+        own_lane: the same for what stays on this rank.
     """
 
-    def __init__(self, group: Group, allocate: Callable[[int], Memory], lane: Lane) -> None:
+    def __init__(self, group: Group, allocate: Callable[[int], Memory], lane: Lane, own_lane: Lane) -> None:
         self.group = group
         self._allocate = allocate
         self._lane = lane
+        self._own_lane = own_lane
         self._memory: Memory | None = None
         self._nbytes = 0
         self._slots = _SLOTS
@@ -153,22 +179,22 @@ class PushGather:
         self._in_one_graph: int | None = None
         """while a graph is captured and it is known that this is one: how many of its calls there were."""
         self._calls = 0
-        self._coming: dict[int, tuple[int, int, Tensor]] = {}
-        """what was started and is not finished, by ticket: which call that was, of how many slots, and the tensor."""
+        self._coming: dict[int, _Coming] = {}
+        """what was started and is not finished, by ticket."""
 
     @property
     def nbytes(self) -> int:
         """Memory that this rank receives in."""
         return self._nbytes
 
-    def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0, shift: int = 0) -> None:
+    def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0, shift: int = OTHERS) -> None:
         """Sends this rank's `[batch, rows, heads, head_dim]`, contiguous, to others. They may not be written to, or
         freed, before `finish`.
 
         Args:
             sizes: rows of every rank.
             ticket: for `finish`.
-            shift: to the rank that is so many further, in a ring; 0 is to all others.
+            shift: to the rank that is so many further, in a ring; or OTHERS, or EVERYONE.
         """
         signature = (key.shape, value.shape, key.dtype, key.device, tuple(sizes), shift)
         plan = self._plans.get(signature)
@@ -190,24 +216,32 @@ class PushGather:
         self._calls += 1
         slot = self._calls % slots
         with lane:
-            for is_value, sample, target in plan.copies[slot]:
-                source = value if is_value else key
-                target.copy_(source if sample is None else source[sample : sample + 1])
+            for copy in plan.to_others[slot]:
+                copy.make(key, value)
             memory.barrier(_ARRIVED)
-        self._coming[ticket] = self._calls, slots, plan.received[slot]
+        own_lane = self._own_lane if plan.to_itself[slot] else None
+        if own_lane is not None:
+            own_lane.fork()
+            with own_lane:
+                for copy in plan.to_itself[slot]:
+                    copy.make(key, value)
+        self._coming[ticket] = _Coming(self._calls, slots, plan.received[slot], own_lane)
 
     def finish(self, ticket: int = 0) -> Tensor:
         """What the others have sent, once it has arrived, as `Received` describes it. It is to be read by what is given
         to the current stream before the next call starts, or in a ring the next but one, and not to be written to."""
-        call, slots, received = self._coming.pop(ticket)
-        if self._calls - call >= slots:
+        coming = self._coming.pop(ticket)
+        later = self._calls - coming.call
+        if later >= coming.slots:
             raise RuntimeError(
-                f"{self._calls - call} gathers of the same ranks have started since this one, which overwrite it. A "
+                f"{later} gathers of the same ranks have started since this one, which overwrite it. A "
                 "compiler that is given the whole model may move attentions that do not depend on each other: compile "
                 "the model block by block."
             )
         self._lane.join()
-        return received
+        if coming.own_lane is not None:
+            coming.own_lane.join()
+        return coming.received
 
     @contextlib.contextmanager
     def in_one_graph(self) -> Iterator[None]:
@@ -221,7 +255,7 @@ class PushGather:
     def _make_plan(self, key: Tensor, value: Tensor, sizes: Sequence[int], shift: int) -> _Plan:
         layouts = [Received.of(key, value, sizes, rank, shift) for rank in range(self.group.size)]
         itemsize = key.dtype.itemsize
-        count = _SLOTS_OF_A_RING if shift else _SLOTS
+        count = _SLOTS_OF_A_RING if shift > 0 else _SLOTS
         slot_bytes = self._reserve(max(layout.length for layout in layouts) * itemsize, count)
         if len(self._plans) >= _PLANS:
             self._plans.clear()
@@ -233,8 +267,9 @@ class PushGather:
                 "was current when context parallelism was applied."
             )
         # The next rank's first, so that no rank is everybody's first.
-        steps = [shift] if shift else range(1, self.group.size)
+        steps = [shift] if shift > 0 else range(1, self.group.size)
         others = [(self.group.rank + step) % self.group.size for step in steps]
+        itself = [self.group.rank] if shift == EVERYONE else []
         with torch.inference_mode(False):
             slots = [
                 [
@@ -243,18 +278,22 @@ class PushGather:
                 ]
                 for slot in range(count)
             ]
-            copies = [
-                [copy for rank in others for copy in self._copies(slot[rank], layouts[rank], sizes, rank, shift)]
-                for slot in slots
-            ]
-        return _Plan(copies, [slot[self.group.rank] for slot in slots])
+            to_others, to_itself = (
+                [
+                    [copy for rank in ranks for copy in self._copies(slot[rank], layouts[rank], sizes, rank, shift)]
+                    for slot in slots
+                ]
+                for ranks in (others, itself)
+            )
+        return _Plan(to_others, to_itself, [slot[self.group.rank] for slot in slots])
 
     def _copies(self, flat: Tensor, layout: Received, sizes: Sequence[int], receiver: int, shift: int) -> list[_Copy]:
         """This rank's rows at `receiver`, in pieces that are contiguous there."""
         rank, rows = self.group.rank, sizes[self.group.rank]
         if rows == 0:
             return []
-        start = 0 if shift else sum(size for other, size in enumerate(sizes[:rank]) if other != receiver)
+        ranks_before = [] if shift > 0 else [other for other in range(rank) if shift == EVERYONE or other != receiver]
+        start = sum(sizes[other] for other in ranks_before)
         found = []
         for is_value, there in enumerate(layout.views(flat)):
             target = there.narrow(1, start, rows)
@@ -363,14 +402,14 @@ def gather_of(group: str) -> PushGather:
 # belong together, and that two calls that send the same are two.
 _library = torch.library.Library("diffusers_attn", "FRAGMENT")
 _library.define("push_start(Tensor(a!)[] held, SymInt[] sizes, str group, int ticket, int shift) -> ()")
-_library.define("push_finish(Tensor(a!)[] held, Tensor meanwhile, SymInt length, str group, int ticket) -> Tensor")
+_library.define("push_finish(Tensor(a!)[] held, Tensor[] meanwhile, SymInt length, str group, int ticket) -> Tensor")
 
 
 def _start(held: list[Tensor], sizes: Sequence[int], group: str, ticket: int, shift: int) -> None:
     gather_of(group).start(held[0], held[1], sizes, ticket, shift)
 
 
-def _finish(held: list[Tensor], meanwhile: Tensor, length: int, group: str, ticket: int) -> Tensor:
+def _finish(held: list[Tensor], meanwhile: list[Tensor], length: int, group: str, ticket: int) -> Tensor:
     return gather_of(group).finish(ticket)
 
 
@@ -404,7 +443,7 @@ class Push(NamedTuple):
     sizes: tuple[int, ...]
     group: Group
     ticket: int = 0
-    shift: int = 0
+    shift: int = OTHERS
 
     @staticmethod
     def start(
@@ -415,7 +454,7 @@ class Push(NamedTuple):
         group: Group,
         *,
         needs_grad: bool,
-        shift: int = 0,
+        shift: int = OTHERS,
     ) -> Push:
         """Sends `key` and `value`, `[batch, rows, heads, head_dim]` and contiguous, to other ranks of `group`.
 
@@ -423,7 +462,7 @@ class Push(NamedTuple):
             query: what attends to them.
             sizes: rows of every rank.
             needs_grad: whether they may be saved for a backward.
-            shift: to the rank that is so many further; 0 is to all others.
+            shift: to the rank that is so many further; or OTHERS, or EVERYONE.
         """
         held = [key, value, query]
         if needs_grad and torch.compiler.is_compiling():
@@ -439,14 +478,15 @@ class Push(NamedTuple):
         if not torch.compiler.is_compiling():
             gather_of(self.group.name).start(self.held[0], self.held[1], self.sizes, shift=shift)
             return self._replace(shift=shift)
+        prepare_for_exchanges()
         ticket = _new_ticket()
         # The overload, since of that the compiler knows that it changes an argument, and so must not be left out.
         torch.ops.diffusers_attn.push_start.default(self.held, self.sizes, self.group.name, ticket, shift)
         return self._replace(shift=shift, ticket=ticket)
 
     def finish(self, meanwhile: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of the rank that is `shift` before, or of all others in their order. They may be read until the
-        next call starts, or in a ring the next but one.
+        """Key and value of the rank that is `shift` before, or of all others, or of all, in their order. They may be
+        read until the next call starts, or in a ring the next but one.
 
         Args:
             meanwhile: a result of what was computed since the start.
@@ -454,7 +494,7 @@ class Push(NamedTuple):
         received = Received.of(self.held[0], self.held[1], self.sizes, self.group.rank, self.shift)
         if torch.compiler.is_compiling():
             finish = torch.ops.diffusers_attn.push_finish.default
-            flat = finish(self.held, meanwhile, received.length, self.group.name, self.ticket)
+            flat = finish(self.held, [meanwhile], received.length, self.group.name, self.ticket)
         else:
             flat = gather_of(self.group.name).finish(self.ticket)
         return received.views(flat)

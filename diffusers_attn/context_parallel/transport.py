@@ -61,7 +61,8 @@ def choose_transport(mesh: ContextParallelMesh) -> tuple[Transport, PushGather |
 
 def _make(group: Group) -> PushGather:
     device = torch.device("cuda", torch.cuda.current_device())
-    return PushGather(group, lambda nbytes: symmetric.SymmetricMemory(group, nbytes, device), SideStream(device))
+    lanes = SideStream(device), SideStream(device)
+    return PushGather(group, lambda nbytes: symmetric.SymmetricMemory(group, nbytes, device), *lanes)
 
 
 def _not_cuda(mesh: ContextParallelMesh) -> str | None:

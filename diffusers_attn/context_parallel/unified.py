@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import AttentionProviderError
 from ..masks import MaskKind
-from . import exchange
+from . import exchange, one_call
 from .blocks import BlockAttention
 from .kernel import Kernel
 from .kv_gather import kv_gather_attention
@@ -129,7 +129,12 @@ def _over_ring(
 ) -> Tensor:
     """The ring's strategy; without a ring, the kernel's own attention."""
     if mesh.ring.size > 1:
-        return _STRATEGIES[mesh.config.rotate_method](query, key, value, key_mask, rows, call)
+        method = mesh.config.rotate_method
+        # Where heads are exchanged, too, queries arrive together with keys. A ring of two ranks is a gather.
+        gathers = mesh.ulysses.size == 1 and (method == "allgather" or mesh.ring.size == 2)
+        if gathers and one_call.is_faster(query, key, value, call):
+            return one_call.one_call_attention(query, key, value, key_mask, rows, call)
+        return _STRATEGIES[method](query, key, value, key_mask, rows, call)
     if call.seen is not None:  # several calls all the same, which a ring of one rank merges
         return ring_attention(query, key, value, key_mask, rows, call)
     mask = None if key_mask is None else key_mask[:, None, None, :]

@@ -53,4 +53,5 @@ class NoLane:
 
 def open_shared(group: Group, lane: NoLane | None = None) -> PushGather:
     """The gather of `group` over memory of this kind. To be held as long as it is used."""
-    return open_gather(group, lambda: PushGather(group, lambda nbytes: FileMemory(group, nbytes), lane or NoLane()))
+    lane = lane or NoLane()
+    return open_gather(group, lambda: PushGather(group, lambda nbytes: FileMemory(group, nbytes), lane, lane))

@@ -12,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel import symmetric
-from diffusers_attn.context_parallel.push import Push, Received, gather_of
+from diffusers_attn.context_parallel.push import EVERYONE, OTHERS, Push, Received, gather_of
 from diffusers_attn.context_parallel.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sharding import Shards, gather, split
 from diffusers_attn.context_parallel.transport import COLLECTIVE, SYMMETRIC, choose_transport
@@ -106,9 +106,10 @@ def rotations(meshes, captured, known, shifts, calls):
     def read():
         for call, shift, found in unread:
             time.sleep(torch.rand(1, generator=delays).item() * 4e-3)
-            others = [(mesh.rank - shift) % 3] if shift else [rank for rank in range(3) if rank != mesh.rank]
+            gathered = [rank for rank in range(3) if shift == EVERYONE or rank != mesh.rank]
+            senders = [(mesh.rank - shift) % 3] if shift > 0 else gathered
             for sign, part in zip((1, -1), found):
-                expected = [torch.full((2, sizes[rank], 1, 4), sign * float(10 * call + rank)) for rank in others]
+                expected = [torch.full((2, sizes[rank], 1, 4), sign * float(10 * call + rank)) for rank in senders]
                 wrong.extend([] if torch.equal(part, torch.cat(expected, dim=1)) else [call])
         unread.clear()
 
@@ -122,7 +123,7 @@ def rotations(meshes, captured, known, shifts, calls):
                 graph.enter_context(memory.in_one_graph())
         shift = shifts[call % len(shifts)]
         # What a gather brought is read before the next call, and so is all before another kind, or another graph.
-        if 0 in (shift, *(before for _, before, _ in unread)) or (captured and call % 3 == 0):
+        if min([shift, *(before for _, before, _ in unread)]) <= 0 or (captured and call % 3 == 0):
             read()
         key = torch.full((2, sizes[mesh.rank], 1, 4), float(10 * call + mesh.rank))
         push = Push.start(key, key, -key, sizes, mesh.ring, needs_grad=False, shift=shift)
@@ -134,7 +135,11 @@ def rotations(meshes, captured, known, shifts, calls):
 
 
 @pytest.mark.parametrize(("captured", "known"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("shifts", [(0,), (1, 2), (0, 1, 2)], ids=["gather", "ring", "both"])
+@pytest.mark.parametrize(
+    "shifts",
+    [(OTHERS,), (EVERYONE,), (1, 2), (EVERYONE, OTHERS, 1, 2)],
+    ids=["gather", "gather with its own", "ring", "all"],
+)
 def test_nothing_is_overwritten_before_it_is_read(pool, captured, known, shifts):
     """`known`: that calls are in one graph, of which then only the first waits for all that came before."""
     assert pool.run(3, rotations, captured=captured, known=known, shifts=shifts, calls=36) == [[]] * 3
@@ -193,12 +198,13 @@ def test_life_of_the_memory(pool):
 def test_what_is_received_is_no_size_that_a_compiler_reuses(sizes):
     """It takes the memory of a tensor for another of at least 0.95 times the size."""
     key, value = torch.empty(2, 1, 3, 64), torch.empty(2, 1, 3, 40)
-    for rank, shift in itertools.product(range(len(sizes)), (0, 1)):
+    for rank, shift in itertools.product(range(len(sizes)), (EVERYONE, OTHERS, 1)):
         received = Received.of(key, value, sizes, rank, shift)
         flat = torch.arange(received.length)
         parts = received.views(flat)
         assert all(part.numel() < 0.95 * received.length for part in parts)
-        assert [part.shape[1] for part in parts] == [sizes[rank - 1] if shift else sum(sizes) - sizes[rank]] * 2
+        rows = {EVERYONE: sum(sizes), OTHERS: sum(sizes) - sizes[rank], 1: sizes[rank - 1]}[shift]
+        assert [part.shape[1] for part in parts] == [rows] * 2
         assert not set(parts[0].flatten().tolist()) & set(parts[1].flatten().tolist())
         assert all(part.storage_offset() % 128 == 0 for part in parts)
 

@@ -6,6 +6,7 @@ should be in order. Numbers that are only moved must arrive exactly.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -15,8 +16,8 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import AttentionProviderError, apply_context_parallel, remove_context_parallel
-from diffusers_attn.context_parallel import push, transport
-from diffusers_attn.context_parallel.push import Push
+from diffusers_attn.context_parallel import one_call, push, transport
+from diffusers_attn.context_parallel.push import EVERYONE, OTHERS, Push
 from diffusers_attn.context_parallel.sharding import Shards, split
 from diffusers_attn.context_parallel.transport import COLLECTIVE, SYMMETRIC, choose_transport
 from diffusers_attn.context_parallel.unified import parallel_attention
@@ -66,20 +67,20 @@ def numbers(call, rank, rows, batch, heads=3, head_dim=64):
     return values.to(BF16).view(batch, rows, heads, head_dim)
 
 
-def wrong_numbers(meshes, batch, sizes, calls):
+def wrong_numbers(meshes, batch, sizes, calls, shift):
     """How many of the numbers that many gathers brought are wrong."""
     mesh, gather = opened(meshes)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for call in range(calls):
         key, value = (numbers(call + 1000 * n, mesh.rank, sizes[mesh.rank], batch) for n in (0, 1))
         delay()
-        push_ = Push.start(key, key, value, sizes, mesh.ring, needs_grad=False)
+        push_ = Push.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
         delay()
         found = push_.finish(key)
         delay()  # what has arrived must stay until it is read
         for n, part in enumerate(found):
-            others = [rank for rank in range(mesh.size) if rank != mesh.rank]
-            expected = [numbers(call + 1000 * n, rank, sizes[rank], batch) for rank in others]
+            senders = [rank for rank in range(mesh.size) if shift == EVERYONE or rank != mesh.rank]
+            expected = [numbers(call + 1000 * n, rank, sizes[rank], batch) for rank in senders]
             wrong += (part != torch.cat(expected, dim=1)).sum()
     del gather
     return wrong.item()
@@ -87,16 +88,17 @@ def wrong_numbers(meshes, batch, sizes, calls):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("rows", ["even", "uneven", "none"])
-def test_numbers_arrive_as_they_were(gpus, batch, rows):
+@pytest.mark.parametrize("shift", [OTHERS, EVERYONE], ids=["of others", "of all"])
+def test_numbers_arrive_as_they_were(gpus, batch, rows, shift):
     sizes = {"even": [640] * SIZE, "uneven": [700, 11, 650, 333], "none": [0, 500, 1, 0]}[rows][:SIZE]
-    assert gpus.run(SIZE, wrong_numbers, batch=batch, sizes=tuple(sizes), calls=300) == [0] * SIZE
+    assert gpus.run(SIZE, wrong_numbers, batch=batch, sizes=tuple(sizes), calls=300, shift=shift) == [0] * SIZE
 
 
-def replays(meshes, layers, rounds):
+def replays(meshes, layers, rounds, shift):
     """How many numbers are wrong in graphs of several gathers, replayed between gathers in eager mode."""
     mesh, gather = opened(meshes)
     sizes = tuple(range(600, 600 + SIZE))
-    others = [rank for rank in range(mesh.size) if rank != mesh.rank]
+    others = [rank for rank in range(mesh.size) if shift == EVERYONE or rank != mesh.rank]
     given = [numbers(0, mesh.rank, sizes[mesh.rank], 1) for _ in range(2)]
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
 
@@ -104,7 +106,7 @@ def replays(meshes, layers, rounds):
         found = []
         for layer in range(count):
             key, value = given[0] + layer, given[1] + layer
-            push_ = Push.start(key, key, value, sizes, mesh.ring, needs_grad=False)
+            push_ = Push.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
             key.sum()
             found.append([part.clone() for part in push_.finish(key)])
         return found
@@ -147,8 +149,9 @@ def replays(meshes, layers, rounds):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_in_cuda_graphs(gpus, layers):
-    assert gpus.run(SIZE, replays, layers=layers, rounds=200) == [0] * SIZE
+@pytest.mark.parametrize("shift", [OTHERS, EVERYONE], ids=["of others", "of all"])
+def test_in_cuda_graphs(gpus, layers, shift):
+    assert gpus.run(SIZE, replays, layers=layers, rounds=200, shift=shift) == [0] * SIZE
 
 
 def refused_in_capture(meshes):
@@ -189,6 +192,8 @@ def attention(meshes, strategy, mode, length, heads, calls):
     counter = CompileCounterWithBackend("inductor")
     torch._dynamo.reset()
     compiled = torch.compile(layers, backend=counter, fullgraph=True, dynamic=False)
+    real = one_call.BYTES_PER_SECOND
+    one_call.BYTES_PER_SECOND = math.inf if mode == "compiled, one call" else 1.0
     ours = layers if mode.startswith("eager") else compiled
     worst = torch.zeros((), device="cuda")
     train = mode.endswith("training")
@@ -205,13 +210,14 @@ def attention(meshes, strategy, mode, length, heads, calls):
         for one, other in zip(*results):
             error = (one.float() - other.float()).norm() / other.float().norm()
             worst = torch.maximum(worst, error.detach())
+    one_call.BYTES_PER_SECOND = real
     torch._dynamo.reset()
     del gather
     return counter.frame_count, worst.item()
 
 
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
-@pytest.mark.parametrize("mode", ["eager", "eager training", "compiled", "compiled training"])
+@pytest.mark.parametrize("mode", ["eager", "eager training", "compiled", "compiled, one call", "compiled training"])
 @pytest.mark.parametrize("length", [1024, 1003])
 def test_attention_is_that_of_collectives(gpus, strategy, mode, length, record):
     for graphs, error in gpus.run(SIZE, attention, strategy=strategy, mode=mode, length=length, heads=4, calls=30):

@@ -1,0 +1,67 @@
+"""Attention to the keys of all ranks in one call, once they are there.
+
+What hides their exchange is what the model computes beside keys and values: the queries, and in some models an MLP.
+There is nothing to merge, and no second, smaller call of the kernel. But only a compiler has something else to compute
+meanwhile (`early`): called step by step, a model asks for attention when all of that is done.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import exchange
+from .blocks import BlockAttention
+from .push import EVERYONE, Push
+from .transport import SYMMETRIC
+
+BYTES_PER_SECOND = 320e9
+"""that one GPU writes into another's memory; NVLink between two H200."""
+FLOPS = 650e12
+"""of products of matrices in half precision, on an H200."""
+SECONDS_TO_MERGE = 7e-12
+"""that a second call and a merge take for each element of the output, on an H200."""
+
+
+def one_call_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    call: BlockAttention,
+) -> Tensor:
+    """Attention of this rank's queries to the keys of all ranks of `call.group`, without gradients, through symmetric
+    memory.
+
+    Args:
+        query: `[batch, this rank's queries, heads, head_dim]`.
+        key, value: `[batch, this rank's keys, kv_heads, head_dim]`.
+        key_mask: `[batch | 1, this rank's keys]`, or None.
+        rows: `[batch | 1, heads | 1, this rank's queries, all keys]`, keys in the order of the sequence; or None.
+
+    Returns:
+        `[batch, this rank's queries, heads, value_head_dim]`.
+    """
+    group, shards = call.group, call.key_shards
+    push = Push.start(
+        query, key.contiguous(), value.contiguous(), shards.sizes, group, needs_grad=False, shift=EVERYONE
+    )
+    masks = [] if key_mask is None else [exchange.start_gather(key_mask.transpose(0, 1), shards.sizes, group)]
+    block = [tensor.transpose(0, 1) for tensor in push.finish(query)]
+    block += [exchange.wait(mask, group) for mask in masks]
+    return call.forward(query, block, sum(shards.runs, ()), rows, last=True)[0]
+
+
+def is_faster(query: Tensor, key: Tensor, value: Tensor, call: BlockAttention) -> bool:
+    """Whether, in the graph that is compiled, all keys should be awaited before attention begins.
+
+    In place of a second call and a merge, it costs what of the exchange is not hidden. The projection of the queries,
+    as wide as the model, hides some: it grows with the square of the width, and the exchange with the width. Values of
+    shapes alone, which are the same on all ranks but for the number of tokens, and that cancels.
+    """
+    if call.kernel.needs_grad or call.transport != SYMMETRIC or not torch.compiler.is_compiling():
+        return False
+    sent = (call.group.size - 1) * key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+    width = query.shape[2] * query.shape[3]
+    return sent / BYTES_PER_SECOND < 2 * width * width / FLOPS + width * SECONDS_TO_MERGE
