@@ -50,7 +50,9 @@ def begin_early(graph: Graph) -> None:
     takes long. The graph computes the same."""
     finishes = {node.args[TICKET_OF_FINISH]: node for node in _calls(graph, "push_finish")}
     for start in _calls(graph, "push_start"):
-        _begin_early(start, finishes[start.args[TICKET_OF_START]])
+        finish = finishes.get(start.args[TICKET_OF_START])
+        if finish is not None:  # without fullgraph, the graph may break between them
+            _begin_early(start, finish)
 
 
 def _calls(graph: Graph, name: str) -> list[Node]:
@@ -81,7 +83,7 @@ def _begin_early(start: Node, finish: Node) -> None:
 
 def _readers_of_what_was_received(start: Node) -> set[Node]:
     """What reads, before `start`, the memory that an earlier exchange has brought; views of it do not."""
-    received = {_memory(finish) for finish in _calls(start.graph, "push_finish")}
+    received = {_memory(finish) for finish in _calls(start.graph, "push_finish")} - {None}
     found: set[Node] = set()
     for node in itertools.takewhile(lambda node: node is not start, start.graph.nodes):
         if _memory(node) not in received and any(_memory(each) in received for each in node.all_input_nodes):
