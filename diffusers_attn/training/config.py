@@ -119,6 +119,7 @@ class TrainConfig:
     resume: str | None = _setting(None, "from 'latest', a step, or a checkpoint's folder")
 
     log_every: int = _setting(1, "steps")
+    metrics: bool = _setting(True, "write what is logged to metrics.jsonl in output_dir, a line of JSON for each entry")
     trackers: list[str] | None = _setting(None, "of Accelerate: tensorboard, wandb, ...")
     tracker_project: str = _setting("diffusers_attn", "name of the project at a tracker")
     validation_prompts: list[str] | None = _setting(None, "are drawn as training goes on, and for the card at its end")

@@ -146,7 +146,7 @@ class TrainingParallel:
         """Splits every sequence of a model, or of a pipeline's transformers, within this process's group.
 
         To be called on all processes, after adapters were added and before `accelerator.prepare`. With cp_degree=1 it
-        only binds attention to `provider`, if one is named.
+        only binds attention to `provider`, if one is named. With FSDP2, mixed precision becomes autocast, as without.
 
         Args:
             pipeline_or_model: as in `enable_context_parallel`; on its device already.
@@ -167,29 +167,33 @@ class TrainingParallel:
         device = self._accelerator.device.type
         if provider is not None:
             check_trainable(provider, device, parts=self.cp_degree > 1)
-        if self.cp_degree == 1:
-            if provider is not None:
-                set_attention_provider(pipeline_or_model, provider, **provider_options)
-            elif provider_options:
-                raise TrainingError(
-                    f"{', '.join(map(repr, provider_options))} are options of a provider, and none is named. Name "
-                    "the one whose options they are: provider='flash'."
-                )
-            return None
-        if self._accelerator.distributed_type == "FSDP":
-            _check_no_self_attn(pipeline_or_model)
-        degrees = self._degrees(pipeline_or_model, provider, device)
-        shape = (self.dp_degree, degrees.ring_degree, degrees.ulysses_degree)
-        self.mesh = init_device_mesh(device, shape, mesh_dim_names=("dp", "ring", "ulysses"))
-        return enable_context_parallel(
-            pipeline_or_model,
-            provider=provider,
-            rotate_method=degrees.rotate_method,
-            mesh=self.mesh["ring", "ulysses"],
-            inputs=inputs,
-            verbose=False,
-            **provider_options,
-        )
+        sharded = self._accelerator.distributed_type == "FSDP"
+        report = None
+        if self.cp_degree > 1:
+            if sharded:
+                _check_no_self_attn(pipeline_or_model)
+            degrees = self._degrees(pipeline_or_model, provider, device)
+            shape = (self.dp_degree, degrees.ring_degree, degrees.ulysses_degree)
+            self.mesh = init_device_mesh(device, shape, mesh_dim_names=("dp", "ring", "ulysses"))
+            report = enable_context_parallel(
+                pipeline_or_model,
+                provider=provider,
+                rotate_method=degrees.rotate_method,
+                mesh=self.mesh["ring", "ulysses"],
+                inputs=inputs,
+                verbose=False,
+                **provider_options,
+            )
+        elif provider is not None:
+            set_attention_provider(pipeline_or_model, provider, **provider_options)
+        elif provider_options:
+            raise TrainingError(
+                f"{', '.join(map(repr, provider_options))} are options of a provider, and none is named. Name "
+                "the one whose options they are: provider='flash'."
+            )
+        if sharded:
+            _autocast_instead(self._accelerator, pipeline_or_model)
+        return report
 
     def _degrees(self, pipeline_or_model: Any, provider: str | None, device: str) -> Degrees:
         targets, _ = find_targets(pipeline_or_model, None)
@@ -293,6 +297,27 @@ def _check_accelerator(accelerator: Any) -> None:
             raise TrainingError(
                 f"parallelism_config_{axis}_size={size}: only data and context parallelism are accepted. Set it to 1."
             )
+
+
+def _autocast_instead(accelerator: Any, pipeline_or_model: Any) -> None:
+    """Gives models under FSDP2 the mixed precision that Accelerate gives them without it, unless the user set a policy.
+
+    Accelerate leaves it to a policy of FSDP2's, which rounds all that blocks and the model are given, such as timesteps
+    and rotary frequencies, weights that diffusers keeps in float32 for a reason, and gradients before they are reduced:
+    losses are off by percents. Autocast does what is needed, and FSDP2 then only shards.
+    """
+    from accelerate.utils import convert_outputs_to_fp32
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    own = MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, output_dtype=dtype)
+    if dtype is None or plugin.mixed_precision_policy not in own:
+        return
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    model: Any
+    for model in models_of(pipeline_or_model):
+        model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
 
 
 def _degree(accelerator: Any, cp_degree: int | None, ulysses_degree: int | None, ring_degree: int | None) -> int:

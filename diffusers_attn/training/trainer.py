@@ -100,7 +100,8 @@ class Trainer:
         self._load()
         self._resume()
         self._start_trackers()
-        progress = Progress(self.accelerator, config.steps, self.step, config.log_every)
+        metrics = config.output / "metrics.jsonl" if config.metrics else None
+        progress = Progress(self.accelerator, config.steps, self.step, config.log_every, metrics)
         stop = False
         with _terminated() as asked_to_stop:
             micros: Any = iter(self.training.loader)
@@ -109,7 +110,8 @@ class Trainer:
                 progress.step(self.step, numbers, tokens)
                 if self.on_step is not None:
                     self.on_step(self.step, numbers)
-                self._now_and_then(progress, last=stop or self.step == config.steps)
+                with progress.paused():
+                    self._now_and_then(progress, last=stop or self.step == config.steps)
             micros.close()
         progress.close()
         if stop and self.step < config.steps:
@@ -253,7 +255,7 @@ class Trainer:
             self._save()
         if _due(step, config.evaluation_every):
             found = evaluate(self.family, self.prepared, self.parallel, config.seed, self.device)
-            self.accelerator.log(found, step=step)
+            progress.log(step, found)
             progress.say(f"step {step}: evaluation loss {found['evaluation/loss']:.5f}")
         if not last and _due(step, config.validation_every):
             samples = self._draw(f"step-{step:08d}")

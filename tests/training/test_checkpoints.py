@@ -31,6 +31,8 @@ def finish(settings, forked, folder):
     answer = folder / "answer"
     assert forked(train_and_die, {**settings, "resume": "latest"}, None, str(answer)) == 0
     result = json.loads(answer.read_text())
+    metrics = [json.loads(line) for line in Path(settings["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in metrics] == [*range(1, settings["steps"] + 1)]
     return result["steps"], load_file(result["path"])
 
 

@@ -49,6 +49,10 @@ def test_all_that_a_run_leaves(settings_of, tmp_path, capfd):
     assert [numbers["learning rate"] for _, numbers in told] == [0.0, 5e-4, 1e-3, 1e-3]
     said = capfd.readouterr().err
     assert "tok/s" in said and "evaluation loss" in said and "GB" in said
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in metrics] == [1, 2, 2, 3, 4, 4]  # two of them of evaluations
+    losses = [each["loss"] for each in metrics if "loss" in each]
+    assert losses == [numbers["loss"] for _, numbers in told]
 
     averaged, last = load_file(path), load_file(output / "not_averaged" / path.name)
     assert path == output / "pytorch_lora_weights.safetensors"
@@ -91,10 +95,13 @@ def test_a_base_in_bfloat16(settings_of, name):
 
 
 def test_the_loss_goes_down(settings_of):
-    settings = settings_of("cogview4", steps=60, batch_size=4, gradient_accumulation_steps=1, caption_dropout=0.0)
+    settings = settings_of(
+        "cogview4", steps=60, metrics=False, batch_size=4, gradient_accumulation_steps=1, caption_dropout=0.0
+    )
     steps = train({**settings, "learning_rate": 1e-2, "rank": 16})["steps"]
     first, last = (sum(step["loss"] for step in part) / 10 for part in (steps[:10], steps[-10:]))
     assert last < 0.8 * first
+    assert not Path(settings["output_dir"], "metrics.jsonl").exists()
 
 
 def test_bad_data_is_named(settings_of, tmp_path):
