@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import real_shapes
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, reserved, step_milliseconds
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
@@ -271,7 +272,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=REAL, default=list(REAL), help="(all)")
+    parser.add_argument(
+        "--models", nargs="+", choices=REAL, default=real_shapes.USUAL, help=f"({' '.join(real_shapes.USUAL)})"
+    )
     parser.add_argument(
         "--strategies",
         nargs="+",

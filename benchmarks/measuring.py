@@ -13,11 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
-from ranks import Ranks
 from versions import versions
 
 MIB = 2**20
@@ -70,10 +69,18 @@ def diffusers_on_cpu() -> Iterator[None]:
         yield
 
 
+class Job(Protocol):
+    """`ranks.Ranks`, or what one process starts that is itself none of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
 class Report:
     """The file, written whole after each change, by rank 0."""
 
-    def __init__(self, path: Path | None, ranks: Ranks, args: argparse.Namespace) -> None:
+    def __init__(self, path: Path | None, ranks: Job, args: argparse.Namespace) -> None:
         self.path = path if ranks.rank == 0 else None
         self.variants: list[Any] = []
         """whatever has a `result`."""

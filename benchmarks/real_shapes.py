@@ -41,7 +41,7 @@ class RealModel:
         for name, parameter in model.named_parameters():
             if keep & set(name.split(".")):
                 parameter.data = parameter.data.float()
-        _randomize(model, device)
+        randomize(model, device)
         return model.eval().requires_grad_(False)
 
     def inputs(self, device: torch.device) -> Inputs:
@@ -54,7 +54,7 @@ class RealModel:
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module, device: torch.device) -> None:
+def randomize(model: nn.Module, device: torch.device) -> None:
     """Weights of unit gain: every block changes the output, and no softmax is uniform or saturated."""
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -118,6 +118,8 @@ WAN = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
 }
+WAN_14B = WAN | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 8}
+"""All layers are alike, and some of them tell of all."""
 TINY_FLUX = FLUX | {
     "num_layers": 2,
     "num_single_layers": 2,
@@ -141,10 +143,18 @@ REAL = {
     "wan": RealModel(
         "Wan 2.1 1.3B 480p, 81 frames", "WanTransformer3DModel", WAN, lambda: _wan((21, 60, 104), 512, WAN)
     ),
+    "wan-14b": RealModel(
+        "Wan 2.1 14B 480p, 81 frames, 8 of its 40 layers",
+        "WanTransformer3DModel",
+        WAN_14B,
+        lambda: _wan((21, 60, 104), 512, WAN_14B),
+    ),
 }
+USUAL = ("flux", "wan")
 TINY = {
     "flux": RealModel("tiny Flux", "FluxTransformer2DModel", TINY_FLUX, lambda: _flux(8, 32, TINY_FLUX), torch.float32),
     "wan": RealModel(
         "tiny Wan", "WanTransformer3DModel", TINY_WAN, lambda: _wan((3, 8, 8), 32, TINY_WAN), torch.float32
     ),
 }
+TINY["wan-14b"] = TINY["wan"]

@@ -36,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from choices import Choice, blocks, extra_choices, heading
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, step_milliseconds
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
@@ -65,14 +66,6 @@ NAMES = ("single", "diffusers-ulysses", "diffusers-ring", "gather", "ulysses", "
 SEED = 0
 SHIFT = 3.0
 """of Wan at 480p."""
-
-
-class Choice(NamedTuple):
-    """A variant to measure."""
-
-    strategy: str
-    provider: str
-    compiled: bool
 
 
 class Task:
@@ -268,15 +261,7 @@ def choose(args: argparse.Namespace, ranks: int) -> list[Choice]:
         side = STRATEGIES[name].side
         providers = args.diffusers_backends if side == "diffusers" else args.providers
         choices += [Choice(name, each, args.compile) for each in providers if side == "single" or ranks > 1]
-    for extra in args.extra:
-        name, provider, how = (*extra.split(":"), "", "")[:3]
-        if name not in NAMES or not provider or how not in ("", "eager", "compiled"):
-            raise SystemExit(
-                f"--extra {extra}: STRATEGY:PROVIDER, STRATEGY:PROVIDER:eager and STRATEGY:PROVIDER:compiled are "
-                f"accepted, with one of {', '.join(NAMES)}"
-            )
-        choices.append(Choice(name, provider, how == "compiled" if how else args.compile))
-    return list(dict.fromkeys(choices))
+    return list(dict.fromkeys(choices + extra_choices(args.extra, NAMES, args.compile)))
 
 
 def bench(task: Task, args: argparse.Namespace, ranks: Ranks, report: Report, began: float) -> None:
@@ -326,23 +311,15 @@ def _line(result: dict[str, Any]) -> str:
         f"{result['seconds']:.3f} s, gradient off by {max(result['gradient_error']):.1e}, prepared in "
         f"{result['prepare_seconds']} s"
     )
-    return f"{result['strategy']}, {result['provider']}, {_blocks(result)}: {found}"
-
-
-def _blocks(result: dict[str, Any]) -> str:
-    return "compiled" if result["compiled"] else "eager"
+    return f"{result['strategy']}, {result['provider']}, {blocks(result)}: {found}"
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of a run, and what failed."""
     where, results = report["environment"], report["results"]
-    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    task = f"**{where['task']}**: loss {where['loss']:.5f}, gradient norm {where['gradient_norm']:.5f}"
     lines = [
-        f"{where['ranks']} x {where['device']}; {packages}; {where['date']}, commit {where['commit']}: "
-        f"`{where['command']}`",
-        "",
-        f"**{where['task']}**: loss {where['loss']:.5f}, gradient norm {where['gradient_norm']:.5f}",
-        "",
+        *heading(where, task),
         "| strategy | provider | blocks | s per step | of one GPU | efficiency | of diffusers' best | activation MiB "
         "| times ranks, of one GPU's | static MiB | outside MiB | loss | gradient norm | gradient error |",
         "|" + "---|" * 14,
@@ -357,7 +334,7 @@ def markdown(report: dict[str, Any]) -> str:
         cells = [
             each["strategy"],
             f"`{each['provider']}`",
-            _blocks(each),
+            blocks(each),
             f"{each['seconds']:.4f}",
             f"{ratio:.2f}x" if ratio else "-",
             f"{ratio / each['ranks']:.1%}" if ratio else "-",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,19 +15,24 @@ PACKAGES = ("torch", "diffusers", "flash-attn", "flash-attn-4", "sageattention",
 
 def versions(device: str, commit: str | None = None) -> dict[str, object]:
     """As plain JSON values. `commit` stands in where there is no git repository."""
-    installed = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {
         "device": name,
         "python": platform.python_version(),
-        "packages": installed,
+        "packages": installed(PACKAGES),
         "commit": commit or _head(),
     }
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those that are there."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _head() -> str | None:

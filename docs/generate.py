@@ -145,6 +145,16 @@ def training_tables() -> str:
     return "\n".join(training.markdown(json.loads(path.read_text())) for path in runs).rstrip()
 
 
+def script_tables() -> str:
+    """One section for each recorded run of benchmarks/train_lora.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import train_lora
+
+    runs = sorted(RESULTS.glob("train_lora-*.json"))
+    tables = "\n".join(train_lora.markdown(json.loads(path.read_text())) for path in runs).rstrip()
+    return tables or "Not run yet."
+
+
 def models_table(package: str) -> str:
     """Of the models in diffusers.models.`package`. Runs all of the tests' tiny models: half a minute."""
     import models_page
@@ -163,7 +173,11 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 SECTIONS = {
     "README.md": {"providers": readme_table},
-    "docs/context_parallel.md": {"strategies": strategy_tables, "training": training_tables},
+    "docs/context_parallel.md": {
+        "strategies": strategy_tables,
+        "training": training_tables,
+        "script": script_tables,
+    },
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
     },

@@ -23,7 +23,7 @@ ATTENTION = {"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 
 
 
 def wan() -> diffusers.WanPipeline:
-    tokenizer = _pieces()
+    tokenizer = pieces()
     config = transformers.UMT5Config(**_t5(len(tokenizer)))
     return diffusers.WanPipeline(
         tokenizer=tokenizer,
@@ -43,7 +43,7 @@ def wan() -> diffusers.WanPipeline:
 
 
 def cogvideox() -> diffusers.CogVideoXPipeline:
-    tokenizer = _pieces()
+    tokenizer = pieces()
     blocks = 4
     return diffusers.CogVideoXPipeline(
         tokenizer=tokenizer,
@@ -136,7 +136,7 @@ def _t5(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def _pieces() -> transformers.T5TokenizerFast:
+def pieces() -> transformers.T5TokenizerFast:
     """A sentence-piece table of single characters. (Trainers of tokenizers give another table in every process.)"""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     characters = [(each, -4.0) for each in string.ascii_letters + string.digits + string.punctuation]

@@ -1,0 +1,40 @@
+"""Which variants a benchmark of training measures: a strategy, a provider, blocks compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Choice(NamedTuple):
+    """A variant to measure."""
+
+    strategy: str
+    provider: str
+    compiled: bool
+
+
+def extra_choices(extras: Sequence[str], names: Sequence[str], compiled: bool) -> list[Choice]:
+    """Those that `--extra` names, of strategies `names`; where it does not say how, `compiled` or not."""
+    choices = []
+    for extra in extras:
+        name, provider, how = (*extra.split(":"), "", "")[:3]
+        if name not in names or not provider or how not in ("", "eager", "compiled"):
+            raise SystemExit(
+                f"--extra {extra}: STRATEGY:PROVIDER, STRATEGY:PROVIDER:eager and STRATEGY:PROVIDER:compiled are "
+                f"accepted, with one of {', '.join(names)}"
+            )
+        choices.append(Choice(name, provider, how == "compiled" if how else compiled))
+    return choices
+
+
+def blocks(result: dict[str, Any]) -> str:
+    """What was done with them, for a table."""
+    return "compiled" if result["compiled"] else "eager"
+
+
+def heading(where: dict[str, Any], task: str) -> list[str]:
+    """The lines above the table of a run in `where`, its environment."""
+    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    command = f"{where['date']}, commit {where['commit']}: `{where['command']}`"
+    return [f"{where['ranks']} x {where['device']}; {packages}; {command}", "", task, ""]

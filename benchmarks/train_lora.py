@@ -1,0 +1,504 @@
+"""The trainer's script as users start it, `accelerate launch examples/train_lora.py`, on one GPU and on several.
+
+    python benchmarks/train_lora.py --compile --output results.json
+    python benchmarks/train_lora.py --tiny --device cpu                # tries the script out
+    python benchmarks/train_lora.py --markdown results.json more.json  # prints the tables of runs
+
+The pipeline is a folder with Wan 2.1 1.3B, its real transformer and VAE with random weights, the data one with videos
+of 832x480 and 81 frames (see `wan_folder.py`). Each variant is a job of its own, started with a file of
+`examples/accelerate_configs` in which only the number of processes is changed. All have the same seed, videos and
+global batch, so that they draw the same noise for the same examples; blocks are checkpointed, and the first job encodes
+for all. `NAME+resume` is NAME again, all of whose processes are killed (SIGKILL) in the step after a checkpoint, and
+which then goes on with `--resume latest`.
+
+What is measured is what the trainer says in its `metrics.jsonl`: seconds of a step, with all that a user waits for, as
+a median without the first; tokens that all processes together do in a second; and the peak of the first one's memory
+while it trains. Losses and gradient norms are compared with those of one process, and of a job that was killed, if it
+is there, with those of the one that was not; they agree where no step's is further off than --tolerance allows. Each
+adapter is loaded with `load_lora_weights`, and must then be in the model as it is in the file.
+
+A job that fails or takes longer than --timeout is recorded with the end of what it said, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import diffusers
+import psutil
+import torch
+import yaml
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import wan_folder
+from choices import Choice, blocks, extra_choices, heading
+from measuring import Report
+from versions import installed
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples" / "train_lora.py"
+CONFIGS = ROOT / "examples" / "accelerate_configs"
+PACKAGES = ("accelerate", "peft", "transformers", "av")
+RESUME = "+resume"
+LAST_LINES = 20
+
+
+class Way(NamedTuple):
+    """How a job is started."""
+
+    config: str
+    """the file for `accelerate launch`."""
+    options: str = ""
+    """of the script, where {} is the number of processes."""
+    alone: bool = False
+    """whether it is one process, however many the others are."""
+    shared: bool = True
+    """whether all processes share each sequence."""
+
+
+WAYS = {
+    "one": Way("one_gpu.yaml", alone=True),
+    "gather": Way("two_gpus.yaml", "--cp_degree {} --ring_degree {} --rotate_method allgather"),
+    "ring": Way("two_gpus.yaml", "--cp_degree {} --ring_degree {} --rotate_method alltoall"),
+    "ulysses": Way("two_gpus.yaml", "--cp_degree {} --ulysses_degree {}"),
+    "fsdp2": Way("fsdp2_cp2.yaml", "--ring_degree {} --rotate_method allgather"),
+    "dp": Way("two_gpus.yaml", shared=False),
+}
+NAMES = [*WAYS, *(name + RESUME for name in WAYS)]
+DEFAULT = ("one", "gather", "gather+resume", "fsdp2", "dp", "ulysses")
+
+
+class JobError(Exception):
+    """A job did not do what it should; says what, and what it said last."""
+
+
+class Bench:
+    """What all variants have in common: folders, and how the script is started."""
+
+    rank = 0
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch = args, scratch
+        self.size, self.device = args.processes, torch.device(args.device)
+        self.model_size = wan_folder.TINY if args.tiny else wan_folder.REAL
+        self.logs = args.logs or scratch / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._pipeline: Any = None
+
+    def prepare(self) -> None:
+        """Makes model and data."""
+        kind = "tiny" if self.args.tiny else "real"
+        self.model = wan_folder.make_pipeline(self.model_size, self.scratch / f"wan-{kind}", self.device)
+        self.data = wan_folder.make_videos(self.model_size, self.scratch / f"videos-{kind}", self.args.videos)
+        self.cache = self.scratch / f"cache-{kind}"
+        if self.device.type == "cuda":  # the jobs need it
+            torch.cuda.empty_cache()
+
+    def command(self, choice: Choice, output: Path, *more: str) -> list[str]:
+        """Of a job, but for who starts it."""
+        args, way = self.args, WAYS[choice.strategy.removesuffix(RESUME)]
+        processes = 1 if way.alone else self.size
+        groups = 1 if way.alone or way.shared else processes
+        settings = {
+            "model": self.model, "data": self.data, "output_dir": output, "cache_dir": self.cache,
+            "attn_provider": choice.provider, "mixed_precision": args.mixed_precision, "rank": args.rank,
+            "steps": args.steps, "lr_warmup_steps": 2, "checkpoint_every": 0, "seed": 0,
+            "gradient_accumulation_steps": args.batch // groups,
+        }  # fmt: skip
+        return [
+            *("--config_file", str(self._config(way, processes)), str(SCRIPT)),
+            *(part for name, value in settings.items() for part in (f"--{name}", str(value))),
+            *self.model_size.settings,
+            *way.options.format(processes, processes).split(),
+            *(["--compile"] if choice.compiled else []),
+            *(["--cpu"] if self.device.type == "cpu" else []),
+            *more,
+        ]
+
+    def _config(self, way: Way, processes: int) -> Path:
+        """The file of the examples, for this number of processes."""
+        config = yaml.safe_load((CONFIGS / way.config).read_text())
+        config |= {"num_processes": processes, "mixed_precision": self.args.mixed_precision, "main_process_port": 0}
+        if "parallelism_config" in config:
+            sizes = {"dp_shard_size": 1, "cp_size": processes}
+            config["parallelism_config"] |= {f"parallelism_config_{name}": size for name, size in sizes.items()}
+        path = self.scratch / f"{processes}-{way.config}"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def run(self, command: list[str], log: Path, kill_when: Callable[[], bool] | None = None) -> None:
+        """Runs a job to its end, or until it is to be killed.
+
+        Raises:
+            JobError: it failed, took too long, or ended before it was killed.
+        """
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        if self.device.type == "cpu":  # with --cpu, `accelerate launch` would start one process
+            environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        late = time.monotonic() + self.args.timeout
+        with log.open("w") as said:
+            launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+            job = subprocess.Popen([*launcher, *command], env=environment, stdout=said, stderr=said)
+            try:
+                while job.poll() is None:
+                    if kill_when is not None and kill_when():
+                        return
+                    if time.monotonic() > late:
+                        raise JobError(f"it was not done after {self.args.timeout:g} s\n{last_lines(log)}")
+                    time.sleep(0.02)
+            finally:
+                end(job)
+        if job.returncode:
+            raise JobError(f"it ended with {job.returncode}\n{last_lines(log)}")
+        if kill_when is not None:
+            raise JobError("it was done before it could be killed")
+
+    def shorter(self, text: str) -> str:
+        """Without where this machine has its folders."""
+        return text.replace(str(self.scratch), "SCRATCH").replace(f"{ROOT}/", "")
+
+    def encoded(self) -> set[tuple[str, int]]:
+        """The files of the cache, each with when it was written."""
+        return {(path.name, path.stat().st_mtime_ns) for path in self.cache.rglob("*.safetensors")}
+
+    def check_loads(self, folder: Path) -> int:
+        """Loads what was saved as users do. Returns how many tensors it has.
+
+        Raises:
+            JobError: the model does not have then what is in the file.
+        """
+        if self._pipeline is None:
+            left_out = {"vae": None, "text_encoder": None, "tokenizer": None}
+            self._pipeline = diffusers.WanPipeline.from_pretrained(self.model, dtype=torch.bfloat16, **left_out)
+        saved = load_file(adapter(folder))
+        self._pipeline.load_lora_weights(str(folder))
+        try:
+            loaded = {
+                "transformer." + re.sub(r"(\.lora_[AB])\.[^.]+\.", r"\1.", name): each
+                for name, each in self._pipeline.transformer.named_parameters()
+                if ".lora_" in name
+            }
+            if loaded.keys() != saved.keys():
+                raise JobError(
+                    f"of {len(saved)} tensors of the adapter, {len(loaded.keys() & saved.keys())} were loaded"
+                )
+            wrong = [name for name in saved if not loaded[name].equal(saved[name].to(loaded[name].dtype))]
+            zero = [name for name in saved if not saved[name].any()]
+            if wrong or zero:
+                raise JobError(f"{len(wrong)} tensors were loaded as others, and {len(zero)} were not trained")
+        finally:
+            self._pipeline.unload_lora_weights()
+        return len(saved)
+
+
+class Variant:
+    """A job, and what was measured."""
+
+    def __init__(self, choice: Choice, bench: Bench) -> None:
+        self.choice, self.bench = choice, bench
+        name = "-".join([choice.strategy, choice.provider, "compiled" if choice.compiled else "eager"])
+        self.output, self.log = bench.scratch / "runs" / name, bench.logs / f"{name}.log"
+        self.resumes = choice.strategy.endswith(RESUME)
+        alone = WAYS[choice.strategy.removesuffix(RESUME)].alone
+        self.result: dict[str, Any] = {**choice._asdict(), "processes": 1 if alone else bench.size}
+
+    def run(self) -> None:
+        """The job, to its end."""
+        bench, steps = self.bench, self.bench.args.steps
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.output.mkdir(parents=True)
+        command = bench.command(self.choice, self.output)
+        self.result["command"] = bench.shorter(shlex.join(["accelerate", "launch", *command]))
+        before, began = bench.encoded(), time.monotonic()
+        resumed = 0
+        if self.resumes:
+            resumed = self._kill(steps // 2)
+            command = bench.command(self.choice, self.output, "--resume", "latest")
+        bench.run(command, self.log)
+        self.result["wall_seconds"] = round(time.monotonic() - began, 1)
+        self.result["encoded"] = len(bench.encoded() - before)
+        self._read(steps, resumed)
+        self.result["tensors"] = bench.check_loads(self.output)
+
+    def _kill(self, step: int) -> int:
+        """Starts the job and kills it in the step after the checkpoint of `step`, which is returned."""
+        metrics = self.output / "metrics.jsonl"
+
+        def lost_work() -> bool:
+            return metrics.is_file() and metrics.read_bytes().count(b"\n") > step
+
+        command = self.bench.command(self.choice, self.output, "--checkpoint_every", str(step))
+        self.bench.run(command, self.log.with_suffix(".killed.log"), kill_when=lost_work)
+        self.result["killed_behind"] = metrics.read_bytes().count(b"\n")
+        return step
+
+    def _read(self, steps: int, resumed: int) -> None:
+        entries = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
+        if [each["step"] for each in entries] != [*range(1, steps + 1)]:
+            raise JobError(f"{steps} steps were asked for, and it tells of {[each['step'] for each in entries]}")
+        seconds = [each["seconds per step"] for each in entries]
+        tokens = entries[-1]["tokens per second"] * seconds[-1]
+        counted = seconds[resumed:][self.bench.args.warm_up :]
+        self.result |= {
+            "resumed_from": resumed or None,
+            "seconds": round(statistics.median(counted), 4),
+            "steps": [round(each, 4) for each in seconds],
+            "tokens_per_second": round(tokens / statistics.median(counted)),
+            "peak_gb": round(max(each["memory GB"] for each in entries[resumed:]), 2),
+            "loss": [each["loss"] for each in entries],
+            "gradient_norm": [each["gradient norm"] for each in entries],
+        }
+
+
+def adapter(folder: Path) -> Path:
+    """The file that the trainer wrote."""
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def adapter_error(folder: Path, expected: Path) -> float:
+    """How far one adapter is from another, of its norm; 0.0 only if all bits are the same."""
+    mine, other = load_file(adapter(folder)), load_file(adapter(expected))
+    square = sum(each.double().square().sum() for each in other.values())
+    wrong = sum((mine[name].double() - each.double()).square().sum() for name, each in other.items())
+    return float((wrong / square).sqrt())
+
+
+def last_lines(log: Path) -> str:
+    """The end of what a job said: without bars, and without what launchers say about a process that failed."""
+    text = log.read_text(errors="replace").replace("\r", "\n")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not re.search(r"\d+%\|", line)]
+    for number, line in enumerate(lines):
+        started = line.startswith("Traceback") and "accelerate/commands/launch.py" in "".join(
+            lines[number : number + 5]
+        )
+        if number and (started or re.match(r"[EW]\d{4} .*torch/distributed/elastic", line)):
+            lines = lines[:number]
+            break
+    return "\n".join(line[:300] for line in lines[-LAST_LINES:])
+
+
+def end(job: subprocess.Popen[bytes]) -> None:
+    """Ends a launcher and all that it started. They are in sessions of their own, where no signal to a group gets."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in psutil.Process(job.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    job.kill()
+    job.wait()
+
+
+def compare(variant: Variant, done: list[Variant], tolerance: list[float]) -> None:
+    """Adds to a result how far losses and gradient norms are from those that they should be; where the job was killed,
+    the adapter, too."""
+    result = variant.result
+    expected = reference(result, [each.result for each in done])
+    if expected is None:
+        return
+    off = {
+        name: max(abs(mine / other - 1) for mine, other in zip(result[name], expected[name]))
+        for name in ("loss", "gradient_norm")
+    }
+    result |= {f"{name}_error": error for name, error in off.items()}
+    result["agrees"] = all(error <= most for error, most in zip(off.values(), tolerance))
+    if variant.resumes:
+        [other] = [each for each in done if each.result is expected]
+        result |= {"compared_with": expected["strategy"], "adapter_error": adapter_error(variant.output, other.output)}
+
+
+def reference(result: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """With what a result is compared: where the job was killed, what the one does that was not, if it is there; what
+    one process does, if possible with the same provider, and compiled or not as this one."""
+
+    def choice(of: dict[str, Any], **other: Any) -> Choice:
+        return Choice(**{name: (of | other)[name] for name in Choice._fields})
+
+    name, ones = result["strategy"], [each for each in measured if each["strategy"] == "one"]
+    wanted = [choice(result, strategy=name.removesuffix(RESUME))] if name.endswith(RESUME) else []
+    wanted.append(choice(result, strategy="one"))
+    alike = [each for one in wanted for each in measured if choice(each) == one]
+    return (alike or ones or [None])[0]
+
+
+def choose(args: argparse.Namespace) -> list[Choice]:
+    """Of each provider all strategies, and extras."""
+    choices = [Choice(name, each, args.compile) for each in args.providers for name in args.strategies]
+    return list(dict.fromkeys(choices + extra_choices(args.extra, NAMES, args.compile)))
+
+
+def bench_all(bench: Bench, report: Report, began: float) -> None:
+    args = bench.args
+    report.variants = [Variant(choice, bench) for choice in choose(args)]
+    done: list[Variant] = []
+    for variant in report.variants:
+        result = variant.result
+        try:
+            if args.seconds and time.monotonic() - began > args.seconds:
+                raise JobError(f"not started: --seconds {args.seconds:g} were over")
+            variant.run()
+            done.append(variant)
+            compare(variant, done, args.tolerance)
+        except Exception as failure:  # whatever it is, the others are still measured
+            kind = "" if isinstance(failure, JobError) else f"{type(failure).__name__}: "
+            result["error"] = bench.shorter(f"{kind}{failure}")
+        report.write()
+        print(_line(result), file=sys.stderr, flush=True)
+
+
+def _line(result: dict[str, Any]) -> str:
+    found = result.get("error") or (
+        f"{result['seconds']:.3f} s, {result['peak_gb']:.1f} GB, loss {result['loss'][0]:.5f} to "
+        f"{result['loss'][-1]:.5f}, {_agreement(result)}, {result['wall_seconds']} s in all"
+    )
+    return f"{result['strategy']}, {result['provider']}, {blocks(result)}: {found}"
+
+
+def _agreement(result: dict[str, Any]) -> str:
+    if "agrees" not in result:
+        return "nothing to compare with"
+    return "agrees" if result["agrees"] else f"off by {result['loss_error']:.1e}, {result['gradient_norm_error']:.1e}"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a run, and what failed."""
+    where, results = report["environment"], report["results"]
+    loss, norm = where["tolerance"]
+    task = f"**{where['task']}**; what agrees is within {loss:g} of the loss and {norm:g} of the gradient norm"
+    lines = [
+        *heading(where, task),
+        "| strategy | provider | blocks | processes | s per step | of one process | tokens per second | peak GB "
+        "| first loss | last loss | loss off by | gradient norm off by | agrees | job, s |",
+        "|" + "---|" * 14,
+    ]
+    measured = [each for each in results if "error" not in each]
+    for each in measured:
+        alone = reference({**each, "strategy": "one"}, measured)
+        compared = "agrees" in each
+        cells = [
+            each["strategy"],
+            f"`{each['provider']}`",
+            blocks(each),
+            str(each["processes"]),
+            f"{each['seconds']:.3f}",
+            f"{alone['seconds'] / each['seconds']:.2f}x" if alone else "-",
+            str(each["tokens_per_second"]),
+            f"{each['peak_gb']:.2f}",
+            f"{each['loss'][0]:.5f}",
+            f"{each['loss'][-1]:.5f}",
+            f"{each['loss_error']:.1e}" if compared else "-",
+            f"{each['gradient_norm_error']:.1e}" if compared else "-",
+            ("yes" if each["agrees"] else "no") if compared else "-",
+            f"{each['wall_seconds']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"- {note}" for each in measured if (note := _resumption(each))]
+    failed = [f"- {_line(each).replace(chr(10), chr(10) + '      ')}" for each in results if "error" in each]
+    return (
+        "\n".join([*lines, *(["", *notes] if notes else []), *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
+    )
+
+
+def _resumption(result: dict[str, Any]) -> str:
+    if not result["resumed_from"]:
+        return ""
+    error, other = result.get("adapter_error"), result.get("compared_with")
+    said = (
+        f"{result['strategy']}, `{result['provider']}`, {blocks(result)}: killed behind step "
+        f"{result['killed_behind']}, went on behind step {result['resumed_from']}"
+    )
+    if error is None:
+        return said
+    return f"{said}; its adapter {f'is {error:.1e} off that' if error else 'has the bits of that'} of {other}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategies", nargs="+", choices=NAMES, help=f"({' '.join(DEFAULT)}; fsdp2 not on a CPU)")
+    parser.add_argument("--providers", nargs="+", help="(_native_cudnn; on a CPU native)")
+    parser.add_argument(
+        "--extra", nargs="+", default=[], metavar="STRATEGY:PROVIDER[:eager]", help="beside these: gather:flash_4"
+    )
+    parser.add_argument("--compile", action="store_true", help="each block")
+    parser.add_argument("--processes", type=int, default=2, help="of all strategies but one (%(default)s)")
+    parser.add_argument("--batch", type=int, help="videos of a step (as many as processes)")
+    parser.add_argument("--videos", type=int, default=3, help="that there are (%(default)s)")
+    parser.add_argument("--rank", type=int, default=32, help="of the adapter (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="of the optimizer (%(default)s)")
+    parser.add_argument("--warm_up", type=int, default=2, help="of them, whose time does not count (%(default)s)")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="(bf16; on a CPU no)")
+    parser.add_argument(
+        "--tolerance", type=float, nargs=2, metavar=("LOSS", "NORM"), help="shares (bf16: 2e-3 1e-2; no: 1e-5 1e-4)"
+    )
+    parser.add_argument("--seconds", type=float, help="after which no further job is started")
+    parser.add_argument("--timeout", type=float, default=240.0, help="of a job, in seconds (%(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a model for trying this script out")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for model, videos, latents and runs, kept (a temporary one)"
+    )
+    parser.add_argument("--logs", type=Path, help="folder for what jobs say (in the scratch folder)")
+    parser.add_argument("--output", type=Path, help="JSON, written whole after each job")
+    parser.add_argument("--markdown", type=Path, nargs="+", metavar="RESULTS", help="print the tables of earlier runs")
+    parser.add_argument("--commit", help="what was measured, where git cannot say")
+    args = parser.parse_args()
+    on_cpu = args.device == "cpu"
+    args.strategies = args.strategies or [name for name in DEFAULT if not (on_cpu and name.startswith("fsdp2"))]
+    args.providers = args.providers or ["native" if on_cpu else "_native_cudnn"]
+    args.mixed_precision = args.mixed_precision or ("no" if on_cpu else "bf16")
+    args.tolerance = args.tolerance or ([1e-5, 1e-4] if args.mixed_precision == "no" else [2e-3, 1e-2])
+    args.batch = args.batch or args.processes
+    if args.batch % args.processes:
+        parser.error(f"--batch {args.batch} cannot be divided among {args.processes} processes")
+    if args.warm_up >= args.steps - args.steps // 2:
+        parser.error(f"--steps {args.steps} with --warm_up {args.warm_up}: more than twice as many are needed")
+    if args.markdown is None and not on_cpu and torch.cuda.device_count() < args.processes:
+        parser.error(
+            f"{args.processes} processes, and PyTorch sees {torch.cuda.device_count()} CUDA devices. Set --processes, "
+            "or try the script out with --device cpu --tiny."
+        )
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.markdown:
+        print("\n".join(markdown(json.loads(path.read_text())) for path in args.markdown), end="")
+        return
+    began = time.monotonic()
+    diffusers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="train_lora-") as temporary:
+        bench = Bench(args, (args.scratch or Path(temporary)).resolve())
+        report = Report(args.output, bench, args)
+        bench.prepare()
+        report.environment["packages"] |= installed(PACKAGES)
+        report.environment |= {
+            "task": f"{bench.model_size.transformer.title}, LoRA of rank {args.rank}, {args.batch} videos a step, "
+            f"mixed precision: {args.mixed_precision}",
+            "tolerance": args.tolerance,
+            "prepare_seconds": round(time.monotonic() - began, 1),
+        }
+        print(f"model and videos: {report.environment['prepare_seconds']} s", file=sys.stderr, flush=True)
+        bench_all(bench, report, began)
+    results = [variant.result for variant in report.variants]
+    print(markdown({"environment": report.environment, "results": results}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
