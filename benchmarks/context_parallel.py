@@ -166,7 +166,7 @@ def calls_of_attention(one: bool | None) -> Iterator[None]:
     if one is None:
         yield
     else:
-        with mock.patch.object(one_call, "BYTES_PER_SECOND", math.inf if one else 1.0):
+        with mock.patch.object(one_call, "SECONDS_OF_A_SECOND_CALL", math.inf if one else 0.0):
             yield
 
 

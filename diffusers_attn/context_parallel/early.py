@@ -15,9 +15,11 @@ arguments of `push_start`, which claims to change them, and their results argume
 read them.
 
 This is a pass over the graph that Dynamo traced, before anything is done to it. Only what is known to leave its
-arguments, the random state and the compiler's modes alone is moved. Nothing is moved past another exchange, so that
-they stay in their order, which must be the same on all ranks; or past what reads what another has brought, which must
-be read before the next begins (`push`).
+arguments, the random state and the compiler's modes alone is moved, and nothing past another exchange.
+
+Exchanges must stay in their order, which must be the same on all ranks, and what one has brought must be read before
+the next begins (`push`). Where nothing that an exchange sends sees to that, as where two attentions of a block do not
+depend on each other, what the one before has led to becomes an argument, too.
 """
 
 from __future__ import annotations
@@ -47,48 +49,55 @@ _MODULES = ("torch", "_operator", "math", "builtins")
 
 def begin_early(graph: Graph) -> None:
     """Moves what neither keys nor values need behind the `push_start` that sends them, wherever there is something that
-    takes long. The graph computes the same."""
+    takes long, and ties each to what reads what the one before has brought. The graph computes the same."""
     finishes = {node.args[TICKET_OF_FINISH]: node for node in _calls(graph, "push_finish")}
     for start in _calls(graph, "push_start"):
+        held: Any = start.args[HELD]
+        sent, query = held[:2], held[2:]
+        tied = [*sent, *_results_to_wait_for(start, sent)]
+        start.update_arg(HELD, [*tied, *query])
         finish = finishes.get(start.args[TICKET_OF_START])
         if finish is not None:  # without fullgraph, the graph may break between them
-            _begin_early(start, finish)
+            _begin_early(start, finish, tied)
 
 
 def _calls(graph: Graph, name: str) -> list[Node]:
     return list(graph.find_nodes(op="call_function", target=getattr(torch.ops.diffusers_attn, name).default))
 
 
-def _begin_early(start: Node, finish: Node) -> None:
-    held: Any = start.args[HELD]
+def _results_to_wait_for(start: Node, sent: Sequence[Node]) -> list[Node]:
+    """What comes, before `start`, of reading the memory that earlier exchanges have brought, where nothing `sent`
+    depends on it."""
+    received = {_memory(finish) for finish in _calls(start.graph, "push_finish")} - {None}
+    before = dict.fromkeys(itertools.takewhile(lambda node: node is not start, start.graph.nodes))
+    seen_to = _ancestors(sent, set(before))
+    results: list[Node] = []
+    for node in before:  # views of that memory do not read it
+        reads = _memory(node) not in received and any(_memory(each) in received for each in node.all_input_nodes)
+        if reads and node not in seen_to:
+            # Of an operator with several results, as attention with its lse, what takes one of them is a tensor.
+            results += [each for each in (node, *node.users) if each in before]
+    return _own_tensors(results, sent, start.graph)
+
+
+def _begin_early(start: Node, finish: Node, tied: Sequence[Node]) -> None:
+    """`tied`: keys, values, and what else `start` must come after."""
     before = _movable_before(start)
-    needed = _ancestors([*held[:2], *_nodes(start.args[1:])], set(before))
+    needed = _ancestors([*tied, *_nodes(start.args[1:])], set(before))
     beside = [node for node in before if node not in needed]
     long, read = _long_and_what_they_read(beside)
-    anchors = _own_tensors(read, held[:2], start.graph)
+    anchors = _own_tensors(read, tied, start.graph)
     if not anchors:
         return  # nothing would keep a compiler from computing it before
-    if not _readers_of_what_was_received(start) <= _ancestors([*held[:2], *anchors], set(start.graph.nodes)):
-        return  # nor from beginning before these have read, which the query may have seen to
     last = start
     for node in beside:
         last.append(node)
         last = node
-    start.update_arg(HELD, [*held[:2], *anchors])
-    finish.update_arg(HELD, [*held[:2]])
+    start.update_arg(HELD, [*tied, *anchors])
+    finish.update_arg(HELD, [*tied[:2]])
     meanwhile: Any = finish.args[MEANWHILE]
     awaited = _ancestors(meanwhile, set(beside))
     finish.update_arg(MEANWHILE, [*meanwhile, *(node for node in long if node not in awaited)])
-
-
-def _readers_of_what_was_received(start: Node) -> set[Node]:
-    """What reads, before `start`, the memory that an earlier exchange has brought; views of it do not."""
-    received = {_memory(finish) for finish in _calls(start.graph, "push_finish")} - {None}
-    found: set[Node] = set()
-    for node in itertools.takewhile(lambda node: node is not start, start.graph.nodes):
-        if _memory(node) not in received and any(_memory(each) in received for each in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _movable_before(start: Node) -> list[Node]:

@@ -15,12 +15,15 @@ from .blocks import BlockAttention
 from .push import EVERYONE, Push
 from .transport import SYMMETRIC
 
+# Of H200s; what is decided by them is measured in docs/context_parallel.md.
 BYTES_PER_SECOND = 320e9
-"""that one GPU writes into another's memory; NVLink between two H200."""
+"""that one GPU writes into another's memory."""
 FLOPS = 650e12
-"""of products of matrices in half precision, on an H200."""
-SECONDS_TO_MERGE = 7e-12
-"""that a second call and a merge take for each element of the output, on an H200."""
+"""of products of matrices in half precision."""
+MEMORY_BYTES_PER_SECOND = 3.5e12
+"""read and written."""
+SECONDS_OF_A_SECOND_CALL = 60e-6
+"""that attention takes longer in two calls: their last, half empty waves, and the merge."""
 
 
 def one_call_attention(
@@ -56,12 +59,15 @@ def one_call_attention(
 def is_faster(query: Tensor, key: Tensor, value: Tensor, call: BlockAttention) -> bool:
     """Whether, in the graph that is compiled, all keys should be awaited before attention begins.
 
-    In place of a second call and a merge, it costs what of the exchange is not hidden. The projection of the queries,
-    as wide as the model, hides some: it grows with the square of the width, and the exchange with the width. Values of
-    shapes alone, which are the same on all ranks but for the number of tokens, and that cancels.
+    In place of a second call and a merge, it costs a copy of this rank's own keys and values to where the others'
+    arrive, and what of the exchange the projection of the queries does not hide, which is taken to be as wide as they
+    are. So it is for pictures rather than for videos. By what is the same on all ranks.
     """
     if call.kernel.needs_grad or call.transport != SYMMETRIC or not torch.compiler.is_compiling():
         return False
-    sent = (call.group.size - 1) * key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
-    width = query.shape[2] * query.shape[3]
-    return sent / BYTES_PER_SECOND < 2 * width * width / FLOPS + width * SECONDS_TO_MERGE
+    tokens, width = max(call.key_shards.sizes), query.shape[2] * query.shape[3]
+    own = query.shape[0] * tokens * key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+    arrival = (call.group.size - 1) * own / BYTES_PER_SECOND
+    projection = 2 * query.shape[0] * tokens * width * width / FLOPS
+    copy = 2 * own / MEMORY_BYTES_PER_SECOND
+    return max(0.0, arrival - projection) + copy < SECONDS_OF_A_SECOND_CALL

@@ -12,8 +12,10 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import dropout, linear
 
 from diffusers_attn.context_parallel import early, one_call
+from diffusers_attn.context_parallel.blocks import BlockAttention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.inductor import _make_pass
+from diffusers_attn.context_parallel.kernel import Kernel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.push import PushGather, open_gather
 from diffusers_attn.context_parallel.sharding import Shards
@@ -56,7 +58,7 @@ def attention(monkeypatch):
 
 @pytest.fixture(params=["one call", "two calls"])
 def calls(request, monkeypatch):
-    monkeypatch.setattr(one_call, "BYTES_PER_SECOND", float("inf") if request.param == "one call" else 1.0)
+    monkeypatch.setattr(one_call, "SECONDS_OF_A_SECOND_CALL", float("inf") if request.param == "one call" else 0.0)
     return request.param
 
 
@@ -97,10 +99,19 @@ def moved(function, *inputs):
         before = order(graph_module.graph)
         early.begin_early(graph_module.graph)
         graph_module.graph.lint()
+        assert_tied(graph_module.graph)
         graph_module.recompile()
         (found,) = graph_module(*example_inputs)
     assert torch.equal(found, expected)
     return before, order(graph_module.graph)
+
+
+def assert_tied(graph):
+    """Each exchange depends on all attention before it, by its arguments."""
+    nodes = list(graph.nodes)
+    for start in early._calls(graph, "push_start"):
+        before = [node for node in nodes[: nodes.index(start)] if early._name(node).endswith("attention_for_cpu")]
+        assert set(before) <= early._ancestors(start.args[early.HELD], set(nodes))
 
 
 def block(attention, change=None, method="allgather"):
@@ -202,7 +213,18 @@ def test_what_was_received_is_read_before_the_next_begins(attention, calls):
 
     _, after = moved(forward, INPUT, *weights("q", "k", "v", "r"))
     attend = ["await", "attend"] if calls == "one call" else ["attend", "await", "attend"]
-    assert after == ["k", "v", "send", "q", *attend, "r", "send", *attend]
+    assert after == ["k", "v", "send", "q", *attend, "send", "r", *attend]
+
+
+def test_attentions_that_do_not_depend_on_each_other_take_turns(attention, calls):
+    def forward(x, q, k, v, r):
+        x = x.sin()
+        key, value = linear(x, k), linear(x, v)
+        return attention(linear(x, q), key, value) + attention(linear(x, r), key * 2, value + 1)
+
+    _, after = moved(forward, INPUT, *weights("q", "k", "v", "r"))
+    attend = ["await", "attend"] if calls == "one call" else ["attend", "await", "attend"]
+    assert after == ["k", "v", "send", "q", *attend, "send", "r", *attend]
 
 
 def test_training_is_left_as_it_is(attention):
@@ -246,19 +268,20 @@ def test_a_pass_that_is_there_already_runs_first():
 
 
 SHAPES = {
-    "Flux on two GPUs": (2, 24, 128, True),
-    "Wan 14B on two GPUs": (2, 40, 128, True),
-    "Wan 1.3B on two GPUs": (2, 12, 128, False),
-    "Flux on four GPUs": (4, 24, 128, False),
+    "Flux 1024² on two GPUs": (2, 4608, 24, True),
+    "Flux 512² on four GPUs": (4, 1536, 24, True),
+    "Flux 1024² on four GPUs": (4, 4608, 24, False),
+    "Wan 1.3B 480p, 81 frames": (2, 32760, 12, False),
+    "Wan 14B 480p, 81 frames": (2, 32760, 40, False),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_call_where_the_queries_hide_the_exchange(shape):
-    ranks, heads, head_dim, expected = SHAPES[shape]
-    query = torch.empty(1, 5, heads, head_dim, dtype=torch.bfloat16, device="meta")
-    kernel = type("Kernel", (), {"needs_grad": False})
-    call = type("Call", (), {"kernel": kernel, "transport": SYMMETRIC, "group": Group("", 0, ranks)})
+def test_one_call_where_it_is_faster(shape):
+    ranks, length, heads, expected = SHAPES[shape]
+    shards = Shards.contiguous(length, ranks)
+    call = BlockAttention(Kernel("native"), Group("", 0, ranks), shards, shards, transport=SYMMETRIC)
+    query = torch.empty(1, length // ranks, heads, 128, dtype=torch.bfloat16, device="meta")
     assert one_call.is_faster(query, query, query, call) is False  # nothing is computed beside it
     found = torch.compile(lambda: one_call.is_faster(query, query, query, call), backend="eager", fullgraph=True)()
     assert found is expected

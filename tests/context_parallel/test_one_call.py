@@ -47,8 +47,8 @@ def flux(meshes, blocks):
     expected = model(**flux_inputs())[0]
     mesh = meshes(2, 1)
     memory = open_shared(mesh.ring)
-    real = one_call.BYTES_PER_SECOND
-    one_call.BYTES_PER_SECOND = float("inf")
+    real = one_call.SECONDS_OF_A_SECOND_CALL
+    one_call.SECONDS_OF_A_SECOND_CALL = float("inf")
     torch._dynamo.reset()
     try:
         diffusers_attn.set_attention_provider(model, "native")
@@ -56,7 +56,7 @@ def flux(meshes, blocks):
         diffusers_attn.apply_compile(model)
         out, (code, *_) = run_and_get_code(lambda: model(**flux_inputs())[0])
     finally:
-        one_call.BYTES_PER_SECOND = real
+        one_call.SECONDS_OF_A_SECOND_CALL = real
         torch._dynamo.reset()
     del memory
     calls = [code.count(f"{name}.default(") for name in ("push_start", "push_finish", "flash_attention_for_cpu")]
@@ -92,12 +92,12 @@ def masked(meshes, ring, length, kind, is_causal):
         fullgraph=True,
         dynamic=False,
     )
-    real = one_call.BYTES_PER_SECOND
-    one_call.BYTES_PER_SECOND = float("inf")
+    real = one_call.SECONDS_OF_A_SECOND_CALL
+    one_call.SECONDS_OF_A_SECOND_CALL = float("inf")
     try:
         out = gather(function(*local), shards, 1, mesh)
     finally:
-        one_call.BYTES_PER_SECOND = real
+        one_call.SECONDS_OF_A_SECOND_CALL = real
         torch._dynamo.reset()
     del memory
     query, key, value = (tensor.transpose(1, 2) for tensor in whole)
