@@ -22,8 +22,9 @@ class ContextParallelConfig:
     ulysses_degree: int = 1
     """ranks that exchange sequence parts for heads, each then attending with some of the heads."""
     rotate_method: str = "allgather"
-    """how keys and values travel. "allgather": all at once, under the attention to the local ones; "alltoall": from
-    rank to rank around the ring, each block under the attention to the one before, with memory for two blocks."""
+    """how keys and values travel. "allgather": all at once, under the attention to the local ones or what else the
+    model computes meanwhile; "alltoall": from rank to rank around the ring, each block under the attention to the one
+    before, with memory for two blocks."""
     convert_to_fp32: bool = True
     """whether partial results merge in float32; otherwise in the dtype of the query."""
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel import symmetric
+from diffusers_attn.context_parallel import one_call, symmetric
 from diffusers_attn.context_parallel.push import EVERYONE, OTHERS, Push, Received, gather_of
 from diffusers_attn.context_parallel.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sharding import Shards, gather, split
@@ -24,7 +24,8 @@ LAYERS = 2
 
 
 def compiled(meshes, ring, backend, length, is_causal, train, masked=False, method="allgather"):
-    """Number of graphs, and the largest difference to eager mode over several calls; and, of Inductor, its code."""
+    """Number of graphs, and the largest difference to eager mode over several calls, in two calls of attention; and, of
+    Inductor, its code."""
     mesh = meshes(ring, 1, rotate_method=method)
     memory = open_shared(mesh.ring)
     shards = Shards.contiguous(length, mesh.size)
@@ -39,6 +40,7 @@ def compiled(meshes, ring, backend, length, is_causal, train, masked=False, meth
         return gather(query, shards, 1, mesh)
 
     torch._dynamo.reset()
+    real, one_call.SECONDS_OF_A_SECOND_CALL = one_call.SECONDS_OF_A_SECOND_CALL, 0.0
     counter = CompileCounterWithBackend(backend)
     function = torch.compile(layers, backend=counter, fullgraph=True, dynamic=False)
     error, code = 0.0, ""
@@ -53,6 +55,7 @@ def compiled(meshes, ring, backend, length, is_causal, train, masked=False, meth
         if train:
             pairs += zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs))
         error = max(error, *((one - other).abs().max().item() for one, other in pairs))
+    one_call.SECONDS_OF_A_SECOND_CALL = real
     torch._dynamo.reset()
     del memory
     return counter.frame_count, error, code
