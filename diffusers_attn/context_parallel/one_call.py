@@ -34,18 +34,7 @@ def one_call_attention(
     rows: Tensor | None,
     call: BlockAttention,
 ) -> Tensor:
-    """Attention of this rank's queries to the keys of all ranks of `call.group`, without gradients, through symmetric
-    memory.
-
-    Args:
-        query: `[batch, this rank's queries, heads, head_dim]`.
-        key, value: `[batch, this rank's keys, kv_heads, head_dim]`.
-        key_mask: `[batch | 1, this rank's keys]`, or None.
-        rows: `[batch | 1, heads | 1, this rank's queries, all keys]`, keys in the order of the sequence; or None.
-
-    Returns:
-        `[batch, this rank's queries, heads, value_head_dim]`.
-    """
+    """As `kv_gather.kv_gather_attention`, without gradients and through symmetric memory only."""
     group, shards = call.group, call.key_shards
     push = Push.start(
         query, key.contiguous(), value.contiguous(), shards.sizes, group, needs_grad=False, shift=EVERYONE
