@@ -17,6 +17,8 @@ class Strategy(NamedTuple):
     """whether the step is recorded as a CUDA graph."""
     one_call: bool | None = None
     """whether compiled attention awaits all keys, where that is not left to the library."""
+    sends: bool = True
+    """False: by copy engines nothing is sent and nobody waits. Results are wrong; it tells what an exchange costs."""
 
 
 STRATEGIES = {
@@ -29,10 +31,11 @@ STRATEGIES = {
     "gather": Strategy("ours", ring=0),
     "gather-one-call": Strategy("ours", ring=0, one_call=True),
     "gather-two-calls": Strategy("ours", ring=0, one_call=False),
+    "gather-nothing-sent": Strategy("ours", ring=0, sends=False),
     "unified-ring": Strategy("ours", ring=2, ulysses=2, rotate_method="alltoall"),
     "unified-gather": Strategy("ours", ring=2, ulysses=2),
     "auto": Strategy("auto"),
 }
-USUAL = [name for name, strategy in STRATEGIES.items() if strategy.one_call is None and name != "auto"]
+USUAL = [name for name, each in STRATEGIES.items() if each.one_call is None and each.sends and name != "auto"]
 GRAPH = "+graph"
 STRATEGIES |= {name + GRAPH: strategy._replace(in_graph=True) for name, strategy in STRATEGIES.items()}
