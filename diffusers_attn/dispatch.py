@@ -18,7 +18,8 @@ from .providers.base import Layout, Params
 from .providers.decision import Call, Plan, decide
 from .providers.selection import Selection, select
 from .recent import remember
-from .scope import NATIVE, ProviderChoice, innermost, outside_scopes, scope
+from .recompute import in_backward_id
+from .scope import NATIVE, ProviderChoice, active_parallel, scope, scope_in_backward
 
 if TYPE_CHECKING:
     from .context_parallel.streams import Streams
@@ -83,9 +84,9 @@ def attend(
         scoped: whether a scope overrides it.
     """
     tracing = _is_dynamo_compiling()
-    choice = (scoped and scope.choice) or (
-        outside_scopes(bound) if innermost and scoped and not tracing else bound or NATIVE
-    )
+    choice = scope.choice if scoped else bound
+    if choice is None:
+        choice = (scoped and not tracing and in_backward_id() != -1 and scope_in_backward()[0]) or bound or NATIVE
     streams = running.streams  # not None in a model whose tokens are split over devices
     if streams is None and not tracing:
         # A call like one of the last: nothing to check or to decide. Inlined, since it is the path of almost all calls.
@@ -166,7 +167,7 @@ def _attend_split(
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = split_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, streams=streams, provider=choice.provider,
-        options=choice.options, mesh=scope.parallel,
+        options=choice.options, mesh=active_parallel(),
     )  # fmt: skip
     return out.transpose(1, 2) if out is not None and layout == "bhsd" else out
 

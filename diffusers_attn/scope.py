@@ -7,11 +7,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import recompute
 from .errors import AttentionProviderError
 from .providers import registry
 from .providers.base import Option
@@ -98,41 +100,48 @@ class _Scope(threading.local):
 
 
 scope = _Scope()
-# The innermost scope of every thread that is in one. Only a backward reads it; see `outside_scopes`.
-innermost: dict[int, ProviderChoice] = {}
+Inside = tuple[ProviderChoice | None, "ContextParallelMesh | None"]
 
 
 def _set_scope(choice: ProviderChoice | None, parallel: ContextParallelMesh | None) -> None:
     scope.choice, scope.parallel = choice, parallel
-    if torch.compiler.is_compiling():
-        return
-    if choice is None:
-        innermost.pop(threading.get_ident(), None)
-    else:
-        innermost[threading.get_ident()] = choice
+    if not torch.compiler.is_compiling():
+        recompute.stash((choice, parallel))
 
 
-def outside_scopes(bound: ProviderChoice | None) -> ProviderChoice:
-    """The choice where this thread is in no scope.
+def scope_in_backward() -> Inside:
+    """The scope of a thread that runs a backward: its own, else that of the thread that called the backward.
 
-    On a GPU, a backward runs in a thread of autograd's own, which is in no scope although the thread that waits for it
-    may be. What a checkpoint recomputes there must take the provider that its forward took.
+    They differ on a GPU, where a backward runs in threads of autograd's own.
     """
-    if (
-        innermost
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._current_graph_task_id() != -1
-    ):
-        choices = set(innermost.values())
-        if len(choices) > 1:
-            raise AttentionProviderError(
-                "attention is recomputed in a backward while several attention_provider scopes are open, and which of "
-                f"them it belongs to is not known ({', '.join(sorted(map(repr, choices)))}). With gradient "
-                "checkpointing, bind the provider to the model: set_attention_provider(model, name)."
-            )
-        return choices.pop()
-    return bound or NATIVE
+    if scope.choice is None:
+        inside: Inside | None = recompute.stashed()
+        return (None, None) if inside is None else inside
+    return scope.choice, scope.parallel
+
+
+def _scope_here() -> Inside:
+    return (scope.choice, scope.parallel) if recompute.in_backward_id() == -1 else scope_in_backward()
+
+
+def _keep_scope() -> recompute.Enter:
+    """A checkpointed forward is recomputed in the scope, or outside of any, in which it ran."""
+    return functools.partial(_within, *_scope_here())
+
+
+@contextlib.contextmanager
+def _within(choice: ProviderChoice | None, parallel: ContextParallelMesh | None) -> Iterator[None]:
+    before, before_stash = (scope.choice, scope.parallel), recompute.stashed()
+    _set_scope(choice, parallel)
+    try:
+        yield
+    finally:
+        scope.choice, scope.parallel = before
+        recompute.stash(before_stash)
+
+
+recompute.keep_for_recomputation(_keep_scope)
+recompute.install()
 
 
 class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like a function)
@@ -147,8 +156,8 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
         options: options of the provider's kernel.
 
     The scope is this thread's own, and scopes nest. It overrides the provider that a processor is bound to. With
-    gradient checkpointing the backward recomputes the forward, so it must run inside the scope too; or bind the
-    provider to the model.
+    gradient checkpointing (`torch.utils.checkpoint`) the backward recomputes in the scope of the forward, wherever the
+    backward is called.
 
     Raises:
         ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
@@ -192,4 +201,13 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
 
 def active_choice(bound: ProviderChoice | None = None) -> ProviderChoice:
     """What a call made here would use: this thread's scope, else `bound`, else `native`."""
-    return scope.choice or outside_scopes(bound)
+    if scope.choice is None and not torch.compiler.is_compiling():
+        return _scope_here()[0] or bound or NATIVE
+    return scope.choice or bound or NATIVE
+
+
+def active_parallel() -> ContextParallelMesh | None:
+    """The mesh that the scope of a call made here names."""
+    if scope.choice is None and not torch.compiler.is_compiling():
+        return _scope_here()[1]
+    return scope.parallel

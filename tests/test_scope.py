@@ -3,12 +3,8 @@
 import threading
 
 import pytest
-import torch
-from torch.utils.checkpoint import checkpoint
 
 from diffusers_attn import AttentionProvider, AttentionProviderError, ProviderUnavailableError, attention_provider
-from diffusers_attn.dispatch import attend
-from diffusers_attn.providers.native import Math
 from diffusers_attn.scope import ProviderChoice, active_choice
 
 BOUND = ProviderChoice.of("_native_math")
@@ -108,18 +104,3 @@ def test_equal_choices_are_one_object_and_survive_copying():
     assert choice.updated(softcap=2.0).options == (("deterministic", True), ("softcap", 2.0))
     assert pickle.loads(pickle.dumps(choice)) is choice
     assert copy.deepcopy(choice) is choice
-
-
-def test_a_checkpointed_forward_is_recomputed_by_the_same_provider(monkeypatch):
-    calls = []
-    attention = Math.attention.__func__
-    monkeypatch.setattr(
-        Math,
-        "attention",
-        classmethod(lambda cls, *tensors, **rest: calls.append(1) or attention(cls, *tensors, **rest)),
-    )
-    query = torch.randn(1, 3, 2, 8, requires_grad=True)
-    with attention_provider("_native_math"):
-        out = checkpoint(attend, query, query, query, layout="bshd", use_reentrant=False)
-        out.sum().backward()
-    assert len(calls) == 2
