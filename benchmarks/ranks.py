@@ -14,11 +14,14 @@ import torch.distributed as dist
 from strategies import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from diffusers_attn.lifeline import end_with_parent
+
 
 class Ranks:
     """The process groups, and how ranks agree. What they agree on goes over gloo: it works when NCCL does not."""
 
     def __init__(self, device_type: str, timeout: float) -> None:
+        end_with_parent()  # a launcher that is killed leaves its processes behind
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
         limit = datetime.timedelta(seconds=timeout)

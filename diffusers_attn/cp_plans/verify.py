@@ -171,7 +171,7 @@ def _run(folder: Path, job: Job) -> list[int | None]:
             with open(folder / f"log-{rank}", "wb") as log:
                 command = [sys.executable, "-m", f"{__package__}.verify_rank", str(folder), str(rank)]
                 processes.append(
-                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+                    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
                 )
         until = time.monotonic() + job.timeout
         while time.monotonic() < until:
@@ -185,7 +185,7 @@ def _run(folder: Path, job: Job) -> list[int | None]:
         for process in processes:
             process.kill()
         for process in processes:
-            process.wait()
+            process.communicate()  # waits, and closes the pipe by which it would learn of our end
     return codes
 
 

@@ -29,6 +29,7 @@ from ..context_parallel.mesh import ContextParallelMesh
 from ..context_parallel.sharding import Shards, gather
 from ..context_parallel.submodules import submodules
 from ..dispatch import attention_dispatch
+from ..lifeline import end_with_parent
 from ..scope import attention_provider
 from .plan import CPAttention, Plan
 from .verify_compare import compare, record, relative_error, tensors_in
@@ -195,6 +196,7 @@ def _mesh(ring: int, ulysses: int, rotate_method: str) -> ContextParallelMesh:
 
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    end_with_parent(folder)
     job: Job = pickle.loads((folder / "job").read_bytes())
     try:
         if job.main is not None:  # as multiprocessing does for what it spawns

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
+from diffusers_attn.lifeline import end_with_parent
 
 SIZE = 4
 TIMEOUT = 60.0
@@ -46,6 +48,11 @@ class Meshes:
         if ring > 1 and ulysses > 1:
             return ContextParallelMesh.from_mesh(self.square, **config)
         return ContextParallelMesh.from_mesh(self.lines[ring] if ring > 1 else self.heads[ulysses], **config)
+
+
+def _begin(work: Callable[..., None], rank: int, store: str, jobs: Any, results: Any) -> None:
+    end_with_parent(Path(store).parent)
+    work(rank, store, jobs, results)
 
 
 def _work(rank: int, store: str, jobs: Any, results: Any) -> None:
@@ -112,7 +119,7 @@ class Pool:
         self._results = context.Queue()
         store = os.path.join(self._folder.name, "store")
         self._processes = [
-            context.Process(target=self._work, args=(rank, store, self._jobs[rank], self._results), daemon=True)
+            context.Process(target=_begin, args=(self._work, rank, store, self._jobs[rank], self._results), daemon=True)
             for rank in range(self._size)
         ]
         for process in self._processes:
