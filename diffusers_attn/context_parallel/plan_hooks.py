@@ -96,6 +96,12 @@ def _attention_hooks(
 
 
 def _not_understood(path: str, spec: object) -> AttentionProviderError:
+    words = _words(spec) if isinstance(spec, (list, tuple, Mapping)) else [spec]
+    if any(type(word).__module__.startswith("diffusers.") for word in words):
+        return AttentionProviderError(
+            f"the plan has {spec!r} for '{path}', which is in the words of diffusers. Here ContextParallelInput is "
+            "CPInput, and ContextParallelOutput is CPOutput, with the same arguments: import them from diffusers_attn."
+        )
     return AttentionProviderError(
         f"the plan has {spec!r} for '{path}'. Accepted are a dict of ParamId to "
         f"{', '.join(word.__name__ for word in _INPUTS)} (or, for nested arguments, lists and dicts of them), a "

@@ -153,6 +153,7 @@ class Streams:
                 f"a tensor {list(tensor.shape)} is to be {' and '.join(names)}, joined along dimension {dim}, and they "
                 f"are longer: {self._known()}. Was it split before?"
             )
+        self._check_not_a_shard(rest, length)
         self.shard_length(rest, length)
         runs, start = [], 0
         for each in names:
@@ -173,6 +174,17 @@ class Streams:
         if tensor.is_contiguous() and not _has_contiguous_strides(shard):
             return shard.clone(memory_format=torch.contiguous_format)
         return shard
+
+    def _check_not_a_shard(self, name: str, length: int) -> None:
+        """Raises AttentionProviderError where what is to be split is a rank's shard already. On all ranks, since all
+        know all sizes."""
+        known = self.lengths.get(name, length)
+        if length != known and length in self.shards((name,)).sizes:
+            raise AttentionProviderError(
+                f"'{name}' was split before in this forward, from {known} tokens, and what is to be split now has "
+                f"{length}, as many as a rank's shard. Split it once: of blocks that pass it on, name the first alone "
+                "('blocks.0', not 'blocks.*')."
+            )
 
     def _split_flattened(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
         length = self._known_length(name) if isinstance(name, str) else 0

@@ -132,9 +132,9 @@ def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[s
         reasons = "".join(f"{reason} " for reason in map(uncovered, components.values()) if reason is not None)
         raise AttentionProviderError(
             f"{type(pipeline).__name__} has nothing to split: its components are "
-            f"{', '.join(f'{name} ({type(each).__name__})' for name, each in components.items())}, and there are plans "
-            f"for {', '.join(list_cp_plans())}. {reasons}Register one for its transformer's class (register_cp_plan), "
-            "or pass plan=..."
+            f"{', '.join(f'{name} ({type(each).__name__})' for name, each in components.items())}, and none of these "
+            f"classes has a plan (diffusers_attn.list_cp_plans() names those that do). {reasons}docs/writing_plans.md "
+            "shows how one is written: register it for the transformer's class (register_cp_plan), or pass plan=..."
         )
     classes = {type(target.model).__name__ for target in targets.values()}
     if plan is not None and len(classes) > 1:

@@ -45,10 +45,9 @@ def get_cp_plan(model: Any) -> Plan:
                 f"register_cp_plan({type(model).__name__!r}, {{...}})."
             )
     raise AttentionProviderError(
-        f"no context-parallel plan is registered for {type(model).__name__}. There are plans for "
-        f"{', '.join(list_cp_plans())}. Pass one (plan=...), or register it: "
-        f"register_cp_plan({type(model).__name__!r}, {{...}}); the docstring of "
-        "diffusers_attn.cp_plans.plan shows how one is written."
+        f"no context-parallel plan is registered for {type(model).__name__}, and diffusers_attn.list_cp_plans() names "
+        "the classes that have one. docs/writing_plans.md shows how one is written; then pass it (plan=...), or "
+        f"register it: register_cp_plan({type(model).__name__!r}, {{...}})."
     )
 
 

@@ -19,12 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..context_parallel.config import ContextParallelConfig
 from ..context_parallel.hooks import applied_streams
+from ..context_parallel.mesh import ALONE, ContextParallelMesh
+from ..context_parallel.plan_hooks import hooks_of
+from ..context_parallel.streams import Streams
+from ..context_parallel.submodules import submodules
 from ..context_parallel.targets import unwrapped
 from ..errors import AttentionProviderError
 from ..providers.catalog import AttentionProvider
 from ..providers.registry import provider_name
-from .plan import Plan
+from .plan import Plan, entries
+from .plan_check import check_streams
 from .registry import get_cp_plan
 from .verify_rank import IN_RANK, STRATEGIES, UNEXCHANGED, Job
 from .verify_report import CPPlanReport, Strategy
@@ -71,8 +77,8 @@ def verify_cp_plan(
         A report: print it, or look at `ok`, `parting` and `strategies`; `raise_if_wrong()` raises.
 
     Raises:
-        AttentionProviderError: the model has no plan, or a plan applied to it, or cannot be sent to other processes; an
-            argument that is not accepted.
+        AttentionProviderError: the model has no plan, or a plan applied to it, or cannot be sent to other processes; a
+            plan that does not fit the model; an argument that is not accepted. Before any process starts.
     """
     if IN_RANK in os.environ:
         raise AttentionProviderError(
@@ -92,6 +98,7 @@ def verify_cp_plan(
             "disable_context_parallel) first."
         )
     plan = get_cp_plan(model) if plan is None else plan
+    _check_plan(model, plan)  # here, where an error is one line, and not in every process
     # Not by the method of diffusers' models, which warns of what it does.
     copied = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32).eval()
     with tempfile.TemporaryDirectory(prefix="verify_cp_plan-") as name:
@@ -104,6 +111,21 @@ def verify_cp_plan(
         (folder / "job").write_bytes(pickle.dumps(job))
         ended = _run(folder, job)
         return _report(folder, job, type(model).__name__, ended)
+
+
+def _check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raises AttentionProviderError where `plan` names modules or arguments that the model does not have, or streams
+    that nothing splits, or has something that is no word of a plan."""
+    if not isinstance(plan, Mapping):
+        raise AttentionProviderError(
+            f"plan is a {type(plan).__name__}; a dict is accepted, from names of modules to what happens there: "
+            '{"blocks.0": {ParamId("hidden_states"): CPInput(1)}, "proj_out": CPOutput(1)}.'
+        )
+    streams = Streams(ContextParallelMesh(ContextParallelConfig(), ALONE, ALONE))
+    for path, spec in entries(plan):
+        for module in submodules(model, path):
+            list(hooks_of(module, path, spec, streams))  # functions that would set hooks; making them reads the plan
+    check_streams(plan)
 
 
 def _on_cpu(value: Any) -> Any:

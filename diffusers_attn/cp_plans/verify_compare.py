@@ -1,9 +1,9 @@
 """A model's modules, call by call, in one process and on one of several ranks: what each gave, and the first that
 differs.
 
-The outputs of a module on a rank are compared as what they are by their shape: whole, or this rank's shard of one
-sequence or of several that are joined. Modules are compared in the order in which they end, so that the first one that
-differs is the innermost.
+What a module is given and gives on a rank is compared as what it is by its shape: whole, or this rank's shard of one
+sequence or of several that are joined. Inputs are compared when a module begins, outputs when it ends. So what differs
+first is either a module that made a wrong output of right inputs, or the code of the module around it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..context_parallel.sharding import Shards, take
 from ..context_parallel.streams import Streams
+from ..errors import AttentionProviderError
 from .verify_report import Argument, Parting
 
 MIXES = ("GroupNorm", "InstanceNorm", "BatchNorm", "Conv", "Pool")
@@ -51,8 +52,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 class Call(NamedTuple):
     """A call of a module in one process."""
 
-    inputs: dict[str, tuple[int, ...]]
-    """shapes of its tensors, by name."""
+    inputs: dict[str, Tensor]
+    """its tensors, by name."""
     outputs: list[Tensor]
 
 
@@ -62,11 +63,18 @@ class Watch:
     Args:
         model: whose modules.
         ended: called with (name, number of the call, inputs by name, output) whenever one has ended.
+        began: called with (name, number of the call, inputs by name) whenever one begins.
     """
 
-    def __init__(self, model: nn.Module, ended: Callable[[str, int, dict[str, Tensor], Any], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ended: Callable[[str, int, dict[str, Tensor], Any], None],
+        began: Callable[[str, int, dict[str, Tensor]], None] | None = None,
+    ) -> None:
         self._model = model
         self._ended = ended
+        self._began = began
         self.running: list[tuple[str, int, dict[str, Tensor]]] = []
         """the modules that are running, the innermost last; where one raises, it stays."""
 
@@ -91,7 +99,10 @@ class Watch:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             number = self._calls[name] = self._calls.get(name, -1) + 1
             placed = {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(args)}
-            self.running.append((name, number, _named({**placed, **kwargs})))
+            inputs = _named({**placed, **kwargs})
+            if self._began is not None:
+                self._began(name, number, inputs)
+            self.running.append((name, number, inputs))
 
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._ended(*self.running.pop(), output)
@@ -112,11 +123,13 @@ def record(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[tuple[str, in
     calls: dict[tuple[str, int], Call] = {}
 
     def ended(name: str, number: int, inputs: dict[str, Tensor], output: Any) -> None:
-        shapes = {each: tuple(tensor.shape) for each, tensor in inputs.items()}
-        # Copies, as models write into tensors.
-        calls[name, number] = Call(shapes, [tensor.detach().clone() for tensor in tensors_in(output)])
+        calls[name, number].outputs.extend(tensor.detach().clone() for tensor in tensors_in(output))
 
-    with Watch(model, ended):
+    def began(name: str, number: int, inputs: dict[str, Tensor]) -> None:
+        # Copies, as models write into tensors.
+        calls[name, number] = Call({each: tensor.detach().clone() for each, tensor in inputs.items()}, [])
+
+    with Watch(model, ended, began):
         return calls, run()
 
 
@@ -144,28 +157,41 @@ def compare(
         reached[0] += 1
         return of_call(query_len, key_len)
 
-    def parting(name: str, number: int, inputs: dict[str, Tensor], problem: str, raised: bool) -> Parting:
-        before = alone.get((name, number), Call({}, []))
-        arguments = tuple(
-            Argument(each, before.inputs.get(each), tuple(tensor.shape)) for each, tensor in inputs.items()
-        )
+    def parting(
+        name: str, number: int, inputs: dict[str, Tensor], problem: str, raised: Exception | None = None
+    ) -> Parting:
+        before = {each: tuple(tensor.shape) for each, tensor in alone.get((name, number), Call({}, [])).inputs.items()}
+        arguments = tuple(Argument(each, before.get(each), tuple(tensor.shape)) for each, tensor in inputs.items())
         cls = type(model.get_submodule(name))
         routed = reached[0] > 0 if name in attention else None
         hint = _hint(name, cls.__name__, arguments, last if name == "" else "", streams, routed, raised)
         return Parting(name, cls.__name__, number, rank, problem, arguments, last, hint)
 
+    def began(name: str, number: int, inputs: dict[str, Tensor]) -> None:
+        """The code of the module around this one made what it is given."""
+        if found or not watch.running or (name, number) not in alone:
+            return
+        for each, tensor in inputs.items():
+            whole = alone[name, number].inputs.get(each)
+            error = 0.0 if whole is None else _error(tensor, whole, streams)
+            if error > tolerance:
+                around = watch.running[-1]
+                problem = f"what it gives '{name}' as {each} differs by {error:.1e} (relative)"
+                found.append((ended_count, parting(*around, problem)))
+                return
+
     def ended(name: str, number: int, inputs: dict[str, Tensor], output: Any) -> None:
         nonlocal ended_count, last
         problem = _difference(name, tensors_in(output), alone.get((name, number)), streams, tolerance)
         if problem and not found:
-            found.append((ended_count, parting(name, number, inputs, problem, False)))
+            found.append((ended_count, parting(name, number, inputs, problem)))
         ended_count += 1
         last = name
         if name in attention:
             reached[0] = 0
 
     streams.attention = counting  # type: ignore[method-assign]
-    watch = Watch(model, ended)
+    watch = Watch(model, ended, began)
     try:
         with watch:
             return run(), found[0] if found else None, None
@@ -173,7 +199,7 @@ def compare(
         if not found and watch.running:
             name, number, inputs = watch.running[-1]
             problem = f"{type(error).__name__}: {error}"
-            found.append((ended_count, parting(name, number, inputs, problem, True)))
+            found.append((ended_count, parting(name, number, inputs, problem, error)))
         return None, found[0] if found else None, error
     finally:
         del streams.attention
@@ -192,11 +218,15 @@ def _difference(name: str, found: list[Tensor], alone: Call | None, streams: Str
         )
         if name == "" and here.shape != whole.shape:
             return f"{what} is {shapes}: not whole"
-        parts = list(_parts(here, whole, streams))
-        error = min((relative_error(here, part) for part in parts), default=0.0)
+        error = _error(here, whole, streams)
         if error > tolerance:
             return f"{what} {shapes}, differs by {error:.1e} (relative)"
     return ""
+
+
+def _error(here: Tensor, whole: Tensor, streams: Streams) -> float:
+    """The relative error of this rank's tensor; 0.0 where its shape does not tell which part of the whole it is."""
+    return min((relative_error(here, part) for part in _parts(here, whole, streams)), default=0.0)
 
 
 def _parts(here: Tensor, whole: Tensor, streams: Streams) -> Iterator[Tensor]:
@@ -246,9 +276,10 @@ def _hint(
     before: str,
     streams: Streams,
     routed: bool | None,
-    raised: bool,
+    raised: Exception | None,
 ) -> str:
-    """What it looks like. Only shapes are known, so this names what to look at first."""
+    """What it looks like. Only shapes are known, so this names what to look at first. Empty where an error of this
+    library says what to do, and no input that is whole explains it."""
     shards = [each for each in inputs if each.whole is not None and each.whole != each.here]
     lengths = set(streams.lengths.values())
     lengths |= {whole for each in shards for whole, here in zip(each.whole or (), each.here) if whole != here}
@@ -259,12 +290,15 @@ def _hint(
     ]
     names = ", ".join(each.name for each in rest)
     wrong = [each for each in shards if not any(part in lengths for part in _cut_lengths(each))]
+    if isinstance(raised, AttentionProviderError) and not (rest and shards):
+        return ""
     if not name:
         return (
             f"hint: '{before}' is the last module before, and what the model makes of its output needs all tokens: "
-            f'gather there, "{before}": CPOutput(...).'
+            f'gather there, "{before}": CPOutput(...)'
+            + (", or split what its output is combined with." if raised is not None else ".")
         )
-    if routed is False and not raised and shards:
+    if routed is False and raised is None and shards:
         return (
             "hint: none of its attention went through a provider, so that it saw this rank's tokens and took them for "
             "all. Set its processor (set_attention_provider), or have it call attention_dispatch."
@@ -276,7 +310,7 @@ def _hint(
             f"hint: {names} {_is(rest)} whole beside {', '.join(each.name for each in shards)}, of which this rank has "
             f"its part. Split {_it(rest)} as well, where given or behind the module that makes {_it(rest)}: CPInput."
         )
-    if wrong or (raised and shards and not rest):
+    if wrong or (raised is not None and shards and not rest):
         given = ", ".join(each.name for each in wrong or shards)
         return (
             f"hint: is {given} split along the dimension of its tokens? See split_dim and expected_dims of its CPInput."

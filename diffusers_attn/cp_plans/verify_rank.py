@@ -29,6 +29,7 @@ from ..context_parallel.mesh import ContextParallelMesh
 from ..context_parallel.sharding import Shards, gather
 from ..context_parallel.submodules import submodules
 from ..dispatch import attention_dispatch
+from ..errors import AttentionProviderError
 from ..lifeline import end_with_parent
 from ..scope import attention_provider
 from .plan import CPAttention, Plan
@@ -94,7 +95,6 @@ def _routed(job: Job) -> Iterator[None]:
 
 def _bind(model: nn.Module, provider: str) -> None:
     """Only where there is something to bind: other models call attention_dispatch themselves, or are found out."""
-    from ..errors import AttentionProviderError
     from ..processors import set_attention_provider
 
     with contextlib.suppress(AttentionProviderError):
@@ -212,8 +212,9 @@ def main() -> None:
         )
         work(job, model, inputs, rank, folder, _mesh)
         code = 0
-    except BaseException:
-        _write(folder, "crash", rank, traceback.format_exc())
+    except BaseException as error:
+        said = isinstance(error, AttentionProviderError)  # then it is for the user, who can do nothing with our lines
+        _write(folder, "crash", rank, f"{type(error).__name__}: {error}" if said else traceback.format_exc())
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

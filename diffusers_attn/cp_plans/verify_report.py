@@ -41,13 +41,15 @@ class Parting:
     after: str
     """the module that ended last before; "" for none."""
     hint: str
+    """what to look at first; "" where the problem says it."""
 
     def __str__(self) -> str:
         name = f"'{self.module}' ({self.cls})" if self.module else f"the model's own forward ({self.cls})"
         times = f", call {self.call + 1}" if self.call else ""
         after = f", after '{self.after}'" if self.after else ""
         given = "; ".join(map(str, self.inputs)) or "no tensors"
-        return f"first parts at {name}{times}{after}, on rank {self.rank}: {self.problem}\ngiven: {given}\n{self.hint}"
+        hint = f"\n{self.hint}" if self.hint else ""
+        return f"first parts at {name}{times}{after}, on rank {self.rank}: {self.problem}\ngiven: {given}{hint}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,12 @@ import time
 
 import pytest
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import nn
 
-from diffusers_attn import AttentionProviderError, get_cp_plan, verify_cp_plan
+from diffusers_attn import AttentionProviderError, get_cp_plan, list_cp_plans, verify_cp_plan
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
-from diffusers_attn.cp_plans.verify import _report
+from diffusers_attn.cp_plans.verify import _check_plan, _report
 from diffusers_attn.cp_plans.verify_rank import STRATEGIES, Job, work
 from examples import writing_plans
 from tests.zoo import CASES
@@ -194,6 +195,50 @@ def test_attention_outside_of_any_provider(verify):
     assert verify("small", PLAN, Small(Attention, Attention), replace_sdpa=True, gradients=True).ok
 
 
+class Projected(nn.Module):
+    """Attention that is spelled out, of a class that has no processor, with a layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv, self.to_out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
+        return self.to_out((query @ key.mT * WIDTH**-0.5).softmax(dim=-1) @ value)
+
+
+class Centred(Small):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states = hidden_states + block(hidden_states)
+        return self.proj_out(hidden_states - hidden_states.mean(dim=1, keepdim=True))
+
+
+class Chained(Small):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return self.proj_out(hidden_states)
+
+
+def test_the_code_around_a_layer_is_blamed_and_not_the_layer(verify):
+    """What a layer is given is wrong already."""
+    report = verify("small", PLAN, Small(Projected), strategies=("ulysses",))
+    assert report.parting.module == "blocks.0" and "what it gives 'blocks.0.to_out'" in str(report), str(report)
+    report = verify("centred", PLAN, Centred(Attention), replace_sdpa=True, strategies=("ulysses",))
+    assert report.parting.module == "" and "what it gives 'proj_out'" in str(report), str(report)
+    assert '"blocks.0": CPOutput' in report.parting.hint
+
+
+def test_an_error_that_says_what_to_do_has_no_hint_beside_it(verify):
+    plan = {**PLAN, "": {ParamId("hidden_states"): CPInput(1, 4)}}
+    report = str(verify("small", plan, Small(Attention), replace_sdpa=True))
+    assert "has 3 dimensions" in report and "Correct expected_dims" in report and "hint" not in report
+    twice = {"blocks.*": {ParamId("hidden_states"): CPInput(1, 3)}, "proj_out": CPOutput(1, 3)}
+    report = str(verify("chained", twice, Chained(Attention, Attention), replace_sdpa=True))
+    assert "was split before in this forward" in report and "not 'blocks.*'" in report and "hint" not in report
+
+
 def test_a_statistic_over_tokens(verify):
     report = verify("small", PLAN, Small(Attention, OverTokens), replace_sdpa=True)
     assert report.parting.module == "blocks.1.norm" and "a statistic, a convolution" in str(report)
@@ -292,9 +337,38 @@ def test_a_class_of_the_script(tmp_path):
     assert "Mine under its plan on 2 processes: right" in run.stdout, run.stdout + run.stderr
 
 
+WRONG_PLANS = {
+    "a module that is not there": ({**PLAN, "proj": CPOutput(1)}, "has no 'proj'"),
+    "an argument that is not there": ({"": {ParamId("hidden_state"): CPInput(1)}}, "names argument 'hidden_state'"),
+    "a stream that nothing splits": (
+        {"": {ParamId("hidden_states"): CPInput(1, stream="image")}, "blocks.0": CPAttention(("imgae",))},
+        "Did you mean 'image'",
+    ),
+    "diffusers' words": (
+        {"": {"hidden_states": ContextParallelInput(split_dim=1)}, "proj_out": ContextParallelOutput(gather_dim=1)},
+        "ContextParallelInput is CPInput",
+    ),
+    "no dict": ([PLAN], "plan is a list"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PLANS)
+def test_a_plan_that_does_not_fit_the_model_is_found_before_any_process_starts(name, monkeypatch):
+    plan, message = WRONG_PLANS[name]
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(AttentionProviderError, match=message):
+        verify_cp_plan(Small(Attention), small_inputs(), plan)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, case in CASES.items() if case.model_class in list_cp_plans()))
+def test_plans_that_ship_pass_that_check(name):
+    model = CASES[name].build()
+    _check_plan(model, get_cp_plan(model))
+
+
 def test_what_is_refused(pool):
     model = Small(Attention)
-    with pytest.raises(AttentionProviderError, match="no context-parallel plan"):
+    with pytest.raises(AttentionProviderError, match="no context-parallel plan.*docs/writing_plans.md"):
         verify_cp_plan(model, small_inputs())
     with pytest.raises(AttentionProviderError, match="'ulyses'.*'ulysses', 'gather', 'ring'"):
         verify_cp_plan(model, small_inputs(), PLAN, strategies=["ulyses"])
