@@ -9,6 +9,8 @@ noise that every rank drew by itself, which gives a picture made of pieces of se
 2. Where digests differ, the ranks exchange what they were made of, and all raise the same error, naming arguments.
 3. Otherwise the first rank's tensors go to the others, in one message ("broadcast"). Or fingerprints of their values
    were in the digests already ("check"); reading those is the one thing for which a host waits for its device.
+   The first rank, and every rank in "check", goes on with the tensor objects that it was given. The others are given
+   the same memory for the same input every time (`received.py`), since caches know an input by its address.
 
 Where a model's forward is recorded as CUDA graphs, ranks also agree on what is.
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from ..errors import AttentionProviderError
 from .mesh import ContextParallelMesh, Group
 from .nested import like, updated
+from .received import Received
 
 MODES = ("broadcast", "check", "trust")
 _COLLECTIVES = torch.ops._c10d_functional
@@ -94,6 +97,7 @@ class Agreement:
         self.names = list(inspect.signature(module.forward).parameters)
         self.compared = False
         """whether tensors that are about to be replaced were compared: once, to tell the user of unseeded noise."""
+        self.received = Received()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _named(self.names, args, kwargs)
@@ -110,18 +114,27 @@ class Agreement:
             if standing is not None:
                 found.said.append(f"what is recorded of the model: {standing()}")
             compare, self.compared = self.mode == "broadcast" and not self.compared, True
-        answer = torch.ops.diffusers_attn.agree(
+        call = (
             found.sent, [tensor.detach() for tensor in found.watched], found.integers, found.floats,
             "\n".join(found.names), "\n".join(found.watched_names), "\n".join(found.said), self.links,
             self.mode == "check", compare,
         )  # fmt: skip
-        # The compiler drops what nothing depends on. What is kept as it is comes after the answer, so to speak.
-        watched = [tensor + answer[0] for tensor in found.watched] if torch.compiler.is_compiling() else found.watched
+        if torch.compiler.is_compiling():
+            zero, *sent = torch.ops.diffusers_attn.agree(*call)
+            # The compiler drops what nothing depends on. What is kept as it is comes after the answer, so to speak.
+            watched = [tensor + zero for tensor in found.watched]
+        else:
+            sent, watched = self._kept(found.sent, _values(*call)), found.watched
         # The same order again: each takes the place of one that was found.
-        places = iter(answer[1:]), iter(watched)
+        places = iter(sent), iter(watched)
         new = {name: value if name in self.caches else _replaced(value, *places) for name, value in given}
         new_args = [new[name] for name, _ in given[: len(args)]]
         return tuple(new_args), {name: new[name] for name in kwargs}
+
+    def _kept(self, own: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        """Tensors with these values: the very ones that this rank has, where the values are its own."""
+        self.received.forget()
+        return [mine if mine is each else self.received.keep(mine, each) for mine, each in zip(own, values)]
 
 
 class _Found(NamedTuple):
@@ -195,7 +208,33 @@ def _replaced(value: Any, sent: Iterator[Tensor], watched: Iterator[Tensor]) -> 
     return updated(value, new) if isinstance(value, Mapping) else like(value, [new[key] for key, _ in items])
 
 
-# One operator, opaque to the compiler: all that depends on other ranks happens within it, compiled or not.
+def _values(
+    sent: Sequence[Tensor],
+    watched: Sequence[Tensor],
+    integers: Sequence[int],
+    floats: Sequence[float],
+    names: str,
+    watched_names: str,
+    said: str,
+    links: str,
+    check: bool,
+    compare: bool,
+) -> list[Tensor]:
+    """The first rank's `sent`. Where that is known to be this rank's, or is to be checked and is, its own tensors.
+
+    Raises:
+        AttentionProviderError: the ranks were given different inputs. On all of them.
+    """
+    device, host = ([Group(*group) for group in groups] for groups in json.loads(links))
+    call = _described(sent, watched, integers, floats, names, watched_names, said, check)
+    if _differ(call, host):
+        raise _different(_everyone(call, host))
+    if compare:
+        _report({name: _fingerprint(tensor) for name, tensor in zip(names.split("\n"), sent)}, host)
+    return list(sent) if check else _of_first_rank(sent, device, host)
+
+
+# One operator, opaque to the compiler: all that depends on other ranks happens within it.
 @torch.library.custom_op("diffusers_attn::agree", mutates_args=())
 def _agree(
     sent: Sequence[Tensor],
@@ -209,24 +248,14 @@ def _agree(
     check: bool,
     compare: bool,
 ) -> list[Tensor]:
-    """A zero, for others to depend on, and the first rank's `sent`; or copies of this rank's, if it is to `check` that
-    they are the same.
-
-    Raises:
-        AttentionProviderError: the ranks were given different inputs. On all of them.
-    """
-    device, host = ([Group(*group) for group in groups] for groups in json.loads(links))
-    call = _described(sent, watched, integers, floats, names, watched_names, said, check)
-    if _differ(call, host):
-        raise _different(_everyone(call, host))
-    if compare:
-        _report({name: _fingerprint(tensor) for name, tensor in zip(names.split("\n"), sent)}, host)
-    return [torch.zeros(()), *([tensor.clone() for tensor in sent] if check else _of_first_rank(sent, device, host))]
+    """A zero, for others to depend on, and copies of what `_values` returns."""
+    values = _values(sent, watched, integers, floats, names, watched_names, said, links, check, compare)
+    return [torch.zeros(()), *(torch.empty_like(mine).copy_(each) for mine, each in zip(sent, values))]
 
 
 @_agree.register_fake
 def _(sent, watched, integers, floats, names, watched_names, said, links, check, compare):  # type: ignore[no-untyped-def]
-    return [torch.zeros(()), *(torch.empty_like(t) if check else t.new_empty(t.shape) for t in sent)]
+    return [torch.zeros(()), *map(torch.empty_like, sent)]
 
 
 def _described(
@@ -338,17 +367,19 @@ def _report(fingerprints: dict[str, str], groups: Sequence[Group]) -> None:
 
 
 def _of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Sequence[Group]) -> list[Tensor]:
-    """The first rank's tensors, of the same shapes and dtypes, in one message for each kind of memory."""
-    received = [tensor.new_empty(tensor.shape) for tensor in tensors]
+    """The first rank's tensors, of the same shapes and dtypes, in one message for each kind of memory. On the first
+    rank, and where there is nothing to send, they are `tensors` themselves."""
+    first, values = all(group.rank == 0 for group in host), list(tensors)
     for on_device in (False, True):
         # A host's memory is the device of a model on CPUs.
         mine = [i for i, tensor in enumerate(tensors) if (tensor.device.type != "cpu") == on_device and tensor.numel()]
         if not mine:
             continue
+        mine.sort(key=lambda i: -tensors[i].element_size())  # each then begins at a multiple of its size
         message = torch.cat([_bytes(tensors[i]) for i in mine])
         for group in device if on_device else host:
             message = _COLLECTIVES.wait_tensor(_COLLECTIVES.broadcast(message, 0, group.name))
         parts = message.split([tensors[i].numel() * tensors[i].element_size() for i in mine])
         for i, part in zip(mine, parts):
-            received[i].view(-1).view(torch.uint8).copy_(part)
-    return received
+            values[i] = tensors[i] if first else part.view(tensors[i].dtype).view(tensors[i].shape)
+    return values
