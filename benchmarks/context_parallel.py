@@ -110,7 +110,9 @@ class Variant:
         if strategy.side == "auto":
             provider = None if self.provider == "auto" else self.provider
             return str(
-                diffusers_attn.enable_context_parallel(self.model, provider=provider, inputs="trust", verbose=False)
+                diffusers_attn.enable_context_parallel(
+                    self.model, provider=provider, inputs=strategy.inputs, verbose=False
+                )
             )
         diffusers_attn.set_attention_provider(self.model, self.provider)
         if strategy.side == "single":

@@ -17,6 +17,8 @@ class Strategy(NamedTuple):
     """whether the step is recorded as a CUDA graph."""
     one_call: bool | None = None
     """whether compiled attention awaits all keys, where that is not left to the library."""
+    inputs: str = "trust"
+    """of `auto`: what `enable_context_parallel` does about inputs that differ between ranks."""
     sends: bool = True
     """False: by copy engines nothing is sent and nobody waits. Results are wrong; it tells what an exchange costs."""
 
@@ -35,7 +37,8 @@ STRATEGIES = {
     "unified-ring": Strategy("ours", ring=2, ulysses=2, rotate_method="alltoall"),
     "unified-gather": Strategy("ours", ring=2, ulysses=2),
     "auto": Strategy("auto"),
+    "defaults": Strategy("auto", inputs="broadcast"),
 }
-USUAL = [name for name, each in STRATEGIES.items() if each.one_call is None and each.sends and name != "auto"]
+USUAL = [name for name, each in STRATEGIES.items() if each.one_call is None and each.sends and each.side != "auto"]
 GRAPH = "+graph"
 STRATEGIES |= {name + GRAPH: strategy._replace(in_graph=True) for name, strategy in STRATEGIES.items()}
