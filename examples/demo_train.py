@@ -102,7 +102,7 @@ def main() -> None:
         steps=args.steps,
         learning_rate=3e-3,
         lr_schedule="cosine",
-        lr_warmup_steps=10,
+        lr_warmup_steps=min(10, args.steps),
         timestep_sampling="uniform",
         checkpoint_every=0,
         log_every=10,

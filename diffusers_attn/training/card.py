@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
+from .errors import TrainingError
 from .families import Family
 from .lora import IN_DIFFUSERS_FORMAT
 from .validation import Sample
@@ -77,6 +78,37 @@ pipe = {pipeline}.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 | --- | --- |
 {rows}
 {f"{chr(10)}| prompt | drawn |{chr(10)}| --- | --- |{chr(10)}{gallery}{chr(10)}" if gallery else ""}"""
+
+
+def check_push(config: TrainConfig) -> None:
+    """Raises TrainingError where an upload would be refused: no token, a wrong one, or a name that the Hub has not.
+
+    A Hub that does not answer now may answer when training is done, and is not asked twice.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    name = config.hub_model_id or config.output.name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise TrainingError(
+            f"--push_to_hub: {name!r} is no name of a repository. {error} Give --hub_model_id."
+        ) from error
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise TrainingError("--push_to_hub with HF_HUB_OFFLINE=1: nothing could be uploaded. Leave one of them out.")
+    if huggingface_hub.get_token() is None:
+        raise TrainingError("--push_to_hub without a token: log in, `hf auth login`, or set HF_TOKEN.")
+    try:
+        huggingface_hub.HfApi().whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise TrainingError(
+                "--push_to_hub: the Hub refuses the token. Log in anew, `hf auth login`, or set another HF_TOKEN."
+            ) from error
+    except Exception:  # of the network
+        return
 
 
 def push(config: TrainConfig) -> str:

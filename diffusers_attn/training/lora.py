@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from .errors import TrainingError
 from .randomness import derived_seed
+from .words import option
 
 ADAPTER = "default"
 KINDS = ("lora", "rslora", "dora", "loha", "lokr")
 IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
 INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
+OF_MATRICES = ("orthogonal", "olora")
+"""initialisations for linear layers only."""
 
 
 def adapter_config(
@@ -48,7 +51,7 @@ def adapter_config(
         raise TrainingError(f"adapter={kind!r}: accepted are {', '.join(map(repr, KINDS))}.")
     if init not in INITIALISATIONS:
         raise TrainingError(f"adapter_init={init!r}: accepted are {', '.join(map(repr, INITIALISATIONS))}.")
-    names: Any = targets[0] if len(targets) == 1 and set(targets[0]) & set("*+()|[]^$") else list(targets)
+    names: Any = targets[0] if is_expression(targets) else list(targets)
     alpha = float(rank) if alpha is None else alpha
     if kind in IN_DIFFUSERS_FORMAT:
         return peft.LoraConfig(
@@ -64,6 +67,17 @@ def adapter_config(
         raise TrainingError(f"adapter_init={init!r} is for {', '.join(IN_DIFFUSERS_FORMAT)}, not for adapter={kind!r}.")
     config = peft.LoHaConfig if kind == "loha" else peft.LoKrConfig
     return config(r=rank, alpha=alpha, target_modules=names, rank_dropout=0.0, module_dropout=dropout)  # type: ignore[arg-type]
+
+
+def is_expression(targets: Sequence[str]) -> bool:
+    """Whether `targets` is one regular expression for whole names, and not names or ends of them."""
+    return len(targets) == 1 and bool(set(targets[0]) & set("*+?()|[]{}^$\\"))
+
+
+def linear_layers(transformer: nn.Module) -> list[str]:
+    """The ends of their names, as targets are given: "to_q", "to_out.0"."""
+    names = (name.split(".") for name, each in transformer.named_modules() if isinstance(each, nn.Linear))
+    return sorted({".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1] for parts in names})
 
 
 def add_adapter(transformer: nn.Module, config: Any, seed: int) -> list[nn.Parameter]:
@@ -85,9 +99,11 @@ def add_adapter(transformer: nn.Module, config: Any, seed: int) -> list[nn.Param
         try:
             transformer.add_adapter(config, ADAPTER)  # type: ignore[operator]
         except ValueError as error:
-            names = {name.split(".")[-1] for name, each in transformer.named_modules() if isinstance(each, nn.Linear)}
+            targets = config.target_modules
+            targets = targets if isinstance(targets, str) else sorted(targets)
             raise TrainingError(
-                f"targets={config.target_modules}: {error} Its linear layers end in {', '.join(sorted(names))}."
+                f"{option('targets', targets)}: {error} Its linear layers end in "
+                f"{', '.join(linear_layers(transformer))}."
             ) from error
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from .errors import TrainingError
+from .families import family_class
+from .words import option
 
 
 def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks: Any, local_main: bool) -> Any:
@@ -22,11 +24,13 @@ def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks
         ranks: all processes; of each machine's, the one with `local_main` downloads first.
 
     Raises:
-        TrainingError: it cannot be loaded, or has no transformer.
+        TrainingError: it cannot be loaded, has no transformer, or is of a class that is not trained; the last before
+            any weights are read.
     """
     from diffusers import DiffusionPipeline
 
     def load() -> Any:
+        _check_class(model, revision)
         return DiffusionPipeline.from_pretrained(
             model, revision=revision, dtype={"vae": torch.float32, "default": dtype}
         )
@@ -36,20 +40,35 @@ def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks
         if turn == local_main:
             try:
                 pipeline = load()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError) as error:  # of which TrainingError is one
                 problem = error
         if ranks.any(problem is not None):  # and nobody waits for one that is not coming
+            if isinstance(problem, TrainingError):
+                raise problem
             raise TrainingError(
-                f"model={model!r} cannot be loaded: {problem or 'see the other processes'}"
+                f"{option('model', model)} cannot be loaded: {problem or 'see the other processes'}"
             ) from problem
     assert pipeline is not None
     if not isinstance(getattr(pipeline, "transformer", None), nn.Module):
-        raise TrainingError(f"model={model!r} is a {type(pipeline).__name__}, which has no transformer to train.")
+        raise TrainingError(
+            f"{option('model', model)} is a {type(pipeline).__name__}, which has no transformer to train."
+        )
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _check_class(model: str, revision: str | None) -> None:
+    """Raises TrainingError where the pipeline's index names classes that are not trained. Reads no weights."""
+    import diffusers
+
+    index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(model, revision=revision)
+    name, transformer = index.get("_class_name"), index.get("transformer")
+    pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if pipeline is not None and isinstance(transformer, (list, tuple)) and isinstance(transformer[-1], str):
+        family_class(pipeline, transformer[-1])
 
 
 def text_encoders(pipeline: Any) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ import torch
 from .errors import TrainingError
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+WITHOUT_WARMUP = ("constant",)
 
 
 class _Optimizer(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .card import push, write_card
 from .checkpoint import Checkpoints
+from .checks import check_optimizing, check_settings, check_trackers, check_with_model
 from .config import TrainConfig
 from .data.ranks import in_step
 from .draws import Draws
@@ -25,7 +26,7 @@ from .evaluation import evaluate
 from .families import family_of
 from .lora import adapter_config, adapter_weights, add_adapter, save_adapter, trained_parameters
 from .models import drop_text_encoders, load_pipeline
-from .optim import check_optimizer, make_optimizer, make_schedule
+from .optim import make_optimizer, make_schedule
 from .parallel import TrainingParallel, check_trainable
 from .prepare import make_loader, prepare_data
 from .progress import Progress
@@ -66,7 +67,7 @@ class Trainer:
     def _check(self) -> None:
         """All that can be refused before a model is loaded."""
         config = self.config
-        check_optimizer(config.optimizer)
+        check_optimizing(config, self.device)
         if config.attn_provider is not None:
             check_trainable(config.attn_provider, self.device.type, parts=self.parallel.cp_degree > 1)
         if config.adapter_dropout and self.parallel.cp_degree > 1:
@@ -74,6 +75,7 @@ class Trainer:
                 f"adapter_dropout={config.adapter_dropout} with cp_degree={self.parallel.cp_degree}: processes that "
                 "share a sequence would drop different parts of what all of them hold. Set one of them to 0 or 1."
             )
+        in_step(self.ranks, [None] if self.main else [], lambda _: check_settings(config), "checking the settings")
         self.checkpoints.find(config.resume)
         if config.resume is None and self.checkpoints.steps():
             raise TrainingError(
@@ -132,6 +134,7 @@ class Trainer:
             pipeline, shift=config.shift, guidance=config.guidance, max_sequence_length=config.max_sequence_length
         )
         self.sampling = config.timestep_sampling or self.family.objective.sampling
+        check_with_model(config, self.family, self._adapter_config())
         self.prepared = prepare_data(config, self.family, self.parallel, self.device)
         self.validation = Validation(config, self.family, self.prepared.bucket, self.device)
         drop_text_encoders(pipeline)
@@ -162,7 +165,7 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.parameters = list(trained_parameters(self.model).values())
         schedule = make_schedule(
-            config.lr_schedule, self.optimizer.optimizer, warmup_steps=config.lr_warmup_steps, steps=config.steps
+            config.lr_schedule, self.optimizer.optimizer, warmup_steps=config.warmup_steps, steps=config.steps
         )
         average = None if config.ema_decay is None else AdapterAverage(self.model, config.ema_decay)
         self.training = Training(self.model, self.optimizer.optimizer, schedule, average, loader)
@@ -318,6 +321,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     Raises:
         TrainingError: several processes were started and each found itself alone; or fp16.
     """
+    check_trackers(config.trackers)
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 

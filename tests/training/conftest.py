@@ -35,7 +35,8 @@ def settings_of(tmp_path_factory):
             made[name] = {"model": str(make_model(name, folder / name)), "data": str(data)}
         output = folder / f"run_{next(numbers)}"
         cache = str(folder / f"cache_{name}")
-        return {**COMMON, **SETTINGS[name], **made[name], "output_dir": str(output), "cache_dir": cache, **others}
+        found = {**COMMON, **SETTINGS[name], **made[name], "output_dir": str(output), "cache_dir": cache, **others}
+        return {**found, "lr_warmup_steps": min(found["lr_warmup_steps"], found["steps"])}
 
     return settings
 

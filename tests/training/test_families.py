@@ -27,7 +27,8 @@ def drawn():
     made = {}
     for name in FAMILIES:
         pipeline = _pipeline(name)
-        family = family_of(pipeline, max_sequence_length=16, guidance=3.5)
+        guided = {"guidance": 3.5} if pipeline.transformer.config.get("guidance_embeds") else {}
+        family = family_of(pipeline, max_sequence_length=16, **guided)
         calls = []
         handle = pipeline.transformer.register_forward_pre_hook(
             lambda module, args, kwargs, calls=calls: calls.append(kwargs), with_kwargs=True

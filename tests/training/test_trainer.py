@@ -164,7 +164,7 @@ def test_the_command_line():
     assert parsed == TrainConfig(model="m", data="d", resolution=[256, 512], gradient_checkpointing=False, rank=8)
     for arguments, message in (
         (["--data", "d"], "required: --model"),
-        (["--model", "m", "--data", "d", "--rank", "0"], "--rank=0: a whole number from 1"),
+        (["--model", "m", "--data", "d", "--rank", "0"], "--rank 0: whole numbers from 1"),
         (["--model", "m", "--data", "d", "--optimizer", "sgd"], "invalid choice: 'sgd'"),
         (["--model", "m", "--data", "d", "--ranks", "2"], "unrecognized arguments: --ranks"),
     ):

@@ -15,6 +15,18 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..loss import Objective
+from ..words import option
+
+FURTHER_INPUTS = {
+    "image_dim": "the embedding of a picture",
+    "added_kv_proj_dim": "the embedding of a picture",
+    "pos_embed_seq_len": "the embeddings of pictures",
+    "ofs_embed_dim": "an offset between frames",
+    "vace_layers": "a control video",
+    "guidance_embeds": "its guidance",
+}
+"""entries of a transformer's configuration: where one is set, what the forward takes besides latents, timestep and
+text."""
 
 
 class Family(abc.ABC):
@@ -23,7 +35,7 @@ class Family(abc.ABC):
     Args:
         pipeline: of diffusers, with text encoders and VAE, as long as something is to be encoded.
         shift: in place of the scheduler's, a number; None takes the scheduler's. Only for rectified flow.
-        guidance: what a model that was distilled from guidance is told.
+        guidance: what a model that was distilled from guidance is told; None is 1. Only for such models.
         max_sequence_length: tokens of text; None is the pipeline's own number.
     """
 
@@ -33,24 +45,97 @@ class Family(abc.ABC):
     text_length: ClassVar[int]
     """tokens of text, where a user says nothing."""
     guidance_argument: ClassVar[str] = "guidance_scale"
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """names of the pipeline classes that are served, with those derived from them; none is all."""
+    served_inputs: ClassVar[tuple[str, ...]] = ()
+    """those of `FURTHER_INPUTS` that `inputs` gives where the transformer takes them."""
+    prediction_type: ClassVar[str] = "flow_prediction"
+    """what the scheduler must take the model's output for, where its configuration says it."""
+    packed: ClassVar[int] = 1
+    """how many channels of a token come from one channel of the latents."""
 
     def __init__(
         self,
         pipeline: Any,
         *,
         shift: float | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         max_sequence_length: int | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.shift = shift
-        self.guidance = guidance
-        self.max_sequence_length = max_sequence_length or self.text_length
+        self._check_guidance(guidance)
+        self.guidance = 1.0 if guidance is None else guidance
+        self.max_sequence_length = self._text_length(max_sequence_length)
+        self._check_inputs()
         self.check()
         self.objective = self.make_objective()
 
     def check(self) -> None:  # noqa: B027 (most have nothing to check)
         """Raises TrainingError where this pipeline or these settings cannot be trained."""
+
+    def _check_inputs(self) -> None:
+        """Compares what transformer and scheduler expect with what `inputs` and `make_objective` give them.
+
+        Raises:
+            TrainingError: other channels, a further input, or another kind of prediction.
+        """
+        model, config = type(self.pipeline.transformer).__name__, self.config
+        takes, fed = config.get("in_channels"), self.fed_channels
+        if takes is not None and fed is not None and takes != fed:
+            raise TrainingError(
+                f"this {model} takes {takes} channels, and training feeds it {fed}, those of the VAE's latents: it is "
+                "made to be given something more, such as a picture, a mask or a control. Give a model that draws from "
+                f"text{self._served()}."
+            )
+        for name, what in FURTHER_INPUTS.items():
+            if config.get(name) and name not in self.served_inputs:
+                raise TrainingError(
+                    f"this {model} takes {what} (its {name} is {config[name]}), which training does not feed it. Give "
+                    f"a model that draws from text{self._served()}."
+                )
+        predicts = self.pipeline.scheduler.config.get("prediction_type", self.prediction_type)
+        if predicts != self.prediction_type:
+            raise TrainingError(
+                f"the scheduler's prediction_type is {predicts!r}, and {type(self).__name__} trains for "
+                f"{self.prediction_type!r}. Give a model with such a scheduler."
+            )
+
+    def _text_length(self, wanted: int | None) -> int:
+        limit = self.text_limit
+        if wanted is None:
+            return self.text_length if limit is None else min(self.text_length, limit)
+        if limit is not None and wanted > limit:
+            raise TrainingError(
+                f"{option('max_sequence_length', wanted)}: this {type(self.pipeline.transformer).__name__} takes up to "
+                f"{limit} tokens of text."
+            )
+        return wanted
+
+    @property
+    def text_limit(self) -> int | None:
+        """The most tokens of text that the transformer takes; None where it takes any number."""
+        limit: int | None = self.config.get("max_text_seq_length")
+        return limit
+
+    def _check_guidance(self, guidance: float | None) -> None:
+        if guidance is not None and not (
+            "guidance_embeds" in self.served_inputs and self.config.get("guidance_embeds")
+        ):
+            raise TrainingError(
+                f"{option('guidance', guidance)}: this {type(self.pipeline.transformer).__name__} is not told any "
+                "guidance, as only models are that were distilled from it, such as FLUX.1-dev. Leave it out."
+            )
+
+    def _served(self) -> str:
+        return f": a {' or '.join(self.pipelines)}" if self.pipelines else ""
+
+    @property
+    def fed_channels(self) -> int | None:
+        """Channels of what `inputs` gives the transformer; None where that cannot be said."""
+        vae = getattr(self.pipeline, "vae", None)
+        latents = None if vae is None else vae.config.get("latent_channels", vae.config.get("z_dim"))
+        return None if latents is None else latents * self.packed
 
     @property
     def config(self) -> Any:

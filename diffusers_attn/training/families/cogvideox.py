@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
 from ..loss import Objective, VPrediction
 from .base import Family
 
@@ -19,17 +18,11 @@ class CogVideoX(Family):
     kind = "video"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 226
+    pipelines = ("CogVideoXPipeline",)
+    prediction_type = "v_prediction"
 
     def check(self) -> None:
         self.refuse_shift()
-        if self.max_sequence_length > self.config.max_text_seq_length:
-            self.max_sequence_length = self.config.max_text_seq_length
-        if self.config.in_channels != self.pipeline.vae.config.latent_channels:
-            raise TrainingError(
-                f"this CogVideoX takes {self.config.in_channels} channels and its VAE has "
-                f"{self.pipeline.vae.config.latent_channels}: it continues pictures or videos. Accepted are those that "
-                "draw from text: CogVideoX-2b, CogVideoX-5b, CogVideoX1.5-5B."
-            )
 
     def make_objective(self) -> Objective:
         return VPrediction(self.pipeline.scheduler.alphas_cumprod)

@@ -22,6 +22,7 @@ class CogView4(Family):
     kind = "image"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 1024
+    pipelines = ("CogView4Pipeline",)
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(pipeline, **options)

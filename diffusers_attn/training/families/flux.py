@@ -18,6 +18,9 @@ class Flux(Family):
     kind = "image"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_length = 512
+    pipelines = ("FluxPipeline",)
+    served_inputs = ("guidance_embeds",)
+    packed = 4
 
     def make_objective(self) -> Objective:
         fixed = self.shift

@@ -19,6 +19,7 @@ class Wan(Family):
     kind = "video"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 512
+    pipelines = ("WanPipeline",)
 
     def check(self) -> None:
         if getattr(self.pipeline, "transformer_2", None) is not None:

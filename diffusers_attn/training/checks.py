@@ -1,0 +1,237 @@
+"""What can be refused in seconds, before hours of encoding and training: with nothing but the settings, and with the
+model as soon as it is loaded."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .card import check_push
+from .config import TrainConfig
+from .data.buckets import check_frames
+from .data.errors import TrainingDataError
+from .errors import TrainingError
+from .families import Family
+from .lora import OF_MATRICES, add_adapter, is_expression, linear_layers
+from .optim import make_optimizer, make_schedule
+from .prepare import buckets_of
+from .words import option
+
+# ---- Without the model
+
+
+def check_trackers(names: Sequence[str] | None) -> None:
+    """Raises TrainingError for a tracker that Accelerate does not have, or whose package is missing. (Accelerate itself
+    leaves out the latter, silently.)"""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = {str(getattr(each, "value", each)) for each in get_available_trackers()}
+    for name in names:
+        if name != "all" and name not in LOGGER_TYPE_TO_CLASS:
+            raise TrainingError(f"{option('trackers', name)}: accepted are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
+        if name in LOGGER_TYPE_TO_CLASS and name not in installed and not _is_registered(LOGGER_TYPE_TO_CLASS[name]):
+            raise TrainingError(f"{option('trackers', name)}: its package is not installed: pip install {name}")
+
+
+def _is_registered(tracker: type) -> bool:
+    """By a user, and not one of Accelerate's own."""
+    return not tracker.__module__.startswith("accelerate.")
+
+
+def check_optimizing(config: TrainConfig, device: torch.device) -> None:
+    """Takes one step with the optimizer, and looks at the learning rate over the run, on a parameter that counts for
+    nothing.
+
+    Raises:
+        TrainingError: they do not take these settings, or do not work on this device.
+    """
+    parameter = nn.Parameter(torch.zeros(64, 64, device=device))
+    try:
+        optimizer = make_optimizer(
+            config.optimizer,
+            [parameter],
+            learning_rate=config.learning_rate,
+            betas=(config.adam_betas[0], config.adam_betas[1]),
+            weight_decay=config.weight_decay,
+            eps=config.adam_eps,
+        )
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    except TrainingError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"{option('optimizer', config.optimizer)} does not work on {device}: {error}") from error
+    try:
+        schedule = make_schedule(config.lr_schedule, optimizer, warmup_steps=config.warmup_steps, steps=config.steps)
+        for rate in schedule.lr_lambdas:
+            for step in (0, config.warmup_steps, config.steps - 1, config.steps):
+                rate(step)
+    except (ValueError, ArithmeticError) as error:
+        raise TrainingError(
+            f"{option('lr_schedule', config.lr_schedule)} does not go with a learning rate of {config.rate:g}, "
+            f"{option('lr_warmup_steps', config.warmup_steps)} and {option('steps', config.steps)}: {error}"
+        ) from error
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raises TrainingError where the output folder or that of the cache cannot be written. To be called on one
+    process."""
+    for name, folder in (("output_dir", config.output), ("cache_dir", config.cache)):
+        if name == "output_dir" or config.cache_dir:
+            _check_writable(name, folder)
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise TrainingError(
+            f"{option(name, str(folder))} cannot be written: {error.strerror or error}. Give another folder, or "
+            "make room and rights for this one."
+        ) from error
+
+
+def check_settings(config: TrainConfig) -> None:
+    """What only one process needs to find out: whether files can be written and uploaded."""
+    if config.push_to_hub:
+        check_push(config)
+    check_folders(config)
+
+
+# ---- With the model
+
+
+def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
+    """Compares settings with a model that was just loaded.
+
+    Args:
+        adapter: from `adapter_config`.
+
+    Raises:
+        TrainingError: targets that no layer has; an adapter that these layers cannot have; sizes or lengths that the
+            model or its pipeline does not take.
+    """
+    if config.targets:
+        check_targets(family.pipeline.transformer, config.targets)
+    _check_adapter(config, family.pipeline.transformer, adapter)
+    _check_buckets(config, family)
+    _check_drawing(config, family)
+
+
+def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
+    """Raises TrainingError where one of `targets` is no layer's name, or end of one. (PEFT takes all if one is.)"""
+    if is_expression(targets):
+        try:
+            re.compile(targets[0])
+        except re.error as error:
+            raise TrainingError(f"{option('targets', targets)} is no regular expression: {error}.") from error
+        return  # PEFT says where it matches nothing
+    names = [name for name, _ in transformer.named_modules() if name]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = linear_layers(transformer)
+            near = difflib.get_close_matches(target, ends, 1)
+            raise TrainingError(
+                f"{option('targets', targets)}: no layer's name is {target!r} or ends in it. "
+                + (f"Did you mean {near[0]!r}? " if near else "")
+                + f"Its linear layers end in {', '.join(ends)}. (A regular expression stands alone, for whole "
+                "names.)"
+            )
+
+
+def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) -> None:
+    """Puts the adapter on a copy without weights. Some initialisations need weights; what they need of layers is looked
+    up."""
+    adapter = copy.deepcopy(adapter)
+    if hasattr(adapter, "init_lora_weights"):
+        adapter.init_lora_weights = True
+    bare = without_weights(transformer)
+    add_adapter(bare, adapter, config.seed)
+    if config.adapter_init not in OF_MATRICES:
+        return
+    for name, layer in bare.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        shape = tuple(layer.get_base_layer().weight.shape)
+        least = min(shape) if len(shape) == 2 else 0
+        if (config.adapter_init == "olora" and config.rank > least) or not least:
+            raise TrainingError(
+                f"{option('adapter_init', config.adapter_init)} with {option('rank', config.rank)}: {name} has weights "
+                f"of shape {list(shape)}, and it needs matrices with at least as many rows and columns as the rank. "
+                "Give another --adapter_init, a smaller --rank or other --targets."
+            )
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and nothing else, made in a moment."""
+    memo: dict[int, Any] = {
+        id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=each.requires_grad)
+        for each in module.parameters()
+    }
+    memo |= {id(each): torch.empty_like(each, device="meta") for each in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def _check_buckets(config: TrainConfig, family: Family) -> None:
+    least = family.size_multiple
+    for side in config.resolution:
+        if side < least:
+            raise TrainingError(f"{option('resolution', config.resolution)}: this model takes from {least} pixels.")
+    for number in config.num_frames or []:
+        _check_frames("num_frames", number, family)
+    buckets_of(config, family)
+
+
+def _check_frames(name: str, number: int, family: Family) -> None:
+    if family.kind == "image" and number != 1:
+        raise TrainingError(f"{option(name, number)}: {type(family.pipeline).__name__} draws pictures. Leave it out.")
+    try:
+        check_frames(number, family.frame_rule)
+    except TrainingDataError as error:
+        raise TrainingError(f"{option(name, number)}: {error}") from error
+
+
+def _check_drawing(config: TrainConfig, family: Family) -> None:
+    """The size of validation pictures: by the family's rules, and as the pipeline checks it when it is called."""
+    if config.validation_frames is not None:
+        _check_frames("validation_frames", config.validation_frames, family)
+    size = {}
+    if config.validation_size is not None:
+        height, width = config.validation_size
+        multiple = family.size_multiple
+        if height % multiple or width % multiple:
+            near = " ".join(str(max(1, round(each / multiple)) * multiple) for each in (height, width))
+            raise TrainingError(
+                f"{option('validation_size', config.validation_size)}: height and width are multiples of {multiple} "
+                f"for this model, such as {near}."
+            )
+        size = {"height": height, "width": width}
+    check = getattr(family.pipeline, "check_inputs", None)
+    if check is None:
+        return
+    known = inspect.signature(check).parameters
+    given = {"prompt": "a", "height": 16 * family.size_multiple, "width": 16 * family.size_multiple, **size}
+    given["max_sequence_length"] = family.max_sequence_length
+    empty = {name: None for name, each in known.items() if each.default is inspect.Parameter.empty}
+    try:
+        check(**{**empty, **{name: each for name, each in given.items() if name in known}})
+    except ValueError as error:
+        settings = [option("validation_size", config.validation_size)] if size else []
+        settings.append(option("max_sequence_length", family.max_sequence_length))
+        raise TrainingError(
+            f"{' or '.join(settings)} is not taken by {type(family.pipeline).__name__}: {error}"
+        ) from error

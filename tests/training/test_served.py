@@ -1,0 +1,127 @@
+"""Pipelines that share a transformer's class with those that are trained, but feed it something else, are refused
+before anything is encoded."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+from diffusers_attn.training.errors import TrainingError
+from diffusers_attn.training.families import FAMILIES, base, family_class, family_of, register_family, registered
+from diffusers_attn.training.families.flux import Flux
+from diffusers_attn.training.models import load_pipeline
+
+from ..tiny_pipelines import make
+from .runs import TINY_FLUX
+
+SERVED = {
+    "FluxTransformer2DModel": "FluxPipeline",
+    "WanTransformer3DModel": "WanPipeline",
+    "CogVideoXTransformer3DModel": "CogVideoXPipeline",
+    "CogView4Transformer2DModel": "CogView4Pipeline",
+}
+OTHERS = {
+    "FluxTransformer2DModel": [
+        "FluxFillPipeline", "FluxKontextPipeline", "FluxKontextInpaintPipeline", "FluxControlPipeline",
+        "FluxControlNetPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "VisualClozePipeline",
+    ],
+    "WanTransformer3DModel": ["WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"],
+    "CogVideoXTransformer3DModel": [
+        "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline",
+    ],
+    "CogView4Transformer2DModel": ["CogView4ControlPipeline"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transformer", FAMILIES)
+def test_only_pipelines_that_draw_from_text_are_served(transformer):
+    served = getattr(diffusers, SERVED[transformer])
+    assert family_class(served, transformer) is family_class(type("MyPipeline", (served,), {}), transformer)
+    for name in OTHERS[transformer]:
+        with pytest.raises(TrainingError) as refused:
+            family_class(getattr(diffusers, name), transformer)
+        said = str(refused.value)
+        assert f"is a {name}. " in said and f"serves {served.__name__} only" in said
+        assert all(each in said for each in SERVED.values())
+
+
+def test_it_is_refused_before_weights_are_read(tmp_path):
+    """The folder has no weights at all."""
+    index = json.loads((TINY_FLUX / "model_index.json").read_text()) | {"_class_name": "FluxFillPipeline"}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    one = SimpleNamespace(any=lambda flag: flag)
+    with pytest.raises(TrainingError, match=r"--model is a FluxFillPipeline\."):
+        load_pipeline(str(tmp_path), revision=None, dtype=torch.float32, ranks=one, local_main=True)
+
+
+def _transformer(name, **others):
+    pipeline = make(name)
+    config = {**pipeline.transformer.config, **others, "_use_default_values": []}
+    return pipeline, type(pipeline.transformer).from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "message"),
+    [
+        ("wan", {"in_channels": 36}, "takes 36 channels, and training feeds it 16"),
+        ("wan", {"image_dim": 8, "added_kv_proj_dim": 64}, "takes the embedding of a picture"),
+        ("cogvideox", {"in_channels": 32}, "takes 32 channels, and training feeds it 16"),
+        ("cogvideox", {"ofs_embed_dim": 16}, "takes an offset"),
+        ("cogview4", {"in_channels": 32}, "takes 32 channels, and training feeds it 16"),
+    ],
+)
+def test_what_the_transformer_expects_is_compared_with_what_is_fed(name, others, message):
+    """Of a pipeline that says it is one of those that are served."""
+    pipeline, transformer = _transformer(name, **others)
+    pipeline.register_modules(transformer=transformer)
+    with pytest.raises(TrainingError, match=f"{message}.*{type(pipeline).__name__}"):
+        family_of(pipeline)
+
+
+def test_every_name_of_a_further_input_is_one_of_a_configuration():
+    from diffusers import CogVideoXTransformer3DModel, WanVACETransformer3DModel
+
+    known = set()
+    for model in (CogVideoXTransformer3DModel, WanVACETransformer3DModel, diffusers.FluxTransformer2DModel):
+        known |= set(model._get_init_keys(model))
+    assert set(base.FURTHER_INPUTS) <= known
+
+
+def test_guidance_is_told_to_models_that_take_it_only():
+    pipeline = diffusers.FluxPipeline.from_pretrained(TINY_FLUX, dtype=torch.float32)
+    assert family_of(pipeline).guidance == 1.0
+    with pytest.raises(TrainingError, match=r"--guidance 3\.5: this FluxTransformer2DModel is not told any"):
+        family_of(pipeline, guidance=3.5)
+    pipeline.transformer.register_to_config(guidance_embeds=True)
+    assert family_of(pipeline, guidance=3.5).guidance == 3.5
+
+
+def test_a_scheduler_for_another_prediction():
+    pipeline = make("cogvideox")
+    pipeline.scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(TrainingError, match="prediction_type is 'epsilon', and CogVideoX trains for 'v_prediction'"):
+        family_of(pipeline)
+
+
+def test_more_text_than_the_model_takes():
+    pipeline = make("cogvideox")
+    assert family_of(pipeline).max_sequence_length == 21
+    with pytest.raises(TrainingError, match="--max_sequence_length 22: this CogVideoX.* takes up to 21 tokens"):
+        family_of(pipeline, max_sequence_length=22)
+
+
+def test_a_family_of_ones_own_says_what_it_serves():
+    class Kontext(Flux):
+        pipelines = ("FluxKontextPipeline",)
+
+    try:
+        register_family("FluxTransformer2DModel", Kontext)
+        assert family_class(diffusers.FluxKontextPipeline, "FluxTransformer2DModel") is Kontext
+        with pytest.raises(TrainingError, match="serves FluxKontextPipeline only"):
+            family_class(diffusers.FluxPipeline, "FluxTransformer2DModel")
+    finally:
+        registered.pop("FluxTransformer2DModel", None)
