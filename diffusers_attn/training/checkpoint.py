@@ -3,6 +3,7 @@
 A checkpoint is written to a folder beside the others whose name says that it is unfinished, brought to the disk, and
 then renamed, which a file system does as one thing. So a kill at any moment leaves the checkpoints that were there, and
 every folder that has a checkpoint's name is one. Old ones are renamed before they are taken apart, for the same reason.
+Every file has a checksum, by which damage is found before anything is resumed from it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from .data.disk import writing
 from .errors import TrainingError
+from .manifest import damage, write_manifest
 
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = ".unfinished-"
@@ -54,12 +57,13 @@ class Checkpoints:
             wanted: "latest" is the newest, or none where there is none yet; a step's number; a folder; None is none.
 
         Raises:
-            TrainingError: there is no such checkpoint.
+            TrainingError: there is no such checkpoint, or one of its files is damaged.
         """
         if wanted is None:
             return None
         if wanted == "latest":
-            return self.newest()
+            newest = self.newest()
+            return None if newest is None else self._whole(newest)
         path = self.path(int(wanted)) if wanted.isdigit() else Path(wanted)
         if not path.is_dir() or not _NAME.fullmatch(path.name):
             there = ", ".join(map(str, self.steps())) or "none"
@@ -67,31 +71,55 @@ class Checkpoints:
                 f"resume={wanted!r}: there is no checkpoint at {path}. Accepted are 'latest', a step (in "
                 f"{self.folder}: {there}), or a checkpoint's folder."
             )
-        return path
+        return self._whole(path)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+    def _whole(self, path: Path) -> Path:
+        """The checkpoint at `path`, if none of its files is damaged."""
+        problem = damage(path)
+        if problem is None:
+            return path
+        others = (self.path(step) for step in reversed(self.steps()) if self.path(step) != path)
+        whole = next((each for each in others if damage(each) is None), None)
+        if whole is None:
+            advice = f"{self.folder} has no other checkpoint that is whole: start anew with another --output_dir."
+        else:
+            advice = f"Go on from the newest that is whole: --resume {int(_NAME.fullmatch(whole.name)[1])}."  # type: ignore[index]
+        raise TrainingError(f"the checkpoint {path} is damaged: {problem}. {advice}")
+
+    def save(self, step: int, write: Callable[[Path], None], size: int | None = None) -> Path:
         """Saves the checkpoint of `step`. On one process only.
 
         Args:
             write: is given an empty folder and writes files into it.
+            size: bytes that it needs, for a message where there is no room.
 
         Returns:
             Where it is.
+
+        Raises:
+            WritingError: it cannot be written. The checkpoints of before stay.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.tidy()
+        path, newest = self.path(step), self.newest()
         scratch = self.folder / f"{_UNFINISHED}{step:08d}"
-        scratch.mkdir()
-        write(scratch)
-        for file in scratch.rglob("*"):
-            _to_disk(file)
-        _to_disk(scratch)
-        path = self.path(step)
-        if path.exists():  # of an earlier run that was resumed from before it
-            self._discard(path)
-        os.rename(scratch, path)
-        _to_disk(self.folder)
-        self.tidy()
+        left = "" if newest is None else f"The checkpoint before, {newest}, is whole."
+        with writing(f"the checkpoint of step {step}", path, size, left):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.tidy()
+            scratch.mkdir()
+            try:
+                write(scratch)
+                write_manifest(scratch)
+                for file in scratch.rglob("*"):
+                    _to_disk(file)
+                _to_disk(scratch)
+            except BaseException:
+                shutil.rmtree(scratch, ignore_errors=True)  # and leave others the room
+                raise
+            if path.exists():  # of an earlier run that was resumed from before it
+                self._discard(path)
+            os.rename(scratch, path)
+            _to_disk(self.folder)
+            self.tidy()
         return path
 
     def discard_after(self, step: int) -> None:

@@ -53,7 +53,8 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
     """
     main = parallel.ranks.rank == 0
     reading: dict[str, Any] = {
-        "on_bad_data": config.on_bad_data, "caption_column": config.caption_column, "main_process": main
+        "on_bad_data": config.on_bad_data, "caption_column": config.caption_column, "main_process": main,
+        "excluded": [config.output, config.cache],
     }  # fmt: skip
     examples = read_examples(config.data, **reading)
     held_out: list[Example] = []

@@ -19,7 +19,7 @@ from .errors import TrainingError
 from .lora import adapter_weights, load_adapter_weights
 from .optim import load_optimizer_state, optimizer_state
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Training(NamedTuple):
@@ -43,6 +43,19 @@ class Snapshot(NamedTuple):
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
     loader: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return _bytes([self.adapter, self.average, self.optimizer])
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def snapshot(training: Training, step: int) -> Snapshot:
@@ -83,12 +96,7 @@ def restore(training: Training, folder: Path) -> int:
     """
     from safetensors.torch import load_file
 
-    said = json.loads((folder / "state.json").read_text())
-    if said["format"] != _FORMAT:
-        raise TrainingError(
-            f"resume: {folder} has format {said['format']}, and this version writes and reads {_FORMAT}. Go on with "
-            "the version that wrote it."
-        )
+    said = _read_state(folder / "state.json")
     averaged = (folder / "average.safetensors").is_file()
     if averaged != (training.average is not None):
         raise TrainingError(
@@ -103,3 +111,37 @@ def restore(training: Training, folder: Path) -> int:
     load_optimizer_state(training.optimizer, kept["optimizer"])
     training.schedule.load_state_dict(kept["schedule"])
     return int(said["step"])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What state.json says, if it can be meant."""
+    try:
+        said = json.loads(path.read_text())
+        written = said["format"]
+        counts = {
+            "step": said["step"],
+            "average_steps": said["average_steps"],
+            **{f"loader.{name}": said["loader"][name] for name in ("epoch", "position")},
+        }
+        if not isinstance(said["loader"]["batches"], str):
+            raise ValueError("loader.batches is not a string")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise TrainingError(f"--resume: {path} is damaged: {what}. Go on from another checkpoint.") from error
+    if written != _FORMAT:
+        raise TrainingError(
+            f"--resume: {path} has format {written}, and this version writes and reads {_FORMAT}. Go on with the "
+            "version that wrote it."
+        )
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise TrainingError(
+                f"--resume: {path} is damaged: {name} is {value!r}, and a whole number from 0 is expected. Go on from "
+                "another checkpoint."
+            )
+    if path.parent.name != f"step-{said['step']:08d}":
+        raise TrainingError(
+            f"--resume: {path} is of step {said['step']}, and its folder has another step's name. Rename the folder to "
+            f"step-{said['step']:08d}, or go on from another checkpoint."
+        )
+    return said

@@ -76,7 +76,8 @@ class Trainer:
                 "share a sequence would drop different parts of what all of them hold. Set one of them to 0 or 1."
             )
         in_step(self.ranks, [None] if self.main else [], lambda _: check_settings(config), "checking the settings")
-        self.checkpoints.find(config.resume)
+        self.checkpoint = self.checkpoints.find(config.resume)
+        """to resume from; None begins anew"""
         if config.resume is None and self.checkpoints.steps():
             raise TrainingError(
                 f"output_dir={config.output_dir!r} has checkpoints of an earlier run. Go on with it, --resume latest, "
@@ -178,7 +179,7 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        checkpoint = self.checkpoints.find(self.config.resume)
+        checkpoint = self.checkpoint
         if checkpoint is not None:
             self.step = restore(self.training, checkpoint)
         self.ranks.barrier()  # all have read before one changes anything
@@ -269,7 +270,7 @@ class Trainer:
         taken = snapshot(self.training, self.step)
 
         def save(_: None) -> None:
-            self.checkpoints.save(self.step, lambda folder: write(taken, folder))
+            self.checkpoints.save(self.step, lambda folder: write(taken, folder), taken.size)
 
         in_step(self.ranks, [None] if self.main else [], save, "saving a checkpoint")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from diffusers_attn.training.checkpoint import Checkpoints
 from diffusers_attn.training.errors import TrainingError
+from diffusers_attn.training.state import Snapshot, restore, write
 
 from .runs import train_and_die, train_until_terminated
 
@@ -74,14 +77,100 @@ def test_what_is_unfinished_is_no_checkpoint(tmp_path):
         checkpoints.save(1, fail)
     assert checkpoints.newest() is None
     for step in (1, 2, 10):
-        checkpoints.save(step, lambda folder, step=step: (folder / "state").write_text(str(step)))
+        checkpoints.save(step, lambda folder, step=step: (folder / "state.json").write_text(str(step)))
     assert checkpoints.steps() == [2, 10]
-    assert (checkpoints.newest() / "state").read_text() == "10"
+    assert (checkpoints.newest() / "state.json").read_text() == "10"
     assert len(list(tmp_path.iterdir())) == 2
-    checkpoints.save(10, lambda folder: (folder / "state").write_text("again"))
-    assert (checkpoints.newest() / "state").read_text() == "again"
+    checkpoints.save(10, lambda folder: (folder / "state.json").write_text("again"))
+    assert (checkpoints.newest() / "state.json").read_text() == "again"
     with pytest.raises(TrainingError, match="resume='3'"):
         checkpoints.find("3")
     assert checkpoints.find("2") == tmp_path / "step-00000002"
     checkpoints.discard_after(2)
     assert checkpoints.steps() == [2]
+
+
+def _folder(tmp_path, steps=(1, 2)):
+    """Checkpoints with two files each."""
+    checkpoints = Checkpoints(tmp_path, keep=None)
+
+    def write(folder):
+        (folder / "state.json").write_text("{}")
+        (folder / "optimizer.pt").write_bytes(bytes(range(256)) * 10)
+
+    for step in steps:
+        checkpoints.save(step, write)
+    return checkpoints
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing", "manifest", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_another_offered(tmp_path, damage):
+    checkpoints = _folder(tmp_path)
+    path = checkpoints.path(2) / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "bit":
+        content[1000] ^= 4
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path = checkpoints.path(2) / "checksums.json"
+        path.write_text("{") if damage == "manifest" else path.unlink()
+    for wanted in ("latest", "2", str(checkpoints.path(2))):
+        with pytest.raises(TrainingError, match="is damaged: .*--resume 1") as error:
+            checkpoints.find(wanted)
+        assert str(path) in str(error.value)
+    assert checkpoints.find("1") == checkpoints.path(1)
+    (checkpoints.path(1) / "state.json").write_text("")
+    with pytest.raises(TrainingError, match="no other checkpoint that is whole: start anew"):
+        checkpoints.find("latest")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"step": -1}, "step is -1, and a whole number from 0"),
+        ({"step": "2"}, "step is '2'"),
+        ({"step": 3}, "is of step 3, and its folder has another step's name"),
+        ({"step": True}, "step is True"),
+        ({"average_steps": 0.5}, "average_steps is 0.5"),
+        ({"loader": {"epoch": 0, "position": -4, "batches": "a"}}, "loader.position is -4"),
+        ({"loader": []}, "is damaged: "),
+        ({"format": 1}, "has format 1, and this version"),
+        (None, "'step' is missing"),
+    ],
+)
+def test_a_state_that_cannot_be_meant_is_refused(tmp_path, change, said):
+    folder = tmp_path / "step-00000002"
+    folder.mkdir()
+    state = {"format": 2, "step": 2, "average_steps": 0, "loader": {"epoch": 0, "position": 2, "batches": "a"}}
+    (folder / "state.json").write_text(json.dumps({"format": 2} if change is None else {**state, **change}))
+    with pytest.raises(TrainingError, match=said) as error:
+        restore(None, folder)
+    assert str(folder / "state.json") in str(error.value)
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """A real file system with room for one checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=240k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs privileges that this process has not")
+    weights = {f"layer{i}": torch.ones(10_000) for i in range(2)}
+    taken = Snapshot(1, weights, None, 0, {"state": weights}, {}, {"epoch": 0, "position": 0, "batches": ""})
+    try:
+        checkpoints = Checkpoints(disk / "checkpoints", keep=None)
+        checkpoints.save(1, lambda folder: write(taken, folder), taken.size)
+        with pytest.raises(OSError) as error:
+            checkpoints.save(2, lambda folder: write(taken, folder), taken.size)
+        left = [path.name for path in checkpoints.folder.iterdir()]
+        assert checkpoints.find("latest") == checkpoints.path(1)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert left == ["step-00000001"]
+    said = str(error.value)
+    assert f"the checkpoint of step 2 could not be written to {checkpoints.path(2)}: " in said
+    assert "It needs 160 kB" in said and "are free there" in said
+    assert f"The checkpoint before, {checkpoints.path(1)}, is whole" in said

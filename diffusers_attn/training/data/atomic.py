@@ -10,6 +10,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from .disk import writing
+
 _UNFINISHED = re.compile(r"\.(?P<host>[^/]+)-(?P<process>\d+)-[0-9a-f]+\.unfinished")
 
 
@@ -19,17 +21,21 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path: the file; its folder is made where there is none.
         write: is given the path to write to. What it raises goes on, and leaves `path` as it was.
+
+    Raises:
+        WritingError: the disk is full, or will not have it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f".{_host()}-{os.getpid()}-{secrets.token_hex(8)}.unfinished"
-    try:
-        write(unfinished)
-        _to_disk(unfinished)
-        os.replace(unfinished, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise
+    with writing("a file", path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(unfinished)
+            _to_disk(unfinished)
+            os.replace(unfinished, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
     with contextlib.suppress(OSError):  # file systems that cannot do this for a folder do not need it
         _to_disk(path.parent)
 

@@ -129,20 +129,23 @@ class Buckets:
         """The numbers of the frames of `example` that it has in `bucket`."""
         if example.kind == "image":
             return [0]
-        return self.picking.numbers(example.frames, example.fps, bucket.frames)
+        return self.picking.numbers(example.frames, example.fps, bucket.frames, example.times)
 
     def _frames(self, example: Example) -> int:
         have = ", ".join(map(str, sorted(self.frames)))
         if example.kind == "image":
             if 1 not in self.frames:
                 raise TrainingDataError(
-                    f"a picture, and buckets are of {have} frames. Add 1 to frames to train on both"
+                    f"a picture, and buckets are of {have} frames. Add 1 to frames to train on both, or leave it out"
                 )
             return 1
         moving = [number for number in self.frames if number > 1]
         if not moving:
-            raise TrainingDataError("a video, and buckets are of single frames. Add larger numbers to frames")
-        usable = self.picking.usable(example.frames, example.fps)
+            raise TrainingDataError(
+                "a video, and buckets are of single frames. Leave it out, or save one of its frames as a picture; a "
+                "model of videos also takes larger numbers of frames"
+            )
+        usable = self.picking.usable(example.frames, example.fps, example.times)
         fitting = [number for number in moving if number <= usable]
         if not fitting:
             at = f" at {self.picking.fps:g} per second" if self.picking.fps else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,8 +178,9 @@ class LatentCache:
 
     def _encode(self, good: list[tuple[_Work, Tensor]], encode: Encode) -> None:
         pixels = torch.stack([pixels.transpose(0, 1) for _, pixels in good])
-        with torch.no_grad():
-            rows = _rows(encode(pixels), [each.example.name for each, _ in good])
+        names = [each.example.name for each, _ in good]
+        with torch.no_grad(), _naming("encoding", names):
+            rows = _rows(encode(pixels), names)
         for (each, _), tensors in zip(good, rows):
             self.store.write(each.key, tensors, each.made_from)
 
@@ -199,7 +200,7 @@ class LatentCache:
             if path.is_file():
                 cached.append(CachedLatents(examples[i], each.bucket, path))
             elif mark.is_file():
-                problems[i] = json.loads(mark.read_text())["reason"]
+                problems[i] = _reason(mark)
             else:
                 missing.append(examples[i].name)
         named = [Problem(examples[i].name, reason) for i, reason in sorted(problems.items())]
@@ -271,8 +272,9 @@ class TextCache:
         mine = [text for text in distinct[ranks.rank :: ranks.size] if not self.store.has(self._key(text))]
 
         def encode(batch: list[str]) -> None:
-            with torch.no_grad():
-                rows = _rows(encode_text(batch), [repr(caption) for caption in batch])
+            names = [repr(caption) for caption in batch]
+            with torch.no_grad(), _naming("encoding the captions", names):
+                rows = _rows(encode_text(batch), names)
             for caption, tensors in zip(batch, rows):
                 self.store.write(self._key(caption), tensors, self._made_from(caption))
 
@@ -321,6 +323,16 @@ def _rows(tensors: Mapping[str, Tensor], names: list[str]) -> list[dict[str, Ten
     return [{name: tensor[i].detach().cpu().clone() for name, tensor in tensors.items()} for i in range(len(names))]
 
 
+@contextlib.contextmanager
+def _naming(what: str, names: Sequence[str]) -> Iterator[None]:
+    """What is raised within says what it was about, below its traceback."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while {what}: {', '.join(names)}")
+        raise
+
+
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
@@ -334,6 +346,13 @@ def _check_shared(missing: Sequence[str], folder: Path, ranks: Ranks) -> None:
             f"{folder} lacks what other processes have just written. The cache must be in a folder that all processes "
             f"of the job see.{here}"
         )
+
+
+def _reason(mark: Path) -> str:
+    try:
+        return str(json.loads(mark.read_text())["reason"])
+    except (ValueError, KeyError, TypeError):  # a damaged note
+        return "it cannot be decoded"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 log = logging.getLogger(__name__)
 
 ON_BAD_DATA = ("skip", "refuse")
+NAMED = 20
+"""how many problems a message names; more would hide what it says."""
 
 
 class Problem(NamedTuple):
@@ -23,11 +25,22 @@ class Problem(NamedTuple):
 
 
 class TrainingDataError(ValueError):
-    """Data that cannot be trained on as it is; `problems` names everything that was found."""
+    """Data that cannot be trained on as it is; `problems` names everything that was found, the message the first."""
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
-        super().__init__("\n".join([message, *(f"  {problem}" for problem in problems)]))
+        super().__init__("\n".join([message, *_named(problems)]))
         self.problems = tuple(problems)
+
+
+def _named(problems: Sequence[Problem]) -> list[str]:
+    """A line for each of the first problems, and one for the rest."""
+    lines = [f"  {_shortened(str(problem))}" for problem in problems[:NAMED]]
+    rest = len(problems) - len(lines)
+    return [*lines, *([f"  and {rest:,} more"] if rest else [])]
+
+
+def _shortened(line: str, most: int = 400) -> str:
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def check_on_bad_data(on_bad_data: str) -> None:
@@ -59,5 +72,5 @@ def settle(problems: Sequence[Problem], left: int, where: str, on_bad_data: str,
             problems,
         )
     if main_process:
-        named = "\n".join(f"  {problem}" for problem in problems)
+        named = "\n".join(_named(problems))
         log.warning("%s: skipped %d, which leaves %d examples:\n%s", where, len(problems), left, named)

@@ -7,7 +7,7 @@ middle of a training costs hours, and one that is left out silently is never fou
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from . import decode
 from .captions import CAPTION_COLUMNS, captions_of_folder
 from .errors import Problem, TrainingDataError, check_on_bad_data, settle
 from .source import FileSource, RowSource, Source
+from .walk import files_of
 
 _PROBING_THREADS = 8
 
@@ -35,8 +36,10 @@ class Example:
     frames: int
     """1 for a picture."""
     fps: float | None
-    """of a video whose header says it."""
+    """of a video whose header says it; on average, where it varies."""
     source: Source
+    times: tuple[float, ...] | None = None
+    """of a video whose rate varies: when each frame is shown, in seconds from the first."""
 
 
 class _Candidate(NamedTuple):
@@ -53,32 +56,44 @@ def read_examples(
     caption_column: str | None = None,
     split: str = "train",
     main_process: bool = True,
+    excluded: Sequence[str | Path] = (),
 ) -> list[Example]:
     """The examples of a folder of media, of a dataset saved by `datasets`, or of one by its name.
 
     Args:
-        data: a folder of pictures or videos, with `metadata.jsonl` or `metadata.csv` (columns `file_name` and
-            `caption`, `text` or `prompt`) or a `.txt` file beside each; or a folder that `Dataset.save_to_disk` wrote
-            or that has Parquet or Arrow files; or, where there is no such path, the name of a Hugging Face dataset.
+        data: a folder of pictures or videos, with `metadata.jsonl`, `.csv` or `.parquet` (columns `file_name`
+            and `caption`, `text` or `prompt`) or a `.txt` file beside each; or a folder that `Dataset.save_to_disk`
+            wrote or that has Parquet or Arrow files; or, where there is no such path, the name of a Hugging Face
+            dataset.
         on_bad_data: "refuse" raises for the first data set with anything wrong in it, and names all that is wrong;
             "skip" leaves that out and names it in one warning.
         caption_column: the column with captions, where it has another name or several could be meant.
         split: of a Hugging Face dataset.
         main_process: whether this process logs the warning.
+        excluded: folders that are no data though they may be within `data`: where a run writes to.
 
     Returns:
         The examples, in an order that is the same on every machine.
 
     Raises:
-        TrainingDataError: bad data that is refused; or no data.
+        TrainingDataError: bad data that is refused; or no data; or `data` is one of `excluded`.
         MissingDecoderError: a package that reads this kind of data is missing.
     """
     check_on_bad_data(on_bad_data)
     path = Path(data).expanduser()
     if path.is_dir():
-        saved, tables = _saved_by_datasets(path)
+        saved, tables = _saved_by_datasets(path, excluded)
         if not (saved or tables):
-            return read_folder(path, on_bad_data=on_bad_data, caption_column=caption_column, main_process=main_process)
+            return read_folder(
+                path,
+                on_bad_data=on_bad_data,
+                caption_column=caption_column,
+                main_process=main_process,
+                excluded=excluded,
+            )
+        within = [each for each in excluded if Path(each).resolve().is_relative_to(path.resolve())]
+        if within:
+            raise TrainingDataError(f"{data} is a dataset, and {within[0]} is within it. Write to another folder.")
         dataset = _load(str(path), split, saved=saved)
     elif path.exists():
         raise TrainingDataError(f"{data} is a file; what is needed is the folder with the pictures or videos.")
@@ -97,13 +112,16 @@ def read_folder(
     on_bad_data: str = "refuse",
     caption_column: str | None = None,
     main_process: bool = True,
+    excluded: Sequence[str | Path] = (),
 ) -> list[Example]:
     """The examples of a folder of pictures or videos, its folders included. Arguments and errors: `read_examples`."""
     check_on_bad_data(on_bad_data)
     root = Path(folder).absolute()
     if not root.is_dir():
         raise TrainingDataError(f"there is no folder {folder}.")
-    captioned, problems = captions_of_folder(root, caption_column)
+    if any(Path(each).resolve() == root.resolve() for each in excluded):
+        raise TrainingDataError(f"{folder} has the data, and a run would write into it. Write to another folder.")
+    captioned, problems = captions_of_folder(root, caption_column, map(Path, excluded))
     candidates = [
         _Candidate(
             name,
@@ -167,13 +185,14 @@ def _probed(
     candidates: Sequence[_Candidate], problems: list[Problem], where: str, on_bad_data: str, main_process: bool
 ) -> list[Example]:
     def probe(candidate: _Candidate) -> Example | Problem:
-        look: Callable[[Source], decode.Media]
-        look = decode.probe_video if candidate.kind == "video" else decode.probe_image
+        name, caption, kind, source = candidate
         try:
-            media = look(candidate.source)
+            if kind == "video" and name.lower().endswith(".gif") and decode.probe_image(source).frames == 1:
+                kind = "image"
+            width, height, frames, fps, times = (decode.probe_video if kind == "video" else decode.probe_image)(source)
         except TrainingDataError as error:
-            return Problem(candidate.name, str(error))
-        return Example(candidate.name, candidate.caption, candidate.kind, *media, candidate.source)
+            return Problem(name, str(error))
+        return Example(name, caption, kind, width, height, frames, fps, source, times)
 
     with ThreadPoolExecutor(_PROBING_THREADS) as pool:
         found = list(pool.map(probe, candidates))
@@ -194,10 +213,10 @@ def _caption_column(columns: Sequence[str], name: str, asked: str | None) -> str
     )
 
 
-def _saved_by_datasets(path: Path) -> tuple[bool, bool]:
+def _saved_by_datasets(path: Path, excluded: Sequence[str | Path]) -> tuple[bool, bool]:
     """Whether `Dataset.save_to_disk` wrote it, and whether it has tables and nothing else that is data."""
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+    suffixes = {file.suffix.lower() for file in files_of(path, map(Path, excluded))[0]}
     media = suffixes & (decode.IMAGE_SUFFIXES | decode.VIDEO_SUFFIXES)
     return saved, not media and bool(suffixes & {".parquet", ".arrow"})
 

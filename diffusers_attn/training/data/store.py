@@ -1,23 +1,26 @@
 """Tensors in safetensors files, each named by a hash of everything that decided what is in it.
 
-So a file that is there never needs to be compared with anything: other settings or other data have other names.
+So a file that is there never needs to be compared with anything: other settings or other data have other names. A
+checksum goes with each, and is compared whenever it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .atomic import remove_unfinished, write_atomically
+from .disk import checksum
 from .errors import TrainingDataError
 
 _ABOUT = "diffusers_attn"
-"""The entry in a file's metadata: a JSON object with `key` and `made_from`."""
+"""The entry in a file's metadata: a JSON object with `key`, `made_from` and `crc32` of the tensors."""
 
 
 def hash_of(made_from: Mapping[str, Any]) -> str:
@@ -50,12 +53,14 @@ class TensorStore:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether the file is there, is as long as its header says, and was written under this key."""
+        """Whether the file is there, is as long as its header says, and was written under this key, with a checksum.
+        The tensors themselves are not read."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.path(key), framework="pt") as file:
-                return json.loads((file.metadata() or {})[_ABOUT])["key"] == key
+                about = json.loads((file.metadata() or {})[_ABOUT])
+                return about["key"] == key and "crc32" in about
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return False
 
@@ -65,7 +70,7 @@ class TensorStore:
 
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # One entry: of several, the order in the file would vary.
-        metadata = {_ABOUT: _json({"key": key, "made_from": made_from})}
+        metadata = {_ABOUT: _json({"key": key, "made_from": made_from, "crc32": _checksum(own)})}
         write_atomically(self.path(key), lambda path: save_file(own, path, metadata))
 
     def remove_unfinished(self) -> None:
@@ -74,18 +79,57 @@ class TensorStore:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, read from the disk when they are first used."""
-    from safetensors.torch import load_file
+    """The tensors of a file.
 
-    return load_file(path)
+    Raises:
+        TrainingDataError: it is missing or damaged; names it, and says what to do.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if about.get("crc32") != _checksum(tensors):
+        not_finite = [name for name, each in tensors.items() if each.is_floating_point() and not each.isfinite().all()]
+        raise _damaged(
+            path,
+            f"there is NaN or infinity in {', '.join(not_finite)}"
+            if not_finite
+            else "its tensors are not those that were written, since their checksum is another one",
+        )
+    return tensors
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors, from its header."""
-    from safetensors import safe_open
+    """The shapes of a file's tensors, from its header. Raises as `read_tensors` does."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> TrainingDataError:
+    what = "damaged" if path.exists() else "missing"
+    delete = "Delete it and start" if path.exists() else "Start"
+    return TrainingDataError(
+        f"the cached file {path} is {what}: {reason}. {delete} again, with --resume latest if there are checkpoints: "
+        "it is then made anew."
+    )
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    def parts() -> Iterator[bytes | memoryview]:
+        for name, tensor in sorted(tensors.items()):
+            yield f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+            yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return checksum(parts())
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -40,6 +40,27 @@ def video(path: Path, frames: int = 12, width: int = 64, height: int = 48, fps: 
     return path
 
 
+def video_at(path: Path, times: list[int], codec: str = "mpeg4") -> Path:
+    """A video whose frames are shown at these times, in milliseconds. Blue is 10 times the number of the frame."""
+    from fractions import Fraction
+
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=50)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, time in enumerate(times):
+            pixels = np.zeros((48, 64, 3), np.uint8)
+            pixels[..., 2] = min(i * 10, 255)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 def album(folder: Path, number: int, **size) -> Path:
     """A folder of `number` pictures, 00.png and on, with captions beside them."""
     for i in range(number):

@@ -4,11 +4,13 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -24,6 +26,7 @@ from diffusers_attn.training.data import (
     read_folder,
 )
 from diffusers_attn.training.data.digests import content_digests
+from diffusers_attn.training.data.store import read_tensors
 
 from .media import album, cut, encode, encode_text, picture, video
 
@@ -397,3 +400,59 @@ def test_killed_at_any_moment(tmp_path, moment):
     assert sum(again.calls) == 6 - len(left)
     assert contents(tmp_path / "cache") == good
     assert not list((tmp_path / "cache" / "latents").rglob(".*"))
+
+
+def test_a_cached_file_that_is_damaged_is_named_when_it_is_read(tmp_path):
+    """Not only its header: zeros in the middle, one bit, NaN, or nothing there."""
+    examples = data(tmp_path, 3)
+    filled = cache(tmp_path / "cache").fill(examples, encode)
+    texts = TextCache(tmp_path / "cache", SETTINGS).fill(["a cat"], encode_text)
+    paths = [each.path for each in filled]
+    assert all(read_tensors(path) for path in [*paths, *texts.values()])
+
+    def change(path, start, values):
+        content = bytearray(path.read_bytes())
+        start += len(content)
+        content[start : start + len(values)] = values
+        path.write_bytes(content)
+
+    change(paths[0], -40, bytes(40))
+    change(paths[1], -5, bytes([paths[1].read_bytes()[-5] ^ 1]))
+    change(paths[2], -4, np.float32("nan").tobytes())
+    change(texts["a cat"], -8, bytes([1]))
+    paths[3].unlink()
+    for path, said in (
+        (paths[0], "their checksum is another one"),
+        (paths[1], "their checksum is another one"),
+        (paths[2], "there is NaN or infinity in latents_mean"),
+        (texts["a cat"], "their checksum is another one"),
+        (paths[3], "is missing"),
+    ):
+        with pytest.raises(TrainingDataError, match=said) as error:
+            read_tensors(path)
+        assert str(path) in str(error.value) and "Start again" in str(error.value).replace("start again", "Start again")
+        path.unlink(missing_ok=True)
+    again = Counting(encode)  # as the message advises
+    assert cache(tmp_path / "cache").fill(examples, again) == filled
+    assert sum(again.calls) == 4 and all(read_tensors(path) for path in paths)
+
+
+def test_a_disk_that_is_full_while_latents_are_written(tmp_path):
+    examples = data(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written to .*cache.* are free there"):
+            cache(tmp_path / "cache").fill(examples, encode)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert len(cache(tmp_path / "cache").fill(examples, encode)) == 4
+
+
+def test_what_fails_in_an_encoder_names_the_file(tmp_path):
+    def failing(pixels):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError) as error:
+        cache(tmp_path / "cache").fill(data(tmp_path, 1), failing)
+    assert error.value.__notes__[0].startswith("while encoding: ")

@@ -8,19 +8,12 @@ from PIL import Image
 
 from diffusers_attn.training.data import decode
 from diffusers_attn.training.data.errors import TrainingDataError
+from diffusers_attn.training.data.frames import FramePicking
 from diffusers_attn.training.data.source import FileSource
 
-from .media import cut, picture, video
+from .media import cut, picture, video, video_at
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
-
-
-@pytest.fixture(params=["torchcodec", "av"])
-def decoder(request, monkeypatch):
-    """Each of the two that can be used here."""
-    if request.param == "torchcodec" and decode.video_decoder() != "torchcodec":
-        pytest.skip("torchcodec or FFmpeg's libraries are not here")
-    monkeypatch.setattr(decode, "video_decoder", lambda: request.param)
 
 
 def read(path):
@@ -80,9 +73,9 @@ def test_broken_picture(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_frames_of_a_video(tmp_path, decoder, name):
+def test_frames_of_a_video(tmp_path, name):
     source = FileSource(video(tmp_path / name, frames=12, width=64, height=32, fps=8))
-    assert decode.probe_video(source) == (64, 32, 12, 8.0)
+    assert decode.probe_video(source) == (64, 32, 12, 8.0, None)
     frames = list(decode.read_video(source, [0, 3, 3, 11]))
     assert {(frame.dtype, frame.shape) for frame in frames} == {(torch.uint8, (3, 32, 64))}
     blue = [frame[2, 16:, 32:].float().mean().item() for frame in frames]
@@ -90,7 +83,29 @@ def test_frames_of_a_video(tmp_path, decoder, name):
     assert (frames[0][:, 2, 2].int() - torch.tensor(RED)).abs().max() < 12
 
 
-def test_turned_video(tmp_path, decoder):
+@pytest.mark.parametrize("name, codec", [("a.mp4", "mpeg4"), ("b.mp4", "libx264"), ("a.webm", "libvpx-vp9")])
+def test_frames_of_a_variable_rate_are_picked_by_time(tmp_path, name, codec):
+    """One second with a frame every 20 ms, three with one every 200: by number, 10 per second would be too fast in one
+    part and too slow in the other."""
+    times = [*range(0, 1000, 20), *range(1000, 4000, 200)]
+    media = decode.probe_video(FileSource(video_at(tmp_path / name, times, codec)))
+    assert (media.frames, media.times) == (65, pytest.approx([each / 1000 for each in times], abs=1.1e-3))
+    assert media.fps == pytest.approx(64 / 3.8, rel=1e-3)
+    picking = FramePicking(fps=10)
+    assert picking.usable(media.frames, media.fps, media.times) == 39
+    picked = [times[number] for number in picking.numbers(media.frames, media.fps, 39, media.times)]
+    assert picked[:11] == list(range(0, 1001, 100))
+    assert all(abs(time - 100 * i) <= 100 for i, time in enumerate(picked))
+    # Its own rate, and all of it, are by time as well.
+    own = [times[each] for each in FramePicking().numbers(media.frames, media.fps, 65, media.times)]
+    assert all(abs(time - 3800 / 64 * i) <= 100 for i, time in enumerate(own))
+    spread = FramePicking(pick="spread").numbers(media.frames, media.fps, 5, media.times)
+    assert [times[each] for each in spread] == [0, 940, 1800, 2800, 3800]
+    blue = [frame[2].float().mean().item() for frame in decode.read_video(FileSource(tmp_path / name), [0, 10, 20])]
+    assert blue == pytest.approx([0, 100, 200], abs=16)
+
+
+def test_turned_video(tmp_path):
     ffmpeg = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
     import subprocess
 
@@ -105,11 +120,11 @@ def test_turned_video(tmp_path, decoder):
     assert frame[0, -3, 3] > 200 and frame[0, 3, 3] < 50
 
 
-def test_broken_videos(tmp_path, decoder):
+def test_broken_videos(tmp_path):
     whole = video(tmp_path / "a.mp4", frames=100, movflags="faststart")
     with pytest.raises(TrainingDataError, match="a broken video: .*ends after 100 frames, and number 100 is needed"):
         list(decode.read_video(FileSource(whole), [0, 100]))
-    with pytest.raises(TrainingDataError, match="a broken video: its header promises 100 frames, and .* are there"):
+    with pytest.raises(TrainingDataError, match="a broken video: it is cut off: by its header it has .* bytes"):
         decode.probe_video(FileSource(cut(whole, 0.6)))
     with pytest.raises(TrainingDataError, match="a broken video: "):
         list(decode.read_video(FileSource(whole), [0, 99]))
@@ -118,7 +133,7 @@ def test_broken_videos(tmp_path, decoder):
         decode.probe_video(FileSource(tmp_path / "b.mp4"))
 
 
-def test_video_that_is_damaged_in_the_middle(tmp_path, decoder):
+def test_video_that_is_damaged_in_the_middle(tmp_path):
     path = video(tmp_path / "a.mp4", frames=20, noise=True)
     assert len(list(decode.read_video(FileSource(path), range(20)))) == 20
     data = bytearray(path.read_bytes())
@@ -130,16 +145,6 @@ def test_video_that_is_damaged_in_the_middle(tmp_path, decoder):
         list(decode.read_video(FileSource(path), range(20)))
 
 
-def test_takes_av_where_torchcodec_finds_no_ffmpeg(monkeypatch):
-    """Some versions of it look only when they decode."""
-
-    def without_libraries(data):
-        raise RuntimeError("Could not load libtorchcodec. Likely causes: ...")
-
-    monkeypatch.setattr(decode, "_torchcodec", lambda: without_libraries)
-    assert decode.video_decoder.__wrapped__() == "av"
-
-
 def test_says_what_to_install(monkeypatch):
     real = builtins.__import__
 
@@ -148,12 +153,8 @@ def test_says_what_to_install(monkeypatch):
             raise ImportError(f"No module named {name!r}")
         return real(name, *args, **kwargs)
 
-    def no_torchcodec():
-        raise OSError("libavutil.so.60: cannot open shared object file")
-
     monkeypatch.setattr(builtins, "__import__", none)
-    monkeypatch.setattr(decode, "_torchcodec", no_torchcodec)
-    with pytest.raises(decode.MissingDecoderError, match="pip install torchcodec.*pip install av.*libavutil.*'av'"):
-        decode.video_decoder.__wrapped__()
+    with pytest.raises(decode.MissingDecoderError, match="pip install av.*'av'"):
+        decode.probe_video(None)
     with pytest.raises(decode.MissingDecoderError, match="pip install pillow"):
         decode.read_image(None)

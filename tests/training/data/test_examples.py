@@ -83,7 +83,7 @@ def bad_folder(folder):
     picture(folder.parent / "outside.png")
     (folder / "m" / "metadata.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json", "[1]"]))
     return {
-        "headless.png": "a broken picture", "broken.mp4": "a broken video", "short.mp4": "promises 50 frames",
+        "headless.png": "a broken picture", "broken.mp4": "a broken video", "short.mp4": "it is cut off",
         "text.webm": "a broken video",
         "uncaptioned.png": "no caption", "empty.txt": "no caption for empty.png", "orphan.txt": "a caption for no file",
         "twin.txt": "several files: twin.jpg, twin.png",
@@ -196,3 +196,91 @@ def test_rows_that_name_files_follow_the_files(tmp_path):
     assert example.source.stamp() != first
     with example.source.open() as file:
         assert file.read() == path.read_bytes()
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    album(tmp_path / "elsewhere" / "more", 2)
+    album(tmp_path / "data" / "own", 1)
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert list(captions(read_folder(tmp_path / "data"))) == ["linked/more/00.png", "linked/more/01.png", "own/00.png"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "own")
+    (tmp_path / "data" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(TrainingDataError) as error:
+        read_folder(tmp_path / "data")
+    found = {problem.name: problem.reason for problem in error.value.problems}
+    assert found.keys() == {"linked/back", "again", "lost.png"}
+    assert found["again"] == "a link to a folder that is read already: own"
+    assert found["lost.png"].startswith("a link to nothing")
+
+
+def test_what_a_run_wrote_is_no_data(tmp_path):
+    album(tmp_path, 1)
+    picture(tmp_path / "run" / "samples" / "00-a-cat.png")
+    with pytest.raises(TrainingDataError, match="no caption"):
+        read_examples(tmp_path)
+    assert list(captions(read_examples(tmp_path, excluded=[tmp_path / "run"]))) == ["00.png"]
+    (tmp_path / "run" / ".diffusers_attn-run.json").write_text("{}")  # another run's
+    assert list(captions(read_examples(tmp_path))) == ["00.png"]
+    with pytest.raises(TrainingDataError, match="has the data, and a run would write into it"):
+        read_examples(tmp_path, excluded=[tmp_path])
+
+
+def test_metadata_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    for i in range(3):
+        picture(tmp_path / "a" / f"{i}.png", seed=i)
+    names = ["0.png", "1.png", "2.png", "3.png"]
+    table = pyarrow.table({"file_name": names, "size": [1, 2, 3, 4], "text": ["zero", "one", None, "three"]})
+    parquet.write_table(table, tmp_path / "a" / "metadata.parquet")
+    with pytest.raises(TrainingDataError) as error:
+        read_examples(tmp_path)
+    found = {problem.name: problem.reason for problem in error.value.problems}
+    assert "no caption for 2.png" in found["a/metadata.parquet row 3"]
+    assert "no file 3.png" in found["a/metadata.parquet row 4"]
+    assert captions(read_examples(tmp_path, on_bad_data="skip")) == {"a/0.png": "zero", "a/1.png": "one"}
+    parquet.write_table(table.drop_columns("text"), tmp_path / "a" / "metadata.parquet")
+    with pytest.raises(TrainingDataError, match="it has the columns file_name, size, and file_name and one of"):
+        read_examples(tmp_path)
+    cut(tmp_path / "a" / "metadata.parquet", 0.5)
+    with pytest.raises(TrainingDataError, match=r"metadata\.parquet: not Parquet that can be read"):
+        read_examples(tmp_path)
+
+
+def test_of_many_problems_the_first_are_named_and_the_rest_counted(tmp_path, caplog):
+    album(tmp_path, 1)
+    lines = ["{not json", json.dumps({"file_name": "nowhere.png"}), "x" * 5000] * 1000
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(TrainingDataError) as error:
+        read_examples(tmp_path)
+    assert len(error.value.problems) == 3000
+    said = str(error.value).splitlines()
+    assert "metadata.jsonl line 20: " in said[20] and said[21] == "  and 2,980 more" and len(said) == 22
+    assert len(str(error.value)) < 10_000
+    with caplog.at_level(logging.WARNING):
+        read_examples(tmp_path, on_bad_data="skip")
+    assert caplog.records[0].message.endswith("and 2,980 more")
+    # One picture, named again and again.
+    (tmp_path / "metadata.jsonl").write_text("\n".join([json.dumps({"file_name": "00.png", "text": "a"})] * 3000))
+    with pytest.raises(TrainingDataError, match="captioned 3001 times: .*line 5, \\.\\.\\.$"):
+        read_examples(tmp_path)
+
+
+def test_gif_is_a_picture_or_a_video(tmp_path):
+    frames = [Image.new("RGB", (16, 16), (i * 60, 0, 0)) for i in range(4)]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:], duration=100)
+    frames[0].save(tmp_path / "still.gif")
+    for name in ("moves", "still"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert [(each.name, each.kind, each.frames) for each in read_folder(tmp_path)] == [
+        ("moves.gif", "video", 4), ("still.gif", "image", 1),
+    ]  # fmt: skip
+
+
+def test_pictures_of_other_formats_are_named(tmp_path):
+    album(tmp_path, 1)
+    (tmp_path / "a.heic").write_bytes(b"")
+    with pytest.raises(TrainingDataError, match=r"a\.heic: \.heic is not read"):
+        read_folder(tmp_path)

@@ -146,7 +146,7 @@ def test_threads_end_with_the_iterator(prepared):
 def test_a_file_that_is_lost_is_an_error_and_no_hang(prepared, tmp_path):
     latents = [each._replace(path=tmp_path / "lost.safetensors") for each in prepared[0]]
     broken = LatentLoader(latents, prepared[1], LatentLoader.sampler_for(latents, global_batch_size=1))
-    with pytest.raises(FileNotFoundError, match="lost"):
+    with pytest.raises(TrainingDataError, match="lost.safetensors is missing.*Start again"):
         next(iter(broken))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .media import album, encode, encode_text
 
-LAZY = ("PIL", "av", "torchcodec", "datasets", "pandas", "diffusers", "transformers", "safetensors", "accelerate")
+LAZY = ("PIL", "av", "datasets", "pandas", "diffusers", "transformers", "safetensors", "accelerate")
 
 
 def _on_rank(rank, folder, results):

@@ -1,0 +1,270 @@
+"""Whether a picture or video is as long and as whole as its own format says.
+
+Decoders fill what is missing with grey or stop early, and say nothing. Formats keep lengths, end marks or checksums,
+and those are compared here; what is wrong is raised as a ValueError with the reason.
+
+What cannot be found so: damage within the compressed data of JPEG, WebP and AVIF that is no run of zeros, since these
+formats have no checksum; and zeros in BMP and uncompressed TIFF that begin with a row, or where the picture is black.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"pnot"}
+"""types of the box with which an MP4, MOV or AVIF file may begin."""
+
+
+def check_picture(data: bytes) -> None:
+    """Raises a ValueError where the bytes of a picture are not whole. Formats that are not known pass."""
+    try:
+        _check_picture(data)
+    except (IndexError, struct.error) as error:
+        raise ValueError("its segments do not end where it ends") from error
+
+
+def _check_picture(data: bytes) -> None:
+    if data[:2] == b"\xff\xd8":
+        _check_jpeg(data)
+    elif data[:8] == b"\x89PNG\r\n\x1a\n":
+        _check_png(data)
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        for name, start, end in _riff_chunks(data):
+            if name in (b"VP8 ", b"VP8L", b"ANMF"):
+                _check_zeros(data, start, end, 256)
+    elif data[4:8] == b"ftyp":
+        for name, start, end in _boxes(data):
+            if name == b"mdat":
+                _check_zeros(data, start, end, 256)
+
+
+def check_pixels(pixels: Any) -> None:
+    """Raises a ValueError where a picture of uncompressed values is cut off: from the middle of a row on there are only
+    zeros, and in the same row of columns the row above had none.
+
+    Args:
+        pixels: array [height, width] or [height, width, channels].
+    """
+    black = (pixels == 0) if pixels.ndim == 2 else (pixels == 0).all(-1)
+    for each in (black, black[::-1]):  # BMP has its last row first
+        filled = (~each).any(1).nonzero()[0]
+        if not len(filled) or filled[-1] < 1 or len(each) - 1 - filled[-1] < len(each) // 16:
+            continue
+        row = int(filled[-1])
+        column = int((~each[row]).nonzero()[0][-1]) + 1
+        if column < each.shape[1] and not each[row - 1, column:].any() and not each[row - 1 : row + 1, :column].any():
+            raise ValueError(f"from row {row if each is black else len(each) - 1 - row} on it is zeros")
+
+
+def check_video(file: BinaryIO) -> None:
+    """Raises a ValueError where the file of a video ends before its format says. Formats that are not known pass."""
+    file.seek(0, 2)
+    size = file.tell()
+    file.seek(0)
+    start = file.read(12)
+    if start[4:8] in _BOXES:
+        _check_boxes(file, size)
+    elif start[:4] == b"\x1aE\xdf\xa3":
+        _check_matroska(file, size)
+    elif start[:4] == b"RIFF":
+        _check_riff(file, size)
+    elif start[:4] == b"GIF8":
+        _check_gif(file, size)
+    file.seek(0)
+
+
+def _short(promised: int, there: int) -> ValueError:
+    return ValueError(f"it is cut off: by its header it has {promised} bytes, and {there} are there")
+
+
+def _check_zeros(data: bytes, start: int, end: int, most: int) -> None:
+    """Compressed data look like noise, so that a long run of zeros is none of them."""
+    at = data.find(b"\0" * most, start, end)
+    if at >= 0:
+        raise ValueError(f"from byte {at} on there are zeros in place of its data")
+
+
+# ---- JPEG
+
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""neither a stuffed byte nor a restart, which are parts of a scan, nor padding."""
+
+
+def _check_jpeg(data: bytes) -> None:
+    at = 2
+    first_symbol: dict[int, int] = {}
+    while True:
+        mark = _MARKER.search(data, at)  # decoders skip what is between segments
+        if mark is None:
+            raise ValueError("it is cut off: its end mark is missing")
+        at = mark.start()
+        kind = data[at + 1]
+        if kind == 0xD9:
+            return
+        (length,) = struct.unpack_from(">H", data, at + 2)
+        segment = data[at + 4 : at + 2 + length]
+        at += 2 + length
+        if kind == 0xC4:
+            first_symbol.update(_first_symbols(segment))
+        if kind == 0xDA:
+            mark = _MARKER.search(data, at)
+            end = len(data) if mark is None else mark.start()
+            if not _zeros_have_a_meaning(segment, first_symbol):
+                _check_zeros(data, at, end, 32)
+            if mark is None:
+                raise ValueError("it is cut off: its end mark is missing")
+            at = end
+
+
+def _first_symbols(segment: bytes) -> Iterator[tuple[int, int]]:
+    """Of each Huffman table: its number, and the symbol whose code is zeros only."""
+    at = 0
+    while at + 17 < len(segment):
+        count = sum(segment[at + 1 : at + 17])
+        yield segment[at], segment[at + 17]
+        at += 17 + count
+
+
+def _zeros_have_a_meaning(scan: bytes, first_symbol: dict[int, int]) -> bool:
+    """Whether zeros in this scan can be a flat part of the picture. With the tables that most pictures have they mean
+    coefficients that no encoder writes."""
+    number = scan[0]
+    first, _, approximation = scan[1 + 2 * number : 4 + 2 * number]
+    if approximation >> 4:  # a refinement: bits without a code
+        return True
+    for component in range(number):
+        tables = scan[2 + 2 * component]
+        if first == 0 and first_symbol.get(tables >> 4, 0) != 0:
+            return False
+        if scan[2 + 2 * number] > 0 and first_symbol.get(0x10 | tables & 15, 0) & 15:
+            return False
+    return True
+
+
+# ---- PNG
+
+
+def _check_png(data: bytes) -> None:
+    at = 8
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            raise _short(end, len(data))
+        name = data[at + 4 : at + 8]
+        if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
+            raise ValueError(f"the checksum of its part {name.decode('latin-1')!r} at byte {at} is wrong")
+        if name == b"IEND":
+            return
+        at = end
+    raise ValueError("it is cut off: its end mark is missing")
+
+
+# ---- Boxes, chunks and elements
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Of an AVIF file: name, first byte and end of what is in each box."""
+    at = 0
+    while at + 8 <= len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        head = 8
+        if size == 1 and at + 16 <= len(data):
+            (size,), head = struct.unpack_from(">Q", data, at + 8), 16
+        end = len(data) if size == 0 else at + size
+        if end > len(data) or 0 < size < head:
+            raise _short(end, len(data))
+        yield name, at + head, end
+        at = end
+
+
+def _check_boxes(file: BinaryIO, size: int) -> None:
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length, name = struct.unpack(">I4s", head[:8])
+        if not name.strip(b"\0"):
+            return  # padding
+        if length == 1:
+            (length,) = struct.unpack(">Q", head[8:16].ljust(8, b"\xff"))
+        if length == 0:
+            return
+        at += max(length, 8)
+    if at > size:
+        raise _short(at, size)
+
+
+def _check_matroska(file: BinaryIO, size: int) -> None:
+    at = 0
+    for _ in range(2):  # the header, and the segment, which is all the rest
+        file.seek(at)
+        head = file.read(12)
+        identifier = _vint_length(head[0]) if head else 1
+        length = _vint_length(head[identifier]) if len(head) > identifier else 1
+        if len(head) < identifier + length:
+            raise _short(at + identifier + length, size)
+        value = int.from_bytes(head[identifier : identifier + length], "big") & ((1 << 7 * length) - 1)
+        if value == (1 << 7 * length) - 1:  # a stream, which does not know its length
+            return
+        at += identifier + length + value
+    if at > size:
+        raise _short(at, size)
+
+
+def _vint_length(byte: int) -> int:
+    return 9 - byte.bit_length()
+
+
+def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    (size,) = struct.unpack_from("<I", data, 4)
+    if size + 8 > len(data):
+        raise _short(size + 8, len(data))
+    at = 12
+    while at + 8 <= size + 8:
+        name, length = struct.unpack_from("<4sI", data, at)
+        if at + 8 + length > len(data):
+            raise _short(at + 8 + length, len(data))
+        yield name, at + 8, at + 8 + length
+        at += 8 + length + length % 2
+
+
+def _check_riff(file: BinaryIO, size: int) -> None:
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        name, length = struct.unpack("<4sI", file.read(8))
+        if name != b"RIFF":
+            return
+        at += 8 + length + length % 2
+    if at > size + 1:
+        raise _short(at, size)
+
+
+def _check_gif(file: BinaryIO, size: int) -> None:
+    file.seek(0)
+    data = file.read()
+    at = 13 + _palette(data[10])
+    while at < size:
+        kind = data[at]
+        if kind == 0x3B:
+            return
+        if kind == 0x21:
+            at += 2
+        elif kind == 0x2C and at + 9 < size:
+            at += 11 + _palette(data[at + 9])
+        else:
+            raise ValueError(f"at byte {at} there is no block of a GIF")
+        while at < size and data[at]:
+            at += 1 + data[at]
+        at += 1
+    if at > size:
+        raise _short(at, size)
+
+
+def _palette(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0

@@ -1,0 +1,43 @@
+"""The checksums of a checkpoint's files, in a file beside them, so that a damaged one is found before it is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .data.disk import file_checksum
+
+MANIFEST = "checksums.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Notes size and checksum of every file in `folder`."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    said = {path.name: {"bytes": path.stat().st_size, "crc32": file_checksum(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps(said, indent=2) + "\n")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, naming the first that is damaged; None where nothing is."""
+    manifest = folder / MANIFEST
+    try:
+        said = json.loads(manifest.read_text())
+        expected = {str(name): (int(each["bytes"]), str(each["crc32"])) for name, each in said.items()}
+    except FileNotFoundError:
+        return f"{manifest} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{manifest} cannot be read ({type(error).__name__}: {error})"
+    if "state.json" not in expected:
+        return f"{manifest} does not name state.json"
+    for name, (size, crc) in expected.items():
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                return f"{path} has {path.stat().st_size} bytes, and {size} were written"
+            if file_checksum(path) != crc:
+                return f"{path} is not what was written: its checksum is another one"
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except OSError as error:
+            return f"{path} cannot be read ({error})"
+    return None
