@@ -27,6 +27,7 @@ import transformers
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
 from diffusers_attn.training.data.errors import TrainingDataError
+from diffusers_attn.training.errors import TrainingInterrupted
 
 
 def main() -> None:
@@ -53,6 +54,13 @@ if __name__ == "__main__":
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         main()
+    except TrainingInterrupted as interruption:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_lora.py: {interruption}", file=sys.stderr)
+        leave(interruption.exit_code)
+    except KeyboardInterrupt:
+        print("train_lora.py: interrupted before training began, or behind its end.", file=sys.stderr)
+        leave(130)
     except (TrainingError, TrainingDataError, AttentionProviderError) as error:
         print(f"train_lora.py: {error}", file=sys.stderr)
         if several:

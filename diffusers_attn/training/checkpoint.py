@@ -50,6 +50,13 @@ class Checkpoints:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
+    @staticmethod
+    def step_of(path: Path) -> int:
+        """Of the checkpoint at `path`, by its name."""
+        name = _NAME.fullmatch(path.name)
+        assert name is not None
+        return int(name[1])
+
     def find(self, wanted: str | None) -> Path | None:
         """The checkpoint to resume from.
 
@@ -78,12 +85,14 @@ class Checkpoints:
         problem = damage(path)
         if problem is None:
             return path
-        others = (self.path(step) for step in reversed(self.steps()) if self.path(step) != path)
+        beside = Checkpoints(path.parent, None)  # which may be those of another run
+        others = (beside.path(step) for step in reversed(beside.steps()) if beside.path(step) != path)
         whole = next((each for each in others if damage(each) is None), None)
         if whole is None:
-            advice = f"{self.folder} has no other checkpoint that is whole: start anew with another --output_dir."
+            advice = f"{path.parent} has no other checkpoint that is whole: start anew with another --output_dir."
         else:
-            advice = f"Go on from the newest that is whole: --resume {int(_NAME.fullmatch(whole.name)[1])}."  # type: ignore[index]
+            wanted = self.step_of(whole) if whole.parent == self.folder else whole
+            advice = f"Go on from the newest that is whole: --resume {wanted}."
         raise TrainingError(f"the checkpoint {path} is damaged: {problem}. {advice}")
 
     def save(self, step: int, write: Callable[[Path], None], size: int | None = None) -> Path:

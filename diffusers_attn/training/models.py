@@ -111,11 +111,18 @@ def decoding_in_its_dtype(vae: Any) -> Iterator[None]:
         del vae.decode
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Of a model's weights: of the beginning of each tensor, which another model or a fine-tuned one has otherwise."""
+def fingerprint(module: nn.Module, rounded: bool = False) -> str:
+    """Of a model's weights: of the beginning of each tensor, which another model or a fine-tuned one has otherwise.
+
+    Args:
+        rounded: to bfloat16, so that the same weights in float32 and in bfloat16 have one fingerprint.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         beginning = tensor.detach().flatten()[:256].to("cpu", torch.float32)
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        dtype: Any = tensor.dtype
+        if rounded and tensor.is_floating_point():
+            beginning, dtype = beginning.bfloat16().float(), "rounded"
+        digest.update(f"{name} {list(tensor.shape)} {dtype}".encode())
         digest.update(beginning.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -19,12 +19,14 @@ class _Optimizer(NamedTuple):
     install: str
     learning_rate: float
     """where a user gives none."""
+    moving: tuple[str, ...] = ()
+    """entries of its parameter groups that are state: it changes them itself. All others are settings."""
 
 
 OPTIMIZERS = {
     "adamw": _Optimizer("torch", "", 1e-4),
     "adamw8bit": _Optimizer("bitsandbytes", "pip install bitsandbytes", 1e-4),
-    "prodigy": _Optimizer("prodigyopt", "pip install prodigyopt", 1.0),
+    "prodigy": _Optimizer("prodigyopt", "pip install prodigyopt", 1.0, ("d", "d_max", "d_numerator", "k")),
 }
 
 
@@ -120,8 +122,13 @@ def _whole(state: Any) -> Any:
     return whole(state) if isinstance(state, torch.Tensor) else state
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Sets what `optimizer_state` returned."""
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any], name: str) -> None:
+    """Sets what `optimizer_state` returned. Settings, such as learning rate, betas and weight decay, stay those of
+    `optimizer`.
+
+    Args:
+        name: of the optimizer, one of `OPTIMIZERS`.
+    """
     from .lora import sharded_like
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -135,4 +142,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             else each
             for name, each in entries.items()
         }
-    optimizer.load_state_dict({"state": placed, "param_groups": state["param_groups"]})
+    groups = [
+        {**ours, **{key: theirs[key] for key in OPTIMIZERS[name].moving}, "params": theirs["params"]}
+        for ours, theirs in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": placed, "param_groups": groups})
+
+
+def resume_schedule(schedule: Any, step: int) -> None:
+    """Moves a schedule from `make_schedule` to where it is behind `step`, and sets the learning rate that it has there.
+    What it goes on with is its own: the peak, the warm-up and the number of steps."""
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step + 1})
+    schedule.step()

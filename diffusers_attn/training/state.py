@@ -17,7 +17,8 @@ from .data.loader import LatentLoader
 from .ema import AdapterAverage
 from .errors import TrainingError
 from .lora import adapter_weights, load_adapter_weights
-from .optim import load_optimizer_state, optimizer_state
+from .optim import load_optimizer_state, optimizer_state, resume_schedule
+from .resuming import Facts, write_settings
 
 _FORMAT = 2
 
@@ -31,6 +32,9 @@ class Training(NamedTuple):
     schedule: Any
     average: AdapterAverage | None
     loader: LatentLoader
+    settings: dict[str, Any]
+    """from `resuming.settings_of`."""
+    facts: Facts
 
 
 class Snapshot(NamedTuple):
@@ -41,8 +45,9 @@ class Snapshot(NamedTuple):
     average: dict[str, Tensor] | None
     average_steps: int
     optimizer: dict[str, Any]
-    schedule: dict[str, Any]
     loader: dict[str, Any]
+    settings: dict[str, Any]
+    facts: Facts
 
     @property
     def size(self) -> int:
@@ -67,8 +72,9 @@ def snapshot(training: Training, step: int) -> Snapshot:
         None if average is None else average.weights(),
         0 if average is None else average.steps,
         optimizer_state(training.optimizer),
-        training.schedule.state_dict(),
         training.loader.state_dict(),
+        training.settings,
+        training.facts,
     )
 
 
@@ -79,7 +85,8 @@ def write(taken: Snapshot, folder: Path) -> None:
     save_file(taken.adapter, folder / "adapter.safetensors")
     if taken.average is not None:
         save_file(taken.average, folder / "average.safetensors")
-    torch.save({"optimizer": taken.optimizer, "schedule": taken.schedule}, folder / "optimizer.pt")
+    torch.save({"optimizer": taken.optimizer}, folder / "optimizer.pt")
+    write_settings(folder, taken.settings, taken.facts)
     said = {"format": _FORMAT, "step": taken.step, "loader": taken.loader, "average_steps": taken.average_steps}
     (folder / "state.json").write_text(json.dumps(said, indent=2) + "\n")
 
@@ -97,19 +104,13 @@ def restore(training: Training, folder: Path) -> int:
     from safetensors.torch import load_file
 
     said = _read_state(folder / "state.json")
-    averaged = (folder / "average.safetensors").is_file()
-    if averaged != (training.average is not None):
-        raise TrainingError(
-            f"resume: {folder} has {'an' if averaged else 'no'} average of the adapter, and ema_decay is "
-            f"{'not ' if averaged else ''}set. Set it as it was."
-        )
     training.loader.load_state_dict(said["loader"])
     load_adapter_weights(training.transformer, load_file(folder / "adapter.safetensors"))
     if training.average is not None:
         training.average.load(load_file(folder / "average.safetensors"), said["average_steps"])
     kept = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    load_optimizer_state(training.optimizer, kept["optimizer"])
-    training.schedule.load_state_dict(kept["schedule"])
+    load_optimizer_state(training.optimizer, kept["optimizer"], training.settings["optimizer"])
+    resume_schedule(training.schedule, int(said["step"]))
     return int(said["step"])
 
 

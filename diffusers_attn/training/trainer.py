@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import signal
-import time
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from .config import TrainConfig
 from .data.ranks import in_step
 from .draws import Draws
 from .ema import AdapterAverage
-from .errors import TrainingError
+from .errors import TrainingError, TrainingInterrupted
 from .evaluation import evaluate
 from .families import family_of
+from .interruption import SIGNALS, interruptible
 from .lora import adapter_config, adapter_weights, add_adapter, save_adapter, trained_parameters
 from .models import drop_text_encoders, load_pipeline
 from .optim import make_optimizer, make_schedule
@@ -31,6 +31,7 @@ from .parallel import TrainingParallel, check_trainable
 from .prepare import make_loader, prepare_data
 from .progress import Progress
 from .randomness import derived_seed
+from .resuming import check_facts, check_steps, facts_of, read_settings, resume_settings, settings_of
 from .state import Training, restore, snapshot, write
 from .validation import Sample, Validation, log_samples
 
@@ -62,6 +63,10 @@ class Trainer:
         self.step = 0
         self.checked = False
         """whether processes have compared what they train on."""
+        self.checkpoint: Path | None = None
+        """to resume from; None begins anew"""
+        self.before: dict[str, Any] | None = None
+        """the settings of the run that is resumed"""
         self._check()
 
     def _check(self) -> None:
@@ -76,13 +81,34 @@ class Trainer:
                 "share a sequence would drop different parts of what all of them hold. Set one of them to 0 or 1."
             )
         in_step(self.ranks, [None] if self.main else [], lambda _: check_settings(config), "checking the settings")
-        self.checkpoint = self.checkpoints.find(config.resume)
-        """to resume from; None begins anew"""
+        self._check_resuming()
         if config.resume is None and self.checkpoints.steps():
             raise TrainingError(
                 f"output_dir={config.output_dir!r} has checkpoints of an earlier run. Go on with it, --resume latest, "
                 "or take another folder."
             )
+
+    def _check_resuming(self) -> None:
+        """Settles what to go on from, and with which settings, and says what differs."""
+        config = self.config
+        self.checkpoint = checkpoint = self.checkpoints.find(config.resume)
+        if checkpoint is None:
+            if config.resume is not None:
+                self._say(
+                    f"--resume {config.resume}: {self.checkpoints.folder} has no checkpoint yet. A new run begins."
+                )
+            return
+        step = self.checkpoints.step_of(checkpoint)
+        own = checkpoint.parent == self.checkpoints.folder
+        check_steps(config.steps, step, self.checkpoints.steps() if own else [])
+        self.before = read_settings(checkpoint)
+        self.config, differences = resume_settings(config, self.before, self.parallel.dp_degree)
+        self._say("\n  ".join([f"going on from {checkpoint}", *differences]))
+
+    def _say(self, message: str) -> None:
+        """On one process, before there is a bar."""
+        if self.main:
+            print(message, file=sys.stderr, flush=True)
 
     # ---- The run
 
@@ -91,6 +117,7 @@ class Trainer:
 
         Raises:
             TrainingError, TrainingDataError, AttentionProviderError: what cannot be served as asked.
+            TrainingInterrupted: SIGINT or SIGTERM came on one of the processes. A checkpoint is saved.
         """
         # Blocks are compiled one by one. DDP's way to overlap the backward of one large graph with its exchanges would
         # only cut each of them in two.
@@ -105,20 +132,18 @@ class Trainer:
         self._start_trackers()
         metrics = config.output / "metrics.jsonl" if config.metrics else None
         progress = Progress(self.accelerator, config.steps, self.step, config.log_every, metrics)
-        stop = False
-        with _terminated() as asked_to_stop:
-            micros: Any = iter(self.training.loader)
-            while self.step < config.steps and not stop:
-                numbers, tokens, stop = self._train_step(micros, asked_to_stop)
-                progress.step(self.step, numbers, tokens)
-                if self.on_step is not None:
-                    self.on_step(self.step, numbers)
-                with progress.paused():
-                    self._now_and_then(progress, last=stop or self.step == config.steps)
-            micros.close()
-        progress.close()
-        if stop and self.step < config.steps:
-            return self.checkpoints.path(self.step)
+        stop = 0
+        with interruptible() as asked_to_stop, contextlib.closing(progress):
+            with contextlib.closing(iter(self.training.loader)) as micros:  # type: ignore[type-var]
+                while self.step < config.steps and not stop:
+                    numbers, tokens, stop = self._train_step(micros, asked_to_stop)
+                    progress.step(self.step, numbers, tokens)
+                    if self.on_step is not None:
+                        self.on_step(self.step, numbers)
+                    with progress.paused():
+                        self._now_and_then(progress, last=bool(stop) or self.step == config.steps)
+        if stop:
+            raise TrainingInterrupted(stop, self.checkpoints.path(self.step))
         return self._finish()
 
     def _load(self) -> None:
@@ -136,6 +161,9 @@ class Trainer:
         )
         self.sampling = config.timestep_sampling or self.family.objective.sampling
         check_with_model(config, self.family, self._adapter_config())
+        facts = facts_of(config, self.family)
+        if self.before is not None:
+            check_facts(facts, self.before)
         self.prepared = prepare_data(config, self.family, self.parallel, self.device)
         self.validation = Validation(config, self.family, self.prepared.bucket, self.device)
         drop_text_encoders(pipeline)
@@ -169,7 +197,8 @@ class Trainer:
             config.lr_schedule, self.optimizer.optimizer, warmup_steps=config.warmup_steps, steps=config.steps
         )
         average = None if config.ema_decay is None else AdapterAverage(self.model, config.ema_decay)
-        self.training = Training(self.model, self.optimizer.optimizer, schedule, average, loader)
+        settings = settings_of(config, self.parallel.dp_degree)
+        self.training = Training(self.model, self.optimizer.optimizer, schedule, average, loader, settings, facts)
 
     def _adapter_config(self) -> Any:
         config = self.config
@@ -199,9 +228,10 @@ class Trainer:
     # ---- A step
 
     def _train_step(
-        self, micros: Iterator[dict[str, Any]], stop: Callable[[], bool]
-    ) -> tuple[dict[str, float], int, bool]:
-        """One step of the optimizer. Returns its numbers, how many tokens it had, and whether to stop."""
+        self, micros: Iterator[dict[str, Any]], stop: Callable[[], int]
+    ) -> tuple[dict[str, float], int, int]:
+        """One step of the optimizer. Returns its numbers, how many tokens it had, and the signal by which to stop, 0
+        for none."""
         accelerator, config = self.accelerator, self.config
         total = torch.zeros((), device=self.device)
         tokens = 0
@@ -223,14 +253,15 @@ class Trainer:
         self.step += 1
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # One exchange for all that processes have to agree on.
-        loss_sum, stops = self.ranks.sum([float(total), float(stop())])
+        asked = stop()
+        loss_sum, *came = self.ranks.sum([float(total), *(float(asked == each) for each in SIGNALS)])
         numbers = {"loss": loss_sum / self.ranks.size, "gradient norm": float(norm), "learning rate": rate}
         if not numbers["loss"] < float("inf"):
             raise TrainingError(
                 f"the loss is {numbers['loss']} in step {self.step}. Go on from the last checkpoint with a smaller "
                 "--learning_rate."
             )
-        return numbers, tokens, stops > 0
+        return numbers, tokens, next((each for each, count in zip(SIGNALS, came) if count), 0)
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss of a micro-batch."""
@@ -352,18 +383,3 @@ def make_accelerator(config: TrainConfig) -> Any:
             f"{accelerator.gradient_accumulation_steps}. Give the same number."
         )
     return accelerator
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM is only noted: the step is ended and a checkpoint saved. Gives whether it came."""
-    came: list[float] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(time.time()))
-    except ValueError:  # not the main thread, which alone may do this
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -101,15 +101,57 @@ def train_and_die(settings: dict[str, Any], event: int | None, answer: str) -> N
     Path(answer).write_text(json.dumps({**result, "changes": changes}))
 
 
-def train_until_terminated(settings: dict[str, Any], step: int) -> None:
-    """A run that is told to end while it is at `step`."""
+def train_until_terminated(settings: dict[str, Any], step: int, *signals: int) -> None:
+    """A run that is told to end while it is at `step`, by SIGTERM or by `signals`. Leaves with its exit code."""
     from diffusers_attn.training import TrainConfig, Trainer
+    from diffusers_attn.training.errors import TrainingInterrupted
 
     def tell(number: int, _: dict[str, float]) -> None:
         if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for each in signals or (signal.SIGTERM,):
+                os.kill(os.getpid(), each)
 
-    Trainer(TrainConfig(**settings), on_step=tell).run()
+    try:
+        Trainer(TrainConfig(**settings), on_step=tell).run()
+    except TrainingInterrupted as interruption:
+        sys.exit(interruption.exit_code)
+
+
+def run_script(arguments: list[str], folder: str, number: int | None = None, signal_when: str | None = None) -> None:
+    """`examples/train_lora.py` with a command line, in a process that has everything imported already. What it prints
+    goes to `said` in `folder`.
+
+    Args:
+        number: of a signal that it is sent as soon as there is a file `signal_when`, with something in it.
+    """
+    import runpy
+    import threading
+    import time
+
+    def send() -> None:
+        while not (os.path.isfile(signal_when or "") and os.path.getsize(signal_when or "")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number or 0)
+
+    said = os.open(os.path.join(folder, "said"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    if number is not None:
+        threading.Thread(target=send, daemon=True).start()
+    script = str(ROOT / "examples" / "train_lora.py")
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def command_line(settings: dict[str, Any]) -> list[str]:
+    """Settings as arguments of the script."""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def train_sharded(settings: dict[str, Any], block: str, cp_degree: int) -> dict[str, Any]:

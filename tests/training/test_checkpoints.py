@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffusers_attn.training.checkpoint import Checkpoints
 from diffusers_attn.training.errors import TrainingError
+from diffusers_attn.training.resuming import Facts
 from diffusers_attn.training.state import Snapshot, restore, write
 
 from .runs import train_and_die, train_until_terminated
@@ -60,7 +62,7 @@ def test_killed_while_checkpoints_change(whole, settings_of, forked, tmp_path, s
 def test_terminated(whole, settings_of, forked, tmp_path):
     result, weights = whole
     settings = settings_of("cogview4", **{**STEPS, "checkpoint_every": 0})
-    assert forked(train_until_terminated, settings, 3) == 0
+    assert forked(train_until_terminated, settings, 3) == 143
     steps, resumed = finish(settings, forked, tmp_path)
     assert steps == result["steps"][-2:]  # the step in which it is told is the next one
     assert same(resumed, weights)
@@ -122,6 +124,8 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(tmp_path, damage):
         with pytest.raises(TrainingError, match="is damaged: .*--resume 1") as error:
             checkpoints.find(wanted)
         assert str(path) in str(error.value)
+    with pytest.raises(TrainingError, match=f"--resume {re.escape(str(checkpoints.path(1)))}"):
+        Checkpoints(tmp_path / "own", keep=None).find(str(checkpoints.path(2)))
     assert checkpoints.find("1") == checkpoints.path(1)
     (checkpoints.path(1) / "state.json").write_text("")
     with pytest.raises(TrainingError, match="no other checkpoint that is whole: start anew"):
@@ -159,7 +163,8 @@ def test_a_disk_that_is_full(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=240k", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs privileges that this process has not")
     weights = {f"layer{i}": torch.ones(10_000) for i in range(2)}
-    taken = Snapshot(1, weights, None, 0, {"state": weights}, {}, {"epoch": 0, "position": 0, "batches": ""})
+    loader = {"epoch": 0, "position": 0, "batches": ""}
+    taken = Snapshot(1, weights, None, 0, {"state": weights}, loader, {"steps": 1}, Facts("Flux", "", [], []))
     try:
         checkpoints = Checkpoints(disk / "checkpoints", keep=None)
         checkpoints.save(1, lambda folder: write(taken, folder), taken.size)

@@ -119,21 +119,6 @@ def test_bad_data_is_named(settings_of, tmp_path):
     assert len(train({**settings, "on_bad_data": "skip"})["steps"]) == 1
 
 
-def test_a_checkpoint_of_other_settings(settings_of):
-    settings = settings_of("cogview4", steps=1)
-    train(settings)
-    for others, error, message in (
-        ({"rank": 8}, TrainingError, r"and here it is \[8, "),
-        ({"targets": ["to_q"]}, TrainingError, "another adapter"),
-        ({"ema_decay": 0.9}, TrainingError, "no average"),
-        ({"seed": 1}, TrainingDataError, "seed"),
-    ):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        with pytest.raises(error, match=message):
-            train({**settings, "steps": 2, "resume": "latest", **others})
-
-
 def _one_fails(settings):
     """The first process cannot save: there is a file where its folder would be."""
     if os.environ["RANK"] == "0":

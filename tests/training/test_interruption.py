@@ -1,0 +1,85 @@
+"""Ctrl-C and SIGTERM end a run with a checkpoint, on all processes, and with an exit code that says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from diffusers_attn.training import TrainConfig, Trainer
+from diffusers_attn.training.checkpoint import Checkpoints
+from diffusers_attn.training.errors import TrainingInterrupted
+from diffusers_attn.training.interruption import interruptible
+
+from .runs import command_line, run_script, train_until_terminated
+from .worlds import World
+
+
+def steps_of(settings):
+    return Checkpoints(Path(settings["output_dir"], "checkpoints"), None).steps()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_script_saves_and_says_how_to_go_on(settings_of, forked, tmp_path, number, code):
+    settings = settings_of("cogview4", steps=400, metrics=True)
+    metrics = str(Path(settings["output_dir"], "metrics.jsonl"))
+    assert forked(run_script, command_line(settings), str(tmp_path), int(number), metrics) == code
+    said = (tmp_path / "said").read_text()
+    [step] = steps_of(settings)
+    assert 1 <= step < 400
+    assert "Again, to leave at once" in said
+    assert f"interrupted by {number.name}; go on with --resume latest, from {settings['output_dir']}" in said
+    assert "Traceback" not in said
+    again = {**settings, "steps": step, "resume": "latest"}
+    assert forked(run_script, command_line(again), str(tmp_path)) == 0
+    said = (tmp_path / "said").read_text()
+    assert said.count(f"going on from {settings['output_dir']}/checkpoints/step-{step:08d}") == 1
+    assert said.count(f"--steps {step}; until now 400") == 1
+    assert Path(settings["output_dir"], "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_one_leaves_at_once(settings_of, forked, number):
+    settings = settings_of("cogview4", steps=4)
+    assert forked(train_until_terminated, settings, 2, number, number) == 128 + number
+    assert steps_of(settings) == []
+
+
+def test_what_a_launcher_passes_on_is_no_second_one(monkeypatch):
+    """A terminal sends Ctrl-C to it and to its processes."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    before = signal.getsignal(signal.SIGINT)
+    with interruptible() as asked:
+        assert asked() == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        monkeypatch.setattr("diffusers_attn.training.interruption.FORWARDED", 0.0)
+        with pytest.raises(TrainingInterrupted) as left:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert left.value.exit_code == 130 and left.value.checkpoint is None
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def _one_is_told(settings):
+    """Only the second process, while it is at the second step."""
+
+    def tell(number, _):
+        if number == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        Trainer(TrainConfig(**settings), on_step=tell).run()
+    except TrainingInterrupted as interruption:
+        return interruption.signal, str(interruption.checkpoint)
+    return None
+
+
+def test_all_processes_leave_behind_the_same_step(run_worlds, settings_of):
+    settings = settings_of("cogview4", steps=6, cp_degree=2)
+    [answers] = run_worlds(World(2, _one_is_told, {"settings": settings}))
+    assert steps_of(settings) == [3]  # the step in which it is told is the next one
+    path = f"{settings['output_dir']}/checkpoints/step-00000003"
+    assert answers == [(signal.SIGINT, path), (signal.SIGINT, path)]
