@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import AttentionProviderError
+from . import diffusers_hooks
 from .mesh import ContextParallelMesh, Group
 from .nested import like, updated
 from .received import Received
@@ -113,6 +114,9 @@ class Agreement:
             standing = getattr(vars(module).get("forward"), "standing", None)
             if standing is not None:
                 found.said.append(f"what is recorded of the model: {standing()}")
+            hooks = diffusers_hooks.standing(module)
+            if hooks:
+                found.said.append(f"hooks of diffusers in the model: {hooks}")
             compare, self.compared = self.mode == "broadcast" and not self.compared, True
         call = (
             found.sent, [tensor.detach() for tensor in found.watched], found.integers, found.floats,

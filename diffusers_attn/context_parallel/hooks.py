@@ -22,6 +22,7 @@ from ..cp_plans.plan import (
 from ..cp_plans.plan import entries as entries_of
 from ..cp_plans.registry import get_cp_plan
 from ..errors import AttentionProviderError
+from . import diffusers_hooks
 from .mesh import ContextParallelMesh
 from .plan_hooks import hooks_of
 from .push import PushGather
@@ -106,10 +107,9 @@ def apply_context_parallel(
         mesh = ContextParallelMesh.from_mesh(mesh)
     streams = Streams(mesh)
     # All of the plan is read before the first hook is set.
-    entries = [
-        _Entry(path, spec, list(submodules(module, path)), streams)
-        for path, spec in entries_of(get_cp_plan(module) if plan is None else plan)
-    ]
+    plan = get_cp_plan(module) if plan is None else plan
+    entries = [_Entry(path, spec, list(submodules(module, path)), streams) for path, spec in entries_of(plan)]
+    diffusers_hooks.check(module, plan)
     # Attention modules that the plan says nothing of must be known to be this model's all the same.
     named = {id(then()) for entry in entries if isinstance(entry.spec, CPAttention) for then in entry.modules}
     others = [each for each in module.modules() if hasattr(each, "processor") and id(each) not in named]
@@ -121,6 +121,7 @@ def apply_context_parallel(
     _applied[module] = _Applied(streams, (begin, end), entries, gather)
     for entry in entries:
         entry.set()
+    diffusers_hooks.watch(module, plan, streams)
     return streams
 
 
@@ -129,6 +130,7 @@ def remove_context_parallel(module: nn.Module) -> None:
     if module in _applied:
         _forget_graphs()
         applied = _applied.pop(module)
+        diffusers_hooks.unwatch(module)
         for entry in applied.entries:
             entry.remove()
         for handle in applied.ends:

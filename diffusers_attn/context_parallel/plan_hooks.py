@@ -49,12 +49,12 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
             streams.whole.add(spec.prefix)
         yield from _attention_hooks(module, streams, role, spec.bound)
     elif isinstance(spec, CPNeighbours):
-        length = None if spec.length is None else _argument(module, path, ParamId(spec.length))
+        length = None if spec.length is None else argument_of(module, path, ParamId(spec.length))
         add = AddNeighbours(streams, path, spec, length)
         yield lambda: module.register_forward_pre_hook(add, with_kwargs=True)
         yield lambda: module.register_forward_hook(CutNeighbours(streams, spec))
     elif isinstance(spec, CPHeads):
-        places = [(name, _argument(module, path, ParamId(name))[1], dims) for name, dims in spec.arguments.items()]
+        places = [(name, argument_of(module, path, ParamId(name))[1], dims) for name, dims in spec.arguments.items()]
         yield lambda: module.register_forward_pre_hook(ToHeads(streams, path, spec, places), with_kwargs=True)
         yield lambda: module.register_forward_hook(ToTokens(streams, path, spec))
     elif isinstance(spec, CPOutput) or (isinstance(spec, Sequence) and not isinstance(spec, str)):
@@ -65,8 +65,8 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
     elif isinstance(spec, Mapping):
         before, behind = [], []
         for key, each in spec.items():
-            param = key if isinstance(key, ParamId) else ParamId(**{"index" if isinstance(key, int) else "name": key})
-            words = _words(each)
+            param = as_param(key)
+            words = words_in(each)
             if not words or not all(isinstance(word, _INPUTS) for word in words):
                 raise _not_understood(path, spec)
             for word in words:
@@ -77,7 +77,7 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
             if isinstance(words[0], CPInput) and words[0].split_output:
                 behind.append((param, each))
             else:
-                before.append((*_argument(module, path, param), each))
+                before.append((*argument_of(module, path, param), each))
         if before:
             yield lambda: module.register_forward_pre_hook(_SplitInputs(streams, path, before), with_kwargs=True)
         if behind:
@@ -96,7 +96,7 @@ def _attention_hooks(
 
 
 def _not_understood(path: str, spec: object) -> AttentionProviderError:
-    words = _words(spec) if isinstance(spec, (list, tuple, Mapping)) else [spec]
+    words = words_in(spec) if isinstance(spec, (list, tuple, Mapping)) else [spec]
     if any(type(word).__module__.startswith("diffusers.") for word in words):
         return AttentionProviderError(
             f"the plan has {spec!r} for '{path}', which is in the words of diffusers. Here ContextParallelInput is "
@@ -112,14 +112,21 @@ def _not_understood(path: str, spec: object) -> AttentionProviderError:
 _INPUTS = (CPInput, CPWhole, CPStore, CPCache, CPLength, CPLogBase, CPBlocks, CPAbsent, CPPresent)
 
 
-def _words(spec: Any) -> list[Any]:
+def as_param(key: ParamId | str | int) -> ParamId:
+    """The argument that a key of a plan's entry means."""
+    if isinstance(key, ParamId):
+        return key
+    return ParamId(index=key) if isinstance(key, int) else ParamId(key)
+
+
+def words_in(spec: Any) -> list[Any]:
     """All that is in a nested spec."""
     if isinstance(spec, (list, tuple)):
-        return [word for each in spec if each is not None for word in _words(each)]
-    return [word for each in spec.values() for word in _words(each)] if isinstance(spec, Mapping) else [spec]
+        return [word for each in spec if each is not None for word in words_in(each)]
+    return [word for each in spec.values() for word in words_in(each)] if isinstance(spec, Mapping) else [spec]
 
 
-def _argument(module: nn.Module, path: str, param: ParamId) -> tuple[str | None, int | None]:
+def argument_of(module: nn.Module, path: str, param: ParamId) -> tuple[str | None, int | None]:
     """Name and place of an argument of the module's forward: whichever way a caller gives it, the hook finds it."""
     parameters = list(inspect.signature(original(module).forward).parameters.values())
     names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]

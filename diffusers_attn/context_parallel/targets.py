@@ -12,6 +12,7 @@ from ..cp_plans.registry import get_cp_plan, list_cp_plans, uncovered
 from ..errors import AttentionProviderError
 from ..processors.binding import attention_modules_of, check_bindable
 from ..processors.bound import obstacle
+from . import diffusers_hooks
 from .hooks import applied_streams
 from .submodules import submodules
 
@@ -45,6 +46,7 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
             )
         check_bindable(target.model)
         _check_routed(target)
+        diffusers_hooks.check(target.model, target.plan)
     return targets, whole
 
 
