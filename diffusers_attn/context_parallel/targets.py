@@ -45,6 +45,11 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
                 "disable_context_parallel first (or remove_context_parallel, if apply_context_parallel split it)."
             )
         check_bindable(target.model)
+        if getattr(target.model, "_parallel_config", None) is not None:
+            raise AttentionProviderError(
+                f"{target.name} was given to diffusers' own enable_parallelism() before. Load it anew and leave that "
+                "call (or from_pretrained's parallel_config=...) out."
+            )
         _check_routed(target)
         diffusers_hooks.check(target.model, target.plan)
     return targets, whole

@@ -17,10 +17,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..errors import AttentionProviderError
-from ..scope import active_choice
+from ..scope import ProviderChoice, active_choice
 from .bound import BoundProcessor, bind, obstacle, unbind
 from .dispatch import DispatchProcessor
-from .doors import backend_refused
+from .doors import backend_refused, parallelism_refused
+from .requests import BACKEND, check_notes, is_flex
 
 ATTENTION_CLASSES = (Attention, AttentionModuleMixin, MochiAttention)
 
@@ -46,6 +47,7 @@ def install() -> None:
     # A third of the model classes have attention modules, but not the mixin with these two.
     _patch(ModelMixin, **{name: vars(AttentionMixin)[name] for name in ("set_attn_processor", "attn_processors")})
     _patch(ModelMixin, set_attention_backend=_checking(ModelMixin.set_attention_backend))
+    _patch(ModelMixin, enable_parallelism=_refusing(ModelMixin.enable_parallelism))
     # And some have a set_attn_processor of their own: those that are imported already, and those that will be.
     for cls in _subclasses(ModelMixin):
         _adopt(cls)
@@ -97,6 +99,7 @@ def _placed(module: nn.Module, processor: Any) -> Any:
         reason = obstacle(processor)
         if reason is not None:
             raise AttentionProviderError(f"{type(module).__name__} cannot be bound to an attention provider: {reason}.")
+        check_notes(None, [processor], choice)
     elif _CHOICE not in notes and not isinstance(processor, BoundProcessor):
         return processor
     elif _set_by_diffusers():
@@ -164,14 +167,39 @@ def _checking(upstream: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(upstream)
     def set_attention_backend(self: nn.Module, backend: str) -> None:
-        bound = [module.processor for _, module in attention_modules_of(self)]
-        bound = [processor for processor in bound if isinstance(processor, BoundProcessor)]
-        honoured = str(backend).lower() == "flex" and all(hasattr(each, "_attention_backend") for each in bound)
+        bound = _bound_in(self)
+        honoured = is_flex(backend) and all(hasattr(each, BACKEND) for each in bound)
         if bound and not honoured:
             raise backend_refused(backend, active_choice(bound[0].choice))
         upstream(self, backend)
 
     return set_attention_backend
+
+
+def _refusing(upstream: Callable[..., None]) -> Callable[..., None]:
+    """`enable_parallelism`, refused at once on a model that is bound, or split by this library."""
+
+    @functools.wraps(upstream)
+    def enable_parallelism(self: nn.Module, **options: Any) -> None:
+        from ..context_parallel.hooks import applied_streams
+
+        bound = _bound_in(self)
+        if applied_streams(self) is not None:
+            raise AttentionProviderError(
+                f"enable_parallelism() was called on a {type(self).__name__} that this library has split between "
+                "ranks. Call disable_context_parallel(model) first (or remove_context_parallel, if "
+                "apply_context_parallel split it), or leave enable_parallelism out."
+            )
+        if bound:
+            raise parallelism_refused(active_choice(bound[0].choice))
+        upstream(self, **options)
+
+    return enable_parallelism
+
+
+def _bound_in(model: nn.Module) -> list[BoundProcessor]:
+    processors = [module.processor for _, module in attention_modules_of(model)]
+    return [processor for processor in processors if isinstance(processor, BoundProcessor)]
 
 
 def attention_modules_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -181,16 +209,18 @@ def attention_modules_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def check_bindable(model: nn.Module) -> None:
-    """Raises AttentionProviderError if no attention module of `model` can be bound."""
+def check_bindable(model: nn.Module, choice: ProviderChoice | None = None) -> None:
+    """Raises AttentionProviderError if no attention module of `model` can be bound; or if something was asked of
+    diffusers' own attention that a provider (`choice`, None: the active one) cannot meet."""
     processors = [module.processor for _, module in attention_modules_of(model)]
     if all(map(obstacle, processors)):
         raise _nothing_to_bind(model, processors)
+    check_notes(model, [each for each in processors if obstacle(each) is None], choice)
 
 
 def bind_model(model: nn.Module, request: DispatchProcessor) -> None:
     """Bind every attention module of `model` that can be; see `check_bindable`."""
-    check_bindable(model)
+    check_bindable(model, request.choice)
     for _, module in attention_modules_of(model):
         if obstacle(module.processor) is None:
             module.set_processor(request)

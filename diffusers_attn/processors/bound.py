@@ -17,6 +17,7 @@ from ..scope import ProviderChoice
 from . import ace_step, anyflow_far, mochi, nabla, wan_animate2
 from .doors import dispatch_door, sdpa_door
 from .overlay import Overlay, calls_attention, names_in
+from .requests import check_note
 
 _lock = threading.RLock()
 
@@ -45,6 +46,10 @@ class BoundProcessor:
     # diffusers compares classes exactly: `processor.__class__ in CROSS_ATTENTION_PROCESSORS`, and the look-ups of its
     # hooks. It also makes new processors of the same kind by `processor.__class__()`.
     __class__ = property(lambda self: type(self.original))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_note(name, value, self.choice)
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return bind, (self.original, self.choice)

@@ -101,12 +101,7 @@ def _requested(
     """
     choice = active_choice(bound)
     if parallel_config is not None:
-        raise AttentionProviderError(
-            f"enable_parallelism() was called on a model whose attention goes through provider '{choice.provider}'. It "
-            "relies on diffusers' own attention to exchange keys and values between devices, which does not run here. "
-            "Load the model anew and leave that call out; or leave attention to diffusers, with "
-            "set_attention_provider(model, None)."
-        )
+        raise parallelism_refused(choice)
     if backend == "flex":
         # Written into the code of models whose mask is a BlockMask, which only this provider takes. Where a user set
         # it, the same provider is meant.
@@ -124,6 +119,16 @@ def backend_refused(backend: str, choice: ProviderChoice) -> AttentionProviderEr
         f"'{choice.provider}', and one call cannot go through both. To keep '{choice.provider}', call "
         "model.reset_attention_backend(); for diffusers' own backends, set_attention_provider(model, None); for "
         "another provider, set_attention_provider(model, name)."
+    )
+
+
+def parallelism_refused(choice: ProviderChoice) -> AttentionProviderError:
+    """What to raise where diffusers' own parallelism and a provider are asked for at once."""
+    return AttentionProviderError(
+        f"enable_parallelism() was called on a model whose attention goes through provider '{choice.provider}'. It "
+        "relies on diffusers' own attention to exchange keys and values between devices, which does not run here. "
+        "Load the model anew and leave that call out; or leave attention to diffusers, with "
+        "set_attention_provider(model, None)."
     )
 
 

@@ -39,7 +39,7 @@ def set_attention_provider(target: Any, provider: str | AttentionProvider | None
         return
     request = DispatchProcessor(provider, **options)
     for model in models:
-        check_bindable(model)
+        check_bindable(model, request.choice)
     for model in models:
         bind_model(model, request)
 
