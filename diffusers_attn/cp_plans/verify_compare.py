@@ -292,6 +292,11 @@ def _hint(
     wrong = [each for each in shards if not any(part in lengths for part in _cut_lengths(each))]
     if isinstance(raised, AttentionProviderError) and not (rest and shards):
         return ""
+    if not name and not before:
+        return (
+            "hint: the model's own code combines its inputs before any module ends. Are they split alike (stream, "
+            "balanced), and does it look at single tokens only? If not, split behind that code."
+        )
     if not name:
         return (
             f"hint: '{before}' is the last module before, and what the model makes of its output needs all tokens: "

@@ -27,6 +27,7 @@ from diffusers_attn.lifeline import end_with_parent
 SIZE = 4
 TIMEOUT = 60.0
 _STOP = None
+PRELOAD = ["tests.zoo", "diffusers_attn.context_parallel.enable", "diffusers_attn.cp_plans.verify"]
 
 
 class Meshes:
@@ -113,7 +114,9 @@ class Pool:
         return [answers[rank] for rank in range(ranks)]
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # Forks of one process that has imported everything: of spawned ones, each would import it again.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         self._folder = tempfile.TemporaryDirectory()
         self._jobs = [context.SimpleQueue() for _ in range(self._size)]
         self._results = context.Queue()
