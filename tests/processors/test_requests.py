@@ -25,6 +25,7 @@ def note_parallelism(model):
         processor._parallel_config = config
 
 
+BACKEND = r"set_attention_backend\('_native_math'\)"
 ASKED = {
     "a backend": (
         lambda model: model.set_attention_backend("_native_math"),
