@@ -16,7 +16,8 @@ from typing import Any
 from ..scope import ProviderChoice
 from . import ace_step, anyflow_far, mochi, nabla, wan_animate2
 from .doors import dispatch_door, sdpa_door
-from .overlay import Overlay, calls_attention, names_in
+from .overlay import Overlay
+from .reach import Visited, calls_attention, classes_named_in, layers, methods_of, names_in, reaches_attention
 from .requests import check_note
 
 _lock = threading.RLock()
@@ -25,7 +26,8 @@ _lock = threading.RLock()
 _INSTEAD = {
     "get_attention_scores": "it computes the scores itself, with get_attention_scores",
     "memory_efficient_attention": "it calls xformers itself",
-    "scaled_dot_product_attention": "it must be a global, or an attribute of the global torch.nn.functional",
+    "scaled_dot_product_attention": "that must be called as a global of its module, as with `import "
+    "torch.nn.functional as F` and F.scaled_dot_product_attention(...)",
 }
 
 # Processors that do more than their code does with another attention call: what they call instead, by class.
@@ -85,46 +87,90 @@ def unbind(processor: Any) -> Any:
 
 def obstacle(processor: Any) -> str | None:
     """Why `processor` cannot be bound; None if it can."""
-    if processor is None:
-        return "it has no processor"
     cls: type = type(unbind(processor))
-    if _attention_methods(cls):
-        return None
-    call = cls.__call__
-    names = set(names_in(call.__code__)) if isinstance(call, FunctionType) else set()
-    reason = f"{cls.__name__} calls neither dispatch_attention_fn nor F.scaled_dot_product_attention"
-    for name, instead in _INSTEAD.items():
-        if name in names:
-            return f"{reason}: {instead}"
-    return reason
+    return "it has no processor" if processor is None else _obstacle(cls)
 
 
 @functools.cache
-def _attention_methods(cls: type) -> dict[str, FunctionType]:
-    """The methods of `cls`, own and inherited, that call attention."""
-    methods: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__.partition(".")[0] != "torch":
-            methods.update(vars(base))
-    return {name: method for name, method in methods.items() if calls_attention(method)}
+def _obstacle(cls: type) -> str | None:
+    visited: Visited = set()
+    if reaches_attention(cls, visited):
+        return None
+    reason = f"{cls.__name__} calls neither dispatch_attention_fn nor F.scaled_dot_product_attention"
+    for method in visited:
+        for _, named, attribute, only in classes_named_in(method):
+            if not only and hasattr(named, attribute) and reaches_attention(named, set()):
+                return (
+                    f"{reason} itself, and calls of {named.__name__}.{attribute}(...) are followed only where "
+                    f"{named.__name__} is used for nothing else in that function: call super().{attribute}(...)"
+                )
+    names = {name for method in visited for name in names_in(method.__code__)}
+    for name, instead in _INSTEAD.items():
+        if name in names:
+            return f"{reason}: {instead}"
+    if cls.__module__.partition(".")[0] == "diffusers":
+        return reason
+    return (
+        f"{reason}, and names no function, class or super() that does. Calls through objects, such as self.inner(...), "
+        f"are not followed: derive {cls.__name__} from the processor that it is to extend, and call "
+        "super().__call__(...)"
+    )
+
+
+def _own_methods(cls: type, choice: ProviderChoice | None) -> dict[str, Any]:
+    """The methods that `cls` itself defines and that call attention, rebuilt."""
+    overlay, methods = _overlay(choice), {}
+    for name, method in methods_of(cls).items():
+        if calls_attention(method):
+            kind, rebuilt = type(vars(cls)[name]), overlay.rebuild(method)
+            methods[name] = rebuilt if kind is FunctionType else kind(rebuilt)
+    call = methods_of(cls).get("__call__")
+    if call is not None and "__call__" in methods:  # by the method, and not the class: another may share it
+        own = _OWN.get(f"{call.__module__}.{call.__qualname__}".removesuffix(".__call__"))
+        methods |= {} if own is None else own(call, overlay)
+    return methods
+
+
+def _redirected_bases(cls: type, choice: ProviderChoice | None) -> tuple[type, ...]:
+    """`cls` and, for each base class with methods that call attention, a class that comes before it in the order of
+    method resolution, with these methods rebuilt. So `super()` finds them."""
+    shadows = (_shadow(base, choice) for base in layers(cls)[1:])
+    return cls, *(each for each in shadows if each is not None)
+
+
+@functools.cache
+def _shadow(cls: type, choice: ProviderChoice | None) -> type | None:
+    methods = _own_methods(cls, choice)
+    return type(cls)(cls.__name__, (cls,), methods | _like(cls)) if methods else None
+
+
+_redirects: dict[tuple[type, ProviderChoice | None], type] = {}
+
+
+def _redirected(cls: type, choice: ProviderChoice | None) -> type:
+    """`cls` with its attention calls going to `choice`, for functions that call a method of it by its name."""
+    if (cls, choice) not in _redirects:
+        bases = _redirected_bases(cls, choice)
+        made = _redirects[cls, choice] = type(cls)(cls.__name__, bases, _like(cls))
+        for name, method in _own_methods(cls, choice).items():  # which may name the class
+            setattr(made, name, method)
+    return _redirects[cls, choice]
+
+
+def _like(cls: type) -> dict[str, Any]:
+    return {"__slots__": (), "__module__": cls.__module__}
 
 
 @functools.cache
 def _bound_class(cls: type, choice: ProviderChoice | None) -> type | None:
     """One class per class and choice, so that what is compiled for one processor serves all of its kind."""
-    methods = _attention_methods(cls)
-    if not methods:
+    if _obstacle(cls) is not None:
         return None
-    overlay = _overlay(choice)
-    namespace: dict[str, Any] = {name: overlay.rebuild(method) for name, method in methods.items()}
-    call = methods.get("__call__")
-    if call is not None:  # by the method, and not the class: one that derives from it may have another
-        own = _OWN.get(f"{call.__module__}.{call.__qualname__}".removesuffix(".__call__"))
-        namespace |= {} if own is None else own(call, overlay)
-    namespace |= {"__slots__": ("original",), "__module__": cls.__module__, "choice": choice}
-    return type(f"{cls.__name__}[{choice.provider if choice else 'scope'}]", (BoundProcessor, cls), namespace)
+    namespace = _own_methods(cls, choice) | _like(cls) | {"__slots__": ("original",), "choice": choice}
+    name = f"{cls.__name__}[{choice.provider if choice else 'scope'}]"
+    return type(name, (BoundProcessor, *_redirected_bases(cls, choice)), namespace)
 
 
 @functools.cache
 def _overlay(choice: ProviderChoice | None) -> Overlay:
-    return Overlay(dispatch_door(choice), sdpa_door(choice))
+    return Overlay(dispatch_door(choice), sdpa_door(choice), functools.partial(_redirected, choice=choice))

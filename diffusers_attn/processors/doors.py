@@ -19,7 +19,7 @@ from torch.utils._device import DeviceContext
 from ..dispatch import attend
 from ..errors import AttentionProviderError
 from ..scope import ProviderChoice, active_choice
-from .overlay import sdpa
+from .reach import sdpa
 
 _FLEX = ProviderChoice.of("flex")
 

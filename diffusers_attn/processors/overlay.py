@@ -9,43 +9,17 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Callable
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-SDPA = "scaled_dot_product_attention"
-# `F.scaled_dot_product_attention` may itself have been replaced, by `attention_dispatch`; this is what it was.
-sdpa: Callable[..., torch.Tensor] = getattr(torch._C._nn, SDPA)
+from .reach import SDPA, calls_attention, classes_named_in, held_by, reaches_attention, sdpa
 
 _serial = itertools.count()
-
-
-def calls_attention(function: object) -> bool:
-    """Whether `function` calls what an overlay replaces, itself or through functions that it names."""
-    return isinstance(function, FunctionType) and _calls_attention(function, set())
-
-
-def _calls_attention(function: FunctionType, visited: set[FunctionType]) -> bool:
-    visited.add(function)
-    names = set(names_in(function.__code__))
-    for value in map(function.__globals__.get, names):
-        if value is dispatch_attention_fn or value is sdpa or (value is F and SDPA in names):
-            return True
-        if isinstance(value, FunctionType) and value not in visited and _calls_attention(value, visited):
-            return True
-    return False
-
-
-def names_in(code: CodeType) -> Iterator[str]:
-    """The globals and attributes that `code` mentions, those of functions defined within it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from names_in(constant)
 
 
 class Overlay:
@@ -56,39 +30,68 @@ class Overlay:
     Args:
         dispatch: takes the place of diffusers' `dispatch_attention_fn`.
         sdpa: takes the place of `F.scaled_dot_product_attention`.
+        redirected: gives a class whose methods are rebuilt, for a class that code names in order to call one of them.
     """
 
-    def __init__(self, dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self,
+        dispatch: Callable[..., torch.Tensor],
+        sdpa: Callable[..., torch.Tensor],
+        redirected: Callable[[type], type],
+    ) -> None:
         self._dispatch = dispatch
         self._sdpa = sdpa
+        self._redirected = redirected
         self._functional = _copy_module(vars(F))
         setattr(self._functional, SDPA, sdpa)
         self._modules: dict[int, ModuleType] = {}
+        self._functions: dict[FunctionType, FunctionType] = {}
 
     def rebuild(self, function: FunctionType) -> FunctionType:
-        """`function` with the same code, defaults and closure, in the overlay of its module."""
+        """`function` with the same code and defaults, in the overlay of its module."""
+        if function in self._functions:
+            return self._functions[function]
         module = self._modules.get(id(function.__globals__)) or self._add_module(function.__globals__)
+        named = {
+            name: cls for name, cls, _, only in classes_named_in(function) if only and reaches_attention(cls, set())
+        }
+        if named.keys() & module.__dict__.keys():
+            module = _copy_module(vars(module))  # for this function, as others may use the class for something else
+        held = {name: value for name, value in held_by(function).items() if name in named or self._replaces(value)}
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ())) | {
+            name: CellType() for name in held
+        }
         rebuilt = FunctionType(
-            function.__code__, vars(module), function.__name__, function.__defaults__, function.__closure__
+            function.__code__, vars(module), function.__name__, function.__defaults__, tuple(cells.values()) or None
         )
+        self._functions[function] = rebuilt  # before its parts, which may name it
         rebuilt.__kwdefaults__ = function.__kwdefaults__
         rebuilt.__qualname__ = function.__qualname__
         rebuilt.__annotations__ = function.__annotations__
         rebuilt.__dict__.update(function.__dict__)
+        for name, value in held.items():
+            cells[name].cell_contents = self._redirected(value) if name in named else self._instead_of(value)
+        for name in named.keys() & module.__dict__.keys() - held.keys():
+            setattr(module, name, self._redirected(named[name]))
         return rebuilt
 
     def _add_module(self, original: dict[str, Any]) -> ModuleType:
         module = self._modules[id(original)] = _copy_module(original)
         for name, value in original.items():  # after the copy is known, as helpers may name each other
-            if value is F:
-                setattr(module, name, self._functional)
-            elif value is dispatch_attention_fn:
-                setattr(module, name, self._dispatch)
-            elif value is sdpa:
-                setattr(module, name, self._sdpa)
-            elif calls_attention(value):
-                setattr(module, name, self.rebuild(value))
+            if self._replaces(value):
+                setattr(module, name, self._instead_of(value))
         return module
+
+    def _replaces(self, value: object) -> bool:
+        return value is F or value is dispatch_attention_fn or value is sdpa or calls_attention(value)
+
+    def _instead_of(self, value: Any) -> Any:
+        """What takes the place of a global, or of what a closure holds."""
+        if value is F:
+            return self._functional
+        if value is dispatch_attention_fn:
+            return self._dispatch
+        return self._sdpa if value is sdpa else self.rebuild(value)
 
 
 def _copy_module(original: dict[str, Any]) -> ModuleType:

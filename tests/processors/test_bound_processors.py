@@ -13,8 +13,8 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_processor import CROSS_ATTENTION_PROCESSORS, AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
-from diffusers_attn import DispatchProcessor
-from diffusers_attn.processors.bound import BoundProcessor, bind, unbind
+from diffusers_attn import AttentionProviderError, DispatchProcessor
+from diffusers_attn.processors.bound import BoundProcessor, bind, obstacle, unbind
 from diffusers_attn.scope import ProviderChoice
 
 from ..zoo import CASES
@@ -119,3 +119,183 @@ def test_tracebacks_point_into_the_original_source():
     bound = bind(FluxAttnProcessor(), NATIVE)
     assert bound.__call__.__code__ is FluxAttnProcessor.__call__.__code__
     assert bound.__call__.__globals__["__package__"] == "diffusers.models.transformers"
+
+
+class Scaled(FluxAttnProcessor):
+    """How users extend a processor of diffusers: what is theirs around a call of `super()`."""
+
+    factor = 2.0
+
+    def __call__(self, *args, **rest):
+        out = super().__call__(*args, **rest)
+        return out * self.factor if isinstance(out, torch.Tensor) else (out[0] * self.factor, *out[1:])
+
+
+class ScaledTwice(Scaled):
+    def __call__(self, *args, **rest):
+        return super(ScaledTwice, self).__call__(*args, **rest)  # noqa: UP008
+
+
+class Counted:
+    calls = 0
+
+    def __call__(self, *args, **rest):
+        type(self).calls += 1
+        return super().__call__(*args, **rest)
+
+
+class CountedAndScaled(Counted, ScaledTwice):
+    pass
+
+
+class ByName(FluxAttnProcessor):
+    def __call__(self, attn, *args, **rest):
+        return FluxAttnProcessor.__call__(self, attn, *args, **rest)
+
+
+class ByNameOfADescendant(Scaled):
+    def __call__(self, *args, **rest):
+        return Scaled.__call__(self, *args, **rest)
+
+
+class InAFunction(FluxAttnProcessor):
+    def __call__(self, *args, **rest):
+        return (lambda: super(InAFunction, self).__call__(*args, **rest))()
+
+
+def noted(function):
+    def wrapper(self, *args, **rest):
+        self.notes = getattr(self, "notes", 0) + 1
+        return function(self, *args, **rest)
+
+    return wrapper
+
+
+class Decorated(FluxAttnProcessor):
+    @noted
+    @torch.no_grad()
+    def __call__(self, *args, **rest):
+        return super().__call__(*args, **rest)
+
+
+def local():
+    base = FluxAttnProcessor
+
+    class Local(base):
+        def __call__(self, *args, **rest):
+            return base.__call__(self, *args, **rest)
+
+    return Local
+
+
+EXTENDED = [Scaled, ScaledTwice, CountedAndScaled, ByName, ByNameOfADescendant, InAFunction, Decorated, local()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("processor", EXTENDED, ids=lambda cls: cls.__name__)
+def test_processors_that_extend_those_of_diffusers(processor, routed, own_calls):
+    case = CASES["flux"]
+    model = case.build()
+    model.set_attn_processor(processor())
+    expected = model(**case.inputs())[0]
+    model.set_attn_processor(DispatchProcessor("_native_math"))
+    with own_calls(model) as calls:
+        out = model(**case.inputs())[0]
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert calls == [] and set(routed) == {"_native_math"} and len(routed) == len(model.attn_processors)
+    assert {each.__class__ for each in model.attn_processors.values()} == {processor}
+    assert all(isinstance(each, FluxAttnProcessor) for each in model.attn_processors.values())
+
+
+def test_an_extended_processor_is_not_changed_by_being_bound(routed):
+    bound = bind(ScaledTwice(), MATH)
+    assert [cls.__name__ for cls in ScaledTwice.__mro__] == ["ScaledTwice", "Scaled", "FluxAttnProcessor", "object"]
+    assert type(pickle.loads(pickle.dumps(bound))) is type(bound) is not type(bind(ScaledTwice(), NATIVE))
+    assert bind(unbind(bound), MATH).factor == 2.0 and unbind(bound).factor == 2.0
+
+
+@torch.no_grad()
+def test_an_extended_processor_compiles(fresh_compiler, routed):
+    case = CASES["flux"]
+    model = case.build()
+    model.set_attn_processor(Scaled())
+    expected = model(**case.inputs())[0]
+    model.set_attn_processor(DispatchProcessor("native"))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(**case.inputs())[0], expected, atol=1e-5)
+
+
+class Static(Base):
+    @staticmethod
+    def attend(tensor):
+        return F.scaled_dot_product_attention(tensor, tensor, tensor)
+
+
+class StaticByName(Static):
+    def __call__(self, attn, hidden_states):
+        return Static.attend(hidden_states)
+
+
+class ClassMethod(Static):
+    @classmethod
+    def attend(cls, tensor):
+        return super().attend(tensor)
+
+
+class Mixed(Base):
+    def attend(self, tensor):
+        return super().attend(tensor) * 2
+
+
+@pytest.mark.parametrize("processor", [Static, StaticByName, ClassMethod, Mixed], ids=lambda cls: cls.__name__)
+def test_methods_of_every_kind(processor, routed):
+    tensor = torch.randn(1, 2, 3, 4)
+    assert torch.allclose(bind(processor(), MATH)(None, tensor), processor()(None, tensor))
+    assert routed == ["_native_math"]
+
+
+class Alone(FluxAttnProcessor):
+    def __call__(self, attn, hidden_states, **rest):
+        return hidden_states
+
+
+class Stops(Scaled):
+    """Between attention and what calls `super()`."""
+
+    def __call__(self, attn, hidden_states, **rest):
+        return hidden_states
+
+
+class CallsWhatStops(Stops):
+    def __call__(self, *args, **rest):
+        return super().__call__(*args, **rest)
+
+
+class Wraps:
+    def __init__(self):
+        self.inner = FluxAttnProcessor()
+
+    def __call__(self, *args, **rest):
+        return self.inner(*args, **rest)
+
+
+class ByNameAndMore(FluxAttnProcessor):
+    def __call__(self, *args, **rest):
+        return FluxAttnProcessor.__call__(self, *args, **rest) if isinstance(self, FluxAttnProcessor) else None
+
+
+@pytest.mark.parametrize(
+    ("processor", "reason"),
+    [
+        (Alone, "Alone calls neither .*names no function, class or super.. that does"),
+        (CallsWhatStops, "CallsWhatStops calls neither"),
+        (Wraps, "such as self.inner.*derive Wraps from .* call super...__call__"),
+        (ByNameAndMore, "FluxAttnProcessor.__call__.* are followed only where.*call super...__call__"),
+    ],
+)
+def test_why_a_processor_of_ones_own_cannot_be_bound(processor, reason):
+    model = CASES["flux"].build()
+    model.set_attn_processor(processor())
+    with pytest.raises(AttentionProviderError, match=reason):
+        model.set_attn_processor(DispatchProcessor("native"))
+    assert obstacle(processor()) is not None and type(bind(processor(), NATIVE)) is processor
