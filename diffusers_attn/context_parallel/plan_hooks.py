@@ -36,6 +36,7 @@ from .nested import describe, like, updated
 from .store import GatheringStore
 from .streams import Role, Streams
 from .submodules import original
+from .too_short import has_entries, problem_of
 
 
 def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Iterator[Callable[[], RemovableHandle]]:
@@ -152,8 +153,9 @@ class _Hook:
         self.streams = streams
         self.path = path
 
-    def split(self, value: Any, spec: Any, what: str) -> Any:
-        """`value` with its tensors split, or gathered, as `spec` says."""
+    def split(self, value: Any, spec: Any, what: str, outputs: Sequence[Any] = ()) -> Any:
+        """`value` with its tensors split, or gathered, as `spec` says. Of an output, `outputs` are all of its module's,
+        for an error to speak of."""
         if isinstance(spec, CPPresent):
             if value is None:
                 raise AttentionProviderError(
@@ -181,6 +183,10 @@ class _Hook:
         if isinstance(value, Tensor) and isinstance(spec, CPInput):
             if not self._has_dims(value, spec, what) or (spec.leave_other_dims and value.shape[spec.split_dim] == 1):
                 return value
+            if not has_entries(value, spec.split_dim, self.streams.mesh.size):
+                problem = problem_of(value, spec, f"{what} of '{self.path}'", self.streams, outputs)
+                if problem is not None:
+                    raise AttentionProviderError(problem)
             stream = spec.stream or f"{self.path}:{what}"
             if spec.grouped:
                 return self.streams.split_groups(stream, value, spec.split_dim)
@@ -257,7 +263,7 @@ class _SplitOutputs(_Hook):
                 and -len(output) <= param.index < len(output)
             ):
                 items = list(output)
-                items[param.index] = self.split(items[param.index], spec, what)
+                items[param.index] = self.split(items[param.index], spec, what, outputs=items)
                 output = like(output, items)
             else:
                 raise AttentionProviderError(f"'{self.path}' has no {what}: it gave {describe(output)}.")

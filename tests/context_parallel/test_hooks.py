@@ -71,13 +71,13 @@ def test_arguments_are_found_by_name_and_by_place():
     module = Recorder()
     apply_context_parallel(module, MESH, plan)
     for out in (
-        module(tokens(8), tokens(5), tokens(2), extra=tokens(1), of_kwargs=tokens(4)),
-        module(hidden_states=tokens(8), context=tokens(5), rotary=tokens(2), extra=tokens(1), of_kwargs=tokens(4)),
+        module(tokens(8), tokens(5), tokens(2), extra=tokens(3), of_kwargs=tokens(4)),
+        module(hidden_states=tokens(8), context=tokens(5), rotary=tokens(2), extra=tokens(3), of_kwargs=tokens(4)),
     ):
         assert out["hidden_states"].tolist() == [[3, 4, 5]]
         assert out["context"].tolist() == [[2, 3]]
         assert out["rotary"].tolist() == [[1]]
-        assert out["extra"].shape == (1, 0)
+        assert out["extra"].tolist() == [[1]]
         assert out["of_kwargs"].tolist() == [[2]]
     assert module(tokens(8))["context"] is None  # what is absent stays so
 
