@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import queue
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +27,13 @@ from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 from diffusers_attn.lifeline import end_with_parent
 
 SIZE = 4
-TIMEOUT = 60.0
+TIMEOUT = 300.0
+"""seconds for a job, and half of it for an exchange: on a busy machine everything takes many times as long."""
+START = 600.0
+"""seconds in which all processes must have started. They import torch and diffusers, all at once."""
 _STOP = None
 PRELOAD = ["tests.zoo", "diffusers_attn.context_parallel.enable", "diffusers_attn.cp_plans.verify"]
+_READY = 0
 
 
 class Meshes:
@@ -65,6 +71,7 @@ def _work(rank: int, store: str, jobs: Any, results: Any) -> None:
 
 def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:
     """What a process does once it is in its group: jobs as they come, then its end."""
+    results.put((_READY, rank, True, None))
     while (work := jobs.get()) is not _STOP:
         number, job, arguments = work
         try:
@@ -95,17 +102,27 @@ class Pool:
         if not self._processes:
             self._start()
         self._number += 1
-        for queue in self._jobs[:ranks]:
-            queue.put((self._number, job, arguments))
+        for jobs in self._jobs[:ranks]:
+            jobs.put((self._number, job, arguments))
+        return self._answers(self._number, ranks, self._timeout)
+
+    def _answers(self, wanted: int, ranks: int, timeout: float) -> list[Any]:
         answers: dict[int, Any] = {}
+        until = time.monotonic() + timeout
         while len(answers) < ranks:
+            missing = sorted(set(range(ranks)) - set(answers))
             try:
-                number, rank, succeeded, answer = self._results.get(timeout=self._timeout)
-            except Exception:
-                missing = sorted(set(range(ranks)) - set(answers))
-                self.kill()
-                raise TimeoutError(f"no answer from ranks {missing} within {self._timeout:.0f} s") from None
-            if number != self._number:
+                number, rank, succeeded, answer = self._results.get(timeout=1.0)
+            except queue.Empty:
+                ended = [rank for rank in missing if not self._processes[rank].is_alive()]
+                if ended or time.monotonic() > until:
+                    codes = [self._processes[rank].exitcode for rank in ended]
+                    self.kill()
+                    if ended:
+                        raise RuntimeError(f"ranks {ended} ended with {codes}") from None
+                    raise TimeoutError(f"no answer from ranks {missing} within {timeout:.0f} s") from None
+                continue
+            if number != wanted:
                 continue
             if not succeeded:
                 self.kill()
@@ -127,11 +144,12 @@ class Pool:
         ]
         for process in self._processes:
             process.start()
+        self._answers(_READY, self._size, START)
 
     def close(self) -> None:
         """Ends the processes and raises where one did not end well."""
-        for queue in self._jobs if self._processes else []:
-            queue.put(_STOP)
+        for jobs in self._jobs if self._processes else []:
+            jobs.put(_STOP)
         for process in self._processes:
             process.join(TIMEOUT)
         codes = [process.exitcode for process in self._processes]
