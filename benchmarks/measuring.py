@@ -86,7 +86,7 @@ class Report:
         """whatever has a `result`."""
         self.environment: dict[str, Any] = {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "ranks": ranks.size,
             "blocks_compiled": args.compile,
             **versions(ranks.device.type, args.commit),

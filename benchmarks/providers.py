@@ -239,7 +239,7 @@ def environment(commit: str) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": commit or git_commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "gpu": device.name,
         "compute_capability": f"{device.major}.{device.minor}",
         "cuda": torch.version.cuda,

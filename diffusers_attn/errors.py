@@ -1,6 +1,11 @@
 """What goes wrong, by name, so that callers can catch it."""
 
 
+def command(text: str) -> str:
+    """A command, code or option as errors quote it: where it ends is plain, whatever follows."""
+    return f"`{text}`"
+
+
 class AttentionProviderError(ValueError):
     """An attention call, a provider or an option that cannot be served exactly as asked.
 

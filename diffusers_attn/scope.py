@@ -56,12 +56,26 @@ class ProviderChoice:
         if "lossy" in options:
             named: Any = options["lossy"]
             named = (named,) if isinstance(named, str) else named
-            options["lossy"] = tuple(registry.provider_name(each) for each in named)
+            options["lossy"] = named = tuple(registry.provider_name(each) for each in named)
+            exact = [each for each in named if each == "auto" or SPECS[each].capabilities.exact]
+            if exact:
+                raise AttentionProviderError(
+                    f"lossy={', '.join(exact)}: exact, and 'auto' chooses among all exact providers anyway; lossy "
+                    "names others that it may choose too, such as 'sage'."
+                )
         return _intern_choice(name, tuple(sorted(options.items())))
 
     def updated(self, **options: object) -> ProviderChoice:
         """This choice with further options. Raises as `of` does."""
         return ProviderChoice.of(self.provider, **{**dict(self.options), **options})
+
+    def check_usable(self) -> None:
+        """Raises ProviderUnavailableError where the provider, or one that `lossy` names, cannot be used here."""
+        lossy: Any = dict(self.options).get("lossy", ())
+        for name in (self.provider, *lossy):
+            status = registry.provider_status(name)
+            if not status.available:
+                raise registry.unavailable(status)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _intern_choice, (self.provider, self.options)
@@ -174,9 +188,7 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
         **options: object,
     ) -> None:
         self.choice = ProviderChoice.of(provider, **options)
-        status = registry.provider_status(self.choice.provider)
-        if not status.available:
-            raise registry.unavailable(status)
+        self.choice.check_usable()
         self.parallel: ContextParallelMesh | None = None
         if mesh is not None:
             from .context_parallel.mesh import ContextParallelMesh

@@ -8,7 +8,7 @@
 
 Any pipeline of diffusers whose transformer has a plan: Flux, Wan, CogVideoX, CogView4 and more. With one process it
 draws without context parallelism. On CPUs, start it with torchrun, or with `ACCELERATE_USE_CPU=true accelerate launch
---multi_gpu`: `accelerate launch --cpu` starts one process.
+--multi_gpu --num_processes 2`: `accelerate launch --cpu` starts one process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import transformers
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_attn import (
     AttentionProviderError,
@@ -50,6 +50,8 @@ from diffusers_attn import (
 TINY = Path(__file__).resolve().parent / "tiny_flux"
 TINY_CALL = {"height": 64, "width": 64, "max_sequence_length": 32}
 """the only size that the toy has seen."""
+SMALLEST = 384
+"""pixels: pictures smaller than this are enlarged where they are shown side by side."""
 
 
 class Drawn(NamedTuple):
@@ -129,7 +131,7 @@ def draw(pipe: Any, call: dict[str, Any], seed: int, device: torch.device) -> Dr
     return Drawn(np.asarray(pixels), seconds, rate)
 
 
-def save(pixels: np.ndarray, path: Path, fps: int, as_frames: bool) -> None:
+def save(pixels: np.ndarray | Image.Image, path: Path, fps: int, as_frames: bool) -> None:
     """A picture, a video, or with `as_frames` a video as a new folder of pictures. There whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -138,6 +140,8 @@ def save(pixels: np.ndarray, path: Path, fps: int, as_frames: bool) -> None:
             scratch.mkdir()
             for number, frame in enumerate(pixels):
                 _picture(frame).save(scratch / f"{number:04d}.png")
+        elif isinstance(pixels, Image.Image):
+            pixels.save(scratch)
         elif pixels.ndim == 4:
             export_to_video(list(pixels), str(scratch), fps=fps)
         else:
@@ -147,6 +151,24 @@ def save(pixels: np.ndarray, path: Path, fps: int, as_frames: bool) -> None:
 
 def _picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def sheet(pictures: dict[str, np.ndarray], title: str) -> Image.Image:
+    """Pictures of one size side by side, small ones enlarged, each with its name above, and a title over all."""
+    height, width = next(iter(pictures.values())).shape[:2]
+    scale = max(1, math.ceil(SMALLEST / max(height, width)))
+    height, width = height * scale, width * scale
+    line = max(28, width // 16)
+    drawn = Image.new("RGB", (len(pictures) * (width + line) + line, height + 5 * line // 2), "white")
+    text, font = ImageDraw.Draw(drawn), ImageFont.load_default(line * 0.6)
+    while text.textlength(title, font) > drawn.width - 2 * line and font.size > 8:
+        font = ImageFont.load_default(font.size - 1)
+    text.text((line, line * 0.75), title, fill="black", font=font, anchor="lm")
+    for column, (name, pixels) in enumerate(pictures.items()):
+        left = line + column * (width + line)
+        text.text((left, line * 1.6), name, fill="#444444", font=ImageFont.load_default(line * 0.5), anchor="lm")
+        drawn.paste(_picture(pixels).resize((width, height), Image.Resampling.LANCZOS), (left, 2 * line))
+    return drawn
 
 
 def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
@@ -165,7 +187,7 @@ def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
     missing = [name for name in ("imageio", "imageio_ffmpeg") if importlib.util.find_spec(name) is None]
     if is_video and not args.frames and missing:
         raise SystemExit(
-            f"inference_cp.py: writing {path} needs {' and '.join(missing)}: pip install imageio imageio-ffmpeg. Or "
+            f"inference_cp.py: writing {path} needs {' and '.join(missing)}: `pip install imageio imageio-ffmpeg`. Or "
             "give --frames, and the video is saved as a folder of pictures."
         )
     return path, args.frames
@@ -237,7 +259,12 @@ def run(args: argparse.Namespace) -> Drawn:
     if state.device.type == "cuda":
         say(f"memory      {largest(torch.cuda.max_memory_allocated() / 2**30, state):.1f} GiB at most on a device")
     if state.is_main_process:
-        save(drawn.pixels, path, args.fps or 16, as_frames)
+        result: np.ndarray | Image.Image = drawn.pixels
+        if alone is not None and result.ndim == 3:
+            names = ["one process", f"{state.num_processes} processes, each with a part of the tokens"]
+            apart = f"largest difference {np.abs(alone.pixels - drawn.pixels).max():.0e} of a pixel's range"
+            result = sheet(dict(zip(names, [alone.pixels, drawn.pixels])), f"“{args.prompt}”: {apart}")
+        save(result, path, args.fps or 16, as_frames)
     say(f"saved       {path}", flush=True)
     return drawn
 
@@ -283,7 +310,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shares.add_argument("--compile_scope", choices=("none", "regional", "full"), default="none", help="(%(default)s)")
     shares.add_argument("--cuda_graphs", action="store_true", help="record a step, and launch it as one")
     shares.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    shares.add_argument("--compare", action="store_true", help="draw it without context parallelism first, and compare")
+    shares.add_argument(
+        "--compare",
+        action="store_true",
+        help="draw it without context parallelism, too, compare, and save pictures side by side",
+    )
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1: {args.steps}")

@@ -5,7 +5,7 @@
     accelerate launch --num_processes 4 examples/train_lora.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
         --data my_videos/ --cp_degree 2 --attn_provider flash_4 --mixed_precision bf16 --output_dir lora/
     accelerate launch --config_file examples/accelerate_configs/fsdp2_cp2.yaml examples/train_lora.py ...
-    torchrun --nproc_per_node 2 examples/train_lora.py --cpu ...    # CPUs: `accelerate launch --cpu` starts one process
+    torchrun --nproc_per_node 2 examples/train_lora.py --cpu ...    # CPUs; or as in the README, with Accelerate
 
 --data is a folder with captions: metadata.jsonl or metadata.csv (file_name, caption), or a .txt beside each file. What
 text encoders and VAE make of it is computed once. The run can be killed at any time and goes on with --resume latest,

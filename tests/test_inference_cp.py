@@ -19,7 +19,7 @@ from .test_quickstart import MODEL, PHOTOS, ROOT, example
 from .tiny_pipelines import PIPELINES, make
 
 SCRIPT = ROOT / "examples" / "inference_cp.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # 15 tokens in a frame, so that the sequence does not divide by two.
 SIZE = ["--height", "48", "--width", "80", "--steps", "3", "--device", "cpu", "--prompt", "a cat", "--seed", "1"]
 VIDEO = ["--num_frames", "9", "--frames", "--set", "max_sequence_length=21"]
@@ -144,9 +144,14 @@ def test_accelerate_launch_with_the_demo(tmp_path: Path) -> None:
     assert "context parallelism: transformer (FluxTransformer2DModel) on 2 ranks" in done.stdout
     assert f"saved       {picture}" in done.stdout
     assert [file.name for file in picture.parent.iterdir()] == [picture.name]  # no scratch file is left behind
-    drawn = np.asarray(Image.open(picture).convert("RGB"), dtype=np.float64)
+    sheet = Image.open(picture).convert("RGB")  # a title, and below it both pictures with their names
     photo = np.asarray(Image.open(MODEL / "photos" / f"{PHOTOS['a rocket']}.png").convert("RGB"), dtype=np.float64)
-    assert np.corrcoef(drawn.ravel(), photo.ravel())[0, 1] > 0.9
+    for left in (28, 28 + 384 + 28):
+        drawn = sheet.crop((left, 56, left + 384, 56 + 384)).resize((64, 64), Image.Resampling.BOX)
+        assert np.corrcoef(np.asarray(drawn, dtype=np.float64).ravel(), photo.ravel())[0, 1] > 0.9
+        name = np.asarray(sheet.crop((left, 34, left + 384, 56)).convert("L"))
+        assert name.min() < 128 < name.mean()  # dark letters on white
+    assert np.asarray(sheet.crop((0, 0, 384, 34)).convert("L")).min() < 64
 
 
 def test_make_demo_cp_starts_this_script() -> None:
@@ -190,7 +195,7 @@ def test_a_video_without_an_encoder_is_refused_before_it_is_drawn(
     with pytest.raises(SystemExit):
         script.main(["--model", str(folder / "wan"), *call])
     said = capsys.readouterr().err
-    assert "pip install imageio imageio-ffmpeg" in said and "--frames" in said
+    assert "`pip install imageio imageio-ffmpeg`" in said and "--frames" in said
 
 
 def test_a_video_is_saved(script: ModuleType, tmp_path: Path) -> None:
@@ -198,3 +203,13 @@ def test_a_video_is_saved(script: ModuleType, tmp_path: Path) -> None:
     script.save(torch.rand(5, 32, 32, 3).numpy(), tmp_path / "video.mp4", fps=8, as_frames=False)
     assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
     assert (tmp_path / "video.mp4").stat().st_size > 100
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 160), (1024, 768), (8, 640)])
+def test_pictures_side_by_side(script: ModuleType, size: tuple[int, int]) -> None:
+    """Whole, whatever their size is, and the title is as wide as there is room."""
+    pictures = {"one process": np.zeros((*size, 3)), "2 processes": np.zeros((*size, 3))}
+    sheet = np.asarray(script.sheet(pictures, "“a cat, " + "very " * 40 + "large”").convert("L"))
+    scale = max(1, -(-384 // max(size)))
+    assert (sheet == 0).sum() >= 2 * size[0] * size[1] * scale**2  # both, black
+    assert (sheet[:, :8] == 255).all() and (sheet[:, -8:] == 255).all() and (sheet[-8:] == 255).all()

@@ -75,7 +75,7 @@ def test_a_provider_that_is_not_here_is_refused_before_the_scope_begins():
 
 
 def test_a_name_that_does_not_exist():
-    with pytest.raises(AttentionProviderError, match="no attention provider 'falsh'.*flash_varlen"):
+    with pytest.raises(AttentionProviderError, match="no attention provider 'falsh'. Did you mean 'flash'"):
         attention_provider("falsh")
 
 

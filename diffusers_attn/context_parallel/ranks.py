@@ -13,7 +13,8 @@ from ..errors import AttentionProviderError
 
 HOW_TO_LAUNCH = (
     "Start the script with `accelerate launch --num_processes 2 script.py` or `torchrun --nproc_per_node 2 script.py` "
-    "(on CPUs with torchrun: `accelerate launch --cpu` starts one process)"
+    "(on CPUs, Accelerate's command is `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 "
+    "script.py`: with --cpu it starts one process)"
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import AttentionProviderError
-from ..providers import registry
 from ..providers.catalog import AttentionProvider
 from ..scope import ProviderChoice
 
@@ -38,9 +37,7 @@ class DispatchProcessor:
         self.choice: ProviderChoice | None = None
         if provider is not None:
             self.choice = ProviderChoice.of(provider, **options)
-            status = registry.provider_status(provider)
-            if not status.available:
-                raise registry.unavailable(status)
+            self.choice.check_usable()
         elif options:
             raise AttentionProviderError(
                 f"DispatchProcessor({', '.join(f'{name}=...' for name in options)}): options belong to a provider, and "

@@ -7,6 +7,7 @@ both fit: whether it imports is part of the answer.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -15,7 +16,7 @@ import importlib.util
 import torch
 from packaging.version import InvalidVersion, Version
 
-from ..errors import AttentionProviderError, ProviderUnavailableError
+from ..errors import AttentionProviderError, ProviderUnavailableError, command
 from .base import Adapter, ProviderSpec, Requirement
 from .catalog import SPECS, AttentionProvider
 
@@ -46,13 +47,15 @@ def provider_name(name: str | AttentionProvider) -> str:
     """The plain string of a provider's name.
 
     Raises:
-        AttentionProviderError: no such provider; the message lists them.
+        AttentionProviderError: no such provider; the message names those that are spelled alike, or else all.
     """
     try:
         return AttentionProvider(name).value
     except ValueError:
-        known = ", ".join(member.value for member in AttentionProvider)
-        raise AttentionProviderError(f"there is no attention provider {name!r}; there are: {known}.") from None
+        known = [member.value for member in AttentionProvider]
+        alike = difflib.get_close_matches(str(name).lower(), known, n=3)
+        instead = f"Did you mean {' or '.join(map(repr, alike))}?" if alike else f"There are: {', '.join(known)}."
+        raise AttentionProviderError(f"there is no attention provider {name!r}. {instead}") from None
 
 
 def list_providers() -> list[ProviderStatus]:
@@ -153,7 +156,7 @@ def load(name: str) -> type[Adapter]:
 
 def unavailable(status: ProviderStatus) -> ProviderUnavailableError:
     """The error for a provider that cannot be used here: what is missing, the remedy, what can be used instead."""
-    remedy = f" Install it with: {status.install}" if status.install else ""
+    remedy = f" Install it with {command(status.install)}." if status.install else ""
     usable = ", ".join(other.name for other in list_providers() if other.available)
     return ProviderUnavailableError(
         f"attention provider '{status.name}' cannot be used here: {status.reason}.{remedy} Usable here: {usable}."

@@ -41,7 +41,7 @@ def check_trackers(names: Sequence[str] | None) -> None:
         if name != "all" and name not in LOGGER_TYPE_TO_CLASS:
             raise TrainingError(f"{option('trackers', name)}: accepted are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
         if name in LOGGER_TYPE_TO_CLASS and name not in installed and not _is_registered(LOGGER_TYPE_TO_CLASS[name]):
-            raise TrainingError(f"{option('trackers', name)}: its package is not installed: pip install {name}")
+            raise TrainingError(f"{option('trackers', name)}: its package is not installed: `pip install {name}`.")
 
 
 def _is_registered(tracker: type) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import command
 from .errors import TrainingError
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -38,7 +39,7 @@ def check_optimizer(name: str) -> None:
         raise TrainingError(f"optimizer={name!r}: accepted are {', '.join(map(repr, OPTIMIZERS))}.")
     spec = OPTIMIZERS[name]
     if importlib.util.find_spec(spec.package) is None:
-        raise TrainingError(f"optimizer={name!r} is in a package that is not installed: {spec.install}")
+        raise TrainingError(f"optimizer={name!r} is in a package that is not installed: {command(spec.install)}.")
 
 
 def make_optimizer(

@@ -373,7 +373,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     if launched != accelerator.num_processes:
         raise TrainingError(
             f"{launched} processes were started, and each found itself alone. On CPUs start them with torchrun, or "
-            "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu."
+            "with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu`."
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise TrainingError(f"mixed_precision={accelerator.mixed_precision!r}: accepted are 'no' and 'bf16'.")

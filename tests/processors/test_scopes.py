@@ -92,7 +92,7 @@ def test_threads_that_bind_models_at_once(monkeypatch):
 
     monkeypatch.setattr(bound, "Overlay", SlowOverlay)
     models = [CASES["flux"].build() for _ in range(4)]
-    request = DispatchProcessor("auto", lossy=("sage",))
+    request = DispatchProcessor("auto", lossy=())  # a choice that no other test has bound
     threads = [threading.Thread(target=model.set_attn_processor, args=(request,)) for model in models]
     for thread in threads:
         thread.start()

@@ -37,8 +37,16 @@ def test_what_needs_a_gpu_says_so():
 
 
 def test_an_unknown_name():
-    with pytest.raises(AttentionProviderError, match="no attention provider 'nativ'"):
-        provider_status("nativ")
+    for name, meant in (("nativ", "'native'"), ("Flash_3", "'flash_3'"), ("sage-varlen", "'sage_varlen'")):
+        with pytest.raises(
+            AttentionProviderError, match=f"no attention provider '{name}'. Did you mean {meant}"
+        ) as error:
+            provider_status(name)
+        assert str(error.value).count("'") <= 8  # a few, and not the list
+    with pytest.raises(AttentionProviderError, match="There are: auto, native, .*xformers"):
+        provider_status("cosine")
+    with pytest.raises(AttentionProviderError, match="There are: auto, native"):
+        provider_status(3)
 
 
 def install(folder, distribution, version, module, body):
@@ -75,7 +83,7 @@ def test_a_missing_package(tmp_path):
     if torch.cuda.is_available() and provider_status("flash").available:
         pytest.skip("flash-attn is installed here, so it cannot be missing")
     assert "flash-attn>=2.6.3 is not installed" in said
-    assert "Install it with: pip install flash-attn" in said and "Usable here: native" in said
+    assert "Install it with `pip install flash-attn --no-build-isolation`. Usable here: native" in said
 
 
 def test_a_package_that_is_too_old(tmp_path):

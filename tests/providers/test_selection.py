@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from diffusers_attn import AttentionProviderError, attention_dispatch, attention_provider
+from diffusers_attn import (
+    AttentionProviderError,
+    DispatchProcessor,
+    ProviderUnavailableError,
+    attention_dispatch,
+    attention_provider,
+)
 from diffusers_attn.dispatch import explain
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers import registry, selection, speeds
@@ -103,5 +109,17 @@ def test_auto_serves_calls():
     with attention_provider("auto"):
         out = attention_dispatch(query, query, query)
     assert torch.equal(out, attention_dispatch(query, query, query))
-    with attention_provider("auto", lossy="sage"):
-        assert torch.equal(attention_dispatch(query, query, query), out)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine on which sage cannot run")
+@pytest.mark.parametrize("lossy", ["sage", ("sage",), ("sage_varlen", "sage")])
+@pytest.mark.parametrize("make", [attention_provider, DispatchProcessor])
+def test_a_lossy_provider_that_cannot_be_used_is_refused(make, lossy):
+    with pytest.raises(ProviderUnavailableError, match="'sage.*' cannot be used here: .*Install it with `pip"):
+        make("auto", lossy=lossy)
+
+
+@pytest.mark.parametrize("exact", ["native", ("flash", "sage"), "auto"])
+def test_only_lossy_providers_are_named_as_lossy(exact):
+    with pytest.raises(AttentionProviderError, match="exact.*'auto' chooses among all exact providers anyway"):
+        DispatchProcessor("auto", lossy=exact)

@@ -61,7 +61,7 @@ def test_refused_before_anything_is_encoded(settings_of, family, others, message
     ("others", "message"),
     [
         ({"trackers": ["tensorboard", "abacus"]}, "--trackers abacus: accepted are .*tensorboard"),
-        ({"trackers": ["tensorboard", "aim"]}, "--trackers aim: its package is not installed: pip install aim"),
+        ({"trackers": ["tensorboard", "aim"]}, "--trackers aim: its package is not installed: `pip install aim`"),
         ({"lr_schedule": "polynomial", "learning_rate": 1e-8}, "--lr_schedule polynomial does not go with .*1e-08"),
         ({"lr_schedule": "polynomial", "steps": 5, "lr_warmup_steps": 5}, "--lr_schedule polynomial .*--steps 5"),
         ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "no name of a repository"),

@@ -1,0 +1,79 @@
+"""The README's first snippets, in their order, on a pipeline: they run without a GPU and without further packages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+import diffusers_attn
+from diffusers_attn.processors import attention_modules
+
+from .documents import ROOT, snippets
+from .test_quickstart import MODEL
+
+SMALL = {"height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": 32}
+
+
+def test_the_first_snippets_run_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", torch._C._nn.scaled_dot_product_attention)
+    pipe = FluxPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    drawn: list[Any] = []
+
+    class Small:
+        """The pipeline, at the size that its model knows."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipe, name)
+
+        def __call__(self, prompt: str) -> None:
+            drawn.append(pipe(prompt, **SMALL).images)
+
+    names: dict[str, Any] = {"pipe": Small()}
+    set_provider = diffusers_attn.set_attention_provider
+    # It looks at the pipeline's components, and so wants the pipeline itself.
+    monkeypatch.setattr("diffusers_attn.processors.set_attention_provider", lambda _, name: set_provider(pipe, name))
+    providers = []
+    for code in snippets("README.md", "Use"):
+        exec(code, names)
+        providers.append({module.provider for module in attention_modules(pipe.transformer)})
+    assert providers[0] == {"auto"} and providers[1] == {"scope"} and len(drawn) == 1
+    assert capsys.readouterr().out.startswith("native")
+
+
+def test_the_public_names_are_in_dir() -> None:
+    import diffusers_attn.training as training
+
+    for package in (diffusers_attn, training):
+        assert set(package.__all__) <= set(dir(package))
+        assert dir(package) == sorted(dir(package)) and "__name__" in dir(package)
+
+
+def test_versions_that_are_named_agree() -> None:
+    """pyproject.toml, the tools in it, README and constraints.txt; and what diffusers itself asks for."""
+    import importlib.metadata
+    import tomllib
+
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    python = SpecifierSet(project["project"]["requires-python"])
+    (floor,) = (each.version for each in python)
+    needs = {each.name: each for each in map(Requirement, project["project"]["dependencies"])}
+    (torch_floor,) = (each.version for each in needs["torch"].specifier)
+    (diffusers_floor,) = (each.version for each in needs["diffusers"].specifier)
+    wanted = SpecifierSet(importlib.metadata.metadata("diffusers")["Requires-Python"])
+    assert wanted.contains(f"{floor}.0"), f"diffusers wants Python {wanted}"
+    assert project["tool"]["ruff"]["target-version"] == "py" + floor.replace(".", "")
+    assert project["tool"]["mypy"]["python_version"] == floor
+    assert f"Programming Language :: Python :: {floor}" in project["project"]["classifiers"]
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Python {floor}, PyTorch {torch_floor} and diffusers {diffusers_floor} are the oldest that work" in said
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert all(needs[name].specifier.contains(pinned[name]) for name in ("torch", "diffusers"))
+    extras = project["project"]["optional-dependencies"]
+    assert set(map(str.lower, extras["video"])) <= pinned.keys(), "versions that were tested"
