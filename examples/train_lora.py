@@ -59,7 +59,8 @@ if __name__ == "__main__":
             print(f"train_lora.py: {interruption}", file=sys.stderr)
         leave(interruption.exit_code)
     except KeyboardInterrupt:
-        print("train_lora.py: interrupted before training began, or behind its end.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("train_lora.py: interrupted before training began, or behind its end.", file=sys.stderr)
         leave(130)
     except (TrainingError, TrainingDataError, AttentionProviderError) as error:
         print(f"train_lora.py: {error}", file=sys.stderr)

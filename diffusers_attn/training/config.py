@@ -115,7 +115,9 @@ class TrainConfig:
     rank: int = _setting(16, "of the adapter", bounds=COUNT)
     alpha: float | None = _setting(None, "the adapter counts alpha / rank (default: rank)", bounds=POSITIVE)
     targets: list[str] | None = _setting(None, "names of layers that get one (default: the attention's)")
-    adapter_init: str = _setting("default", "how it starts", INITIALISATIONS)
+    adapter_init: str = _setting(
+        "default", "how it starts; what olora trains is written as an adapter of twice the rank", INITIALISATIONS
+    )
     adapter_dropout: float = _setting(0.0, "of the adapter's input", bounds=BELOW_ONE)
 
     steps: int = _setting(1000, "optimizer steps", bounds=COUNT)

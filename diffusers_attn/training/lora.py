@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -20,6 +21,8 @@ ADAPTER = "default"
 KINDS = ("lora", "rslora", "dora", "loha", "lokr")
 IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
 INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
+MOVES_BASE = ("olora",)
+"""initialisations that do not begin with nothing, and take it off the base model's weights instead."""
 OF_MATRICES = ("orthogonal", "olora")
 """initialisations for linear layers only."""
 
@@ -74,6 +77,25 @@ def is_expression(targets: Sequence[str]) -> bool:
     return len(targets) == 1 and bool(set(targets[0]) & set("*+?()|[]{}^$\\"))
 
 
+def move_base(transformer: nn.Module, initial: Mapping[str, Tensor]) -> None:
+    """Takes an adapter's beginning off the base model's weights, as an initialisation of `MOVES_BASE` does: for a run
+    that is resumed, whose own beginning it must be, to the last bit.
+
+    Args:
+        transformer: with an adapter whose beginning changed nothing.
+        initial: what `adapter_weights` was behind the initialisation.
+    """
+    for name, layer in transformer.named_modules():
+        beginning = f"{name}.lora_A.{ADAPTER}.weight"
+        if beginning in initial:
+            weight: Tensor = layer.get_base_layer().weight
+            down, up = (initial[f"{name}.lora_{part}.{ADAPTER}.weight"].to(weight.device) for part in "AB")
+            scaling = layer.scaling[ADAPTER]
+            moved = weight.data.float()
+            moved -= scaling * up @ down
+            weight.data = moved.to(weight.dtype)
+
+
 def linear_layers(transformer: nn.Module) -> list[str]:
     """The ends of their names, as targets are given: "to_q", "to_out.0"."""
     names = (name.split(".") for name, each in transformer.named_modules() if isinstance(each, nn.Linear))
@@ -94,6 +116,9 @@ def add_adapter(transformer: nn.Module, config: Any, seed: int) -> list[nn.Param
         TrainingError: no layer has such a name.
     """
     transformer.requires_grad_(False)
+    init = getattr(config, "init_lora_weights", None)
+    if init in MOVES_BASE:
+        config.init_lora_weights = True  # at first: PEFT rounds what it makes here to the dtype of the base
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed, "adapter"))
         try:
@@ -108,6 +133,11 @@ def add_adapter(transformer: nn.Module, config: Any, seed: int) -> list[nn.Param
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
+    if init == "olora":
+        with torch.no_grad():
+            for layer in transformer.modules():
+                if ADAPTER in getattr(layer, "lora_A", ()):
+                    layer.olora_init(ADAPTER)  # type: ignore[operator]
     return trained
 
 
@@ -167,7 +197,9 @@ def load_adapter_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) 
             parameter.copy_(sharded_like(weights[name].to(parameter.dtype), parameter))
 
 
-def save_adapter(pipeline: Any, weights: Mapping[str, Tensor], folder: Path, kind: str) -> Path:
+def save_adapter(
+    pipeline: Any, weights: Mapping[str, Tensor], folder: Path, kind: str, initial: Mapping[str, Tensor] | None = None
+) -> Path:
     """Writes an adapter, there whole or not at all.
 
     Those that diffusers knows are written by the pipeline's own `save_lora_weights`, for `load_lora_weights`; "loha"
@@ -178,6 +210,8 @@ def save_adapter(pipeline: Any, weights: Mapping[str, Tensor], folder: Path, kin
         weights: from `adapter_weights`.
         folder: is made.
         kind: of the adapter.
+        initial: of an initialisation of `MOVES_BASE`, what `adapter_weights` was behind it. What is written is then the
+            difference to the original base model, an adapter of twice the rank.
 
     Returns:
         The file.
@@ -185,8 +219,15 @@ def save_adapter(pipeline: Any, weights: Mapping[str, Tensor], folder: Path, kin
     from peft import get_peft_model_state_dict
 
     transformer = pipeline.transformer
-    config = transformer.peft_config[ADAPTER]
+    config = copy.deepcopy(transformer.peft_config[ADAPTER])
     layers = get_peft_model_state_dict(transformer, state_dict=dict(weights), adapter_name=ADAPTER)
+    if initial is not None:
+        began = get_peft_model_state_dict(transformer, state_dict=dict(initial), adapter_name=ADAPTER)
+        layers = _difference(layers, began)
+        config.r *= 2
+        config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the same scaling for twice the rank
+    if kind in IN_DIFFUSERS_FORMAT:
+        config.init_lora_weights = True  # who loads it needs no beginning, and must not move the base
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as scratch:
         if kind in IN_DIFFUSERS_FORMAT:
@@ -203,6 +244,18 @@ def save_adapter(pipeline: Any, weights: Mapping[str, Tensor], folder: Path, kin
             os.replace(Path(scratch) / "adapter_config.json", folder / "adapter_config.json")
         os.replace(Path(scratch) / name, folder / name)
     return folder / name
+
+
+def _difference(layers: Mapping[str, Tensor], began: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter whose product is that of `layers` less that of `began`: `[B, -B0] [A; A0]` is `B A - B0 A0`."""
+    joined = {}
+    for name, each in layers.items():
+        if ".lora_A." in name:
+            each = torch.cat([each, began[name]], dim=0)
+        elif ".lora_B." in name:
+            each = torch.cat([each, -began[name]], dim=1)
+        joined[name] = each.contiguous()
+    return joined
 
 
 def load_adapter(transformer: nn.Module, folder: str | Path) -> None:

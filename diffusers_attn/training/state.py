@@ -21,6 +21,7 @@ from .optim import load_optimizer_state, optimizer_state, resume_schedule
 from .resuming import Facts, write_settings
 
 _FORMAT = 2
+INITIAL = "initial.safetensors"
 
 
 class Training(NamedTuple):
@@ -35,6 +36,8 @@ class Training(NamedTuple):
     settings: dict[str, Any]
     """from `resuming.settings_of`."""
     facts: Facts
+    initial: dict[str, Tensor] | None = None
+    """the adapter's beginning, where it moved the base model's weights; see `lora.MOVES_BASE`."""
 
 
 class Snapshot(NamedTuple):
@@ -48,11 +51,12 @@ class Snapshot(NamedTuple):
     loader: dict[str, Any]
     settings: dict[str, Any]
     facts: Facts
+    initial: dict[str, Tensor] | None = None
 
     @property
     def size(self) -> int:
         """Bytes of its tensors."""
-        return _bytes([self.adapter, self.average, self.optimizer])
+        return _bytes([self.adapter, self.average, self.initial, self.optimizer])
 
 
 def _bytes(value: Any) -> int:
@@ -75,6 +79,7 @@ def snapshot(training: Training, step: int) -> Snapshot:
         training.loader.state_dict(),
         training.settings,
         training.facts,
+        training.initial,
     )
 
 
@@ -85,10 +90,19 @@ def write(taken: Snapshot, folder: Path) -> None:
     save_file(taken.adapter, folder / "adapter.safetensors")
     if taken.average is not None:
         save_file(taken.average, folder / "average.safetensors")
+    if taken.initial is not None:
+        save_file(taken.initial, folder / INITIAL)
     torch.save({"optimizer": taken.optimizer}, folder / "optimizer.pt")
     write_settings(folder, taken.settings, taken.facts)
     said = {"format": _FORMAT, "step": taken.step, "loader": taken.loader, "average_steps": taken.average_steps}
     (folder / "state.json").write_text(json.dumps(said, indent=2) + "\n")
+
+
+def read_initial(folder: Path) -> dict[str, Tensor] | None:
+    """The beginning of a checkpoint's adapter, where it moved the base model's weights."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / INITIAL) if (folder / INITIAL).is_file() else None
 
 
 def restore(training: Training, folder: Path) -> int:

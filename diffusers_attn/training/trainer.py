@@ -24,7 +24,15 @@ from .errors import TrainingError, TrainingInterrupted
 from .evaluation import evaluate
 from .families import family_of
 from .interruption import SIGNALS, interruptible
-from .lora import adapter_config, adapter_weights, add_adapter, save_adapter, trained_parameters
+from .lora import (
+    MOVES_BASE,
+    adapter_config,
+    adapter_weights,
+    add_adapter,
+    move_base,
+    save_adapter,
+    trained_parameters,
+)
 from .models import drop_text_encoders, load_pipeline
 from .optim import make_optimizer, make_schedule
 from .parallel import TrainingParallel, check_trainable
@@ -32,7 +40,7 @@ from .prepare import make_loader, prepare_data
 from .progress import Progress
 from .randomness import derived_seed
 from .resuming import check_facts, check_steps, facts_of, read_settings, resume_settings, settings_of
-from .state import Training, restore, snapshot, write
+from .state import Training, read_initial, restore, snapshot, write
 from .validation import Sample, Validation, log_samples
 
 
@@ -172,7 +180,15 @@ class Trainer:
 
         transformer = pipeline.transformer.to(self.device)
         # Adapters first: they put modules in the place of others, to which the plan's hooks then go.
-        parameters = add_adapter(transformer, self._adapter_config(), config.seed)
+        initial = read_initial(self.checkpoint) if self.checkpoint is not None else None
+        adapter = self._adapter_config()
+        if initial is not None:
+            adapter.init_lora_weights = True
+        parameters = add_adapter(transformer, adapter, config.seed)
+        if initial is not None:
+            move_base(transformer, initial)
+        elif config.adapter_init in MOVES_BASE:
+            initial = adapter_weights(transformer)
         self.report = self.parallel.enable(transformer, provider=config.attn_provider, inputs="trust")
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -198,7 +214,9 @@ class Trainer:
         )
         average = None if config.ema_decay is None else AdapterAverage(self.model, config.ema_decay)
         settings = settings_of(config, self.parallel.dp_degree)
-        self.training = Training(self.model, self.optimizer.optimizer, schedule, average, loader, settings, facts)
+        self.training = Training(
+            self.model, self.optimizer.optimizer, schedule, average, loader, settings, facts, initial
+        )
 
     def _adapter_config(self) -> Any:
         config = self.config
@@ -329,9 +347,10 @@ class Trainer:
         found: list[Path] = []
 
         def save(_: None) -> None:
-            found.append(save_adapter(self.family.pipeline, averaged, config.output, config.adapter))
+            kind, initial = config.adapter, self.training.initial
+            found.append(save_adapter(self.family.pipeline, averaged, config.output, kind, initial))
             if average is not None:
-                save_adapter(self.family.pipeline, own, config.output / "not_averaged", config.adapter)
+                save_adapter(self.family.pipeline, own, config.output / "not_averaged", kind, initial)
             facts = {"processes": f"{self.parallel.dp_degree} x {self.parallel.cp_degree} (data x context parallel)"}
             write_card(config, self.family, samples, facts)
             if config.push_to_hub:

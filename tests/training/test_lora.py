@@ -11,12 +11,15 @@ from diffusers_attn.training.families import family_of
 from diffusers_attn.training.lora import (
     ADAPTER,
     IN_DIFFUSERS_FORMAT,
+    INITIALISATIONS,
     KINDS,
+    MOVES_BASE,
     adapter_config,
     adapter_weights,
     add_adapter,
     load_adapter,
     load_adapter_weights,
+    move_base,
     save_adapter,
 )
 
@@ -61,6 +64,46 @@ def test_through_load_lora_weights(name, kind, tmp_path):
         for model in (pipeline.transformer, other.transformer)
     ]
     assert scalings[0] == scalings[1] and scalings[0]
+
+
+@pytest.mark.parametrize("init", INITIALISATIONS)
+@pytest.mark.parametrize("kind", IN_DIFFUSERS_FORMAT)
+def test_the_picture_is_that_of_the_trained_model(kind, init, tmp_path):
+    """Also where the adapter's beginning was taken off the base model, which the one who loads it has as it was."""
+    base = pipeline_of("cogview4").transformer.state_dict()
+    pipeline = pipeline_of("cogview4")
+    targets = family_of(pipeline).lora_targets
+    add_adapter(pipeline.transformer, adapter_config(kind, 4, 8.0, targets, init), seed=0)
+    initial = adapter_weights(pipeline.transformer)
+    now = {name.replace(".base_layer", ""): each for name, each in pipeline.transformer.state_dict().items()}
+    moved = [name for name, each in base.items() if not each.equal(now[name])]
+    assert bool(moved) == (init in MOVES_BASE)
+    generator = torch.Generator().manual_seed(1)
+    weights = {key: each + 0.2 * torch.randn(each.shape, generator=generator) for key, each in initial.items()}
+    load_adapter_weights(pipeline.transformer, weights)
+    save_adapter(pipeline, weights, tmp_path, kind, initial if moved else None)
+    plain, other = pipeline_of("cogview4"), pipeline_of("cogview4")
+    other.load_lora_weights(str(tmp_path))
+    drawn = [_drawn(each) for each in (pipeline, other, plain)]
+    assert torch.allclose(drawn[0], drawn[1], atol=1e-4)
+    assert (drawn[0] - drawn[2]).abs().max() > 0.1
+
+
+def _drawn(pipeline):
+    settings = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
+    return pipeline("a cat", **settings, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images
+
+
+def test_the_base_is_moved_as_the_initialisation_moved_it():
+    """To the last bit, also in bfloat16: a resumed run has the same base."""
+    for dtype in (torch.float32, torch.bfloat16):
+        one, other = (pipeline_of("cogview4").transformer.to(dtype) for _ in range(2))
+        add_adapter(one, adapter_config("rslora", 4, 8.0, ["to_q", "to_out.0"], "olora"), seed=0)
+        add_adapter(other, adapter_config("rslora", 4, 8.0, ["to_q", "to_out.0"]), seed=0)
+        initial = adapter_weights(one)
+        move_base(other, initial)
+        load_adapter_weights(other, initial)
+        assert all(each.equal(other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in IN_DIFFUSERS_FORMAT])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
 from diffusers_attn.training.data.errors import TrainingDataError
@@ -161,6 +162,27 @@ def test_the_beginning_of_an_adapter_is_the_checkpoints(again, capfd):
     trainer = Trainer(TrainConfig(**{**again, "adapter_init": "gaussian"}))
     assert trainer.config.adapter_init == "default"
     assert "--adapter_init default, as the checkpoint has it, and not gaussian" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_an_adapter_that_moved_the_base_goes_on_and_loads(settings_of, mixed_precision):
+    from diffusers import DiffusionPipeline
+
+    settings = settings_of(
+        "cogview4", steps=4, adapter_init="olora", checkpoint_every=2, ema_decay=0.5, mixed_precision=mixed_precision
+    )
+    settings["cache_dir"] = f"{settings['output_dir']}/cache"
+    whole = train(settings)
+    forget()
+    weights = load_file(whole["path"])
+    # Without the initialisation in the command line: it is the checkpoint's.
+    resumed = train({**settings, "resume": "2", "adapter_init": "default"})
+    assert resumed["steps"] == whole["steps"][2:]
+    again = load_file(resumed["path"])
+    assert all(again[name].equal(each) for name, each in weights.items())
+    pipeline = DiffusionPipeline.from_pretrained(settings["model"])
+    pipeline.load_lora_weights(settings["output_dir"])
+    assert {each.shape[0] for name, each in weights.items() if "lora_A" in name} == {8}
 
 
 @pytest.mark.parametrize(
