@@ -160,8 +160,17 @@ def _attend_split(
     streams: Streams,
 ) -> Tensor | None:
     """Attention over the ranks that share the sequence; None for a call that each rank can answer by itself."""
+    if not streams.lengths or streams.mesh.size == 1:  # a part of the forward in which nothing is split
+        return None
     from .context_parallel.call import split_attention
 
+    if layout == "bhsd" and query.ndim == key.ndim == value.ndim != 4 and query.ndim >= 2:
+        if streams.attention(query.shape[-2], key.shape[-2]) is None:
+            return None
+        return _attend_any_rank(
+            choice, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa, scoped=False,
+        )  # fmt: skip
     _check_tensors(query, key, value, enable_gqa, layout)
     if layout == "bhsd":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -63,7 +63,10 @@ def install() -> None:
 
     @functools.wraps(forward)
     def forward_reentrant(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
-        return forward(ctx, _recomputed_as_now(run_function), *args)
+        recompute = _recomputed_as_now(run_function)
+        out = forward(ctx, run_function, *args)
+        ctx.run_function = recompute
+        return out
 
     frame.__init__ = make_frame  # type: ignore[method-assign]
     reentrant.forward = staticmethod(forward_reentrant)  # type: ignore[method-assign]

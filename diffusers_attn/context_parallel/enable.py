@@ -342,7 +342,8 @@ def _take_off(model: nn.Module) -> None:
 
 def _as_before(now: Any, before: Any) -> Any:
     """The processor to put back: `before`, unless diffusers put another kind in its place meanwhile (fused projections,
-    IP-Adapters): then that kind, bound as `before` is."""
-    if unbind(now) is unbind(before):
+    IP-Adapters): then that kind, bound as `before` is. Such a kind is bound; what a user puts in place is not."""
+    by_diffusers = isinstance(now, BoundProcessor) or type(now).__module__.startswith("diffusers.")
+    if unbind(now) is unbind(before) or not by_diffusers:
         return before
     return bind(now, before.choice) if isinstance(before, BoundProcessor) else unbind(now)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,20 @@ from torch.utils.hooks import RemovableHandle
 
 from ..cp_plans.plan import (
     CPAttention,
+    CPHeads,
     Plan,
 )
 from ..cp_plans.plan import entries as entries_of
 from ..cp_plans.registry import get_cp_plan
 from ..errors import AttentionProviderError
+from ..recompute import keep_for_recomputation
+from ..tracing_errors import raise_error
 from . import diffusers_hooks
+from .attending import attention_elsewhere, is_attention
 from .mesh import ContextParallelMesh
 from .plan_hooks import hooks_of
 from .push import PushGather
+from .running import keep_running
 from .streams import Streams
 from .submodules import original, submodules
 from .transport import choose_transport
@@ -34,7 +40,9 @@ from .transport import choose_transport
 class _Entry:
     """One entry of a plan, and the hooks that are set for it."""
 
-    def __init__(self, path: str, spec: Any, modules: list[nn.Module], streams: Streams) -> None:
+    def __init__(
+        self, path: str, spec: Any, modules: list[nn.Module], streams: Streams, names: Mapping[int, str]
+    ) -> None:
         self.path = path
         self.spec = spec
         self.streams = streams
@@ -43,11 +51,15 @@ class _Entry:
         self._is_followed = bool(path) and (
             "*" not in path or not (path.endswith("*") or spec is None or isinstance(spec, CPAttention))
         )
-        self._find(modules)
+        self._find(modules, names)
 
-    def _find(self, modules: list[nn.Module]) -> None:
+    def _find(self, modules: list[nn.Module], names: Mapping[int, str]) -> None:
         self.modules = [weakref.ref(module) for module in modules]
-        self.hooks = [hook for module in modules for hook in hooks_of(module, self.path, self.spec, self.streams)]
+        self.hooks = [
+            hook
+            for module in modules
+            for hook in hooks_of(module, self.path, self.spec, self.streams, names.get(id(module), self.path))
+        ]
 
     def set(self) -> None:
         self.handles = [set_hook() for set_hook in self.hooks]
@@ -64,7 +76,7 @@ class _Entry:
             modules = list(submodules(model, self.path))
             if any(original(now) is not original(then()) for now, then in zip(modules, self.modules)):
                 self.remove()
-                self._find(modules)
+                self._find(modules, {})
                 self.set()
 
 
@@ -106,21 +118,23 @@ def apply_context_parallel(
     if isinstance(mesh, DeviceMesh):
         mesh = ContextParallelMesh.from_mesh(mesh)
     streams = Streams(mesh)
+    names = {id(each): name for name, each in module.named_modules()}
     # All of the plan is read before the first hook is set.
     plan = get_cp_plan(module) if plan is None else plan
-    entries = [_Entry(path, spec, list(submodules(module, path)), streams) for path, spec in entries_of(plan)]
+    entries = [_Entry(path, spec, list(submodules(module, path)), streams, names) for path, spec in entries_of(plan)]
     diffusers_hooks.check(module, plan)
     # Attention modules that the plan says nothing of must be known to be this model's all the same.
-    named = {id(then()) for entry in entries if isinstance(entry.spec, CPAttention) for then in entry.modules}
-    others = [each for each in module.modules() if hasattr(each, "processor") and id(each) not in named]
-    entries += [_Entry("", None, [each], streams) for each in others]
+    of_attention = [entry for entry in entries if isinstance(entry.spec, (CPAttention, CPHeads))]
+    named = {id(then()) for entry in of_attention for then in entry.modules}
+    others = [each for each in module.modules() if id(each) not in named and is_attention(each)]
+    entries += [_Entry("", None, [each], streams, names) for each in others]
     streams.transport, gather = choose_transport(mesh)
     _forget_graphs()
     begin = module.register_forward_pre_hook(_Begin(streams))
-    end = module.register_forward_hook(_End(streams), always_call=True)
-    _applied[module] = _Applied(streams, (begin, end), entries, gather)
     for entry in entries:
         entry.set()
+    end = module.register_forward_hook(_End(streams), always_call=True)  # behind the plan's own for the model
+    _applied[module] = _Applied(streams, (begin, end), entries, gather)
     diffusers_hooks.watch(module, plan, streams)
     return streams
 
@@ -157,6 +171,9 @@ def applied_gather(module: nn.Module) -> PushGather | None:
     return _applied[module].gather if module in _applied else None
 
 
+keep_for_recomputation(keep_running)
+
+
 class _Begin:
     """A new forward of the model."""
 
@@ -164,7 +181,7 @@ class _Begin:
         self.streams = streams
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.streams.begin()
+        self.streams.start(None if torch.compiler.is_compiling() else sys._getframe(1))
         if not torch.compiler.is_compiling() and module in _applied:
             for entry in _applied[module].entries:
                 entry.refresh(module)
@@ -181,4 +198,8 @@ class _End:
         self.streams = streams
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.streams.end()
+        streams = self.streams
+        streams.end()
+        # Without an output, it is left by an error.
+        if output is not None and streams.lengths and not streams.reached and streams.strict and streams.mesh.size > 1:
+            raise_error(attention_elsewhere, module)

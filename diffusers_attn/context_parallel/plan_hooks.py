@@ -30,25 +30,29 @@ from ..cp_plans.plan import (
     ParamId,
 )
 from ..errors import AttentionProviderError
+from ..tracing_errors import raise_error
 from .heads import ToHeads, ToTokens
 from .neighbours import AddNeighbours, CutNeighbours
 from .nested import describe, like, updated
 from .store import GatheringStore
-from .streams import Role, Streams
+from .streams import WHOLE, Role, Streams
 from .submodules import original
 from .too_short import has_entries, problem_of
 
 
-def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Iterator[Callable[[], RemovableHandle]]:
-    """The hooks of one entry of a plan, as functions that set them."""
+def hooks_of(
+    module: nn.Module, path: str, spec: Any, streams: Streams, name: str | None = None
+) -> Iterator[Callable[[], RemovableHandle]]:
+    """The hooks of one entry of a plan, as functions that set them. `name` is the module's, if `path` means several."""
+    name = path if name is None else name
     if spec is None:
-        yield from _attention_hooks(module, streams, None)
+        yield from _attention_hooks(module, streams, None, name)
     elif isinstance(spec, CPAttention):
         keys = spec.query if spec.key is None else spec.key
         role = Role(tuple(spec.query), tuple(keys), spec.outer_mask, spec.key_mask, spec.row_mask, spec.prefix)
         if spec.prefix is not None:
             streams.whole.add(spec.prefix)
-        yield from _attention_hooks(module, streams, role, spec.bound)
+        yield from _attention_hooks(module, streams, role, name, spec.bound)
     elif isinstance(spec, CPNeighbours):
         length = None if spec.length is None else argument_of(module, path, ParamId(spec.length))
         add = AddNeighbours(streams, path, spec, length)
@@ -58,6 +62,7 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
         places = [(name, argument_of(module, path, ParamId(name))[1], dims) for name, dims in spec.arguments.items()]
         yield lambda: module.register_forward_pre_hook(ToHeads(streams, path, spec, places), with_kwargs=True)
         yield lambda: module.register_forward_hook(ToTokens(streams, path, spec))
+        yield from _attention_hooks(module, streams, WHOLE, name)  # of some heads
     elif isinstance(spec, CPOutput) or (isinstance(spec, Sequence) and not isinstance(spec, str)):
         outputs = [spec] if isinstance(spec, CPOutput) else list(spec)
         if not all(each is None or isinstance(each, CPOutput) for each in outputs):
@@ -88,11 +93,11 @@ def hooks_of(module: nn.Module, path: str, spec: Any, streams: Streams) -> Itera
 
 
 def _attention_hooks(
-    module: nn.Module, streams: Streams, role: Role | None, bound: bool = False
+    module: nn.Module, streams: Streams, role: Role | None, name: str, bound: bool = False
 ) -> list[Callable[[], RemovableHandle]]:
     return [
         lambda: module.register_forward_pre_hook(_EnterAttention(streams, role, bound)),
-        lambda: module.register_forward_hook(_LeaveAttention(streams)),
+        lambda: module.register_forward_hook(_LeaveAttention(streams, role, name)),
     ]
 
 
@@ -311,11 +316,35 @@ class _EnterAttention:
 
 
 class _LeaveAttention:
-    def __init__(self, streams: Streams) -> None:
+    """Sees to it that attention over split tokens was answered by this library, before anything is made of it."""
+
+    def __init__(self, streams: Streams, role: Role | None, name: str) -> None:
         self.streams = streams
+        self.is_local = role is not None and not (role.query and role.key)
+        self.name = name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.streams.leave()
+        if not self.streams.leave(self.is_local or _is_ours(module)) and self.streams.strict:
+            raise_error(_unanswered, self, module)
+
+
+def _is_ours(module: Any) -> bool:
+    """Whether the processor has no other attention than this library's. A bound one that does not ask for it does so
+    because attention is skipped, as some guidance does."""
+    return hasattr(module, "processor") and (module.processor is None or hasattr(module.processor, "choice"))
+
+
+def _unanswered(hook: _LeaveAttention, module: Any) -> AttentionProviderError:
+    processor = getattr(module, "processor", None)
+    by = f"its processor, {type(processor).__name__}, which calls" if processor is not None else "code that calls"
+    return AttentionProviderError(
+        f"'{hook.name}' ({type(module).__name__}) attends by {by} no attention of diffusers_attn, so that it saw the "
+        f"tokens of this rank alone, and took them for all. Bind it to a provider, which "
+        "set_attn_processor(DispatchProcessor()) does for processors of diffusers; have its code call "
+        "diffusers_attn.attention_dispatch; or, if each rank has all keys that it needs, say so in the plan: "
+        f'"{hook.name}": CPAttention((), key=()). To go on without context parallelism, call '
+        "disable_context_parallel(model), or remove_context_parallel(model) where a plan was applied."
+    )
 
 
 def _check_bound(module: Any, what: str, instead: str) -> None:

@@ -1,8 +1,12 @@
-"""Whose attention runs in this thread: the one thing that dispatch looks at for every call, so it imports nothing."""
+"""Whose attention runs in this thread: what dispatch looks at for every call, so that it imports nothing heavy."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,5 +23,13 @@ running = _Running()
 
 
 def running_streams() -> Streams | None:
-    """The sequences of the model whose attention module runs in this thread; None outside of such modules."""
+    """The sequences of the model to which a plan is applied and whose forward runs in this thread; None outside."""
     return running.streams
+
+
+def keep_running() -> Callable[[], AbstractContextManager[None]]:
+    """What makes the context in which a part of this thread's forward is computed again; see `recompute`."""
+    streams = running.streams
+    if streams is None:
+        return contextlib.nullcontext
+    return functools.partial(streams.again, streams.state(), streams.role)

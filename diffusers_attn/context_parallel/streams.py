@@ -7,9 +7,11 @@ does not, lengths tell, or the call is refused: on all ranks, since all judge by
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from ..errors import AttentionProviderError
 from . import sharding
 from .mesh import ContextParallelMesh
+from .naming import running_module
 from .running import running
 from .sharding import Shards
 from .stand_ins import Kept
@@ -41,6 +44,10 @@ class Role(NamedTuple):
     """the stream, or name of a cache, whose keys come before and are whole on every rank."""
 
 
+WHOLE = Role((), ())
+"""of a module that has all tokens of whatever it attends to."""
+
+
 class SplitCall(NamedTuple):
     """What the queries and keys of an attention call are shards of."""
 
@@ -55,6 +62,20 @@ class StreamsState(NamedTuple):
 
     lengths: dict[str, int]
     blocks: dict[str, int]
+
+
+class _Forward(NamedTuple):
+    """A forward that runs, and what there was before it."""
+
+    frame: FrameType | None
+    """of the call of the model; None where it is being compiled."""
+    outer: Streams | None
+    """the model within whose forward this one runs, in the same thread."""
+    state: StreamsState | None
+    """of that forward, where it is one of the same model."""
+    role: Role | None
+    depth: int
+    """how many attention modules of the same model were running."""
 
 
 class Streams:
@@ -77,9 +98,16 @@ class Streams:
         self.others_seen = True
         """whether modules that compute by heads, and what is gathered within attention, have the tokens of other ranks;
         if not, zeros in their place, by which `verify_cp_plan` knows that it would notice."""
+        self.strict = True
+        """whether attention that is computed elsewhere is an error; if not, `verify_cp_plan` sees what comes of it."""
         self.role: Role | None = None
         """of the attention module that is running, where the plan says it."""
+        self.reached = False
+        """whether, in the running forward, any attention was answered here, or is local because the plan says so."""
+        self._forwards: list[_Forward] = []
         self._outer: list[Role | None] = []
+        self._reached: list[bool] = []
+        """for each attention module that is running, whether a call of it was answered here, or need not be."""
         self._calls: dict[tuple[Role | None, int, int], SplitCall | None] = {}
         self._made: dict[int, tuple[Any, Any]] = {}
 
@@ -88,7 +116,58 @@ class Streams:
         self.lengths.clear()
         self.blocks.clear()
         self._calls.clear()
-        self.end()
+        self._made.clear()
+
+    def start(self, frame: FrameType | None = None) -> None:
+        """A forward of the model starts: until it ends, all attention of this thread is the model's.
+
+        Args:
+            frame: of the call, by which a forward that was interrupted is known to be over.
+        """
+        outer = running.streams
+        if outer is not None and outer.is_over():
+            outer = None
+        nested = outer is self
+        if not nested:
+            self._forget_running()
+        self._forwards.append(_Forward(frame, outer, self.state() if nested else None, self.role, len(self._outer)))
+        self.role = None
+        self.reached = False
+        self.begin()
+        running.streams = self
+
+    def end(self) -> None:
+        """The forward ends, or is left by an error: what ran before it goes on."""
+        if not self._forwards:
+            return
+        before = self._forwards.pop()
+        self._cut(before.depth)
+        self.role = before.role
+        self._made.clear()
+        if before.state is not None:
+            self._replace(before.state)
+        running.streams = before.outer
+
+    def is_over(self) -> bool:
+        """Whether this model's forward was left without a word: `KeyboardInterrupt` runs no hook that would say so."""
+        if not self._forwards or not _has_returned(self._forwards[-1].frame):
+            return False
+        self._forget_running()
+        return True
+
+    @contextlib.contextmanager
+    def again(self, state: StreamsState, role: Role | None) -> Iterator[None]:
+        """Computes a part of an earlier forward once more, as gradient checkpointing does in a backward: with the
+        lengths and the attention module of then."""
+        reached = self.reached
+        self._forwards.append(_Forward(None, running.streams, self.state(), self.role, len(self._outer)))
+        self._replace(state)
+        self.role, running.streams = role, self
+        try:
+            yield
+        finally:  # also where the checkpoint stops in the middle, since it has all that it needs
+            self.end()
+            self.reached = reached
 
     def state(self) -> StreamsState:
         """What is known of the latest forward's sequences, to keep."""
@@ -99,22 +178,59 @@ class Streams:
         self.lengths.update(state.lengths)
         self.blocks.update(state.blocks)
 
-    def end(self) -> None:
-        """No attention module of this model runs any more."""
+    def _replace(self, state: StreamsState) -> None:
+        if (self.lengths, self.blocks) != (state.lengths, state.blocks):
+            self.begin()
+            self.restore(state)
+
+    def _forget_running(self) -> None:
+        self._forwards.clear()
         self._outer.clear()
-        self._made.clear()
-        self.role = running.streams = None
+        self._reached.clear()
+        self.role = None
+
+    def _cut(self, depth: int) -> None:
+        while len(self._outer) > depth:
+            self._outer.pop()
+            self._reached.pop()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this thread is within a forward of the model, or computes a part of one again."""
+        return running.streams is self
 
     def enter(self, role: Role | None) -> None:
-        """An attention module begins: in a forward, or where checkpointing recomputes one."""
+        """An attention module begins: in a forward, or where checkpointing recomputes one. Of one that the plan says
+        nothing of, within one that has all tokens, it is known that it has them, too."""
         self._outer.append(self.role)
+        if role is None and self.role == WHOLE:
+            role = WHOLE
+        self._reached.append(not self.lengths or self.mesh.size == 1 or role == WHOLE)
         self.role = role
         running.streams = self
 
-    def leave(self) -> None:
-        """It ends."""
+    def leave(self, needs_none: bool = False) -> bool:
+        """It ends.
+
+        Args:
+            needs_none: whether it is known that none of its attention has to be answered here.
+
+        Returns:
+            Whether any was; or else, whether none need be, since nothing was split when it began.
+        """
         self.role = self._outer.pop()
-        running.streams = self if self._outer else None
+        reached = self._reached.pop() or needs_none
+        if reached:
+            self._note()
+        if not self._outer and not self._forwards:
+            running.streams = None
+        return reached
+
+    def _note(self) -> None:
+        """Attention was answered here, in whatever runs."""
+        self.reached = True
+        if self._reached:
+            self._reached[-1] = True
 
     def once(self, of: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns for an object that all layers of a forward are given: made for the first of them, and
@@ -379,12 +495,19 @@ class Streams:
         """
         if not self.lengths or self.mesh.size == 1:
             return None
+        self._note()
         if torch.compiler.is_compiling():
             return self._attention(query_len, key_len)
         # Every layer asks the same.
         signature = self.role, query_len, key_len
         if signature not in self._calls:
-            self._calls[signature] = self._attention(query_len, key_len)
+            if self.is_over():
+                running.streams = None
+                return None
+            try:
+                self._calls[signature] = self._attention(query_len, key_len)
+            except AttentionProviderError as error:
+                raise AttentionProviderError(f"{error} The call is made by {running_module()}.") from None
         return self._calls[signature]
 
     def _attention(self, query_len: int, key_len: int) -> SplitCall | None:
@@ -466,6 +589,17 @@ class Streams:
     def _known(self) -> str:
         lengths = ", ".join(f"{name}: {length}" for name, length in self.lengths.items())
         return f"split in this forward are {lengths or 'none'}"
+
+
+def _has_returned(frame: FrameType | None) -> bool:
+    """Whether the function that ran in `frame` has returned, or was left by an error. Its variables are gone then."""
+    if frame is None:
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:  # "cannot clear an executing frame"
+        return False
+    return True
 
 
 def _has_contiguous_strides(tensor: Tensor) -> bool:

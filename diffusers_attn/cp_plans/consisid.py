@@ -4,11 +4,12 @@ Behind the blocks the model cuts the text off by the length that it had, so that
 """
 
 from . import cogvideox
-from .plan import CPOutput, Plan
+from .plan import CPAttention, CPOutput, Plan
 
 PLANS: dict[str, Plan] = {
     "ConsisIDTransformer3DModel": {
         **{name: spec for name, spec in cogvideox.PLANS["CogVideoXTransformer3DModel"].items() if name != "proj_out"},
         "transformer_blocks.-1": [CPOutput(1, 3, stream="video"), CPOutput(1, 3, stream="text")],
+        "perceiver_cross_attention?.*": CPAttention((), key=()),
     }
 }

@@ -35,6 +35,8 @@ def set_attention_provider(target: Any, provider: str | AttentionProvider | None
     models = [target] if isinstance(target, nn.Module) else _denoisers(target)
     if provider is None:
         for model in models:
+            _check_unbindable(model)
+        for model in models:
             unbind_model(model)
         return
     request = DispatchProcessor(provider, **options)
@@ -42,6 +44,20 @@ def set_attention_provider(target: Any, provider: str | AttentionProvider | None
         check_bindable(model, request.choice)
     for model in models:
         bind_model(model, request)
+
+
+def _check_unbindable(model: nn.Module) -> None:
+    """Raises AttentionProviderError where a plan splits the model's tokens: attention of diffusers would not know."""
+    from ..context_parallel.hooks import applied_streams
+
+    if any(applied_streams(each) is not None for each in model.modules()):
+        raise AttentionProviderError(
+            f"set_attention_provider(..., None) leaves attention to diffusers, and the tokens of this "
+            f"{type(model).__name__} are split between ranks: each would attend to its own alone. Call "
+            "disable_context_parallel first, which puts the model's own processors back where enable_context_parallel "
+            "bound them (or remove_context_parallel, after apply_context_parallel). For another provider, give its "
+            "name."
+        )
 
 
 def _denoisers(pipeline: Any) -> list[nn.Module]:
