@@ -37,7 +37,7 @@ def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
     widget = "".join(
         f"- text: {json.dumps(prompt)}\n  output:\n    url: {json.dumps(file)}\n" for prompt, file in files
     )
-    gallery = "\n".join(f"| {prompt} | ![{prompt}]({file}) |" for prompt, file in files)
+    gallery = "\n".join(f"| {prompt} | {_shown(prompt, file)} |" for prompt, file in files)
     told = {
         "data": Path(config.data).name, "adapter": f"{config.adapter}, rank {config.rank}", "steps": config.steps,
         "optimizer": config.optimizer, "seed": config.seed, **facts,
@@ -109,6 +109,11 @@ def check_push(config: TrainConfig) -> None:
             ) from error
     except Exception:  # of the network
         return
+
+
+def _shown(prompt: str, file: str) -> str:
+    """A picture or video within a card."""
+    return f'<video controls loop src="{file}"></video>' if file.endswith(".mp4") else f"![{prompt}]({file})"
 
 
 def push(config: TrainConfig) -> str:

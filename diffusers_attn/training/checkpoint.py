@@ -45,6 +45,10 @@ class Checkpoints:
         """Of the checkpoint of `step`."""
         return self.folder / f"step-{step:08d}"
 
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of these, however its path is written."""
+        return checkpoint.resolve().parent == self.folder.resolve()
+
     def newest(self) -> Path | None:
         """The newest checkpoint; None where there is none."""
         steps = self.steps()

@@ -66,6 +66,7 @@ class TrainConfig:
     model: str = _setting("", "a folder or a name on the Hub: a pipeline of Flux, Wan, CogVideoX or CogView4")
     data: str = _setting("", "a folder of pictures or videos with captions, or a Hugging Face dataset")
     output_dir: str = _setting("outputs/lora", "where adapter, checkpoints, samples and card go")
+    overwrite: bool = _setting(False, "replace what an earlier run left in output_dir")
     revision: str | None = _setting(None, "of the model on the Hub")
 
     cp_degree: int | None = _setting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,11 +34,26 @@ class Prepared:
         latents, text: for `LatentLoader`.
         evaluation: those of `latents` or of data of their own that are evaluated on.
         bucket: (frames, height, width) of the first example.
+        fps: of videos, the rate in the middle of those that are trained; None where none is known.
     """
 
-    def __init__(self, latents: list[CachedLatents], text: dict[str, Any], evaluation: list[CachedLatents]) -> None:
+    def __init__(
+        self,
+        latents: list[CachedLatents],
+        text: dict[str, Any],
+        evaluation: list[CachedLatents],
+        picking: FramePicking | None = None,
+    ) -> None:
         self.latents, self.text, self.evaluation = latents, text, evaluation
         self.bucket = tuple(latents[0].bucket)
+        picking = picking or FramePicking()
+        rates = [
+            picking.rate(example.frames, example.fps, bucket.frames)
+            for example, bucket, _ in latents
+            if example.kind == "video"
+        ]
+        known = [each for each in rates if each]
+        self.fps = statistics.median_low(known) if known else None
 
     @functools.cached_property
     def padded(self) -> frozenset[str]:
@@ -62,7 +78,6 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         held_out = read_examples(config.evaluation_data, **reading)[: config.evaluation_examples]
     everything = examples + held_out
     captions = [each.caption for each in everything]
-    family.prepare_captions(captions)
     latents = _latent_cache(config, family)
     text = _text_cache(config, family)
     with placed([family.pipeline.vae], device):
@@ -73,7 +88,8 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         cached_held_out = latents.fill(held_out, family.encode, **filling) if held_out else []
     with placed(list(text_encoders(family.pipeline).values()), device):
         embedded = text.fill(captions, family.encode_text, ranks=parallel.ranks)
-    return Prepared(cached, embedded, (cached_held_out or cached)[: config.evaluation_examples])
+    evaluation = (cached_held_out or cached)[: config.evaluation_examples]
+    return Prepared(cached, embedded, evaluation, latents.buckets.picking)
 
 
 def make_loader(
@@ -135,7 +151,7 @@ def _text_cache(config: TrainConfig, family: Family) -> TextCache:
     settings: dict[str, Any] = {
         "family": type(family).__name__,
         "weights": {name: fingerprint(each) for name, each in encoders.items()},
-        "tokens": family.text_tokens,
+        "tokens": family.max_sequence_length,
         "dtype": {name: str(each.dtype) for name, each in encoders.items()},
     }
     return TextCache(config.cache, settings)

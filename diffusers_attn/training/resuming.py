@@ -51,6 +51,7 @@ SETTINGS = {
     "data": Resumed.GIVEN,
     "output_dir": Resumed.GIVEN,
     "cache_dir": Resumed.GIVEN,
+    "overwrite": Resumed.GIVEN,
     # Another machine has other processes. All of them together must have the same number of examples in a step.
     "batch_size": Resumed.GIVEN,
     "gradient_accumulation_steps": Resumed.GIVEN,
@@ -149,6 +150,7 @@ def settings_of(config: TrainConfig, dp_degree: int) -> dict[str, Any]:
         "learning_rate": config.rate,
         "lr_warmup_steps": config.warmup_steps,
         "resume": None,
+        "overwrite": False,
     }
     found: dict[str, Any] = json.loads(json.dumps({**config.as_dict(), **resolved, "examples of a step": examples}))
     return found

@@ -35,6 +35,7 @@ from .lora import (
 )
 from .models import drop_text_encoders, load_pipeline
 from .optim import make_optimizer, make_schedule
+from .output import check_output, output_of_this_run
 from .parallel import TrainingParallel, check_trainable
 from .prepare import make_loader, prepare_data
 from .progress import Progress
@@ -90,11 +91,13 @@ class Trainer:
             )
         in_step(self.ranks, [None] if self.main else [], lambda _: check_settings(config), "checking the settings")
         self._check_resuming()
-        if config.resume is None and self.checkpoints.steps():
+        if config.resume is None and self.checkpoints.steps() and not config.overwrite:
             raise TrainingError(
                 f"output_dir={config.output_dir!r} has checkpoints of an earlier run. Go on with it, --resume latest, "
-                "or take another folder."
+                "take another folder, or start anew in it, --overwrite."
             )
+        own = self.checkpoint is not None and self.checkpoints.owns(self.checkpoint)
+        check_output(config.output, own, config.overwrite)
 
     def _check_resuming(self) -> None:
         """Settles what to go on from, and with which settings, and says what differs."""
@@ -107,7 +110,7 @@ class Trainer:
                 )
             return
         step = self.checkpoints.step_of(checkpoint)
-        own = checkpoint.parent == self.checkpoints.folder
+        own = self.checkpoints.owns(checkpoint)
         check_steps(config.steps, step, self.checkpoints.steps() if own else [])
         self.before = read_settings(checkpoint)
         self.config, differences = resume_settings(config, self.before, self.parallel.dp_degree)
@@ -131,7 +134,8 @@ class Trainer:
         # only cut each of them in two.
         whole_blocks = torch._dynamo.config.patch(optimize_ddp=False)
         with whole_blocks if self.config.compile else contextlib.nullcontext():
-            return self._run()
+            with output_of_this_run(self.config.output, self.ranks):
+                return self._run()
 
     def _run(self) -> Path:
         config = self.config
@@ -173,7 +177,7 @@ class Trainer:
         if self.before is not None:
             check_facts(facts, self.before)
         self.prepared = prepare_data(config, self.family, self.parallel, self.device)
-        self.validation = Validation(config, self.family, self.prepared.bucket, self.device)
+        self.validation = Validation(config, self.family, self.prepared.bucket, self.device, self.prepared.fps)
         drop_text_encoders(pipeline)
         draws = Draws(config, self.sampling, pin=self.device.type == "cuda")
         loader = make_loader(config, self.prepared, self.parallel, draws)
@@ -231,8 +235,10 @@ class Trainer:
             self.step = restore(self.training, checkpoint)
         self.ranks.barrier()  # all have read before one changes anything
         if self.main:
-            if checkpoint is not None and checkpoint.parent == self.checkpoints.folder:
+            if checkpoint is not None and self.checkpoints.owns(checkpoint):
                 self.checkpoints.discard_after(self.step)
+            elif self.config.overwrite:
+                self.checkpoints.discard_after(-1)
             self.checkpoints.tidy()
 
     def _start_trackers(self) -> None:
@@ -256,9 +262,13 @@ class Trainer:
         for _ in range(config.gradient_accumulation_steps):
             batch = next(micros)
             with accelerator.accumulate(self.model):
-                loss = self._loss(batch)
-                accelerator.backward(loss)
-                total += loss.detach() / config.gradient_accumulation_steps
+                parts = self.family.parts(batch)
+                for part in parts:
+                    last = part is parts[-1]
+                    with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                        loss = self._loss(part) / len(parts)
+                        accelerator.backward(loss)
+                    total += loss.detach() / config.gradient_accumulation_steps
                 tokens += self.family.tokens(batch["latents_mean"].shape) * config.batch_size * self.parallel.dp_degree
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm or float("inf"))

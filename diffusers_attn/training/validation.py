@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
+from .data.disk import writing
 from .families import Family
 from .models import decoding_in_its_dtype, placed, text_encoders
 from .parallel import TrainingParallel
 from .randomness import derived_seed
+from .video import first_frame, write_video
 
 
 class Sample(NamedTuple):
@@ -35,15 +37,24 @@ class Validation:
         family: whose pipeline draws; with text encoders, still.
         bucket: (frames, height, width) to draw in, where settings say nothing.
         device: where text encoders run.
+        fps: of videos, the rate that is trained; None is the family's.
     """
 
-    def __init__(self, config: TrainConfig, family: Family, bucket: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: Family,
+        bucket: Sequence[int],
+        device: torch.device,
+        fps: float | None = None,
+    ) -> None:
         frames, height, width = bucket
         if config.validation_size is not None:
             height, width = config.validation_size
         self.prompts = config.validation_prompts or []
         self.seed = config.seed
         self.family = family
+        self.fps = fps or family.fps
         self.call: dict[str, Any] = {
             "num_inference_steps": config.validation_steps,
             **family.size_arguments(config.validation_frames or frames, height, width),
@@ -83,43 +94,44 @@ class Validation:
                 if writes:
                     drawn = output.images[0] if hasattr(output, "images") else output.frames[0]
                     name = f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', self.prompts[number].lower())[:40].strip('-')}"
-                    samples.append((number, str(_save(drawn, folder / name))))
+                    samples.append((number, str(_save(drawn, folder / name, self.fps))))
         transformer.train(was_training)
         found = sorted(each for several in parallel.ranks.everyone(samples) for each in several)
         return [Sample(self.prompts[number], Path(path)) for number, path in found]
 
 
-def _save(drawn: Any, path: Path) -> Path:
+def _save(drawn: Any, path: Path, fps: float) -> Path:
     """A picture, `[height, width, 3]` in [0, 1], or frames of them, as a file that is there whole or not at all."""
     import numpy as np
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (np.asarray(drawn).clip(0, 1) * 255).round().astype(np.uint8)
-    # A GIF, and not a video file: cards and trackers show it everywhere, and PIL writes it.
-    suffix = ".gif" if pixels.ndim == 4 else ".png"
-    scratch = path.with_name(f".{path.name}.unfinished{suffix}")
-    frames = [Image.fromarray(each) for each in (pixels if pixels.ndim == 4 else pixels[None])]
-    several: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 62, "loop": 0}
-    frames[0].save(scratch, **(several if pixels.ndim == 4 else {}))
-    target = path.with_name(path.name + suffix)
-    os.replace(scratch, target)
+    suffix = ".mp4" if pixels.ndim == 4 else ".png"
+    target, scratch = (path.with_name(name + suffix) for name in (path.name, f".{path.name}.unfinished"))
+    with writing("a sample", target):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if pixels.ndim == 4:
+            write_video(pixels, scratch, fps)
+        else:
+            Image.fromarray(pixels).save(scratch)
+        os.replace(scratch, target)
     return target
 
 
 def log_samples(accelerator: Any, samples: Sequence[Sample], step: int) -> None:
-    """Gives pictures to the trackers that show them. On one process."""
+    """Gives pictures and videos to the trackers that show them. On one process."""
     import numpy as np
-    from PIL import Image, ImageSequence
+    from PIL import Image
 
     for tracker in accelerator.trackers:
         for number, sample in enumerate(samples):
-            with Image.open(sample.path) as image:
-                frames = np.stack([np.asarray(each.convert("RGB")) for each in ImageSequence.Iterator(image)])
+            video = sample.path.suffix == ".mp4"
             if tracker.name == "tensorboard":
-                tracker.writer.add_images(f"validation/{number}", frames[:1], step, dataformats="NHWC")
+                picture = first_frame(sample.path) if video else np.asarray(Image.open(sample.path).convert("RGB"))
+                tracker.writer.add_image(f"validation/{number}", picture, step, dataformats="HWC")
             elif tracker.name == "wandb":
                 import wandb
 
-                shown = wandb.Image(str(sample.path), caption=sample.prompt)
+                kind: Any = wandb.Video if video else wandb.Image
+                shown = kind(str(sample.path), caption=sample.prompt, **({"format": "mp4"} if video else {}))
                 tracker.log({f"validation/{number}": shown}, step=step)

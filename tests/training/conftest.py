@@ -60,3 +60,19 @@ def forked():
         return process.exitcode
 
     return run
+
+
+@pytest.fixture
+def forked_in_background():
+    """Starts a function in a process of its own, which ends with the test; returns the process."""
+    started = []
+
+    def run(job, *arguments):
+        started.append(multiprocessing.get_context("fork").Process(target=job, args=arguments))
+        started[-1].start()
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.join()

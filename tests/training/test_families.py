@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_attn.training.data.collate import collate
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.families import family_of
 from diffusers_attn.training.loss import RectifiedFlow, VPrediction, sample_u
@@ -60,7 +61,6 @@ def _latents(family, hidden_states):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inputs_are_those_of_the_pipeline(drawn, name):
     family, calls = drawn[name]
-    family.prepare_captions(["a cat"])
     text = family.encode_text(["a cat"])
     call = {key: each for key, each in calls[1].items() if each is not None}
     noisy = _latents(family, call["hidden_states"])
@@ -126,19 +126,33 @@ def test_size_rules(drawn, name):
     assert family.frame_rule == ((4, 1) if family.kind == "video" else (1, 0))
 
 
-def test_captions_of_cogview4_have_one_length(drawn):
+def test_captions_of_cogview4_are_padded_one_by_one(drawn):
+    """As the pipeline does it for one prompt, whatever other captions there are; also those of one batch."""
     family, _ = drawn["cogview4"]
-    with pytest.raises(TrainingError, match="prepare_captions"):
-        family_of(family.pipeline).encode_text(["a"])
-    family.prepare_captions(["a", "a much longer caption"])
-    short, long = (family.encode_text([each])["prompt_embeds"] for each in ("a", "a much longer caption"))
-    assert short.shape == long.shape
-    together, _ = family.pipeline.encode_prompt(
-        ["a", "a much longer caption"], do_classifier_free_guidance=False, max_sequence_length=16
-    )
-    family.prepare_captions(["a cat"])
-    assert short.shape[1] % 16 == 0 and together.shape[1] == short.shape[1]
-    assert torch.allclose(torch.cat([short, long]), together, atol=1e-5)
+    captions = ["a", "number two"]
+    texts = [family.encode_text([each])["prompt_embeds"] for each in captions]
+    family.max_sequence_length, before = 64, family.max_sequence_length
+    try:
+        texts.append(family.encode_text(["a much longer caption than the others are"])["prompt_embeds"])
+    finally:
+        family.max_sequence_length = before
+    assert [each.shape[1] for each in texts] == [16, 16, 48]
+    for caption, ours in zip(captions, texts):
+        theirs, _ = family.pipeline.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=16)
+        assert torch.equal(ours, theirs)
+
+    batch = {
+        **collate([{"prompt_embeds": each[0]} for each in texts], frozenset({"prompt_embeds"})),
+        "latents_mean": torch.arange(3.0)[:, None],
+        "positions": [4, 5, 6],
+        "drawn": {"noise": torch.arange(3.0)},
+        "step": 7,
+    }
+    parts = family.parts(batch)
+    assert all(part["prompt_embeds"].equal(text) for part, text in zip(parts, texts, strict=True))
+    assert [(part["positions"], part["drawn"]["noise"].tolist(), part["step"]) for part in parts] == [
+        ([4], [0.0], 7), ([5], [1.0], 7), ([6], [2.0], 7),
+    ]  # fmt: skip
 
 
 def test_v_prediction_is_the_weighted_error_of_the_clean_sample():

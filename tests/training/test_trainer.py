@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
+from diffusers_attn.training.data.decode import probe_video
 from diffusers_attn.training.data.errors import TrainingDataError
+from diffusers_attn.training.data.source import FileSource
 
 from .runs import train
 from .worlds import World
@@ -61,11 +62,12 @@ def test_all_that_a_run_leaves(settings_of, tmp_path, capfd):
     assert sum(each.numel() for each in kept.values()) == sum(each.numel() for each in last.values())
 
     card = (output / "README.md").read_text()
-    assert "text-to-video" in card and 'pipe.load_lora_weights("' in card and "samples/last/00-a-cat.gif" in card
+    assert "text-to-video" in card and 'pipe.load_lora_weights("' in card and "samples/last/00-a-cat.mp4" in card
     for folder in ("step-00000002", "last"):
         samples = sorted((output / "samples" / folder).iterdir())
-        assert [each.name for each in samples] == ["00-a-cat.gif", "01-number-1.gif"]
-        assert [Image.open(each).n_frames for each in samples] == [9, 9]
+        assert [each.name for each in samples] == ["00-a-cat.mp4", "01-number-1.mp4"]
+        # Those of the data, which have eight frames per second.
+        assert [probe_video(FileSource(each))[:4] for each in samples] == [(48, 48, 9, 8.0)] * 2
     assert not list(output.rglob("*unfinished*"))
 
     AcceleratorState._reset_state(True)

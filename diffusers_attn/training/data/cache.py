@@ -2,7 +2,8 @@
 
 The VAE and the text encoders need not be in memory while the transformer is trained, and nothing is encoded twice:
 what is computed is kept in safetensors files named by a hash of what it was computed from, that is the content of the
-picture or video (or the caption) and the settings of whatever encodes. Several processes divide the work.
+picture or video (or the caption) and the settings of whatever encodes. Several processes divide the work; several jobs
+that share a cache fill it one after the other.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .digests import content_digests
 from .errors import Problem, TrainingDataError, check_on_bad_data, settle
 from .examples import Example
 from .fit import fit
+from .lock import alone_in
 from .ranks import OneRank, Ranks, in_step
 from .store import TensorStore, hash_of
 
@@ -115,6 +117,18 @@ class LatentCache:
         check_on_bad_data(on_bad_data)
         _check_positive(batch_size=batch_size, decoding_threads=decoding_threads)
         ranks = ranks or OneRank()
+        with alone_in(self.folder, ranks, "the cache"):
+            return self._fill(examples, encode, ranks, on_bad_data, batch_size, decoding_threads)
+
+    def _fill(
+        self,
+        examples: Sequence[Example],
+        encode: Encode,
+        ranks: Ranks,
+        on_bad_data: str,
+        batch_size: int,
+        decoding_threads: int,
+    ) -> list[CachedLatents]:
         work, problems = self._work(examples, ranks)
         distinct = sorted({each.key: each for each in work.values()}.values(), key=lambda each: (each.bucket, each.key))
         mine = [each for each in distinct[ranks.rank :: ranks.size] if not self.store.has(each.key)]
@@ -267,6 +281,10 @@ class TextCache:
         """
         _check_positive(batch_size=batch_size)
         ranks = ranks or OneRank()
+        with alone_in(self.folder, ranks, "the cache"):
+            return self._fill(captions, encode_text, ranks, batch_size)
+
+    def _fill(self, captions: Iterable[str], encode_text: EncodeText, ranks: Ranks, batch_size: int) -> dict[str, Path]:
         self.store.remove_unfinished()
         distinct = sorted({"", *captions})
         mine = [text for text in distinct[ranks.rank :: ranks.size] if not self.store.has(self._key(text))]

@@ -45,6 +45,8 @@ class Family(abc.ABC):
     text_length: ClassVar[int]
     """tokens of text, where a user says nothing."""
     guidance_argument: ClassVar[str] = "guidance_scale"
+    fps: ClassVar[float] = 16.0
+    """of drawn videos, where the data do not say it."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """names of the pipeline classes that are served, with those derived from them; none is all."""
     served_inputs: ClassVar[tuple[str, ...]] = ()
@@ -147,11 +149,6 @@ class Family(abc.ABC):
         """What the model predicts, with the shift of its sampler."""
 
     @property
-    def text_tokens(self) -> int:
-        """To how many tokens captions are padded."""
-        return self.max_sequence_length
-
-    @property
     def text_device(self) -> torch.device:
         """Where captions are encoded. (A pipeline with models in several places does not know.)"""
         return self.pipeline.text_encoder.device
@@ -167,9 +164,6 @@ class Family(abc.ABC):
     def frame_rule(self) -> tuple[int, int]:
         """(multiple, remainder) that numbers of frames have; of pictures, one frame."""
         return 1, 0
-
-    def prepare_captions(self, captions: Sequence[str]) -> None:  # noqa: B027 (most need not know)
-        """Told all captions before the first is encoded, for those whose length depends on each other."""
 
     @abc.abstractmethod
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
@@ -219,6 +213,10 @@ class Family(abc.ABC):
         """What the transformer returned, as [batch, channels, frames, height, width]."""
         return output
 
+    def parts(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A micro-batch as what can go through the transformer together; each part has its own backward."""
+        return [dict(batch)]
+
     def predict(self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         """One forward. `transformer` may be wrapped, as DDP does."""
         dtype = self.pipeline.transformer.dtype
@@ -255,6 +253,17 @@ class Family(abc.ABC):
                 f"shift={self.shift}: {type(self.pipeline.transformer).__name__} is not trained by rectified flow, and "
                 "its noise schedule is part of its scheduler. Leave it out."
             )
+
+
+def part_of(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Of a batch of the loader, the one example of this number."""
+
+    def row(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: row(each) for name, each in value.items()}
+        return value[number : number + 1] if isinstance(value, (Tensor, list)) else value
+
+    return {name: row(value) for name, value in batch.items()}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ class CogVideoX(Family):
     kind = "video"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 226
+    fps = 8.0
     pipelines = ("CogVideoXPipeline",)
     prediction_type = "v_prediction"
 

@@ -1,4 +1,4 @@
-"""CogView4: pictures; text as long as it is, in steps of 16; told the size, and the noise level before its shift."""
+"""CogView4: pictures; each caption as long as it is, in steps of 16; told size, and noise level before its shift."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
 from ..loss import Objective, RectifiedFlow, dynamic_shift, scheduler_shift
-from .base import Family
-
-TEXT_STEP = 16
+from .base import Family, part_of
 
 
 class CogView4(Family):
@@ -23,11 +20,6 @@ class CogView4(Family):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 1024
     pipelines = ("CogView4Pipeline",)
-
-    def __init__(self, pipeline: Any, **options: Any) -> None:
-        super().__init__(pipeline, **options)
-        self.padded_length: int | None = None
-        """tokens to which all captions are padded, once they are known."""
 
     def make_objective(self) -> Objective:
         # The pipeline gives its scheduler timesteps of its own, which stay as they are when the noise levels shift.
@@ -48,44 +40,17 @@ class CogView4(Family):
     def size_multiple(self) -> int:
         return self.pipeline.vae_scale_factor * self.config.patch_size
 
-    def prepare_captions(self, captions: Sequence[str]) -> None:
-        """Settles the length to which all are padded: the longest's, as the pipeline does within a batch. The model has
-        no mask for padding, so that its own way of padding is part of what it was trained with."""
-        longest = max((self._length(caption) for caption in {*captions, ""}), default=0)
-        self.padded_length = -(-longest // TEXT_STEP) * TEXT_STEP
-
-    @property
-    def text_tokens(self) -> int:
-        return self.padded_length or self.max_sequence_length
-
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        if self.padded_length is None:
-            raise TrainingError("CogView4 pads captions to one length: call prepare_captions with all of them first.")
-        return {"prompt_embeds": self._embeds(captions, self.padded_length)}
-
-    def prompt_arguments(self, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor]:
-        # Each padded by itself, as the pipeline would.
-        prompts = {"prompt_embeds": prompt, **({"negative_prompt_embeds": negative_prompt or ""} if guided else {})}
-        return {
-            name: self._embeds([each], -(-self._length(each) // TEXT_STEP) * TEXT_STEP)
-            for name, each in prompts.items()
-        }
-
-    def _length(self, caption: str) -> int:
-        return min(len(self.pipeline.tokenizer(caption).input_ids), self.max_sequence_length)
-
-    def _embeds(self, captions: list[str], length: int) -> Tensor:
-        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-        ids = tokenizer(
-            captions,
-            padding="max_length",
-            max_length=max(length, TEXT_STEP),
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        ).input_ids
+        """As the pipeline does it, which pads the captions of a call to the longest of them, in steps of 16. Neither
+        the text encoder nor the transformer has a mask for padding, so that each caption is best encoded by itself."""
         with torch.no_grad():
-            return encoder(ids.to(encoder.device), output_hidden_states=True).hidden_states[-2].cpu()
+            text, _ = self.pipeline.encode_prompt(
+                captions,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+                device=self.text_device,
+            )
+        return {"prompt_embeds": text.cpu()}
 
     def to_vae(self, pixels: Tensor) -> Tensor:
         return pixels.squeeze(2)
@@ -111,6 +76,19 @@ class CogView4(Family):
             "target_size": size,
             "crop_coords": torch.zeros_like(size),
         }
+
+    def parts(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Captions of different lengths one by one: padded to one length, the transformer would attend to the padding.
+        That lengths differ is known of all data, so that every process has as many parts as the others."""
+        mask = batch.get("prompt_embeds_mask")
+        if mask is None:
+            return [dict(batch)]
+        parts = []
+        for i, length in enumerate(mask.sum(1).tolist()):
+            part = part_of(batch, i)
+            part["prompt_embeds"] = part["prompt_embeds"][:, :length]
+            parts.append(part)
+        return parts
 
     def prediction(self, output: Tensor, shape: Sequence[int]) -> Tensor:
         return output.unsqueeze(2)

@@ -1,0 +1,100 @@
+"""One job at a time in a folder. The operating system gives a lock back when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .atomic import write_atomically
+from .ranks import OtherRankError, Ranks
+from .walk import RUN_MARK
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".diffusers_attn-lock"
+_SECONDS_BETWEEN = 1.0
+
+
+class FolderLock:
+    """A lock on a folder, which is made where there is none. A file in it says who has it, or had it last.
+
+    Args:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from filelock import FileLock
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._mark = folder / RUN_MARK
+        self._lock = FileLock(folder / _LOCK)
+
+    def acquire(self) -> bool:
+        """Takes the lock, and returns whether it was free."""
+        from filelock import Timeout
+
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        said = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
+        write_atomically(self._mark, lambda path: _write_text(path, said))
+        return True
+
+    def release(self) -> None:
+        """Gives it back."""
+        self._lock.release()
+
+    def holder(self) -> str:
+        """Who has it: "process 123 on host a, since 2026-01-01 12:00:00+00:00"."""
+        try:
+            said = json.loads(self._mark.read_text())
+            return f"process {said['process']} on host {said['host']}, since {said['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # just being written
+            return "another process"
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, ranks: Ranks, what: str) -> Iterator[None]:
+    """Within, no other job is in `folder`. Waits for one that is, and says for whom. All ranks must call this.
+
+    Args:
+        folder: one that all ranks see; the first of them has the lock for all.
+        ranks: of this job.
+        what: the folder's name for the message.
+    """
+    lock: FolderLock | None = None
+    waiting = False
+    while True:
+        held, failed = False, None
+        try:
+            if ranks.rank == 0:
+                lock = lock or FolderLock(folder)
+                held = lock.acquire()
+        except OSError as error:
+            failed = error
+        if ranks.any(failed is not None):  # together, so that none waits for one that has given up
+            raise failed or OtherRankError(f"locking {folder} failed on another process; see its message.")
+        if ranks.any(held):
+            break
+        if lock is not None and not waiting:
+            waiting = True
+            log.warning("%s %s is being filled by %s; waiting until that is done.", what, folder, lock.holder())
+        time.sleep(_SECONDS_BETWEEN)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
