@@ -7,7 +7,7 @@
     accelerate launch --config_file examples/accelerate_configs/fsdp2_cp2.yaml examples/train_lora.py ...
     torchrun --nproc_per_node 2 examples/train_lora.py --cpu ...    # CPUs; or as in the README, with Accelerate
 
---data is a folder with captions: metadata.jsonl or metadata.csv (file_name, caption), or a .txt beside each file. What
+--data is a folder with captions: metadata.jsonl, .csv or .parquet (file_name, caption), or a .txt beside each file. What
 text encoders and VAE make of it is computed once. The run can be killed at any time and goes on with --resume latest,
 also on another number of processes. `make demo-train` shows it with a toy on a CPU.
 """
@@ -17,16 +17,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice about vision packages is of no use here
 
 import diffusers
 import transformers
 
-from diffusers_attn import AttentionProviderError
-from diffusers_attn.training import TrainConfig, Trainer, TrainingError
-from diffusers_attn.training.data.errors import TrainingDataError
+from diffusers_attn.training import TrainConfig, Trainer
+from diffusers_attn.training.commandline import report
 from diffusers_attn.training.errors import TrainingInterrupted
 
 
@@ -62,13 +60,8 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print("train_lora.py: interrupted before training began, or behind its end.", file=sys.stderr)
         leave(130)
-    except (TrainingError, TrainingDataError, AttentionProviderError) as error:
-        print(f"train_lora.py: {error}", file=sys.stderr)
-        if several:
-            leave(1)
-        sys.exit(1)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        report(error, "train_lora.py")
         if several:
             leave(1)
         sys.exit(1)

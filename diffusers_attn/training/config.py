@@ -316,8 +316,11 @@ def _number(hint: Any) -> Any:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Without the usage, whose many lines would hide the message."""
-        self.exit(2, f"{self.prog}: {message}\nAll settings: {self.prog} --help\n")
+        """Without the usage, whose many lines would hide the message, and by one process of a job."""
+        from .commandline import say_once
+
+        say_once(f"{self.prog}: {message}\nAll settings: {self.prog} --help")
+        self.exit(2)
 
 
 class _Help(argparse.HelpFormatter):

@@ -136,14 +136,14 @@ class Buckets:
         if example.kind == "image":
             if 1 not in self.frames:
                 raise TrainingDataError(
-                    f"a picture, and buckets are of {have} frames. Add 1 to frames to train on both, or leave it out"
+                    f"a picture, and buckets are of {have} frames. Add 1 to `frames` to train on both, or leave it out"
                 )
             return 1
         moving = [number for number in self.frames if number > 1]
         if not moving:
             raise TrainingDataError(
                 "a video, and buckets are of single frames. Leave it out, or save one of its frames as a picture; a "
-                "model of videos also takes larger numbers of frames"
+                "model of videos also takes larger `frames`"
             )
         usable = self.picking.usable(example.frames, example.fps, example.times)
         fitting = [number for number in moving if number <= usable]

@@ -67,6 +67,14 @@ class BatchSampler:
             self._refuse_small_buckets()
         self.steps_per_epoch = sum(self._steps_of(len(members)) for members in self._members.values())
         self._epoch: tuple[int, list[tuple[int, ...]]] | None = None
+        self.made_of = {
+            "examples": len(buckets),
+            "examples of a step": global_batch_size,
+            "seed": seed,
+            "repeats": repeats if isinstance(repeats, int) else list(repeats),
+            "incomplete": incomplete,
+        }
+        """what decides the batches, for a message where they are others."""
         said = [list(map(str, buckets)), each, global_batch_size, seed, incomplete]
         self.fingerprint = hashlib.sha256(repr(said).encode()).hexdigest()
         """of everything that decides the batches."""
@@ -108,8 +116,8 @@ class BatchSampler:
         ]
         if small:
             raise TrainingDataError(
-                f"with incomplete='drop' and global_batch_size={self.global_batch_size}, examples of small buckets are "
-                "never trained on. Pass incomplete='fill', more repeats, fewer buckets or a smaller batch:",
+                f"with incomplete='drop' and {self.global_batch_size} examples in a step, those of small buckets are "
+                "never trained on. Pass incomplete='fill', more `repeats`, fewer buckets or a smaller batch:",
                 small,
             )
 
@@ -160,7 +168,8 @@ class Position:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON can say it. Nothing in it depends on the number of processes."""
         epoch, position = divmod(self.next_step, self.sampler.steps_per_epoch)
-        return {"epoch": epoch, "position": position, "batches": self.sampler.fingerprint}
+        batches = {"batches": self.sampler.fingerprint, "made of": self.sampler.made_of}
+        return {"epoch": epoch, "position": position, **batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken.
@@ -169,9 +178,13 @@ class Position:
             TrainingDataError: it is of other data, another global batch size or another seed.
         """
         if state["batches"] != self.sampler.fingerprint:
+            before, now = state.get("made of", {}), self.sampler.made_of
+            differ = [
+                f"{name} were {before[name]} and are {now[name]}" for name in now if now[name] != before.get(name)
+            ]
+            what = "; ".join(differ) if before and differ else "buckets, or the sizes of examples, have changed"
             raise TrainingDataError(
-                "the checkpoint's position is one in other batches: the data, its buckets, global_batch_size (here "
-                f"{self.sampler.global_batch_size}), seed (here {self.sampler.seed}), repeats or incomplete have "
-                "changed since. Restore them, or start a new training from the checkpoint's weights."
+                f"the checkpoint is of other data or batches, which have changed since: {what}. Restore that, "
+                "or begin anew with another `output_dir`."
             )
         self.next_step = state["epoch"] * self.sampler.steps_per_epoch + state["position"]
