@@ -31,7 +31,7 @@ demo: $(VENV)/.demo  ## install what is needed into .venv, then run examples/qui
 	@$(RUN) examples/quickstart.py $(ARGS)
 
 demo-cp: $(VENV)/.demo  ## the demo's model on two processes (on the CPU) and on one
-	@OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc_per_node 2 examples/inference_cp.py \
+	@OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc_per_node 2 examples/inference_cp.py \
 	  --device cpu --compare --steps 12 --output outputs/demo_cp.png $(ARGS)
 
 demo-train: $(VENV)/.train  ## train a LoRA on one photograph, and draw its caption before and after

@@ -216,7 +216,7 @@ def download(package, cache):
             "--only-binary=:all:", "--python-version=3.12", *platforms, f"--dest={cache}", f"{name}=={version}",
         ]  # fmt: skip
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
             pytest.skip(f"{package} could not be downloaded within a minute")
         if done.returncode:

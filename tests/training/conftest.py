@@ -49,7 +49,7 @@ def forked():
         ["diffusers_attn.training.trainer", "diffusers", "transformers", "peft", "tests.training.runs"]
     )
 
-    def run(job, *arguments, timeout=120):
+    def run(job, *arguments, timeout=300):
         process = context.Process(target=job, args=arguments)
         process.start()
         process.join(timeout)

@@ -54,7 +54,7 @@ class ThreadRanks:
 
     @staticmethod
     def of(size):
-        shared = (threading.Barrier(size, timeout=30), [False] * size)
+        shared = (threading.Barrier(size, timeout=300), [False] * size)
         return [ThreadRanks(rank, size, shared) for rank in range(size)]
 
     def barrier(self):

@@ -59,7 +59,7 @@ def test_two_ranks_on_gloo(tmp_path):
     try:
         for process in processes:
             process.start()
-        first, second = sorted(results.get(timeout=90) for _ in processes)
+        first, second = sorted(results.get(timeout=300) for _ in processes)
         for process in processes:
             process.join(30)
     finally:

@@ -1,0 +1,48 @@
+"""A pool of test processes beside other work: a slow start is no hang, and a process that ended is no slow one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from .pool import Pool, serve
+
+LIMIT = 2.0
+"""seconds that a job may take here. The start takes longer."""
+
+
+def work(rank: int, store: str, jobs: Any, results: Any) -> None:
+    time.sleep(1.5 * LIMIT)
+    serve_without_a_group(rank, jobs, results)
+
+
+def serve_without_a_group(rank: int, jobs: Any, results: Any) -> None:
+    import torch.distributed as dist
+
+    dist.barrier = lambda: None
+    serve(rank, None, jobs, results)
+
+
+def answer(_: Any) -> int:
+    return os.getpid()
+
+
+def end(_: Any) -> None:
+    sys.stdout.flush()
+    os._exit(3)
+
+
+def test_a_slow_start_and_a_process_that_ended() -> None:
+    pool = Pool(work, size=1, timeout=LIMIT)
+    try:
+        first = pool.run(1, answer)
+        assert pool.run(1, answer) == first
+        with pytest.raises(RuntimeError, match=r"ranks \[0\] ended with \[3\]"):
+            pool.run(1, end)
+        assert pool.run(1, answer) != first  # of a new process
+    finally:
+        pool.close()
