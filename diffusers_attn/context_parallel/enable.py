@@ -7,6 +7,7 @@ enable it or none does; and only then are models changed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,10 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from ..cp_plans.plan import CPCache, ParamId, Plan, entries
 from ..errors import AttentionProviderError
 from ..processors import DispatchProcessor
-from ..processors.binding import attention_modules_of
+from ..processors.binding import attention_modules_of, change_processor
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
 from ..providers.catalog import SPECS, AttentionProvider
-from . import ranks
+from . import copies, ranks
 from .agreement import MODES, Agreement, Links
 from .config import ContextParallelConfig
 from .degrees import Degrees, Situation, complete_degrees
@@ -144,8 +145,11 @@ def disable_context_parallel(pipeline_or_model: Any) -> None:
     """Takes off what `enable_context_parallel` put on, and puts back the processors that were there: models are then
     as they were. Without effect where it is not enabled.
 
+    Copies of a model that is split (`copy.deepcopy`, pickle, `torch.save`) are not: they come without its hooks, with
+    the processors that are put back here.
+
     Raises:
-        AttentionProviderError: neither a model nor a pipeline was given.
+        AttentionProviderError: neither a model nor a pipeline was given; or a shallow copy of a model that is split.
     """
     for model in models_of(pipeline_or_model):
         _take_off(model)
@@ -315,6 +319,9 @@ def _put_on(
         if obstacle(processor) is None and (rebind or not isinstance(processor, BoundProcessor)):
             enabled.processors.append((weakref.ref(module), processor))
             module.set_processor(request)
+            copies.change_copies(
+                module, functools.partial(change_processor, change=functools.partial(_as_before, before=processor))
+            )
 
 
 def _caches(plan: Plan) -> list[str]:
@@ -326,6 +333,7 @@ def _caches(plan: Plan) -> list[str]:
 
 
 def _take_off(model: nn.Module) -> None:
+    copies.check_not_shallow(model)
     enabled = _enabled.pop(model, None)
     if enabled is None:
         return
@@ -338,6 +346,10 @@ def _take_off(model: nn.Module) -> None:
     for links in enabled.links:
         links.release()
     remove_context_parallel(model)
+    for reference, _ in enabled.processors:
+        module = reference()
+        if module is not None:
+            copies.keep_hooks(module)
 
 
 def _as_before(now: Any, before: Any) -> Any:

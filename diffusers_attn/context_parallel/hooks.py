@@ -26,7 +26,7 @@ from ..cp_plans.registry import get_cp_plan
 from ..errors import AttentionProviderError
 from ..recompute import keep_for_recomputation
 from ..tracing_errors import raise_error
-from . import diffusers_hooks
+from . import copies, diffusers_hooks
 from .attending import attention_elsewhere, is_attention
 from .mesh import ContextParallelMesh
 from .plan_hooks import hooks_of
@@ -63,12 +63,19 @@ class _Entry:
 
     def set(self) -> None:
         self.handles = [set_hook() for set_hook in self.hooks]
+        for module in self._alive():
+            copies.leave_hooks_out(module)
         self.hooks = []  # they hold the modules, and so the model, alive
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        for module in self._alive():
+            copies.keep_hooks(module)
+
+    def _alive(self) -> list[nn.Module]:
+        return [module for module in (then() for then in self.modules) if module is not None]
 
     def refresh(self, model: nn.Module) -> None:
         """Follows a module that was replaced, as adapters (LoRA) do when they are added and unloaded."""
@@ -115,6 +122,7 @@ def apply_context_parallel(
             f"context parallelism is applied to this {type(module).__name__} already; call "
             "remove_context_parallel(module) first."
         )
+    copies.check_whole(module)
     if isinstance(mesh, DeviceMesh):
         mesh = ContextParallelMesh.from_mesh(mesh)
     streams = Streams(mesh)
@@ -131,6 +139,7 @@ def apply_context_parallel(
     streams.transport, gather = choose_transport(mesh)
     _forget_graphs()
     begin = module.register_forward_pre_hook(_Begin(streams))
+    copies.leave_hooks_out(module)
     for entry in entries:
         entry.set()
     end = module.register_forward_hook(_End(streams), always_call=True)  # behind the plan's own for the model
@@ -140,7 +149,12 @@ def apply_context_parallel(
 
 
 def remove_context_parallel(module: nn.Module) -> None:
-    """Takes off what `apply_context_parallel` put on. Without effect where nothing is applied."""
+    """Takes off what `apply_context_parallel` put on. Without effect where nothing is applied.
+
+    Raises:
+        AttentionProviderError: `module` is a shallow copy of a model that is split, which is to be given instead.
+    """
+    copies.check_not_shallow(module)
     if module in _applied:
         _forget_graphs()
         applied = _applied.pop(module)
@@ -149,6 +163,7 @@ def remove_context_parallel(module: nn.Module) -> None:
             entry.remove()
         for handle in applied.ends:
             handle.remove()
+        copies.keep_hooks(module)
 
 
 def _forget_graphs() -> None:

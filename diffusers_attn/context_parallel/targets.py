@@ -12,7 +12,7 @@ from ..cp_plans.registry import get_cp_plan, list_cp_plans, uncovered
 from ..errors import AttentionProviderError
 from ..processors.binding import attention_modules_of, check_bindable
 from ..processors.bound import obstacle
-from . import diffusers_hooks
+from . import copies, diffusers_hooks
 from .hooks import applied_streams
 from .submodules import submodules
 
@@ -44,6 +44,7 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
                 f"{target.name} is split between ranks already. To split it in another way, call "
                 "disable_context_parallel first (or remove_context_parallel, if apply_context_parallel split it)."
             )
+        copies.check_whole(target.model)
         check_bindable(target.model)
         if getattr(target.model, "_parallel_config", None) is not None:
             raise AttentionProviderError(

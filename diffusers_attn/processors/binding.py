@@ -119,6 +119,17 @@ def _placed(module: nn.Module, processor: Any) -> Any:
     return bind(processor, choice)
 
 
+def change_processor(state: dict[str, Any], change: Callable[[Any], Any]) -> None:
+    """Puts another processor, `change(processor)`, into what copy and pickle are given of an attention module."""
+    if "processor" not in state:  # it is a module itself
+        state["_modules"] = dict(state["_modules"])
+    holder = state if "processor" in state else state["_modules"]
+    holder["processor"] = processor = change(holder["processor"])
+    state.pop(_CHOICE, None)
+    if isinstance(processor, BoundProcessor):
+        state[_CHOICE] = processor.choice
+
+
 def _set_by_diffusers() -> bool:
     """Whether the processor that is being set comes from diffusers' own code.
 
