@@ -13,9 +13,11 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from diffusers_attn import DispatchProcessor, attention_provider
+from diffusers_attn.context_parallel.config import ContextParallelConfig
+from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh
 from diffusers_attn.dispatch import attend
 from diffusers_attn.providers.native import Math, Native
-from diffusers_attn.scope import ProviderChoice, active_choice, scope
+from diffusers_attn.scope import ProviderChoice, active_choice, active_parallel, scope
 
 from .zoo import CASES
 
@@ -158,6 +160,20 @@ def test_two_threads_that_train_in_scopes_of_their_own():
     assert {provider: module.providers for provider, module in seen.items()} == {
         provider: [provider] * 12 for provider in ("auto", "native")
     }
+
+
+def test_the_mesh_that_a_scope_names_goes_with_it():
+    seen = []
+
+    def noting(x):
+        seen.append(active_parallel())
+        return x * x
+
+    mesh = ContextParallelMesh(ContextParallelConfig(), ALONE, ALONE)
+    with attention_provider("native", mesh=mesh):
+        out = checkpoint(noting, query(), use_reentrant=False)
+    in_thread(out.sum().backward)
+    assert seen[0] is not None and seen[1] is seen[0] and active_parallel() is None
 
 
 def test_an_error_in_the_recomputation_leaves_no_scope_behind():

@@ -191,7 +191,7 @@ class _Hook:
             if not has_entries(value, spec.split_dim, self.streams.mesh.size):
                 problem = problem_of(value, spec, f"{what} of '{self.path}'", self.streams, outputs)
                 if problem is not None:
-                    raise AttentionProviderError(problem)
+                    raise_error(AttentionProviderError, problem)
             stream = spec.stream or f"{self.path}:{what}"
             if spec.grouped:
                 return self.streams.split_groups(stream, value, spec.split_dim)

@@ -67,7 +67,11 @@ def _dimension_that_fits(tensor: Tensor, dim: int, known: int | None, streams: S
     long = [each for each in others if tensor.shape[each] >= streams.mesh.size]
     inner = [each for each in long if each > 0 and (tensor.ndim < 3 or each < tensor.ndim - 1)]
     alike = [each for each in inner if tensor.shape[each] in streams.lengths.values()]
-    return max(alike or inner, key=lambda each: tensor.shape[each], default=None)
+    longest = None
+    for each in alike or inner:  # spelled out, so that Dynamo can follow it to the error
+        if longest is None or tensor.shape[each] > tensor.shape[longest]:
+            longest = each
+    return longest
 
 
 def _advice(spec: CPInput, fits: int | None, tensor: Tensor, streams: Streams) -> str:

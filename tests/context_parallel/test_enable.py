@@ -442,8 +442,11 @@ def test_a_script_under_torchrun_needs_no_process_group(tmp_path):
 
 def test_a_job_of_one_is_told_how_to_launch(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(AttentionProviderError, match="this job has one. Start the script with `accelerate launch"):
+    with pytest.raises(
+        AttentionProviderError, match="this job has one. Start the script with `accelerate launch"
+    ) as error:
         enable_context_parallel(build("wan"))
+    assert "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 script.py`" in str(error.value)
 
 
 def test_accelerate_that_knows_of_one_rank_only(monkeypatch):

@@ -44,7 +44,7 @@ def refusals(plan, *tensors, size=2, length=None, forward=None, compiled=False) 
     for rank in range(size):
         module = forward() if forward else Recorder()
         apply_context_parallel(module, mesh(rank, size), plan)
-        run = torch.compile(module, backend="eager") if compiled else module
+        run = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
         with pytest.raises(AttentionProviderError) as error:
             run(*tensors, length=length) if length else run(*tensors)
         messages.add(str(error.value))
