@@ -7,9 +7,9 @@
     accelerate launch --config_file examples/accelerate_configs/fsdp2_cp2.yaml examples/train_lora.py ...
     torchrun --nproc_per_node 2 examples/train_lora.py --cpu ...    # CPUs; or as in the README, with Accelerate
 
---data is a folder with captions: metadata.jsonl, .csv or .parquet (file_name, caption), or a .txt beside each file. What
-text encoders and VAE make of it is computed once. The run can be killed at any time and goes on with --resume latest,
-also on another number of processes. `make demo-train` shows it with a toy on a CPU.
+--data is a folder with captions: metadata.jsonl, .csv or .parquet (file_name, caption), or a .txt beside each file.
+What text encoders and VAE make of it is computed once. The run can be killed at any time and goes on with --resume
+latest, also on another number of processes. `make demo-train` shows it with a toy on a CPU.
 """
 
 from __future__ import annotations
