@@ -32,7 +32,7 @@ from ..dispatch import attention_dispatch
 from ..errors import AttentionProviderError
 from ..lifeline import end_with_parent
 from ..scope import attention_provider
-from .plan import CPAttention, Plan
+from .plan import CPAttention, Plan, entries
 from .verify_compare import compare, record, relative_error, tensors_in
 from .verify_report import Strategy
 
@@ -101,6 +101,15 @@ def _bind(model: nn.Module, provider: str) -> None:
         set_attention_provider(model, provider)
 
 
+def attention_names(model: nn.Module, plan: Plan) -> frozenset[str]:
+    """Names of the modules that attend: those with a processor, and those that the plan says it of."""
+    attention = {id(module) for module in model.modules() if hasattr(module, "processor")}
+    for path, spec in entries(plan):
+        if isinstance(spec, CPAttention):
+            attention |= {id(module) for module in submodules(model, path)}
+    return frozenset(name for name, module in model.named_modules() if id(module) in attention)
+
+
 def work(
     job: Job, model: nn.Module, inputs: Any, rank: int, folder: Path, mesh_of: Callable[..., ContextParallelMesh]
 ) -> None:
@@ -115,11 +124,7 @@ def work(
     expected_grads = _gradients(model, expected) if job.gradients else {}
     expected = [each.detach() for each in expected]
     _bind(model, job.provider)
-    attention = {id(module) for module in model.modules() if hasattr(module, "processor")}
-    for path, spec in job.plan.items():
-        if isinstance(spec, CPAttention):
-            attention |= {id(module) for module in submodules(model, path)}
-    names = frozenset(name for name, module in model.named_modules() if id(module) in attention)
+    names = attention_names(model, job.plan)
     for name in (*job.strategies, UNEXCHANGED):
         axis, method = STRATEGIES[job.strategies[0] if name == UNEXCHANGED else name]
         degrees = {"ring": 1, "ulysses": 1, axis: job.world_size}

@@ -20,7 +20,7 @@ from torch import nn
 from diffusers_attn import AttentionProviderError, get_cp_plan, list_cp_plans, verify_cp_plan
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
 from diffusers_attn.cp_plans.verify import _check_plan, _report
-from diffusers_attn.cp_plans.verify_rank import STRATEGIES, Job, work
+from diffusers_attn.cp_plans.verify_rank import STRATEGIES, Job, attention_names, work
 from examples import writing_plans
 from tests.zoo import CASES
 from tests.zoo.weights import randomize
@@ -376,3 +376,10 @@ def test_what_is_refused(pool):
         verify_cp_plan(model, small_inputs(), PLAN, world_size=1)
     with pytest.raises(AttentionProviderError, match="no attention provider 'nativ'"):
         verify_cp_plan(model, small_inputs(), PLAN, provider="nativ")
+
+
+def test_attention_is_known_from_an_entry_that_says_several_things():
+    model = nn.ModuleDict({"mixer": nn.Linear(1, 1), "other": nn.Linear(1, 1)})
+    role = CPAttention(("tokens",))
+    assert attention_names(model, {"mixer": role}) == {"mixer"}
+    assert attention_names(model, {"mixer": [{ParamId("input"): CPInput(1)}, role]}) == {"mixer"}
