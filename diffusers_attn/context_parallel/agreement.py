@@ -12,6 +12,9 @@ noise that every rank drew by itself, which gives a picture made of pieces of se
    The first rank, and every rank in "check", goes on with the tensor objects that it was given. The others are given
    the same memory for the same input every time (`received.py`), since caches know an input by its address.
 
+The digest also has how many forwards this model has had, and its adapters with their scales and its processors
+(`forwards.py`, `likeness.py`): so a rank that left out a call, or has another LoRA, is found in the same exchange.
+
 Where a model's forward is recorded as CUDA graphs, ranks also agree on what is.
 
 A tensor that requires a gradient is never replaced, since its graph is this rank's own: it is checked in both modes.
@@ -20,6 +23,9 @@ What a plan calls a cache is left alone in all: the model writes into it, and it
 
 from __future__ import annotations
 
+import datetime
+import enum
+import functools
 import hashlib
 import inspect
 import json
@@ -27,14 +33,20 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import AttentionProviderError
-from . import diffusers_hooks
+from . import diffusers_hooks, groups, positions, ranks, turns
+from .differences import differences
+from .fingerprint import bytes_of as _bytes
+from .fingerprint import fingerprint as _fingerprint
+from .forwards import CALL, Forwards, forwards_of
 from .mesh import ContextParallelMesh, Group
 from .nested import like, updated
+from .process_groups import resolve
 from .received import Received
 
 MODES = ("broadcast", "check", "trust")
@@ -44,41 +56,34 @@ log = logging.getLogger(__name__)
 
 
 class Links(NamedTuple):
-    """How the ranks that share a sequence reach each other: along the ring, then along Ulysses. What the ring's first
-    ranks have goes along the ring, then from the first of each Ulysses group to the others: all have rank 0's."""
+    """How the ranks that share a sequence reach each other."""
 
     device: tuple[Group, ...]
-    """groups for tensors on the model's device."""
-    host: tuple[Group, ...]
-    """groups for tensors in the CPU's memory."""
+    """groups for tensors on the model's device: along the ring, then along Ulysses. What the ring's first ranks have
+    goes along the ring, then from the first of each Ulysses group to the others: all have rank 0's."""
+    host: Group
+    """a group of all of them, in the order of their shards, for tensors in the CPU's memory."""
+    members: tuple[int, ...]
+    """their numbers in the job, in that order."""
+    lease: groups.Lease
+    """of the host's group."""
 
     @staticmethod
-    def of(mesh: ContextParallelMesh) -> Links:
-        """Those of `mesh`. Its own groups serve the host too where they take CPU tensors, as gloo's do; otherwise new
-        ones are made, so that all ranks of the mesh must call this."""
-        groups = tuple(group for group in (mesh.ring, mesh.ulysses) if group.size > 1)
-        return Links(groups, tuple(map(_host_group, groups)))
+    def of(mesh: ContextParallelMesh, timeout: datetime.timedelta | None = None) -> Links:
+        """Those of `mesh`. All its ranks must call this: the host's group is made, unless the same ranks have one.
 
-    def release(self) -> None:
-        """Ends the groups that `of` made."""
-        for device, host in zip(self.device, self.host):
-            if host != device and dist.is_initialized():
-                dist.destroy_process_group(_process_group(host))
+        Args:
+            timeout: how long hosts wait for each other; None is the job's own.
+        """
+        device = tuple(group for group in (mesh.ring, mesh.ulysses) if group.size > 1)
+        of_device = [resolve(group.name) for group in device]
 
+        def agree(said: Any) -> list[Any]:
+            return ranks.everyone(said, of_device)
 
-def _process_group(group: Group) -> dist.ProcessGroup:
-    # What functional collectives do with a name.
-    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-    return resolve(group.name)
-
-
-def _host_group(group: Group) -> Group:
-    of_device = _process_group(group)
-    if "cpu:" in dist.get_backend_config(of_device):
-        return group
-    ranks = dist.get_process_group_ranks(of_device)
-    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return group._replace(name=made.group_name)
+        members = tuple(agree(dist.get_rank()))
+        lease = groups.control_group(members, groups.as_timeout(timeout, mesh.device_type), agree)
+        return Links(device, Group(lease.names[0], mesh.rank, mesh.size), members, lease)
 
 
 class Agreement:
@@ -89,10 +94,16 @@ class Agreement:
         links: of the ranks that share a sequence.
         mode: "broadcast": all are given the first rank's tensors; "check": an error where tensors differ.
         caches: names of arguments that are each rank's own; that they are given is all that ranks agree on.
+        name: of the model, for messages; None is its class.
     """
 
-    def __init__(self, module: nn.Module, links: Links, mode: str, caches: Sequence[str] = ()) -> None:
-        self.links = json.dumps(links)
+    def __init__(
+        self, module: nn.Module, links: Links, mode: str, caches: Sequence[str] = (), name: str | None = None
+    ) -> None:
+        self.forwards = Forwards(module, type(module).__name__ if name is None else name)
+        self.links = json.dumps([links.device, links.host, links.members, self.forwards.token])
+        self.lease = links.lease
+        self.groups = (*(group.name for group in links.device), links.host.name)
         self.mode = mode
         self.caches = frozenset(caches)
         self.names = list(inspect.signature(module.forward).parameters)
@@ -101,26 +112,30 @@ class Agreement:
         self.received = Received()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():
+            turns.take(self.groups, module)
         given = _named(self.names, args, kwargs)
         found = _Found([], [], [], [], [], [], [])
         for name, value in given:
             if name in self.caches and value is not None:
-                found.said.append(f"{name}: {type(value).__name__}")
+                found.said.append((name, type(value).__name__))
             else:
                 _find(found, name, value)
+        found.said.append((_GRADIENTS, f"{torch.is_grad_enabled()}"))
         compare = False
         if not torch.compiler.is_compiling():
             # A rank that replays a recorded forward and one that runs it meet in other places.
             standing = getattr(vars(module).get("forward"), "standing", None)
             if standing is not None:
-                found.said.append(f"what is recorded of the model: {standing()}")
+                found.said.append(("what is recorded of the model", standing()))
             hooks = diffusers_hooks.standing(module)
             if hooks:
-                found.said.append(f"hooks of diffusers in the model: {hooks}")
+                found.said.append(("hooks of diffusers in the model", hooks))
             compare, self.compared = self.mode == "broadcast" and not self.compared, True
         call = (
             found.sent, [tensor.detach() for tensor in found.watched], found.integers, found.floats,
-            "\n".join(found.names), "\n".join(found.watched_names), "\n".join(found.said), self.links,
+            _joined(found.names), _joined(found.watched_names), _joined([part for line in found.said for part in line]),
+            self.links,
             self.mode == "check", compare,
         )  # fmt: skip
         if torch.compiler.is_compiling():
@@ -151,8 +166,17 @@ class _Found(NamedTuple):
     watched_names: list[str]
     integers: list[int]
     floats: list[float]
-    said: list[str]
+    said: list[tuple[str, str]]
     """names of the numbers, and names and values of all else."""
+
+
+_GRADIENTS = "gradients are recorded"
+_BETWEEN = "\x1e"
+
+
+def _joined(parts: list[str]) -> str:
+    """Any strings as one, since an operator takes no list of them."""
+    return _BETWEEN.join([part.replace(_BETWEEN, "\\x1e") for part in parts])
 
 
 def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -180,19 +204,26 @@ def _find(found: _Found, name: str, value: Any) -> None:
             found.sent.append(value)
             found.names.append(name)
     elif items is not None:
-        found.said.append(f"{name}: {type(value).__name__} of {len(items)}")
+        found.said.append((name, f"{type(value).__name__} of {len(items)}"))
         for key, each in items:
             _find(found, f"{name}[{key!r}]", each)
-    elif value is None or isinstance(value, (bool, str, torch.dtype)):
-        found.said.append(f"{name}: {value!r}")
+    elif value is None or isinstance(value, (bool, str, bytes, complex, torch.dtype, torch.device, enum.Enum)):
+        found.said.append((name, repr(value)))
     elif isinstance(value, int):  # a number is passed on as one: in a graph it may be symbolic
-        found.said.append(f"{name}: an int")
+        found.said.append((name, _AN_INT))
         found.integers.append(value)
     elif isinstance(value, float):
-        found.said.append(f"{name}: a float")
+        found.said.append((name, _A_FLOAT))
         found.floats.append(value)
+    elif isinstance(value, (np.generic, np.ndarray)) and value.dtype != object:
+        raw = np.ascontiguousarray(value)
+        digest = hashlib.blake2b(raw.tobytes(), digest_size=8).hexdigest()
+        found.said.append((name, f"{type(value).__name__} {list(value.shape)} {value.dtype}, values {digest}"))
     else:
-        found.said.append(f"{name}: {type(value).__name__}")
+        found.said.append((name, type(value).__name__))
+
+
+_AN_INT, _A_FLOAT = "an int", "a float"
 
 
 def _is_watched(tensor: Tensor) -> bool:
@@ -229,13 +260,23 @@ def _values(
     Raises:
         AttentionProviderError: the ranks were given different inputs. On all of them.
     """
-    device, host = ([Group(*group) for group in groups] for groups in json.loads(links))
+    axes, host, members, token = _links(links)
+    forwards = forwards_of(token)
+    turns.take((*(group.name for group in axes), host.name), forwards.model)
     call = _described(sent, watched, integers, floats, names, watched_names, said, check)
-    if _differ(call, host):
-        raise _different(_everyone(call, host))
-    if compare:
-        _report({name: _fingerprint(tensor) for name, tensor in zip(names.split("\n"), sent)}, host)
-    return list(sent) if check else _of_first_rank(sent, device, host)
+    state = forwards.begin(in_training=call[_GRADIENTS] == "True")
+    with positions.waiting_for(members):
+        if _differ([state, call], host):
+            raise _different(_everyone([state, call], host))
+        if compare:
+            _report({name: _fingerprint(tensor) for name, tensor in zip(names.split(_BETWEEN), sent)}, host)
+        return list(sent) if check else _of_first_rank(sent, axes, host)
+
+
+@functools.lru_cache(maxsize=256)
+def _links(links: str) -> tuple[list[Group], Group, list[int], int]:
+    device, host, members, token = json.loads(links)
+    return [Group(*group) for group in device], Group(*host), members, token
 
 
 # One operator, opaque to the compiler: all that depends on other ranks happens within it.
@@ -273,16 +314,23 @@ def _described(
     check: bool,
 ) -> dict[str, str]:
     """All that ranks must agree on, by argument."""
-    tensors = [(name, tensor, check) for name, tensor in zip(names.split("\n"), sent)]
-    tensors += [(name, tensor, True) for name, tensor in zip(watched_names.split("\n"), watched)]
-    call = {
-        name: f"{_shape(tensor)}, values {_fingerprint(tensor)}" if read else _shape(tensor)
+    tensors = [(name, tensor, check) for name, tensor in zip(names.split(_BETWEEN), sent)]
+    tensors += [(name, tensor, True) for name, tensor in zip(watched_names.split(_BETWEEN), watched)]
+    lines = [
+        (name, f"{_shape(tensor)}, values {_fingerprint(tensor)}" if read else _shape(tensor))
         for name, tensor, read in tensors
-    }
-    numbers = {"an int": iter(integers), "a float": iter(floats)}
-    for line in said.split("\n") if said else []:
-        name, _, value = line.partition(": ")
-        call[name] = repr(next(numbers[value])) if value in numbers else value
+    ]
+    numbers = {_AN_INT: iter(integers), _A_FLOAT: iter(floats)}
+    parts = said.split(_BETWEEN)
+    lines += [
+        (name, repr(next(numbers[value])) if value in numbers else value)
+        for name, value in zip(parts[::2], parts[1::2])
+    ]
+    call: dict[str, str] = {}
+    for name, value in lines:
+        while name in call:  # keys of a dict that print alike
+            name += "'"
+        call[name] = value
     return call
 
 
@@ -290,78 +338,58 @@ def _shape(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
 
 
-def _fingerprint(tensor: Tensor) -> str:
-    """Of every bit and its place. Waits for the tensor's device."""
-    if tensor.numel() == 0:
-        return "none"
-    raw = _bytes(tensor)
-    raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
-    place = torch.arange(1, raw.numel() + 1, device=raw.device)
-    # Sums modulo 2^64, which do not depend on their order. Multipliers are odd, so that every bit counts.
-    mixed = (raw ^ (raw >> 29)) * (2 * place + 1)
-    return "%016x" % (int((mixed ^ (mixed >> 32)).sum()) % 2**64)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    # A dimension of size one has any stride, 0 where it was expanded, and a view as bytes wants 1.
-    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def _differ(call: Mapping[str, str], groups: Sequence[Group]) -> bool:
+def _differ(said: Any, host: Group) -> bool:
     """Whether ranks have different ones: every rank has the same answer."""
-    digest = hashlib.blake2b(json.dumps(call, sort_keys=True).encode(), digest_size=8).digest()
-    digests = _gathered(torch.frombuffer(bytearray(digest), dtype=torch.int64), groups)
+    digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).digest()
+    digests = _gathered(torch.frombuffer(bytearray(digest), dtype=torch.int64), host)
     return len(set(digests.tolist())) > 1
 
 
-def _gathered(tensor: Tensor, groups: Sequence[Group]) -> Tensor:
+def _gathered(tensor: Tensor, host: Group) -> Tensor:
     """The rows of all ranks, in the order of their shards."""
-    for group in reversed(groups):
-        gathered = _COLLECTIVES.all_gather_into_tensor(tensor, group.size, group.name)
-        tensor = _COLLECTIVES.wait_tensor(gathered)
-    return tensor
+    return _COLLECTIVES.wait_tensor(_COLLECTIVES.all_gather_into_tensor(tensor, host.size, host.name))
 
 
-def _everyone(call: Mapping[str, str], groups: Sequence[Group]) -> list[tuple[int, dict[str, str]]]:
+def _everyone(said: Any, host: Group) -> list[tuple[int, Any]]:
     """What all ranks have, each with its number."""
-    raw = json.dumps([dist.get_rank(), call]).encode()
-    sizes = _gathered(torch.tensor([len(raw)]), groups).tolist()
+    raw = json.dumps([dist.get_rank(), said]).encode()
+    sizes = _gathered(torch.tensor([len(raw)]), host).tolist()
     padded = torch.frombuffer(bytearray(raw.ljust(max(sizes))), dtype=torch.uint8)
-    rows = _gathered(padded[None], groups)
+    rows = _gathered(padded[None], host)
     return [tuple(json.loads(bytes(row.tolist()))) for row in rows]
 
 
-def _differences(calls: list[tuple[int, dict[str, str]]]) -> list[str]:
-    """A line for every argument that differs."""
-    lines = []
-    for name in dict.fromkeys(name for _, call in calls for name in call):
-        ranks: dict[str, list[int]] = {}
-        for rank, call in calls:
-            ranks.setdefault(call.get(name, "absent"), []).append(rank)
-        if len(ranks) > 1:
-            lines.append(f"{name}: " + "; ".join(f"{what} on {_ranks(those)}" for what, those in ranks.items()))
-    return lines
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _different(calls: list[tuple[int, dict[str, str]]]) -> AttentionProviderError:
+def _different(said: list[tuple[int, Any]]) -> AttentionProviderError:
+    states = [(rank, state) for rank, (state, _) in said]
+    if len({state[CALL] for _, state in states}) > 1:
+        return AttentionProviderError(
+            "the ranks that share a sequence are not at the same call: "
+            + differences([(rank, {CALL: state[CALL]}) for rank, state in states])[0].removeprefix(f"{CALL}: ")
+            + ". A rank has left out a call, or gone on after an error that others did not have. Call models in the "
+            "same order on all ranks. To begin anew, call disable_context_parallel and enable_context_parallel on "
+            "all of them."
+        )
+    lines = differences(states)
+    if lines:
+        return AttentionProviderError(
+            "the models of the ranks that share a sequence are not alike. "
+            + ". ".join(lines)
+            + ". Load the same adapters with the same scales on all ranks, and set the same processors."
+        )
     return AttentionProviderError(
         "the ranks that share a sequence were given different inputs. "
-        + ". ".join(_differences(calls))
+        + ". ".join(differences([(rank, call) for rank, (_, call) in said]))
         + ". Call the model with the same arguments on all of them: the same prompt and sizes, noise from a generator "
         "that is seeded alike, batches of the same data."
     )
 
 
-def _report(fingerprints: dict[str, str], groups: Sequence[Group]) -> None:
+def _report(fingerprints: dict[str, str], host: Group) -> None:
     """Tells the first rank's user where tensors that are replaced were not the same."""
-    if _differ(fingerprints, groups):
-        calls = _everyone(fingerprints, groups)
+    if _differ(fingerprints, host):
+        calls = _everyone(fingerprints, host)
         if dist.get_rank() == calls[0][0]:
-            names = ", ".join(line.partition(":")[0] for line in _differences(calls))
+            names = ", ".join(name for name in calls[0][1] if len({call[name] for _, call in calls}) > 1)
             log.warning(
                 "the ranks that share a sequence were given different values of %s: those of rank %d are used on all, "
                 "and only its results are whole. Seed generators alike on all ranks.",
@@ -370,10 +398,10 @@ def _report(fingerprints: dict[str, str], groups: Sequence[Group]) -> None:
             )
 
 
-def _of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Sequence[Group]) -> list[Tensor]:
+def _of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Group) -> list[Tensor]:
     """The first rank's tensors, of the same shapes and dtypes, in one message for each kind of memory. On the first
     rank, and where there is nothing to send, they are `tensors` themselves."""
-    first, values = all(group.rank == 0 for group in host), list(tensors)
+    first, values = host.rank == 0, list(tensors)
     for on_device in (False, True):
         # A host's memory is the device of a model on CPUs.
         mine = [i for i, tensor in enumerate(tensors) if (tensor.device.type != "cpu") == on_device and tensor.numel()]
@@ -381,7 +409,7 @@ def _of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Seq
             continue
         mine.sort(key=lambda i: -tensors[i].element_size())  # each then begins at a multiple of its size
         message = torch.cat([_bytes(tensors[i]) for i in mine])
-        for group in device if on_device else host:
+        for group in device if on_device else [host]:
             message = _COLLECTIVES.wait_tensor(_COLLECTIVES.broadcast(message, 0, group.name))
         parts = message.split([tensors[i].numel() * tensors[i].element_size() for i in mine])
         for i, part in zip(mine, parts):

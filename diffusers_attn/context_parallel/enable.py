@@ -7,7 +7,10 @@ enable it or none does; and only then are models changed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
 import functools
+import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,12 +26,16 @@ from ..processors import DispatchProcessor
 from ..processors.binding import attention_modules_of, change_processor
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
 from ..providers.catalog import SPECS, AttentionProvider
-from . import copies, ranks
+from . import copies, groups, positions, ranks, turns
 from .agreement import MODES, Agreement, Links
 from .config import ContextParallelConfig
 from .degrees import Degrees, Situation, complete_degrees
+from .differences import differences
+from .forwards import Forwards, NoteForward
 from .hooks import apply_context_parallel, remove_context_parallel
+from .likeness import Adapters, described_model, described_plan, versions
 from .mesh import AXES, ContextParallelMesh
+from .process_groups import resolve
 from .report import ContextParallelReport
 from .targets import Target, device_type, find_targets, models_of, split_heads
 
@@ -37,7 +44,9 @@ class _Enabled(NamedTuple):
     """What was done to a model. Without a reference to it, so that it is not kept alive."""
 
     hooks: list[RemovableHandle]
-    links: list[Links]
+    leases: list[groups.Lease]
+    """of the process groups that it uses."""
+    forwards: list[Forwards]
     processors: list[tuple[weakref.ref[nn.Module], Any]]
     """the modules that were bound, with what they had before."""
 
@@ -56,6 +65,8 @@ def enable_context_parallel(
     plan: Plan | None = None,
     mesh: DeviceMesh | None = None,
     inputs: Literal["broadcast", "check", "trust"] = "broadcast",
+    timeout: datetime.timedelta | float | None = None,
+    check_weights: bool = False,
     verbose: bool = True,
     **provider_options: object,
 ) -> ContextParallelReport:
@@ -75,7 +86,14 @@ def enable_context_parallel(
             "ulysses") or two, named "ring" and "ulysses"; it may be a part of a larger one. None is all ranks.
         inputs: what becomes of inputs that differ between these ranks. "broadcast": all use those of the first rank;
             "check": an error names them, at the price of waiting for the device in every forward; "trust": nothing
-            looks. In the first two, differing shapes and differing arguments that are no tensors are errors.
+            looks in a forward. In the first two, differing shapes and differing arguments that are no tensors are
+            errors, and so are another number of calls, and adapters or processors that are not alike.
+        timeout: how long a rank waits for the others, in seconds or as a timedelta; None is the job's own
+            (`init_process_group(timeout=...)`). Groups of `mesh` are given it too, where it is named here or they have
+            PyTorch's default. Then the error of those that waited names the rank that is missing. (NCCL, whose errors
+            name none, waits a quarter longer.)
+        check_weights: whether values of all weights are compared once, now, which reads them all. (Names and shapes of
+            weights are compared in any case, and so are values of adapters.)
         verbose: whether rank 0 prints the report.
         provider_options: options of the provider's kernel.
 
@@ -88,12 +106,16 @@ def enable_context_parallel(
     """
     device = device_type(pipeline_or_model)
     ranks.join(device)
+    groups.end_unused()
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise AttentionProviderError(
             f"mesh is a {type(mesh).__name__}; a torch DeviceMesh is accepted, and None for all ranks of the job."
         )
     sharing = None if mesh is None else ContextParallelMesh.from_mesh(mesh)
-    groups = [None] if mesh is None else [mesh.get_group(dim) for dim in _dims(mesh)]
+    axes = [None] if mesh is None else [mesh.get_group(dim) for dim in _dims(mesh)]
+    members = list(range(dist.get_world_size())) if mesh is None else mesh.mesh.flatten().tolist()
+    positions.note(f"enable_context_parallel of a {type(pipeline_or_model).__name__}")
+    positions.meet(members, groups.as_timeout(None, device))
 
     def settle() -> _Settled:
         if inputs not in MODES:
@@ -104,9 +126,11 @@ def enable_context_parallel(
         situation = _situation(targets, names, device, sharing, rotate_method)
         degrees = _degrees(situation, names, sharing, ulysses_degree, ring_degree)
         config = _config(degrees, convert_to_fp32)
-        return _Settled(targets, whole, request, names, degrees, config)
+        limit = groups.as_timeout(timeout, device)
+        return _Settled(targets, whole, request, names, degrees, config, limit, _facts(targets, request, check_weights))
 
-    settled = _together(settle, groups, inputs)
+    with positions.waiting_for(members):
+        settled = _together(settle, axes, inputs)
     if sharing is None:
         sharing = ContextParallelMesh.from_degrees(
             settled.config.ring_degree,
@@ -114,16 +138,24 @@ def enable_context_parallel(
             device_type=device,
             rotate_method=settled.config.rotate_method,
             convert_to_fp32=convert_to_fp32,
+            timeout=settled.timeout,
         )
     else:
         sharing = ContextParallelMesh.of(
             sharing, rotate_method=settled.config.rotate_method, convert_to_fp32=convert_to_fp32
         )
+        for axis in axes:
+            groups.give_timeout(axis, settled.timeout, device, always=timeout is not None)  # type: ignore[arg-type]
+    names = [group.name for group in (sharing.ring, sharing.ulysses) if group.size > 1]
+    positions.belongs_to(names, ranks.everyone(dist.get_rank(), [resolve(name) for name in names]))
+    lease = sharing.lease  # each model has one of its own
+    sharing = dataclasses.replace(sharing, lease=groups.Lease())
     with contextlib.ExitStack() as undo_all:  # whatever fails after all, nothing stays
         for target in settled.targets:
             undo_all.callback(_take_off, target.model)
-            _put_on(target, sharing, inputs, settled.request, rebind=provider is not None)
+            _put_on(target, sharing, lease, inputs, settled.timeout, settled.request, rebind=provider is not None)
         undo_all.pop_all()
+    lease.close()
     report = ContextParallelReport(
         models=tuple(target.name for target in settled.targets),
         whole=tuple(settled.whole),
@@ -153,6 +185,7 @@ def disable_context_parallel(pipeline_or_model: Any) -> None:
     """
     for model in models_of(pipeline_or_model):
         _take_off(model)
+    groups.end_unused()
 
 
 class _Settled(NamedTuple):
@@ -164,28 +197,48 @@ class _Settled(NamedTuple):
     providers: list[str]
     degrees: Degrees
     config: ContextParallelConfig
+    timeout: datetime.timedelta
+    facts: dict[str, str]
+    """what all ranks must have alike, by name."""
 
 
-def _together(settle: Callable[[], _Settled], groups: Sequence[dist.ProcessGroup | None], inputs: str) -> _Settled:
+def _facts(targets: Sequence[Target], request: DispatchProcessor, check_weights: bool) -> dict[str, str]:
+    facts = versions() | {"provider": repr(request.choice), "check_weights": repr(check_weights)}
+    for target in targets:
+        found = described_plan(target.plan) | Adapters(target.model).said(in_training=True)
+        found |= described_model(target.model, check_weights)
+        facts |= {f"{target.name}: {name}": value for name, value in found.items()}
+    return facts
+
+
+def _together(settle: Callable[[], _Settled], axes: Sequence[dist.ProcessGroup | None], inputs: str) -> _Settled:
     """What `settle` returns, if it does so on all ranks, and with the same result."""
-    problem: AttentionProviderError | None = None
+    problem: Exception | None = None
     try:
         settled = settle()
         found = [target.name for target in settled.targets], settled.providers, settled.degrees, settled.config, inputs
-        said = ", ".join(map(str, found))
-    except AttentionProviderError as error:
-        problem, said = error, f"{type(error).__name__}: {error}"
-    answers = ranks.everyone((dist.get_rank(), problem is None, said), groups)
+        said = ", ".join(map(str, (*found, settled.timeout)))
+        digest = hashlib.sha256(repr(sorted(settled.facts.items())).encode()).hexdigest()
+    except Exception as error:  # of any kind: the others must not wait for this rank
+        problem, said, digest = error, f"{type(error).__name__}: {error}", ""
+    answers = ranks.everyone((dist.get_rank(), problem is None, said, digest), axes)
     if problem is not None:
         raise problem
-    for rank, succeeded, answer in answers:
+    for rank, succeeded, answer, _ in answers:
         if not succeeded:
             raise AttentionProviderError(f"context parallelism cannot be enabled on rank {rank}: {answer}")
-    if len({answer for _, _, answer in answers}) > 1:
-        listed = "; ".join(f"rank {rank}: {answer}" for rank, _, answer in answers)
+    if len({answer for _, _, answer, _ in answers}) > 1:
+        listed = "; ".join(f"rank {rank}: {answer}" for rank, _, answer, _ in answers)
         raise AttentionProviderError(
             f"ranks that are to share a sequence enable context parallelism in different ways. {listed}. Give the same "
             "arguments and the same models on all of them."
+        )
+    if len({digest for *_, digest in answers}) > 1:
+        lines = differences(ranks.everyone((dist.get_rank(), settled.facts), axes))
+        more = f". And {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise AttentionProviderError(
+            f"ranks that are to share a sequence are not alike. {'. '.join(lines[:8])}{more}. Load the same model with "
+            "the same adapters, and use the same plan, provider and versions on all of them."
         )
     return settled
 
@@ -303,17 +356,27 @@ def _config(degrees: Degrees, convert_to_fp32: bool) -> ContextParallelConfig:
 
 
 def _put_on(
-    target: Target, sharing: ContextParallelMesh, inputs: str, request: DispatchProcessor, rebind: bool
+    target: Target,
+    sharing: ContextParallelMesh,
+    lease: groups.Lease,
+    inputs: str,
+    timeout: datetime.timedelta,
+    request: DispatchProcessor,
+    rebind: bool,
 ) -> None:
     """Changes one model. Every step is noted when it is taken, so that `_take_off` undoes what there is."""
     model = target.model
-    enabled = _enabled[model] = _Enabled([], [], [])
+    enabled = _enabled[model] = _Enabled([], [lease.again()], [], [])
     apply_context_parallel(model, sharing, target.plan)
     if inputs != "trust":
-        links = Links.of(sharing)
-        enabled.links.append(links)
-        hook = Agreement(model, links, inputs, _caches(target.plan))
+        links = Links.of(sharing, timeout)
+        enabled.leases.append(links.lease)
+        hook = Agreement(model, links, inputs, _caches(target.plan), target.name)
+        enabled.forwards.append(hook.forwards)
         enabled.hooks.append(model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+    else:
+        enabled.forwards.append(Forwards(model, target.name))
+        enabled.hooks.append(model.register_forward_pre_hook(NoteForward(enabled.forwards[0]), prepend=True))
     for _, module in attention_modules_of(model):
         processor = module.processor
         if obstacle(processor) is None and (rebind or not isinstance(processor, BoundProcessor)):
@@ -334,22 +397,29 @@ def _caches(plan: Plan) -> list[str]:
 
 def _take_off(model: nn.Module) -> None:
     copies.check_not_shallow(model)
-    enabled = _enabled.pop(model, None)
+    enabled = _enabled.get(model)
     if enabled is None:
         return
+    turns.check_idle([name for lease in enabled.leases for name in lease.names], model)
+    del _enabled[model]
+    for forwards in enabled.forwards:
+        positions.note(f"disable_context_parallel, after {forwards.latest()}")
     for reference, before in enabled.processors:
         module: Any = reference()
         if module is not None:
             module.set_processor(_as_before(module.processor, before))
     for hook in enabled.hooks:
         hook.remove()
-    for links in enabled.links:
-        links.release()
     remove_context_parallel(model)
     for reference, _ in enabled.processors:
         module = reference()
         if module is not None:
             copies.keep_hooks(module)
+    recorded = getattr(vars(model).get("forward"), "forget", None)
+    if recorded is not None:  # NCCL would not end a group that a CUDA graph still uses
+        recorded()
+    for lease in enabled.leases:
+        lease.close()
 
 
 def _as_before(now: Any, before: Any) -> Any:

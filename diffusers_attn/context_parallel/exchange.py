@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import positions
 from .inductor import prepare_for_exchanges
 from .mesh import Group
 
@@ -29,12 +30,23 @@ def start_all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int]
         return tensor
     if torch.compiler.is_compiling():
         prepare_for_exchanges()
-    return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
+        return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
+    try:
+        return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
+    except RuntimeError as error:
+        raise positions.explained(error, group.name) from error
 
 
 def wait(tensor: Tensor, group: Group) -> Tensor:
     """`tensor`, once it has arrived."""
-    return tensor if group.size == 1 else torch.ops._c10d_functional.wait_tensor(tensor)
+    if group.size == 1:
+        return tensor
+    if torch.compiler.is_compiling():
+        return torch.ops._c10d_functional.wait_tensor(tensor)
+    try:
+        return torch.ops._c10d_functional.wait_tensor(tensor)
+    except RuntimeError as error:
+        raise positions.explained(error, group.name) from error
 
 
 def after(tensor: Tensor, *others: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from ..cp_plans.registry import get_cp_plan
 from ..errors import AttentionProviderError
 from ..recompute import keep_for_recomputation
 from ..tracing_errors import raise_error
-from . import copies, diffusers_hooks
+from . import copies, diffusers_hooks, groups, positions, turns
 from .attending import attention_elsewhere, is_attention
 from .mesh import ContextParallelMesh
 from .plan_hooks import hooks_of
@@ -194,8 +194,13 @@ class _Begin:
 
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
+        self.groups = [group.name for group in (streams.mesh.ring, streams.mesh.ulysses) if group.size > 1]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            turns.take(self.groups, module)
+            if self.streams.mesh.device_type == "cuda":
+                groups.keep_if_captured(self.groups)
         self.streams.start(None if torch.compiler.is_compiling() else sys._getframe(1))
         if not torch.compiler.is_compiling() and module in _applied:
             for entry in _applied[module].entries:
@@ -215,6 +220,10 @@ class _End:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         streams = self.streams
         streams.end()
+        if output is None and not torch.compiler.is_compiling():
+            error = sys.exc_info()[1]
+            if error is not None:
+                positions.note_failure(error)
         # Without an output, it is left by an error.
         if output is not None and streams.lengths and not streams.reached and streams.strict and streams.mesh.size > 1:
             raise_error(attention_elsewhere, module)

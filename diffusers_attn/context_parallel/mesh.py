@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from typing import NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import AttentionProviderError
+from . import groups, ranks
 from .config import ContextParallelConfig
 
 AXES = ("ring", "ulysses")
@@ -38,6 +40,8 @@ class ContextParallelMesh:
     ulysses: Group
     device_type: str = "cpu"
     """of the mesh: what its ranks compute on."""
+    lease: groups.Lease = dataclasses.field(default_factory=groups.Lease, compare=False, repr=False)
+    """of its groups, where they were made for it."""
 
     @property
     def size(self) -> int:
@@ -108,9 +112,14 @@ class ContextParallelMesh:
         device_type: str,
         rotate_method: str = "allgather",
         convert_to_fp32: bool = True,
+        timeout: datetime.timedelta | float | None = None,
     ) -> ContextParallelMesh:
-        """New groups over all ranks: neighbouring ranks share a sequence, the rest is data parallel. Every rank of the
-        job must call this.
+        """Groups over all ranks: neighbouring ranks share a sequence, the rest is data parallel. Every rank of the job
+        must call this. Groups of the same degrees and timeout that are in use already are used again; they end with
+        the last mesh, and so model, that uses them.
+
+        Args:
+            timeout: how long an exchange waits for a rank, in seconds; None is the job's own timeout.
 
         Raises:
             AttentionProviderError: the degrees do not fit the number of ranks, or there are no ranks.
@@ -131,6 +140,31 @@ class ContextParallelMesh:
                 f"ring_degree={ring_degree} * ulysses_degree={ulysses_degree} = {config.size} does not divide the "
                 f"{world} ranks of this job. Accepted products: {[n for n in range(1, world + 1) if world % n == 0]}."
             )
-        shape = (world // config.size, ring_degree, ulysses_degree)
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", *AXES))
-        return ContextParallelMesh.from_mesh(mesh[AXES], rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)
+        limit = groups.as_timeout(timeout, device_type)
+        groups.end_unused()
+        lease = groups.lease(
+            ("axes", ring_degree, ulysses_degree, limit),
+            lambda said: ranks.everyone(said, [None]),
+            lambda number: _new_groups(ring_degree, ulysses_degree, groups.of_device(limit)),
+        )
+        names = iter(lease.names)
+        rank = dist.get_rank() % config.size
+        ring = Group(next(names), rank // ulysses_degree, ring_degree) if ring_degree > 1 else ALONE
+        ulysses = Group(next(names), rank % ulysses_degree, ulysses_degree) if ulysses_degree > 1 else ALONE
+        return ContextParallelMesh(config, ring, ulysses, device_type, lease)
+
+
+def _new_groups(ring: int, ulysses: int, timeout: datetime.timedelta) -> list[dist.ProcessGroup]:
+    """This rank's group along the ring, if there is one, and along Ulysses. All ranks make those of all."""
+    mine = []
+    for axis, size in (("ring", ring), ("ulysses", ulysses)):
+        for first in range(0, dist.get_world_size(), ring * ulysses) if size > 1 else ():
+            members = range(first, first + ring * ulysses)
+            sets = [members[place::ulysses] for place in range(ulysses)]
+            if axis == "ulysses":
+                sets = [members[place * ulysses :][:ulysses] for place in range(ring)]
+            for each in sets:
+                group = dist.new_group(list(each), timeout=timeout, group_desc=f"diffusers_attn {axis}")
+                if dist.get_rank() in each:
+                    mine.append(group)
+    return mine

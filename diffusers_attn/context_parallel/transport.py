@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from . import symmetric
 from .mesh import ContextParallelMesh, Group
+from .process_groups import resolve
 from .push import Push, PushGather, SideStream, open_gather
 
 SYMMETRIC = "symmetric"
@@ -71,7 +72,7 @@ def _not_cuda(mesh: ContextParallelMesh) -> str | None:
 
     if mesh.device_type != "cuda":
         return f"the mesh is of {mesh.device_type} devices"
-    backends = dist.get_backend_config(_process_group(mesh.ring))
+    backends = dist.get_backend_config(resolve(mesh.ring.name))
     return None if "cuda:nccl" in backends else f"the ring's group has the backends {backends}, not cuda:nccl"
 
 
@@ -80,16 +81,8 @@ def _gathered(value, group: Group):  # type: ignore[no-untyped-def]
     import torch.distributed as dist
 
     values = [None] * group.size
-    dist.all_gather_object(values, value, group=_process_group(group))
+    dist.all_gather_object(values, value, group=resolve(group.name))
     return values
-
-
-def _process_group(group: Group) -> Any:
-    # What functional collectives do with a name.
-    from torch.distributed import distributed_c10d
-
-    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-    return resolve(group.name)
 
 
 def _machine() -> str:

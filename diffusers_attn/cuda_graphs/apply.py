@@ -164,6 +164,13 @@ class GraphedForward:
         choice, _, *rest = surroundings()
         return f"{recorded} of {len(graphs.recordings)} kinds of calls; now called in {choice!r}, {rest}"
 
+    def forget(self) -> None:
+        """Drops all that was recorded: it is recorded anew when it comes again."""
+        graphs = _applied.get(self._model())  # type: ignore[arg-type]
+        if graphs is not None:
+            graphs.recordings.clear()
+            graphs.snapshot = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         return self._of(memo.get(id(self._model())))
 

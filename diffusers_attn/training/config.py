@@ -79,6 +79,11 @@ class TrainConfig:
     rotate_method: str | None = _setting(None, "how they travel (default: chosen)", ("allgather", "alltoall"))
     attn_provider: str | None = _setting(None, "the attention kernel: flash_4, _native_cudnn, ... (default: chosen)")
     cpu: bool = _setting(False, "train on CPUs though there are GPUs")
+    timeout: float | None = _setting(
+        None,
+        "seconds that processes wait for one that does not come (default: 3600; of a job that is running, its own)",
+        bounds=POSITIVE,
+    )
     mixed_precision: str | None = _setting(
         None,
         "bf16: the base model in bfloat16, the adapter in float32 (default: as accelerate launch says)",

@@ -24,6 +24,7 @@ With FSDP2, parameters are sharded over data and context parallelism together, w
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -31,11 +32,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..context_parallel import groups
 from ..context_parallel import ranks as jobs
-from ..context_parallel.agreement import _fingerprint
 from ..context_parallel.config import ContextParallelConfig
 from ..context_parallel.degrees import Degrees, Situation, complete_degrees
 from ..context_parallel.enable import enable_context_parallel
+from ..context_parallel.fingerprint import fingerprint
 from ..context_parallel.report import ContextParallelReport
 from ..context_parallel.targets import find_targets, models_of, split_heads
 from ..processors import set_attention_provider
@@ -131,9 +133,7 @@ class TrainingParallel:
         if accelerator.distributed_type != "FSDP":  # there the mesh is Accelerate's own
             # Accelerate's loaders look here for who has the same data, and know no other names.
             shape = (self.dp_degree, self.cp_degree)
-            accelerator.state.device_mesh = init_device_mesh(
-                accelerator.device.type, shape, mesh_dim_names=("dp_replicate", "cp")
-            )
+            accelerator.state.device_mesh = _mesh(accelerator.device.type, shape, ("dp_replicate", "cp"))
 
     def enable(
         self,
@@ -141,6 +141,8 @@ class TrainingParallel:
         *,
         provider: str | None = None,
         inputs: Literal["broadcast", "check", "trust"] = "check",
+        timeout: datetime.timedelta | float | None = None,
+        check_weights: bool = False,
         **provider_options: Any,
     ) -> ContextParallelReport | None:
         """Splits every sequence of a model, or of a pipeline's transformers, within this process's group.
@@ -155,6 +157,8 @@ class TrainingParallel:
             inputs: see `enable_context_parallel`. "check" makes differing inputs an error and waits for the device in
                 every forward; "trust" is for loops that call `check` themselves. ("broadcast" would hide differing
                 noise from the model, and not from the loss.)
+            timeout: how long a process waits for the others in its group, in seconds; None is the job's own.
+            check_weights: whether values of all weights are compared once, now.
             provider_options: options of the provider's kernel.
 
         Returns:
@@ -174,13 +178,16 @@ class TrainingParallel:
                 _check_no_self_attn(pipeline_or_model)
             degrees = self._degrees(pipeline_or_model, provider, device)
             shape = (self.dp_degree, degrees.ring_degree, degrees.ulysses_degree)
-            self.mesh = init_device_mesh(device, shape, mesh_dim_names=("dp", "ring", "ulysses"))
+            if self.mesh is None or tuple(self.mesh.shape) != shape:
+                self.mesh = _mesh(device, shape, ("dp", "ring", "ulysses"))
             report = enable_context_parallel(
                 pipeline_or_model,
                 provider=provider,
                 rotate_method=degrees.rotate_method,
                 mesh=self.mesh["ring", "ulysses"],
                 inputs=inputs,
+                timeout=timeout,
+                check_weights=check_weights,
                 verbose=False,
                 **provider_options,
             )
@@ -225,7 +232,7 @@ class TrainingParallel:
             TrainingError: processes that share a sequence have different ones, or two groups have the same ones of
                 all. On all processes; names the tensors and ranks.
         """
-        mine = {name: f"{list(tensor.shape)} {tensor.dtype} {_fingerprint(tensor)}" for name, tensor in tensors.items()}
+        mine = {name: f"{list(tensor.shape)} {tensor.dtype} {fingerprint(tensor)}" for name, tensor in tensors.items()}
         everyone = self.ranks.everyone(mine)
         groups = [everyone[first : first + self.cp_degree] for first in range(0, len(everyone), self.cp_degree)]
         for number, group in enumerate(groups):
@@ -250,6 +257,14 @@ class TrainingParallel:
                     f"{self.dp_degree} times smaller. Let dp_rank and dp_degree say who reads what, and draw with "
                     "parallel.generator(seed, step)."
                 )
+
+
+def _mesh(device: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A new mesh of all processes, whose groups wait as long as those of the job do."""
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():
+        groups.give_timeout(group, groups.as_timeout(None, device), device, always=False)
+    return mesh
 
 
 def check_trainable(provider: str, device_type: str, parts: bool = False) -> None:

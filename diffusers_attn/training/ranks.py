@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+
+from ..context_parallel import positions
 
 
 class Ranks:
@@ -22,7 +25,8 @@ class Ranks:
 
     def barrier(self) -> None:
         """Returns when all are here."""
-        self._accelerator.wait_for_everyone()
+        with self._waiting():
+            self._accelerator.wait_for_everyone()
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on one of them: the same answer on all."""
@@ -33,12 +37,18 @@ class Ranks:
         if self.size == 1:
             return values
         mine = torch.tensor(values, dtype=torch.float32, device=self._accelerator.device)
-        return self._accelerator.reduce(mine, reduction="sum").tolist()
+        with self._waiting():
+            return self._accelerator.reduce(mine, reduction="sum").tolist()
 
     def everyone(self, said: Any) -> list[Any]:
         """What every process says, in their order: anything that pickles."""
         if self.size == 1:
             return [said]
         answers: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(answers, said)
+        with self._waiting():
+            torch.distributed.all_gather_object(answers, said)
         return answers
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Within, an error because a process does not come names it."""
+        return positions.waiting_for(range(self.size))

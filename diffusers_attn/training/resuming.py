@@ -61,6 +61,7 @@ SETTINGS = {
     "rotate_method": Resumed.GIVEN,
     "attn_provider": Resumed.GIVEN,
     "cpu": Resumed.GIVEN,
+    "timeout": Resumed.GIVEN,
     "mixed_precision": Resumed.GIVEN,
     "compile": Resumed.GIVEN,
     "gradient_checkpointing": Resumed.GIVEN,

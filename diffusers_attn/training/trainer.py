@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..context_parallel.process_groups import set_timeout
 from .card import push, write_card
 from .checkpoint import Checkpoints
 from .checks import check_optimizing, check_settings, check_trackers, check_with_model
@@ -376,6 +377,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+DEFAULT_TIMEOUT = 3600.0
+"""seconds: encoding a video or drawing one may keep other processes waiting."""
+
+
 def make_accelerator(config: TrainConfig) -> Any:
     """This process's `accelerate.Accelerator`, connected with the others.
 
@@ -394,10 +399,11 @@ def make_accelerator(config: TrainConfig) -> Any:
         project_dir=config.output_dir,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
-            # Encoding a video or drawing one may keep the others waiting.
-            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=1)),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.timeout or DEFAULT_TIMEOUT)),
         ],
     )
+    if config.timeout is not None and torch.distributed.is_initialized():  # by the caller, with a timeout of its own
+        set_timeout(torch.distributed.group.WORLD, datetime.timedelta(seconds=config.timeout))
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise TrainingError(

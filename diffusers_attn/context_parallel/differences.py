@@ -1,0 +1,21 @@
+"""What ranks say of themselves, compared: for error messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def differences(said: Sequence[tuple[int, Mapping[str, str]]]) -> list[str]:
+    """A line for every name of which ranks, given with their numbers, say different things."""
+    lines = []
+    for name in dict.fromkeys(name for _, each in said for name in each):
+        ranks: dict[str, list[int]] = {}
+        for rank, each in said:
+            ranks.setdefault(each.get(name, "absent"), []).append(rank)
+        if len(ranks) > 1:
+            lines.append(f"{name}: " + "; ".join(f"{what} on {ranks_in_words(those)}" for what, those in ranks.items()))
+    return lines
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,0 +1,201 @@
+"""What the models of ranks that share a sequence must have alike, besides what they are given.
+
+Two ranks with another LoRA, another scale or another provider compute a mixture of two models, and nothing in shapes
+tells. So models are described: in full when context parallelism is enabled, and in every forward as far as it can
+change from one to the next and costs next to nothing to look at: adapters with their scales, and processors.
+
+Values of weights are not looked at in every forward, for the host would wait for its device. Those of adapters are
+when adapters come or go, and outside of training when they were written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cp_plans.plan import Plan, entries
+from .fingerprint import fingerprint, fingerprint_of_all
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what is computed and what is exchanged."""
+    import diffusers
+
+    from .. import __version__
+
+    found = {"diffusers_attn": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    return {f"version of {name}": version for name, version in found.items()}
+
+
+def described_plan(plan: Plan) -> dict[str, str]:
+    """Each entry of a plan, with what it says."""
+    found: dict[str, str] = {}
+    for path, spec in entries(plan):
+        name = f"plan entry {path!r}"
+        said = _ADDRESS.sub("", repr(spec))
+        found[name] = f"{found[name]}, {said}" if name in found else said
+    return found
+
+
+def described_model(model: nn.Module, weights: bool) -> dict[str, str]:
+    """Names, shapes and dtypes of parameters and buffers; with `weights` their values, for which it waits."""
+    found = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+    buffers = ((name, each) for name, each in model.named_buffers())
+    for name, tensor in (*model.named_parameters(), *buffers):
+        values = f", values {fingerprint(tensor.detach())}" if weights and _is_whole(tensor) else ""
+        found[f"weight {name}"] = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{values}"
+    return found
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether this rank has its values: not a shard of them (FSDP2), nor a place for some that are elsewhere."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+
+
+class Adapters:
+    """The adapters and processors of a model as they are now, in words. Holds no reference to the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._configs: list[Any] | None = None
+        """names and configurations of the adapters that were there when layers were looked up."""
+        self._layers: list[tuple[str, Any]] = []
+        """those of PEFT."""
+        self._attention: list[tuple[str, Any]] = []
+        """modules with a processor."""
+        self._state: list[Any] = []
+        """what can change in these, as it was when it was last put in words."""
+        self._scalings: list[dict[str, Any]] = []
+        """of the layers."""
+        self._weights: list[Tensor] = []
+        """of the adapters, when they were last put in words; without tensors of the inference mode, which do not tell
+        whether they were written to."""
+        self._versions: list[int] = []
+        self._checksums: dict[str, str] = {}
+        self._said: dict[str, str] = {}
+
+    def said(self, in_training: bool) -> dict[str, str]:
+        """What all ranks must have alike, by name. Made anew only where something has changed.
+
+        Args:
+            in_training: whether values of weights change in every step, which is then not looked at.
+        """
+        model: Any = self._model()
+        if model is None:
+            return {}
+        configs = [each for item in (getattr(model, "peft_config", None) or {}).items() for each in item]
+        known = self._configs
+        if known is None or len(known) != len(configs) or any(map(operator.is_not, known, configs)):
+            self._configs, self._state = configs, []
+            named = list(model.named_modules())
+            self._layers = [(name, each) for name, each in named if hasattr(each, "adapter_layer_names")]
+            self._attention = [(name, each) for name, each in named if hasattr(each, "processor")]
+            self._scalings = [layer.scaling for _, layer in self._layers if hasattr(layer, "scaling")]
+        state = self._now()
+        if state != self._state or (not in_training and [each._version for each in self._weights] != self._versions):
+            self._state = state
+            self._said = self._describe()
+        return self._said
+
+    def _now(self) -> list[Any]:
+        """All that can change, as plain values that are compared quickly."""
+        processors = [module.processor for _, module in self._attention]
+        return [
+            # A tensor is not read, for which the host would wait.
+            [
+                (name, id(scale), scale._version) if scale.__class__ is Tensor else (name, scale)
+                for scaling in self._scalings
+                for name, scale in scaling.items()
+            ],
+            [(layer._disable_adapters, *layer._active_adapter) for _, layer in self._layers],
+            [layer.merged_adapters and tuple(layer.merged_adapters) for _, layer in self._layers],
+            processors,
+            [_scale(each) for each in processors],
+        ]
+
+    def _find_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of adapters, with the names of these."""
+        for _, layer in self._layers:
+            for name in layer.adapter_layer_names:
+                for adapter, part in (getattr(layer, name, None) or {}).items():
+                    for tensor in [part] if isinstance(part, Tensor) else part.parameters():
+                        yield adapter, tensor
+        for _, module in self._attention:
+            if isinstance(module.processor, nn.Module):
+                for tensor in module.processor.parameters():
+                    yield "of attention processors", tensor
+
+    def _describe(self) -> dict[str, str]:
+        weights = list(self._find_weights())
+        self._weights = [each for _, each in weights if not each.is_inference()]
+        versions = [each._version for each in self._weights]
+        if versions != self._versions or len(weights) != len(versions) or not self._checksums:
+            self._versions, self._checksums = versions, _summed(weights)
+        found: dict[str, str] = {}
+        scales = [dict(getattr(layer, "scaling", _NO_SCALES)) for _, layer in self._layers]
+        for adapter in sorted({name for each in scales for name in each} | set(self._checksums)):
+            rows = [
+                (name, f"{float(scale[adapter]):.6g}", adapter in _names(layer._active_adapter))
+                for (name, layer), scale in zip(self._layers, scales)
+                if adapter in scale
+            ]
+            each_scale = sorted({scale for _, scale, _ in rows})
+            active = sum(is_active for *_, is_active in rows)
+            of_each = f" (by layer {_digest(rows)})" if len(each_scale) > 1 or active not in (0, len(rows)) else ""
+            found[f"adapter {adapter!r}"] = (
+                f"active in {active} of {len(rows)} layers, scale {' '.join(each_scale[:4]) or 'none'}{of_each}, "
+                f"weights {self._checksums.get(adapter, 'none')}"
+            )
+        merged = sorted({name for _, layer in self._layers for name in layer.merged_adapters})
+        disabled = sum(bool(layer._disable_adapters) for _, layer in self._layers)
+        if self._layers:
+            found["adapters merged into the model"] = ", ".join(merged) or "none"
+            found["adapters switched off"] = f"in {disabled} of {len(self._layers)} layers"
+        kinds = [_processor(name, module.processor) for name, module in self._attention]
+        if kinds:
+            found["attention processors"] = (
+                f"{', '.join(sorted({kind for _, kind in kinds}))} (by module {_digest(kinds)})"
+            )
+        return found
+
+
+def _summed(weights: list[tuple[str, Tensor]]) -> dict[str, str]:
+    """A checksum of each adapter's weights."""
+    by_adapter: dict[str, list[Tensor]] = {}
+    for adapter, tensor in weights:
+        by_adapter.setdefault(adapter, []).append(tensor.detach())
+    return {
+        adapter: fingerprint_of_all(those) if all(map(_is_whole, those)) else "not whole here"
+        for adapter, those in by_adapter.items()
+    }
+
+
+def _scale(processor: Any) -> Any:
+    scale = getattr(processor, "scale", None)
+    return scale.copy() if scale.__class__ is list else scale
+
+
+_NO_SCALES: dict[str, Any] = {}
+
+
+def _processor(name: str, processor: Any) -> tuple[str, str]:
+    choice, scale = getattr(processor, "choice", None), _scale(processor)
+    bound = "" if choice is None else f" bound to {choice!r}"
+    return name, f"{type(processor).__name__}{bound}{'' if scale is None else f' of scale {scale}'}"
+
+
+def _names(active: Any) -> tuple[str, ...]:
+    return (active,) if isinstance(active, str) else tuple(active or ())
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(_ADDRESS.sub("", repr(value)).encode(), digest_size=8).hexdigest()
