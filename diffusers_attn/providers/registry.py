@@ -53,9 +53,16 @@ def provider_name(name: str | AttentionProvider) -> str:
         return AttentionProvider(name).value
     except ValueError:
         known = [member.value for member in AttentionProvider]
-        alike = difflib.get_close_matches(str(name).lower(), known, n=3)
+        alike = _spelled_alike(str(name).lower().replace("-", "_"), known)
         instead = f"Did you mean {' or '.join(map(repr, alike))}?" if alike else f"There are: {', '.join(known)}."
         raise AttentionProviderError(f"there is no attention provider {name!r}. {instead}") from None
+
+
+def _spelled_alike(name: str, known: list[str]) -> list[str]:
+    if name in known:
+        return [name]
+    parts = [each for each in known if len(name) > 2 and name.strip("_") in each]
+    return parts if 0 < len(parts) < 4 else difflib.get_close_matches(name, known, n=3)
 
 
 def list_providers() -> list[ProviderStatus]:

@@ -37,7 +37,12 @@ def test_what_needs_a_gpu_says_so():
 
 
 def test_an_unknown_name():
-    for name, meant in (("nativ", "'native'"), ("Flash_3", "'flash_3'"), ("sage-varlen", "'sage_varlen'")):
+    for name, meant in (
+        ("nativ", "'native'"),
+        ("Flash_3", "'flash_3'"),
+        ("sage-varlen", "'sage_varlen'"),
+        ("cudnn", "'_native_cudnn'"),
+    ):
         with pytest.raises(
             AttentionProviderError, match=f"no attention provider '{name}'. Did you mean {meant}"
         ) as error:
