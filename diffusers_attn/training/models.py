@@ -68,7 +68,9 @@ def _check_class(model: str, revision: str | None) -> None:
     name, transformer = index.get("_class_name"), index.get("transformer")
     pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
     if pipeline is not None and isinstance(transformer, (list, tuple)) and isinstance(transformer[-1], str):
-        family_class(pipeline, transformer[-1])
+        family = family_class(pipeline, transformer[-1])
+        parts = {name: each for name, each in index.items() if isinstance(each, (list, tuple))}
+        family.check_components({name: each[-1] is not None for name, each in parts.items()})
 
 
 def text_encoders(pipeline: Any) -> dict[str, nn.Module]:

@@ -71,6 +71,7 @@ class Trainer:
         self.main = self.ranks.rank == 0
         self.checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoints_kept or None)
         self.step = 0
+        self._asked: Callable[[], int] = lambda: 0
         self.checked = False
         """whether processes have compared what they train on."""
         self.checkpoint: Path | None = None
@@ -142,19 +143,18 @@ class Trainer:
         config = self.config
         self._load()
         self._resume()
-        self._start_trackers()
         metrics = config.output / "metrics.jsonl" if config.metrics else None
         progress = Progress(self.accelerator, config.steps, self.step, config.log_every, metrics)
         stop = 0
-        with interruptible() as asked_to_stop, contextlib.closing(progress):
+        with interruptible() as self._asked, contextlib.closing(progress):
             with contextlib.closing(iter(self.training.loader)) as micros:  # type: ignore[type-var]
                 while self.step < config.steps and not stop:
-                    numbers, tokens, stop = self._train_step(micros, asked_to_stop)
+                    numbers, tokens, stop = self._train_step(micros)
                     progress.step(self.step, numbers, tokens)
                     if self.on_step is not None:
                         self.on_step(self.step, numbers)
                     with progress.paused():
-                        self._now_and_then(progress, last=bool(stop) or self.step == config.steps)
+                        stop = self._now_and_then(progress, stop)
         if stop:
             raise TrainingInterrupted(stop, self.checkpoints.path(self.step))
         return self._finish()
@@ -177,6 +177,7 @@ class Trainer:
         facts = facts_of(config, self.family)
         if self.before is not None:
             check_facts(facts, self.before)
+        self._start_trackers()
         self.prepared = prepare_data(config, self.family, self.parallel, self.device)
         self.validation = Validation(config, self.family, self.prepared.bucket, self.device, self.prepared.fps)
         drop_text_encoders(pipeline)
@@ -252,9 +253,7 @@ class Trainer:
 
     # ---- A step
 
-    def _train_step(
-        self, micros: Iterator[dict[str, Any]], stop: Callable[[], int]
-    ) -> tuple[dict[str, float], int, int]:
+    def _train_step(self, micros: Iterator[dict[str, Any]]) -> tuple[dict[str, float], int, int]:
         """One step of the optimizer. Returns its numbers, how many tokens it had, and the signal by which to stop, 0
         for none."""
         accelerator, config = self.accelerator, self.config
@@ -282,15 +281,20 @@ class Trainer:
         self.step += 1
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # One exchange for all that processes have to agree on.
-        asked = stop()
-        loss_sum, *came = self.ranks.sum([float(total), *(float(asked == each) for each in SIGNALS)])
+        loss_sum, stop = self._agreed(float(total))
         numbers = {"loss": loss_sum / self.ranks.size, "gradient norm": float(norm), "learning rate": rate}
         if not numbers["loss"] < float("inf"):
             raise TrainingError(
                 f"the loss is {numbers['loss']} in step {self.step}. Go on from the last checkpoint with a smaller "
                 "--learning_rate."
             )
-        return numbers, tokens, next((each for each, count in zip(SIGNALS, came) if count), 0)
+        return numbers, tokens, stop
+
+    def _agreed(self, number: float = 0.0) -> tuple[float, int]:
+        """The sum of a number over all processes, and the signal that came on any of them, 0 for none."""
+        asked = self._asked()
+        total, *came = self.ranks.sum([number, *(float(asked == each) for each in SIGNALS)])
+        return total, next((each for each, count in zip(SIGNALS, came) if count), 0)
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss of a micro-batch."""
@@ -313,18 +317,26 @@ class Trainer:
 
     # ---- At some steps, and at the end
 
-    def _now_and_then(self, progress: Progress, last: bool) -> None:
+    def _now_and_then(self, progress: Progress, stop: int) -> int:
+        """Returns by which signal to stop, 0 for none: drawing takes long enough for one to come."""
         config, step = self.config, self.step
-        if last or _due(step, config.checkpoint_every):
+        last = bool(stop) or step == config.steps
+        save = last or _due(step, config.checkpoint_every)
+        if save:
             self._save()
         if _due(step, config.evaluation_every):
             found = evaluate(self.family, self.prepared, self.parallel, config.seed, self.device)
             progress.log(step, found)
             progress.say(f"step {step}: evaluation loss {found['evaluation/loss']:.5f}")
         if not last and _due(step, config.validation_every):
-            samples = self._draw(f"step-{step:08d}")
+            samples = self._draw(f"step-{step:08d}", stop=lambda: self._agreed()[1] > 0)
+            _, stop = self._agreed()
+            if stop and not save:
+                self._save()
             if samples:
                 progress.say(f"step {step}: drew {', '.join(str(each.path) for each in samples)}")
+
+        return stop
 
     def _save(self) -> None:
         taken = snapshot(self.training, self.step)
@@ -334,7 +346,7 @@ class Trainer:
 
         in_step(self.ranks, [None] if self.main else [], save, "saving a checkpoint")
 
-    def _draw(self, name: str) -> list[Sample]:
+    def _draw(self, name: str, stop: Callable[[], bool] = lambda: False) -> list[Sample]:
         if not self.validation.prompts:
             return []
         average = self.training.average
@@ -344,6 +356,7 @@ class Trainer:
                 self.parallel,
                 self.device,
                 together=self.accelerator.distributed_type == "FSDP",
+                stop=stop,
             )
         if self.main:
             log_samples(self.accelerator, samples, self.step)

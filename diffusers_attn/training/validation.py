@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,12 +69,20 @@ class Validation:
             with placed(list(text_encoders(family.pipeline).values()), device):
                 self.encoded = [family.prompt_arguments(each, None, guided=scale > 1) for each in self.prompts]
 
-    def draw(self, folder: Path, parallel: TrainingParallel, device: torch.device, together: bool) -> list[Sample]:
+    def draw(
+        self,
+        folder: Path,
+        parallel: TrainingParallel,
+        device: torch.device,
+        together: bool,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Sample]:
         """Draws every prompt, always from the same noise. To be called on all processes.
 
         Args:
             folder: for the files; all processes see it.
             together: whether all processes draw every prompt, as FSDP2 needs it; otherwise groups divide them.
+            stop: is asked before each prompt, on all processes at once, whether to leave it and the rest out.
 
         Returns:
             What was drawn, the same on all processes.
@@ -83,11 +91,16 @@ class Validation:
         transformer = pipeline.transformer
         was_training = transformer.training
         transformer.eval()
-        mine = range(len(self.prompts)) if together else range(parallel.dp_rank, len(self.prompts), parallel.dp_degree)
+        first, step = (0, 1) if together else (parallel.dp_rank, parallel.dp_degree)
         writes = parallel.cp_rank == 0 and (not together or parallel.dp_rank == 0)
         samples = []
         with placed([pipeline.vae], device), decoding_in_its_dtype(pipeline.vae), torch.no_grad():
-            for number in mine:
+            for turn in range(-(-len(self.prompts) // step)):
+                number = turn * step + first
+                if stop():
+                    break
+                if number >= len(self.prompts):  # others have one more
+                    continue
                 generator = torch.Generator().manual_seed(derived_seed(self.seed, "validate", number))
                 encoded = {name: each.to(device) for name, each in self.encoded[number].items()}
                 output = pipeline(**self.call, **encoded, generator=generator, output_type="np")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,31 @@ def test_all_processes_leave_behind_the_same_step(run_worlds, settings_of):
     assert steps_of(settings) == [3]  # the step in which it is told is the next one
     path = f"{settings['output_dir']}/checkpoints/step-00000003"
     assert answers == [(signal.SIGINT, path), (signal.SIGINT, path)]
+
+
+def _told_while_drawing(settings):
+    """The first process, as soon as the first of three pictures is there."""
+
+    def tell():
+        folder = Path(settings["output_dir"], "samples", "step-00000001")
+        while not list(folder.glob("*.png")):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if os.environ.get("RANK", "0") == "0":
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        Trainer(TrainConfig(**settings)).run()
+    except TrainingInterrupted as interruption:
+        return str(interruption.checkpoint)
+    return None
+
+
+def test_while_pictures_are_drawn_the_rest_is_left_out(run_worlds, settings_of):
+    prompts = [f"number {i}" for i in range(12)]
+    drawing = {"validation_prompts": prompts, "validation_every": 1, "validation_steps": 12}
+    settings = settings_of("cogview4", steps=3, cp_degree=2, gradient_accumulation_steps=1, **drawing)
+    [answers] = run_worlds(World(2, _told_while_drawing, {"settings": settings}))
+    assert answers == [f"{settings['output_dir']}/checkpoints/step-00000001"] * 2
+    assert steps_of(settings) == [1]
+    assert 1 <= len(list(Path(settings["output_dir"], "samples", "step-00000001").glob("*.png"))) < len(prompts)

@@ -58,6 +58,18 @@ def test_it_is_refused_before_weights_are_read(tmp_path):
         load_pipeline(str(tmp_path), revision=None, dtype=torch.float32, ranks=one, local_main=True)
 
 
+def test_so_is_one_with_a_part_that_cannot_be_trained(tmp_path):
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "transformer_2": index["transformer"]}))
+    one = SimpleNamespace(any=lambda flag: flag)
+    with pytest.raises(TrainingError, match="has a transformer_2: .*Wan 2.1"):
+        load_pipeline(str(tmp_path), revision=None, dtype=torch.float32, ranks=one, local_main=True)
+    pipeline = make("wan")
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    with pytest.raises(TrainingError, match="has a transformer_2"):
+        family_of(pipeline)
+
+
 def _transformer(name, **others):
     pipeline = make(name)
     config = {**pipeline.transformer.config, **others, "_use_default_values": []}

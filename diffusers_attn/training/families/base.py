@@ -51,6 +51,8 @@ class Family(abc.ABC):
     """names of the pipeline classes that are served, with those derived from them; none is all."""
     served_inputs: ClassVar[tuple[str, ...]] = ()
     """those of `FURTHER_INPUTS` that `inputs` gives where the transformer takes them."""
+    refused_components: ClassVar[Mapping[str, str]] = {}
+    """parts of a pipeline with which it cannot be trained, and why."""
     prediction_type: ClassVar[str] = "flow_prediction"
     """what the scheduler must take the model's output for, where its configuration says it."""
     packed: ClassVar[int] = 1
@@ -65,6 +67,7 @@ class Family(abc.ABC):
         max_sequence_length: int | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.check_components({name: each is not None for name, each in pipeline.components.items()})
         self.shift = shift
         self._check_guidance(guidance)
         self.guidance = 1.0 if guidance is None else guidance
@@ -75,6 +78,17 @@ class Family(abc.ABC):
 
     def check(self) -> None:  # noqa: B027 (most have nothing to check)
         """Raises TrainingError where this pipeline or these settings cannot be trained."""
+
+    @classmethod
+    def check_components(cls, components: Mapping[str, bool]) -> None:
+        """Raises TrainingError where a pipeline has one of `refused_components`.
+
+        Args:
+            components: names of a pipeline's parts, and whether it has them.
+        """
+        for name, why in cls.refused_components.items():
+            if components.get(name):
+                raise TrainingError(f"this pipeline has a {name}: {why}")
 
     def _check_inputs(self) -> None:
         """Compares what transformer and scheduler expect with what `inputs` and `make_objective` give them.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
 from ..loss import Objective, RectifiedFlow, scheduler_shift
 from .base import Family
 
@@ -20,13 +19,10 @@ class Wan(Family):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 512
     pipelines = ("WanPipeline",)
-
-    def check(self) -> None:
-        if getattr(self.pipeline, "transformer_2", None) is not None:
-            raise TrainingError(
-                "this pipeline has two transformers, one for high and one for low noise, and which of them is to be "
-                "trained on what cannot be said. Accepted are pipelines with one: Wan 2.1 and Wan2.2-TI2V-5B."
-            )
+    refused_components: ClassVar = {
+        "transformer_2": "one transformer is for high and one for low noise, and which of them is to be trained on "
+        "what cannot be said. Accepted are pipelines with one: Wan 2.1 and Wan2.2-TI2V-5B."
+    }
 
     def make_objective(self) -> Objective:
         fixed = self.shift
