@@ -226,14 +226,15 @@ def _refusal(here: list[str], there: list[str]) -> TrainingError:
 
 
 def _check_examples(config: TrainConfig, before: int | None, dp_degree: int) -> None:
-    forward = config.batch_size * dp_degree
-    now = forward * config.gradient_accumulation_steps
+    now = config.batch_size * config.gradient_accumulation_steps * dp_degree
     if before is None or now == before:
         return
-    if before % forward == 0:
-        advice = f"Give --gradient_accumulation_steps {before // forward}"
+    each, rest = divmod(before, dp_degree)
+    if rest:
+        advice = f"Start a number of processes that divides {before}"
     else:
-        advice = f"Give a --batch_size with which {dp_degree} of them come to a divisor of {before}"
+        batch = max(size for size in range(1, config.batch_size + 1) if each % size == 0)
+        advice = f"Give --batch_size {batch} --gradient_accumulation_steps {each // batch}"
     groups = "process" if dp_degree == 1 else "processes, or groups of them that share sequences"
     raise TrainingError(
         f"--batch_size {config.batch_size}, --gradient_accumulation_steps {config.gradient_accumulation_steps} and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from .randomness import derived_seed
 from .resuming import check_facts, check_steps, facts_of, read_settings, resume_settings, settings_of
 from .state import Training, read_initial, restore, snapshot, write
 from .validation import Sample, Validation, log_samples
+from .words import option
 
 
 class Trainer:
@@ -249,7 +251,11 @@ class Trainer:
                 name: each if isinstance(each, (int, float, bool, str)) else str(each)
                 for name, each in self.config.as_dict().items()
             }
-            self.accelerator.init_trackers(self.config.tracker_project, plain)
+            try:
+                self.accelerator.init_trackers(self.config.tracker_project, plain)
+            except Exception as error:  # of their own kinds
+                trackers = option("trackers", self.config.trackers)
+                raise TrainingError(f"{trackers} cannot be started: {error}") from error
 
     # ---- A step
 
@@ -283,12 +289,20 @@ class Trainer:
         # One exchange for all that processes have to agree on.
         loss_sum, stop = self._agreed(float(total))
         numbers = {"loss": loss_sum / self.ranks.size, "gradient norm": float(norm), "learning rate": rate}
-        if not numbers["loss"] < float("inf"):
-            raise TrainingError(
-                f"the loss is {numbers['loss']} in step {self.step}. Go on from the last checkpoint with a smaller "
-                "--learning_rate."
-            )
+        for name in ("loss", "gradient norm"):
+            if not math.isfinite(numbers[name]):
+                raise self._diverged(f"the {name} is {numbers[name]}")
         return numbers, tokens, stop
+
+    def _diverged(self, what: str) -> TrainingError:
+        """Numbers that are not finite, in this step. No checkpoint has them, so that one can go on from the last."""
+        smaller = option("learning_rate", float(f"{self.config.rate / 10:.1e}"))
+        newest = self.checkpoints.newest()
+        if newest is None:
+            advice = f"There is no checkpoint: begin anew with a smaller learning rate, such as {smaller}"
+        else:
+            advice = f"Go on from the last checkpoint with a smaller learning rate, such as --resume latest {smaller}"
+        return TrainingError(f"{what} in step {self.step}. {advice}, or look at the data of this step.")
 
     def _agreed(self, number: float = 0.0) -> tuple[float, int]:
         """The sum of a number over all processes, and the signal that came on any of them, 0 for none."""
@@ -340,6 +354,8 @@ class Trainer:
 
     def _save(self) -> None:
         taken = snapshot(self.training, self.step)
+        if not all(bool(each.isfinite().all()) for each in taken.adapter.values()):
+            raise self._diverged("weights of the adapter are not finite")
 
         def save(_: None) -> None:
             self.checkpoints.save(self.step, lambda folder: write(taken, folder), taken.size)

@@ -126,3 +126,16 @@ def test_an_upload_without_a_token(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TrainingError, match="HF_HUB_OFFLINE=1"):
         check_push(TrainConfig(**MUST, push_to_hub=True))
+
+
+def test_a_tracker_that_cannot_be_started(settings_of, monkeypatch):
+    """wandb without a key, and without a terminal to ask for one; nothing was encoded."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", settings_of("cogview4")["output_dir"])
+    settings = settings_of("cogview4", trackers=["wandb"])
+    settings["cache_dir"] = f"{settings['output_dir']}/cache"
+    with pytest.raises(TrainingError, match="--trackers wandb cannot be started: .*wandb login"):
+        train(settings)
+    assert not Path(settings["cache_dir"]).exists() or not any(Path(settings["cache_dir"]).rglob("*.safetensors"))

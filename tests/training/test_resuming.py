@@ -107,10 +107,12 @@ def test_another_number_of_processes():
     before = settings_of(TrainConfig(**MUST, batch_size=2, gradient_accumulation_steps=4), 1)
     same = TrainConfig(**MUST, batch_size=1, gradient_accumulation_steps=2)
     assert resume_settings(same, before, 4)[0] == same
-    with pytest.raises(TrainingError, match="are 16 examples .* with 8. Give --gradient_accumulation_steps 2, or"):
+    with pytest.raises(TrainingError, match="are 16 examples .* with 8. Give --batch_size 1 --gradient_acc.* 2, or"):
         resume_settings(TrainConfig(**MUST, batch_size=1, gradient_accumulation_steps=4), before, 4)
-    with pytest.raises(TrainingError, match="Give a --batch_size with which 3 of them come to a divisor of 8, or"):
+    with pytest.raises(TrainingError, match="Start a number of processes that divides 8, or"):
         resume_settings(same, before, 3)
+    with pytest.raises(TrainingError, match="Give --batch_size 2 --gradient_accumulation_steps 4, or"):
+        resume_settings(TrainConfig(**MUST, batch_size=3), before, 1)
 
 
 # ---- Runs
@@ -215,6 +217,42 @@ def test_another_base_model_and_other_data(again, tmp_path):
     data = make_data("image", tmp_path / "data", number=6)
     with pytest.raises(TrainingDataError, match="data"):
         train({**again, "data": str(data)})
+
+
+def test_the_advice_on_divergence_works(again):
+    """No checkpoint has weights that are not finite, so that the last one and a smaller learning rate lead on."""
+
+    def diverge(step, _):
+        if step == 6:
+            trainer.parameters[0].data.fill_(float("inf"))
+
+    wild = {**again, "steps": 8, "learning_rate": 0.1}
+    trainer = Trainer(TrainConfig(**wild), on_step=diverge)
+    with pytest.raises(
+        TrainingError, match="weights .* not finite in step 6. .*--resume latest --learning_rate 0.01, or"
+    ):
+        trainer.run()
+    forget()
+    calm = train({**wild, "learning_rate": 0.01})
+    assert [step["step"] for step in calm["steps"]] == [6, 7, 8]
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient norm"])
+def test_what_is_not_finite_ends_the_run(settings_of, name):
+    settings = settings_of("cogview4", steps=4, gradient_accumulation_steps=1, checkpoint_every=1)
+
+    def poison(step, _):
+        if step == 2:
+            parameter = trainer.parameters[0]
+            if name == "loss":
+                trainer.model.proj_out.weight.data.fill_(float("nan"))
+            else:
+                parameter.register_hook(lambda gradient: gradient * float("inf"))
+
+    trainer = Trainer(TrainConfig(**settings), on_step=poison)
+    with pytest.raises(TrainingError, match=f"the {name} is (nan|inf) in step 3. .*--resume latest"):
+        trainer.run()
+    assert trainer.checkpoints.steps() == [1, 2]
 
 
 def test_nothing_to_resume_is_said(settings_of, capfd):
