@@ -14,7 +14,6 @@ latest, also on another number of processes. `make demo-train` shows it with a t
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
@@ -24,12 +23,12 @@ import diffusers
 import transformers
 
 from diffusers_attn.training import TrainConfig, Trainer
-from diffusers_attn.training.commandline import report
+from diffusers_attn.training.commandline import log_in_words, report
 from diffusers_attn.training.errors import TrainingInterrupted
 
 
 def main() -> None:
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    log_in_words()
     config = TrainConfig.from_arguments(description=__doc__.split("\n")[0])
     if os.environ.get("RANK", "0") != "0":  # one process's bars are enough
         for library in (diffusers, transformers):

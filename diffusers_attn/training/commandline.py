@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -69,6 +70,26 @@ def _given(name: str, value: str) -> str:
         return option(_setting(name), ast.literal_eval(value))
     except (ValueError, SyntaxError):
         return f"--{_setting(name)} {value}"
+
+
+class _Words(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return in_words(super().format(record))
+
+
+def log_in_words() -> None:
+    """Shows warnings of this process, in the words of the command line and apart from a bar."""
+    handler = _BesideBars()
+    handler.setFormatter(_Words("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+class _BesideBars(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):  # takes bars away, and draws them again
+            super().emit(record)
 
 
 def report(error: BaseException, program: str) -> None:

@@ -46,6 +46,21 @@ def test_words(message, told):
     assert in_words(message) == told
 
 
+def test_warnings_are_in_these_words_and_beside_bars(tmp_path):
+    script = """
+import logging, sys, time
+from tqdm import tqdm
+from diffusers_attn.training.commandline import log_in_words
+log_in_words()
+with tqdm(total=3, file=sys.stderr, desc="training") as bar:
+    bar.update(1)
+    logging.getLogger("any").warning("takes larger `frames`")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    lines = re.split(r"[\r\n]", done.stderr)
+    assert "WARNING takes larger --num_frames" in lines, done.stderr
+
+
 def test_another_processs_failure_is_not_told(capsys):
     report(OtherRankError("encoding failed on another process; see its message."), "train")
     assert capsys.readouterr() == ("", "")

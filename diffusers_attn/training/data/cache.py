@@ -335,7 +335,7 @@ def _rows(tensors: Mapping[str, Tensor], names: list[str]) -> list[dict[str, Ten
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise TrainingDataError(
                 f"the encoder gave {name!r} with NaN or infinity for {of}. Some VAEs and text encoders overflow in "
-                "float16; use bfloat16 or float32."
+                "half precision; compute in float32, mixed_precision='no'."
             )
     # Copies, since a view would be written with all that it is a view of.
     return [{name: tensor[i].detach().cpu().clone() for name, tensor in tensors.items()} for i in range(len(names))]

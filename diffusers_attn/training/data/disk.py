@@ -38,6 +38,8 @@ def writing(what: str, path: Path, size: int | None = None, left: str = "") -> I
         room = free_space(path)
         free = "" if room is None else f" {human_size(room)} are free there."
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not isinstance(error, OSError) and room is not None and room < (size or 0):
+            reason = "no space is left"  # what torch.save says of it is about its own code
         message = f"{what} could not be written to {path}: {reason}.{needs}{free}"
         raise WritingError(f"{message} {left}".rstrip()) from error
 

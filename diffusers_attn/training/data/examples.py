@@ -166,7 +166,8 @@ def read_dataset(
     if len(kinds) != 1:
         raise TrainingDataError(
             f"{name} has {len(kinds)} columns of pictures or videos ({', '.join(kinds) or 'none'}) and must have one; "
-            f"its columns are {', '.join(dataset.column_names)}. `remove_columns` and `cast_column` change that."
+            f"its columns are {', '.join(dataset.column_names)}. Change that with its `remove_columns` or "
+            "`cast_column`, save it with `save_to_disk`, and give that folder."
         )
     captions = _caption_column(dataset.column_names, name, caption_column)
     column, (kind, undecoded) = next(iter(kinds.items()))
@@ -237,6 +238,9 @@ def _load(name: str, split: str, *, saved: bool) -> Any:
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise TrainingDataError(f"{name} has no split {split!r}; it has {', '.join(map(repr, loaded))}.")
+            raise TrainingDataError(
+                f"{name} has no split {split!r}; it has {', '.join(map(repr, loaded))}. Save the "
+                "one that you want with `save_to_disk`, and give that folder."
+            )
         loaded = loaded[split]
     return loaded

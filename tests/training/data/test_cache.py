@@ -303,7 +303,7 @@ def test_folders_that_are_not_shared_are_noticed(tmp_path):
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        (lambda pixels: {"latents_mean": pixels * float("nan")}, "NaN or infinity for 0.*png.*bfloat16"),
+        (lambda pixels: {"latents_mean": pixels * float("nan")}, "NaN or infinity for 0.*png.*float32"),
         (lambda pixels: {"latents_mean": pixels[0]}, "the first dimension must be 2"),
         (lambda pixels: {}, "gave no tensors"),
     ],

@@ -178,7 +178,10 @@ def test_hugging_face_datasets(tmp_path):
         with examples[1].source.open() as file:  # of any dataset: the bytes of the file
             assert file.read() == (tmp_path / "files" / "2.png").read_bytes()
 
-    with pytest.raises(TrainingDataError, match="0 columns of pictures or videos"):
+    datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "test only")
+    with pytest.raises(TrainingDataError, match="no split 'train'; it has 'test'. Save the one .*`save_to_disk`"):
+        read_examples(tmp_path / "test only")
+    with pytest.raises(TrainingDataError, match="0 columns of pictures or videos.*`save_to_disk`"):
         read_dataset(dataset.remove_columns("image"))
     with pytest.raises(TrainingDataError, match="caption_column"):
         read_dataset(dataset.add_column("prompt", ["a", "b", "c"]))
