@@ -152,7 +152,7 @@ def argument_of(module: nn.Module, path: str, param: ParamId) -> tuple[str | Non
 
 
 class _Hook:
-    """What hooks share: applying a spec to whatever is nested as it is. Objects, so that a module still pickles."""
+    """What hooks share: applying a spec to whatever is nested as it is."""
 
     def __init__(self, streams: Streams, path: str) -> None:
         self.streams = streams
