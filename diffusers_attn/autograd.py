@@ -33,3 +33,26 @@ class GradientLaidOutAsOutput(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         order = ctx.order
         return grad_out.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+
+
+class GradientLaidOutUnderTransforms(torch.autograd.Function):
+    """`GradientLaidOutAsOutput` where torch.func or forward-mode differentiation goes through it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out):  # type: ignore[no-untyped-def]
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        (out,) = inputs
+        ctx.order = sorted(range(out.ndim), key=out.stride, reverse=True)
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        return GradientLaidOutAsOutput.backward(ctx, grad_out)
+
+    @staticmethod
+    def jvp(ctx, tangent):  # type: ignore[no-untyped-def]
+        return tangent.view_as(tangent)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import masks
+from . import kinds, masks, shapes
 from .context_parallel.running import running
 from .errors import AttentionProviderError
+from .kinds import Kind, Way
 from .masks import MaskKind
 from .providers import lowering, registry, speeds
 from .providers.base import Layout, Params
@@ -19,7 +21,7 @@ from .providers.decision import Call, Plan, decide
 from .providers.selection import Selection, select
 from .recent import remember
 from .recompute import in_backward_id
-from .scope import NATIVE, ProviderChoice, active_parallel, scope, scope_in_backward
+from .scope import NATIVE, ProviderChoice, active_choice, active_parallel, scope, scope_in_backward
 
 if TYPE_CHECKING:
     from .context_parallel.streams import Streams
@@ -38,6 +40,7 @@ def attention_dispatch(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    attention_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, through the active provider. May take its place.
 
@@ -46,11 +49,16 @@ def attention_dispatch(
         key: `[..., kv_heads, key_len, head_dim]`.
         value: `[..., kv_heads, key_len, value_head_dim]`.
         attn_mask: bool (True takes part) or floating (added), broadcastable to `[..., heads, query_len, key_len]`; or a
-            flex_attention `BlockMask`. A row without any key gives zeros.
+            `CausalBias` of torch.nn.attention.bias; or a flex_attention `BlockMask`. A row without any key gives zeros.
         dropout_p: probability of dropping a weight.
         is_causal: query i sees keys up to i (aligned to the top left). May be combined with a mask.
         scale: of the scores; default `head_dim ** -0.5`.
         enable_gqa: allow `heads` to be a multiple of `kv_heads`.
+        attention_kwargs: options of the active provider for this call, beside those that it was chosen with. (The name
+            and place of the argument are finetrainers'.)
+
+    Tensors that are not plain ones (nested, `DTensor`, within `torch.vmap`) are computed as PyTorch does where the
+    provider can be, and refused otherwise; see `kinds.py`.
 
     Returns:
         `[..., heads, query_len, value_head_dim]`.
@@ -58,6 +66,11 @@ def attention_dispatch(
     Raises:
         AttentionProviderError: the active provider cannot do exactly this; says who can.
     """
+    if attention_kwargs:
+        return attend(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bhsd",
+            bound=active_choice().updated(**attention_kwargs), scoped=False,
+        )  # fmt: skip
     return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bhsd")
 
 
@@ -88,7 +101,18 @@ def attend(
     if choice is None:
         choice = (scoped and not tracing and in_backward_id() != -1 and scope_in_backward()[0]) or bound or NATIVE
     streams = running.streams  # not None in a model whose tokens are split over devices
-    if streams is None and not tracing:
+    nested = False
+    if not tracing:
+        if not ((is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)):
+            is_causal, enable_gqa = _flag("is_causal", is_causal), _flag("enable_gqa", enable_gqa)
+        # The check of the last calls ends the process at a nested tensor of this type.
+        nested = (
+            (type(query) is Tensor and query.is_nested)
+            or (type(key) is Tensor and key.is_nested)
+            or (type(value) is Tensor and value.is_nested)
+            or (type(attn_mask) is Tensor and attn_mask.is_nested)
+        )
+    if streams is None and not tracing and not nested and forward_ad._current_level < 0:
         # A call like one of the last: nothing to check or to decide. Inlined, since it is the path of almost all calls.
         if attn_mask is None:
             for matches, arguments, attention, transpose, _ in choice.recent:
@@ -107,18 +131,25 @@ def attend(
                         return attention(query, key, value, attn_mask)
                     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
                     return attention(query, key, value, attn_mask).transpose(1, 2)
+    rest = dropout_p, is_causal, scale, enable_gqa
+    if tracing:
+        kind = kinds.traced(query, key, value, attn_mask)
+    else:
+        kind = kinds.of(query, key, value, attn_mask, nested)
+    if kind is not None and kind[1].way not in (Way.ANY, Way.DERIVED):
+        return _attend_unusual(choice, kind, query, key, value, attn_mask, *rest, layout, streams)
     autocast = _any_autocast_enabled()
     if autocast:
         query, key, value = _autocast(query, key, value)
-    rest = dropout_p, is_causal, scale, enable_gqa
     if streams is not None:
-        out = _attend_split(choice, query, key, value, attn_mask, *rest, layout, streams)
+        out = _attend_split(choice, query, key, value, attn_mask, *rest, layout, streams, kind)
         if out is not None:
             return out
     grad_enabled = torch.is_grad_enabled()
     needs_grad = grad_enabled and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if tracing or torch.compiler.is_compiling():
-        prepared = _prepare(choice, query, key, value, attn_mask, *rest, layout, needs_grad)
+    if tracing or kind is not None or torch.compiler.is_compiling():
+        derived = kind is not None and kind[1].way == Way.DERIVED
+        prepared = _prepare(choice, query, key, value, attn_mask, *rest, layout, needs_grad, derived)
     else:
         # All that a decision or a check could depend on.
         signature = (
@@ -136,6 +167,10 @@ def attend(
             prepared = before
             if not autocast and streams is None:
                 remember(choice, query, key, value, attn_mask, (layout, *rest), prepared)
+    return _serve(prepared, query, key, value, attn_mask)
+
+
+def _serve(prepared: Prepared, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None) -> Tensor:
     attention, transpose, view = prepared
     if transpose:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -144,6 +179,65 @@ def attend(
     else:
         out = attention(query, key, value, attn_mask if view is None else view(attn_mask))
     return out.transpose(1, 2) if transpose else out
+
+
+def _flag(name: str, value: object) -> bool:
+    """True or False. A 1 is refused as PyTorch refuses it: it equals True, and a call like an earlier one is not asked
+    what its arguments are."""
+    if isinstance(value, (bool, torch.SymBool)):
+        return bool(value)
+    raise AttentionProviderError(f"{name}={value!r} was given; True or False is accepted.")
+
+
+def _attend_unusual(
+    choice: ProviderChoice,
+    found: tuple[str, Kind],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    layout: Layout,
+    streams: Streams | None,
+) -> Tensor:
+    """A call with tensors that are not plain ones: made plain, or given to PyTorch as it is, or refused."""
+    argument, kind = found
+    again = functools.partial(
+        attend, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, layout=layout, bound=choice, scoped=False
+    )
+    if kind.way == Way.STRIPPED:
+        plain = [kinds.stripped(each) for each in (query, key, value, attn_mask)]
+        return kinds.labelled_as(again(*plain, is_causal=is_causal), query, key, value, attn_mask)
+    split = streams is not None and streams.lengths and streams.mesh.size > 1
+    if kind.way == Way.CAUSAL:
+        if argument != "attn_mask":
+            raise kinds.refused(argument, kind, "which is a mask", "pass it as attn_mask")
+        if split and not kinds.is_upper_left(attn_mask):
+            raise kinds.refused(
+                argument, kind, "aligned to the lower right, and the tokens of this call are split over ranks",
+                "pass the bool mask of the whole sequence that it stands for",
+            )  # fmt: skip
+        mask = kinds.causal(attn_mask, is_causal, query.device)
+        return again(query, key, value, mask, is_causal=mask is None)
+    if kind.way == Way.REFUSED:
+        raise kinds.refused(argument, kind, kinds.NOBODY)
+    if split:
+        raise kinds.refused(argument, kind, "and the tokens of this call are split over ranks")
+    if choice.provider not in ("native", "auto"):
+        raise kinds.refused(
+            argument, kind, f"and provider '{choice.provider}' takes plain tensors",
+            "use provider 'native', which leaves it to PyTorch",
+        )  # fmt: skip
+    from .providers.native import scaled_dot_product_attention
+
+    sdpa = functools.partial(scaled_dot_product_attention, scale=scale, enable_gqa=enable_gqa)
+    if layout == "bhsd":
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return sdpa(query, key, value, attn_mask, dropout_p, is_causal).transpose(1, 2)
 
 
 def _attend_split(
@@ -158,27 +252,37 @@ def _attend_split(
     enable_gqa: bool,
     layout: Layout,
     streams: Streams,
+    kind: tuple[str, Kind] | None,
 ) -> Tensor | None:
     """Attention over the ranks that share the sequence; None for a call that each rank can answer by itself."""
     if not streams.lengths or streams.mesh.size == 1:  # a part of the forward in which nothing is split
         return None
     from .context_parallel.call import split_attention
 
-    if layout == "bhsd" and query.ndim == key.ndim == value.ndim != 4 and query.ndim >= 2:
-        if streams.attention(query.shape[-2], key.shape[-2]) is None:
-            return None
-        return _attend_any_rank(
-            choice, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            enable_gqa=enable_gqa, scoped=False,
+    shapes.check(query, key, value, enable_gqa, layout)
+    seq = -2 if layout == "bhsd" else -3
+    derived = None if kind is None or kind[1].way != Way.DERIVED else kind
+    if derived is not None and streams.attention(query.shape[seq], key.shape[seq]) is not None:
+        raise kinds.refused(
+            *derived, "and the tokens of this call are split over ranks",
+            "compute such derivatives on one device, or with autograd's backward",
         )  # fmt: skip
-    _check_tensors(query, key, value, enable_gqa, layout)
+    given = query, key, value
+    if not query.ndim == key.ndim == value.ndim == 4:
+        query, key, value, attn_mask = shapes.four_dims(query, key, value, attn_mask)
+    heads = 1 if layout == "bhsd" else 2
+    if shapes.differ(query, key, value, heads):
+        query, key, value = shapes.broadcast(query, key, value, heads)
     if layout == "bhsd":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = split_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, streams=streams, provider=choice.provider,
         options=choice.options, mesh=active_parallel(),
     )  # fmt: skip
-    return out.transpose(1, 2) if out is not None and layout == "bhsd" else out
+    if out is None or layout == "bshd":
+        return out
+    out = out.transpose(1, 2)
+    return out if given[0].ndim == given[1].ndim == given[2].ndim == 4 else shapes.as_given(out, *given)
 
 
 class Prepared(NamedTuple):
@@ -216,25 +320,6 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _attend_any_rank(
-    choice: ProviderChoice, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **rest: Any
-) -> Tensor:
-    """SDPA's other forms: `[seq, head_dim]`, `[heads, seq, head_dim]`, and more than one batch dimension."""
-    again: Callable[..., Tensor] = functools.partial(attend, **rest, layout="bhsd", bound=choice)
-    if query.ndim < 4:
-        lead = (None,) * (4 - query.ndim)
-        out = again(query[lead], key[lead], value[lead], attn_mask)
-        return out.reshape(out.shape[4 - query.ndim :])
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-
-    def flat(tensor: Tensor) -> Tensor:
-        return tensor.expand(*batch, *tensor.shape[-3:]).flatten(0, -4)
-
-    if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3:
-        attn_mask = flat(attn_mask)
-    return again(flat(query), flat(key), flat(value), attn_mask).unflatten(0, batch)
-
-
 def _prepare(
     choice: ProviderChoice,
     query: Tensor,
@@ -247,15 +332,16 @@ def _prepare(
     enable_gqa: bool,
     layout: Layout,
     needs_grad: bool,
+    derived: bool = False,
 ) -> Prepared:
     """Checks a call and decides how it is served."""
-    if layout == "bhsd" and query.ndim == key.ndim == value.ndim != 4 and query.ndim >= 2:
-        again = functools.partial(
-            _attend_any_rank, choice, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        return Prepared(again, False, None)
-    _check_tensors(query, key, value, enable_gqa, layout)
-    sizes = _sizes(query, key, layout)
+    kinds.check_quantised(query, key, value)
+    shapes.check(query, key, value, enable_gqa, layout)
+    four_dims = query.ndim == key.ndim == value.ndim == 4
+    given = query, key, value, attn_mask
+    if not four_dims:
+        query, key, value, attn_mask = shapes.four_dims(query, key, value, attn_mask)
+    sizes = _sizes(query, key, value, layout)
     mask_kind, mask = masks.classify(attn_mask, *sizes)
     if not 0.0 <= dropout_p <= 1.0:
         raise AttentionProviderError(f"dropout_p={dropout_p}: a probability, from 0 to 1, is accepted.")
@@ -269,37 +355,69 @@ def _prepare(
             f"attn_mask has dtype {attn_mask.dtype} beside a query of {query.dtype}; torch.bool, torch.float32 and the "
             "query's own dtype are accepted. Pass mask.to(query.dtype)."
         )
-    call = _describe(query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, choice.options)
+    call = _describe(
+        query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, choice.options, derived
+    )
     plan = Plan(*_decide(choice.provider, *call))
-    if 0 in sizes:
+    if 0 in sizes or value.shape[-1] == 0:
         plan = plan._replace(empty=True)
-    if not query.shape[0] == key.shape[0] == value.shape[0]:
+    if shapes.differ(query, key, value, 1 if layout == "bhsd" else 2):
         plan = plan._replace(broadcast=True)
     params = Params(
         mask_kind=plan.mask_kind,
         is_causal=is_causal,
-        scale=float(call.head_dim) ** -0.5 if scale is None else float(scale),
+        scale=(float(call.head_dim) ** -0.5 if call.head_dim else 1.0) if scale is None else float(scale),
         default_scale=scale is None,
         dropout_p=dropout_p if call.dropout else 0.0,
         gqa=call.heads != call.kv_heads and not plan.repeat_kv,
         device_type=query.device.type,
         options=choice.options,
         needs_grad=needs_grad or call.bias_needs_grad,
+        derived=derived,
     )
     adapter = registry.ADAPTERS[plan.provider]
+    view = None if mask is attn_mask else functools.partial(_view_mask, sizes=sizes)
     attention: Callable[..., Tensor]
+    wants_derivative = params.needs_grad or derived
+    if plan.provider == "native" and wants_derivative and plan.causal != "mask" and not plan.empty:
+        # Which derivatives PyTorch has (of second order, forward-mode) follows from the kernel that it takes, and that
+        # from the form of the tensors. So it gets them in the form that they were given in.
+        attention = adapter.bind(params._replace(gqa=enable_gqa))
+        if not four_dims:
+            ndim = max(tensor.ndim for tensor in given[:3])
+            return Prepared(attention, False, functools.partial(_mask_of_dims, ndim=ndim))
+        if plan.broadcast or (params.gqa and not enable_gqa) or (mask is not None and given[3].ndim == 3):
+            return Prepared(attention, plan.layout != layout, None if view is None or given[3].ndim == 3 else view)
     if plan.lowers:
         attention = functools.partial(lowering.attention, adapter=adapter, plan=plan, params=params)
     else:
         attention = adapter.bind(params)
-    view = None if mask is attn_mask else functools.partial(_view_mask, sizes=sizes)
-    return Prepared(attention, plan.layout != layout, view)
+    prepared = Prepared(attention, plan.layout != layout, view)
+    return prepared if four_dims else Prepared(functools.partial(_attend_four_dims, prepared), False, None)
 
 
-def _sizes(query: Tensor, key: Tensor, layout: Layout) -> tuple[int, int, int, int]:
+def _attend_four_dims(prepared: Prepared, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None) -> Tensor:
+    """A call that was prepared for the four dimensions that its tensors are given here."""
+    return shapes.as_given(_serve(prepared, *shapes.four_dims(query, key, value, attn_mask)), query, key, value)
+
+
+def _mask_of_dims(mask: Tensor, ndim: int) -> Tensor:
+    """`mask` as PyTorch takes it beside tensors of `ndim` dimensions: of two at least, and of no more than they."""
+    while mask.ndim > ndim:
+        mask = mask.squeeze(0)
+    return mask.unsqueeze(0) if mask.ndim == 1 else mask
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[int, int, int, int]:
     """batch, heads, query_len, key_len."""
     heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
-    return max(query.shape[0], key.shape[0]), query.shape[heads], query.shape[seq], key.shape[seq]
+    joint = shapes.joint
+    return (
+        joint(query.shape[0], key.shape[0], value.shape[0]),
+        joint(query.shape[heads], key.shape[heads], value.shape[heads]),
+        query.shape[seq],
+        key.shape[seq],
+    )
 
 
 def _describe(
@@ -313,17 +431,19 @@ def _describe(
     layout: Layout,
     needs_grad: bool,
     options: tuple[tuple[str, object], ...],
+    derived: bool = False,
 ) -> Call:
     """What a decision depends on. Truths are spelled out: a comparison is symbolic in a dynamic graph."""
     heads = 1 if layout == "bhsd" else 2
-    _, _, query_len, key_len = _sizes(query, key, layout)
+    _, all_heads, query_len, key_len = _sizes(query, key, value, layout)
+    all_heads, kv_heads = _constant(all_heads), _constant(key.shape[heads])
     return Call(
         device=query.device,
         dtype=query.dtype,
         head_dim=_constant(query.shape[-1]),
         value_head_dim=_constant(value.shape[-1]),
-        heads=_constant(query.shape[heads]),
-        kv_heads=_constant(key.shape[heads]),
+        heads=all_heads,
+        kv_heads=kv_heads if kv_heads == _constant(value.shape[heads]) else all_heads,
         query_len="equal" if query_len == key_len else "shorter" if query_len < key_len else "longer",
         long=True if key_len >= speeds.LONG else False,
         mask_kind=mask_kind,
@@ -332,6 +452,7 @@ def _describe(
         needs_grad=needs_grad,
         bias_needs_grad=mask_kind in masks.ADDITIVE and torch.is_grad_enabled() and attn_mask.requires_grad,
         options=options,
+        derived=derived,
     )
 
 
@@ -354,8 +475,14 @@ def explain(
     Raises:
         AttentionProviderError: no usable provider serves the call; says why for each.
     """
-    _check_tensors(query, key, value, enable_gqa, layout)
-    mask_kind, _ = masks.classify(attn_mask, *_sizes(query, key, layout))
+    shapes.check(query, key, value, enable_gqa, layout)
+    found = kinds.of(query, key, value, attn_mask, nested=False)
+    if found is not None and found[1].way == Way.CAUSAL:
+        attn_mask = kinds.causal(attn_mask, is_causal, query.device)
+        is_causal = attn_mask is None
+    if not query.ndim == key.ndim == value.ndim == 4:
+        query, key, value, attn_mask = shapes.four_dims(query, key, value, attn_mask)
+    mask_kind, _ = masks.classify(attn_mask, *_sizes(query, key, value, layout))
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     options = ProviderChoice.of("auto", lossy=lossy).options
     return select(_describe(query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, options))
@@ -375,34 +502,3 @@ def _constant(size: int) -> int:
 @torch._dynamo.assume_constant_result
 def _decide(provider: str, *call: Any) -> tuple[Any, ...]:
     return tuple(decide(provider, Call(*call)))
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, layout: Layout) -> None:
-    """Raises AttentionProviderError where query, key and value do not belong together."""
-    tensors = {"query": query, "key": key, "value": value}
-    if any(tensor.ndim != 4 for tensor in tensors.values()):
-        problem = f"query, key and value must have four dimensions, {list(layout)}"
-    elif not query.device == key.device == value.device:
-        problem = "query, key and value must be on one device"
-    elif not query.dtype == key.dtype == value.dtype:
-        problem = "query, key and value must have one dtype"
-    else:
-        heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
-        batch = max(query.shape[0], key.shape[0], value.shape[0])
-        grouped = enable_gqa or key.shape[heads] == 1  # one key head for all is what broadcasting means anyway
-        if any(tensor.shape[0] not in (1, batch) for tensor in tensors.values()):
-            problem = "batch sizes must be equal (or one)"
-        elif key.shape[seq] != value.shape[seq]:
-            problem = "key and value must have one length"
-        elif key.shape[heads] != value.shape[heads]:
-            problem = "key and value must have one number of heads"
-        elif query.shape[-1] != key.shape[-1]:
-            problem = "query and key must have one head_dim"
-        elif query.shape[heads] != key.shape[heads] and not grouped:
-            problem = "query and key must have one number of heads, unless enable_gqa=True"
-        else:
-            return
-    given = ", ".join(
-        f"{name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}" for name, tensor in tensors.items()
-    )
-    raise AttentionProviderError(f"{problem}. Given (layout {layout}): {given}.")

@@ -43,7 +43,7 @@ def classify(
     """The kind of `mask`, and the mask as a 4-D view `[batch | 1, heads | 1, query | 1, key | 1]`.
 
     Heads and queries that were made by `expand` (stride zero) count as broadcast: `[B, 1, 1, Lk]` expanded over them is
-    still a key mask.
+    still a key mask. Not if it requires a gradient, of which each entry has its own.
 
     Args:
         mask: bool (True takes part) or floating (added to the scores), of one to four dimensions that broadcast to
@@ -75,7 +75,7 @@ def classify(
             continue
         if mask.shape[dim] != size:
             raise _does_not_broadcast(given, batch, heads, query_len, key_len)
-        if dim in (1, 2) and mask.stride(dim) == 0:
+        if dim in (1, 2) and size and mask.stride(dim) == 0 and not mask.requires_grad:
             mask = mask.narrow(dim, 0, 1)
     additive = mask.dtype != torch.bool
     if mask.shape[1] == 1 and mask.shape[2] == 1:

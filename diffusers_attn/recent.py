@@ -45,10 +45,9 @@ def remember(
     served: Prepared,
 ) -> None:
     """Puts a call before the others that `choice` served. No tensor is kept, nor kept alive."""
-    if mask is not None and not isinstance(mask, Tensor):
-        return
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if any(tensor.requires_grad for tensor in tensors):
+    # Of plain tensors alone: of others, the check may read what they do not have.
+    if any(type(tensor) is not Tensor or tensor.requires_grad for tensor in tensors):
         return
     guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     latest = Recent(guards.check, arguments, *served)

@@ -89,7 +89,12 @@ def known_alive(mask: Tensor) -> bool:
 
     On other devices than CUDA's nothing is ever asked.
     """
-    if not mask.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if (
+        type(mask) is not Tensor
+        or not mask.is_cuda
+        or torch.compiler.is_compiling()
+        or torch.cuda.is_current_stream_capturing()
+    ):
         return False
     if mask.is_inference():  # has no version
         return False

@@ -85,6 +85,9 @@ class Capabilities:
     backward_of_parts: bool = True
     """whether `Adapter.backward` exists, which attention over several devices needs; else only autograd has it."""
     bias_gradient: bool = False
+    every_derivative: bool = False
+    """whether it is made of PyTorch's operators alone: transforms of torch.func and forward-mode differentiation go
+    through it as far as they go through those."""
     cuda_graph: bool = True
     min_compute_capability: tuple[int, int] | None = None
     compute_capabilities: frozenset[tuple[int, int]] | None = None
@@ -122,6 +125,8 @@ class Params(NamedTuple):
     options: tuple[tuple[str, Any], ...]
     needs_grad: bool = True
     """whether a gradient of query, key or value may be wanted."""
+    derived: bool = False
+    """whether the call is within a transform of torch.func, or differentiated in forward mode."""
 
 
 class Adapter:

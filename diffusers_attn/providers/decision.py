@@ -42,6 +42,8 @@ class Call(NamedTuple):
     options: tuple[tuple[str, object], ...]
     partial: bool = False
     """whether it attends to a part of the keys only, and its result is merged with those of the other parts."""
+    derived: bool = False
+    """whether it is within a transform of torch.func, or differentiated in forward mode."""
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads} query and {self.kv_heads} key"
@@ -51,7 +53,7 @@ class Call(NamedTuple):
         parts.append(f"{self.mask_kind.value} mask" if self.mask_kind != MaskKind.NONE else "no mask")
         if self.is_causal:
             parts.append("causal" if self.query_len == "equal" else f"causal with a {self.query_len} query")
-        parts += ["one part of a ring's"] * self.partial
+        parts += ["one part of a ring's"] * self.partial + ["a torch.func transform or forward mode"] * self.derived
         parts += (
             ["dropout"] * self.dropout + ["gradients"] * self.needs_grad + ["a bias gradient"] * self.bias_needs_grad
         )
@@ -70,7 +72,7 @@ class Plan(NamedTuple):
     """"none"; "kernel"; "mask": merged into the mask; "drop_keys", "two_calls": see `lowering.py`."""
     mask_kind: MaskKind = MaskKind.NONE
     broadcast: bool = False
-    """batch sizes of one are expanded."""
+    """batch sizes and numbers of heads that are one are expanded."""
     empty: bool = False
     """no query, or no key to see: zeros, and no kernel is called."""
 
@@ -92,6 +94,8 @@ def decide(provider: str, call: Call) -> Plan:
         ProviderUnavailableError: it is not usable on this machine; says how to install it.
         AttentionProviderError: it cannot serve this call exactly; names those that can.
     """
+    if provider == "auto" and call.device.type == "meta":
+        provider = "native"
     if provider == "auto":
         from .selection import select
 
@@ -106,7 +110,8 @@ def decide(provider: str, call: Call) -> Plan:
             f"attention provider '{provider}' cannot serve this call: {reason}. The call: {call}. "
             f"Usable here and able to: {able or 'none'}."
         )
-    return plan(SPECS[provider], call)
+    # Without data there is nothing to compute: PyTorch's own function gives the shape.
+    return plan(SPECS["native" if call.device.type == "meta" else provider], call)
 
 
 def able_providers(call: Call) -> list[str]:
@@ -119,9 +124,9 @@ def able_providers(call: Call) -> list[str]:
 def refusal(spec: ProviderSpec, call: Call) -> str:
     """Why `spec` cannot serve `call`, even lowered; empty if it can."""
     can = spec.capabilities
-    if call.device.type not in can.devices:
+    if call.device.type not in (*can.devices, "meta"):
         return f"it runs on {_names(can.devices)}, not on {call.device.type}"
-    if call.device.type == "cuda":
+    if call.device.type == "cuda" and (can.min_compute_capability or can.compute_capabilities):
         reason = registry.capability_reason(spec, torch.cuda.get_device_capability(call.device))
         reason = reason or registry.load(spec.name).check_device(call.device) or ""
         if reason:
@@ -132,7 +137,7 @@ def refusal(spec: ProviderSpec, call: Call) -> str:
         return f"its head_dim is at most {can.max_head_dim}"
     if call.value_head_dim != call.head_dim and not can.value_head_dim:
         return "its value must have the head_dim of its query"
-    if call.heads % call.kv_heads:
+    if call.heads and (not call.kv_heads or call.heads % call.kv_heads):
         return f"{call.heads} query heads do not divide into {call.kv_heads} key heads"
     if _mask_after_lowering(spec, call) not in can.masks:
         taken = _names(kind.value for kind in can.masks if kind != MaskKind.NONE) or "none"
@@ -141,6 +146,8 @@ def refusal(spec: ProviderSpec, call: Call) -> str:
         return "is_causal and a BlockMask together: put the causality into the BlockMask"
     if call.is_causal and can.causal == "none":
         return "it has no causal form"
+    if call.derived and not can.every_derivative:
+        return "transforms of torch.func and forward-mode differentiation do not go through its kernel"
     if dict(call.options).get("window_size", NO_WINDOW) != NO_WINDOW and (
         call.query_len != "equal" or call.mask_kind != MaskKind.NONE
     ):
@@ -187,11 +194,12 @@ def plan(spec: ProviderSpec, call: Call) -> Plan:
         causal = "drop_keys" if call.query_len == "shorter" else "two_calls"
     step = can.head_dim_multiple
     head_dim = max(call.head_dim, call.value_head_dim)
+    aligned = step == 1 or call.head_dim % step == call.value_head_dim % step == 0 < call.head_dim
     return Plan(
         provider=spec.name,
         layout=registry.load(spec.name).layout,
         repeat_kv=call.heads != call.kv_heads and not can.gqa,
-        pad_head_dim=0 if call.head_dim % step == call.value_head_dim % step == 0 else -(-head_dim // step) * step,
+        pad_head_dim=0 if aligned else -(-head_dim // step) * step,
         causal=causal,
         mask_kind=mask_kind,
     )

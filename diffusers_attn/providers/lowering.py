@@ -7,7 +7,7 @@
   a shorter query the keys past its length are seen by nobody ("drop_keys"), and with a longer one the queries past the
   keys see all of them ("two_calls").
 - Causal with a mask: one mask.
-- Batch sizes of one: expanded.
+- Batch sizes of one, and heads of one where others have more: expanded.
 - Nothing to attend to: zeros. Kernels divide by the length or fault.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import masks
+from .. import masks, shapes
 from .base import Adapter, Params
 from .decision import Plan
 
@@ -35,12 +35,10 @@ def attention(
     """`adapter.attention` with the lowerings of `plan`; tensors in the adapter's layout."""
     bhsd = adapter.layout == "bhsd"
     heads, seq = (1, 2) if bhsd else (2, 1)
-    if plan.broadcast:
-        batch = max(query.shape[0], key.shape[0], value.shape[0])
-        query, key, value = (tensor.expand(batch, -1, -1, -1) for tensor in (query, key, value))
     if plan.empty:
-        # A product, so that gradients (zeros) flow as they do elsewhere; summing over no keys gives zeros.
-        return query.sum(dim=-1, keepdim=True) * value.sum(dim=seq, keepdim=True).sum(dim=heads, keepdim=True) * 0.0
+        return _nothing(query, key, value, mask, heads, seq)
+    if plan.broadcast:
+        query, key, value = shapes.broadcast(query, key, value, heads)
     if plan.repeat_kv:
         groups = query.shape[heads] // key.shape[heads]
         key, value = key.repeat_interleave(groups, dim=heads), value.repeat_interleave(groups, dim=heads)
@@ -62,3 +60,17 @@ def attention(
     else:
         out = adapter.attention(query, key, value, mask, params=params)
     return out[..., :value_dim] if plan.pad_head_dim else out
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, seq: int) -> Tensor:
+    """Zeros of the result's shape, through which gradients of zero flow to all inputs.
+
+    Sums over slices without entries: zero whatever the entries are, where a product with zero makes NaN of infinity.
+    Squares, so that gradients have gradients.
+    """
+    sizes = [shapes.joint(*(tensor.shape[dim] for tensor in (query, key, value))) for dim in (0, heads)]
+    shape = [sizes[0], query.shape[seq], query.shape[seq], value.shape[-1]]
+    shape[heads] = sizes[1]
+    inputs = [query, key, value] if mask is None or mask.dtype == torch.bool else [query, key, value, mask]
+    zero = sum(tensor[..., :0].square().sum().to(query.dtype) for tensor in inputs)
+    return query.new_zeros(shape) + zero

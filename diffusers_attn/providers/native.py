@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from ..autograd import GradientLaidOutAsOutput, laid_out_as
+from ..autograd import GradientLaidOutAsOutput, GradientLaidOutUnderTransforms, laid_out_as
 from ..masks import MaskKind
 from .alive import where_alive
 from .base import Adapter, Layout, Params
@@ -177,7 +177,7 @@ class Native(AtenAdapter):
             # A compiler gives a gradient what layout it likes, except to an operator into which it does not look. (It
             # drops the call above.)
             return super().attention(query, key, value, *mask, params=params)
-        return GradientLaidOutAsOutput.apply(out)
+        return (GradientLaidOutUnderTransforms if params.derived else GradientLaidOutAsOutput).apply(out)
 
     @classmethod
     def _is_served_by_cudnn(cls, query: Tensor, value: Tensor, mask: tuple[Tensor, ...], params: Params) -> bool:

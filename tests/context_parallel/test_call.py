@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from diffusers_attn import AttentionProviderError
+from diffusers_attn import AttentionProviderError, attention_dispatch
 from diffusers_attn.context_parallel.call import split_attention
+from diffusers_attn.context_parallel.mesh import ContextParallelMesh
+from diffusers_attn.context_parallel.running import running
 from diffusers_attn.context_parallel.sharding import split, take
 from diffusers_attn.context_parallel.streams import Role, Streams
 
@@ -77,3 +81,64 @@ def test_masks_of_models(pool, ring, ulysses):
         assert "list" in refused["not a tensor"]
         assert "apply_context_parallel was given" in refused["another mesh"]
         assert "CPAttention" in refused["order"] and "CPAttention" in refused["causal order"]
+
+
+def forms(meshes, ring):
+    """The error of every form of call that SDPA takes, through `attention_dispatch`; and what is refused by name."""
+    mesh = meshes(ring, 1) if ring > 1 else ContextParallelMesh.from_degrees(device_type="cpu")
+    streams = Streams(mesh)
+    streams.split("image", torch.zeros(IMAGE), 0)
+    streams.role = Role(("image",), ("image",))
+    shards = streams.shards(("image",))
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    # Name: shapes of query, key and value but for the tokens, and further arguments.
+    heads, some = [HEADS], [2, 3, HEADS]
+    calls = {
+        "three dimensions": (heads, heads, heads, {}),
+        "five dimensions": (some, some, some, {"is_causal": True}),
+        "different numbers of them": (heads, [2, HEADS], [1], {}),
+        "one query head": ([2, 1], [2, HEADS], [2, HEADS], {}),
+        "one key head": ([2, HEADS], [2, 1], [2, HEADS], {}),
+        "one batch of keys": ([2, HEADS], [1, HEADS], [1, HEADS], {}),
+        "rows": (heads, heads, heads, {"attn_mask": torch.rand(HEADS, IMAGE, IMAGE) > 0.4}),
+        "causal": ([2, HEADS], [2, HEADS], [2, HEADS], {"attn_mask": causal_upper_left(IMAGE, IMAGE)}),
+        "causal by its local length": ([2, HEADS], [2, HEADS], [2, HEADS], {"attn_mask": causal_lower_right(5, 5)}),
+    }
+    errors = {}
+    running.streams = streams
+    try:
+        for name, (*shapes, rest) in calls.items():
+            whole = [normal(*shape, IMAGE, 8) for shape in shapes]
+            of_whole = {"is_causal": True} if name.startswith("causal") else rest
+            expected = split(sdpa(*whole, **of_whole), shards, -2, mesh.rank)
+            if name == "rows":
+                rest = {"attn_mask": split(rest["attn_mask"], shards, -2, mesh.rank)}
+            found = attention_dispatch(*(split(each, shards, -2, mesh.rank) for each in whole), **rest)
+            assert found.shape == expected.shape, name
+            errors[name] = (found - expected).abs().max().item()
+        local = split(normal(2, HEADS, IMAGE, 8), shards, -2, mesh.rank)
+        nested = torch.nested.nested_tensor([local[0], local[1]])
+        refused = []
+        if mesh.size > 1:
+            for call in (
+                lambda: torch.vmap(attention_dispatch)(local, local, local),
+                lambda: attention_dispatch(nested, nested, nested),
+                lambda: attention_dispatch(local, local, local, causal_lower_right(local.shape[2], 2 * IMAGE)),
+            ):
+                with pytest.raises(AttentionProviderError) as error:
+                    call()
+                refused.append(str(error.value))
+    finally:
+        running.streams = None
+    return errors, refused
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+def test_forms_of_calls(pool, ring):
+    for errors, refused in pool.run(ring, forms, ring=ring):
+        assert not {name: error for name, error in errors.items() if not error < 1e-12}
+        for what, said in zip(("torch.func transform", "nested tensor", "CausalBias"), refused):
+            assert what in said and "split over ranks" in said
