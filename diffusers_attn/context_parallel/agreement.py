@@ -295,6 +295,7 @@ def _agree(
 ) -> list[Tensor]:
     """A zero, for others to depend on, and copies of what `_values` returns."""
     values = _values(sent, watched, integers, floats, names, watched_names, said, links, check, compare)
+    diffusers_hooks.check_in_graph(forwards_of(_links(links)[3]).model)
     return [torch.zeros(()), *(torch.empty_like(mine).copy_(each) for mine, each in zip(sent, values))]
 
 

@@ -156,6 +156,19 @@ def standing(model: nn.Module) -> str:
     return _standing[model]
 
 
+def check_in_graph(model: nn.Module) -> None:
+    """Raises AttentionProviderError where `model`, whose whole forward is compiled, has a hook that knows inputs by
+    their address: a graph gives it new copies in every forward."""
+    registry = vars(model).get("_diffusers_hook")
+    for name, hook in registry.hooks.items() if registry is not None else ():
+        if type(hook).__name__ == "TextKVCacheTransformerHook":
+            raise AttentionProviderError(
+                f"{type(model).__name__} has a hook of diffusers, {type(hook).__name__} ('{name}'), which knows a "
+                "prompt by its address, and is compiled as a whole, where inputs that ranks agree on have a new one in "
+                "every forward. Compile its blocks instead (apply_compile(model)), or set inputs='trust'."
+            )
+
+
 def _check(model: nn.Module, split: Split, path: str, name: str, hook: Any) -> None:
     rule = RULES.get(_class_name(hook))
     within = f"'{path}' in {type(model).__name__}" if path else type(model).__name__

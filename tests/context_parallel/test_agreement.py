@@ -231,6 +231,28 @@ def test_in_one_graph(pool, mode):
         assert count <= 4  # the hook and the forward, for the first length and then for any
 
 
+def kept_by_address(meshes, mode):
+    from diffusers import TextKVCacheConfig
+    from diffusers.hooks import apply_text_kv_cache
+
+    torch._dynamo.reset()
+    module, _ = watched(meshes(2, 1), mode)
+    apply_text_kv_cache(module, TextKVCacheConfig())
+    module(torch.ones(2), encoder_hidden_states=torch.ones(3))
+    module.compile(backend="eager")
+    try:
+        module(torch.ones(2), encoder_hidden_states=torch.ones(3))
+    except AttentionProviderError as error:
+        return str(error)
+    finally:
+        torch._dynamo.reset()
+
+
+def test_in_one_graph_no_input_is_known_by_its_address(pool):
+    for message in pool.run(2, kept_by_address, mode="check"):
+        assert "knows a prompt by its address" in message and "apply_compile(model)" in message
+
+
 def reported(meshes):
     """Messages that were logged in two forwards with other noise on every rank."""
     mesh = meshes(2, 1)
