@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusers_attn
-from diffusers_attn import ProviderUnavailableError, apply_context_parallel, attention_provider
+from diffusers_attn import AttentionProviderError, ProviderUnavailableError, apply_context_parallel, attention_provider
 from diffusers_attn.scope import ProviderChoice
 from tests.documents import plan_in, snippets
 from tests.zoo import CASES
@@ -79,7 +79,11 @@ def test_its_options_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = snippets(PAGE, "Options of a kernel")
     with pytest.raises(ProviderUnavailableError, match="'flash' cannot be used here"):
         exec(code, {"attention_provider": attention_provider})
-    taken = []
-    monkeypatch.setattr(ProviderChoice, "check_usable", lambda self: taken.append(self))
-    exec(code, {"attention_provider": attention_provider, "model": lambda: None, "inputs": {}})
-    assert taken == [ProviderChoice.of("flash", deterministic=True, window_size=(128, 128))]
+    monkeypatch.setattr(ProviderChoice, "check_usable", lambda self: None)
+    query = torch.randn(1, 2, 3, 8)
+    names = {"attention_provider": attention_provider, "attention_dispatch": diffusers_attn.attention_dispatch}
+    names |= {"model": lambda: None, "inputs": {}, "query": query, "key": query, "value": query}
+    with pytest.raises(ProviderUnavailableError, match="'flash' cannot be used here"):  # its options are accepted
+        exec(code, names)
+    with pytest.raises(AttentionProviderError, match="'flash' has no option 'window'"):
+        exec(code.replace("window_size", "window"), names)
