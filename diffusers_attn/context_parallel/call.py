@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import AttentionProviderError
+from .kernel import options_by_place
 from .mesh import ContextParallelMesh
 from .sharded_masks import (
     BlockRowMask,
@@ -65,7 +67,15 @@ def split_attention(
     if streams.role is not None and streams.role.key and streams.lengths and mesh.size > 1:
         _check_tensor(attn_mask)  # before lengths are, which a model fills up to whole blocks
     call = streams.attention(query.shape[1], key.shape[1])
+    by_place = options_by_place(provider, options) if options else ()
+    if is_causal:
+        by_place += ("is_causal=True",)
     if call is None:
+        if by_place and streams.splits_queries(query.shape[1], key.shape[1]):
+            raise AttentionProviderError(
+                f"{', '.join(by_place)} counts positions, and of this call's queries this rank has {query.shape[1]}, "
+                f"while its keys are whole ({streams._known()}). Leave it out, or run this model on one device."
+            )
         return None
     _check_tensor(attn_mask)
     if dropout_p > 0.0:
@@ -73,6 +83,8 @@ def split_attention(
             f"dropout_p={dropout_p} over several ranks: weights would be dropped independently of how the sequence is "
             "split only with one shared state. Set dropout to 0, or disable context parallelism."
         )
+    if isinstance(attn_mask, Tensor):
+        _check_broadcasts(attn_mask, query)
     role = streams.role
     kept: tuple[Kept | None, Kept | None] = (None, None)
     if role is not None:
@@ -83,9 +95,10 @@ def split_attention(
     of_all_keys = isinstance(attn_mask, _BY_PLACES) or (
         attn_mask is not None and attn_mask.shape[-1] == call.keys.total
     )
-    if not call.in_order and (is_causal or of_all_keys):
+    if not call.in_order and (by_place or of_all_keys):
+        what = " and ".join([*by_place, "a mask over all of them"] if of_all_keys else by_place)
         raise AttentionProviderError(
-            "several streams are joined in this call, and causality or a mask over all of them needs their order. Give "
+            f"several streams are joined in this call, and {what} needs their order. Give "
             'it in the plan: "path.of.the.attention": CPAttention(("text", "image")).'
         )
     query, key, value = _without(query, kept[0], 1), _without(key, kept[1], 1), _without(value, kept[1], 1)
@@ -111,6 +124,23 @@ def _without(tensor: Tensor, kept: Kept | None, dim: int) -> Tensor:
     return tensor if kept is None else kept.take_out(tensor, dim)
 
 
+def _check_broadcasts(mask: Tensor, query: Tensor) -> None:
+    """Raises AttentionProviderError for a dtype, or for samples and heads, that one device does not take either."""
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise AttentionProviderError(
+            f"attn_mask has dtype {mask.dtype}; torch.bool (True takes part) and floating types (added to the scores) "
+            "are accepted. For a 0/1 integer mask pass `mask.bool()`."
+        )
+    batch, heads = query.shape[0], query.shape[2]
+    of_batch = mask.shape[0] if mask.ndim == 4 else 1
+    of_heads = mask.shape[-3] if mask.ndim > 2 else 1
+    if not 1 <= mask.ndim <= 4 or of_batch not in (1, batch) or of_heads not in (1, heads):
+        raise AttentionProviderError(
+            f"attn_mask has shape {list(mask.shape)}, which does not broadcast to [batch, heads, queries, keys] with a "
+            f"batch of {batch} and {heads} heads."
+        )
+
+
 def _check_tensor(mask: Any) -> None:
     if mask is not None and not isinstance(mask, (Tensor, *_BY_PLACES)):
         raise AttentionProviderError(
@@ -122,6 +152,7 @@ def _check_tensor(mask: Any) -> None:
 def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None, key_kept: Kept | None) -> ShardedMask:
     if isinstance(mask, _BY_PLACES):
         return mask
+    given = tuple(mask.shape)
     while mask.ndim < 4:
         mask = mask.unsqueeze(0)
     for dim in (1, 2):
@@ -135,11 +166,11 @@ def _mask(mask: Any, call: SplitCall, streams: Streams, query_kept: Kept | None,
         return KeyMask(_own_keys(mask, call, streams.mesh.rank))
     if streams.role is not None and streams.role.row_mask:
         return RowMask(_rows(_without(mask, query_kept, 2), call, streams.mesh.rank))
-    if mask.shape[2] > 1:
-        mask = _without(mask, query_kept, 2)
+    if query_kept is not None and mask.shape[2] == query_kept.seen > 1:
+        mask = query_kept.take_out(mask, 2)
     if key_kept is not None and mask.shape[-1] == key_kept.seen:
         mask = key_kept.take_out(mask, -1)
-    return sharded_mask(mask, call.queries, call.keys, streams.mesh.rank)
+    return sharded_mask(mask, call.queries, call.keys, streams.mesh.rank, given)
 
 
 def _own_keys(mask: Tensor, call: SplitCall, rank: int) -> Tensor:

@@ -30,6 +30,8 @@ class Situation:
     """whether the devices of a node read each other's memory."""
     lse: bool = True
     """whether every provider concerned returns the log-sum-exp, and in training a backward of parts."""
+    by_place: bool = False
+    """whether an option of a provider counts positions of the whole sequence."""
     rotate_method: str | None = None
     """what the user asked for."""
 
@@ -85,6 +87,12 @@ RULES = (
         _all,
         "allgather",
         "the provider gives no log-sum-exp, and only Ulysses does without",
+    ),
+    _Rule(
+        lambda job: job.by_place and job.rotate_method is None,
+        _all,
+        "allgather",
+        "an option of the provider counts positions of the whole sequence, which only Ulysses gives a kernel",
     ),
     _Rule(
         lambda job: job.nodes > 1,

@@ -25,7 +25,8 @@ from ..errors import AttentionProviderError
 from ..processors import DispatchProcessor
 from ..processors.binding import attention_modules_of, change_processor
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
-from ..providers.catalog import SPECS, AttentionProvider
+from ..providers.catalog import SPECS, AttentionProvider, options_by_place
+from ..scope import ProviderChoice
 from . import copies, groups, positions, ranks, turns
 from .agreement import MODES, Agreement, Links
 from .config import ContextParallelConfig
@@ -123,8 +124,9 @@ def enable_context_parallel(
         targets, whole = find_targets(pipeline_or_model, plan)
         request = _request(provider, provider_options, device)
         names = _provider_names(targets, request, rebind=provider is not None)
-        situation = _situation(targets, names, device, sharing, rotate_method)
-        degrees = _degrees(situation, names, sharing, ulysses_degree, ring_degree)
+        by_place = _options_by_place(targets, request, rebind=provider is not None)
+        situation = _situation(targets, names, device, sharing, rotate_method, by_place)
+        degrees = _degrees(situation, names, sharing, ulysses_degree, ring_degree, by_place)
         config = _config(degrees, convert_to_fp32)
         limit = groups.as_timeout(timeout, device)
         return _Settled(targets, whole, request, names, degrees, config, limit, _facts(targets, request, check_weights))
@@ -271,14 +273,20 @@ def _request(provider: str | AttentionProvider | None, options: dict[str, object
 
 def _provider_names(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> list[str]:
     """To whom attention of these models will go; "scope" to whoever is active."""
-    names = set()
-    for target in targets:
-        for _, module in attention_modules_of(target.model):
-            processor = module.processor
-            kept = isinstance(processor, BoundProcessor) and not rebind
-            choice = processor.choice if kept else request.choice
-            names.add("scope" if choice is None else choice.provider)
-    return sorted(names)
+    choices = _choices(targets, request, rebind)
+    return sorted({"scope" if choice is None else choice.provider for choice in choices})
+
+
+def _options_by_place(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> list[str]:
+    """Options of these providers that count positions of a sequence, which a ring gives to no kernel whole."""
+    choices = [choice for choice in _choices(targets, request, rebind) if choice is not None]
+    return sorted({each for choice in choices for each in options_by_place(choice.provider, choice.options)})
+
+
+def _choices(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> set[ProviderChoice | None]:
+    """Of these models' attention, as it will be."""
+    processors = [module.processor for target in targets for _, module in attention_modules_of(target.model)]
+    return {each.choice if isinstance(each, BoundProcessor) and not rebind else request.choice for each in processors}
 
 
 def _lacking_lse(names: Sequence[str]) -> list[str]:
@@ -292,6 +300,7 @@ def _situation(
     device: str,
     sharing: ContextParallelMesh | None,
     rotate_method: str | None,
+    by_place: Sequence[str],
 ) -> Situation:
     per_node = ranks.ranks_per_node()
     return Situation(
@@ -301,6 +310,7 @@ def _situation(
         ranks_per_node=per_node,
         peer_access=ranks.peer_access(device),
         lse=not _lacking_lse(names),
+        by_place=bool(by_place),
         rotate_method=rotate_method,
     )
 
@@ -311,6 +321,7 @@ def _degrees(
     sharing: ContextParallelMesh | None,
     ulysses_degree: int | None,
     ring_degree: int | None,
+    by_place: Sequence[str],
 ) -> Degrees:
     """As the mesh says, as asked for, or chosen."""
     for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
@@ -340,6 +351,12 @@ def _degrees(
             f"attention provider {', '.join(map(repr, lacking))} gives no log-sum-exp, without which partial results "
             f"over a ring (ring_degree={degrees.ring_degree}) cannot merge. Set "
             f"ulysses_degree={situation.ranks}, ring_degree=1, which takes any provider, or one of: {able}."
+        )
+    if degrees.ring_degree > 1 and by_place:
+        raise AttentionProviderError(
+            f"{', '.join(by_place)} counts positions of the whole sequence, of which a ring (ring_degree="
+            f"{degrees.ring_degree}) gives a kernel parts. Set ulysses_degree={situation.ranks}, ring_degree=1, or "
+            "leave the option out."
         )
     return degrees if sharing is None else degrees._replace(reason="as the mesh says")
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from .. import masks
 from ..masks import MaskKind
-from ..providers import lowering, registry, speeds
+from ..providers import catalog, lowering, registry, speeds
 from ..providers.base import Params
 from ..providers.catalog import SPECS
 from ..providers.decision import Call, Plan, decide
@@ -34,6 +34,8 @@ class Kernel(NamedTuple):
     needs_grad: bool = False
     block: int = 1
     """tokens, of queries as of keys, that an entry of a mask stands for."""
+    by_place: tuple[str, ...] = ()
+    """the options that depend on places in the sequence, so that a part of a sequence does not do."""
 
     def check(
         self, query: Tensor, key: Tensor, value: Tensor, mask_kind: MaskKind, is_causal: bool, partial: bool
@@ -170,6 +172,12 @@ class Kernel(NamedTuple):
             options=self.options,
             needs_grad=self.needs_grad,
         )
+
+
+@torch._dynamo.assume_constant_result
+def options_by_place(provider: str, options: tuple[tuple[str, object], ...]) -> tuple[str, ...]:
+    """As that of the catalog, also while a compiler traces."""
+    return catalog.options_by_place(provider, options)
 
 
 # Dynamo calls this while tracing and takes its result, plain values, as constants. It would look through a cache.

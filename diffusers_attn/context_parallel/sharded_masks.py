@@ -56,11 +56,16 @@ class RectangleMask(NamedTuple):
 ShardedMask = KeyMask | RowMask | BlockRowMask | OuterMask | RectangleMask
 
 
-def sharded_mask(mask: Tensor, query_shards: Shards, key_shards: Shards, rank: int) -> KeyMask | RowMask:
+def sharded_mask(
+    mask: Tensor, query_shards: Shards, key_shards: Shards, rank: int, given: tuple[int, ...] | None = None
+) -> KeyMask | RowMask:
     """What a 4-D mask of a model means (`[batch | 1, heads | 1, queries | 1, keys]`), by its lengths.
 
-    A mask over this rank's keys that has no rows is a key mask; one over all keys is this rank's rows, or, without
-    rows, a key mask that is still whole.
+    A mask over this rank's keys that has no rows is a key mask; one over all keys is the rows of this rank's queries or
+    of all, or, without rows, a key mask that is still whole.
+
+    Args:
+        given: the shape that an error is to name, where the mask had another before.
 
     Raises:
         AttentionProviderError: lengths that are none of these; or with which some rank could not tell. Then all refuse.
@@ -79,10 +84,12 @@ def sharded_mask(mask: Tensor, query_shards: Shards, key_shards: Shards, rank: i
         return KeyMask(take(mask[:, 0, 0], key_shards.runs[rank], dim=1))
     if mask.shape[-1] == key_shards.total and (rowless or mask.shape[2] == queries):
         return RowMask(mask.expand(-1, -1, queries, -1))
+    if mask.shape[-1] == key_shards.total and mask.shape[2] == query_shards.total:
+        return RowMask(take(mask, query_shards.runs[rank], dim=2))
     raise AttentionProviderError(
-        f"attn_mask has shape {list(mask.shape)} on rank {rank}, which holds {queries} of {query_shards.total} queries "
-        f"and {keys} of {key_shards.total} keys. Accepted are [batch, 1, 1, {keys}] (a key mask, split like the keys), "
-        f"[batch, 1, 1, {key_shards.total}] (a whole one) and [batch, heads, {queries} or 1, {key_shards.total}] (this "
-        "rank's rows, all keys). A mask that a block makes from one value per token is an outer product of local "
-        "values; its plan has to say so."
+        f"attn_mask has shape {list(mask.shape if given is None else given)} on rank {rank}, which holds {queries} of "
+        f"{query_shards.total} queries and {keys} of {key_shards.total} keys. Accepted are [batch, 1, 1, {keys}] (a "
+        f"key mask, split like the keys), [batch, 1, 1, {key_shards.total}] (a whole one) and [batch, heads, "
+        f"{query_shards.total} or {queries} or 1, {key_shards.total}] (all rows or this rank's, all keys). A mask "
+        "that a block makes from one value per token is an outer product of local values; its plan has to say so."
     )

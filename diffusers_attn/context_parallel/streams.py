@@ -510,6 +510,20 @@ class Streams:
                 raise AttentionProviderError(f"{error} The call is made by {running_module()}.") from None
         return self._calls[signature]
 
+    def splits_queries(self, query_len: int, key_len: int) -> bool:
+        """Whether the queries are shards of a call of which `attention` says that it is complete on each rank."""
+        if not self.lengths or self.mesh.size == 1:
+            return False
+        if self.role is not None:
+            names = self.present(self.role.query)
+            return bool(names) and query_len == self._seen(names) and not (self.role.key and query_len == key_len)
+        return self._by_length(query_len, self._joins(), "the queries of an attention call") is not None
+
+    def _joins(self) -> list[tuple[str, ...]]:
+        """All ways to join sequences, in their order."""
+        counts = range(1, len(self.lengths) + 1)
+        return [names for count in counts for names in itertools.combinations(self.lengths, count)]
+
     def _attention(self, query_len: int, key_len: int) -> SplitCall | None:
         if self.role is not None:
             query, key = self.present(self.role.query), self.present(self.role.key)
@@ -517,9 +531,7 @@ class Streams:
             if role == self.role or (query and key and (query_len, key_len) == (self._seen(query), self._seen(key))):
                 return self._by_role(role, query_len, key_len)
         self._check_without_stand_ins("an attention call")
-        joins = [
-            names for count in range(1, len(self.lengths) + 1) for names in itertools.combinations(self.lengths, count)
-        ]
+        joins = self._joins()
         queries = self._by_length(query_len, joins, "the queries of an attention call")
         keys = self._by_length(key_len, joins, "the keys of an attention call")
         if queries is not None and keys is not None:

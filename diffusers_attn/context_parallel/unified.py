@@ -13,7 +13,7 @@ from ..errors import AttentionProviderError
 from ..masks import MaskKind
 from . import exchange, one_call
 from .blocks import BlockAttention
-from .kernel import Kernel
+from .kernel import Kernel, options_by_place
 from .kv_gather import kv_gather_attention
 from .mesh import ContextParallelMesh
 from .ring import ring_attention
@@ -68,7 +68,10 @@ def parallel_attention(
         )
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     block = mask.block if isinstance(mask, BlockRowMask) else 1
-    kernel = Kernel(provider, options, scale, needs_grad, block)
+    by_place = options_by_place(provider, options) if options else ()
+    if by_place:
+        _check_whole(by_place, mask, mesh, query_shards, key_shards)
+    kernel = Kernel(provider, options, scale, needs_grad, block, by_place)
     kind = kernel.block_kind if isinstance(mask, BlockRowMask) else _kind(mask)
     seen = mask.rectangles if isinstance(mask, RectangleMask) else None
     kernel.check(query, key, value, kind, is_causal, partial=mesh.ring.size > 1 or seen is not None)
@@ -101,7 +104,7 @@ def _over_both(
     query_shards, key_shards = call.query_shards.merged(group.size), call.key_shards.merged(group.size)
     query_runs, key_runs = query_shards.runs[mesh.ring.rank], key_shards.runs[mesh.ring.rank]
     # Only these care for the order of tokens. In order, the fewest calls serve them: causality, without a ring, one.
-    ordered = call.is_causal or call.seen is not None
+    ordered = call.is_causal or call.seen is not None or bool(call.kernel.by_place)
     if ordered:
         query_shards, key_shards = query_shards.sorted(), key_shards.sorted()
         key_mask = None if key_mask is None else in_order(key_mask, key_runs, 1)
@@ -141,6 +144,29 @@ def _over_ring(
     if rows is not None:
         mask = take(rows, in_blocks(call.key_shards.runs[0], call.kernel.block), dim=-1)
     return call.kernel.attention(query, key, value, mask, call.is_causal)
+
+
+def _check_whole(
+    by_place: tuple[str, ...],
+    mask: ShardedMask | None,
+    mesh: ContextParallelMesh,
+    query_shards: Shards,
+    key_shards: Shards,
+) -> None:
+    """Raises AttentionProviderError where the kernel, which has options that count positions, would be given parts of
+    the sequence."""
+    if mesh.ring.size > 1:
+        raise AttentionProviderError(
+            f"{', '.join(by_place)} counts positions of the whole sequence, and over a ring (ring_degree="
+            f"{mesh.ring.size}) the kernel is given parts of it. Set ulysses_degree={mesh.size}, ring_degree=1, with "
+            "which it is given all, or leave the option out."
+        )
+    if query_shards.total != key_shards.total or mask is not None:
+        raise AttentionProviderError(
+            f"{', '.join(by_place)} counts positions: it goes with a query and a key of one length, and without a "
+            f"mask. This call has {query_shards.total} queries and {key_shards.total} keys"
+            f"{'' if mask is None else ', and a mask'}. Leave the option out."
+        )
 
 
 def _check_shapes(

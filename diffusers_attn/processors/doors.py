@@ -16,6 +16,7 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 
+from ..context_parallel.running import running
 from ..dispatch import attend
 from ..errors import AttentionProviderError
 from ..scope import ProviderChoice, active_choice
@@ -48,7 +49,7 @@ def dispatch_door(bound: ProviderChoice | None) -> Callable[..., Tensor]:
                 diffusers' own dispatcher does.
         """
         # As in diffusers: two dimensions that fit are a key mask. (SDPA would take them for queries and keys.)
-        if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
+        if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2 and _is_of_keys(attn_mask, query, key):
             attn_mask = attn_mask[:, None, None, :]
         if backend is not None or parallel_config is not None or attention_kwargs:
             choice = _requested(bound, backend, parallel_config, attention_kwargs)
@@ -61,6 +62,17 @@ def dispatch_door(bound: ProviderChoice | None) -> Callable[..., Tensor]:
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bshd", bound=bound)
 
     return dispatch_attention_fn
+
+
+def _is_of_keys(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether `mask` `[batch, keys]` is of these keys or, where they are this rank's, of those of all ranks."""
+    if mask.shape[0] != query.shape[0]:
+        return False
+    streams = running.streams
+    if mask.shape[1] == key.shape[1] or streams is None:
+        return bool(mask.shape[1] == key.shape[1])
+    call = streams.attention(query.shape[1], key.shape[1])
+    return call is not None and mask.shape[1] == call.keys.total
 
 
 def sdpa_door(bound: ProviderChoice | None) -> Callable[..., Tensor]:

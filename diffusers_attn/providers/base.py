@@ -34,6 +34,10 @@ class Option:
     type: type | tuple[type, ...]
     doc: str
     choices: tuple[object, ...] | None = None
+    by_place: bool = False
+    """whether what it does depends on places in the sequence, so that it needs the whole of it, in order."""
+    off: object = None
+    """the value with which it does nothing."""
 
     def check(self, provider: str, name: str, value: object) -> None:
         """Raises AttentionProviderError where `value` is not one that the kernel takes."""

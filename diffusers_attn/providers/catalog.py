@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 
 import torch
 
@@ -65,8 +66,10 @@ SAGE_ATTENTION = Requirement(
 SAGE_ATTENTION_MASKS = dataclasses.replace(SAGE_ATTENTION, minimum="2.2.0")
 XFORMERS_PACKAGE = Requirement("xformers", "0.0.29.post3", "xformers", "pip install -U xformers")
 
-WINDOW = Option(tuple, "(left, right) keys that a query sees around its own position; -1 is unlimited")
-SOFTCAP = Option((float, int), "caps scores at softcap * tanh(score / softcap); 0 is off")
+WINDOW = Option(
+    tuple, "(left, right) keys that a query sees around its own position; -1 is unlimited", by_place=True, off=(-1, -1)
+)
+SOFTCAP = Option((float, int), "caps scores at softcap * tanh(score / softcap); 0 is off", off=0)
 DETERMINISTIC = Option(bool, "a backward that gives the same bits every time, more slowly")
 SMOOTH_K = Option(bool, "subtract the mean of the keys before quantising; more accurate")
 QUANT_GRANULARITY = Option(str, "granularity of the int8 scales", ("per_warp", "per_thread"))
@@ -308,3 +311,13 @@ _SPECS = (
 
 SPECS: dict[str, ProviderSpec] = {spec.name: spec for spec in _SPECS}
 """by name; `auto` is not among them, since it is a choice between these."""
+
+
+def options_by_place(provider: str, options: Iterable[tuple[str, object]]) -> tuple[str, ...]:
+    """Those of `options` that depend on places in the sequence, written as they were given: `window_size=(1, 1)`."""
+    known = SPECS[provider].options if provider in SPECS else {}
+    return tuple(
+        f"{name}={value!r}"
+        for name, value in options
+        if name in known and known[name].by_place and value != known[name].off
+    )

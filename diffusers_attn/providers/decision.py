@@ -14,10 +14,7 @@ from ..errors import AttentionProviderError
 from ..masks import MaskKind
 from . import registry
 from .base import Layout, ProviderSpec
-from .catalog import SPECS
-
-NO_WINDOW = (-1, -1)
-"""the option window_size of the flash providers, switched off."""
+from .catalog import SPECS, options_by_place
 
 
 class Call(NamedTuple):
@@ -148,10 +145,10 @@ def refusal(spec: ProviderSpec, call: Call) -> str:
         return "it has no causal form"
     if call.derived and not can.every_derivative:
         return "transforms of torch.func and forward-mode differentiation do not go through its kernel"
-    if dict(call.options).get("window_size", NO_WINDOW) != NO_WINDOW and (
-        call.query_len != "equal" or call.mask_kind != MaskKind.NONE
-    ):
-        return "its window_size counts positions: it goes with a query and a key of one length, and without a mask"
+    if call.query_len != "equal" or call.mask_kind != MaskKind.NONE:
+        counts = options_by_place(spec.name, call.options)
+        if counts:
+            return f"{counts[0]} counts positions: it goes with a query and a key of one length, and without a mask"
     if call.dropout and not can.dropout:
         return "it has no dropout"
     if call.needs_grad and not (can.backward and call.device.type not in can.without_backward_on):

@@ -22,6 +22,7 @@ CHOSEN = {
     "CPUs": (Situation(4, "cpu", (8, 12), peer_access=False), (4, 1, None), "on CPUs"),
     "CPUs, uneven": (Situation(3, "cpu", (4,), peer_access=False), (1, 3, "allgather"), "do not divide"),
     "no log-sum-exp": (Situation(2, "cuda", (5,), lse=False), (2, 1, None), "log-sum-exp"),
+    "positions of the whole": (Situation(2, "cuda", (5,), by_place=True), (2, 1, None), "counts positions"),
     "no log-sum-exp, two nodes": (Situation(8, "cuda", (24,), 4, lse=False), (8, 1, None), "log-sum-exp"),
     "a method": (Situation(2, "cpu", (4,), rotate_method="alltoall"), (1, 2, "alltoall"), "rotate_method"),
 }  # fmt: skip

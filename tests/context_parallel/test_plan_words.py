@@ -196,6 +196,7 @@ def test_a_rank_without_a_token_is_given_one():
         with pytest.raises(AttentionProviderError, match="CPOutput"):
             streams.gather(None, text, 1)
     assert streams.split(("text", "image"), torch.arange(7)[None], 1).tolist() == [[0, 6]]
+    streams.begin()
     assert streams.split("text", text[:, :0], 1).shape == (1, 0)  # nothing can stand in
     with pytest.raises(ValueError, match="name it"):
         CPInput(1, every_rank=True)
