@@ -126,6 +126,7 @@ def refused(meshes, mode, ring, ulysses):
         "gradient": lambda: module((torch.ones(3) * 2 if odd else torch.ones(3)).requires_grad_()),
         "values": lambda: module(x, nested=[torch.arange(4) + (torch.arange(4) == 2) * odd]),
         "name": lambda: module(x, **{"a: b\n\x1ec": odd}),
+        "number's name": lambda: module(x, **{"a: b": 2.5 + odd}),
         "keys": lambda: module(x, nested={Key(): 1.0, Key(): 1.5 + odd}),
         "numpy": lambda: module(x, nested=[np.int64(7 + odd)]),
         "array": lambda: module(x, nested=np.arange(3) * (1 + odd)),
@@ -163,6 +164,7 @@ def test_what_cannot_be_made_the_same_is_refused_on_all_ranks(pool, mode, mesh):
     assert f"nested: list of 1 on {others}; list of 2 on rank 1" in messages["length"]
     assert "x: [3] float32 on cpu, values" in messages["gradient"]
     assert f"a: b\n\\x1ec: False on {others}; True on rank 1" in messages["name"]
+    assert f"a: b: 2.5 on {others}; 3.5 on rank 1" in messages["number's name"]
     assert f"nested[key: 1]': 1.5 on {others}; 2.5 on rank 1" in messages["keys"]
     assert "nested[0]: int64 [] int64, values" in messages["numpy"]
     assert "nested: ndarray [3] int64, values" in messages["array"]
