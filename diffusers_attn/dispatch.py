@@ -237,6 +237,9 @@ def _attend_unusual(
     if layout == "bhsd":
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if kind is kinds.NESTED and type(query) is Tensor:
+        # Of nested tensors that are no subclass, PyTorch takes those without gaps alone.
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     return sdpa(query, key, value, attn_mask, dropout_p, is_causal).transpose(1, 2)
 
 

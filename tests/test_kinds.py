@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from diffusers_attn import AttentionProviderError, attention_dispatch, attention_provider, set_attention_provider
+from diffusers_attn.dispatch import attend
 
 from .zoo import CASES, outputs
 
@@ -59,6 +60,10 @@ def test_nested_tensors_are_pytorchs_or_refused(layout):
     for found, part in zip(attention_dispatch(nested, nested, nested).unbind(), parts):
         part = part.transpose(0, 1)
         torch.testing.assert_close(found, sdpa(part, part, part))
+    of_processor = torch.nested.nested_tensor(parts, layout=layout)  # [batch, seq, heads, head_dim]
+    for found, part in zip(attend(of_processor, of_processor, of_processor, layout="bshd").unbind(), parts):
+        part = part.transpose(0, 1)
+        torch.testing.assert_close(found.transpose(0, 1), sdpa(part, part, part))
     with (
         attention_provider("flex"),
         pytest.raises(AttentionProviderError, match="query is a nested.*use provider 'nat"),
