@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..cp_plans.plan import CPCache, ParamId, Plan, entries
 from ..errors import AttentionProviderError
 from ..processors import DispatchProcessor
-from ..processors.binding import attention_modules_of, change_processor
+from ..processors.binding import attention_modules_of, change_processor, is_noted
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
 from ..providers.catalog import SPECS, AttentionProvider, options_by_place
 from ..scope import ProviderChoice
@@ -424,7 +424,7 @@ def _take_off(model: nn.Module) -> None:
     for reference, before in enabled.processors:
         module: Any = reference()
         if module is not None:
-            module.set_processor(_as_before(module.processor, before))
+            module.set_processor(_as_before(module.processor, before) if is_noted(module) else before)
     for hook in enabled.hooks:
         hook.remove()
     remove_context_parallel(model)

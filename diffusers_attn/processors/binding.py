@@ -119,6 +119,11 @@ def _placed(module: nn.Module, processor: Any) -> Any:
     return bind(processor, choice)
 
 
+def is_noted(module: nn.Module) -> bool:
+    """Whether `module` is bound, perhaps with a processor of diffusers that cannot be; what a user sets ends it."""
+    return _CHOICE in vars(module)
+
+
 def change_processor(state: dict[str, Any], change: Callable[[Any], Any]) -> None:
     """Puts another processor, `change(processor)`, into what copy and pickle are given of an attention module."""
     if "processor" not in state:  # it is a module itself

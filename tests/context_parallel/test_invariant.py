@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa_by_name
 from torch.utils.checkpoint import checkpoint
@@ -287,6 +288,8 @@ EXCHANGES = {
     "attn.set_processor": set_each,
     "assigned": assign,
 }
+DIFFUSERS = {"a new one of its own": lambda model: model.set_attn_processor(FluxAttnProcessor())}
+"""which is a processor that could be bound, and is not."""
 
 
 def flux():
@@ -319,7 +322,7 @@ def exchanged(meshes):
     with torch.no_grad():
         expected = model(**inputs).sample
     answers = {}
-    for name, exchange in EXCHANGES.items():
+    for name, exchange in {**EXCHANGES, **DIFFUSERS}.items():
         enable_context_parallel(model, mesh=meshes.lines[2], verbose=False)
         with torch.no_grad():
             wrong = error(model(**inputs).sample, expected)
