@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..symbolic import equal, sort
 from .sharding import Run
 
 
@@ -26,7 +27,7 @@ def tiles(query_runs: tuple[Run, ...], key_runs: tuple[Run, ...], is_causal: boo
         return []
     if not is_causal:
         return [Tile((0, queries), (0, keys))]
-    if query_runs == key_runs and list(query_runs) == sorted(query_runs):
+    if equal(query_runs, key_runs) and equal(query_runs, tuple(sort(query_runs))):
         return [Tile((0, queries), (0, keys), True)]
     found = [
         tile
@@ -65,12 +66,12 @@ def _between(query: Run, key: Run, query_offset: int, key_offset: int) -> list[T
 def merge_keys(found: list[Tile]) -> list[Tile]:
     """Fewer calls: the same queries, neighbouring keys."""
     merged: list[Tile] = []
-    for tile in sorted(found, key=lambda tile: (tile.is_causal, tile.query, tile.key)):
+    for tile in sort(found, key=lambda tile: (tile.is_causal, tile.query, tile.key)):
         last = merged[-1] if merged else None
         if (
             last
             and not (tile.is_causal or last.is_causal)
-            and last.query == tile.query
+            and equal(last.query, tile.query)
             and sum(last.key) == tile.key[0]
         ):
             merged[-1] = Tile(tile.query, (last.key[0], last.key[1] + tile.key[1]))
@@ -82,12 +83,12 @@ def merge_keys(found: list[Tile]) -> list[Tile]:
 def merge_queries(found: list[Tile]) -> list[Tile]:
     """Fewer calls: the same keys, neighbouring queries."""
     merged: list[Tile] = []
-    for tile in sorted(found, key=lambda tile: (tile.is_causal, tile.key, tile.query)):
+    for tile in sort(found, key=lambda tile: (tile.is_causal, tile.key, tile.query)):
         last = merged[-1] if merged else None
         if (
             last
             and not (tile.is_causal or last.is_causal)
-            and last.key == tile.key
+            and equal(last.key, tile.key)
             and sum(last.query) == tile.query[0]
         ):
             merged[-1] = Tile((last.query[0], last.query[1] + tile.query[1]), tile.key)

@@ -20,6 +20,7 @@ from ..providers import catalog, lowering, registry, speeds
 from ..providers.base import Params
 from ..providers.catalog import SPECS
 from ..providers.decision import Call, Plan, decide
+from ..symbolic import constant
 from .block_masks import block_mask
 from .exchange import after
 
@@ -56,7 +57,7 @@ class Kernel(NamedTuple):
             sums = query.sum(dim=-1, keepdim=True) * key.sum(dim=(1, 2, 3), keepdim=True)
             return after(sums * value.sum(dim=(1, 2), keepdim=True) * 0.0, mask)
         kind, mask = self._classify(query, key, self._by_token(mask))
-        plan = self._plan(query, key, value, kind, is_causal, _compare(query, key), False)
+        plan = self._plan(query, key, value, kind, is_causal, self._query_len(query, key, is_causal), False)
         params = self._params(query, key, plan, is_causal)
         adapter = registry.ADAPTERS[plan.provider]
         query, key, value = _transposed(plan, query, key, value)
@@ -120,7 +121,7 @@ class Kernel(NamedTuple):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
     ) -> tuple[Plan, Tensor | None, Params]:
         kind, mask = self._classify(query, key, self._by_token(mask))
-        plan = self._plan(query, key, value, kind, is_causal, _compare(query, key), True)
+        plan = self._plan(query, key, value, kind, is_causal, self._query_len(query, key, is_causal), True)
         if plan.causal == "mask":
             mask, is_causal = masks.and_causal(mask, query.shape[1], key.shape[1]), False
         return plan, mask, self._params(query, key, plan, is_causal)
@@ -153,12 +154,19 @@ class Kernel(NamedTuple):
         query_len: str,
         partial: bool,
     ) -> Plan:
+        # Only "auto" asks which kernels are fast.
+        long = True if self.provider == "auto" and key.shape[1] >= speeds.LONG else False
         call = (
-            query.device, query.dtype, query.shape[-1], value.shape[-1], query.shape[2], key.shape[2], query_len,
-            True if key.shape[1] >= speeds.LONG else False, mask_kind, is_causal, False, self.needs_grad, False,
-            self.options, partial,
+            query.device, query.dtype, constant(query.shape[-1]), constant(value.shape[-1]), constant(query.shape[2]),
+            constant(key.shape[2]), query_len, long, mask_kind, is_causal, False, self.needs_grad, False, self.options,
+            partial,
         )  # fmt: skip
         return Plan(*_decide(self.provider, *call))
+
+    def _query_len(self, query: Tensor, key: Tensor, is_causal: bool) -> str:
+        """The query's length against the key's, where it matters. Where it does not it is not looked at: of uneven
+        shards a rank's is longer than another's or not, by what remains, and each would be a graph."""
+        return _compare(query, key) if is_causal or self.options else "equal"
 
     def _params(self, query: Tensor, key: Tensor, plan: Plan, is_causal: bool) -> Params:
         return Params(

@@ -7,9 +7,12 @@ meanwhile (`early`): called step by step, a model asks for attention when all of
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..symbolic import ceil_div, constant
 from . import exchange
 from .blocks import BlockAttention
 from .push import EVERYONE, Push
@@ -50,13 +53,16 @@ def is_faster(query: Tensor, key: Tensor, value: Tensor, call: BlockAttention) -
 
     In place of a second call and a merge, it costs a copy of this rank's own keys and values to where the others'
     arrive, and what of the exchange the projection of the queries does not hide, which is taken to be as wide as they
-    are. So it is for pictures rather than for videos. By what is the same on all ranks.
+    are. So it is for pictures rather than for videos. By what is the same on all ranks: in a graph for all lengths, by
+    whether all tokens are fewer than a number, on which side of which the graph then stays.
     """
     if call.kernel.needs_grad or call.transport != SYMMETRIC or not torch.compiler.is_compiling():
         return False
-    tokens, width = max(call.key_shards.sizes), query.shape[2] * query.shape[3]
-    own = query.shape[0] * tokens * key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+    # All of it is proportional to the number of tokens.
+    width = constant(query.shape[2]) * constant(query.shape[3])
+    own = constant(key.shape[2]) * (constant(key.shape[3]) + constant(value.shape[3])) * key.element_size()
     arrival = (call.group.size - 1) * own / BYTES_PER_SECOND
-    projection = 2 * query.shape[0] * tokens * width * width / FLOPS
+    projection = 2 * width * width / FLOPS
     copy = 2 * own / MEMORY_BYTES_PER_SECOND
-    return max(0.0, arrival - projection) + copy < SECONDS_OF_A_SECOND_CALL
+    limit = math.ceil(SECONDS_OF_A_SECOND_CALL / (max(0.0, arrival - projection) + copy))
+    return True if query.shape[0] * ceil_div(call.key_shards.total, call.group.size) < limit else False

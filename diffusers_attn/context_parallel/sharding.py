@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import result
+from ..symbolic import ceil_div, sort
 from . import exchange
 from .mesh import ContextParallelMesh, Group
 
@@ -73,7 +74,7 @@ class Shards(NamedTuple):
 
     def sorted(self) -> Shards:
         """The same tokens on every rank, in the order of the sequence."""
-        return Shards(tuple(tuple(sorted(runs)) for runs in self.runs))
+        return Shards(tuple(tuple(sort(runs)) for runs in self.runs))
 
     def without(self, rank: int) -> tuple[Run, ...]:
         """The runs of all other ranks, in their order."""
@@ -81,8 +82,8 @@ class Shards(NamedTuple):
 
 
 def _cut(length: int, parts: int) -> list[Run]:
-    size, longer = divmod(length, parts)
-    return [(part * size + min(part, longer), size + (part < longer)) for part in range(parts)]
+    sizes = [ceil_div(length - part, parts) for part in range(parts)]
+    return [(sum(sizes[:part]), size) for part, size in enumerate(sizes)]
 
 
 def in_blocks(runs: tuple[Run, ...], block: int) -> tuple[Run, ...]:
@@ -99,15 +100,16 @@ def take(tensor: Tensor, runs: tuple[Run, ...], dim: int) -> Tensor:
 
 def in_order(tensor: Tensor, runs: tuple[Run, ...], dim: int) -> Tensor:
     """A tensor whose tokens along `dim` are those of `runs`, sorted as they are in the sequence."""
-    pieces = sorted((start, length, offset) for (start, length), offset in zip(runs, _offsets(runs)))
+    pieces = sort((*run, offset) for run, offset in zip(runs, _offsets(runs)))
     return take(tensor, tuple((offset, length) for _, length, offset in pieces), dim)
 
 
 def out_of_order(tensor: Tensor, runs: tuple[Run, ...], dim: int) -> Tensor:
     """The inverse of `in_order`: tokens in the order of `runs` again."""
-    in_sequence = tuple(sorted(runs))
-    offsets = dict(zip(in_sequence, _offsets(in_sequence)))
-    return take(tensor, tuple((offsets[run], run[1]) for run in runs), dim)
+    places = sort((*run, index) for index, run in enumerate(runs))
+    offsets = _offsets(tuple((start, length) for start, length, _ in places))
+    pieces = sort((index, offset, length) for (_, length, index), offset in zip(places, offsets))
+    return take(tensor, tuple((offset, length) for _, offset, length in pieces), dim)
 
 
 def _offsets(runs: tuple[Run, ...]) -> list[int]:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import AttentionProviderError
+from ..symbolic import equal
 from . import sharding
+from .lengths import Lengths
 from .mesh import ContextParallelMesh
 from .naming import running_module
 from .running import running
@@ -85,7 +87,7 @@ class Streams:
         self.mesh = mesh
         self.transport = Transport() if transport is None else transport
         """how keys and values get to the other ranks of a ring, and why so."""
-        self.lengths: dict[str, int] = {}
+        self.lengths = Lengths()
         self.blocks: dict[str, int] = {}
         """of sequences that are split between blocks only, in the latest forward: how many tokens a block has."""
         self.every_rank: set[str] = set()
@@ -113,10 +115,8 @@ class Streams:
 
     def begin(self) -> None:
         """Forgets the sequences of an earlier forward."""
-        self.lengths.clear()
-        self.blocks.clear()
-        self._calls.clear()
-        self._made.clear()
+        # New ones, rather than empty ones: a graph would depend on what was in them.
+        self.lengths, self.blocks, self._calls, self._made = Lengths(), {}, {}, {}
 
     def start(self, frame: FrameType | None = None) -> None:
         """A forward of the model starts: until it ends, all attention of this thread is the model's.
@@ -179,7 +179,7 @@ class Streams:
         self.blocks.update(state.blocks)
 
     def _replace(self, state: StreamsState) -> None:
-        if (self.lengths, self.blocks) != (state.lengths, state.blocks):
+        if (dict(self.lengths), self.blocks) != (state.lengths, state.blocks):
             self.begin()
             self.restore(state)
 
@@ -254,7 +254,8 @@ class Streams:
         sequence once for every sample. Of those in `already`, the tensor has this rank's shard.
 
         Raises:
-            AttentionProviderError: the others were not split before, or are longer than all.
+            AttentionProviderError: the others were not split before, or are longer than all; or some rank would have
+                none of a sequence. On all ranks.
         """
         if flattened:
             return self._split_flattened(name, tensor, dim % tensor.ndim)
@@ -277,6 +278,7 @@ class Streams:
                 runs.append((start, self._seen((each,))))
                 start += self._seen((each,))
                 continue
+            self._check_every_rank_has_some(each, tensor, dim)
             if each in self.whole:
                 runs.append((start, self.lengths[each]))
             elif self._stands_in(each, self.mesh.rank):
@@ -295,11 +297,23 @@ class Streams:
         """Raises AttentionProviderError where what is to be split is a rank's shard already. On all ranks, since all
         know all sizes."""
         known = self.lengths.get(name, length)
-        if length != known and length in self.shards((name,)).sizes:
+        if 0 < length != known and length in self.shards((name,)).sizes:
             raise AttentionProviderError(
                 f"'{name}' was split before in this forward, from {known} tokens, and what is to be split now has "
                 f"{length}, as many as a rank's shard. Split it once: of blocks that pass it on, name the first alone "
                 "('blocks.0', not 'blocks.*')."
+            )
+
+    def _check_every_rank_has_some(self, name: str, tensor: Tensor, dim: int) -> None:
+        """Raises AttentionProviderError where a rank would have no token of `name`, and gets no stand-in. All ranks
+        judge by the whole length: the others would wait for the one in which the model's code fails."""
+        length = self.lengths[name]
+        if 0 < length < self.mesh.size and name not in self.whole and name not in self.every_rank:
+            raise AttentionProviderError(
+                f"a tensor {list(tensor.shape)} is to be split along dimension {dim} over {self.mesh.size} ranks, and "
+                f"'{name}' has a length of {length} there, too short for every rank to have a part. Use {length} "
+                f"rank{'s' * (length > 1)} or fewer, or a larger size; or, in a plan of your own, "
+                "CPInput(stream=..., every_rank=True), which gives a rank without a token a stand-in."
             )
 
     def _split_flattened(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
@@ -322,7 +336,7 @@ class Streams:
                     "ranks."
                 )
             self.lengths[name] = length
-            self._calls.clear()
+            self._calls = {}
         return self._seen((name,))
 
     def whole_length(self, name: str, seen: int) -> int:
@@ -578,18 +592,19 @@ class Streams:
 
         Refused where any rank could take it for another: it is by this that ranks agree.
         """
-        different = {shards.sizes: shards for shards in map(self.shards, joins)}
-        found = [sizes for sizes in different if sizes[self.mesh.rank] == length]
+        candidates = [self.shards(names) for names in joins]
+        found = [shards for shards in candidates if shards.sizes[self.mesh.rank] == length]
         if not found:
             return None
-        for sizes in different:
-            if sizes != found[0] and any(one == other for one, other in zip(sizes, found[0])):
+        known = found[-1].sizes
+        for sizes in [shards.sizes for shards in candidates]:
+            if not equal(sizes, known) and any(one == other for one, other in zip(sizes, known)):
                 raise AttentionProviderError(
-                    f"{what}, {length} tokens on rank {self.mesh.rank}, could be shards of {sum(found[0])} tokens or "
+                    f"{what}, {length} tokens on rank {self.mesh.rank}, could be shards of {sum(known)} tokens or "
                     f"of {sum(sizes)} ({self._known()}). Say in the plan which: name the sequences (stream='text') of "
                     "CPInput and CPOutput, and give the attention modules' with CPAttention."
                 )
-        return different[found[0]]
+        return found[-1]
 
     def _known_length(self, name: str) -> int:
         if name not in self.lengths:

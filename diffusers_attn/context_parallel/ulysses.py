@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..symbolic import ceil_div, constant
 from . import exchange
 from .mesh import Group
 
@@ -48,7 +49,7 @@ def ulysses_attention(
     Returns:
         `[batch, this rank's queries, heads, value_head_dim]`.
     """
-    heads, kv_heads, repeats = split_heads(query.shape[2], key.shape[2], group.size)
+    heads, kv_heads, repeats = split_heads(constant(query.shape[2]), constant(key.shape[2]), group.size)
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
     queries, keys = Layout(group, query_sizes, heads), Layout(group, key_sizes, kv_heads)
@@ -65,8 +66,7 @@ def split_heads(heads: int, kv_heads: int, ranks: int) -> tuple[tuple[int, ...],
     """
     groups = heads // kv_heads
     repeats = next((n for n in range(1, groups + 1) if groups % n == 0 and kv_heads * n % ranks == 0), groups)
-    size, longer = divmod(kv_heads * repeats, ranks)
-    kv_split = tuple(size + (rank < longer) for rank in range(ranks))
+    kv_split = tuple(ceil_div(kv_heads * repeats - rank, ranks) for rank in range(ranks))
     return tuple(count * groups // repeats for count in kv_split), kv_split, repeats
 
 

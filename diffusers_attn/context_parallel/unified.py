@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import AttentionProviderError
 from ..masks import MaskKind
+from ..symbolic import constant
 from . import exchange, one_call
 from .blocks import BlockAttention
 from .kernel import Kernel, options_by_place
@@ -205,7 +206,7 @@ def _check_shapes(
                 f"rank {mesh.rank} (queries {query_shards.sizes}, keys {key_shards.sizes}). Tensors are [batch, tokens "
                 "of this rank, heads, head_dim]."
             )
-    if query.shape[2] % key.shape[2]:
+    if constant(query.shape[2]) % constant(key.shape[2]):
         raise AttentionProviderError(
             f"{query.shape[2]} query heads do not divide into {key.shape[2]} key heads; a multiple is accepted."
         )

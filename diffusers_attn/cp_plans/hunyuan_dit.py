@@ -10,8 +10,8 @@ PLANS: dict[str, Plan] = {
     "HunyuanDiT2DModel": {
         "": {ParamId("controlnet_block_samples"): CPInput(1, 3, stream="image")},
         "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
-        # cos and sin.
-        "blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, stream="image")},
+        # cos and sin; of one row, which then is for all tokens.
+        "blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, stream="image", leave_other_dims=True)},
         "blocks.*.attn1": CPAttention(("image",)),
         "blocks.*.attn2": CPAttention(("image",), key=()),
         "proj_out": CPOutput(1, 3, stream="image"),

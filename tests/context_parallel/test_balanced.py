@@ -86,7 +86,7 @@ def compare(meshes, ring, ulysses, rotate_method, plan=PLAN, disabled=False, **m
 def test_like_one_process(pool, mesh):
     ring, ulysses, method = MESHES[mesh]
     where = {"ring": ring, "ulysses": ulysses, "rotate_method": method}
-    for case in ({}, {"masked": True}, {"length": 3}, *([{"plan": UNNAMED}] if mesh == "ring 2" else [])):
+    for case in ({}, {"masked": True}, {"length": ring * ulysses}, *([{"plan": UNNAMED}] if mesh == "ring 2" else [])):
         for errors in pool.run(ring * ulysses, compare, **where, **case):
             assert max(errors) < 1e-12, case
     for errors in pool.run(ring * ulysses, compare, disabled=True, **where):

@@ -71,12 +71,12 @@ def test_arguments_are_found_by_name_and_by_place():
     module = Recorder()
     apply_context_parallel(module, MESH, plan)
     for out in (
-        module(tokens(8), tokens(5), tokens(2), extra=tokens(3), of_kwargs=tokens(4)),
-        module(hidden_states=tokens(8), context=tokens(5), rotary=tokens(2), extra=tokens(3), of_kwargs=tokens(4)),
+        module(tokens(8), tokens(5), tokens(6), extra=tokens(3), of_kwargs=tokens(4)),
+        module(hidden_states=tokens(8), context=tokens(5), rotary=tokens(6), extra=tokens(3), of_kwargs=tokens(4)),
     ):
         assert out["hidden_states"].tolist() == [[3, 4, 5]]
         assert out["context"].tolist() == [[2, 3]]
-        assert out["rotary"].tolist() == [[1]]
+        assert out["rotary"].tolist() == [[2, 3]]
         assert out["extra"].tolist() == [[1]]
         assert out["of_kwargs"].tolist() == [[2]]
     assert module(tokens(8))["context"] is None  # what is absent stays so
@@ -325,7 +325,7 @@ def test_lengths_say_what_attention_joins():
 def test_what_a_rank_could_confuse_is_refused_on_all():
     for rank in range(3):
         streams = Streams(ContextParallelMesh(ContextParallelConfig(3), Group("none", rank, 3), ALONE))
-        streams.split("text", tokens(2), 1)  # 1, 1, 0: image alone and text with image look alike on rank 2
+        streams.shard_length("text", 2)  # 1, 1, 0: image alone and text with image look alike on rank 2
         streams.split("image", tokens(9), 1)
         joint = streams.shards(("text", "image"))
         with pytest.raises(AttentionProviderError, match="CPAttention"):

@@ -90,11 +90,11 @@ def test_of_joined_sequences_some_may_be_split_already():
 def test_sequences_that_a_forward_does_not_have():
     streams = streams_of(2)
     streams.role = Role(("text", "image", "reference"), ("text", "image", "reference"))
-    streams.split("text", torch.zeros(2), 0)  # none here: lengths would not tell
+    streams.split("text", torch.zeros(3), 0)
     streams.split("image", torch.zeros(7), 0)
-    call = streams.attention(2, 2)
+    call = streams.attention(3, 3)
     assert call.queries == call.keys == streams.shards(("text", "image")) and call.in_order
-    query = torch.zeros(1, 3, 2, 4)
+    query = torch.zeros(1, 4, 2, 4)
     with pytest.raises(AttentionProviderError, match="a mix of"):
         split_attention(query, query, query, streams=streams, provider="native")
 
@@ -133,14 +133,14 @@ def test_neighbours_are_of_an_argument_by_position():
 
 def test_a_whole_mask_of_keys_is_cut_to_those_of_this_rank():
     streams = streams_of(2)
-    streams.split("text", torch.zeros(1), 0)  # no token here, and lengths would not tell
-    streams.split("video", torch.zeros(7), 0)
+    streams.split("text", torch.zeros(3), 0)
+    streams.split("video", torch.zeros(5), 0)
     streams.role = Role(("text", "video"), ("text", "video"), key_mask=True)
     call = streams.attention(2, 2)
     mask = torch.arange(8.0).expand(2, 4, 1, 8)
     for whole in (mask, torch.nn.functional.pad(mask, (0, 2)), mask.expand(2, 4, 2, 8)):
         found = call_module._mask(whole, call, streams, None, None)
-        assert isinstance(found, KeyMask) and found.values.tolist() == [[6, 7]] * 2
+        assert isinstance(found, KeyMask) and found.values.tolist() == [[2, 7]] * 2
     for shape in ((1, 1, 2, 8), (2, 1, 1, 7)):
         with pytest.raises(AttentionProviderError, match="one row, with columns for all 8 keys"):
             call_module._mask(torch.ones(shape), call, streams, None, None)

@@ -18,6 +18,7 @@ MODELS = dict.fromkeys(
         "stable_audio, without masks",
         "hunyuan_dit",
         "hunyuan_dit, with control",
+        "hunyuan_dit, one angle for all tokens",
         "ace_step",
         "omnigen",
         "krea2",
@@ -82,6 +83,10 @@ def lumina2_texts_of_one_length(inputs, draw):
 
 def hunyuan_dit_with_control(inputs, draw):
     inputs["controlnet_block_samples"] = [draw.normal(2, IMAGE_TOKENS, 64)]
+
+
+def hunyuan_dit_one_angle(inputs, draw):
+    inputs["image_rotary_emb"] = draw.rotation(1, 16)
 
 
 def without_masks(inputs, draw):
@@ -180,6 +185,7 @@ VARIANTS = {
     "lumina2, texts of one length": ({}, lumina2_texts_of_one_length),
     "stable_audio, without masks": ({}, without_masks),
     "hunyuan_dit, with control": ({}, hunyuan_dit_with_control),
+    "hunyuan_dit, one angle for all tokens": ({}, hunyuan_dit_one_angle),
     "krea2, without a mask": ({}, without_masks),
     "qwenimage21, one time for all": ({"causal_condition": False}, without_masks),
     "qwenimage21, text alone": ({}, qwenimage21_text_alone),

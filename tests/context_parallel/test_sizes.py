@@ -1,0 +1,24 @@
+"""Of sizes that change, over ranks: a graph for the first, one for all others, and none after the second."""
+
+import pytest
+
+from .sized import walk
+
+# text and image tokens: even and uneven shards, on two ranks and three, and sizes that were there before
+SIZES = [(8, 35), (13, 46), (8, 35), (9, 24), (12, 49), (13, 50), (10, 23), (16, 64), (11, 31), (8, 36)]
+STRATEGIES = (
+    "ulysses 2", "gather 2", "ring 2", "ulysses 3", "gather 3", "ring 3", "gather 2 x ulysses 2", "ring 2 x ulysses 2",
+)  # fmt: skip
+
+
+def check(pool, mesh, sizes=SIZES, **arguments):
+    one, _ = walk(None, None, sizes, **arguments)
+    ranks = 4 if "x" in mesh else int(mesh[-1])
+    for graphs, error in pool.run(ranks, walk, mesh=mesh, sizes=sizes, **arguments):
+        assert error < 1e-10
+        assert graphs == one
+
+
+@pytest.mark.parametrize("mesh", STRATEGIES)
+def test_ten_sizes(pool, mesh):
+    check(pool, mesh, masked=True)
