@@ -60,7 +60,10 @@ def other_value(name):
         return OTHERS[name]
     if field.metadata["choices"]:
         return field.metadata["choices"][-1]
-    return {bool: lambda: not field.default, str: lambda: "other"}.get(type(field.default), lambda: field.default + 1)()
+    bounds = field.metadata["bounds"]
+    if bounds is not None:
+        return (max(bounds.low, 0) if field.default is None else field.default) + 1
+    return not field.default if isinstance(field.default, bool) else "other"
 
 
 def test_every_setting_is_in_the_table():
