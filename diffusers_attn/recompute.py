@@ -13,7 +13,9 @@ The names of PyTorch that are used here are private to it, and used here alone.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -72,9 +74,33 @@ def install() -> None:
     reentrant.forward = staticmethod(forward_reentrant)  # type: ignore[method-assign]
 
 
+_add_reference = ctypes.pythonapi.Py_IncRef
+_add_reference.argtypes, _add_reference.restype = [ctypes.py_object], None
+
+
+def _stash_takes_a_reference() -> bool:
+    """Whether PyTorch takes a reference to what is stashed. 2.11 does not, and gives one back all the same when
+    something else is stashed, so that objects in use would be freed."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(_STASH, probe)
+    if sys.getrefcount(probe) > before:
+        return True
+    _add_reference(probe)
+    return False
+
+
+_TAKES_A_REFERENCE = _stash_takes_a_reference()
+
+
 def stash(value: object) -> None:
     """Notes `value` in this thread, for the backwards that it calls."""
+    if not _TAKES_A_REFERENCE:
+        _add_reference(value)
     torch._C._stash_obj_in_tls(_STASH, value)
+
+
+stash(None)  # in the place of the probe
 
 
 def stashed() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from diffusers_attn import DispatchProcessor, attention_provider
+from diffusers_attn import DispatchProcessor, attention_provider, recompute
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh
 from diffusers_attn.dispatch import attend
@@ -30,6 +31,16 @@ def query(head_dim: int = 8) -> torch.Tensor:
 
 def within(provider: str | None) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if provider is None else attention_provider(provider)
+
+
+def test_what_is_stashed_keeps_its_references():
+    """PyTorch 2.11 takes none itself, and gives one back."""
+    value = object()
+    before = sys.getrefcount(value)
+    for _ in range(3):
+        recompute.stash(value)
+        recompute.stash(None)
+    assert sys.getrefcount(value) == before
 
 
 class Seen(torch.nn.Module):

@@ -131,9 +131,11 @@ class Pool:
         return [answers[rank] for rank in range(ranks)]
 
     def _start(self) -> None:
-        # Forks of one process that has imported everything: of spawned ones, each would import it again.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        # Forks of one process that has imported everything: of spawned ones, each would import it again. But CUDA does
+        # not work in forks of a process that has looked for devices, as some imports do.
+        context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(PRELOAD)
         self._folder = tempfile.TemporaryDirectory()
         self._jobs = [context.SimpleQueue() for _ in range(self._size)]
         self._results = context.Queue()
