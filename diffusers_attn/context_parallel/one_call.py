@@ -7,8 +7,6 @@ meanwhile (`early`): called step by step, a model asks for attention when all of
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -64,5 +62,5 @@ def is_faster(query: Tensor, key: Tensor, value: Tensor, call: BlockAttention) -
     arrival = (call.group.size - 1) * own / BYTES_PER_SECOND
     projection = 2 * width * width / FLOPS
     copy = 2 * own / MEMORY_BYTES_PER_SECOND
-    limit = math.ceil(SECONDS_OF_A_SECOND_CALL / (max(0.0, arrival - projection) + copy))
+    limit = SECONDS_OF_A_SECOND_CALL / (max(0.0, arrival - projection) + copy)
     return True if query.shape[0] * ceil_div(call.key_shards.total, call.group.size) < limit else False
