@@ -150,8 +150,8 @@ def enable_context_parallel(
             groups.give_timeout(axis, settled.timeout, device, always=timeout is not None)  # type: ignore[arg-type]
     names = [group.name for group in (sharing.ring, sharing.ulysses) if group.size > 1]
     positions.belongs_to(names, ranks.everyone(dist.get_rank(), [resolve(name) for name in names]))
-    lease = sharing.lease  # each model has one of its own
-    sharing = dataclasses.replace(sharing, lease=groups.Lease())
+    lease = sharing.lease or groups.Lease()  # each model has one of its own
+    sharing = dataclasses.replace(sharing, lease=None)
     with contextlib.ExitStack() as undo_all:  # whatever fails after all, nothing stays
         for target in settled.targets:
             undo_all.callback(_take_off, target.model)

@@ -40,7 +40,7 @@ class ContextParallelMesh:
     ulysses: Group
     device_type: str = "cpu"
     """of the mesh: what its ranks compute on."""
-    lease: groups.Lease = dataclasses.field(default_factory=groups.Lease, compare=False, repr=False)
+    lease: groups.Lease | None = dataclasses.field(default=None, compare=False, repr=False)
     """of its groups, where they were made for it."""
 
     @property
