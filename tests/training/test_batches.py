@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from diffusers_attn.training import TrainConfig
 from diffusers_attn.training.data import LatentLoader, Share
 from diffusers_attn.training.data.cache import CachedLatents
+from diffusers_attn.training.data.store import TensorStore
 from diffusers_attn.training.draws import Draws
 from diffusers_attn.training.loss import sample_u
 from diffusers_attn.training.prepare import Prepared, evaluation_batches
@@ -21,6 +21,8 @@ from diffusers_attn.training.randomness import SampleRandomness
 class Named:
     """As much of an example as batches look at."""
 
+    kind = "image"
+
     def __init__(self, name: str, caption: str) -> None:
         self.name, self.caption = name, caption
 
@@ -28,14 +30,18 @@ class Named:
 @pytest.fixture
 def prepared(tmp_path: Path) -> Prepared:
     """Four examples, whose captions have from two to five tokens."""
-    latents, text = [], {"": tmp_path / "empty"}
-    save_file({"words": torch.zeros(1, 3)}, text[""])
+    store = TensorStore(tmp_path)
+
+    def write(key: str, **tensors: torch.Tensor) -> Path:
+        store.write(key, tensors, {})
+        return store.path(key)
+
+    latents, text = [], {"": write("empty", words=torch.zeros(1, 3))}
     for number in range(4):
-        path, caption = tmp_path / f"latents{number}", f"caption {number}"
-        save_file({name: torch.randn(2, 1, 4, 4) for name in ("latents_mean", "latents_logvar")}, path)
+        caption = f"caption {number}"
+        path = write(f"latents {number}", **{f"latents_{each}": torch.randn(2, 1, 4, 4) for each in ("mean", "logvar")})
         latents.append(CachedLatents(Named(f"{number}.png", caption), (1, 32, 32), path))
-        text[caption] = tmp_path / f"text{number}"
-        save_file({"words": torch.randn(2 + number, 3)}, text[caption])
+        text[caption] = write(caption, words=torch.randn(2 + number, 3))
     return Prepared(latents, text, latents)
 
 

@@ -56,7 +56,7 @@ def _dtypes(kept):
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_a_tracker_is_told_numbers_and_pictures(settings_of, tmp_path, monkeypatch, tracker):
+def test_a_tracker_is_told_numbers_and_videos(settings_of, tmp_path, monkeypatch, tracker):
     _needs(tracker)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -67,8 +67,8 @@ def test_a_tracker_is_told_numbers_and_pictures(settings_of, tmp_path, monkeypat
     if tracker == "wandb":
         [run] = tmp_path.glob("wandb/offline-run-*")
         [records] = run.glob("run-*.wandb")
-        [picture] = run.glob("files/media/images/validation/*")
-        assert picture.read_bytes() == Path(settings["output_dir"], "samples", "last", "00-a-cat.gif").read_bytes()
+        [video] = run.glob("files/media/videos/validation/*")
+        assert video.read_bytes() == Path(settings["output_dir"], "samples", "last", "00-a-cat.mp4").read_bytes()
     else:
         [records] = Path(settings["output_dir"], "tried").glob("events.out.tfevents.*")
         assert b"validation/0" in records.read_bytes()
