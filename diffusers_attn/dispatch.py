@@ -211,7 +211,7 @@ def _attend_unusual(
     if kind.way == Way.STRIPPED:
         plain = [kinds.stripped(each) for each in (query, key, value, attn_mask)]
         return kinds.labelled_as(again(*plain, is_causal=is_causal), query, key, value, attn_mask)
-    split = streams is not None and streams.lengths and streams.mesh.size > 1
+    split = streams is not None and streams.is_split
     if kind.way == Way.CAUSAL:
         if argument != "attn_mask":
             raise kinds.refused(argument, kind, "which is a mask", "pass it as attn_mask")
@@ -258,7 +258,7 @@ def _attend_split(
     kind: tuple[str, Kind] | None,
 ) -> Tensor | None:
     """Attention over the ranks that share the sequence; None for a call that each rank can answer by itself."""
-    if not streams.lengths or streams.mesh.size == 1:  # a part of the forward in which nothing is split
+    if not streams.is_split:  # a part of the forward in which nothing is split
         return None
     from .context_parallel.call import split_attention
 

@@ -64,7 +64,7 @@ def split_attention(
             f"model's tokens are split over {streams.mesh.ring.size} by {streams.mesh.ulysses.size}. Pass the mesh to "
             "attention_provider that apply_context_parallel was given."
         )
-    if streams.role is not None and streams.role.key and streams.lengths and mesh.size > 1:
+    if streams.role is not None and streams.role.key and streams.is_split:
         _check_tensor(attn_mask)  # before lengths are, which a model fills up to whole blocks
     call = streams.attention(query.shape[1], key.shape[1])
     by_place = options_by_place(provider, options) if options else ()

@@ -393,7 +393,7 @@ def _smoothed_energy_guidance(hook: Any, streams: Streams) -> None:
 
 def _blurred(hook: Any, streams: Streams, module: nn.Module, queries: Tensor) -> Any:
     """`queries`: `[batch, seq, channels]`, of a module's projection."""
-    if streams.mesh.size == 1 or not streams.lengths or (streams.role is not None and not streams.role.query):
+    if not streams.is_split or (streams.role is not None and not streams.role.query):
         return hook.post_forward(module, queries)
     shards, group = _shards_of_queries(queries.shape[1], streams)
     queries = queries.unflatten(1, (-1, group))

@@ -225,5 +225,5 @@ class _End:
             if error is not None:
                 positions.note_failure(error)
         # Without an output, it is left by an error.
-        if output is not None and streams.lengths and not streams.reached and streams.strict and streams.mesh.size > 1:
+        if output is not None and streams.is_split and not streams.reached and streams.strict:
             raise_error(attention_elsewhere, module)

@@ -44,5 +44,9 @@ class Lengths(MutableMapping[str, int]):
     def __len__(self) -> int:
         return len(self._sizes)
 
+    def are_known(self) -> bool:
+        """Whether there is any. (Dynamo before PyTorch 2.13 does not know the truth of a mapping.)"""
+        return bool(self._sizes)
+
     def __repr__(self) -> str:
         return repr(dict(self))

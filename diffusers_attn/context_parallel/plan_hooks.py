@@ -78,7 +78,7 @@ def hooks_of(
             for word in words:
                 if isinstance(word, CPInput) and word.stream is not None:
                     names = (word.stream,) if isinstance(word.stream, str) else word.stream
-                    streams.every_rank.update(names if word.every_rank else ())
+                    streams.named.update(names)
                     streams.balanced.update(names if word.balanced else ())
             if isinstance(words[0], CPInput) and words[0].split_output:
                 behind.append((param, each))

@@ -90,8 +90,8 @@ class Streams:
         self.lengths = Lengths()
         self.blocks: dict[str, int] = {}
         """of sequences that are split between blocks only, in the latest forward: how many tokens a block has."""
-        self.every_rank: set[str] = set()
-        """sequences of which a rank without a token is given a stand-in."""
+        self.named: set[str] = set()
+        """sequences that the plan names: of these, a rank without a token is given a stand-in."""
         self.balanced: set[str] = set()
         """sequences of which each rank has a part of the front and one of the back."""
         self.whole: set[str] = set()
@@ -195,6 +195,11 @@ class Streams:
             self._reached.pop()
 
     @property
+    def is_split(self) -> bool:
+        """Whether, at this point of the forward, any sequence is split between ranks."""
+        return self.lengths.are_known() and self.mesh.size > 1
+
+    @property
     def is_running(self) -> bool:
         """Whether this thread is within a forward of the model, or computes a part of one again."""
         return running.streams is self
@@ -205,7 +210,7 @@ class Streams:
         self._outer.append(self.role)
         if role is None and self.role == WHOLE:
             role = WHOLE
-        self._reached.append(not self.lengths or self.mesh.size == 1 or role == WHOLE)
+        self._reached.append(not self.is_split or role == WHOLE)
         self.role = role
         running.streams = self
 
@@ -308,12 +313,12 @@ class Streams:
         """Raises AttentionProviderError where a rank would have no token of `name`, and gets no stand-in. All ranks
         judge by the whole length: the others would wait for the one in which the model's code fails."""
         length = self.lengths[name]
-        if 0 < length < self.mesh.size and name not in self.whole and name not in self.every_rank:
+        if 0 < length < self.mesh.size and name not in self.whole and name not in self.named:
             raise AttentionProviderError(
                 f"a tensor {list(tensor.shape)} is to be split along dimension {dim} over {self.mesh.size} ranks, and "
                 f"'{name}' has a length of {length} there, too short for every rank to have a part. Use {length} "
-                f"rank{'s' * (length > 1)} or fewer, or a larger size; or, in a plan of your own, "
-                "CPInput(stream=..., every_rank=True), which gives a rank without a token a stand-in."
+                f"rank{'s' * (length > 1)} or fewer, or a larger size; or, in a plan of your own, name "
+                "the sequence, CPInput(stream=...): a rank without a token is then given a stand-in."
             )
 
     def _split_flattened(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
@@ -474,7 +479,7 @@ class Streams:
         return tuple(name for name in names if name in self.lengths)
 
     def _stands_in(self, name: str, rank: int) -> bool:
-        if name in self.whole or name not in self.every_rank:
+        if name in self.whole or name not in self.named:
             return False
         return self.lengths[name] > 0 == self.shards((name,)).sizes[rank]
 
@@ -507,7 +512,7 @@ class Streams:
         Raises:
             AttentionProviderError: the lengths fit nothing, or more than one thing.
         """
-        if not self.lengths or self.mesh.size == 1:
+        if not self.is_split:
             return None
         self._note()
         if torch.compiler.is_compiling():
@@ -526,7 +531,7 @@ class Streams:
 
     def splits_queries(self, query_len: int, key_len: int) -> bool:
         """Whether the queries are shards of a call of which `attention` says that it is complete on each rank."""
-        if not self.lengths or self.mesh.size == 1:
+        if not self.is_split:
             return False
         if self.role is not None:
             names = self.present(self.role.query)

@@ -43,7 +43,7 @@ def problem_of(tensor: Tensor, spec: CPInput, entry: str, streams: Streams, outp
             f"is {list(tensor.shape)}. {fits}."
         )
     dim, size = spec.split_dim % tensor.ndim, tensor.shape[spec.split_dim]
-    if known == size or (known is None and (size != 1 or name in streams.every_rank)):
+    if known == size or (known is None and (size != 1 or name in streams.named)):
         return None
     of_stream = "" if known is None else f", and '{name}' has {known}"
     entries = f"{size} {'entry' if size == 1 else 'entries'} for {streams.mesh.size} ranks"

@@ -10,7 +10,7 @@ PLANS: dict[str, Plan] = {
         "joint_transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, stream="image"),
             # No tokens cannot be divided into heads.
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
         },
         "joint_transformer_blocks.*.attn": CPAttention(("text", "image")),
         "single_transformer_blocks.*.attn": CPAttention(("text", "image")),

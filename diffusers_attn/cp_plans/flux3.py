@@ -9,8 +9,8 @@ PLANS: dict[str, Plan] = {
         "": {
             ParamId("hidden_states"): CPInput(1, 3, stream="image"),
             # No tokens cannot be rotated by themselves.
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
-            ParamId("image_cond_hidden_states"): CPInput(1, 3, stream="reference", every_rank=True),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            ParamId("image_cond_hidden_states"): CPInput(1, 3, stream="reference"),
             ParamId("img_ids"): CPInput(0, 2, stream="image"),
             ParamId("txt_ids"): CPInput(0, 2, stream="text"),
             ParamId("image_cond_ids"): CPInput(0, 2, stream="reference"),

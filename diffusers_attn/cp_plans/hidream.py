@@ -14,7 +14,7 @@ _JOINED = ("image", *_TEXT)
 
 def _projected(stream: str) -> CPInput:
     # No tokens cannot be divided into samples.
-    return CPInput(1, 3, split_output=True, stream=stream, every_rank=True)
+    return CPInput(1, 3, split_output=True, stream=stream)
 
 
 def _plan(model: Any) -> Plan:

@@ -1,7 +1,6 @@
 """Hunyuan-DiT: self-attention over the image; cross-attention to text that all ranks have whole: local.
 
-The second half of the blocks is given what came out of the first, token by token. The text's mask replaces tokens, and
-what pools them attends to them before anything is split.
+The second half of the blocks is given what came out of the first, token by token. The text's mask replaces tokens.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
@@ -12,6 +11,7 @@ PLANS: dict[str, Plan] = {
         "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
         # cos and sin; of one row, which then is for all tokens.
         "blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, stream="image", leave_other_dims=True)},
+        "time_extra_emb.pooler": CPAttention((), key=()),  # of the text
         "blocks.*.attn1": CPAttention(("image",)),
         "blocks.*.attn2": CPAttention(("image",), key=()),
         "proj_out": CPOutput(1, 3, stream="image"),

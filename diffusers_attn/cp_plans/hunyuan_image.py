@@ -18,7 +18,7 @@ PLANS: dict[str, Plan] = {
         "transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, stream="image"),
             # Blocks cut the text off by its length, from the end, where no text would mean all.
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
         },
         "transformer_blocks.*.attn": _ATTENTION,
         "single_transformer_blocks.*.attn": _ATTENTION,

@@ -16,7 +16,7 @@ def joined(*video: str) -> Plan:
         "context_embedder.token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
         "transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, stream=video),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
         },
         "transformer_blocks.*.attn": attention,
         "single_transformer_blocks.*.attn": attention,

@@ -15,7 +15,7 @@ PLANS: dict[str, Plan] = {
         "context_embedder.token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
         "transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, stream="video"),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
         },
         "transformer_blocks.*": {ParamId("attention_mask"): CPInput(1, 2, stream="text")},
         "transformer_blocks.*.attn": CPAttention(("video", "text"), outer_mask=True),

@@ -8,7 +8,7 @@ from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 _FIRST: InputPlan = {
     ParamId("hidden_states"): CPInput(1, 3, stream="image"),
     # Text that is rotated, with rope_type="mrope", cannot be so without a token.
-    ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+    ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
 }
 _JOINED = ("image", "text")
 

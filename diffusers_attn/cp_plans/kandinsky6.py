@@ -10,8 +10,8 @@ PLANS: dict[str, Plan] = {
         "audio_text_transformer_blocks.*.attn": CPAttention(query=()),
         "visual_transformer_blocks.0": {
             # Where queries are rotated, a dimension is inferred, which it cannot be of no token.
-            ParamId("vis"): CPInput(1, 3, stream="video", every_rank=True),
-            ParamId("aud"): CPInput(1, 3, stream="audio", every_rank=True),
+            ParamId("vis"): CPInput(1, 3, stream="video"),
+            ParamId("aud"): CPInput(1, 3, stream="audio"),
         },
         "visual_transformer_blocks.*": {
             ParamId("vis_rope"): CPInput(0, stream="video"),

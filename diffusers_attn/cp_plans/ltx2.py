@@ -21,8 +21,8 @@ PLANS: dict[str, Plan] = {
     "LTX2VideoTransformer3DModel": {
         "": {
             # Where the model reshapes rotated queries and times, it infers a dimension, which it cannot of no token.
-            ParamId("hidden_states"): CPInput(1, 3, stream="video", every_rank=True),
-            ParamId("audio_hidden_states"): CPInput(1, 3, stream="audio", every_rank=True),
+            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
+            ParamId("audio_hidden_states"): CPInput(1, 3, stream="audio"),
             ParamId("timestep"): _time("video"),
             ParamId("audio_timestep"): _time("audio"),
             ParamId("video_keyframes_mask"): CPInput(1, 3, stream="video"),

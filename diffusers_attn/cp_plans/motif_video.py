@@ -28,7 +28,7 @@ def _plan(model: Any) -> Plan:
         "transformer_blocks.*": blocks,
         "transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, stream="video"),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream=_CONDITION, every_rank=True),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream=_CONDITION),
         },
         "transformer_blocks.*.attn": CPAttention(_JOINED),
         "transformer_blocks.*.cross_attn?": CPAttention(("video",), key=("text",)),

@@ -26,7 +26,7 @@ def _plan(model: Any) -> Plan:
         "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
         "transformer_blocks.*": {
             # No tokens cannot be rotated.
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
             # One value per key.
             ParamId("attention_kwargs"): {"attention_mask": CPInput(1, 2, stream=("image", "text"))},
         },

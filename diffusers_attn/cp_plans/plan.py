@@ -57,7 +57,9 @@ class CPInput:
     split_output: bool = False
     """an output of the module, rather than an input."""
     stream: str | tuple[str, ...] | None = None
-    """a name for the sequence, where a plan splits several. Several names: sequences that the model has joined to one,
+    """a name for the sequence, where a plan splits several. Of a sequence that has a name, a rank without a token, where
+    there are fewer than ranks, is given the first one to stand in, which attention and gathering leave out; one
+    without a name is refused then. Several names: sequences that the model has joined to one,
     in this order, of which each is split on its own. One of them, the one that was not split before or else the first,
     is as long as the others leave."""
     leave_other_dims: bool = False
@@ -72,10 +74,6 @@ class CPInput:
     grouped: bool = False
     """whether every entry of the sequence is several tokens, one after the other, as the pixels of a row are. The
     sequence, a single one of at least as many entries as there are ranks, has its length from before."""
-    every_rank: bool = False
-    """whether this stream's code does not run without a token. A rank that has none, of a sequence shorter than there
-    are ranks, is then given the first one to stand in, which attention and gathering leave out. It holds for all that
-    is split of this stream, which needs a name."""
     balanced: bool = False
     """whether each rank has a part from the front of this stream and one from its back, rather than one part. Where
     attention is causal, late tokens see more than early ones, and all ranks then have the same work. It holds for all
@@ -86,9 +84,8 @@ class CPInput:
     """
 
     def __post_init__(self) -> None:
-        for said in ("every_rank", "balanced"):
-            if getattr(self, said) and self.stream is None:
-                raise ValueError(f'CPInput({said}=True) is said of a stream: name it, CPInput(..., stream="text").')
+        if self.balanced and self.stream is None:
+            raise ValueError('CPInput(balanced=True) is said of a stream: name it, CPInput(..., stream="text").')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ PLANS: dict[str, Plan] = {
         "transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, stream="image"),
             # Short negative prompts have a handful of tokens, and no tokens cannot be rotated.
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text", every_rank=True),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
         },
         "transformer_blocks.*": {
             ParamId("encoder_hidden_states_mask"): CPInput(1, 2, stream="text"),

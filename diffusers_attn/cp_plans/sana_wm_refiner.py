@@ -9,7 +9,7 @@ PLANS: dict[str, Plan] = {
     "SanaWMLTX2RefinerTransformer3DModel": {
         "": {
             # Where the model reshapes rotated queries and times, it infers a dimension, which it cannot of no token.
-            ParamId("hidden_states"): CPInput(1, 3, stream="video", every_rank=True),
+            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
             ParamId("timestep"): CPInput(1, 2, stream="video", leave_other_dims=True),
             # cos and sin: [batch, tokens, channels], or by heads (rope_type="split"), [batch, heads, tokens, channels].
             ParamId("video_rotary_emb"): CPInput(-2, stream="video"),

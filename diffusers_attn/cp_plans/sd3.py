@@ -18,7 +18,7 @@ PLANS: dict[str, Plan] = {
         },
         "pos_embed": {ParamId(index=0): CPInput(1, 3, split_output=True, stream="image")},
         # No tokens cannot be divided into heads.
-        "context_embedder": {ParamId(index=0): CPInput(1, 3, split_output=True, stream="text", every_rank=True)},
+        "context_embedder": {ParamId(index=0): CPInput(1, 3, split_output=True, stream="text")},
         "transformer_blocks.*.attn": CPAttention(("image", "text")),
         "transformer_blocks.*.attn2?": CPAttention(("image",)),
         "proj_out": CPOutput(1, 3, stream="image"),

@@ -77,7 +77,7 @@ def test_of_joined_sequences_some_may_be_split_already():
     tokens = torch.arange(10)[None]
     for rank, seen in enumerate(([[0, 1, 5, 6]], [[2, 3, 5, 6]], [[4, 5, 6]])):
         streams = streams_of(rank)
-        streams.every_rank.add("text")
+        streams.named.add("text")
         streams.shard_length("text", 2)
         streams.shard_length("image", 5)
         mixed = tokens[:, :7]  # 5 of the image, whole, and one for each of two texts on every rank
@@ -185,7 +185,7 @@ def test_a_rank_without_a_token_is_given_one():
     text = torch.arange(10, 12)[None]
     for rank, seen in enumerate(([[10]], [[11]], [[10]])):
         streams = streams_of(rank)
-        streams.every_rank.add("text")
+        streams.named.add("text")
         assert streams.split("text", text, 1).tolist() == seen
         assert streams.shard_length("image", 5) == (2, 2, 1)[rank]
         assert streams.kept(("text", "image")) == (Kept(2, ((1, 1),)) if rank == 2 else None)
@@ -199,7 +199,7 @@ def test_a_rank_without_a_token_is_given_one():
     streams.begin()
     assert streams.split("text", text[:, :0], 1).shape == (1, 0)  # nothing can stand in
     with pytest.raises(ValueError, match="name it"):
-        CPInput(1, every_rank=True)
+        CPInput(1, balanced=True)
 
 
 @pytest.mark.parametrize("runs", [(), ((0, 2),), ((1, 2),), ((0, 1), (3, 2)), ((1, 1), (2, 3))])
@@ -236,7 +236,7 @@ def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
             streams.role = None
             enter(module, ())
             assert streams.role is not None, path
-    streams.begin()
+            streams.leave()
 
 
 def test_every_plan_of_diffusers_has_one_here():

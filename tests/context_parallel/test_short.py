@@ -4,33 +4,35 @@ without a token; or served, where the plan says how."""
 import pytest
 import torch
 
-from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
-from tests.zoo import CASES
+from diffusers_attn import AttentionProviderError, CPInput
+from diffusers_attn.context_parallel.hooks import apply_context_parallel
 
 from .models import MESHES, compare
 from .test_plan_words import mesh_of, streams_of
 
 
-def cut(given, count):
-    """With so many tokens of text."""
-    return given | {
-        "encoder_hidden_states": given["encoder_hidden_states"][:, :count],
-        "txt_ids": given["txt_ids"][:count],
-    }
+class Gives(torch.nn.Module):
+    def forward(self, tokens):
+        return tokens
 
 
 def test_all_ranks_refuse_what_one_would_have_nothing_of():
-    model = CASES["flux"].build()
     said = set()
     for rank in range(3):
-        apply_context_parallel(model, mesh_of(rank))
+        model = Gives()
+        apply_context_parallel(model, mesh_of(rank), {"": {"tokens": CPInput(1)}})
         with pytest.raises(AttentionProviderError) as caught:
-            model(**cut(CASES["flux"].inputs(), 2))
+            model(torch.ones(2, 2, 32))
         said.add(str(caught.value))
-        remove_context_parallel(model)
     (message,) = said
-    assert message.startswith("a tensor [2, 2, 32] is to be split along dimension 1 over 3 ranks, and 'text' has a")
+    assert message.startswith("a tensor [2, 2, 32] is to be split along dimension 1 over 3 ranks, and ':tokens' has a")
+
+
+def test_of_a_sequence_with_a_name_a_token_stands_in():
+    for rank in range(3):
+        model = Gives()
+        apply_context_parallel(model, mesh_of(rank), {"": {"tokens": CPInput(1, stream="text")}})
+        assert model(torch.tensor([[1, 2]])).tolist() == [[[1], [2], [1]][rank]]
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -121,8 +121,8 @@ def test_a_sequence_of_one():
 @pytest.mark.parametrize(
     "plan, tokens, rotary",
     [
-        ({"tokens": CPInput(1)}, torch.ones(1, 2), None),  # two for three ranks
-        ({"tokens": CPInput(1, stream="text", every_rank=True)}, torch.ones(1, 1, 4), None),
+        ({"tokens": CPInput(1, stream="text")}, torch.ones(1, 2), None),  # two for three ranks
+        ({"tokens": CPInput(1, stream="text")}, torch.ones(1, 1, 4), None),
         ({"tokens": CPInput(1, stream="text"), "rotary": CPInput(1, 2, stream="text", leave_other_dims=True)},
          torch.ones(1, 9), torch.ones(1, 1)),
     ],

@@ -40,8 +40,8 @@ class Model(nn.Module):
         return self.last(self.choice(x, others=[x, x * 2]))
 
 
-def plan(stream, every_rank=False):
-    split = CPInput(1, 3, stream=stream, every_rank=every_rank)
+def plan(stream):
+    split = CPInput(1, 3, stream=stream)
     return {
         "first": {ParamId(index=0): split},
         "choice": [
@@ -57,14 +57,14 @@ def plan(stream, every_rank=False):
     }
 
 
-def compared(meshes, ring, ulysses, tokens, every_rank):
+def compared(meshes, ring, ulysses, tokens):
     mesh = meshes(ring, ulysses)
     torch.manual_seed(1)
     model, x = Model(), torch.randn(2, tokens, 4, dtype=torch.float64)
     results = []
     for split in (False, True):
         if split:
-            apply_context_parallel(model, mesh, plan("image", every_rank))
+            apply_context_parallel(model, mesh, plan("image"))
         out = model(x)
         grad = torch.cat(
             [each.flatten() for each in torch.autograd.grad(out.square().mean(), list(model.parameters()))]
@@ -75,9 +75,9 @@ def compared(meshes, ring, ulysses, tokens, every_rank):
     return (found - expected).abs().max().item(), (grad - expected_grad).abs().max().item(), model.choice.seen
 
 
-@pytest.mark.parametrize(("ring", "ulysses", "tokens", "every_rank"), [(2, 1, 7, False), (2, 2, 3, True)])
-def test_a_module_is_given_all_tokens(pool, ring, ulysses, tokens, every_rank):
-    arguments = {"ring": ring, "ulysses": ulysses, "tokens": tokens, "every_rank": every_rank}
+@pytest.mark.parametrize(("ring", "ulysses", "tokens"), [(2, 1, 7), (2, 2, 3)])
+def test_a_module_is_given_all_tokens(pool, ring, ulysses, tokens):
+    arguments = {"ring": ring, "ulysses": ulysses, "tokens": tokens}
     for out, grad, seen in pool.run(ring * ulysses, compared, **arguments):
         assert out < 1e-12 and grad < 1e-12
         assert seen == [tokens, tokens]
