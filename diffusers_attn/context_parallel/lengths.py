@@ -45,8 +45,8 @@ class Lengths(MutableMapping[str, int]):
         return len(self._sizes)
 
     def are_known(self) -> bool:
-        """Whether there is any. (Dynamo before PyTorch 2.13 does not know the truth of a mapping.)"""
-        return bool(self._sizes)
+        """Whether there is any. (Dynamo of PyTorch 2.11 does not know the truth of a mapping.)"""
+        return len(self._sizes) > 0
 
     def __repr__(self) -> str:
         return repr(dict(self))

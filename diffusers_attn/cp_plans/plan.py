@@ -57,8 +57,8 @@ class CPInput:
     split_output: bool = False
     """an output of the module, rather than an input."""
     stream: str | tuple[str, ...] | None = None
-    """a name for the sequence, where a plan splits several. Of a sequence that has a name, a rank without a token, where
-    there are fewer than ranks, is given the first one to stand in, which attention and gathering leave out; one
+    """a name for the sequence, where a plan splits several. A sequence that has a name may have fewer tokens than there
+    are ranks: a rank without one is given the first token to stand in, which attention and gathering leave out. One
     without a name is refused then. Several names: sequences that the model has joined to one,
     in this order, of which each is split on its own. One of them, the one that was not split before or else the first,
     is as long as the others leave."""
