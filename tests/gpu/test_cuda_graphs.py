@@ -320,8 +320,8 @@ def shared(meshes, strategy, name, compiled, inputs_mode):
         single = [alone(**call(step), return_dict=False)[0] for step in range(5)]
         apply_cuda_graphs(model)
         found = [model(**call(step), return_dict=False)[0] for step in range(5)]
-        (graphs,) = [each for each in apply._applied[model].recordings.values() if each is not None]
-        assert graphs is not None
+        # Counted and not kept: NCCL does not end a group while a graph that uses it is alive.
+        assert sum(each is not None for each in apply._applied[model].recordings.values()) == 1
         found.append(model(**call(0), return_dict=False)[0])
     remove_cuda_graphs(model)
     disable_context_parallel(model)
