@@ -128,9 +128,12 @@ def test_an_upload_without_a_token(monkeypatch, tmp_path):
         check_push(TrainConfig(**MUST, push_to_hub=True))
 
 
-def test_a_tracker_that_cannot_be_started(settings_of, monkeypatch):
+def test_a_tracker_that_cannot_be_started(settings_of, monkeypatch, request):
     """wandb without a key, and without a terminal to ask for one; nothing was encoded."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    # wandb reads its environment once per process. The tests after this one set another.
+    wandb.teardown()
+    request.addfinalizer(wandb.teardown)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", settings_of("cogview4")["output_dir"])

@@ -58,6 +58,8 @@ def _dtypes(kept):
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_a_tracker_is_told_numbers_and_videos(settings_of, tmp_path, monkeypatch, tracker):
     _needs(tracker)
+    if tracker == "wandb":  # reads its environment once per process
+        importlib.import_module("wandb").teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
