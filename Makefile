@@ -22,7 +22,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp demo-train test lint docs docs-check clean
+.PHONY: help demo demo-cp demo-train test lint docs docs-check constraints clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -50,6 +50,13 @@ docs: $(VENV)/.dev  ## write the generated tables of README.md and docs/
 
 docs-check: $(VENV)/.dev  ## fail where such a table is stale
 	@$(RUN) docs/generate.py --check
+
+# Keeps the versions that constraints.txt has, where they still fit; ARGS=--upgrade takes the newest of all, and
+# ARGS="--upgrade-package peft" the newest of one.
+constraints: $(VENV)/.dev  ## write constraints.txt anew, from pyproject.toml
+	@$(RUN) -m uv pip compile pyproject.toml --extra dev --extra demo-train --universal --python-version 3.11 \
+	  --no-emit-index-url --annotation-style line --custom-compile-command "make constraints  (the versions that are tested; pyproject.toml has the accepted ranges)" --quiet \
+	  --output-file constraints.txt $(ARGS)
 
 clean:  ## remove .venv, outputs and caches
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
 """Any attention kernel by name, under any diffusers model: exact, scoped, compiled."""
 
 import importlib
+from typing import Any
 
 from .dispatch import attention_dispatch
 from .errors import AttentionProviderError, ProviderUnavailableError
@@ -84,7 +85,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

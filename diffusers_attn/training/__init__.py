@@ -9,6 +9,7 @@ kept; `data` where examples come from; `trainer` puts them together, with settin
 """
 
 import importlib
+from typing import Any
 
 __all__ = ["TrainConfig", "Trainer", "TrainingError", "TrainingParallel"]
 
@@ -21,7 +22,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
