@@ -1,0 +1,92 @@
+"""CONTRIBUTING.md, CHANGELOG.md and the pages of docs/: their code runs, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffusers_attn
+from diffusers_attn.masks import MaskKind
+from diffusers_attn.providers.base import KernelFunction, Params
+
+from . import reference
+from .documents import ROOT, snippets
+from .test_quickstart import example
+
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob(".github/*.md"))
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    here = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        path = link.partition("#")[0]
+        assert link.startswith("http") or not path or (here / path).exists(), link
+
+
+def test_the_glossary_explains_each_word_once_and_shortly() -> None:
+    entries = (ROOT / "docs/glossary.md").read_text().split("\n\n")
+    words = [word for entry in entries for word in re.findall(r"^\*\*(.+?)\*\*:", entry)]
+    assert len(words) >= 30 and len(set(words)) == len(words)
+    assert all(entry.strip().count("\n") == 1 for entry in entries if entry.startswith("**"))
+
+
+def test_the_changelog_has_the_version() -> None:
+    assert f"## [{diffusers_attn.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_provider_of_contributing() -> None:
+    """Its adapter, from two parts of the keys, and its row of the catalog."""
+    names: dict[str, Any] = {}
+    for code in snippets("CONTRIBUTING.md", "Add a provider"):
+        exec(code, names)
+    adapter = names["Einsum"]
+    params = Params(MaskKind.NONE, False, 0.2, False, 0.0, False, "cpu", ())
+    query, key, value = (torch.randn(2, n, 3, 8, dtype=torch.float64, requires_grad=True) for n in (7, 9, 9))
+    out, lse = KernelFunction.apply(adapter, query, key, value, None, params)
+    across: list[Tensor] = [tensor.detach().transpose(1, 2).requires_grad_() for tensor in (query, key, value)]
+    expected_out, expected_lse = reference.attention(*across, None, False, scale=0.2)
+    grad_out = torch.randn_like(out)
+    found = torch.autograd.grad(out, (query, key, value), grad_out)
+    expected = torch.autograd.grad(expected_out, across, grad_out.transpose(1, 2))
+    torch.testing.assert_close(out, expected_out.transpose(1, 2))
+    torch.testing.assert_close(lse, expected_lse.transpose(1, 2))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other.transpose(1, 2))
+    parts = [
+        adapter.backward(grad_out, query, key[:, some], value[:, some], None, out, lse, params)
+        for some in (slice(4), slice(4, 9))
+    ]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], found[0])
+    torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]], dim=1), found[1])
+
+
+def test_the_plan_of_contributing_is_right() -> None:
+    (code,) = snippets("CONTRIBUTING.md", "Add a plan")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["plan"] == example("writing_plans").PLAN  # which tests/context_parallel verifies
+
+
+def test_the_family_of_contributing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import WanPipeline
+
+    from diffusers_attn.training import families
+
+    monkeypatch.setattr(families, "registered", {})
+    (code,) = snippets("CONTRIBUTING.md", "Add a training family")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    family = families.family_class(WanPipeline, "WanTransformer3DModel")
+    assert family is names["WanWithFeedForward"]
+    from .tiny_pipelines import make
+
+    layers = {name for name, _ in make("wan").transformer.named_modules()}
+    assert all(any(layer.endswith(f".{target}") for layer in layers) for target in family.lora_targets)
