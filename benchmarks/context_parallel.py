@@ -48,7 +48,8 @@ from real_shapes import REAL, TINY, RealModel
 from strategies import STRATEGIES, USUAL
 
 import diffusers_attn
-from diffusers_attn.context_parallel import one_call, push, symmetric
+from diffusers_attn.context_parallel.attention import allgather_kv_one_call
+from diffusers_attn.context_parallel.comm import symmetric_gather, symmetric_memory
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 
 
@@ -81,7 +82,10 @@ class Variant:
             self.graph_bytes += reserved(self.ranks.device)
 
     def step(self, inputs: dict[str, Any]) -> Tensor:
-        with calls_of_attention(self.strategy.one_call), contextlib.nullcontext() if self.strategy.sends else silence():
+        with (
+            calls_of_attention(self.strategy.allgather_kv_one_call),
+            contextlib.nullcontext() if self.strategy.sends else silence(),
+        ):
             return self.model(**inputs)[0]
 
     def measure(self, inputs: dict[str, Any], reference: Tensor) -> dict[str, Any]:
@@ -118,8 +122,8 @@ class Variant:
         if strategy.side == "single":
             return ""
         mesh = ContextParallelMesh.from_mesh(ranks.mesh(strategy), rotate_method=strategy.rotate_method)
-        streams = diffusers_attn.apply_context_parallel(self.model, mesh)
-        return str(getattr(streams, "transport", ""))
+        tracker = diffusers_attn.apply_context_parallel(self.model, mesh)
+        return str(getattr(tracker, "transport", ""))
 
     def profile(self, inputs: dict[str, Any]) -> None:
         """Where this rank's GPU spends a step: what it runs longest, and for how long it runs anything at all."""
@@ -168,7 +172,7 @@ def calls_of_attention(one: bool | None) -> Iterator[None]:
     if one is None:
         yield
     else:
-        with mock.patch.object(one_call, "SECONDS_OF_A_SECOND_CALL", math.inf if one else 0.0):
+        with mock.patch.object(allgather_kv_one_call, "SECONDS_OF_A_SECOND_CALL", math.inf if one else 0.0):
             yield
 
 
@@ -176,8 +180,8 @@ def calls_of_attention(one: bool | None) -> Iterator[None]:
 def silence() -> Iterator[None]:
     """Has copy engines send nothing, and nobody wait for what they would."""
     with (
-        mock.patch.object(push._Copy, "make", lambda *_: None),
-        mock.patch.object(symmetric.SymmetricMemory, "barrier", lambda *_: None),
+        mock.patch.object(symmetric_gather._Copy, "make", lambda *_: None),
+        mock.patch.object(symmetric_memory.SymmetricMemory, "barrier", lambda *_: None),
     ):
         yield
 

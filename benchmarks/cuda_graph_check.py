@@ -1,4 +1,5 @@
-"""Milliseconds that looking for changes takes before a CUDA graph is replayed (`cuda_graphs/snapshot.py`), on Flux.
+"""Milliseconds that looking for changes takes before a CUDA graph is replayed (`runtime/cuda_graphs/snapshot.py`), on
+Flux.
 
 python benchmarks/cuda_graph_check.py
 """
@@ -15,7 +16,7 @@ from diffusers import FluxTransformer2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusers_attn import set_attention_provider
-from diffusers_attn.cuda_graphs.snapshot import Snapshot
+from diffusers_attn.runtime.cuda_graphs.snapshot import Snapshot
 
 
 def main() -> None:

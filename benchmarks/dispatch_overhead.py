@@ -27,19 +27,19 @@ from versions import versions
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusers_attn import attention_dispatch, provider_status
 from diffusers_attn.dispatch import attend
-from diffusers_attn.processors.doors import dispatch_door
+from diffusers_attn.processors.entry_points import dispatch_entry_point
 from diffusers_attn.scope import ProviderChoice
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
-Call = Callable[[], torch.Tensor]
+AttentionCall = Callable[[], torch.Tensor]
 
 
-def cases(device: str) -> dict[str, dict[str, Call]]:
+def cases(device: str) -> dict[str, dict[str, AttentionCall]]:
     """Name -> {direct, ours, theirs}, without arguments."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     query, key, value = (torch.randn(1, 2, 2, 16, device=device, dtype=dtype) for _ in range(3))
     mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device)
-    door = dispatch_door(ProviderChoice.of("native"))
+    entry_point = dispatch_entry_point(ProviderChoice.of("native"))
 
     def direct(attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         heads_first = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -51,12 +51,12 @@ def cases(device: str) -> dict[str, dict[str, Call]]:
     found = {
         "native, [batch, seq, heads, head_dim], as a processor calls it": {
             "direct": direct,
-            "ours": lambda: door(query, key, value),
+            "ours": lambda: entry_point(query, key, value),
             "theirs": diffusers,
         },
         "the same with a key mask": {
             "direct": lambda: direct(mask),
-            "ours": lambda: door(query, key, value, attn_mask=mask),
+            "ours": lambda: entry_point(query, key, value, attn_mask=mask),
             "theirs": lambda: diffusers(mask),
         },
         "native, [batch, heads, seq, head_dim], in the place of F.scaled_dot_product_attention": {
@@ -78,10 +78,10 @@ def cases(device: str) -> dict[str, dict[str, Call]]:
     return found
 
 
-def measure(calls: dict[str, Call], device: str, rounds: int, calls_per_block: int) -> dict[str, float]:
+def measure(calls: dict[str, AttentionCall], device: str, rounds: int, calls_per_block: int) -> dict[str, float]:
     """Microseconds: `direct` itself, and what each of the others adds to it."""
 
-    def block(call: Call) -> float:
+    def block(call: AttentionCall) -> float:
         start = time.perf_counter()
         for _ in range(calls_per_block):
             call()

@@ -28,12 +28,12 @@ from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from versions import versions
 
-from diffusers_attn.context_parallel.kernel import Kernel
-from diffusers_attn.context_parallel.merge import merge
+from diffusers_attn.context_parallel.attention.merge import merge
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.attention.partial_kernel import PartialKernel
+from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC, choose_transport
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
-from diffusers_attn.context_parallel.sharding import Shards, split
-from diffusers_attn.context_parallel.transport import COLLECTIVE, SYMMETRIC, choose_transport
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 LAYERS = 10
@@ -57,7 +57,7 @@ SHAPES = (
 def variants(shape: Shape, mesh: ContextParallelMesh, provider: str, whole: list[Tensor]) -> dict[str, Attention]:
     """Functions of this rank's query, key and value."""
     shards = Shards.contiguous(shape.length, mesh.size)
-    kernel = Kernel(provider)
+    kernel = PartialKernel(provider)
     rest = [
         torch.cat([tensor.narrow(1, *run) for run in shards.without(mesh.rank)], dim=1).contiguous()
         for tensor in whole[1:]

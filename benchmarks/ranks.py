@@ -14,7 +14,7 @@ import torch.distributed as dist
 from strategies import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from diffusers_attn.lifeline import end_with_parent
+from diffusers_attn.parent_process import end_with_parent
 
 
 class Ranks:

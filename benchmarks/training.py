@@ -54,7 +54,7 @@ from real_shapes import REAL, TINY, RealModel
 from strategies import STRATEGIES
 
 import diffusers_attn
-from diffusers_attn.compilation import apply_compile
+from diffusers_attn.runtime.compile import apply_compile
 from diffusers_attn.training import TrainingParallel
 from diffusers_attn.training.families.wan import Wan
 from diffusers_attn.training.lora import adapter_config, add_adapter, trained_parameters

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import kinds, masks, shapes
-from .context_parallel.running import running
+from . import masks, shapes, tensor_kinds
+from .call_cache import remember
+from .context_parallel.sequences.active import active
 from .errors import AttentionProviderError
-from .kinds import Kind, Way
 from .masks import MaskKind
 from .providers import lowering, registry, speeds
 from .providers.base import Layout, Params
-from .providers.decision import Call, Plan, decide
+from .providers.decision import AttentionCall, Serving, decide
 from .providers.selection import Selection, select
-from .recent import remember
 from .recompute import in_backward_id
 from .scope import NATIVE, ProviderChoice, active_choice, active_parallel, scope, scope_in_backward
+from .tensor_kinds import Kind, Way
 
 if TYPE_CHECKING:
-    from .context_parallel.streams import Streams
+    from .context_parallel.sequences.tracker import SequenceTracker
 
 # Looked up once: a call's own cost is a few microseconds, and each attribute is a part of it.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -58,7 +58,7 @@ def attention_dispatch(
             and place of the argument are finetrainers'.)
 
     Tensors that are not plain ones (nested, `DTensor`, within `torch.vmap`) are computed as PyTorch does where the
-    provider can be, and refused otherwise; see `kinds.py`.
+    provider can be, and refused otherwise; see `tensor_kinds.py`.
 
     Returns:
         `[..., heads, query_len, value_head_dim]`.
@@ -100,7 +100,7 @@ def attend(
     choice = scope.choice if scoped else bound
     if choice is None:
         choice = (scoped and not tracing and in_backward_id() != -1 and scope_in_backward()[0]) or bound or NATIVE
-    streams = running.streams  # not None in a model whose tokens are split over devices
+    tracker = active.tracker  # not None in a model whose tokens are split over devices
     nested = False
     if not tracing:
         if not ((is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)):
@@ -112,16 +112,16 @@ def attend(
             or (type(value) is Tensor and value.is_nested)
             or (type(attn_mask) is Tensor and attn_mask.is_nested)
         )
-    if streams is None and not tracing and not nested and forward_ad._current_level < 0:
+    if tracker is None and not tracing and not nested and forward_ad._current_level < 0:
         # A call like one of the last: nothing to check or to decide. Inlined, since it is the path of almost all calls.
         if attn_mask is None:
-            for matches, arguments, attention, transpose, _ in choice.recent:
+            for matches, arguments, attention, transpose, _ in choice.cached:
                 if matches(query, key, value) and arguments == (layout, dropout_p, is_causal, scale, enable_gqa):
                     if not transpose:
                         return attention(query, key, value)
                     return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
         else:
-            for matches, arguments, attention, transpose, view in choice.recent_masked:
+            for matches, arguments, attention, transpose, view in choice.cached_masked:
                 if matches(query, key, value, attn_mask) and arguments == (
                     layout, dropout_p, is_causal, scale, enable_gqa
                 ):  # fmt: skip
@@ -133,16 +133,16 @@ def attend(
                     return attention(query, key, value, attn_mask).transpose(1, 2)
     rest = dropout_p, is_causal, scale, enable_gqa
     if tracing:
-        kind = kinds.traced(query, key, value, attn_mask)
+        kind = tensor_kinds.traced(query, key, value, attn_mask)
     else:
-        kind = kinds.of(query, key, value, attn_mask, nested)
+        kind = tensor_kinds.of(query, key, value, attn_mask, nested)
     if kind is not None and kind[1].way not in (Way.ANY, Way.DERIVED):
-        return _attend_unusual(choice, kind, query, key, value, attn_mask, *rest, layout, streams)
+        return _attend_unusual(choice, kind, query, key, value, attn_mask, *rest, layout, tracker)
     autocast = _any_autocast_enabled()
     if autocast:
         query, key, value = _autocast(query, key, value)
-    if streams is not None:
-        out = _attend_split(choice, query, key, value, attn_mask, *rest, layout, streams, kind)
+    if tracker is not None:
+        out = _attend_split(choice, query, key, value, attn_mask, *rest, layout, tracker, kind)
         if out is not None:
             return out
     grad_enabled = torch.is_grad_enabled()
@@ -165,12 +165,12 @@ def attend(
             _prepared[signature] = prepared
         else:
             prepared = before
-            if not autocast and streams is None:
+            if not autocast and tracker is None:
                 remember(choice, query, key, value, attn_mask, (layout, *rest), prepared)
     return _serve(prepared, query, key, value, attn_mask)
 
 
-def _serve(prepared: Prepared, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None) -> Tensor:
+def _serve(prepared: PreparedCall, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None) -> Tensor:
     attention, transpose, view = prepared
     if transpose:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -201,7 +201,7 @@ def _attend_unusual(
     scale: float | None,
     enable_gqa: bool,
     layout: Layout,
-    streams: Streams | None,
+    tracker: SequenceTracker | None,
 ) -> Tensor:
     """A call with tensors that are not plain ones: made plain, or given to PyTorch as it is, or refused."""
     argument, kind = found
@@ -209,25 +209,25 @@ def _attend_unusual(
         attend, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, layout=layout, bound=choice, scoped=False
     )
     if kind.way == Way.STRIPPED:
-        plain = [kinds.stripped(each) for each in (query, key, value, attn_mask)]
-        return kinds.labelled_as(again(*plain, is_causal=is_causal), query, key, value, attn_mask)
-    split = streams is not None and streams.is_split
+        plain = [tensor_kinds.stripped(each) for each in (query, key, value, attn_mask)]
+        return tensor_kinds.labelled_as(again(*plain, is_causal=is_causal), query, key, value, attn_mask)
+    split = tracker is not None and tracker.is_split
     if kind.way == Way.CAUSAL:
         if argument != "attn_mask":
-            raise kinds.refused(argument, kind, "which is a mask", "pass it as attn_mask")
-        if split and not kinds.is_upper_left(attn_mask):
-            raise kinds.refused(
+            raise tensor_kinds.refused(argument, kind, "which is a mask", "pass it as attn_mask")
+        if split and not tensor_kinds.is_upper_left(attn_mask):
+            raise tensor_kinds.refused(
                 argument, kind, "aligned to the lower right, and the tokens of this call are split over ranks",
                 "pass the bool mask of the whole sequence that it stands for",
             )  # fmt: skip
-        mask = kinds.causal(attn_mask, is_causal, query.device)
+        mask = tensor_kinds.causal(attn_mask, is_causal, query.device)
         return again(query, key, value, mask, is_causal=mask is None)
     if kind.way == Way.REFUSED:
-        raise kinds.refused(argument, kind, kinds.NOBODY)
+        raise tensor_kinds.refused(argument, kind, tensor_kinds.NOBODY)
     if split:
-        raise kinds.refused(argument, kind, "and the tokens of this call are split over ranks")
+        raise tensor_kinds.refused(argument, kind, "and the tokens of this call are split over ranks")
     if choice.provider not in ("native", "auto"):
-        raise kinds.refused(
+        raise tensor_kinds.refused(
             argument, kind, f"and provider '{choice.provider}' takes plain tensors",
             "use provider 'native', which leaves it to PyTorch",
         )  # fmt: skip
@@ -237,7 +237,7 @@ def _attend_unusual(
     if layout == "bhsd":
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if kind is kinds.NESTED and type(query) is Tensor:
+    if kind is tensor_kinds.NESTED and type(query) is Tensor:
         # Of nested tensors that are no subclass, PyTorch takes those without gaps alone.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     return sdpa(query, key, value, attn_mask, dropout_p, is_causal).transpose(1, 2)
@@ -254,19 +254,19 @@ def _attend_split(
     scale: float | None,
     enable_gqa: bool,
     layout: Layout,
-    streams: Streams,
+    tracker: SequenceTracker,
     kind: tuple[str, Kind] | None,
 ) -> Tensor | None:
     """Attention over the ranks that share the sequence; None for a call that each rank can answer by itself."""
-    if not streams.is_split:  # a part of the forward in which nothing is split
+    if not tracker.is_split:  # a part of the forward in which nothing is split
         return None
-    from .context_parallel.call import split_attention
+    from .context_parallel.attention.entry import split_attention
 
     shapes.check(query, key, value, enable_gqa, layout)
     seq = -2 if layout == "bhsd" else -3
     derived = None if kind is None or kind[1].way != Way.DERIVED else kind
-    if derived is not None and streams.attention(query.shape[seq], key.shape[seq]) is not None:
-        raise kinds.refused(
+    if derived is not None and tracker.attention(query.shape[seq], key.shape[seq]) is not None:
+        raise tensor_kinds.refused(
             *derived, "and the tokens of this call are split over ranks",
             "compute such derivatives on one device, or with autograd's backward",
         )  # fmt: skip
@@ -279,7 +279,7 @@ def _attend_split(
     if layout == "bhsd":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = split_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, streams=streams, provider=choice.provider,
+        query, key, value, attn_mask, dropout_p, is_causal, scale, tracker=tracker, provider=choice.provider,
         options=choice.options, mesh=active_parallel(),
     )  # fmt: skip
     if out is None or layout == "bshd":
@@ -288,7 +288,7 @@ def _attend_split(
     return out if given[0].ndim == given[1].ndim == given[2].ndim == 4 else shapes.as_given(out, *given)
 
 
-class Prepared(NamedTuple):
+class PreparedCall(NamedTuple):
     """How to serve a kind of call."""
 
     attention: Callable[..., Tensor]
@@ -300,7 +300,7 @@ class Prepared(NamedTuple):
 
 
 _PREPARED_MAX = 4096
-_prepared: dict[tuple[object, ...], Prepared] = {}
+_prepared: dict[tuple[object, ...], PreparedCall] = {}
 
 
 def _mask_signature(mask: Any, grad_enabled: bool) -> object:
@@ -336,9 +336,9 @@ def _prepare(
     layout: Layout,
     needs_grad: bool,
     derived: bool = False,
-) -> Prepared:
+) -> PreparedCall:
     """Checks a call and decides how it is served."""
-    kinds.check_quantised(query, key, value)
+    tensor_kinds.check_quantised(query, key, value)
     shapes.check(query, key, value, enable_gqa, layout)
     four_dims = query.ndim == key.ndim == value.ndim == 4
     given = query, key, value, attn_mask
@@ -361,7 +361,7 @@ def _prepare(
     call = _describe(
         query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, choice.options, derived
     )
-    plan = Plan(*_decide(choice.provider, *call))
+    plan = Serving(*_decide(choice.provider, *call))
     if 0 in sizes or value.shape[-1] == 0:
         plan = plan._replace(empty=True)
     if shapes.differ(query, key, value, 1 if layout == "bhsd" else 2):
@@ -388,18 +388,20 @@ def _prepare(
         attention = adapter.bind(params._replace(gqa=enable_gqa))
         if not four_dims:
             ndim = max(tensor.ndim for tensor in given[:3])
-            return Prepared(attention, False, functools.partial(_mask_of_dims, ndim=ndim))
+            return PreparedCall(attention, False, functools.partial(_mask_of_dims, ndim=ndim))
         if plan.broadcast or (params.gqa and not enable_gqa) or (mask is not None and given[3].ndim == 3):
-            return Prepared(attention, plan.layout != layout, None if view is None or given[3].ndim == 3 else view)
+            return PreparedCall(attention, plan.layout != layout, None if view is None or given[3].ndim == 3 else view)
     if plan.lowers:
         attention = functools.partial(lowering.attention, adapter=adapter, plan=plan, params=params)
     else:
         attention = adapter.bind(params)
-    prepared = Prepared(attention, plan.layout != layout, view)
-    return prepared if four_dims else Prepared(functools.partial(_attend_four_dims, prepared), False, None)
+    prepared = PreparedCall(attention, plan.layout != layout, view)
+    return prepared if four_dims else PreparedCall(functools.partial(_attend_four_dims, prepared), False, None)
 
 
-def _attend_four_dims(prepared: Prepared, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None) -> Tensor:
+def _attend_four_dims(
+    prepared: PreparedCall, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None
+) -> Tensor:
     """A call that was prepared for the four dimensions that its tensors are given here."""
     return shapes.as_given(_serve(prepared, *shapes.four_dims(query, key, value, attn_mask)), query, key, value)
 
@@ -435,12 +437,12 @@ def _describe(
     needs_grad: bool,
     options: tuple[tuple[str, object], ...],
     derived: bool = False,
-) -> Call:
+) -> AttentionCall:
     """What a decision depends on. Truths are spelled out: a comparison is symbolic in a dynamic graph."""
     heads = 1 if layout == "bhsd" else 2
     _, all_heads, query_len, key_len = _sizes(query, key, value, layout)
     all_heads, kv_heads = _constant(all_heads), _constant(key.shape[heads])
-    return Call(
+    return AttentionCall(
         device=query.device,
         dtype=query.dtype,
         head_dim=_constant(query.shape[-1]),
@@ -479,9 +481,9 @@ def explain(
         AttentionProviderError: no usable provider serves the call; says why for each.
     """
     shapes.check(query, key, value, enable_gqa, layout)
-    found = kinds.of(query, key, value, attn_mask, nested=False)
+    found = tensor_kinds.of(query, key, value, attn_mask, nested=False)
     if found is not None and found[1].way == Way.CAUSAL:
-        attn_mask = kinds.causal(attn_mask, is_causal, query.device)
+        attn_mask = tensor_kinds.causal(attn_mask, is_causal, query.device)
         is_causal = attn_mask is None
     if not query.ndim == key.ndim == value.ndim == 4:
         query, key, value, attn_mask = shapes.four_dims(query, key, value, attn_mask)
@@ -504,4 +506,4 @@ def _constant(size: int) -> int:
 # Dynamo calls this while tracing and takes its result, plain values, as constants: decisions cost nothing in a graph.
 @torch._dynamo.assume_constant_result
 def _decide(provider: str, *call: Any) -> tuple[Any, ...]:
-    return tuple(decide(provider, Call(*call)))
+    return tuple(decide(provider, AttentionCall(*call)))

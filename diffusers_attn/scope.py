@@ -22,8 +22,8 @@ from .providers.catalog import SPECS, AttentionProvider
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .call_cache import CachedCall
     from .context_parallel.mesh import ContextParallelMesh
-    from .recent import Recent
 
 AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, ...) that it may choose")}
 
@@ -31,12 +31,12 @@ AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, .
 class ProviderChoice:
     """A provider with its options. One object per value, so that comparing and hashing cost nothing."""
 
-    __slots__ = ("options", "provider", "recent", "recent_masked")
+    __slots__ = ("cached", "cached_masked", "options", "provider")
     provider: str
     options: tuple[tuple[str, object], ...]
-    recent: tuple[Recent, ...]
-    """the kinds of calls without a mask that this choice served last; see `recent.py`."""
-    recent_masked: tuple[Recent, ...]
+    cached: tuple[CachedCall, ...]
+    """the kinds of calls without a mask that this choice served last; see `call_cache.py`."""
+    cached_masked: tuple[CachedCall, ...]
     """the same, with a mask."""
 
     @staticmethod
@@ -95,7 +95,7 @@ class ProviderChoice:
 def _intern_choice(provider: str, options: tuple[tuple[str, object], ...]) -> ProviderChoice:
     choice = ProviderChoice.__new__(ProviderChoice)
     choice.provider, choice.options = provider, options
-    choice.recent = choice.recent_masked = ()
+    choice.cached = choice.cached_masked = ()
     return choice
 
 

@@ -22,7 +22,7 @@ from diffusers_attn import AttentionProviderError, set_attention_provider
 from diffusers_attn.cp_plans.registry import _FAMILIES
 from diffusers_attn.cp_plans.uncovered import UNCOVERED
 from diffusers_attn.masks import MaskKind, classify
-from diffusers_attn.processors import attention_modules, doors
+from diffusers_attn.processors import attention_modules, entry_points
 from diffusers_attn.providers.catalog import SPECS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -110,7 +110,7 @@ def attention_of(cls: str) -> Attention:
 
 
 def _recorded(calls: list[dict[str, Any]], model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-    attend = doors.attend
+    attend = entry_points.attend
 
     def recording(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *rest, layout, **kwargs):  # type: ignore[no-untyped-def]
         heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
@@ -119,11 +119,11 @@ def _recorded(calls: list[dict[str, Any]], model: torch.nn.Module, inputs: dict[
         calls.append({"kind": kind, "grouped": query.shape[heads] != key.shape[heads], "causal": is_causal})
         return attend(query, key, value, attn_mask, dropout_p, is_causal, *rest, layout=layout, **kwargs)
 
-    doors.attend = recording
+    entry_points.attend = recording
     try:
         model(**inputs)
     finally:
-        doors.attend = attend
+        entry_points.attend = attend
 
 
 def compared(cls: str) -> list[str]:

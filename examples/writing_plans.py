@@ -75,12 +75,12 @@ class SmallTransformer(nn.Module):
 
 
 FIRST_ATTEMPT = {
-    "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
+    "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="image")},
     "blocks.*.attn": CPAttention(("image",)),
     "blocks.*.cross_attn": CPAttention(("image",), key=()),
-    "proj_out": CPOutput(1, 3, stream="image"),
+    "proj_out": CPOutput(1, 3, sequence="image"),
 }
-PLAN = {**FIRST_ATTEMPT, "rope": {ParamId(index=0): CPInput(0, 2, split_output=True, stream="image")}}
+PLAN = {**FIRST_ATTEMPT, "rope": {ParamId(index=0): CPInput(0, 2, split_output=True, sequence="image")}}
 
 
 def inputs() -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import AttentionProviderError, apply_compile
-from diffusers_attn.compilation import repeated_blocks
+from diffusers_attn.runtime.compile import repeated_blocks
 from tests.zoo import CASES, outputs
 
 BLOCKS = {

@@ -148,7 +148,7 @@ def test_vmap():
 
 def test_the_layout_of_gradients_goes_through_transforms():
     """What `native` does to gradients on a GPU, where cuDNN wants theirs to lie in memory as the output does."""
-    from diffusers_attn.autograd import GradientLaidOutUnderTransforms
+    from diffusers_attn.tracing.functions import GradientLaidOutUnderTransforms
 
     query = plain().transpose(1, 2)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError, attention_dispatch, attention_provider
+from diffusers_attn.call_cache import MOST, remember
 from diffusers_attn.dispatch import attend
-from diffusers_attn.recent import MOST, remember
 from diffusers_attn.scope import ProviderChoice
 
 from . import reference
@@ -23,7 +23,7 @@ def tensors(seed=0, **options):
 def choice():
     """One that no other test has used."""
     choice = ProviderChoice.__new__(ProviderChoice)
-    choice.provider, choice.options, choice.recent, choice.recent_masked = "native", (), (), ()
+    choice.provider, choice.options, choice.cached, choice.cached_masked = "native", (), (), ()
     return choice
 
 
@@ -37,18 +37,18 @@ def repeat(choice, *args, times=3, layout="bhsd", **kwargs):
 
 def test_the_second_like_call_is_remembered(choice):
     repeat(choice, *tensors(), times=1)
-    assert choice.recent == ()
+    assert choice.cached == ()
     repeat(choice, *tensors(), times=1)
-    assert len(choice.recent) == 1
+    assert len(choice.cached) == 1
     repeat(choice, *tensors(1))  # other numbers
-    assert len(choice.recent) == 1 and choice.recent_masked == ()
+    assert len(choice.cached) == 1 and choice.cached_masked == ()
 
 
 def test_pytorchs_guard_tells_apart_what_a_decision_depends_on(choice):
-    """Fails when PyTorch changes the private guard that `recent.py` is built on."""
+    """Fails when PyTorch changes the private guard that `call_cache.py` is built on."""
     query, key, value = tensors()
     repeat(choice, query, key, value)
-    (matches, *_) = choice.recent[0]
+    (matches, *_) = choice.cached[0]
     assert matches(query, key, value) and matches(*tensors(1))
     assert not matches(query.double(), key.double(), value.double())
     assert not matches(query[:, :, :5], key, value)
@@ -101,7 +101,7 @@ def test_masks_of_other_kinds_and_shapes(choice):
     for mask in (lower, padding.expand(6, 6), padding, lower.float(), None, lower[None, None].expand(2, 4, -1, -1)):
         out = repeat(choice, query, key, value, mask)
         torch.testing.assert_close(out, expected(query, key, value, mask))
-    assert len(choice.recent_masked) == MOST
+    assert len(choice.cached_masked) == MOST
 
 
 def test_autocast_is_obeyed(choice):
@@ -135,7 +135,7 @@ def test_the_grad_mode_is_noticed(choice):
     assert repeat(choice, query, key, value).requires_grad
     with torch.no_grad():
         assert not repeat(choice, query, key, value).requires_grad
-    assert choice.recent == ()
+    assert choice.cached == ()
     sage = ProviderChoice.of("auto", lossy="sage")
     with torch.no_grad():
         repeat(sage, query, key, value)
@@ -160,4 +160,4 @@ def test_no_tensor_is_kept_alive(choice):
 
 def test_a_block_mask_is_not_remembered(choice):
     remember(choice, *tensors(), object(), (), (None, False, None))
-    assert choice.recent_masked == ()
+    assert choice.cached_masked == ()

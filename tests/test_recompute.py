@@ -265,16 +265,16 @@ def test_a_checkpointing_model_of_diffusers(routed_providers):
 
 @pytest.fixture
 def routed_providers(monkeypatch) -> list[str]:
-    from diffusers_attn.processors import doors
+    from diffusers_attn.processors import entry_points
 
     providers: list[str] = []
-    attend = doors.attend
+    attend = entry_points.attend
 
     def recording(*args, bound=None, **kwargs):
         providers.append(active_choice(bound).provider)
         return attend(*args, bound=bound, **kwargs)
 
-    monkeypatch.setattr(doors, "attend", recording)
+    monkeypatch.setattr(entry_points, "attend", recording)
     return providers
 
 

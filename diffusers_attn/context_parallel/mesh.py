@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import AttentionProviderError
-from . import groups, ranks
+from . import job
+from .comm import shared_groups
 from .config import ContextParallelConfig
 
 AXES = ("ring", "ulysses")
@@ -40,7 +41,7 @@ class ContextParallelMesh:
     ulysses: Group
     device_type: str = "cpu"
     """of the mesh: what its ranks compute on."""
-    lease: groups.Lease | None = dataclasses.field(default=None, compare=False, repr=False)
+    lease: shared_groups.Lease | None = dataclasses.field(default=None, compare=False, repr=False)
     """of its groups, where they were made for it."""
 
     @property
@@ -140,12 +141,12 @@ class ContextParallelMesh:
                 f"ring_degree={ring_degree} * ulysses_degree={ulysses_degree} = {config.size} does not divide the "
                 f"{world} ranks of this job. Accepted products: {[n for n in range(1, world + 1) if world % n == 0]}."
             )
-        limit = groups.as_timeout(timeout, device_type)
-        groups.end_unused()
-        lease = groups.lease(
+        limit = shared_groups.as_timeout(timeout, device_type)
+        shared_groups.end_unused()
+        lease = shared_groups.lease(
             ("axes", ring_degree, ulysses_degree, limit),
-            lambda said: ranks.everyone(said, [None]),
-            lambda number: _new_groups(ring_degree, ulysses_degree, groups.of_device(limit)),
+            lambda said: job.everyone(said, [None]),
+            lambda number: _new_groups(ring_degree, ulysses_degree, shared_groups.of_device(limit)),
         )
         names = iter(lease.names)
         rank = dist.get_rank() % config.size

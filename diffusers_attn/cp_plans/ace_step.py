@@ -7,14 +7,14 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "AceStepTransformer1DModel": {
-        "layers.0": {ParamId("hidden_states"): CPInput(1, 3, stream="audio")},
+        "layers.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="audio")},
         "layers.*": {
             # cos and sin.
-            ParamId("position_embeddings"): CPInput(0, 2, stream="audio"),
-            ParamId("attention_mask"): CPInput(2, 4, stream="audio"),
+            ParamId("position_embeddings"): CPInput(0, 2, sequence="audio"),
+            ParamId("attention_mask"): CPInput(2, 4, sequence="audio"),
         },
         "layers.*.self_attn": CPAttention(("audio",), row_mask=True),
         "layers.*.cross_attn": CPAttention(("audio",), key=()),
-        "norm_out": CPOutput(1, 3, stream="audio"),
+        "norm_out": CPOutput(1, 3, sequence="audio"),
     },
 }

@@ -10,16 +10,16 @@ from .plan import CPAttention, CPCache, CPInput, CPOutput, ParamId, Plan
 PLANS: dict[str, Plan] = {
     "AnyFlowFARTransformer3DModel": {
         "": {ParamId("kv_cache"): CPCache()},
-        "condition_embedder": {ParamId(index=1): CPInput(1, 3, split_output=True, stream="video")},
-        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="video")},
+        "condition_embedder": {ParamId(index=1): CPInput(1, 3, split_output=True, sequence="video")},
+        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="video")},
         "blocks.*": {
             ParamId("rotary_emb"): {
-                "query": CPInput(2, 4, stream="video"),
-                "key": CPInput(2, 4, stream=("cached", "video")),
+                "query": CPInput(2, 4, sequence="video"),
+                "key": CPInput(2, 4, sequence=("cached", "video")),
             }
         },
         "blocks.*.attn1": CPAttention(("video",), prefix="cached", row_mask=True, bound=True),
         "blocks.*.attn2": CPAttention(("video",), key=()),
-        "blocks.-1": CPOutput(1, 3, stream="video"),
+        "blocks.-1": CPOutput(1, 3, sequence="video"),
     },
 }

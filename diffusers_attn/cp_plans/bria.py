@@ -4,29 +4,29 @@ Fibo joins every block's text with a layer of the text encoder, and is given a m
 queries.
 """
 
-from .flux import BEHIND_THE_DOOR, DOOR, MASK
-from .plan import CPAbsent, CPInput, ParamId, Plan
+from .flux import BLOCKS, INPUTS, MASK
+from .plan import CPForbidden, CPInput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "BriaTransformer2DModel": {
         "": {
-            **DOOR,
-            ParamId("controlnet_block_samples"): CPInput(1, 3, stream="image"),
-            ParamId("controlnet_single_block_samples"): CPAbsent(
+            **INPUTS,
+            ParamId("controlnet_block_samples"): CPInput(1, 3, sequence="image"),
+            ParamId("controlnet_single_block_samples"): CPForbidden(
                 "the model takes the image's tokens for text and image, and adds them to what is behind as many as the "
                 "text has. Give controlnet_block_samples only."
             ),
             # Reaches attention under gradient checkpointing only.
             ParamId("attention_kwargs"): {"attention_mask": MASK},
         },
-        **BEHIND_THE_DOOR,
+        **BLOCKS,
     },
     "BriaFiboTransformer2DModel": {
         "": {
-            **DOOR,
-            ParamId("text_encoder_layers"): CPInput(1, 3, stream="text"),
+            **INPUTS,
+            ParamId("text_encoder_layers"): CPInput(1, 3, sequence="text"),
             ParamId("joint_attention_kwargs"): {"attention_mask": MASK},
         },
-        **BEHIND_THE_DOOR,
+        **BLOCKS,
     },
 }

@@ -5,10 +5,10 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 PLANS: dict[str, Plan] = {
     "CogView3PlusTransformer2DModel": {
         "transformer_blocks.0": {
-            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "transformer_blocks.*.attn1": CPAttention(("text", "image")),
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
 }

@@ -9,7 +9,7 @@ from .plan import CPAttention, CPOutput, Plan
 PLANS: dict[str, Plan] = {
     "ConsisIDTransformer3DModel": {
         **{name: spec for name, spec in cogvideox.PLANS["CogVideoXTransformer3DModel"].items() if name != "proj_out"},
-        "transformer_blocks.-1": [CPOutput(1, 3, stream="video"), CPOutput(1, 3, stream="text")],
+        "transformer_blocks.-1": [CPOutput(1, 3, sequence="video"), CPOutput(1, 3, sequence="text")],
         "perceiver_cross_attention?.*": CPAttention((), key=()),
     }
 }

@@ -4,22 +4,22 @@ from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
 # [batch, tokens, channels] where frames have times of their own, one per sample elsewhere.
 _TIMES: InputPlan = {
-    ParamId("temb"): CPInput(1, 3, stream="video", leave_other_dims=True),
-    ParamId("embedded_timestep"): CPInput(1, 3, stream="video", leave_other_dims=True),
+    ParamId("temb"): CPInput(1, 3, sequence="video", leave_other_dims=True),
+    ParamId("embedded_timestep"): CPInput(1, 3, sequence="video", leave_other_dims=True),
 }
 
 PLANS: dict[str, Plan] = {
     "CosmosTransformer3DModel": {
-        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="video")},
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="video")},
         "transformer_blocks.*": {
             **_TIMES,
-            ParamId("image_rotary_emb"): CPInput(0, 2, stream="video"),
-            ParamId("extra_pos_emb"): CPInput(1, 3, stream="video"),
-            ParamId("controlnet_residual"): CPInput(1, 3, stream="video"),
+            ParamId("image_rotary_emb"): CPInput(0, 2, sequence="video"),
+            ParamId("extra_pos_emb"): CPInput(1, 3, sequence="video"),
+            ParamId("controlnet_residual"): CPInput(1, 3, sequence="video"),
         },
         "transformer_blocks.*.attn1": CPAttention(("video",)),
         "transformer_blocks.*.attn2": CPAttention(("video",), key=()),
         "norm_out": _TIMES,
-        "proj_out": CPOutput(1, 3, stream="video"),
+        "proj_out": CPOutput(1, 3, sequence="video"),
     },
 }

@@ -1,16 +1,17 @@
-"""ERNIE-Image: image and text in one sequence, which is one stream and the first dimension. The mask is of all keys."""
+"""ERNIE-Image: image and text in one sequence, which is one sequence and the first dimension. The mask is of all
+keys."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "ErnieImageTransformer2DModel": {
-        "layers.0": {ParamId("x"): CPInput(0, 3, stream="joint")},
+        "layers.0": {ParamId("x"): CPInput(0, 3, sequence="joint")},
         "layers.*": {
-            ParamId("rotary_pos_emb"): CPInput(1, 4, stream="joint"),
+            ParamId("rotary_pos_emb"): CPInput(1, 4, sequence="joint"),
             # Shifts, scales and gates, which the model repeats for every token.
-            ParamId("temb"): CPInput(0, 3, stream="joint"),
+            ParamId("temb"): CPInput(0, 3, sequence="joint"),
         },
         "layers.*.self_attention": CPAttention(("joint",), key_mask=True),
-        "final_linear": CPOutput(0, 3, stream="joint"),
+        "final_linear": CPOutput(0, 3, sequence="joint"),
     },
 }

@@ -6,29 +6,29 @@ Images of an IP-Adapter are whole on every rank, and attention to them is local.
 from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
 JOINED = ("text", "image")
-DOOR: InputPlan = {
-    ParamId("hidden_states"): CPInput(1, 3, stream="image"),
-    ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+INPUTS: InputPlan = {
+    ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
+    ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
     # [tokens, axes], or [batch, tokens, axes] as it was once.
-    ParamId("img_ids"): CPInput(-2, stream="image"),
-    ParamId("txt_ids"): CPInput(-2, stream="text"),
+    ParamId("img_ids"): CPInput(-2, sequence="image"),
+    ParamId("txt_ids"): CPInput(-2, sequence="text"),
 }
 # Queries by keys: a rank takes its queries. What is alike for all queries is left.
-MASK = CPInput(2, 4, stream=JOINED, leave_other_dims=True)
-BEHIND_THE_DOOR: Plan = {
+MASK = CPInput(2, 4, sequence=JOINED, leave_other_dims=True)
+BLOCKS: Plan = {
     "transformer_blocks.*.attn": CPAttention(JOINED),
     "single_transformer_blocks.*.attn": CPAttention(JOINED),
-    "proj_out": CPOutput(1, 3, stream="image"),
+    "proj_out": CPOutput(1, 3, sequence="image"),
 }
 
 PLANS: dict[str, Plan] = {
     "FluxTransformer2DModel": {
         "": {
-            **DOOR,
-            ParamId("controlnet_block_samples"): CPInput(1, 3, stream="image"),
-            ParamId("controlnet_single_block_samples"): CPInput(1, 3, stream="image"),
+            **INPUTS,
+            ParamId("controlnet_block_samples"): CPInput(1, 3, sequence="image"),
+            ParamId("controlnet_single_block_samples"): CPInput(1, 3, sequence="image"),
             ParamId("joint_attention_kwargs"): {"attention_mask": MASK},
         },
-        **BEHIND_THE_DOOR,
+        **BLOCKS,
     },
 }

@@ -3,23 +3,23 @@
 The single blocks' attention is another class, which computes the MLP beside it: per token as well.
 """
 
-from .plan import CPAbsent, CPAttention, CPInput, CPOutput, ParamId, Plan
+from .plan import CPAttention, CPForbidden, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "Flux2Transformer2DModel": {
         "": {
-            ParamId("kv_cache_mode"): CPAbsent(
+            ParamId("kv_cache_mode"): CPForbidden(
                 "the tokens of reference images then attend to themselves only, or come from a cache, and neither is "
                 "split. Leave kv_cache_mode out and give the reference images with every step, or run on one device."
             ),
-            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
             # [batch, tokens, axes] or [tokens, axes].
-            ParamId("img_ids"): CPInput(-2, stream="image"),
-            ParamId("txt_ids"): CPInput(-2, stream="text"),
+            ParamId("img_ids"): CPInput(-2, sequence="image"),
+            ParamId("txt_ids"): CPInput(-2, sequence="text"),
         },
         "transformer_blocks.*.attn": CPAttention(("text", "image")),
         "single_transformer_blocks.*.attn": CPAttention(("text", "image")),
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
 }

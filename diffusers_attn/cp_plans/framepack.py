@@ -10,6 +10,6 @@ PLANS: dict[str, Plan] = {
     "HunyuanVideoFramepackTransformer3DModel": {
         **rotated("video"),
         **joined("video"),
-        "single_transformer_blocks.-1": CPOutput(1, 3, stream="video"),
+        "single_transformer_blocks.-1": CPOutput(1, 3, sequence="video"),
     }
 }

@@ -11,16 +11,16 @@ _JOINED = ("text", "image")
 PLANS: dict[str, Plan] = {
     "GlmImageTransformer2DModel": {
         "transformer_blocks.0": {
-            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "transformer_blocks.*": {
             # cos and sin, of the image's tokens alone.
-            ParamId("image_rotary_emb"): CPInput(0, 2, stream="image"),
-            ParamId("attention_mask"): CPInput(1, 2, stream="text"),
-            ParamId("kv_cache"): CPStore("store", 1, stream=_JOINED),
+            ParamId("image_rotary_emb"): CPInput(0, 2, sequence="image"),
+            ParamId("attention_mask"): CPInput(1, 2, sequence="text"),
+            ParamId("kv_cache"): CPStore("store", 1, sequence=_JOINED),
         },
         "transformer_blocks.*.attn1": CPAttention(_JOINED, prefix="cache", outer_mask=True),
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
 }

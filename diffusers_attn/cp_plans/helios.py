@@ -14,16 +14,16 @@ PLANS: dict[str, Plan] = {
         # Before the first block's hidden states: the history's length is what the video's leaves.
         "blocks.*": {
             ParamId("original_context_length"): CPLength("video"),
-            ParamId("temb"): CPInput(1, 4, stream=_JOINED),
-            ParamId("rotary_emb"): CPInput(1, 3, stream=_JOINED),
+            ParamId("temb"): CPInput(1, 4, sequence=_JOINED),
+            ParamId("rotary_emb"): CPInput(1, 3, sequence=_JOINED),
         },
-        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream=_JOINED)},
+        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence=_JOINED)},
         "blocks.*.attn1": CPAttention(_JOINED),
         "blocks.*.attn2": CPAttention(("video",), key=()),
         "norm_out": {
             ParamId("original_context_length"): CPLength("video"),
-            ParamId("temb"): CPInput(1, 3, stream=_JOINED),
+            ParamId("temb"): CPInput(1, 3, sequence=_JOINED),
         },
-        "proj_out": CPOutput(1, 3, stream="video"),
+        "proj_out": CPOutput(1, 3, sequence="video"),
     },
 }

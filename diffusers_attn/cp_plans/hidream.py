@@ -12,26 +12,26 @@ _TEXT = ("t5", "llama", "llama")
 _JOINED = ("image", *_TEXT)
 
 
-def _projected(stream: str) -> CPInput:
+def _projected(sequence: str) -> CPInput:
     # No tokens cannot be divided into samples.
-    return CPInput(1, 3, split_output=True, stream=stream)
+    return CPInput(1, 3, split_output=True, sequence=sequence)
 
 
 def _plan(model: Any) -> Plan:
     last = len(model.caption_projection) - 1
     return {
-        "x_embedder": {ParamId(index=0): CPInput(1, 3, split_output=True, stream="image")},
+        "x_embedder": {ParamId(index=0): CPInput(1, 3, split_output=True, sequence="image")},
         **{f"caption_projection.{layer}": {ParamId(index=0): _projected("llama")} for layer in range(last)},
         f"caption_projection.{last}": {ParamId(index=0): _projected("t5")},
-        "pe_embedder": {ParamId(index=0): CPInput(1, 6, split_output=True, stream=_JOINED, split_already=_TEXT)},
+        "pe_embedder": {ParamId(index=0): CPInput(1, 6, split_output=True, sequence=_JOINED, split_already=_TEXT)},
         # Pictures that are no squares are padded, and their keys multiplied by ones and zeros.
-        "double_stream_blocks.*": {ParamId("hidden_states_masks"): CPInput(1, 2, stream="image")},
+        "double_stream_blocks.*": {ParamId("hidden_states_masks"): CPInput(1, 2, sequence="image")},
         "single_stream_blocks.*": {
-            ParamId("hidden_states_masks"): CPInput(1, 2, stream=_JOINED, split_already=_TEXT),
+            ParamId("hidden_states_masks"): CPInput(1, 2, sequence=_JOINED, split_already=_TEXT),
         },
         "double_stream_blocks.*.block.attn1": CPAttention(_JOINED),
         "single_stream_blocks.*.block.attn1": CPAttention(_JOINED),
-        "final_layer": CPOutput(1, 3, stream="image"),
+        "final_layer": CPOutput(1, 3, sequence="image"),
     }
 
 

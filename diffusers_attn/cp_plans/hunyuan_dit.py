@@ -7,13 +7,13 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "HunyuanDiT2DModel": {
-        "": {ParamId("controlnet_block_samples"): CPInput(1, 3, stream="image")},
-        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
+        "": {ParamId("controlnet_block_samples"): CPInput(1, 3, sequence="image")},
+        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="image")},
         # cos and sin; of one row, which then is for all tokens.
-        "blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, stream="image", leave_other_dims=True)},
+        "blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, sequence="image", leave_other_dims=True)},
         "time_extra_emb.pooler": CPAttention((), key=()),  # of the text
         "blocks.*.attn1": CPAttention(("image",)),
         "blocks.*.attn2": CPAttention(("image",), key=()),
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
 }

@@ -11,17 +11,17 @@ _ATTENTION = CPAttention(("image", "text"), key_mask=True)
 PLANS: dict[str, Plan] = {
     "HunyuanImageTransformer2DModel": {
         "rope": {
-            ParamId(index=0): CPInput(0, 2, split_output=True, stream="image"),
-            ParamId(index=1): CPInput(0, 2, split_output=True, stream="image"),
+            ParamId(index=0): CPInput(0, 2, split_output=True, sequence="image"),
+            ParamId(index=1): CPInput(0, 2, split_output=True, sequence="image"),
         },
         "context_embedder.token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
         "transformer_blocks.0": {
-            ParamId("hidden_states"): CPInput(1, 3, stream="image"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
             # Blocks cut the text off by its length, from the end, where no text would mean all.
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "transformer_blocks.*.attn": _ATTENTION,
         "single_transformer_blocks.*.attn": _ATTENTION,
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
 }

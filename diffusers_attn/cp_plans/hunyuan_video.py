@@ -15,8 +15,8 @@ def joined(*video: str) -> Plan:
     return {
         "context_embedder.token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
         "transformer_blocks.0": {
-            ParamId("hidden_states"): CPInput(1, 3, stream=video),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence=video),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "transformer_blocks.*.attn": attention,
         "single_transformer_blocks.*.attn": attention,
@@ -25,7 +25,7 @@ def joined(*video: str) -> Plan:
 
 def rotated(*video: str, lengths: InputPlan | None = None) -> Plan:
     """cos and sin, of the video's tokens alone, split for every block, behind the lengths of what they are of."""
-    rotary, lengths = CPInput(0, 2, stream=video), lengths or {}
+    rotary, lengths = CPInput(0, 2, sequence=video), lengths or {}
     return {
         "transformer_blocks.*": {**lengths, ParamId("freqs_cis"): rotary},
         "single_transformer_blocks.*": {**lengths, ParamId("image_rotary_emb"): rotary},
@@ -36,12 +36,12 @@ def _plan(model: Any) -> Plan:
     if model.config.image_condition_type == "token_replace":
         video = ("first_frame", "video")
         plan = rotated(*video, lengths={ParamId("num_tokens"): CPLength("first_frame")})
-        return {**plan, **joined(*video), "proj_out": CPOutput(1, 3, stream=video)}
-    rotary = CPInput(0, 2, split_output=True, stream="video")
+        return {**plan, **joined(*video), "proj_out": CPOutput(1, 3, sequence=video)}
+    rotary = CPInput(0, 2, split_output=True, sequence="video")
     return {
         "rope": {ParamId(index=0): rotary, ParamId(index=1): rotary},
         **joined("video"),
-        "proj_out": CPOutput(1, 3, stream="video"),
+        "proj_out": CPOutput(1, 3, sequence="video"),
     }
 
 

@@ -6,9 +6,9 @@ Edit Plus takes several pictures of any size, padded, with a mask of text and pi
 from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
 _FIRST: InputPlan = {
-    ParamId("hidden_states"): CPInput(1, 3, stream="image"),
+    ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
     # Text that is rotated, with rope_type="mrope", cannot be so without a token.
-    ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+    ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
 }
 _JOINED = ("image", "text")
 
@@ -17,15 +17,15 @@ PLANS: dict[str, Plan] = {
         "double_blocks.0": _FIRST,
         "double_blocks.*": {
             # cos and sin of the image, and with rope_type="mrope" of the text.
-            ParamId("image_rotary_emb"): [CPInput(0, 2, stream="image"), CPInput(0, 2, stream="text")],
+            ParamId("image_rotary_emb"): [CPInput(0, 2, sequence="image"), CPInput(0, 2, sequence="text")],
         },
         "double_blocks.*.attn": CPAttention(_JOINED),
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
     "JoyImageEditPlusTransformer3DModel": {
         "double_blocks.0": _FIRST,
-        "double_blocks.*": {ParamId("image_rotary_emb"): CPInput(1, 3, stream="image")},
+        "double_blocks.*": {ParamId("image_rotary_emb"): CPInput(1, 3, sequence="image")},
         "double_blocks.*.attn": CPAttention(_JOINED, key_mask=True),
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
 }

@@ -10,11 +10,11 @@ PLANS: dict[str, Plan] = {
     "Kandinsky5Transformer3DModel": {
         "": {ParamId("sparse_params"): CPBlocks("video", 64)},
         "text_transformer_blocks.*.self_attention": CPAttention(query=()),
-        "visual_transformer_blocks.0": {ParamId("visual_embed"): CPInput(1, 3, stream="video")},
-        "visual_transformer_blocks.*": {ParamId("rope"): CPInput(1, stream="video")},
+        "visual_transformer_blocks.0": {ParamId("visual_embed"): CPInput(1, 3, sequence="video")},
+        "visual_transformer_blocks.*": {ParamId("rope"): CPInput(1, sequence="video")},
         "visual_transformer_blocks.*.self_attention": CPAttention(("video",)),
         "visual_transformer_blocks.*.cross_attention": CPAttention(("video",), key=()),
         # Behind it the tokens become frames, rows and columns again.
-        "visual_transformer_blocks.-1": CPOutput(1, 3, stream="video"),
+        "visual_transformer_blocks.-1": CPOutput(1, 3, sequence="video"),
     },
 }

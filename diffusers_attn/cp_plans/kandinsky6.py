@@ -10,12 +10,12 @@ PLANS: dict[str, Plan] = {
         "audio_text_transformer_blocks.*.attn": CPAttention(query=()),
         "visual_transformer_blocks.0": {
             # Where queries are rotated, a dimension is inferred, which it cannot be of no token.
-            ParamId("vis"): CPInput(1, 3, stream="video"),
-            ParamId("aud"): CPInput(1, 3, stream="audio"),
+            ParamId("vis"): CPInput(1, 3, sequence="video"),
+            ParamId("aud"): CPInput(1, 3, sequence="audio"),
         },
         "visual_transformer_blocks.*": {
-            ParamId("vis_rope"): CPInput(0, stream="video"),
-            ParamId("aud_rope"): CPInput(0, stream="audio"),
+            ParamId("vis_rope"): CPInput(0, sequence="video"),
+            ParamId("aud_rope"): CPInput(0, sequence="audio"),
         },
         "visual_transformer_blocks.*.video_dec_block.self_attention": CPAttention(("video",)),
         "visual_transformer_blocks.*.audio_dec_block.self_attention": CPAttention(("audio",)),
@@ -24,6 +24,6 @@ PLANS: dict[str, Plan] = {
         "visual_transformer_blocks.*.va_cross_attention": CPAttention(("video",), key=("audio",)),
         "visual_transformer_blocks.*.av_cross_attention": CPAttention(("audio",), key=("video",)),
         # Behind it the video's tokens become frames, rows and columns again.
-        "visual_transformer_blocks.-1": [CPOutput(1, 3, stream="video"), CPOutput(1, 3, stream="audio")],
+        "visual_transformer_blocks.-1": [CPOutput(1, 3, sequence="video"), CPOutput(1, 3, sequence="audio")],
     },
 }

@@ -8,10 +8,10 @@ from .plan import CPAttention, CPBlocks, CPInput, CPOutput, ParamId, Plan
 PLANS: dict[str, Plan] = {
     "Kandinsky6SRTransformer3DModel": {
         "": {ParamId("hidden_states"): CPBlocks("video", 64)},
-        "visual_transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="video")},
-        "visual_transformer_blocks.*": {ParamId("rotary_emb"): CPInput(0, stream="video")},
+        "visual_transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="video")},
+        "visual_transformer_blocks.*": {ParamId("rotary_emb"): CPInput(0, sequence="video")},
         "visual_transformer_blocks.*.self_attention": CPAttention(("video",)),
         # Behind it the tokens become frames, rows and columns again.
-        "visual_transformer_blocks.-1": CPOutput(1, 3, stream="video"),
+        "visual_transformer_blocks.-1": CPOutput(1, 3, sequence="video"),
     },
 }

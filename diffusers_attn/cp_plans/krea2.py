@@ -1,4 +1,4 @@
-"""Krea 2: text and image in one sequence, which is one stream; the text is fused whole on all ranks before.
+"""Krea 2: text and image in one sequence, which is one sequence; the text is fused whole on all ranks before.
 
 The mask is of all keys. The model cuts out the image by its place in the whole.
 """
@@ -9,10 +9,10 @@ PLANS: dict[str, Plan] = {
     "Krea2Transformer2DModel": {
         "text_fusion.layerwise_blocks.*.attn": CPAttention(query=()),
         "text_fusion.refiner_blocks.*.attn": CPAttention(query=()),
-        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="joint")},
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="joint")},
         # cos and sin.
-        "transformer_blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, stream="joint")},
+        "transformer_blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, sequence="joint")},
         "transformer_blocks.*.attn": CPAttention(("joint",), key_mask=True),
-        "transformer_blocks.-1": CPOutput(1, 3, stream="joint"),
+        "transformer_blocks.-1": CPOutput(1, 3, sequence="joint"),
     },
 }

@@ -8,11 +8,11 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "LatteTransformer3DModel": {
-        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="places")},
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="places")},
         "transformer_blocks.*.attn1": CPAttention(("places",)),
         "transformer_blocks.*.attn2": CPAttention(("places",), key=()),
-        "temporal_transformer_blocks.*": {ParamId("timestep"): CPInput(0, 2, stream="places", flattened=True)},
+        "temporal_transformer_blocks.*": {ParamId("timestep"): CPInput(0, 2, sequence="places", flattened=True)},
         "temporal_transformer_blocks.*.attn1": CPAttention(query=()),
-        "proj_out": CPOutput(1, 3, stream="places"),
+        "proj_out": CPOutput(1, 3, sequence="places"),
     },
 }

@@ -8,14 +8,14 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "LongCatAudioDiTTransformer": {
-        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="audio")},
+        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="audio")},
         "blocks.*": {
-            ParamId("mask"): CPInput(1, 2, stream="audio"),
+            ParamId("mask"): CPInput(1, 2, sequence="audio"),
             # cos and sin.
-            ParamId("rope"): CPInput(0, 2, stream="audio"),
+            ParamId("rope"): CPInput(0, 2, sequence="audio"),
         },
         "blocks.*.self_attn": CPAttention(("audio",)),
         "blocks.*.cross_attn?": CPAttention(("audio",), key=()),
-        "blocks.-1": CPOutput(1, 3, stream="audio"),
+        "blocks.-1": CPOutput(1, 3, sequence="audio"),
     },
 }

@@ -6,28 +6,28 @@ With the audio whole on every rank, its attention to the video would be the one 
 from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
 
-def _rotary(stream: str) -> InputPlan:
+def _rotary(sequence: str) -> InputPlan:
     # [batch, tokens, channels], or by heads (rope_type="split"), [batch, heads, tokens, channels].
-    split = CPInput(-2, split_output=True, stream=stream)
+    split = CPInput(-2, split_output=True, sequence=sequence)
     return {ParamId(index=0): split, ParamId(index=1): split}
 
 
-def _time(stream: str) -> CPInput:
+def _time(sequence: str) -> CPInput:
     # One per token where frames are given, one per sample elsewhere.
-    return CPInput(1, 2, stream=stream, leave_other_dims=True)
+    return CPInput(1, 2, sequence=sequence, leave_other_dims=True)
 
 
 PLANS: dict[str, Plan] = {
     "LTX2VideoTransformer3DModel": {
         "": {
             # Where the model reshapes rotated queries and times, it infers a dimension, which it cannot of no token.
-            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
-            ParamId("audio_hidden_states"): CPInput(1, 3, stream="audio"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
+            ParamId("audio_hidden_states"): CPInput(1, 3, sequence="audio"),
             ParamId("timestep"): _time("video"),
             ParamId("audio_timestep"): _time("audio"),
-            ParamId("video_keyframes_mask"): CPInput(1, 3, stream="video"),
+            ParamId("video_keyframes_mask"): CPInput(1, 3, sequence="video"),
             # Queries by keys: a rank takes its queries.
-            ParamId("video_self_attention_mask"): CPInput(1, 3, stream="video"),
+            ParamId("video_self_attention_mask"): CPInput(1, 3, sequence="video"),
         },
         "rope": _rotary("video"),
         "cross_attn_rope": _rotary("video"),
@@ -39,7 +39,7 @@ PLANS: dict[str, Plan] = {
         "transformer_blocks.*.audio_attn2": CPAttention(("audio",), key=()),
         "transformer_blocks.*.audio_to_video_attn": CPAttention(("video",), key=("audio",)),
         "transformer_blocks.*.video_to_audio_attn": CPAttention(("audio",), key=("video",)),
-        "proj_out": CPOutput(1, 3, stream="video"),
-        "audio_proj_out": CPOutput(1, 3, stream="audio"),
+        "proj_out": CPOutput(1, 3, sequence="video"),
+        "audio_proj_out": CPOutput(1, 3, sequence="audio"),
     },
 }

@@ -9,13 +9,13 @@ from .plan import CPAttention, CPInput, CPLogBase, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "LuminaNextDiT2DModel": {
-        "layers.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
+        "layers.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="image")},
         "layers.*": {
-            ParamId("image_rotary_emb"): CPInput(1, 3, stream="image"),
+            ParamId("image_rotary_emb"): CPInput(1, 3, sequence="image"),
             ParamId("cross_attention_kwargs"): {"base_sequence_length": CPLogBase("image")},
         },
         "layers.*.attn1": CPAttention(("image",), key_mask=True),
         "layers.*.attn2": CPAttention(("image",), key=()),
-        "norm_out": CPOutput(1, 3, stream="image"),
+        "norm_out": CPOutput(1, 3, sequence="image"),
     },
 }

@@ -1,4 +1,4 @@
-"""MiniMax H3: text, audio and video in one packed sequence, which is one stream.
+"""MiniMax H3: text, audio and video in one packed sequence, which is one sequence.
 
 The model puts it together by places in the whole sequence and takes video and audio out by such, so that it is split
 after the one and gathered before the other.
@@ -9,16 +9,16 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 PLANS: dict[str, Plan] = {
     "MiniMaxH3Transformer3DModel": {
         "rope": {
-            ParamId(index=0): CPInput(0, 2, split_output=True, stream="packed"),
-            ParamId(index=1): CPInput(0, 2, split_output=True, stream="packed"),
+            ParamId(index=0): CPInput(0, 2, split_output=True, sequence="packed"),
+            ParamId(index=1): CPInput(0, 2, split_output=True, sequence="packed"),
         },
         # The text attends to itself before it is packed.
         "token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
-        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="packed")},
-        "transformer_blocks.*": {ParamId("adaln_indices"): CPInput(0, 1, stream="packed")},
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="packed")},
+        "transformer_blocks.*": {ParamId("adaln_indices"): CPInput(0, 1, sequence="packed")},
         "transformer_blocks.*.attn": CPAttention(("packed",)),
-        "norm_out": {ParamId("timestep_indices"): CPInput(0, 1, stream="packed")},
-        "proj_out": CPOutput(1, 3, stream="packed"),
-        "audio_proj_out": CPOutput(1, 3, stream="packed"),
+        "norm_out": {ParamId("timestep_indices"): CPInput(0, 1, sequence="packed")},
+        "proj_out": CPOutput(1, 3, sequence="packed"),
+        "audio_proj_out": CPOutput(1, 3, sequence="packed"),
     },
 }

@@ -10,15 +10,15 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 PLANS: dict[str, Plan] = {
     "MochiTransformer3DModel": {
         "rope": {
-            ParamId(index=0): CPInput(0, 3, split_output=True, stream="video"),
-            ParamId(index=1): CPInput(0, 3, split_output=True, stream="video"),
+            ParamId(index=0): CPInput(0, 3, split_output=True, sequence="video"),
+            ParamId(index=1): CPInput(0, 3, split_output=True, sequence="video"),
         },
         "transformer_blocks.0": {
-            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
-        "transformer_blocks.*": {ParamId("encoder_attention_mask"): CPInput(1, 2, stream="text")},
+        "transformer_blocks.*": {ParamId("encoder_attention_mask"): CPInput(1, 2, sequence="text")},
         "transformer_blocks.*.attn1": CPAttention(("video", "text")),
-        "proj_out": CPOutput(1, 3, stream="video"),
+        "proj_out": CPOutput(1, 3, sequence="video"),
     },
 }

@@ -18,21 +18,21 @@ def _plan(model: Any) -> Plan:
     # Behind "rope", which gives the video's length.
     blocks: Entry = {
         ParamId("image_embed_seq_len"): CPLength("image"),
-        ParamId("attention_mask"): CPInput(3, 4, stream=_JOINED),
+        ParamId("attention_mask"): CPInput(3, 4, sequence=_JOINED),
     }
     plan: dict[str, Any] = {
         "rope": {
-            ParamId(index=0): CPInput(0, 2, split_output=True, stream="video"),
-            ParamId(index=1): CPInput(0, 2, split_output=True, stream="video"),
+            ParamId(index=0): CPInput(0, 2, split_output=True, sequence="video"),
+            ParamId(index=1): CPInput(0, 2, split_output=True, sequence="video"),
         },
         "transformer_blocks.*": blocks,
         "transformer_blocks.0": {
-            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream=_CONDITION),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, sequence=_CONDITION),
         },
         "transformer_blocks.*.attn": CPAttention(_JOINED),
         "transformer_blocks.*.cross_attn?": CPAttention(("video",), key=("text",)),
-        "proj_out": CPOutput(1, 3, stream="video"),
+        "proj_out": CPOutput(1, 3, sequence="video"),
     }
     for block in range(single - decoders):
         plan |= {
@@ -44,7 +44,7 @@ def _plan(model: Any) -> Plan:
         plan[f"single_transformer_blocks.{block}.attn"] = CPAttention(("video", "video"))
     if decoders:
         plan[f"single_transformer_blocks.{single - decoders}"] = {
-            ParamId("hidden_states"): CPInput(1, 3, stream="video")
+            ParamId("hidden_states"): CPInput(1, 3, sequence="video")
         }
     return plan
 

@@ -6,13 +6,13 @@ nothing from several ranks, the others do.
 
 from typing import Any
 
-from .plan import CPAttention, CPInput, CPOutput, CPWhole, InputPlan, ParamId, Plan
+from .plan import CPAttention, CPGatherInput, CPInput, CPOutput, InputPlan, ParamId, Plan
 
-_WHOLE = CPWhole(1, 3, stream="image")
+_GATHERED = CPGatherInput(1, 3, sequence="image")
 _EXPERTS: InputPlan = {
-    ParamId("hidden_states"): _WHOLE,
-    ParamId("hidden_states_unmodulated"): _WHOLE,
-    ParamId(index=0): CPInput(1, 3, split_output=True, stream="image"),
+    ParamId("hidden_states"): _GATHERED,
+    ParamId("hidden_states_unmodulated"): _GATHERED,
+    ParamId(index=0): CPInput(1, 3, split_output=True, sequence="image"),
 }
 
 
@@ -20,19 +20,19 @@ def _plan(model: Any) -> Plan:
     experts = [index for index, block in enumerate(model.transformer_blocks) if block.moe_enabled]
     return {
         "pos_embed": {
-            ParamId(index=0): CPInput(0, 2, split_output=True, stream="image"),
-            ParamId(index=1): CPInput(0, 2, split_output=True, stream="text"),
+            ParamId(index=0): CPInput(0, 2, split_output=True, sequence="image"),
+            ParamId(index=1): CPInput(0, 2, split_output=True, sequence="text"),
         },
-        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")},
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="image")},
         "transformer_blocks.*": {
             # No tokens cannot be rotated.
-            ParamId("encoder_hidden_states"): CPInput(1, 3, stream="text"),
+            ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
             # One value per key.
-            ParamId("attention_kwargs"): {"attention_mask": CPInput(1, 2, stream=("image", "text"))},
+            ParamId("attention_kwargs"): {"attention_mask": CPInput(1, 2, sequence=("image", "text"))},
         },
         "transformer_blocks.*.attn": CPAttention(("image",), key=("image", "text")),
         **{f"transformer_blocks.{index}.img_mlp": _EXPERTS for index in experts},
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     }
 
 

@@ -4,14 +4,16 @@ ranks have whole, with its mask: local. A mask of the image is of all keys.
 
 from typing import Any
 
-from .plan import CPAbsent, CPAttention, CPInput, CPOutput, CPPresent, ParamId, Plan
+from .plan import CPAttention, CPForbidden, CPInput, CPOutput, CPRequired, ParamId, Plan
 
-_SPLIT: Plan = {"transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="image")}}
+_SPLIT: Plan = {"transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="image")}}
 _SELF = CPAttention(("image",), key_mask=True)
 _CROSS = CPAttention(("image",), key=())
 # A block of this kind attends to the image where it is given no text, and to text where it is given one.
-_TEXT = CPPresent("its cross-attention then attends to the image, which is split. Give it a text.")
-_NO_TEXT = CPAbsent("with double_self_attention its second attention then attends to the text instead. Leave it out.")
+_TEXT = CPRequired("its cross-attention then attends to the image, which is split. Give it a text.")
+_NO_TEXT = CPForbidden(
+    "with double_self_attention its second attention then attends to the text instead. Leave it out."
+)
 
 
 def _of_basic_blocks(model: Any) -> Plan:
@@ -25,7 +27,7 @@ def _of_basic_blocks(model: Any) -> Plan:
         "transformer_blocks.*.attn1?": _CROSS if config.only_cross_attention else _SELF,
         "transformer_blocks.*.attn2?": _SELF if config.double_self_attention else _CROSS,
         # What comes behind depends on the configuration, and puts tokens back in their places.
-        "transformer_blocks.-1": CPOutput(1, 3, stream="image"),
+        "transformer_blocks.-1": CPOutput(1, 3, sequence="image"),
     }
 
 
@@ -34,12 +36,12 @@ PLANS = {
         **_SPLIT,
         "transformer_blocks.*.attn1": _SELF,
         "transformer_blocks.*.attn2": _CROSS,
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
     "DiTTransformer2DModel": {
         **_SPLIT,
         "transformer_blocks.*.attn1": _SELF,
-        "proj_out_2": CPOutput(1, 3, stream="image"),
+        "proj_out_2": CPOutput(1, 3, sequence="image"),
     },
     "Transformer2DModel": _of_basic_blocks,
     "DreamLiteTransformer2DModel": _of_basic_blocks,

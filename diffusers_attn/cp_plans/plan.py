@@ -56,7 +56,7 @@ class CPInput:
     """how many dimensions it must have."""
     split_output: bool = False
     """an output of the module, rather than an input."""
-    stream: str | tuple[str, ...] | None = None
+    sequence: str | tuple[str, ...] | None = None
     """a name for the sequence, where a plan splits several. A sequence that has a name may have fewer tokens than there
     are ranks: a rank without one is given the first token to stand in, which attention and gathering leave out. One
     without a name is refused then. Several names: sequences that the model has joined to one,
@@ -66,7 +66,7 @@ class CPInput:
     """whether one value may stand for all tokens, as a time does: a tensor with other than `expected_dims` dimensions,
     or with a single entry in `split_dim`, is left whole."""
     split_already: tuple[str, ...] = ()
-    """those of `stream` of which the tensor holds this rank's tokens alone, since the model made it after they were
+    """those of `sequence` of which the tensor holds this rank's tokens alone, since the model made it after they were
     split."""
     flattened: bool = False
     """whether `split_dim` is a batch and the sequence in one: the tokens of one sample after those of another, as where
@@ -84,12 +84,12 @@ class CPInput:
     """
 
     def __post_init__(self) -> None:
-        if self.balanced and self.stream is None:
-            raise ValueError('CPInput(balanced=True) is said of a stream: name it, CPInput(..., stream="text").')
+        if self.balanced and self.sequence is None:
+            raise ValueError('CPInput(balanced=True) is said of a sequence: name it, CPInput(..., sequence="text").')
 
 
 @dataclasses.dataclass(frozen=True)
-class CPWhole:
+class CPGatherInput:
     """An argument of which every rank has its shard and which its module needs whole, as where experts choose among all
     tokens: it is gathered before the module. What comes out for all tokens is split again with
     `CPInput(split_output=True)`. All ranks then compute all of the module, so that it is no faster than on one."""
@@ -97,7 +97,7 @@ class CPWhole:
     gather_dim: int
     expected_dims: int | None = None
     """how many dimensions it must have."""
-    stream: str | tuple[str, ...] | None = None
+    sequence: str | tuple[str, ...] | None = None
     """which sequence it is, or several, joined; needed only where lengths do not tell."""
     grouped: bool = False
     """whether every entry of the sequence is several tokens, as for `CPOutput`."""
@@ -111,7 +111,7 @@ class CPStore:
     method: str
     """by which the module stores tensors, given by position."""
     gather_dim: int
-    stream: str | tuple[str, ...]
+    sequence: str | tuple[str, ...]
     """which sequence they are, or several, joined."""
 
 
@@ -129,7 +129,7 @@ class CPLength:
         ValueError: `of` together with `whole`.
     """
 
-    stream: str
+    sequence: str
     of: Callable[[Any], int] | None = None
     """where the argument is no such number, but tells it: a function of it that gives the sequence's length. The module
     is given the argument as it is."""
@@ -147,7 +147,7 @@ class CPLogBase:
     """The base of a logarithm that a module takes of the length of its sequence, for the scale of its scores: it is
     given the base to which the length of this rank's shard has the logarithm that the length of the whole has."""
 
-    stream: str
+    sequence: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class CPBlocks:
         ValueError: a size below one.
     """
 
-    stream: str
+    sequence: str
     size: int
     """how many tokens a block has. The sequence's length must be a multiple, of at least as many blocks as ranks."""
 
@@ -170,7 +170,7 @@ class CPBlocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class CPAbsent:
+class CPForbidden:
     """An argument that must be None or left out, because with it the model does what no plan of this kind can split.
 
     Given anything else, the forward is refused before it begins.
@@ -181,7 +181,7 @@ class CPAbsent:
 
 
 @dataclasses.dataclass(frozen=True)
-class CPPresent:
+class CPRequired:
     """An argument that must be given, because without it the model does what its plan does not say.
 
     Without it, the forward is refused before it begins.
@@ -198,7 +198,7 @@ class CPOutput:
     gather_dim: int
     expected_dims: int | None = None
     """how many dimensions it must have."""
-    stream: str | tuple[str, ...] | None = None
+    sequence: str | tuple[str, ...] | None = None
     """which sequence it is, or several, joined; needed only where lengths do not tell."""
     grouped: bool = False
     """whether every entry of the sequence is several tokens, one after the other, as the pixels of a row are. The
@@ -206,18 +206,18 @@ class CPOutput:
 
 
 @dataclasses.dataclass(frozen=True)
-class CPNeighbours:
-    """A module that looks at neighbours in a sequence, as a convolution does: its first argument is given with those of
+class CPHalo:
+    """A module that looks at halo in a sequence, as a convolution does: its first argument is given with those of
     the ranks before and after, and of what comes out, which is as long, those are cut off."""
 
     dim: int
     reach: int
     """how far it looks, to either side."""
-    stream: str
+    sequence: str
     grouped: bool = False
     """whether every entry of the sequence is several tokens, as for `CPOutput`."""
     length: str | None = None
-    """the argument, if there is one, that says how many entries there are: it is given the neighbours among them."""
+    """the argument, if there is one, that says how many entries there are: it is given the halo among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,10 +227,10 @@ class CPHeads:
     behind it back, so that every one has the work of its heads. Neither need divide.
 
     The sequence has its length from before, of at least as many entries as there are ranks. Arguments without heads are
-    given to the module whole, with `CPWhole` and `CPLength(whole=True)` where they are not.
+    given to the module whole, with `CPGatherInput` and `CPLength(whole=True)` where they are not.
     """
 
-    stream: str
+    sequence: str
     heads: int
     """how many there are on one device."""
     arguments: Mapping[str, tuple[int, int]]
@@ -242,10 +242,10 @@ class CPHeads:
 
 @dataclasses.dataclass(frozen=True)
 class CPAttention:
-    """What the queries and keys of an attention module are: names of streams, in the order in which they are joined.
+    """What the queries and keys of an attention module are: names of sequences, in the order in which they are joined.
 
-    Needed where lengths do not tell, as when a stream has fewer tokens than there are ranks, and where a mask or
-    causality needs the order of joined streams.
+    Needed where lengths do not tell, as when a sequence has fewer tokens than there are ranks, and where a mask or
+    causality needs the order of joined sequences.
     """
 
     query: tuple[str, ...]
@@ -253,8 +253,8 @@ class CPAttention:
     """None is as the query; () is keys that every rank has whole, so that attention to them is local. With
     `query=()`, queries and keys are."""
     prefix: str | None = None
-    """keys that come before these and that every rank has whole: those of a stream, or, where none of this name is
-    split, of a cache. Such a stream then stays whole wherever it is named, and a call among its tokens is local: what
+    """keys that come before these and that every rank has whole: those of a sequence, or, where none of this name is
+    split, of a cache. Such a sequence then stays whole wherever it is named, and a call among its tokens is local: what
     has to be split of it are its keys, and what is gathered."""
     outer_mask: bool = False
     """whether the mask that reaches attention is an outer product, made in the block from one value per token: bool, or
@@ -273,14 +273,14 @@ class CPAttention:
 
 InputSpec = (
     CPInput
-    | CPWhole
+    | CPGatherInput
     | CPStore
     | CPCache
     | CPLength
     | CPLogBase
     | CPBlocks
-    | CPAbsent
-    | CPPresent
+    | CPForbidden
+    | CPRequired
     | Sequence["InputSpec | None"]
     | Mapping[str, "InputSpec"]
 )
@@ -289,9 +289,9 @@ that it has are split."""
 
 InputPlan = Mapping[ParamId | str | int, InputSpec]
 OutputPlan = CPOutput | Sequence[CPOutput | None]
-Entry = InputPlan | OutputPlan | CPNeighbours | CPHeads | CPAttention
-_One = InputPlan | CPOutput | CPNeighbours | CPHeads | CPAttention
-_NO_OUTPUTS = (Mapping, CPNeighbours, CPHeads, CPAttention)
+Entry = InputPlan | OutputPlan | CPHalo | CPHeads | CPAttention
+_One = InputPlan | CPOutput | CPHalo | CPHeads | CPAttention
+_NO_OUTPUTS = (Mapping, CPHalo, CPHeads, CPAttention)
 Plan = Mapping[str, _One | Sequence[_One | None]]
 """By name of the module. A list with anything but outputs in it is several entries for one module."""
 PlanOfModel = Callable[[Any], Plan]

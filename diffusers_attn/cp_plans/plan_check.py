@@ -1,4 +1,4 @@
-"""Streams that a plan mentions and nothing splits: a name that was mistyped."""
+"""SequenceTracker that a plan mentions and nothing splits: a name that was mistyped."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..errors import AttentionProviderError
 from .plan import CPAttention, CPInput, CPLength, Plan, entries
 
 
-def check_streams(plan: Plan) -> None:
-    """Raises AttentionProviderError where a plan mentions a stream by a name that nothing splits."""
+def check_sequences(plan: Plan) -> None:
+    """Raises AttentionProviderError where a plan mentions a sequence by a name that nothing splits."""
     split: set[str] = set()
     mentioned: list[tuple[str, str, Any]] = []
     for path, spec in entries(plan):
         for word in _words(spec):
-            names = _streams(word)
+            names = _tracker(word)
             makes = isinstance(word, CPLength) or (isinstance(word, CPInput) and not (word.flattened or word.grouped))
             if makes:
                 split.update(names)
@@ -25,9 +25,10 @@ def check_streams(plan: Plan) -> None:
         if name not in split:
             close = difflib.get_close_matches(name, sorted(split), 1)
             raise AttentionProviderError(
-                f"the plan mentions a stream {name!r} for '{path}', in {word}, and no CPInput splits one of that name. "
+                f"the plan mentions a sequence {name!r} for '{path}', in {word}, and no CPInput splits one of that "
+                f"name. "
                 + (f"Did you mean {close[0]!r}? " if close else "")
-                + f"Streams that it splits: {', '.join(map(repr, sorted(split))) or 'none that has a name'}."
+                + f"SequenceTracker that it splits: {', '.join(map(repr, sorted(split))) or 'none that has a name'}."
             )
 
 
@@ -43,9 +44,9 @@ def _words(spec: Any) -> Iterator[Any]:
         yield spec
 
 
-def _streams(word: Any) -> tuple[str, ...]:
-    """The streams that a word mentions by name. What comes before keys (`prefix`) may also be a cache."""
+def _tracker(word: Any) -> tuple[str, ...]:
+    """The sequences that a word mentions by name. What comes before keys (`prefix`) may also be a cache."""
     if isinstance(word, CPAttention):
         return word.query + (word.key or ())
-    named = getattr(word, "stream", None)
+    named = getattr(word, "sequence", None)
     return () if named is None else (named,) if isinstance(named, str) else tuple(named)

@@ -23,14 +23,14 @@ def _image_tokens(img_shapes: Any) -> int:
 PLANS: dict[str, Plan] = {
     "QwenImage21Transformer2DModel": {
         "": {ParamId("img_shapes"): CPLength("image", of=_image_tokens)},
-        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream=_JOINED)},
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence=_JOINED)},
         "transformer_blocks.*": {
-            ParamId("rotary_emb"): CPInput(0, 2, stream=_JOINED),
+            ParamId("rotary_emb"): CPInput(0, 2, sequence=_JOINED),
             # Which tokens are of the image, and modulated by the time.
-            ParamId("target_token_mask"): CPInput(0, 1, stream=_JOINED),
+            ParamId("target_token_mask"): CPInput(0, 1, sequence=_JOINED),
         },
         "transformer_blocks.*.attn": CPAttention(("image",), prefix="before", key_mask=True),
-        "norm_out": {ParamId("target_token_mask"): CPInput(0, 1, stream=_JOINED)},
-        "proj_out": CPOutput(1, 3, stream=_JOINED),
+        "norm_out": {ParamId("target_token_mask"): CPInput(0, 1, sequence=_JOINED)},
+        "proj_out": CPOutput(1, 3, sequence=_JOINED),
     },
 }

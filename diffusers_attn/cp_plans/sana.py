@@ -8,7 +8,7 @@ looks one row up and down.
 import functools
 from typing import Any
 
-from .plan import CPAttention, CPInput, CPLength, CPNeighbours, CPOutput, ParamId, Plan
+from .plan import CPAttention, CPHalo, CPInput, CPLength, CPOutput, ParamId, Plan
 
 
 def _patches(size: int, latents: Any) -> int:
@@ -18,7 +18,7 @@ def _patches(size: int, latents: Any) -> int:
 
 def _plan(model: Any) -> Plan:
     patch = model.config.patch_size
-    rows = CPInput(1, 3, stream="rows", grouped=True)
+    rows = CPInput(1, 3, sequence="rows", grouped=True)
     return {
         "": {
             ParamId("hidden_states"): CPLength("rows", of=functools.partial(_patches, patch)),
@@ -27,11 +27,11 @@ def _plan(model: Any) -> Plan:
         "transformer_blocks.0": {ParamId("hidden_states"): rows},
         "transformer_blocks.*": {ParamId("height"): CPLength("rows")},
         "transformer_blocks.*.attn1": CPAttention(("rows",), key=()),
-        "transformer_blocks.*.attn1.to_k": CPOutput(1, 3, stream="rows", grouped=True),
-        "transformer_blocks.*.attn1.to_v": CPOutput(1, 3, stream="rows", grouped=True),
+        "transformer_blocks.*.attn1.to_k": CPOutput(1, 3, sequence="rows", grouped=True),
+        "transformer_blocks.*.attn1.to_v": CPOutput(1, 3, sequence="rows", grouped=True),
         "transformer_blocks.*.attn2?": CPAttention(("rows",), key=()),
-        "transformer_blocks.*.ff.conv_depth": CPNeighbours(2, 1, stream="rows"),
-        "proj_out": CPOutput(1, 3, stream="rows", grouped=True),
+        "transformer_blocks.*.ff.conv_depth": CPHalo(2, 1, sequence="rows"),
+        "proj_out": CPOutput(1, 3, sequence="rows", grouped=True),
     }
 
 

@@ -10,7 +10,7 @@ last projection. Every rank makes all of the sum, which is little work beside th
 import functools
 from typing import Any
 
-from .plan import CPAttention, CPInput, CPLength, CPNeighbours, CPOutput, ParamId, Plan
+from .plan import CPAttention, CPHalo, CPInput, CPLength, CPOutput, ParamId, Plan
 
 
 def _patches(size: int, latents: Any) -> int:
@@ -20,10 +20,10 @@ def _patches(size: int, latents: Any) -> int:
 
 def _plan(model: Any) -> Plan:
     patch, _, _ = model.config.patch_size
-    frames = CPInput(1, 3, stream="frames", grouped=True)
-    gathered = CPOutput(1, 3, stream="frames", grouped=True)
+    frames = CPInput(1, 3, sequence="frames", grouped=True)
+    gathered = CPOutput(1, 3, sequence="frames", grouped=True)
     # One for all tokens, or for each its own, as where the first frame is given.
-    times = CPInput(1, 3, stream="frames", grouped=True, leave_other_dims=True)
+    times = CPInput(1, 3, sequence="frames", grouped=True, leave_other_dims=True)
     return {
         "": {
             ParamId("hidden_states"): CPLength("frames", of=functools.partial(_patches, patch)),
@@ -37,7 +37,7 @@ def _plan(model: Any) -> Plan:
         "transformer_blocks.*.attn1.to_v": gathered,
         "transformer_blocks.*.attn1.to_out.0": {ParamId(index=0): frames},
         "transformer_blocks.*.attn2": CPAttention(("frames",), key=()),
-        "transformer_blocks.*.ff.conv_temp": CPNeighbours(2, 1, stream="frames"),
+        "transformer_blocks.*.ff.conv_temp": CPHalo(2, 1, sequence="frames"),
         "norm_out": {ParamId("temb"): times},
         "proj_out": gathered,
     }

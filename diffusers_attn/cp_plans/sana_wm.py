@@ -13,10 +13,10 @@ Rotary embeddings and the rays of the camera, which are read there only, stay wh
 
 from typing import Any
 
-from .plan import CPAttention, CPHeads, CPInput, CPLength, CPNeighbours, CPOutput, CPWhole, Entry, ParamId, Plan
+from .plan import CPAttention, CPGatherInput, CPHalo, CPHeads, CPInput, CPLength, CPOutput, Entry, ParamId, Plan
 
-_FRAMES = CPInput(1, 3, stream="frames", grouped=True)
-_TIMES = CPInput(2, 4, stream="frames", leave_other_dims=True)  # one for all frames, or for each its own
+_FRAMES = CPInput(1, 3, sequence="frames", grouped=True)
+_TIMES = CPInput(2, 4, sequence="frames", leave_other_dims=True)  # one for all frames, or for each its own
 _BY_TOKEN = {"query": (1, 2), "key": (1, 2), "value": (1, 2)}
 _BY_FRAME = {"beta": (2, 1), "decay": (2, 1)}
 
@@ -35,18 +35,18 @@ def _plan(model: Any) -> Plan:
                 ParamId("t"): _TIMES,
                 ParamId("THW"): [CPLength("frames"), None, None],
                 ParamId("plucker_emb"): _FRAMES,
-                ParamId("frame_valid_mask"): CPInput(2, 5, stream="frames", leave_other_dims=True),
+                ParamId("frame_valid_mask"): CPInput(2, 5, sequence="frames", leave_other_dims=True),
             },
             # It comes in three forms: with pixels, without, and without channels, too.
-            {ParamId("frame_valid_mask"): CPInput(2, 3, stream="frames", leave_other_dims=True)},
-            {ParamId("frame_valid_mask"): CPInput(1, 2, stream="frames", leave_other_dims=True)},
+            {ParamId("frame_valid_mask"): CPInput(2, 3, sequence="frames", leave_other_dims=True)},
+            {ParamId("frame_valid_mask"): CPInput(1, 2, sequence="frames", leave_other_dims=True)},
         ],
         "blocks.*.cross_attn": CPAttention(("frames",), key=()),
-        "blocks.*.mlp?.t_conv?": CPNeighbours(2, model.config.t_kernel_size // 2, stream="frames"),
-        "final_layer": [{ParamId("t"): _TIMES}, CPOutput(1, 3, stream="frames", grouped=True)],
+        "blocks.*.mlp?.t_conv?": CPHalo(2, model.config.t_kernel_size // 2, sequence="frames"),
+        "final_layer": [{ParamId("t"): _TIMES}, CPOutput(1, 3, sequence="frames", grouped=True)],
     }
     # A short convolution is run once forwards and once backwards.
-    in_time = CPNeighbours(1, max(model.config.conv_kernel_size - 1, 0), "frames", grouped=True, length="num_frames")
+    in_time = CPHalo(1, max(model.config.conv_kernel_size - 1, 0), "frames", grouped=True, length="num_frames")
     for of in ("q", "k", "v"):
         plan |= {f"blocks.*.attn.conv_{of}{camera}?": in_time for camera in ("", "_cam")}
     for index, block in enumerate(model.blocks):
@@ -59,13 +59,13 @@ def _plan(model: Any) -> Plan:
 def _by_heads(block: Any, recurrent: bool) -> list[Entry]:
     """Of a branch of a layer."""
     whole: dict[ParamId | str | int, Any] = {
-        ParamId("token_valid_mask"): CPWhole(1, 2, stream="frames", grouped=True),
+        ParamId("token_valid_mask"): CPGatherInput(1, 2, sequence="frames", grouped=True),
     }
     if recurrent:
         whole |= {
             ParamId("num_frames"): CPLength("frames", whole=True),
-            ParamId("beta_valid_mask"): CPWhole(2, 4, stream="frames"),
-            ParamId("decay_valid_mask"): CPWhole(2, 3, stream="frames"),
+            ParamId("beta_valid_mask"): CPGatherInput(2, 4, sequence="frames"),
+            ParamId("decay_valid_mask"): CPGatherInput(2, 3, sequence="frames"),
         }
     arguments = _BY_TOKEN | _BY_FRAME if recurrent else _BY_TOKEN
     return [whole, CPHeads("frames", block.attn.heads, arguments, output=(1, 2))]

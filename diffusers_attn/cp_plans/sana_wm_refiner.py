@@ -9,17 +9,17 @@ PLANS: dict[str, Plan] = {
     "SanaWMLTX2RefinerTransformer3DModel": {
         "": {
             # Where the model reshapes rotated queries and times, it infers a dimension, which it cannot of no token.
-            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
-            ParamId("timestep"): CPInput(1, 2, stream="video", leave_other_dims=True),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
+            ParamId("timestep"): CPInput(1, 2, sequence="video", leave_other_dims=True),
             # cos and sin: [batch, tokens, channels], or by heads (rope_type="split"), [batch, heads, tokens, channels].
-            ParamId("video_rotary_emb"): CPInput(-2, stream="video"),
+            ParamId("video_rotary_emb"): CPInput(-2, sequence="video"),
         },
         "transformer_blocks.*": [
-            {ParamId("kv_cache"): CPStore("store_captured_pre_rope", 1, stream="video")},
-            {ParamId("kv_cache"): CPStore("store_captured_post_rope", 1, stream="video")},
+            {ParamId("kv_cache"): CPStore("store_captured_pre_rope", 1, sequence="video")},
+            {ParamId("kv_cache"): CPStore("store_captured_post_rope", 1, sequence="video")},
         ],
         "transformer_blocks.*.attn1": CPAttention(("video",), prefix="cache"),
         "transformer_blocks.*.attn2": CPAttention(("video",), key=()),
-        "proj_out": CPOutput(1, 3, stream="video"),
+        "proj_out": CPOutput(1, 3, sequence="video"),
     },
 }

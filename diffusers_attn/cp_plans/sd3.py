@@ -3,9 +3,9 @@
 They are split where they are embedded rather than before the first block, which guidance may skip.
 """
 
-from .plan import CPAbsent, CPAttention, CPInput, CPOutput, ParamId, Plan
+from .plan import CPAttention, CPForbidden, CPInput, CPOutput, ParamId, Plan
 
-_ADAPTER = CPAbsent(
+_ADAPTER = CPForbidden(
     "an IP-Adapter joins its image's keys, which every rank has whole, with those of the picture, which are split. "
     "Take the adapter off (pipe.unload_ip_adapter()), or run on one device."
 )
@@ -13,14 +13,14 @@ _ADAPTER = CPAbsent(
 PLANS: dict[str, Plan] = {
     "SD3Transformer2DModel": {
         "": {
-            ParamId("block_controlnet_hidden_states"): CPInput(1, 3, stream="image"),
+            ParamId("block_controlnet_hidden_states"): CPInput(1, 3, sequence="image"),
             ParamId("joint_attention_kwargs"): {"ip_adapter_image_embeds": _ADAPTER, "ip_hidden_states": _ADAPTER},
         },
-        "pos_embed": {ParamId(index=0): CPInput(1, 3, split_output=True, stream="image")},
+        "pos_embed": {ParamId(index=0): CPInput(1, 3, split_output=True, sequence="image")},
         # No tokens cannot be divided into heads.
-        "context_embedder": {ParamId(index=0): CPInput(1, 3, split_output=True, stream="text")},
+        "context_embedder": {ParamId(index=0): CPInput(1, 3, split_output=True, sequence="text")},
         "transformer_blocks.*.attn": CPAttention(("image", "text")),
         "transformer_blocks.*.attn2?": CPAttention(("image",)),
-        "proj_out": CPOutput(1, 3, stream="image"),
+        "proj_out": CPOutput(1, 3, sequence="image"),
     },
 }

@@ -10,14 +10,14 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 PLANS: dict[str, Plan] = {
     "SkyReelsV2Transformer3DModel": {
         "rope": wan.PLANS["WanTransformer3DModel"]["rope"],
-        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="video")},
+        "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="video")},
         "blocks.*": {
             # [batch, 6, tokens, channels], or one time per sample.
-            ParamId("temb"): CPInput(2, 4, stream="video", leave_other_dims=True),
-            ParamId("attention_mask"): CPInput(2, 4, stream="video"),
+            ParamId("temb"): CPInput(2, 4, sequence="video", leave_other_dims=True),
+            ParamId("attention_mask"): CPInput(2, 4, sequence="video"),
         },
         "blocks.*.attn1": CPAttention(("video",), row_mask=True),
         "blocks.*.attn2": CPAttention(("video",), key=()),
-        "blocks.-1": CPOutput(1, 3, stream="video"),
+        "blocks.-1": CPOutput(1, 3, sequence="video"),
     },
 }

@@ -1,4 +1,4 @@
-"""Stable Audio: self-attention over a global token and the audio, one stream; cross-attention to text that all ranks
+"""Stable Audio: self-attention over a global token and the audio, one sequence; cross-attention to text that all ranks
 have whole, with its mask: local. A mask of the audio is of all keys.
 """
 
@@ -6,11 +6,11 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "StableAudioDiTModel": {
-        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream="audio")},
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="audio")},
         # cos and sin.
-        "transformer_blocks.*": {ParamId("rotary_embedding"): CPInput(0, 2, stream="audio")},
+        "transformer_blocks.*": {ParamId("rotary_embedding"): CPInput(0, 2, sequence="audio")},
         "transformer_blocks.*.attn1": CPAttention(("audio",), key_mask=True),
         "transformer_blocks.*.attn2": CPAttention(("audio",), key=()),
-        "proj_out": CPOutput(1, 3, stream="audio"),
+        "proj_out": CPOutput(1, 3, sequence="audio"),
     },
 }

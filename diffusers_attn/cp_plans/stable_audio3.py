@@ -2,7 +2,7 @@
 local. Differential attention is two calls of each.
 
 What is known of audio that is kept (`local_add_cond`) is added in every block behind the memory tokens, by how many
-those are: they are a stream of their own, so that their number on a rank is right there.
+those are: they are a sequence of their own, so that their number on a rank is right there.
 """
 
 from .plan import CPAttention, CPInput, CPLength, CPOutput, ParamId, Plan
@@ -14,12 +14,12 @@ PLANS: dict[str, Plan] = {
         # The number first: the audio's length is what it leaves.
         "transformer_blocks.*": {
             ParamId("num_memory_tokens"): CPLength("memory"),
-            ParamId("rope"): CPInput(0, 2, stream=_JOINED),
-            ParamId("local_seq"): CPInput(1, 3, stream="audio"),
+            ParamId("rope"): CPInput(0, 2, sequence=_JOINED),
+            ParamId("local_seq"): CPInput(1, 3, sequence="audio"),
         },
-        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, stream=_JOINED)},
+        "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence=_JOINED)},
         "transformer_blocks.*.self_attn": CPAttention(_JOINED),
         "transformer_blocks.*.cross_attn": CPAttention(_JOINED, key=()),
-        "transformer_blocks.-1": CPOutput(1, 3, stream=_JOINED),
+        "transformer_blocks.-1": CPOutput(1, 3, sequence=_JOINED),
     },
 }

@@ -5,15 +5,15 @@ few keys for every token.
 """
 
 from . import wan
-from .plan import CPAttention, CPInput, CPWhole, ParamId, Plan
+from .plan import CPAttention, CPGatherInput, CPInput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "WanAnimateTransformer3DModel": {
         **wan.PLANS["WanTransformer3DModel"],
         "face_adapter.*": [
-            {ParamId("hidden_states"): CPWhole(1, 3, stream="video")},
+            {ParamId("hidden_states"): CPGatherInput(1, 3, sequence="video")},
             CPAttention(query=()),
-            {ParamId(index=0): CPInput(1, 3, split_output=True, stream="video")},
+            {ParamId(index=0): CPInput(1, 3, split_output=True, sequence="video")},
         ],
     }
 }

@@ -18,11 +18,11 @@ def _tokens(grid_sizes: Any) -> int:
 PLANS: dict[str, Plan] = {
     "WanAnimate2Transformer3DModel": {
         "blocks.0": {
-            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
             ParamId("reference_grid_sizes"): CPLength("reference", of=_tokens),
         },
         "blocks.*.self_attn": CPAttention(("video",), key=("video", "reference"), prefix="nothing", bound=True),
         "blocks.*.cross_attn": CPAttention(("video",), key=()),
-        "head": CPOutput(1, 3, stream="video"),
+        "head": CPOutput(1, 3, sequence="video"),
     },
 }

@@ -10,8 +10,8 @@ PLANS: dict[str, Plan] = {
     "WanVACETransformer3DModel": {
         **wan.PLANS["WanTransformer3DModel"],
         "vace_blocks.0": {
-            ParamId("hidden_states"): CPInput(1, 3, stream="video"),
-            ParamId("control_hidden_states"): CPInput(1, 3, stream="video"),
+            ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
+            ParamId("control_hidden_states"): CPInput(1, 3, sequence="video"),
         },
         "vace_blocks.*.attn1": CPAttention(("video",)),
         "vace_blocks.*.attn2": CPAttention(("video",), key=()),

@@ -15,7 +15,7 @@ from typing import Any
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 
-from ..context_parallel.running import running
+from ..context_parallel.sequences.active import active
 from ..providers.catalog import SPECS
 from ..scope import active_choice
 from .overlay import Overlay, _copy_module
@@ -50,7 +50,7 @@ def _call(
     cross = attn.is_cross_attention and encoder_hidden_states is not None
     windowed = getattr(attn, "sliding_window", None) is not None and attention_mask is not None and not cross
     choice = active_choice(self.choice)
-    if windowed and running.streams is None and choice.provider != "auto":
+    if windowed and active.tracker is None and choice.provider != "auto":
         if "window_size" in SPECS[choice.provider].options:
             return self.with_window(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
     return self.with_mask(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)

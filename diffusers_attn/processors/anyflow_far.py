@@ -19,7 +19,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ..context_parallel.running import running
+from ..context_parallel.sequences.active import active
 from ..errors import AttentionProviderError
 from ..masks import MaskKind
 from ..providers.catalog import SPECS
@@ -60,9 +60,9 @@ def _call(
     Raises:
         AttentionProviderError: a mask of other tokens.
     """
-    streams = running.streams
-    names = () if streams is None or streams.role is None else streams.present(streams.role.query)
-    if streams is None or streams.mesh.size == 1 or not names or self._attention_backend != "flex":
+    tracker = active.tracker
+    names = () if tracker is None or tracker.role is None else tracker.present(tracker.role.query)
+    if tracker is None or tracker.mesh.size == 1 or not names or self._attention_backend != "flex":
         return self.on_one_device(
             attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, kv_cache, kv_cache_flag
         )
@@ -74,10 +74,10 @@ def _call(
     query, key, value = (
         each.to(hidden_states.dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value)
     )
-    shards = streams.shards(names)
+    shards = tracker.shards(names)
     if kv_cache is not None and kv_cache_flag is not None:
         if kv_cache_flag["is_cache_step"]:
-            _fill(kv_cache, kv_cache_flag, streams.gather(names, key, 2), streams.gather(names, value, 2))
+            _fill(kv_cache, kv_cache_flag, tracker.gather(names, key, 2), tracker.gather(names, value, 2))
         else:
             cached = [_cached(kv_cache, kv_cache_flag, part) for part in (0, 1)]
             key, value = torch.cat([cached[0], key], dim=2), torch.cat([cached[1], value], dim=2)
@@ -85,7 +85,9 @@ def _call(
         query, key = self.rotate(query, rotary_emb["query"]), self.rotate(key, rotary_emb["key"])
     rows = backend = None
     if attention_mask is not None:
-        rows = streams.once(attention_mask, lambda: _rows(attention_mask, shards.runs[streams.mesh.rank], shards.total))
+        rows = tracker.once(
+            attention_mask, lambda: _rows(attention_mask, shards.spans[tracker.mesh.rank], shards.total)
+        )
         # Whoever the provider is, diffusers asks for flex; without a mask, any does.
         backend = None if _takes_rows(active_choice(self.choice)) else "flex"
     elif -shards.total % BLOCK:
@@ -121,9 +123,9 @@ def _cached(cache: dict[str, Tensor], flag: dict[str, Any], part: int) -> Tensor
     )
 
 
-def _rows(mask: Any, runs: tuple[tuple[int, int], ...], total: int) -> Tensor:
+def _rows(mask: Any, spans: tuple[tuple[int, int], ...], total: int) -> Tensor:
     """This rank's queries' rows over all keys, of a BlockMask over the whole sequence."""
-    from ..context_parallel.block_masks import rows_of
+    from ..context_parallel.sequences.block_masks import rows_of
 
     places = -(-total // BLOCK) * BLOCK
     if type(mask).__name__ != "BlockMask" or tuple(mask.shape[-2:]) != (places, places) or mask.shape[1] != 1:
@@ -133,7 +135,7 @@ def _rows(mask: Any, runs: tuple[tuple[int, int], ...], total: int) -> Tensor:
             f"{places}] is accepted, for {total} tokens in blocks of {BLOCK}. Leave it out, or make it with "
             "model.build_attention_mask for these chunks and sizes."
         )
-    ((start, length),) = runs
+    ((start, length),) = spans
     return rows_of(mask, start, length, total)
 
 

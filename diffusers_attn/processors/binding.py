@@ -1,6 +1,6 @@
 """The seam in diffusers: how what is set on its attention modules gets bound, and stays bound.
 
-Everything that is patched is patched here, by `install`. (The functions that processors call are in `doors.py`.)
+Everything that is patched is patched here, by `install`. (The functions that processors call are in `entry_points.py`.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import AttentionProviderError
 from ..scope import ProviderChoice, active_choice
 from .bound import BoundProcessor, bind, obstacle, unbind
 from .dispatch import DispatchProcessor
-from .doors import backend_refused, parallelism_refused
+from .entry_points import backend_refused, parallelism_refused
 from .requests import BACKEND, check_notes, is_flex
 
 ATTENTION_CLASSES = (Attention, AttentionModuleMixin, MochiAttention)
@@ -177,7 +177,8 @@ def _checking(upstream: Callable[..., None]) -> Callable[..., None]:
     """`set_attention_backend`, refused at once on a bound model.
 
     diffusers notes a backend in those processors that know backends: some of a model's, or none, and the others would
-    go on with the provider. One that was set before is found when the model is called (`doors.py`). Only "flex" is not
+    go on with the provider. One that was set before is found when the model is called (`entry_points.py`). Only "flex"
+    is not
     in the way where every processor knows it: its calls come with it, and go to the provider of that name.
     """
 
@@ -197,10 +198,10 @@ def _refusing(upstream: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(upstream)
     def enable_parallelism(self: nn.Module, **options: Any) -> None:
-        from ..context_parallel.hooks import applied_streams
+        from ..context_parallel.hooks.apply import applied_tracker
 
         bound = _bound_in(self)
-        if applied_streams(self) is not None:
+        if applied_tracker(self) is not None:
             raise AttentionProviderError(
                 f"enable_parallelism() was called on a {type(self).__name__} that this library has split between "
                 "ranks. Call disable_context_parallel(model) first (or remove_context_parallel, if "

@@ -15,9 +15,9 @@ from typing import Any
 
 from ..scope import ProviderChoice
 from . import ace_step, anyflow_far, mochi, nabla, wan_animate2
-from .doors import dispatch_door, sdpa_door
+from .entry_points import dispatch_entry_point, sdpa_entry_point
 from .overlay import Overlay
-from .reach import Visited, calls_attention, classes_named_in, layers, methods_of, names_in, reaches_attention
+from .reachability import Visited, calls_attention, classes_named_in, layers, methods_of, names_in, reaches_attention
 from .requests import check_note
 
 _lock = threading.RLock()
@@ -173,4 +173,6 @@ def _bound_class(cls: type, choice: ProviderChoice | None) -> type | None:
 
 @functools.cache
 def _overlay(choice: ProviderChoice | None) -> Overlay:
-    return Overlay(dispatch_door(choice), sdpa_door(choice), functools.partial(_redirected, choice=choice))
+    return Overlay(
+        dispatch_entry_point(choice), sdpa_entry_point(choice), functools.partial(_redirected, choice=choice)
+    )

@@ -16,7 +16,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ..context_parallel.running import running
+from ..context_parallel.sequences.active import active
 from ..masks import MaskKind
 from ..providers.catalog import SPECS
 from ..scope import ProviderChoice, active_choice
@@ -47,7 +47,7 @@ def _call(
         attention_mask: `[batch, words]`, not zero where a word is valid.
         image_rotary_emb: cosines and sines, `[tokens, heads, head_dim / 2]`, of the video.
     """
-    if running.streams is None and not _takes_key_masks(active_choice(self.choice)):
+    if active.tracker is None and not _takes_key_masks(active_choice(self.choice)):
         return self.sample_by_sample(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
     valid = attention_mask.bool()
     order = valid.int().argsort(dim=1, descending=True, stable=True)

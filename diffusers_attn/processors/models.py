@@ -48,9 +48,9 @@ def set_attention_provider(target: Any, provider: str | AttentionProvider | None
 
 def _check_unbindable(model: nn.Module) -> None:
     """Raises AttentionProviderError where a plan splits the model's tokens: attention of diffusers would not know."""
-    from ..context_parallel.hooks import applied_streams
+    from ..context_parallel.hooks.apply import applied_tracker
 
-    if any(applied_streams(each) is not None for each in model.modules()):
+    if any(applied_tracker(each) is not None for each in model.modules()):
         raise AttentionProviderError(
             f"set_attention_provider(..., None) leaves attention to diffusers, and the tokens of this "
             f"{type(model).__name__} are split between ranks: each would attend to its own alone. Call "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..context_parallel.running import running
+from ..context_parallel.sequences.active import active
 from ..errors import AttentionProviderError
 from .overlay import Overlay, _copy_module
 
@@ -59,18 +59,18 @@ def _rows(query: Tensor, key: Tensor, near: Tensor, threshold: float) -> Any:
         near: bool, `[blocks of all queries, blocks of all keys]` in its last dimensions: those that are always seen.
         threshold: of each row's probabilities, the least that add up to less than one minus this are left out.
     """
-    streams = running.streams
-    split = None if streams is None else streams.attention(query.shape[1], key.shape[1])
-    if streams is None or split is None:
+    tracker = active.tracker
+    split = None if tracker is None else tracker.attention(query.shape[1], key.shape[1])
+    if tracker is None or split is None:
         return None
-    from ..context_parallel.sharded_masks import BlockRowMask
-    from ..context_parallel.sharding import gather
+    from ..context_parallel.sequences.sharded_masks import BlockRowMask
+    from ..context_parallel.sequences.sharding import gather
 
     lengths = split.queries.sizes + split.keys.sizes
     if any(length % BLOCK for length in lengths):
         raise AttentionProviderError(
             f"attention chooses among blocks of {BLOCK} tokens, and the ranks hold {split.queries.sizes} queries and "
-            f"{split.keys.sizes} keys. Split the sequence between blocks: CPBlocks(stream, {BLOCK}) in its plan."
+            f"{split.keys.sizes} keys. Split the sequence between blocks: CPBlocks(sequence, {BLOCK}) in its plan."
         )
     queries, keys = split.queries.in_blocks(BLOCK), split.keys.in_blocks(BLOCK)
     if near.shape[-2:] != (queries.total, keys.total):
@@ -78,7 +78,7 @@ def _rows(query: Tensor, key: Tensor, near: Tensor, threshold: float) -> Any:
             f"the mask of near blocks has shape {list(near.shape)}; accepted is [..., {queries.total}, {keys.total}], "
             f"for the blocks of {BLOCK} tokens that all ranks' queries and keys have. Leave it whole."
         )
-    mesh = streams.mesh
+    mesh = tracker.mesh
     with torch.no_grad():  # what is seen is a choice, which has no gradient
         of_queries, of_keys = (each.detach().unflatten(1, (-1, BLOCK)).mean(dim=2) for each in (query, key))
         of_keys = gather(of_keys, keys, 1, mesh)
@@ -86,5 +86,5 @@ def _rows(query: Tensor, key: Tensor, near: Tensor, threshold: float) -> Any:
         least, order = (scores * query.shape[-1] ** -0.5).softmax(dim=-1).sort(dim=-1)
         heavy = least.cumsum(dim=-1) >= 1 - threshold
         seen = torch.zeros_like(heavy).scatter(-1, order, heavy)
-        start, count = queries.runs[mesh.rank][0]
+        start, count = queries.spans[mesh.rank][0]
         return BlockRowMask(seen | near.narrow(-2, start, count).bool(), BLOCK)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from .reach import SDPA, calls_attention, classes_named_in, held_by, reaches_attention, sdpa
+from .reachability import SDPA, calls_attention, classes_named_in, held_by, reaches_attention, sdpa
 
 _serial = itertools.count()
 

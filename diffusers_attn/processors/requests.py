@@ -3,7 +3,7 @@
 `model.set_attention_backend(...)` and `model.enable_parallelism(...)` leave a note in the processors of a model, which
 each of their attention calls brings along. A call cannot go both ways. So these notes are looked for when a model is
 bound to a provider, and refused when they are to be written on one that is bound: before a pipeline has computed
-anything. (`doors.py` finds them once more, in the call itself.)
+anything. (`entry_points.py` finds them once more, in the call itself.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..scope import ProviderChoice, active_choice
-from .doors import backend_refused, parallelism_refused
+from .entry_points import backend_refused, parallelism_refused
 
 BACKEND, PARALLEL = "_attention_backend", "_parallel_config"
 

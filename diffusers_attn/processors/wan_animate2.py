@@ -21,8 +21,8 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ..context_parallel.rectangles import Rectangle
-from ..context_parallel.running import running
+from ..context_parallel.sequences.active import active
+from ..context_parallel.sequences.rectangles import Rectangle
 from ..errors import AttentionProviderError
 from .overlay import Overlay
 
@@ -60,28 +60,28 @@ def _call(
     Raises:
         AttentionProviderError: a cache that was filled in another way, or sizes that do not fit together.
     """
-    streams = running.streams
-    names = () if streams is None or streams.role is None else streams.present(streams.role.query)
-    if streams is None or streams.mesh.size == 1 or not names:
+    tracker = active.tracker
+    names = () if tracker is None or tracker.role is None else tracker.present(tracker.role.query)
+    if tracker is None or tracker.mesh.size == 1 or not names:
         return self.on_one_device(
             attn, hidden_states, rotary_emb, grid_sizes, kv_cache, kv_cache_mode, rope_stride, reference_rotary_emb,
             reference_grid_sizes, reference_rope_stride, attention_mask, origin_latent_frames, origin_latent_hw,
         )  # fmt: skip
-    from ..context_parallel.sharded_masks import RectangleMask
+    from ..context_parallel.sequences.sharded_masks import RectangleMask
 
-    rank = streams.mesh.rank
+    rank = tracker.mesh.rank
     query, key, value = self.project(attn, hidden_states, None)
     query, key, value = (each.unflatten(2, (attn.heads, -1)) for each in (attn.norm_q(query), attn.norm_k(key), value))
     if kv_cache_mode == "extract":
         kv_cache.store(key, value)
-    ((start, length),) = streams.shards(names).runs[rank]
+    ((start, length),) = tracker.shards(names).spans[rank]
     turns = _turns(rotary_emb, grid_sizes, rope_stride, start, length)
     query, key = _rotated(query, turns), _rotated(key, turns)
     mask = None
     if kv_cache_mode == "cached":
         key_ref, value_ref = kv_cache.get()
-        shards = streams.shards(("reference",))
-        ((start, length),) = shards.runs[rank]
+        shards = tracker.shards(("reference",))
+        ((start, length),) = shards.spans[rank]
         if key_ref.shape[1] not in (length, shards.total):
             raise AttentionProviderError(
                 f"the cache holds {key_ref.shape[1]} reference tokens on rank {rank}; accepted are its {length} of the "

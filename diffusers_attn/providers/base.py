@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from ..autograd import result
 from ..errors import AttentionProviderError
 from ..masks import MaskKind
+from ..tracing.functions import result
 
 Layout = Literal["bshd", "bhsd"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from .alive import known_alive
+from .row_liveness import known_live
 
 ALIGNMENT = 16
 """elements between the starts of two rows: a multiple of this lets kernels load them in their widest way."""
@@ -19,7 +19,7 @@ def aligned_bias(mask: Tensor, dtype: torch.dtype, key_len: int) -> tuple[Tensor
     Dead rows attend to everything in this bias: the caller clears what comes out of them. What the mask has in common
     for all queries, heads or sequences is kept once; `expand` makes it the kernel's shape by strides of zero.
     """
-    dead = None if known_alive(mask) else masks.dead_rows(mask)
+    dead = None if known_live(mask) else masks.dead_rows(mask)
     bias = masks.as_bias(mask, dead, dtype)
     if bias.shape[-1] != key_len:
         bias = bias.expand(*bias.shape[:-1], key_len)

@@ -17,7 +17,7 @@ from .base import Layout, ProviderSpec
 from .catalog import SPECS, options_by_place
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """All that a decision depends on. Lengths take part only as far as decisions do, so that a compiled graph that is
     dynamic in its lengths stays one graph."""
 
@@ -57,7 +57,7 @@ class Call(NamedTuple):
         return ", ".join(parts)
 
 
-class Plan(NamedTuple):
+class Serving(NamedTuple):
     """How a call is served: the provider and the lowerings. Plain values only: the compiler bakes them in."""
 
     provider: str
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
         )
 
 
-def decide(provider: str, call: Call) -> Plan:
+def decide(provider: str, call: AttentionCall) -> Serving:
     """How `provider` serves `call`.
 
     Raises:
@@ -111,14 +111,14 @@ def decide(provider: str, call: Call) -> Plan:
     return plan(SPECS["native" if call.device.type == "meta" else provider], call)
 
 
-def able_providers(call: Call) -> list[str]:
+def able_providers(call: AttentionCall) -> list[str]:
     """The usable providers that serve `call`, whatever options it has."""
     call = call._replace(options=())
     usable = (status.name for status in registry.list_providers() if status.available)
     return [name for name in usable if not refusal(SPECS[name], call)]
 
 
-def refusal(spec: ProviderSpec, call: Call) -> str:
+def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
     """Why `spec` cannot serve `call`, even lowered; empty if it can."""
     can = spec.capabilities
     if call.device.type not in (*can.devices, "meta"):
@@ -171,13 +171,13 @@ def refusal(spec: ProviderSpec, call: Call) -> str:
     return ""
 
 
-def _mask_after_lowering(spec: ProviderSpec, call: Call) -> MaskKind:
+def _mask_after_lowering(spec: ProviderSpec, call: AttentionCall) -> MaskKind:
     if not call.is_causal or call.mask_kind in (MaskKind.NONE, MaskKind.BLOCK):
         return call.mask_kind
     return MaskKind.DENSE if call.mask_kind in (MaskKind.KEY, MaskKind.DENSE) else MaskKind.BIAS
 
 
-def plan(spec: ProviderSpec, call: Call) -> Plan:
+def plan(spec: ProviderSpec, call: AttentionCall) -> Serving:
     """The lowerings for a call that `refusal` has let through."""
     can = spec.capabilities
     mask_kind = _mask_after_lowering(spec, call)
@@ -192,7 +192,7 @@ def plan(spec: ProviderSpec, call: Call) -> Plan:
     step = can.head_dim_multiple
     head_dim = max(call.head_dim, call.value_head_dim)
     aligned = step == 1 or call.head_dim % step == call.value_head_dim % step == 0 < call.head_dim
-    return Plan(
+    return Serving(
         provider=spec.name,
         layout=registry.load(spec.name).layout,
         repeat_kv=call.heads != call.kv_heads and not can.gqa,

@@ -14,7 +14,7 @@ from flash_attn import flash_attn_interface
 from torch import Tensor
 
 from ..errors import AttentionProviderError
-from .flash_family import FlashAttention, Gradients, Lengths, Settings
+from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings
 
 OPERATORS = hasattr(torch.ops.flash_attn, "_flash_attn_forward")
 _functions: Any = torch.ops.flash_attn if OPERATORS else flash_attn_interface
@@ -42,7 +42,7 @@ class Flash2(FlashAttention):
 
     @classmethod
     def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, settings: Settings
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: Settings
     ) -> tuple[Tensor, Tensor]:
         result = _call(_varlen_forward, query, key, value, *lengths, *_forward_constants(settings), None, False)
         return result[0], result[_LSE]
@@ -56,7 +56,7 @@ class Flash2(FlashAttention):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        lengths: Lengths,
+        lengths: SequenceLengths,
         settings: Settings,
     ) -> Gradients:
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

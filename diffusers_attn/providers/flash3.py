@@ -9,7 +9,7 @@ import flash_attn_interface  # noqa: F401 (registers the operators)
 import torch
 from torch import Tensor
 
-from .flash_family import FlashAttention, Gradients, Lengths, Settings
+from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings
 
 if not hasattr(torch.ops.flash_attn_3, "_flash_attn_forward"):
     raise ImportError(
@@ -33,7 +33,7 @@ class Flash3(FlashAttention):
 
     @classmethod
     def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, settings: Settings
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: Settings
     ) -> tuple[Tensor, Tensor]:
         return _run(query, key, value, lengths, settings)
 
@@ -46,14 +46,14 @@ class Flash3(FlashAttention):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        lengths: Lengths,
+        lengths: SequenceLengths,
         settings: Settings,
     ) -> Gradients:
         return _run_backward(grad_out, query, key, value, out, lse, lengths, settings)
 
 
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths | None, settings: Settings
+    query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     cu_query, cu_key, max_query, max_key = lengths or (None, None, None, None)
     out, lse, _, _ = _forward(
@@ -71,7 +71,7 @@ def _run_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    lengths: Lengths | None,
+    lengths: SequenceLengths | None,
     settings: Settings,
 ) -> Gradients:
     cu_query, cu_key, max_query, max_key = lengths or (None, None, None, None)

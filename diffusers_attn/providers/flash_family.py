@@ -36,7 +36,7 @@ class Settings(NamedTuple):
         return Settings(params.scale, params.is_causal, window, softcap, options.get("deterministic", False))
 
 
-class Lengths(NamedTuple):
+class SequenceLengths(NamedTuple):
     """What a variable-length kernel is told about a batch."""
 
     cu_query: Tensor
@@ -107,7 +107,7 @@ class FlashAttention(Adapter):
 
     @classmethod
     def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, settings: Settings
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: Settings
     ) -> tuple[Tensor, Tensor]:
         """Output `[batch * query_len, heads, head_dim]`, and lse `[heads, batch * query_len]`."""
         raise NotImplementedError
@@ -121,7 +121,7 @@ class FlashAttention(Adapter):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        lengths: Lengths,
+        lengths: SequenceLengths,
         settings: Settings,
     ) -> Gradients:
         """From what `varlen_forward` returned. Places that no sequence uses are left as they were allocated."""
@@ -130,14 +130,14 @@ class FlashAttention(Adapter):
 
 def pack(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Lengths, varlen.KeyPacking | None]:
+) -> tuple[Tensor, Tensor, SequenceLengths, varlen.KeyPacking | None]:
     """Key and value with the batch flattened, the lengths, and where each key went."""
     batch, query_len = query.shape[:2]
     key_len = key.shape[1]
     cu_query = varlen.equal_lengths(batch, query_len, query.device)
     if mask is None:
         cu_key = varlen.equal_lengths(batch, key_len, query.device)
-        return key.flatten(0, 1), value.flatten(0, 1), Lengths(cu_query, cu_key, query_len, key_len), None
+        return key.flatten(0, 1), value.flatten(0, 1), SequenceLengths(cu_query, cu_key, query_len, key_len), None
     packing = varlen.pack_keys(mask, batch, key_len, across_batch=True)
-    lengths = Lengths(cu_query, varlen.cumulative(packing.lengths), query_len, key_len)
+    lengths = SequenceLengths(cu_query, varlen.cumulative(packing.lengths), query_len, key_len)
     return varlen.pack(key, packing), varlen.pack(value, packing), lengths, packing

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from .. import masks, shapes
 from .base import Adapter, Params
-from .decision import Plan
+from .decision import Serving
 
 
 def attention(
@@ -29,7 +29,7 @@ def attention(
     mask: Tensor | None = None,
     *,
     adapter: type[Adapter],
-    plan: Plan,
+    plan: Serving,
     params: Params,
 ) -> Tensor:
     """`adapter.attention` with the lowerings of `plan`; tensors in the adapter's layout."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from ..autograd import GradientLaidOutAsOutput, GradientLaidOutUnderTransforms, laid_out_as
 from ..masks import MaskKind
-from .alive import where_alive
+from ..tracing.functions import GradientLaidOutAsOutput, GradientLaidOutUnderTransforms, laid_out_as
 from .base import Adapter, Layout, Params
 from .bias import aligned_bias
+from .row_liveness import where_live
 from .varlen import rows_contiguous
 
 aten = torch.ops.aten
@@ -158,7 +158,7 @@ class Native(AtenAdapter):
             direct = functools.partial(cls._differentiable, direct, params)
         if params.mask_kind == MaskKind.NONE:
             return direct
-        masked = where_alive(direct, otherwise=functools.partial(cls._cleared, direct))
+        masked = where_live(direct, otherwise=functools.partial(cls._cleared, direct))
         return functools.partial(cls._in_query_dtype, masked) if params.mask_kind in masks.ADDITIVE else masked
 
     @classmethod

@@ -9,14 +9,14 @@ import torch
 from ..errors import AttentionProviderError
 from . import registry, speeds
 from .catalog import SPECS
-from .decision import Call, Plan, plan, refusal
+from .decision import AttentionCall, Serving, plan, refusal
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """The provider for a call, the plan, and how it came to that. Prints as a short report."""
 
-    plan: Plan
+    plan: Serving
     reason: str
     passed_over: tuple[tuple[str, str], ...]
     """(provider, why not) in the order in which they were considered before the one that was taken."""
@@ -26,7 +26,7 @@ class Selection:
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.passed_over])
 
 
-def select(call: Call) -> Selection:
+def select(call: AttentionCall) -> Selection:
     """The fastest provider that serves `call` exactly; lossy ones only where the option `lossy` names them.
 
     Raises:
@@ -49,7 +49,7 @@ def select(call: Call) -> Selection:
     raise AttentionProviderError(f"no attention provider usable here serves this call: {call}. {reasons}.")
 
 
-def candidates(call: Call) -> list[tuple[str, str]]:
+def candidates(call: AttentionCall) -> list[tuple[str, str]]:
     """(provider, evidence), the one expected to be fastest first."""
     table: dict[str, tuple[float, float]] = {}
     where = f"on {call.device.type}"

@@ -21,10 +21,10 @@ from .data.buckets import check_frames
 from .data.errors import TrainingDataError
 from .errors import TrainingError
 from .families import Family
+from .flag_names import option
 from .lora import OF_MATRICES, add_adapter, is_expression, linear_layers
 from .optim import make_optimizer, make_schedule
 from .prepare import buckets_of
-from .words import option
 
 # ---- Without the model
 

@@ -20,7 +20,7 @@ from .data.disk import WritingError
 from .data.errors import TrainingDataError
 from .data.ranks import OtherRankError
 from .errors import TrainingError
-from .words import option
+from .flag_names import option
 
 EXPECTED = (TrainingError, TrainingDataError, AttentionProviderError, WritingError, MissingDecoderError)
 """errors whose message says all; a traceback would only hide it."""

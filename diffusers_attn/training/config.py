@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 from .bounds import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
 from .errors import TrainingError
+from .flag_names import option
 from .lora import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 from .loss import SAMPLINGS
 from .optim import OPTIMIZERS, SCHEDULES, WITHOUT_WARMUP
-from .words import option
 
 WARMUP_STEPS = 50
 """where a user says nothing, for runs of at least ten times as many steps; in shorter ones, a tenth of them."""

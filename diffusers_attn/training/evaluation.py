@@ -8,7 +8,7 @@ import torch
 
 from .families import Family
 from .parallel import TrainingParallel
-from .prepare import Prepared, evaluation_batches
+from .prepare import PreparedData, evaluation_batches
 from .randomness import SampleRandomness
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -17,7 +17,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @torch.no_grad()
 def evaluate(
-    family: Family, prepared: Prepared, parallel: TrainingParallel, seed: int, device: torch.device
+    family: Family, prepared: PreparedData, parallel: TrainingParallel, seed: int, device: torch.device
 ) -> dict[str, float]:
     """The mean loss over the examples, at each level and over all. To be called on all processes.
 

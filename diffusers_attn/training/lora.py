@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrainingError
+from .flag_names import option
 from .randomness import derived_seed
-from .words import option
 
 ADAPTER = "default"
 KINDS = ("lora", "rslora", "dora", "loha", "lokr")

@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import TrainingError
 from .families import family_class
-from .words import option
+from .flag_names import option
 
 
 def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks: Any, local_main: bool) -> Any:

@@ -10,7 +10,7 @@ from .data.lock import FolderLock
 from .data.ranks import Ranks, in_step
 from .data.walk import RUN_MARK
 from .errors import TrainingError
-from .words import option
+from .flag_names import option
 
 RESULTS = ("README.md", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 """files that a run writes at its end."""

@@ -32,14 +32,14 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..context_parallel import groups
-from ..context_parallel import ranks as jobs
+from ..context_parallel import job as jobs
+from ..context_parallel.comm import shared_groups
 from ..context_parallel.config import ContextParallelConfig
-from ..context_parallel.degrees import Degrees, Situation, complete_degrees
-from ..context_parallel.enable import enable_context_parallel
-from ..context_parallel.fingerprint import fingerprint
-from ..context_parallel.report import ContextParallelReport
-from ..context_parallel.targets import find_targets, models_of, split_heads
+from ..parallelize.degrees import Degrees, Topology, complete_degrees
+from ..parallelize.enable import enable_context_parallel
+from ..parallelize.fingerprint import fingerprint
+from ..parallelize.report import ContextParallelReport
+from ..parallelize.targets import find_targets, models_of, split_heads
 from ..processors import set_attention_provider
 from ..providers.catalog import SPECS
 from ..providers.registry import provider_name
@@ -205,7 +205,7 @@ class TrainingParallel:
     def _degrees(self, pipeline_or_model: Any, provider: str | None, device: str) -> Degrees:
         targets, _ = find_targets(pipeline_or_model, None)
         name = None if provider is None else provider_name(provider)
-        situation = Situation(
+        topology = Topology(
             ranks=self.cp_degree,
             device_type=device,
             heads=tuple(sorted({heads for target in targets for heads in split_heads(target)})),
@@ -214,7 +214,7 @@ class TrainingParallel:
             lse=name not in SPECS or SPECS[name].capabilities.lse,
             rotate_method=self._rotate_method,
         )
-        return complete_degrees(situation, self._ulysses_degree, self._ring_degree)
+        return complete_degrees(topology, self._ulysses_degree, self._ring_degree)
 
     def generator(self, seed: int, step: int) -> torch.Generator:
         """On the CPU, for all that is random in a step: noise, timesteps, dropout of captions, samples of a posterior.
@@ -263,7 +263,7 @@ def _mesh(device: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Device
     """A new mesh of all processes, whose groups wait as long as those of the job do."""
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     for group in mesh.get_all_groups():
-        groups.give_timeout(group, groups.as_timeout(None, device), device, always=False)
+        shared_groups.give_timeout(group, shared_groups.as_timeout(None, device), device, always=False)
     return mesh
 
 

@@ -27,7 +27,7 @@ VIDEO_FRAMES = 49
 """of buckets for videos, where a user says nothing."""
 
 
-class Prepared:
+class PreparedData:
     """Everything encoded that training needs.
 
     Attributes:
@@ -61,7 +61,7 @@ class Prepared:
         return varying(read_shapes(path) for path in dict.fromkeys(self.text.values()))
 
 
-def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel, device: torch.device) -> Prepared:
+def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel, device: torch.device) -> PreparedData:
     """Reads the examples and encodes what is not encoded yet. All processes divide that work.
 
     Raises:
@@ -89,12 +89,12 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
     with placed(list(text_encoders(family.pipeline).values()), device):
         embedded = text.fill(captions, family.encode_text, ranks=parallel.ranks)
     evaluation = (cached_held_out or cached)[: config.evaluation_examples]
-    return Prepared(cached, embedded, evaluation, latents.buckets.picking)
+    return PreparedData(cached, embedded, evaluation, latents.buckets.picking)
 
 
 def make_loader(
     config: TrainConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     parallel: TrainingParallel,
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> LatentLoader:
@@ -157,7 +157,7 @@ def _text_cache(config: TrainConfig, family: Family) -> TextCache:
     return TextCache(config.cache, settings)
 
 
-def evaluation_batches(prepared: Prepared, wanted: Sequence[int]) -> list[dict[str, Any]]:
+def evaluation_batches(prepared: PreparedData, wanted: Sequence[int]) -> list[dict[str, Any]]:
     """The examples `wanted` of those to evaluate on, one by one, as `LatentLoader` gives batches."""
     batches = []
     for number in wanted:

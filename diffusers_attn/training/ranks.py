@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..context_parallel import positions
+from ..context_parallel.comm import rank_progress
 
 
 class Ranks:
@@ -51,4 +51,4 @@ class Ranks:
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
         """Within, an error because a process does not come names it."""
-        return positions.waiting_for(range(self.size))
+        return rank_progress.waiting_for(range(self.size))

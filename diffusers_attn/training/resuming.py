@@ -13,9 +13,9 @@ from .config import TrainConfig
 from .data.buckets import ASPECTS
 from .errors import TrainingError
 from .families import Family
+from .flag_names import option
 from .models import fingerprint
 from .prepare import buckets_of
-from .words import option
 
 FILE = "settings.json"
 """of a checkpoint: the settings of its run."""

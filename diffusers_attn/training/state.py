@@ -40,7 +40,7 @@ class Training(NamedTuple):
     """the adapter's beginning, where it moved the base model's weights; see `lora.MOVES_BASE`."""
 
 
-class Snapshot(NamedTuple):
+class TrainingSnapshot(NamedTuple):
     """A checkpoint in memory."""
 
     step: int
@@ -67,10 +67,10 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def snapshot(training: Training, step: int) -> Snapshot:
+def snapshot(training: Training, step: int) -> TrainingSnapshot:
     """The state behind `step`. With FSDP2 every process must call this."""
     average = training.average
-    return Snapshot(
+    return TrainingSnapshot(
         step,
         adapter_weights(training.transformer),
         None if average is None else average.weights(),
@@ -83,7 +83,7 @@ def snapshot(training: Training, step: int) -> Snapshot:
     )
 
 
-def write(taken: Snapshot, folder: Path) -> None:
+def write(taken: TrainingSnapshot, folder: Path) -> None:
     """Into an empty folder."""
     from safetensors.torch import save_file
 

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..context_parallel.process_groups import set_timeout
+from ..context_parallel.comm.process_groups import set_timeout
 from .card import push, write_card
 from .checkpoint import Checkpoints
 from .checks import check_optimizing, check_settings, check_trackers, check_with_model
 from .config import TrainConfig
 from .data.ranks import in_step
-from .draws import Draws
 from .ema import AdapterAverage
 from .errors import TrainingError, TrainingInterrupted
 from .evaluation import evaluate
 from .families import family_of
+from .flag_names import option
 from .interruption import SIGNALS, interruptible
 from .lora import (
     MOVES_BASE,
@@ -36,6 +36,7 @@ from .lora import (
     trained_parameters,
 )
 from .models import drop_text_encoders, load_pipeline
+from .noise import Noise
 from .optim import make_optimizer, make_schedule
 from .output import check_output, output_of_this_run
 from .parallel import TrainingParallel, check_trainable
@@ -45,7 +46,6 @@ from .randomness import derived_seed
 from .resuming import check_facts, check_steps, facts_of, read_settings, resume_settings, settings_of
 from .state import Training, read_initial, restore, snapshot, write
 from .validation import Sample, Validation, log_samples
-from .words import option
 
 
 class Trainer:
@@ -183,7 +183,7 @@ class Trainer:
         self.prepared = prepare_data(config, self.family, self.parallel, self.device)
         self.validation = Validation(config, self.family, self.prepared.bucket, self.device, self.prepared.fps)
         drop_text_encoders(pipeline)
-        draws = Draws(config, self.sampling, pin=self.device.type == "cuda")
+        draws = Noise(config, self.sampling, pin=self.device.type == "cuda")
         loader = make_loader(config, self.prepared, self.parallel, draws)
 
         transformer = pipeline.transformer.to(self.device)
@@ -201,7 +201,7 @@ class Trainer:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if config.compile:
-            from ..compilation import apply_compile
+            from ..runtime.compile import apply_compile
 
             apply_compile(transformer)
         transformer.train()

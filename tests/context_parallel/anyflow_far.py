@@ -22,8 +22,8 @@ from diffusers_attn import (
     enable_context_parallel,
     set_attention_provider,
 )
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
-from diffusers_attn.context_parallel.sharding import Shards, gather
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.processors.binding import attention_modules_of
 from diffusers_attn.processors.bound import bind
 from diffusers_attn.scope import ProviderChoice

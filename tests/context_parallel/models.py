@@ -12,9 +12,9 @@ import functools
 import torch
 
 from diffusers_attn import attention_dispatch, set_attention_provider
-from diffusers_attn.context_parallel import exchange
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
-from diffusers_attn.context_parallel.sharding import Shards, gather
+from diffusers_attn.context_parallel.comm import collectives
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from tests.zoo.case import Draw
 
 from .model_cases import VARIANTS
@@ -128,16 +128,16 @@ def compare(meshes, ring, ulysses, rotate_method, name, plan, checkpointing=Fals
 @contextlib.contextmanager
 def without_exchange():
     """What each rank receives is made of its own data."""
-    real = exchange.start_all_to_all, exchange.wait
+    real = collectives.start_all_to_all, collectives.wait
 
     def keep(tensor, send, receive, group):
         return tensor[:1].expand(sum(receive), *tensor.shape[1:]).contiguous()
 
-    exchange.start_all_to_all, exchange.wait = keep, lambda tensor, group: tensor
+    collectives.start_all_to_all, collectives.wait = keep, lambda tensor, group: tensor
     try:
         yield
     finally:
-        exchange.start_all_to_all, exchange.wait = real
+        collectives.start_all_to_all, collectives.wait = real
 
 
 def errors_of(pool, mesh, models, **options):

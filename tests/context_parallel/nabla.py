@@ -15,9 +15,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import AttentionProviderError, set_attention_provider
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
-from diffusers_attn.context_parallel.sharding import Shards, gather
-from diffusers_attn.processors import doors
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
+from diffusers_attn.processors import entry_points
 from diffusers_attn.scope import ProviderChoice
 from tests.zoo import CASES
 from tests.zoo.case import BATCH, TEXT, Draw
@@ -88,11 +88,11 @@ def never_bfloat16():
 @contextlib.contextmanager
 def native_for_flex():
     """Kandinsky 6 SR asks for flex by name, which has neither float64 nor, on a CPU, gradients."""
-    upstream, doors._FLEX = doors._FLEX, ProviderChoice.of("native")
+    upstream, entry_points._FLEX = entry_points._FLEX, ProviderChoice.of("native")
     try:
         yield
     finally:
-        doors._FLEX = upstream
+        entry_points._FLEX = upstream
 
 
 @functools.cache

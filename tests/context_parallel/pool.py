@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
-from diffusers_attn.lifeline import end_with_parent
+from diffusers_attn.parent_process import end_with_parent
 
 SIZE = 4
 TIMEOUT = 300.0
@@ -32,7 +32,7 @@ TIMEOUT = 300.0
 START = 600.0
 """seconds in which all processes must have started. They import torch and diffusers, all at once."""
 _STOP = None
-PRELOAD = ["tests.zoo", "diffusers_attn.context_parallel.enable", "diffusers_attn.cp_plans.verify"]
+PRELOAD = ["tests.zoo", "diffusers_attn.parallelize.enable", "diffusers_attn.verify_plan.verify"]
 _READY = 0
 
 

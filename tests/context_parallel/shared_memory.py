@@ -1,6 +1,7 @@
 """What symmetric memory is between GPUs, between processes on one CPU: files that all of a group have mapped.
 
-With it, `push` sends keys and values and keeps its promises about slots as it does on GPUs. Only what runs beside what
+With it, `symmetric_gather` sends keys and values and keeps its promises about slots as it does on GPUs. Only what runs
+beside what
 is not as there: copies are made when they are asked for.
 """
 
@@ -13,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from diffusers_attn.context_parallel.comm.symmetric_gather import SymmetricGather, open_gather
 from diffusers_attn.context_parallel.mesh import Group
-from diffusers_attn.context_parallel.push import PushGather, open_gather
 
 
 class FileMemory:
@@ -51,7 +52,7 @@ class NoLane:
     def drain(self) -> None: ...
 
 
-def open_shared(group: Group, lane: NoLane | None = None) -> PushGather:
+def open_shared(group: Group, lane: NoLane | None = None) -> SymmetricGather:
     """The gather of `group` over memory of this kind. To be held as long as it is used."""
     lane = lane or NoLane()
-    return open_gather(group, lambda: PushGather(group, lambda nbytes: FileMemory(group, nbytes), lane, lane))
+    return open_gather(group, lambda: SymmetricGather(group, lambda nbytes: FileMemory(group, nbytes), lane, lane))

@@ -1,4 +1,4 @@
-"""A small model with two streams that every block joins, at any size; and walks over sizes that count its graphs."""
+"""A small model with two sequences that every block joins, at any size; and walks over sizes that count its graphs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import CPAttention, CPInput, CPOutput, apply_compile, attention_dispatch
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
-from diffusers_attn.context_parallel.sharding import Shards, gather
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 
 from .models import MESHES
 
@@ -58,8 +58,8 @@ class Model(nn.Module):
 
 
 def plan(says_attention=True):
-    split = {"text": CPInput(1, 3, stream="text"), "image": CPInput(1, 3, stream="image")}
-    found = {"": {**split, "mask": CPInput(1, 2, stream=JOINED)}, "out": CPOutput(1, 3, stream="image")}
+    split = {"text": CPInput(1, 3, sequence="text"), "image": CPInput(1, 3, sequence="image")}
+    found = {"": {**split, "mask": CPInput(1, 2, sequence=JOINED)}, "out": CPOutput(1, 3, sequence="image")}
     return {**found, "blocks.*.attn": CPAttention(JOINED)} if says_attention else found
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel.agreement import Agreement, Links
-from diffusers_attn.context_parallel.fingerprint import fingerprint
+from diffusers_attn.parallelize.fingerprint import fingerprint
+from diffusers_attn.parallelize.input_sync import InputSync, Links
 
 MESHES = {"ring 3": (3, 1), "ulysses 2": (1, 2), "unified 2x2": (2, 2)}
 
@@ -25,7 +25,7 @@ class Recorder(nn.Module):
 def watched(mesh, mode, module=None):
     module = module or Recorder()
     links = Links.of(mesh)
-    module.register_forward_pre_hook(Agreement(module, links, mode), with_kwargs=True)
+    module.register_forward_pre_hook(InputSync(module, links, mode), with_kwargs=True)
     return module, links
 
 
@@ -262,7 +262,7 @@ def reported(meshes):
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logger = logging.getLogger("diffusers_attn.context_parallel.agreement")
+    logger = logging.getLogger("diffusers_attn.parallelize.input_sync")
     logger.addHandler(handler)
     for _ in range(2):
         module(torch.full((2,), float(mesh.rank)), mask=torch.ones(3))

@@ -13,10 +13,10 @@ from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalA
 from torch.nn.attention.flex_attention import create_block_mask
 
 from diffusers_attn import get_cp_plan
-from diffusers_attn.context_parallel.block_masks import rows_of
-from diffusers_attn.cp_plans.verify import _report
-from diffusers_attn.cp_plans.verify_rank import STRATEGIES, Job, work
+from diffusers_attn.context_parallel.sequences.block_masks import rows_of
 from diffusers_attn.processors import anyflow_far
+from diffusers_attn.verify_plan.rank import STRATEGIES, Job, work
+from diffusers_attn.verify_plan.verify import _report
 
 from .anyflow_far import LIMITS, build, cache_of_flex, compare, compare_enabled, compiled, inputs, said
 from .models import MESHES, WITH_VARIANTS

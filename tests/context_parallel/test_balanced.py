@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from diffusers_attn import AttentionProviderError, attention_dispatch, verify_cp_plan
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
-from diffusers_attn.context_parallel.sharding import Shards, gather
-from diffusers_attn.cp_plans.plan import CPAttention, CPHeads, CPInput, CPNeighbours, CPOutput
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
+from diffusers_attn.cp_plans.plan import CPAttention, CPHalo, CPHeads, CPInput, CPOutput
 
 from .models import MESHES, without_exchange
-from .test_plan_words import mesh_of, streams_of
+from .test_plan_words import mesh_of, tracker_of
 
 LENGTH, CHANNELS, HEADS = 13, 16, 4
 
@@ -46,11 +46,11 @@ class Causal(nn.Module):
 
 PLAN = {
     "": {
-        "tokens": CPInput(1, 3, stream="tokens", balanced=True),
-        "places": CPInput(1, 2, stream="tokens"),
+        "tokens": CPInput(1, 3, sequence="tokens", balanced=True),
+        "places": CPInput(1, 2, sequence="tokens"),
     },
     "layers.*": CPAttention(("tokens",)),
-    "head": CPOutput(1, 3, stream="tokens"),
+    "head": CPOutput(1, 3, sequence="tokens"),
 }
 UNNAMED = {name: spec for name, spec in PLAN.items() if name != "layers.*"}
 
@@ -74,11 +74,11 @@ def compare(meshes, ring, ulysses, rotate_method, plan=PLAN, disabled=False, **m
     model, inputs = make(**made)
     expected = run(model, inputs)
     mesh = meshes(ring, ulysses, rotate_method=rotate_method)
-    streams = apply_context_parallel(model, mesh, plan)
+    tracker = apply_context_parallel(model, mesh, plan)
     with without_exchange() if disabled else contextlib.nullcontext():
         out, grad = run(model, inputs)
     grad = gather(grad[None], Shards.contiguous(mesh.size, mesh.size), 0, mesh).mean(dim=0)
-    assert streams.shards(("tokens",)) == Shards.zigzag(inputs["places"].shape[1], mesh.size)
+    assert tracker.shards(("tokens",)) == Shards.zigzag(inputs["places"].shape[1], mesh.size)
     return [(one - other).abs().max().item() for one, other in zip((out, grad), expected)]
 
 
@@ -97,19 +97,19 @@ def test_verify_knows_the_parts():
     model, inputs = make()
     report = verify_cp_plan(model, inputs, PLAN, strategies=("ring",))
     assert report.ok, str(report)
-    plan = {**PLAN, "": {"tokens": PLAN[""]["tokens"], "places": CPInput(1, 2, stream="others")}}
+    plan = {**PLAN, "": {"tokens": PLAN[""]["tokens"], "places": CPInput(1, 2, sequence="others")}}
     report = verify_cp_plan(model, inputs, plan, strategies=("ring",))
     # The model adds both, before its first layer.
     assert not report.ok and report.parting.module == "" and "split alike" in report.parting.hint, str(report)
 
 
 def test_what_needs_the_order_is_refused():
-    streams = streams_of(0)
-    streams.balanced.add("tokens")
+    tracker = tracker_of(0)
+    tracker.balanced.add("tokens")
     with pytest.raises(AttentionProviderError, match="attention by blocks needs it in order. Leave balanced out"):
-        streams.keep_blocks("tokens", 4)
+        tracker.keep_blocks("tokens", 4)
     heads = CPHeads("tokens", 3, {"input": (1, 2)}, output=(1, 2))
-    for spec, name in ((CPNeighbours(1, 1, stream="tokens"), "a CPNeighbours"), (heads, "a CPHeads")):
+    for spec, name in ((CPHalo(1, 1, sequence="tokens"), "a CPHalo"), (heads, "a CPHeads")):
         model = nn.Sequential(nn.Identity())
         apply_context_parallel(model, mesh_of(0), {"": {"input": PLAN[""]["tokens"]}, "0": spec})
         with pytest.raises(AttentionProviderError, match=f"{name} needs it in order"):

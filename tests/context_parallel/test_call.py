@@ -1,4 +1,4 @@
-"""Attention calls with the masks that models bring, over streams that a plan has split."""
+"""Attention calls with the masks that models bring, over sequences that a plan has split."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from diffusers_attn import AttentionProviderError, attention_dispatch
-from diffusers_attn.context_parallel.call import split_attention
+from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
-from diffusers_attn.context_parallel.running import running
-from diffusers_attn.context_parallel.sharding import split, take
-from diffusers_attn.context_parallel.streams import Role, Streams
+from diffusers_attn.context_parallel.sequences.active import active
+from diffusers_attn.context_parallel.sequences.sharding import split, take
+from diffusers_attn.context_parallel.sequences.tracker import Role, SequenceTracker
 
 from .. import reference
 
@@ -21,14 +21,14 @@ JOINT = TEXT + IMAGE
 def over_ranks(meshes, ring, ulysses):
     """The error of every kind of mask; and what is said of calls that are refused."""
     mesh = meshes(ring, ulysses)
-    streams = Streams(mesh)
-    streams.split("image", torch.zeros(IMAGE), 0)
-    streams.split("text", torch.zeros(TEXT), 0)
+    tracker = SequenceTracker(mesh)
+    tracker.split("image", torch.zeros(IMAGE), 0)
+    tracker.split("text", torch.zeros(TEXT), 0)
     role = Role(("text", "image"), ("text", "image"))
-    shards = streams.shards(role.query)
+    shards = tracker.shards(role.query)
     whole = [torch.randn(BATCH, JOINT, HEADS, 8, dtype=torch.float64) for _ in range(3)]
     local = [split(tensor, shards, 1, mesh.rank) for tensor in whole]
-    runs = shards.runs[mesh.rank]
+    runs = shards.spans[mesh.rank]
 
     keys = torch.rand(BATCH, 1, 1, JOINT) > 0.4
     rows = torch.rand(BATCH, 1, JOINT, JOINT) > 0.4
@@ -49,13 +49,13 @@ def over_ranks(meshes, ring, ulysses):
     }
     errors = {}
     for name, (mask, complete) in masks.items():
-        streams.role = role._replace(outer_mask=name == "outer product")
-        out = split_attention(*local, mask, streams=streams, provider="native")
+        tracker.role = role._replace(outer_mask=name == "outer product")
+        out = split_attention(*local, mask, tracker=tracker, provider="native")
         expected, _ = reference.attention(*(tensor.transpose(1, 2) for tensor in whole), complete)
         errors[name] = (out - split(expected.transpose(1, 2), shards, 1, mesh.rank)).abs().max().item()
 
-    streams.role = role
-    assert split_attention(local[0], whole[1][:, :7], whole[2][:, :7], streams=streams, provider="native") is None
+    tracker.role = role
+    assert split_attention(local[0], whole[1][:, :7], whole[2][:, :7], tracker=tracker, provider="native") is None
     refused = {}
     for name, settings in {
         "dropout": {"dropout_p": 0.1},
@@ -65,9 +65,9 @@ def over_ranks(meshes, ring, ulysses):
         "causal order": {"is_causal": True},
         "another mesh": {"mesh": meshes(1, 3) if mesh.rank < 3 else meshes(1, 4)},
     }.items():
-        streams.role = None if "order" in name else role
+        tracker.role = None if "order" in name else role
         with pytest.raises(AttentionProviderError) as error:
-            split_attention(*local, **settings, streams=streams, provider="native")
+            split_attention(*local, **settings, tracker=tracker, provider="native")
         refused[name] = str(error.value)
     return errors, refused
 
@@ -86,10 +86,10 @@ def test_masks_of_models(pool, ring, ulysses):
 def forms(meshes, ring):
     """The error of every form of call that SDPA takes, through `attention_dispatch`; and what is refused by name."""
     mesh = meshes(ring, 1) if ring > 1 else ContextParallelMesh.from_degrees(device_type="cpu")
-    streams = Streams(mesh)
-    streams.split("image", torch.zeros(IMAGE), 0)
-    streams.role = Role(("image",), ("image",))
-    shards = streams.shards(("image",))
+    tracker = SequenceTracker(mesh)
+    tracker.split("image", torch.zeros(IMAGE), 0)
+    tracker.role = Role(("image",), ("image",))
+    shards = tracker.shards(("image",))
 
     def normal(*shape):
         return torch.randn(shape, dtype=torch.float64)
@@ -108,7 +108,7 @@ def forms(meshes, ring):
         "causal by its local length": ([2, HEADS], [2, HEADS], [2, HEADS], {"attn_mask": causal_lower_right(5, 5)}),
     }
     errors = {}
-    running.streams = streams
+    active.tracker = tracker
     try:
         for name, (*shapes, rest) in calls.items():
             whole = [normal(*shape, IMAGE, 8) for shape in shapes]
@@ -132,7 +132,7 @@ def forms(meshes, ring):
                     call()
                 refused.append(str(error.value))
     finally:
-        running.streams = None
+        active.tracker = None
     return errors, refused
 
 

@@ -5,10 +5,11 @@ import torch
 from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_attn.context_parallel import exchange, inductor
-from diffusers_attn.context_parallel.sharded_masks import KeyMask
-from diffusers_attn.context_parallel.sharding import Shards, gather, split
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.comm import collectives
+from diffusers_attn.context_parallel.compile import inductor
+from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
 STRATEGIES = {"ulysses": (1, 2, "allgather"), "ring": (2, 1, "alltoall"), "gather": (2, 1, "allgather")}
 
@@ -82,7 +83,7 @@ def gaps(meshes, orders_agree):
     group = meshes(2, 1).ring
 
     def send(tensor):
-        return exchange.wait(exchange.start_gather_others(tensor.sin(), (3, 3), group), group)
+        return collectives.wait(collectives.start_gather_others(tensor.sin(), (3, 3), group), group)
 
     torch._dynamo.reset()
     real, tensor = inductor.ORDERS_AGREE, torch.ones(3, 2)

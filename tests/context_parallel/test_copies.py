@@ -14,7 +14,7 @@ from diffusers_attn import (
     enable_context_parallel,
 )
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.processors.binding import attention_modules_of
 from diffusers_attn.scope import ProviderChoice

@@ -11,8 +11,8 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 
 from diffusers_attn import AttentionProviderError, disable_context_parallel, enable_context_parallel
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.diffusers_hooks import RULES
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.hooks.diffusers_hooks import RULES
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from tests.zoo import CASES
 
@@ -177,8 +177,8 @@ WAYS = {
     "pyramid": ("wan", pyramid),
     "faster": ("wan", faster),
     "skipped scores": ("cogview4", skipped_scores),
-    "smoothed, one stream": ("wan", smoothed),
-    "smoothed, joined streams": ("cogvideox", smoothed),
+    "smoothed, one sequence": ("wan", smoothed),
+    "smoothed, joined sequences": ("cogvideox", smoothed),
     "smoothed, rows": ("sana", smoothed),
     "smoothed, one of those that are joined": ("sd3", smoothed),
 }

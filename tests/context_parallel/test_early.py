@@ -11,16 +11,17 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import dropout, linear
 
-from diffusers_attn.context_parallel import early, one_call
-from diffusers_attn.context_parallel.blocks import BlockAttention
+from diffusers_attn.context_parallel.attention import allgather_kv_one_call
+from diffusers_attn.context_parallel.attention.block_attention import BlockAttention
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.attention.partial_kernel import PartialKernel
+from diffusers_attn.context_parallel.comm.symmetric_gather import SymmetricGather, open_gather
+from diffusers_attn.context_parallel.comm.transport import SYMMETRIC
+from diffusers_attn.context_parallel.compile import overlap_pass
+from diffusers_attn.context_parallel.compile.inductor import _make_pass
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.inductor import _make_pass
-from diffusers_attn.context_parallel.kernel import Kernel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.push import PushGather, open_gather
-from diffusers_attn.context_parallel.sharding import Shards
-from diffusers_attn.context_parallel.transport import SYMMETRIC
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.sequences.sharding import Shards
 
 from .shared_memory import NoLane
 
@@ -42,7 +43,7 @@ class Halves:
 def attention(monkeypatch):
     """Of queries, keys and values of `[batch, tokens, width]`, in one call or two."""
     group = Group("test_early", 0, 2)
-    gather = open_gather(group, lambda: PushGather(group, Halves, NoLane(), NoLane()))
+    gather = open_gather(group, lambda: SymmetricGather(group, Halves, NoLane(), NoLane()))
 
     def attend(query, key, value, method="allgather"):
         mesh = ContextParallelMesh(ContextParallelConfig(2, 1, method), group, ALONE)
@@ -58,7 +59,9 @@ def attention(monkeypatch):
 
 @pytest.fixture(params=["one call", "two calls"])
 def calls(request, monkeypatch):
-    monkeypatch.setattr(one_call, "SECONDS_OF_A_SECOND_CALL", float("inf") if request.param == "one call" else 0.0)
+    monkeypatch.setattr(
+        allgather_kv_one_call, "SECONDS_OF_A_SECOND_CALL", float("inf") if request.param == "one call" else 0.0
+    )
     return request.param
 
 
@@ -84,11 +87,15 @@ def order(graph):
     """Its calls by their names, with `names` of weights in place of the products in which they are."""
     found = []
     for node in graph.nodes:
-        name = early._name(node) if node.op.startswith("call_") else ""
+        name = overlap_pass._name(node) if node.op.startswith("call_") else ""
         if name == "linear":
             found.append(str(node.args[1]).strip("l_"))
-        elif name in ("push_start", "push_finish", "_scaled_dot_product_flash_attention_for_cpu"):
-            found.append({"push_start": "send", "push_finish": "await"}.get(name, "attend"))
+        elif name in (
+            "symmetric_gather_start",
+            "symmetric_gather_finish",
+            "_scaled_dot_product_flash_attention_for_cpu",
+        ):
+            found.append({"symmetric_gather_start": "send", "symmetric_gather_finish": "await"}.get(name, "attend"))
     return found
 
 
@@ -97,7 +104,7 @@ def moved(function, *inputs):
     with torch.no_grad():
         graph_module, example_inputs, expected = traced(function, *inputs)
         before = order(graph_module.graph)
-        early.begin_early(graph_module.graph)
+        overlap_pass.begin_early(graph_module.graph)
         graph_module.graph.lint()
         assert_tied(graph_module.graph)
         graph_module.recompile()
@@ -109,9 +116,11 @@ def moved(function, *inputs):
 def assert_tied(graph):
     """Each exchange depends on all attention before it, by its arguments."""
     nodes = list(graph.nodes)
-    for start in early._calls(graph, "push_start"):
-        before = [node for node in nodes[: nodes.index(start)] if early._name(node).endswith("attention_for_cpu")]
-        assert set(before) <= early._ancestors(start.args[early.HELD], set(nodes))
+    for start in overlap_pass._calls(graph, "symmetric_gather_start"):
+        before = [
+            node for node in nodes[: nodes.index(start)] if overlap_pass._name(node).endswith("attention_for_cpu")
+        ]
+        assert set(before) <= overlap_pass._ancestors(start.args[overlap_pass.HELD], set(nodes))
 
 
 def block(attention, change=None, method="allgather"):
@@ -132,17 +141,17 @@ INPUT = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)
 
 
 def test_what_keys_do_not_need_comes_after(attention, calls):
-    before, after = moved(block(attention), INPUT, *weights("q", "k", "v", "m"))
+    before, depends_on = moved(block(attention), INPUT, *weights("q", "k", "v", "m"))
     attend = ["await", "attend"] if calls == "one call" else ["attend", "await", "attend"]
     assert before == ["m", "q", "k", "v", "send", *attend]
-    assert after == ["k", "v", "send", "m", "q", *attend]
+    assert depends_on == ["k", "v", "send", "m", "q", *attend]
 
 
 def test_a_ring_begins_early(attention, calls):
     """And one of two ranks, which is a gather, may await all keys as well."""
-    _, after = moved(block(attention, method="alltoall"), INPUT, *weights("q", "k", "v", "m"))
-    assert after[:5] == ["k", "v", "send", "m", "q"]
-    assert after.count("attend") == (1 if calls == "one call" else 2)
+    _, depends_on = moved(block(attention, method="alltoall"), INPUT, *weights("q", "k", "v", "m"))
+    assert depends_on[:5] == ["k", "v", "send", "m", "q"]
+    assert depends_on.count("attend") == (1 if calls == "one call" else 2)
 
 
 CHANGES = {
@@ -159,14 +168,14 @@ def test_nothing_is_moved_past_what_does_more_than_compute(attention, change):
     with torch.no_grad():
         graph_module, *_ = traced(block(attention, CHANGES[change]), INPUT, *weights("q", "k", "v", "m"))
         before = [str(node) for node in graph_module.graph.nodes]
-        early.begin_early(graph_module.graph)
-    after = [str(node) for node in graph_module.graph.nodes]
-    assert after == before
+        overlap_pass.begin_early(graph_module.graph)
+    depends_on = [str(node) for node in graph_module.graph.nodes]
+    assert depends_on == before
 
 
 def test_what_only_looks_random_is_moved(attention):
-    _, after = moved(block(attention, lambda mlp: dropout(mlp, 0.5, training=False)), INPUT, *weights(*"qkvm"))
-    assert after[:5] == ["k", "v", "send", "m", "q"]
+    _, depends_on = moved(block(attention, lambda mlp: dropout(mlp, 0.5, training=False)), INPUT, *weights(*"qkvm"))
+    assert depends_on[:5] == ["k", "v", "send", "m", "q"]
 
 
 def test_inputs_are_not_said_to_be_changed(attention):
@@ -176,8 +185,8 @@ def test_inputs_are_not_said_to_be_changed(attention):
         x = x.view(x.shape)
         return attention(linear(x, q), linear(x, k), linear(x, v))
 
-    before, after = moved(forward, INPUT, *weights("q", "k", "v"))
-    assert after == before
+    before, depends_on = moved(forward, INPUT, *weights("q", "k", "v"))
+    assert depends_on == before
 
 
 def test_without_products_nothing_is_moved(attention):
@@ -185,8 +194,8 @@ def test_without_products_nothing_is_moved(attention):
         x = x.sin()
         return attention(x.cos(), linear(x, k), linear(x, v))
 
-    before, after = moved(forward, INPUT, *weights("k", "v"))
-    assert after == before
+    before, depends_on = moved(forward, INPUT, *weights("k", "v"))
+    assert depends_on == before
 
 
 def test_layers_follow_each_other(attention, calls):
@@ -197,9 +206,9 @@ def test_layers_follow_each_other(attention, calls):
         x = layer(x.sin(), q, k, v, m).sin()
         return layer(x, q, k, v, m)
 
-    _, after = moved(forward, INPUT, *weights("q", "k", "v", "m"))
+    _, depends_on = moved(forward, INPUT, *weights("q", "k", "v", "m"))
     attend = ["await", "attend"] if calls == "one call" else ["attend", "await", "attend"]
-    assert after == ["k", "v", "send", "q", *attend, "m"] * 2
+    assert depends_on == ["k", "v", "send", "q", *attend, "m"] * 2
 
 
 def test_what_was_received_is_read_before_the_next_begins(attention, calls):
@@ -211,9 +220,9 @@ def test_what_was_received_is_read_before_the_next_begins(attention, calls):
         first = attention(linear(x, q), key, value)
         return attention(linear(x, r) + first, key * 2, value + 1)
 
-    _, after = moved(forward, INPUT, *weights("q", "k", "v", "r"))
+    _, depends_on = moved(forward, INPUT, *weights("q", "k", "v", "r"))
     attend = ["await", "attend"] if calls == "one call" else ["attend", "await", "attend"]
-    assert after == ["k", "v", "send", "q", *attend, "send", "r", *attend]
+    assert depends_on == ["k", "v", "send", "q", *attend, "send", "r", *attend]
 
 
 def test_attentions_that_do_not_depend_on_each_other_take_turns(attention, calls):
@@ -222,9 +231,9 @@ def test_attentions_that_do_not_depend_on_each_other_take_turns(attention, calls
         key, value = linear(x, k), linear(x, v)
         return attention(linear(x, q), key, value) + attention(linear(x, r), key * 2, value + 1)
 
-    _, after = moved(forward, INPUT, *weights("q", "k", "v", "r"))
+    _, depends_on = moved(forward, INPUT, *weights("q", "k", "v", "r"))
     attend = ["await", "attend"] if calls == "one call" else ["attend", "await", "attend"]
-    assert after == ["k", "v", "send", "q", *attend, "send", "r", *attend]
+    assert depends_on == ["k", "v", "send", "q", *attend, "send", "r", *attend]
 
 
 def test_training_is_left_as_it_is(attention):
@@ -232,7 +241,7 @@ def test_training_is_left_as_it_is(attention):
     inputs = [INPUT.clone().requires_grad_(), *weights("q", "k", "v", "m")]
     graph_module, *_ = traced(block(attention), *inputs)
     before = [str(node) for node in graph_module.graph.nodes]
-    early.begin_early(graph_module.graph)
+    overlap_pass.begin_early(graph_module.graph)
     assert [str(node) for node in graph_module.graph.nodes] == before
 
 
@@ -249,7 +258,7 @@ def test_inductor_keeps_the_order_and_copies_nothing(attention, calls):
     lines = [line for line in code.splitlines() if launch.match(line)]
     names = [launch.match(line)[2] for line in lines]
     attend = "_scaled_dot_product_flash_attention_for_cpu"
-    assert names[:3] == ["mm", "mm", "push_start"] and names[-2:] == ["push_finish", attend]
+    assert names[:3] == ["mm", "mm", "symmetric_gather_start"] and names[-2:] == ["symmetric_gather_finish", attend]
     assert sorted(names[3:-2]) == sorted(["mm", "mm"] + ([] if calls == "one call" else [attend]))
     products = {re.search(r"out=(buf\d+)", line)[1] for line in lines[:2]}
     assert products <= set(re.findall(r"buf\d+", lines[2]))  # sent from where they were computed
@@ -280,8 +289,10 @@ SHAPES = {
 def test_one_call_where_it_is_faster(shape):
     ranks, length, heads, expected = SHAPES[shape]
     shards = Shards.contiguous(length, ranks)
-    call = BlockAttention(Kernel("native"), Group("", 0, ranks), shards, shards, transport=SYMMETRIC)
+    call = BlockAttention(PartialKernel("native"), Group("", 0, ranks), shards, shards, transport=SYMMETRIC)
     query = torch.empty(1, length // ranks, heads, 128, dtype=torch.bfloat16, device="meta")
-    assert one_call.is_faster(query, query, query, call) is False  # nothing is computed beside it
-    found = torch.compile(lambda: one_call.is_faster(query, query, query, call), backend="eager", fullgraph=True)()
+    assert allgather_kv_one_call.is_faster(query, query, query, call) is False  # nothing is computed beside it
+    found = torch.compile(
+        lambda: allgather_kv_one_call.is_faster(query, query, query, call), backend="eager", fullgraph=True
+    )()
     assert found is expected

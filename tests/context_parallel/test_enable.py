@@ -20,7 +20,7 @@ from diffusers_attn import (
     enable_context_parallel,
     set_attention_provider,
 )
-from diffusers_attn.context_parallel import ranks
+from diffusers_attn.context_parallel import job
 from diffusers_attn.cp_plans.plan import CPInput, ParamId
 
 ROOT = Path(__file__).parents[2]
@@ -456,6 +456,6 @@ def test_accelerate_that_knows_of_one_rank_only(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     try:
         with pytest.raises(AttentionProviderError, match="Accelerate was set up in each of them as a job of one"):
-            ranks.join("cpu")
+            job.join("cpu")
     finally:
         accelerate.PartialState._reset_state()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError, DispatchProcessor
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
 
 from .models import MESHES, build, inputs
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from diffusers_attn import AttentionProviderError, disable_context_parallel, enable_context_parallel
-from diffusers_attn.context_parallel import groups, process_groups
-from diffusers_attn.context_parallel.hooks import applied_streams
+from diffusers_attn.context_parallel.comm import process_groups, shared_groups
+from diffusers_attn.context_parallel.hooks.apply import applied_tracker
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 
 from .test_enable import build, inputs, output
@@ -37,14 +37,14 @@ def again_and_again(meshes):
     alone = counted()
     enable_context_parallel(other, verbose=False)
     assert counted() == alone  # of the same degrees
-    assert applied_streams(model).mesh == applied_streams(other).mesh
+    assert applied_tracker(model).mesh == applied_tracker(other).mesh
     disable_context_parallel(model)
     assert counted() == alone and torch.allclose(output(other, inputs("flux")), expected)
     # A model that was not disabled: on one rank it goes, on the others it is still there.
     if dist.get_rank() == 1:
         del other
         gc.collect()
-        groups.end_unused()
+        shared_groups.end_unused()
     enable_context_parallel(model, verbose=False)
     assert torch.allclose(output(model, inputs("flux")), expected)
     other = None
@@ -66,8 +66,8 @@ def timeouts(meshes):
     found = []
     for timeout in (None, 40, datetime.timedelta(seconds=50)):
         enable_context_parallel(model, ulysses_degree=2, ring_degree=2, timeout=timeout, verbose=False)
-        mesh = applied_streams(model).mesh
-        made = [group for each in groups._all for group in each.groups]
+        mesh = applied_tracker(model).mesh
+        made = [group for each in shared_groups._all for group in each.groups]
         assert {mesh.ring.name, mesh.ulysses.name} < {group.group_name for group in made} and len(made) == 3
         found.append({process_groups.timeout_of(group, "cpu") for group in made})
         disable_context_parallel(model)
@@ -75,7 +75,7 @@ def timeouts(meshes):
     made = ContextParallelMesh.from_degrees(2, 2, device_type="cpu", timeout=70)
     assert process_groups.timeout_of(process_groups.resolve(made.ring.name), "cpu").total_seconds() == 70
     del made
-    groups.end_unused()
+    shared_groups.end_unused()
     enable_context_parallel(model, mesh=meshes.square, verbose=False)
     of_mesh = {process_groups.timeout_of(meshes.square.get_group(dim), "cpu") for dim in (0, 1)}
     disable_context_parallel(model)
@@ -95,7 +95,7 @@ def names_again(meshes):
     if dist.get_rank() == 0:
         held = process_groups.new_gloo_group([0], "alone", datetime.timedelta(seconds=20))
     for _ in range(3):
-        lease = groups.control_group(
+        lease = shared_groups.control_group(
             members,
             datetime.timedelta(seconds=20),
             lambda said: [each for each in _said(meshes, said)],
@@ -104,13 +104,13 @@ def names_again(meshes):
         dist.broadcast(tensor, members[0], group=process_groups.resolve(lease.names[0]))
         assert tensor.item() == 1.0
         lease.close()
-        groups.end_unused()
+        shared_groups.end_unused()
     if dist.get_rank() == 0:
         dist.destroy_process_group(held)
 
 
 def _said(meshes, said):
-    from diffusers_attn.context_parallel.ranks import everyone
+    from diffusers_attn.context_parallel.job import everyone
 
     return everyone(said, [meshes.lines[2].get_group()])
 

@@ -5,17 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_attn import AttentionProviderError, CPHeads, CPInput, CPLength, CPNeighbours, CPOutput, CPWhole, ParamId
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
-from diffusers_attn.context_parallel.neighbours import with_neighbours
-from diffusers_attn.context_parallel.sharding import Shards, gather
-from diffusers_attn.context_parallel.streams import Streams
-from diffusers_attn.context_parallel.targets import Target, split_heads
+from diffusers_attn import AttentionProviderError, CPGatherInput, CPHalo, CPHeads, CPInput, CPLength, CPOutput, ParamId
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.halo import with_neighbours
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
+from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.cp_plans.registry import get_cp_plan
+from diffusers_attn.parallelize.targets import Target, split_heads
 from tests.zoo import CASES
 
 from .models import build, inputs
-from .test_plan_words import mesh_of, streams_of
+from .test_plan_words import mesh_of, tracker_of
 
 
 class Recurrence(nn.Module):
@@ -50,14 +50,14 @@ class Model(nn.Module):
 
 
 def plan_of(heads):
-    frames = CPInput(1, 3, stream="frames", grouped=True)
+    frames = CPInput(1, 3, sequence="frames", grouped=True)
     return {
-        "": {ParamId("frames"): CPLength("frames"), "x": frames, "added": CPInput(1, 2, stream="frames")},
+        "": {ParamId("frames"): CPLength("frames"), "x": frames, "added": CPInput(1, 2, sequence="frames")},
         "recurrence": [
-            {"frames": CPLength("frames", whole=True), "added": CPWhole(1, 2, stream="frames")},
+            {"frames": CPLength("frames", whole=True), "added": CPGatherInput(1, 2, sequence="frames")},
             CPHeads("frames", heads, {"values": (1, 2), "gates": (-1, 1)}, output=(1, 2)),
         ],
-        "last": CPOutput(1, 3, stream="frames", grouped=True),
+        "last": CPOutput(1, 3, sequence="frames", grouped=True),
     }
 
 
@@ -100,19 +100,19 @@ def beside(meshes, ring, ulysses, lengths):
     """Errors of what a rank sees of its neighbours and of gradients, and how many entries it saw."""
     mesh, answers = meshes(ring, ulysses), []
     for length, reach, grouped in lengths:
-        streams, spec = Streams(mesh), CPNeighbours(1, reach, "frames", grouped)
-        streams.shard_length("frames", length)
+        tracker, spec = SequenceTracker(mesh), CPHalo(1, reach, "frames", grouped)
+        tracker.shard_length("frames", length)
         whole = torch.randn(2, length * (3 if grouped else 1), 2, generator=torch.Generator().manual_seed(0)).double()
         weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1)).double()
-        own = (streams.split_groups if grouped else streams.split)("frames", whole, 1).requires_grad_()
-        shards = streams.shards(("frames",))
-        each, ((start, size),) = whole.shape[1] // length, shards.runs[mesh.rank]
-        seen = [(max(0, begin - reach), min(length, begin + held + reach)) for ((begin, held),) in shards.runs]
+        own = (tracker.split_groups if grouped else tracker.split)("frames", whole, 1).requires_grad_()
+        shards = tracker.shards(("frames",))
+        each, ((start, size),) = whole.shape[1] // length, shards.spans[mesh.rank]
+        seen = [(max(0, begin - reach), min(length, begin + held + reach)) for ((begin, held),) in shards.spans]
 
         def part(tensor, first, last, each=each):
             return tensor[:, first * each : last * each]
 
-        found = with_neighbours(streams, spec, own)
+        found = with_neighbours(tracker, spec, own)
         error = (found - part(whole, *seen[mesh.rank])).abs().max()
         (found * part(weights, *seen[mesh.rank])).sum().backward()
         counts = sum(torch.tensor([float(first <= index < last) for index in range(length)]) for first, last in seen)
@@ -130,11 +130,11 @@ def test_what_a_rank_sees_of_its_neighbours(pool, ring, ulysses):
 
 
 def test_what_is_not_split_has_no_neighbours():
-    streams = streams_of(1)
-    streams.shard_length("rows", 5)  # 2, 2, 1
+    tracker = tracker_of(1)
+    tracker.shard_length("rows", 5)  # 2, 2, 1
     for grouped, size in ((False, 5), (True, 7)):
         with pytest.raises(AttentionProviderError, match=f"1, {size}.* part of 'rows' .* it has 2. Was it split"):
-            with_neighbours(streams, CPNeighbours(1, 1, "rows", grouped), torch.zeros(1, size))
+            with_neighbours(tracker, CPHalo(1, 1, "rows", grouped), torch.zeros(1, size))
 
 
 GIVEN = {"values": torch.zeros(1, 6, 4, 2), "gates": torch.zeros(1, 4, 2), "frames": 2}  # two of five frames
@@ -152,8 +152,8 @@ GIVEN = {"values": torch.zeros(1, 6, 4, 2), "gates": torch.zeros(1, 4, 2), "fram
 )
 def test_what_cannot_be_exchanged_is_refused(length, changes, reason):
     module = Recurrence()
-    streams = apply_context_parallel(module, mesh_of(1), {"": plan_of(4)["recurrence"][1]})
-    streams.begin = lambda: length is None or streams.shard_length("frames", length)
+    tracker = apply_context_parallel(module, mesh_of(1), {"": plan_of(4)["recurrence"][1]})
+    tracker.begin = lambda: length is None or tracker.shard_length("frames", length)
     with pytest.raises(AttentionProviderError, match=reason):
         module(**GIVEN | changes)
 
@@ -161,8 +161,8 @@ def test_what_cannot_be_exchanged_is_refused(length, changes, reason):
 def test_a_length_is_made_whole_again():
     module = Recurrence()
     module.forward = lambda values, frames: frames
-    streams = apply_context_parallel(module, mesh_of(1), {"": {"frames": CPLength("frames", whole=True)}})
-    streams.begin = lambda: streams.shard_length("frames", 5)
+    tracker = apply_context_parallel(module, mesh_of(1), {"": {"frames": CPLength("frames", whole=True)}})
+    tracker.begin = lambda: tracker.shard_length("frames", 5)
     assert module(None, 2) == 5
     with pytest.raises(AttentionProviderError, match="a number of 5 .* part of 'frames', which is 2; .* frames: 5"):
         module(None, 5)
@@ -171,7 +171,7 @@ def test_a_length_is_made_whole_again():
 
 
 def test_words_name_arguments_that_there_are():
-    for spec in (CPHeads("frames", 4, {"query": (1, 2)}, (1, 2)), CPNeighbours(1, 1, "frames", length="count")):
+    for spec in (CPHeads("frames", 4, {"query": (1, 2)}, (1, 2)), CPHalo(1, 1, "frames", length="count")):
         with pytest.raises(AttentionProviderError, match="'(query|count)' of '', and the forward of Recurrence has"):
             apply_context_parallel(Recurrence(), mesh_of(1), {"": spec})
 
@@ -190,9 +190,9 @@ def test_frames_that_are_left_out_are_split_in_every_form(form):
     model, given = build(name), inputs(name)
     seen = []
     given["frame_valid_mask"] = mask = given["frame_valid_mask"][form]
-    streams = apply_context_parallel(model, mesh_of(1), None)
+    tracker = apply_context_parallel(model, mesh_of(1), None)
     model.blocks[1].forward = lambda *args: seen.append((args[2], args[4], args[10])) or args[0]
-    streams.shard_length("frames", 5)
+    tracker.shard_length("frames", 5)
     times = torch.zeros(2, 1, 5, 6 * 64)
     model.blocks[1](torch.zeros(2, 70, 64), None, times, None, (5, 5, 7), *[None] * 5, mask)
     ((t, thw, found),) = seen

@@ -11,10 +11,10 @@ from torch import nn
 
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks import applied_streams, apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import applied_tracker, apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.running import running_streams
-from diffusers_attn.context_parallel.streams import Role, Streams
+from diffusers_attn.context_parallel.sequences.active import active_tracker
+from diffusers_attn.context_parallel.sequences.tracker import Role, SequenceTracker
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
 from diffusers_attn.cp_plans.registry import get_cp_plan, list_cp_plans, register_cp_plan
 
@@ -130,10 +130,10 @@ def test_outputs_are_split_where_the_plan_says():
     assert cos.shape == (1, 3) and sin.shape == (1, 8)
 
     recorder = Recorder()
-    apply_context_parallel(recorder, MESH, {"": {"context": CPInput(1, split_output=True, stream="text")}})
+    apply_context_parallel(recorder, MESH, {"": {"context": CPInput(1, split_output=True, sequence="text")}})
     out = recorder(tokens(8), tokens(8))
     assert out["hidden_states"].shape == (1, 8) and out["context"].shape == (1, 3)
-    assert applied_streams(recorder).lengths == {"text": 8}
+    assert applied_tracker(recorder).lengths == {"text": 8}
 
 
 def test_stars_and_numbers_name_modules():
@@ -177,7 +177,7 @@ def test_removal_leaves_nothing():
     remove_context_parallel(model)
     assert hook_state(model) == before
     assert [set(vars(each)) for each in model.modules()] == attributes
-    assert applied_streams(model) is None
+    assert applied_tracker(model) is None
     assert torch.equal(model(tokens(8), tokens(5)), tokens(8))
 
 
@@ -188,17 +188,17 @@ def test_attention_modules_are_known_while_they_run():
             self.processor, self.inner, self.seen = None, nn.ModuleList(inner), []
 
         def forward(self, x):
-            self.seen += [running_streams(), self.inner and [each(x) for each in self.inner], running_streams()]
-            self.role = running_streams() and running_streams().role
+            self.seen += [active_tracker(), self.inner and [each(x) for each in self.inner], active_tracker()]
+            self.role = active_tracker() and active_tracker().role
             return x
 
     model = Layers([Attention(Attention()), Attention()])
     first, second = model.layers
-    streams = apply_context_parallel(model, MESH, {"layers.0": CPAttention(("video",), key=())})
+    tracker = apply_context_parallel(model, MESH, {"layers.0": CPAttention(("video",), key=())})
     model(tokens(4))
-    assert first.seen[0] is first.seen[2] is second.seen[0] is first.inner[0].seen[0] is streams
+    assert first.seen[0] is first.seen[2] is second.seen[0] is first.inner[0].seen[0] is tracker
     assert first.role == Role(("video",), ()) and second.role is first.inner[0].role is None
-    assert running_streams() is None
+    assert active_tracker() is None
     remove_context_parallel(model)
     model(tokens(4))
     assert first.seen[3] is None
@@ -214,10 +214,10 @@ def test_after_an_error_nobody_takes_another_model_for_this_one():
             return x
 
     model = Layers([Attention()])
-    streams = apply_context_parallel(model, MESH, {"layers.0": CPAttention(("video",), key=())})
+    tracker = apply_context_parallel(model, MESH, {"layers.0": CPAttention(("video",), key=())})
     with pytest.raises(ValueError, match="three"):
         model(tokens(3))
-    assert running_streams() is None and streams.role is None
+    assert active_tracker() is None and tracker.role is None
     model(tokens(4))
 
 
@@ -292,7 +292,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(case):
     before = hook_state(model)
     with pytest.raises(AttentionProviderError, match=message):
         apply_context_parallel(model, MESH, {"layers.*": {ParamId("context"): CPInput(1)}} | plan)
-    assert hook_state(model) == before and applied_streams(model) is None
+    assert hook_state(model) == before and applied_tracker(model) is None
 
 
 def test_wrong_dimensions_and_nesting_are_errors():
@@ -307,33 +307,33 @@ def test_wrong_dimensions_and_nesting_are_errors():
 
 
 def test_lengths_say_what_attention_joins():
-    streams = Streams(MESH)
-    assert streams.attention(5, 5) is None  # nothing is split
-    streams.split("text", tokens(13), 1)  # 5, 4, 4
-    streams.split("image", tokens(35), 1)  # 12, 12, 11
-    queries, keys, in_order = streams.attention(16, 16)
+    tracker = SequenceTracker(MESH)
+    assert tracker.attention(5, 5) is None  # nothing is split
+    tracker.split("text", tokens(13), 1)  # 5, 4, 4
+    tracker.split("image", tokens(35), 1)  # 12, 12, 11
+    queries, keys, in_order = tracker.attention(16, 16)
     assert queries.sizes == keys.sizes == (17, 16, 15) and not in_order
-    queries, keys, in_order = streams.attention(12, 4)
+    queries, keys, in_order = tracker.attention(12, 4)
     assert queries.total == 35 and keys.total == 13 and in_order
-    assert streams.attention(12, 77) is None  # whole keys
+    assert tracker.attention(12, 77) is None  # whole keys
     with pytest.raises(AttentionProviderError, match="mix"):
-        streams.attention(25, 25)  # 13 whole ones and 12
+        tracker.attention(25, 25)  # 13 whole ones and 12
     with pytest.raises(AttentionProviderError, match="mix"):
-        streams.attention(35, 4)
+        tracker.attention(35, 4)
 
 
 def test_what_a_rank_could_confuse_is_refused_on_all():
     for rank in range(3):
-        streams = Streams(ContextParallelMesh(ContextParallelConfig(3), Group("none", rank, 3), ALONE))
-        streams.shard_length("text", 2)  # 1, 1, 0: image alone and text with image look alike on rank 2
-        streams.split("image", tokens(9), 1)
-        joint = streams.shards(("text", "image"))
+        tracker = SequenceTracker(ContextParallelMesh(ContextParallelConfig(3), Group("none", rank, 3), ALONE))
+        tracker.shard_length("text", 2)  # 1, 1, 0: image alone and text with image look alike on rank 2
+        tracker.split("image", tokens(9), 1)
+        joint = tracker.shards(("text", "image"))
         with pytest.raises(AttentionProviderError, match="CPAttention"):
-            streams.attention(joint.sizes[rank], joint.sizes[rank])
-        streams.role = Role(("text", "image"), ("text", "image"))
-        assert streams.attention(joint.sizes[rank], joint.sizes[rank]) == (joint, joint, True)
-        streams.role = Role(("image",), ())
-        assert streams.attention(3, 3) is None
+            tracker.attention(joint.sizes[rank], joint.sizes[rank])
+        tracker.role = Role(("text", "image"), ("text", "image"))
+        assert tracker.attention(joint.sizes[rank], joint.sizes[rank]) == (joint, joint, True)
+        tracker.role = Role(("image",), ())
+        assert tracker.attention(3, 3) is None
 
 
 def test_plans_are_found_by_class():

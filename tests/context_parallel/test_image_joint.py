@@ -5,9 +5,9 @@ import torch
 
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.sharding import Shards, gather
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from tests.zoo import CASES
 from tests.zoo.case import Draw
 

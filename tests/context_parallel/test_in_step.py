@@ -19,8 +19,8 @@ from diffusers_attn import (
     enable_context_parallel,
     set_attention_provider,
 )
-from diffusers_attn.context_parallel import groups, positions, process_groups
-from diffusers_attn.context_parallel.positions import RankMissingError
+from diffusers_attn.context_parallel.comm import process_groups, rank_progress, shared_groups
+from diffusers_attn.context_parallel.comm.rank_progress import RankMissingError
 from diffusers_attn.cp_plans.registry import get_cp_plan
 
 from .test_enable import build, inputs, output
@@ -187,13 +187,13 @@ def test_a_rank_that_leaves_out_a_call(pool):
 
 def gone(meshes, how, inputs_are):
     """What is said where rank 1 does not come; None where it is not to wait. Afterwards all is well again."""
-    positions.GRACE = 1.0
+    rank_progress.GRACE = 1.0
     odd = dist.get_rank() == 1
     model, given = build("flux"), inputs("flux")
     enable_context_parallel(model, ulysses_degree=2, ring_degree=2, inputs=inputs_are, verbose=False)
     output(model, given)
     dist.barrier()
-    for group in [group for made in groups._all for group in made.groups]:
+    for group in [group for made in shared_groups._all for group in made.groups]:
         process_groups.set_timeout(group, datetime.timedelta(seconds=3))
     said = None
     if odd and how == "disables":
@@ -236,12 +236,12 @@ def test_a_rank_that_does_not_come_is_named_with_where_it_was(pool, how):
 
 def missing_when_enabled(meshes):
     """What is said where rank 1 does not come to be enabled, though the timeout of the job is 3 s."""
-    positions.GRACE = 1.0
+    rank_progress.GRACE = 1.0
     job = process_groups.timeout_of(None, "cpu")
     process_groups.set_timeout(None, datetime.timedelta(seconds=3))
     said = None
     if dist.get_rank() == 1:
-        positions.note("a place of its own")
+        rank_progress.note("a place of its own")
     else:
         said = message(lambda: enable_context_parallel(build("flux"), verbose=False))
     process_groups.set_timeout(None, job)

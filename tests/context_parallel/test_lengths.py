@@ -10,9 +10,9 @@ from torch import nn
 
 from diffusers_attn import AttentionProviderError, CPInput, CPLength, CPLogBase, ParamId
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh
-from diffusers_attn.context_parallel.targets import find_targets, split_heads
+from diffusers_attn.parallelize.targets import find_targets, split_heads
 from tests.zoo import CASES
 
 from .test_plan_words import mesh_of
@@ -28,14 +28,14 @@ def test_an_argument_may_tell_a_length():
     plan = {
         "": {
             "shapes": CPLength("image", of=lambda shapes: math.prod(shapes[-1])),
-            "tokens": CPInput(1, stream=("text", "image")),
+            "tokens": CPInput(1, sequence=("text", "image")),
         }
     }
     module = Recorder()
-    streams = apply_context_parallel(module, mesh_of(1), plan)
+    tracker = apply_context_parallel(module, mesh_of(1), plan)
     shapes = [(1, 2), (2, 3)]
     tokens, given, _ = module(torch.arange(11)[None], shapes)
-    assert given is shapes and streams.lengths == {"image": 6, "text": 5}
+    assert given is shapes and tracker.lengths == {"image": 6, "text": 5}
     assert tokens.tolist() == [[2, 3, 7, 8]]
 
 
@@ -50,7 +50,7 @@ def test_all_tensors_of_a_dict_are_split():
 def test_a_logarithm_of_the_shard_is_that_of_the_whole(base):
     for rank, own in enumerate((12, 12, 11)):
         module = Recorder()
-        plan = {"": {"tokens": CPInput(1, stream="image"), ParamId("base"): CPLogBase("image")}}
+        plan = {"": {"tokens": CPInput(1, sequence="image"), ParamId("base"): CPLogBase("image")}}
         apply_context_parallel(module, mesh_of(rank), plan)
         tokens, _, given = module(torch.arange(35)[None], base=base)
         assert tokens.shape[1] == own
@@ -63,7 +63,7 @@ def test_a_logarithm_of_the_shard_is_that_of_the_whole(base):
 def test_without_other_ranks_the_base_is_as_it_was():
     module = Recorder()
     mesh = ContextParallelMesh(ContextParallelConfig(), ALONE, ALONE)
-    apply_context_parallel(module, mesh, {"": {"tokens": CPInput(1, stream="image"), "base": CPLogBase("image")}})
+    apply_context_parallel(module, mesh, {"": {"tokens": CPInput(1, sequence="image"), "base": CPLogBase("image")}})
     assert module(torch.arange(1)[None], base=9)[2] == 9
 
 

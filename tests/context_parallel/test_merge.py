@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from diffusers_attn.context_parallel.merge import merge
+from diffusers_attn.context_parallel.attention.merge import merge
 
 from .. import reference
 
@@ -50,8 +50,8 @@ def test_large_scores_do_not_overflow():
 INTERPRETED = """
 import contextlib, math, sys
 import torch
-from diffusers_attn.context_parallel.merge import merge_by_formula
-from diffusers_attn.context_parallel.merge_triton import merge_by_kernel
+from diffusers_attn.context_parallel.attention.merge import merge_by_formula
+from diffusers_attn.context_parallel.attention.merge_triton import merge_by_kernel
 
 torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
 for dtype in (torch.float32, torch.float16):

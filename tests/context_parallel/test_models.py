@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
-from diffusers_attn.context_parallel.sharding import Shards, gather
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 
 from .model_cases import FAMILIES
 from .models import MESHES, WITH_VARIANTS, WITHOUT_FOURS, attention_over_ranks, build, check, errors_of, inputs, run
@@ -38,7 +38,7 @@ def with_lora(meshes, name, targets):
     adapter = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     errors = []
     models = [build(name) for _ in range(2)]
-    streams = apply_context_parallel(models[1], meshes(2, 1))
+    tracker = apply_context_parallel(models[1], meshes(2, 1))
     for change in ("add", "unload"):
         results = []
         for model in models:
@@ -48,7 +48,7 @@ def with_lora(meshes, name, targets):
             with attention_over_ranks() if model is models[1] else contextlib.nullcontext():
                 results.append(run(model, inputs(name)))
         (expected, expected_grad), (found, grad) = results
-        grad = gather(grad[None], Shards.contiguous(2, 2), 0, streams.mesh).mean(dim=0)
+        grad = gather(grad[None], Shards.contiguous(2, 2), 0, tracker.mesh).mean(dim=0)
         errors += [((found - expected).norm() / expected.norm()).item()]
         errors += [((grad - expected_grad).norm() / expected_grad.norm()).item()]
     return errors

@@ -12,13 +12,13 @@ import torch
 from diffusers.models.transformers import transformer_kandinsky, transformer_kandinsky6_sr
 
 from diffusers_attn import AttentionProviderError, CPBlocks
-from diffusers_attn.context_parallel.block_masks import block_mask
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.sharded_masks import BlockRowMask
-from diffusers_attn.context_parallel.sharding import Shards
-from diffusers_attn.context_parallel.streams import Streams
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.sequences.block_masks import block_mask
+from diffusers_attn.context_parallel.sequences.sharded_masks import BlockRowMask
+from diffusers_attn.context_parallel.sequences.sharding import Shards
+from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.processors import nabla
 
 from .models import MESHES
@@ -82,44 +82,44 @@ def test_refused(pool, name, provider, frames, reason):
         assert re.search(reason, answer), answer
 
 
-def streams_of(rank):
-    return Streams(ContextParallelMesh(ContextParallelConfig(3), Group("none", rank, 3), ALONE))
+def tracker_of(rank):
+    return SequenceTracker(ContextParallelMesh(ContextParallelConfig(3), Group("none", rank, 3), ALONE))
 
 
 def test_a_sequence_is_split_between_blocks():
     tokens = torch.arange(5 * 64)
     for rank, (start, end) in enumerate([(0, 128), (128, 256), (256, 320)]):
-        streams = streams_of(rank)
-        streams.keep_blocks("video", 64)
-        assert torch.equal(streams.split("video", tokens, 0), tokens[start:end])
-        assert streams.shards(("video",)).in_blocks(64).sizes == (2, 2, 1)
-        streams.begin()  # the next forward may be without
-        assert streams.split("video", tokens, 0).shape == (107 - (rank == 2),)
+        tracker = tracker_of(rank)
+        tracker.keep_blocks("video", 64)
+        assert torch.equal(tracker.split("video", tokens, 0), tokens[start:end])
+        assert tracker.shards(("video",)).in_blocks(64).sizes == (2, 2, 1)
+        tracker.begin()  # the next forward may be without
+        assert tracker.split("video", tokens, 0).shape == (107 - (rank == 2),)
 
 
 def test_what_is_no_blocks_is_refused():
-    streams = streams_of(0)
-    streams.keep_blocks("video", 64)
+    tracker = tracker_of(0)
+    tracker.keep_blocks("video", 64)
     for length in (5 * 64 + 1, 2 * 64):  # a part of a block; fewer than ranks
         with pytest.raises(AttentionProviderError, match=f"'video' has {length} tokens, .* blocks of 64, .* 3 ranks"):
-            streams.split("video", torch.zeros(length), 0)
-    streams.begin()
-    streams.split("video", torch.zeros(5 * 64), 0)
+            tracker.split("video", torch.zeros(length), 0)
+    tracker.begin()
+    tracker.split("video", torch.zeros(5 * 64), 0)
     with pytest.raises(AttentionProviderError, match="was split before that was said"):
-        streams.keep_blocks("video", 64)
+        tracker.keep_blocks("video", 64)
     with pytest.raises(ValueError, match="size=0"):
         CPBlocks("video", 0)
 
 
 def call(mask, **options):
     """Of 2 blocks of queries and 5 of keys on rank 0 of 3."""
-    streams = streams_of(0)
-    streams.keep_blocks("video", 64)
-    streams.split("video", torch.zeros(5 * 64), 0)
-    shards = streams.shards(("video",))
+    tracker = tracker_of(0)
+    tracker.keep_blocks("video", 64)
+    tracker.split("video", torch.zeros(5 * 64), 0)
+    shards = tracker.shards(("video",))
     query = torch.zeros(1, 128, 2, 8)
     shards = {"query_shards": shards, "key_shards": shards} | options
-    return parallel_attention(query, query, query, mask, mesh=streams.mesh, **shards)
+    return parallel_attention(query, query, query, mask, mesh=tracker.mesh, **shards)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 import diffusers_attn
-from diffusers_attn.context_parallel import one_call
-from diffusers_attn.context_parallel.sharded_masks import KeyMask, RowMask
-from diffusers_attn.context_parallel.sharding import Shards, gather, split
-from diffusers_attn.context_parallel.transport import SYMMETRIC, Transport
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.attention import allgather_kv_one_call
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.comm.transport import SYMMETRIC, Transport
+from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask, RowMask
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
 from .. import reference
 from .shared_memory import open_shared
@@ -47,8 +47,8 @@ def flux(meshes, blocks):
     expected = model(**flux_inputs())[0]
     mesh = meshes(2, 1)
     memory = open_shared(mesh.ring)
-    real = one_call.SECONDS_OF_A_SECOND_CALL
-    one_call.SECONDS_OF_A_SECOND_CALL = float("inf")
+    real = allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL
+    allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = float("inf")
     torch._dynamo.reset()
     try:
         diffusers_attn.set_attention_provider(model, "native")
@@ -56,10 +56,13 @@ def flux(meshes, blocks):
         diffusers_attn.apply_compile(model)
         out, (code, *_) = run_and_get_code(lambda: model(**flux_inputs())[0])
     finally:
-        one_call.SECONDS_OF_A_SECOND_CALL = real
+        allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = real
         torch._dynamo.reset()
     del memory
-    calls = [code.count(f"{name}.default(") for name in ("push_start", "push_finish", "flash_attention_for_cpu")]
+    calls = [
+        code.count(f"{name}.default(")
+        for name in ("symmetric_gather_start", "symmetric_gather_finish", "flash_attention_for_cpu")
+    ]
     return (out - expected).abs().max().item(), calls
 
 
@@ -92,12 +95,12 @@ def masked(meshes, ring, length, kind, is_causal):
         fullgraph=True,
         dynamic=False,
     )
-    real = one_call.SECONDS_OF_A_SECOND_CALL
-    one_call.SECONDS_OF_A_SECOND_CALL = float("inf")
+    real = allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL
+    allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = float("inf")
     try:
         out = gather(function(*local), shards, 1, mesh)
     finally:
-        one_call.SECONDS_OF_A_SECOND_CALL = real
+        allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = real
         torch._dynamo.reset()
     del memory
     query, key, value = (tensor.transpose(1, 2) for tensor in whole)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError, enable_context_parallel
-from diffusers_attn.context_parallel.call import split_attention
-from diffusers_attn.context_parallel.sharding import split
-from diffusers_attn.context_parallel.streams import WHOLE, Role, Streams
+from diffusers_attn.context_parallel.attention.entry import split_attention
+from diffusers_attn.context_parallel.sequences.sharding import split
+from diffusers_attn.context_parallel.sequences.tracker import REPLICATED, Role, SequenceTracker
 from diffusers_attn.providers import catalog, registry
 from diffusers_attn.providers.native import Math
 
@@ -52,26 +52,26 @@ def with_window():
         catalog.SPECS["_native_math"], registry.ADAPTERS["_native_math"] = spec, before
 
 
-def split_streams(mesh, **lengths):
-    streams = Streams(mesh)
+def split_sequences(mesh, **lengths):
+    tracker = SequenceTracker(mesh)
     for name, length in lengths.items():
-        streams.split(name, torch.zeros(length), 0)
-    return streams
+        tracker.split(name, torch.zeros(length), 0)
+    return tracker
 
 
 def windows(meshes, ring, ulysses, rotate_method):
-    """Errors of one stream, and of joined ones whose order is known; or what is said instead."""
+    """Errors of one sequence, and of joined ones whose order is known; or what is said instead."""
     mesh = meshes(ring, ulysses, rotate_method=rotate_method)
     answers = {}
     for names in (("image",), ("text", "image")):
-        streams = split_streams(mesh, **{name: {"text": TEXT, "image": IMAGE}[name] for name in names})
-        streams.role = JOINT if len(names) > 1 else None
-        shards = streams.shards(names)
+        tracker = split_sequences(mesh, **{name: {"text": TEXT, "image": IMAGE}[name] for name in names})
+        tracker.role = JOINT if len(names) > 1 else None
+        shards = tracker.shards(names)
         whole = [torch.randn(2, shards.total, 3, 8, dtype=torch.float64) for _ in range(3)]
         local = [split(tensor, shards, 1, mesh.rank) for tensor in whole]
         with with_window():
             try:
-                out = split_attention(*local, streams=streams, provider="_native_math", options=WINDOW)
+                out = split_attention(*local, tracker=tracker, provider="_native_math", options=WINDOW)
             except AttentionProviderError as error:
                 answers[names] = str(error)
                 continue
@@ -97,10 +97,10 @@ def tensors(queries, keys):
 
 @pytest.mark.parametrize("what", ["window_size", "is_causal"])
 def test_what_counts_positions_is_refused_where_a_rank_does_not_know_them(what):
-    """To keys that are whole, by lengths and by the plan; and where the order of joined streams is not known."""
+    """To keys that are whole, by lengths and by the plan; and where the order of joined sequences is not known."""
     asked = {"is_causal": True} if what == "is_causal" else {"options": WINDOW}
-    streams = split_streams(MESH, image=IMAGE, text=TEXT)
-    own, other = streams.shards(("image",)).sizes[1], streams.shards(("text",)).sizes[1]
+    tracker = split_sequences(MESH, image=IMAGE, text=TEXT)
+    own, other = tracker.shards(("image",)).sizes[1], tracker.shards(("text",)).sizes[1]
     with with_window():
         for role, queries, keys in (
             (None, own, 40),
@@ -108,16 +108,16 @@ def test_what_counts_positions_is_refused_where_a_rank_does_not_know_them(what):
             (Role(("image",), ()), own, own),
             (Role(("image",), ("image",)), own, 40),
         ):
-            streams.role = role
+            tracker.role = role
             with pytest.raises(AttentionProviderError, match=f"{what}=.* counts positions.*keys are whole"):
-                split_attention(*tensors(queries, keys), streams=streams, provider="_native_math", **asked)
-        for role, queries, keys in ((WHOLE, 40, 40), (None, 30, 40)):  # all of it is whole
-            streams.role = role
-            found = split_attention(*tensors(queries, keys), streams=streams, provider="_native_math", **asked)
+                split_attention(*tensors(queries, keys), tracker=tracker, provider="_native_math", **asked)
+        for role, queries, keys in ((REPLICATED, 40, 40), (None, 30, 40)):  # all of it is whole
+            tracker.role = role
+            found = split_attention(*tensors(queries, keys), tracker=tracker, provider="_native_math", **asked)
             assert found is None
-        streams.role = None
+        tracker.role = None
         with pytest.raises(AttentionProviderError, match=f"joined in this call, and {what}=.* needs their order"):
-            split_attention(*tensors(own + other, own + other), streams=streams, provider="_native_math", **asked)
+            split_attention(*tensors(own + other, own + other), tracker=tracker, provider="_native_math", **asked)
 
 
 def test_an_option_that_is_off_does_not_count():

@@ -8,25 +8,25 @@ import torch
 from torch import nn
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel import call as call_module
-from diffusers_attn.context_parallel import plan_hooks
-from diffusers_attn.context_parallel.call import split_attention
+from diffusers_attn.context_parallel.attention import entry as call_module
+from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
+from diffusers_attn.context_parallel.hooks import split_gather
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.halo import AddHalo
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.neighbours import AddNeighbours
-from diffusers_attn.context_parallel.sharded_masks import KeyMask
-from diffusers_attn.context_parallel.stand_ins import Kept
-from diffusers_attn.context_parallel.streams import Role, Streams
+from diffusers_attn.context_parallel.sequences.placeholders import LocalTokens
+from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
+from diffusers_attn.context_parallel.sequences.tracker import Role, SequenceTracker
 from diffusers_attn.cp_plans import registry
-from diffusers_attn.cp_plans.plan import CPAbsent, CPAttention, CPInput, CPLength, CPNeighbours, ParamId
+from diffusers_attn.cp_plans.plan import CPAttention, CPForbidden, CPHalo, CPInput, CPLength, ParamId
 from diffusers_attn.cp_plans.registry import get_cp_plan, list_cp_plans
 from tests.zoo import CASES
 
 
-def streams_of(rank, ranks=3):
+def tracker_of(rank, ranks=3):
     """Of one of several ranks. Splitting needs no other, so that these tests need no processes."""
-    return Streams(mesh_of(rank, ranks))
+    return SequenceTracker(mesh_of(rank, ranks))
 
 
 def mesh_of(rank, ranks=3):
@@ -39,23 +39,23 @@ class Recorder(nn.Module):
 
 
 def test_joined_sequences_are_split_each_on_its_own():
-    streams = streams_of(1)
-    assert streams.shard_length("video", 7) == 2
+    tracker = tracker_of(1)
+    assert tracker.shard_length("video", 7) == 2
     tokens = torch.arange(11)[None]  # 4 of the history, 7 of the video
-    assert streams.split(("history", "video"), tokens, 1).tolist() == [[2, 7, 8]]
-    assert streams.lengths == {"video": 7, "history": 4}
-    assert streams.split(("history", "video"), tokens[:, 4:], -1).tolist() == [[7, 8]]  # this time without a history
+    assert tracker.split(("history", "video"), tokens, 1).tolist() == [[2, 7, 8]]
+    assert tracker.lengths == {"video": 7, "history": 4}
+    assert tracker.split(("history", "video"), tokens[:, 4:], -1).tolist() == [[7, 8]]  # this time without a history
     with pytest.raises(AttentionProviderError, match=r"history and video, joined .* longer: .*video: 7"):
-        streams.split(("history", "video"), tokens[:, :6], 1)
+        tracker.split(("history", "video"), tokens[:, :6], 1)
     # The text was not split before.
-    assert streams.split(("video", "text"), tokens, 1).tolist() == [[3, 4, 9]]
+    assert tracker.split(("video", "text"), tokens, 1).tolist() == [[3, 4, 9]]
     with pytest.raises(AttentionProviderError, match="'audio' has been split"):
-        streams.split(("history", "image", "audio"), tokens, 1)
+        tracker.split(("history", "image", "audio"), tokens, 1)
 
 
 def test_a_module_is_given_the_length_of_its_shard():
     module = Recorder()
-    plan = {"": {ParamId("length"): CPLength("video"), "hidden_states": CPInput(1, stream=("history", "video"))}}
+    plan = {"": {ParamId("length"): CPLength("video"), "hidden_states": CPInput(1, sequence=("history", "video"))}}
     apply_context_parallel(module, mesh_of(2), plan)
     hidden_states, length, _ = module(torch.arange(11)[None], length=7)
     assert hidden_states.tolist() == [[3, 9, 10]] and length == 2
@@ -65,96 +65,96 @@ def test_a_module_is_given_the_length_of_its_shard():
 
 def test_one_value_for_all_tokens_is_left():
     module = Recorder()
-    plan = {"": {"hidden_states": CPInput(1, 2, stream="video", leave_other_dims=True)}}
-    streams = apply_context_parallel(module, mesh_of(2), plan)
+    plan = {"": {"hidden_states": CPInput(1, 2, sequence="video", leave_other_dims=True)}}
+    tracker = apply_context_parallel(module, mesh_of(2), plan)
     for shape in ((2,), (2, 1), (2, 3, 4)):
         assert module(torch.zeros(shape))[0].shape == shape
-    assert not streams.lengths
+    assert not tracker.lengths
     assert module(torch.zeros(2, 7))[0].shape == (2, 2)
 
 
 def test_of_joined_sequences_some_may_be_split_already():
     tokens = torch.arange(10)[None]
     for rank, seen in enumerate(([[0, 1, 5, 6]], [[2, 3, 5, 6]], [[4, 5, 6]])):
-        streams = streams_of(rank)
-        streams.named.add("text")
-        streams.shard_length("text", 2)
-        streams.shard_length("image", 5)
+        tracker = tracker_of(rank)
+        tracker.named.add("text")
+        tracker.shard_length("text", 2)
+        tracker.shard_length("image", 5)
         mixed = tokens[:, :7]  # 5 of the image, whole, and one for each of two texts on every rank
-        assert streams.split(("image", "text", "text"), mixed, 1, already=("text",)).tolist() == seen
-        streams.lengths.pop("image")
-        assert streams.split(("text", "image"), tokens[:, :6], 1, already=("text",)).shape == (1, len(seen[0]) - 1)
-        assert streams.lengths["image"] == 5
+        assert tracker.split(("image", "text", "text"), mixed, 1, already=("text",)).tolist() == seen
+        tracker.lengths.pop("image")
+        assert tracker.split(("text", "image"), tokens[:, :6], 1, already=("text",)).shape == (1, len(seen[0]) - 1)
+        assert tracker.lengths["image"] == 5
 
 
 def test_sequences_that_a_forward_does_not_have():
-    streams = streams_of(2)
-    streams.role = Role(("text", "image", "reference"), ("text", "image", "reference"))
-    streams.split("text", torch.zeros(3), 0)
-    streams.split("image", torch.zeros(7), 0)
-    call = streams.attention(3, 3)
-    assert call.queries == call.keys == streams.shards(("text", "image")) and call.in_order
+    tracker = tracker_of(2)
+    tracker.role = Role(("text", "image", "reference"), ("text", "image", "reference"))
+    tracker.split("text", torch.zeros(3), 0)
+    tracker.split("image", torch.zeros(7), 0)
+    call = tracker.attention(3, 3)
+    assert call.queries == call.keys == tracker.shards(("text", "image")) and call.in_order
     query = torch.zeros(1, 4, 2, 4)
     with pytest.raises(AttentionProviderError, match="a mix of"):
-        split_attention(query, query, query, streams=streams, provider="native")
+        split_attention(query, query, query, tracker=tracker, provider="native")
 
 
 def test_a_sequence_that_is_one_dimension_with_the_batch():
-    streams = streams_of(1)
+    tracker = tracker_of(1)
     tokens = torch.arange(14)[:, None]  # two samples of 7
     with pytest.raises(AttentionProviderError, match="'video' has been split before"):
-        streams.split("video", tokens, 0, flattened=True)
-    streams.split("video", tokens[:7], 0)
-    assert streams.split("video", tokens, 0, flattened=True).tolist() == [[3], [4], [10], [11]]
-    assert streams.split("video", tokens.T, -1, flattened=True).tolist() == [[3, 4, 10, 11]]
+        tracker.split("video", tokens, 0, flattened=True)
+    tracker.split("video", tokens[:7], 0)
+    assert tracker.split("video", tokens, 0, flattened=True).tolist() == [[3], [4], [10], [11]]
+    assert tracker.split("video", tokens.T, -1, flattened=True).tolist() == [[3, 4, 10, 11]]
     with pytest.raises(
         AttentionProviderError, match="'video' once for every sample in dimension 0.*Split .* are video: 7"
     ):
-        streams.split("video", tokens[:13], 0, flattened=True)
+        tracker.split("video", tokens[:13], 0, flattened=True)
 
 
 def test_rows_of_pixels_are_split_and_every_rank_needs_one():
-    streams = streams_of(1)
+    tracker = tracker_of(1)
     pixels = torch.arange(10)[None]  # five rows of two
     with pytest.raises(AttentionProviderError, match="'rows' has been split"):
-        streams.split_groups("rows", pixels, 1)
-    streams.shard_length("rows", 5)  # 2, 2, 1
-    assert streams.split_groups("rows", pixels, -1).tolist() == [[4, 5, 6, 7]]
+        tracker.split_groups("rows", pixels, 1)
+    tracker.shard_length("rows", 5)  # 2, 2, 1
+    assert tracker.split_groups("rows", pixels, -1).tolist() == [[4, 5, 6, 7]]
     for rows, tokens in ((2, 4), (5, 11)):
-        streams.shard_length("rows", rows)
+        tracker.shard_length("rows", rows)
         with pytest.raises(AttentionProviderError, match=f"every one of 3 ranks needs one; .* rows: {rows}"):
-            streams.split_groups("rows", torch.zeros(1, tokens), 1)
+            tracker.split_groups("rows", torch.zeros(1, tokens), 1)
 
 
 def test_neighbours_are_of_an_argument_by_position():
     with pytest.raises(AttentionProviderError, match="first argument of 'conv'.*by position"):
-        AddNeighbours(streams_of(1), "conv", CPNeighbours(2, 1, "rows"))(nn.Identity(), (), {})
+        AddHalo(tracker_of(1), "conv", CPHalo(2, 1, "rows"))(nn.Identity(), (), {})
 
 
 def test_a_whole_mask_of_keys_is_cut_to_those_of_this_rank():
-    streams = streams_of(2)
-    streams.split("text", torch.zeros(3), 0)
-    streams.split("video", torch.zeros(5), 0)
-    streams.role = Role(("text", "video"), ("text", "video"), key_mask=True)
-    call = streams.attention(2, 2)
+    tracker = tracker_of(2)
+    tracker.split("text", torch.zeros(3), 0)
+    tracker.split("video", torch.zeros(5), 0)
+    tracker.role = Role(("text", "video"), ("text", "video"), key_mask=True)
+    call = tracker.attention(2, 2)
     mask = torch.arange(8.0).expand(2, 4, 1, 8)
     for whole in (mask, torch.nn.functional.pad(mask, (0, 2)), mask.expand(2, 4, 2, 8)):
-        found = call_module._mask(whole, call, streams, None, None)
+        found = call_module._mask(whole, call, tracker, None, None)
         assert isinstance(found, KeyMask) and found.values.tolist() == [[2, 7]] * 2
     for shape in ((1, 1, 2, 8), (2, 1, 1, 7)):
         with pytest.raises(AttentionProviderError, match="one row, with columns for all 8 keys"):
-            call_module._mask(torch.ones(shape), call, streams, None, None)
+            call_module._mask(torch.ones(shape), call, tracker, None, None)
 
 
 def test_a_plan_may_depend_on_the_model(monkeypatch):
     monkeypatch.setattr(registry, "_plans", {})
-    registry.register_cp_plan("Recorder", lambda model: {"": {"mode": CPAbsent(f"of {model.training}")}})
+    registry.register_cp_plan("Recorder", lambda model: {"": {"mode": CPForbidden(f"of {model.training}")}})
     assert get_cp_plan(Recorder().eval())[""]["mode"].reason == "of False"
 
 
 def test_what_a_plan_cannot_serve_is_refused_first():
     module = Recorder()
-    plan = {"": {"hidden_states": CPInput(1), "mode": CPAbsent("it caches. Leave it out.")}}
+    plan = {"": {"hidden_states": CPInput(1), "mode": CPForbidden("it caches. Leave it out.")}}
     apply_context_parallel(module, mesh_of(0), plan)
     assert module(torch.zeros(1, 6), mode=None)[0].shape == (1, 2)
     with pytest.raises(AttentionProviderError, match=r"mode='extract', which .* cannot serve: it caches. Leave it out"):
@@ -172,39 +172,39 @@ def test_flux2_is_refused_with_a_cache():
 
 
 def test_rows_must_be_those_of_this_rank():
-    streams = streams_of(1)
-    streams.split("video", torch.zeros(7), 0)  # 3, 2, 2
-    streams.role = Role(("video",), ("video",), row_mask=True)
+    tracker = tracker_of(1)
+    tracker.split("video", torch.zeros(7), 0)  # 3, 2, 2
+    tracker.role = Role(("video",), ("video",), row_mask=True)
     query = torch.zeros(1, 2, 4, 8)
     for shape in ((1, 1, 7, 7), (1, 4, 2, 6), (1, 1, 1, 7)):
         with pytest.raises(AttentionProviderError, match="this rank's 2 queries and columns for all 7 keys"):
-            split_attention(query, query, query, torch.ones(shape), streams=streams, provider="native")
+            split_attention(query, query, query, torch.ones(shape), tracker=tracker, provider="native")
 
 
 def test_a_rank_without_a_token_is_given_one():
     text = torch.arange(10, 12)[None]
     for rank, seen in enumerate(([[10]], [[11]], [[10]])):
-        streams = streams_of(rank)
-        streams.named.add("text")
-        assert streams.split("text", text, 1).tolist() == seen
-        assert streams.shard_length("image", 5) == (2, 2, 1)[rank]
-        assert streams.kept(("text", "image")) == (Kept(2, ((1, 1),)) if rank == 2 else None)
+        tracker = tracker_of(rank)
+        tracker.named.add("text")
+        assert tracker.split("text", text, 1).tolist() == seen
+        assert tracker.shard_length("image", 5) == (2, 2, 1)[rank]
+        assert tracker.kept(("text", "image")) == (LocalTokens(2, ((1, 1),)) if rank == 2 else None)
         with pytest.raises(AttentionProviderError, match=r"'text' has 2 tokens for 3 ranks.*CPAttention"):
-            streams.attention(2, 2)  # on all ranks alike
-        streams.role = Role(("text", "image"), ("text", "image"))
-        assert streams.attention((3, 3, 2)[rank], (3, 3, 2)[rank]).queries.sizes == (3, 3, 1)
+            tracker.attention(2, 2)  # on all ranks alike
+        tracker.role = Role(("text", "image"), ("text", "image"))
+        assert tracker.attention((3, 3, 2)[rank], (3, 3, 2)[rank]).queries.sizes == (3, 3, 1)
         with pytest.raises(AttentionProviderError, match="CPOutput"):
-            streams.gather(None, text, 1)
-    assert streams.split(("text", "image"), torch.arange(7)[None], 1).tolist() == [[0, 6]]
-    streams.begin()
-    assert streams.split("text", text[:, :0], 1).shape == (1, 0)  # nothing can stand in
+            tracker.gather(None, text, 1)
+    assert tracker.split(("text", "image"), torch.arange(7)[None], 1).tolist() == [[0, 6]]
+    tracker.begin()
+    assert tracker.split("text", text[:, :0], 1).shape == (1, 0)  # nothing can stand in
     with pytest.raises(ValueError, match="name it"):
         CPInput(1, balanced=True)
 
 
 @pytest.mark.parametrize("runs", [(), ((0, 2),), ((1, 2),), ((0, 1), (3, 2)), ((1, 1), (2, 3))])
 def test_stand_ins_come_back_as_zeros(runs):
-    kept, tokens = Kept(6, runs), torch.arange(1, 7)[None]
+    kept, tokens = LocalTokens(6, runs), torch.arange(1, 7)[None]
     own = [index for start, length in runs for index in range(start, start + length)]
     taken = kept.take_out(tokens, 1)
     assert taken.tolist() == [[index + 1 for index in own]]
@@ -224,19 +224,19 @@ def test_a_model_may_have_no_block_of_a_kind():
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model_class in list_cp_plans()])
 def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
     """Lengths would tell most of the time, and not where a text happens to be as long as a shard."""
-    monkeypatch.setattr(plan_hooks, "_check_bound", lambda *_: None)
+    monkeypatch.setattr(split_gather, "_check_bound", lambda *_: None)
     case = CASES[name]
     model = case.build()
-    streams = apply_context_parallel(model, mesh_of(0))
+    tracker = apply_context_parallel(model, mesh_of(0))
     for path, module in model.named_modules():
         if hasattr(module, "processor") and not any(fnmatch.fnmatch(path, silent) for silent in case.silent):
             (enter,) = [
-                each for each in module._forward_pre_hooks.values() if isinstance(each, plan_hooks._EnterAttention)
+                each for each in module._forward_pre_hooks.values() if isinstance(each, split_gather._EnterAttention)
             ]
-            streams.role = None
+            tracker.role = None
             enter(module, ())
-            assert streams.role is not None, path
-            streams.leave()
+            assert tracker.role is not None, path
+            tracker.leave()
 
 
 def test_every_plan_of_diffusers_has_one_here():

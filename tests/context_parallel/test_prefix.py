@@ -1,4 +1,4 @@
-"""Tokens that every rank has whole, before those that are split: a stream's, or a cache's."""
+"""Tokens that every rank has whole, before those that are split: a sequence's, or a cache's."""
 
 import pytest
 import torch
@@ -6,80 +6,80 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel.call import split_attention
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
-from diffusers_attn.context_parallel.sharding import Shards
-from diffusers_attn.context_parallel.stand_ins import Kept
-from diffusers_attn.context_parallel.streams import Role
+from diffusers_attn.context_parallel.attention.entry import split_attention
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
+from diffusers_attn.context_parallel.sequences.placeholders import LocalTokens
+from diffusers_attn.context_parallel.sequences.sharding import Shards
+from diffusers_attn.context_parallel.sequences.tracker import Role
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput
 
 from .models import attention_over_ranks, build, float64_throughout, inputs
-from .test_plan_words import mesh_of, streams_of
+from .test_plan_words import mesh_of, tracker_of
 
 ROLE = Role(("image",), ("image",), prefix="before")
 
 
 def split(rank, before=4, image=7):
     """As a model does that has joined 4 tokens and 7."""
-    streams = streams_of(rank)
-    streams.whole.add("before")
-    streams.shard_length("image", image)
-    return streams, streams.split(("before", "image"), torch.arange(before + image)[None], 1)
+    tracker = tracker_of(rank)
+    tracker.whole.add("before")
+    tracker.shard_length("image", image)
+    return tracker, tracker.split(("before", "image"), torch.arange(before + image)[None], 1)
 
 
 def test_it_stays_whole_where_it_is_split_and_a_shard_of_it_is_gathered():
     for rank, (image, own) in enumerate((([4, 5, 6], (0, 2)), ([7, 8], (2, 1)), ([9, 10], (3, 1)))):
-        streams, tokens = split(rank)
-        assert tokens.tolist() == [[0, 1, 2, 3, *image]] and streams.lengths["before"] == 4
-        assert streams.shard_length("before", 4) == 4
-        assert streams.kept(("before", "image")) == Kept(4 + len(image), (own, (4, len(image))))
-        assert streams.kept(("image",)) is None
+        tracker, tokens = split(rank)
+        assert tokens.tolist() == [[0, 1, 2, 3, *image]] and tracker.lengths["before"] == 4
+        assert tracker.shard_length("before", 4) == 4
+        assert tracker.kept(("before", "image")) == LocalTokens(4 + len(image), (own, (4, len(image))))
+        assert tracker.kept(("image",)) is None
 
 
 def test_calls_are_told_apart():
     for rank, own in enumerate((3, 2, 2)):
-        streams, _ = split(rank)
+        tracker, _ = split(rank)
         with pytest.raises(AttentionProviderError, match="every rank has all of 'before'.*CPAttention"):
-            streams.attention(own, 4 + own)
-        streams.role = ROLE
-        queries, keys, in_order = streams.attention(own, 4 + own)
+            tracker.attention(own, 4 + own)
+        tracker.role = ROLE
+        queries, keys, in_order = tracker.attention(own, 4 + own)
         assert queries == Shards.contiguous(7, 3) and in_order
         assert keys == Shards.joint(Shards.contiguous(4, 3), Shards.contiguous(7, 3))
         for query_len, key_len in ((2, 2), (4, 4), (2, 4), (own, own)):  # among those before
-            assert streams.attention(query_len, key_len) is None
+            assert tracker.attention(query_len, key_len) is None
         for query_len, key_len in ((4 + own, 4 + own), (7, 11), (4, 4 + own)):
             with pytest.raises(AttentionProviderError, match="mix"):
-                streams.attention(query_len, key_len)
+                tracker.attention(query_len, key_len)
 
 
 def test_a_cache_is_as_long_as_it_is():
     for rank, own in enumerate((3, 2, 2)):
-        streams, tokens = split(rank, before=0)
+        tracker, tokens = split(rank, before=0)
         assert tokens.shape[1] == own
-        streams.role = ROLE
+        tracker.role = ROLE
         for cached in (0, 1, 5):
-            _, keys, _ = streams.attention(own, cached + own)
+            _, keys, _ = tracker.attention(own, cached + own)
             assert keys == Shards.joint(Shards.contiguous(cached, 3), Shards.contiguous(7, 3))
-            (start, length), last = streams.kept(("image",), cached).runs if cached else ((0, 0), None)
+            (start, length), last = tracker.kept(("image",), cached).spans if cached else ((0, 0), None)
             assert last in (None, (cached, own)) and start + length <= cached
 
 
 def test_a_plan_says_it():
     model = nn.Module()
     model.block, model.forward = nn.Identity(), lambda x: model.block(x)
-    plan = {"": {"x": CPInput(1, stream=("text", "image"))}, "block": CPAttention(("image",), prefix="text")}
-    streams = apply_context_parallel(model, mesh_of(0), plan)
-    assert streams.whole == {"text"}
+    plan = {"": {"x": CPInput(1, sequence=("text", "image"))}, "block": CPAttention(("image",), prefix="text")}
+    tracker = apply_context_parallel(model, mesh_of(0), plan)
+    assert tracker.whole == {"text"}
 
 
 def test_a_mask_of_blocks_is_refused_for_what_it_is():
     """Though the model has filled its tokens up to whole blocks, so that lengths fit nothing."""
     mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 128, 128, device="cpu")
-    streams, _ = split(0)
-    streams.role = ROLE
+    tracker, _ = split(0)
+    tracker.role = ROLE
     query = torch.zeros(1, 128, 4, 8)
     with pytest.raises(AttentionProviderError, match="attn_mask is a BlockMask.*a processor that makes none"):
-        split_attention(query, query, query, mask, streams=streams, provider="flex")
+        split_attention(query, query, query, mask, tracker=tracker, provider="flex")
 
 
 @float64_throughout()
@@ -104,7 +104,7 @@ def keys_of_a_cache(meshes, name):
 
 
 def _everyones(tensor, mesh):
-    from diffusers_attn.context_parallel.sharding import gather
+    from diffusers_attn.context_parallel.sequences.sharding import gather
 
     return gather(tensor[None], Shards.contiguous(mesh.size, mesh.size), 0, mesh)
 

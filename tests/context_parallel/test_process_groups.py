@@ -8,7 +8,7 @@ import inspect
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from diffusers_attn.context_parallel import process_groups
+from diffusers_attn.context_parallel.comm import process_groups
 
 
 def test_the_functions_are_there_with_the_arguments_that_are_used():

@@ -11,12 +11,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel import one_call, symmetric
-from diffusers_attn.context_parallel.push import EVERYONE, OTHERS, Push, Received, gather_of
-from diffusers_attn.context_parallel.sharded_masks import KeyMask
-from diffusers_attn.context_parallel.sharding import Shards, gather, split
-from diffusers_attn.context_parallel.transport import COLLECTIVE, SYMMETRIC, choose_transport
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.attention import allgather_kv_one_call
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.comm import symmetric_memory
+from diffusers_attn.context_parallel.comm.symmetric_gather import (
+    EVERYONE,
+    OTHERS,
+    GatheredKV,
+    GatherInFlight,
+    gather_of,
+)
+from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC, choose_transport
+from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
 from .shared_memory import NoLane, open_shared
 
@@ -40,7 +47,7 @@ def compiled(meshes, ring, backend, length, is_causal, train, masked=False, meth
         return gather(query, shards, 1, mesh)
 
     torch._dynamo.reset()
-    real, one_call.SECONDS_OF_A_SECOND_CALL = one_call.SECONDS_OF_A_SECOND_CALL, 0.0
+    real, allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL, 0.0
     counter = CompileCounterWithBackend(backend)
     function = torch.compile(layers, backend=counter, fullgraph=True, dynamic=False)
     error, code = 0.0, ""
@@ -55,7 +62,7 @@ def compiled(meshes, ring, backend, length, is_causal, train, masked=False, meth
         if train:
             pairs += zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs))
         error = max(error, *((one - other).abs().max().item() for one, other in pairs))
-    one_call.SECONDS_OF_A_SECOND_CALL = real
+    allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = real
     torch._dynamo.reset()
     del memory
     return counter.frame_count, error, code
@@ -87,9 +94,13 @@ def test_inductor(pool, method):
     for graphs, error, code in pool.run(2, compiled, **arguments):
         assert graphs == 1
         assert error < 1e-4
-        calls = re.findall(r"(push_start|push_finish|flash_attention_for_cpu)\.default\((.*)\)$", code, re.MULTILINE)
+        calls = re.findall(
+            r"(symmetric_gather_start|symmetric_gather_finish|flash_attention_for_cpu)\.default\((.*)\)$",
+            code,
+            re.MULTILINE,
+        )
         assert [name for name, _ in calls] == [
-            "push_start", "flash_attention_for_cpu", "push_finish", "flash_attention_for_cpu"
+            "symmetric_gather_start", "flash_attention_for_cpu", "symmetric_gather_finish", "flash_attention_for_cpu"
         ] * LAYERS  # fmt: skip
         for start, local, finish in zip(calls[::4], calls[1::4], calls[2::4]):
             held = re.match(r"\[(buf\d+), (buf\d+), (buf\d+)\]", start[1])
@@ -129,7 +140,7 @@ def rotations(meshes, captured, known, shifts, calls):
         if min([shift, *(before for _, before, _ in unread)]) <= 0 or (captured and call % 3 == 0):
             read()
         key = torch.full((2, sizes[mesh.rank], 1, 4), float(10 * call + mesh.rank))
-        push = Push.start(key, key, -key, sizes, mesh.ring, needs_grad=False, shift=shift)
+        push = GatherInFlight.start(key, key, -key, sizes, mesh.ring, needs_grad=False, shift=shift)
         read()  # of a ring: beside the next step
         unread.append((call, shift, push.finish(key)))
     read()
@@ -158,7 +169,7 @@ def lives(meshes):
 
     def send(rows, value=1.0):
         key = torch.full((1, rows, 2, 64), value)
-        return key, Push.start(key, key, key, (rows, rows), mesh.ring, needs_grad=False)
+        return key, GatherInFlight.start(key, key, key, (rows, rows), mesh.ring, needs_grad=False)
 
     for rows in (10, 20, 5000, 10):
         key, push = send(rows)
@@ -172,13 +183,13 @@ def lives(meshes):
         send(10000)
     key = torch.zeros(1, 3, 2, 64)
     with pytest.raises(AttentionProviderError, match="one dtype"):
-        Push.start(key, key, key.double(), (3, 3), mesh.ring, needs_grad=False)
+        GatherInFlight.start(key, key, key.double(), (3, 3), mesh.ring, needs_grad=False)
 
     # Two may be under way, as a compiler may have it, and not three.
     key = torch.full((1, 3, 2, 64), 5.0)
     for ticket in (7, 8):
         memory.start(key + ticket, key, (3, 3), ticket)
-    received = Received.of(key, key, (3, 3), mesh.rank)
+    received = GatheredKV.of(key, key, (3, 3), mesh.rank)
     assert [received.views(memory.finish(ticket))[0].max().item() for ticket in (8, 7)] == [13.0, 12.0]
     for ticket in (1, 2, 3):
         memory.start(key, key, (3, 3), ticket)
@@ -202,7 +213,7 @@ def test_what_is_received_is_no_size_that_a_compiler_reuses(sizes):
     """It takes the memory of a tensor for another of at least 0.95 times the size."""
     key, value = torch.empty(2, 1, 3, 64), torch.empty(2, 1, 3, 40)
     for rank, shift in itertools.product(range(len(sizes)), (EVERYONE, OTHERS, 1)):
-        received = Received.of(key, value, sizes, rank, shift)
+        received = GatheredKV.of(key, value, sizes, rank, shift)
         flat = torch.arange(received.length)
         parts = received.views(flat)
         assert all(part.numel() < 0.95 * received.length for part in parts)
@@ -224,13 +235,13 @@ def test_without_gpus_collectives_are_chosen_and_the_reason_is_given(pool):
 
 def test_pytorch_has_what_symmetric_memory_needs():
     """Private to PyTorch, and so looked at with every version of it: names, and parameters in their order."""
-    assert symmetric.missing_interface() is None
+    assert symmetric_memory.missing_interface() is None
     wanted = {
         "empty_strided_p2p": ["size", "stride", "dtype", "device"],
         "get_buffer": ["self", "rank", "sizes", "dtype"],
         "barrier": ["self", "channel", "timeout_ms"],
     }
-    interface = symmetric._interface()
+    interface = symmetric_memory._interface()
     for name, parameters in wanted.items():
         signature = getattr(interface, name).__doc__
         found = re.findall(r"(\w+): ", signature)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from diffusers_attn.context_parallel.received import Received
+from diffusers_attn.parallelize.received import ReceivedInputs
 
 
 def test_the_same_input_is_received_in_the_same_memory():
-    received = Received()
+    received = ReceivedInputs()
     prompt, other = torch.zeros(2, 3), torch.zeros(2, 3)
     first = received.keep(prompt, torch.ones(2, 3))
     assert received.keep(other, torch.ones(2, 3)).data_ptr() != first.data_ptr()
@@ -18,7 +18,7 @@ def test_the_same_input_is_received_in_the_same_memory():
 
 
 def test_it_is_freed_with_its_input():
-    received = Received()
+    received = ReceivedInputs()
     prompt = torch.zeros(4)
     received.keep(prompt, torch.ones(4))
     received.forget()
@@ -30,13 +30,13 @@ def test_it_is_freed_with_its_input():
 
 def test_strides_are_those_of_the_input():
     one = torch.zeros(3, 2).t()
-    found = Received().keep(one, torch.arange(6.0).view(2, 3))
+    found = ReceivedInputs().keep(one, torch.arange(6.0).view(2, 3))
     assert found.stride() == one.stride() and found.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert Received().keep(torch.zeros(1).expand(3), torch.arange(3.0)).tolist() == [0, 1, 2]
+    assert ReceivedInputs().keep(torch.zeros(1).expand(3), torch.arange(3.0)).tolist() == [0, 1, 2]
 
 
 def test_two_forwards_before_one_backward():
-    received, weight = Received(), torch.ones(3, requires_grad=True)
+    received, weight = ReceivedInputs(), torch.ones(3, requires_grad=True)
     prompt = torch.zeros(3)
     loss = (received.keep(prompt, torch.full((3,), 2.0)) * weight).sum()
     loss = loss + (received.keep(prompt, torch.full((3,), 2.0)) * weight).sum()
@@ -49,7 +49,7 @@ def test_two_forwards_before_one_backward():
 
 
 def test_inference_mode_and_back():
-    received = Received()
+    received = ReceivedInputs()
     prompt = torch.zeros(3)
     for _ in range(2):
         with torch.inference_mode():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel.rectangles import Rectangle, tiles_within
-from diffusers_attn.context_parallel.sharded_masks import RectangleMask, RowMask
-from diffusers_attn.context_parallel.sharding import Shards
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.sequences.rectangles import Rectangle, tiles_within
+from diffusers_attn.context_parallel.sequences.sharded_masks import RectangleMask, RowMask
+from diffusers_attn.context_parallel.sequences.sharding import Shards
 
 from .models import MESHES
 from .test_plan_words import mesh_of
@@ -71,10 +71,10 @@ def compare(meshes, ring, ulysses, rotate_method, seen):
 
     def drawn(shards, heads):
         whole = torch.randn(2, shards.total, heads, 8, dtype=torch.float64, generator=generator)
-        return torch.cat([whole[:, start : start + length] for start, length in shards.runs[rank]], dim=1)
+        return torch.cat([whole[:, start : start + length] for start, length in shards.spans[rank]], dim=1)
 
     given = [drawn(queries, 4), drawn(keys, 2), drawn(keys, 2)]
-    ((start, length),) = queries.runs[rank]
+    ((start, length),) = queries.spans[rank]
     masks = RectangleMask(seen), RowMask(dense(seen)[None, None, start : start + length])
     found = []
     for mask in masks:

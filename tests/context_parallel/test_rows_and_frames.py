@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from tests.zoo import CASES
 
 from .test_plan_words import mesh_of

@@ -7,14 +7,14 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from diffusers_attn import AttentionProviderError, DispatchProcessor, apply_context_parallel, attention_provider
-from diffusers_attn.context_parallel import unified
+from diffusers_attn.context_parallel.attention import parallel_attention
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 
 
 @contextlib.contextmanager
 def noting(strategies):
     """Notes which strategy serves the ring, once for a change."""
-    real = dict(unified._STRATEGIES)
+    real = dict(parallel_attention._STRATEGIES)
 
     def noted(name):
         def call(*args, **kwargs):
@@ -24,11 +24,11 @@ def noting(strategies):
 
         return call
 
-    unified._STRATEGIES.update({name: noted(name) for name in real})
+    parallel_attention._STRATEGIES.update({name: noted(name) for name in real})
     try:
         yield
     finally:
-        unified._STRATEGIES.update(real)
+        parallel_attention._STRATEGIES.update(real)
 
 
 def in_scopes(meshes):

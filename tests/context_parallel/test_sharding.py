@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffusers_attn.context_parallel.causal import tiles
-from diffusers_attn.context_parallel.sharding import Shards, gather, in_order, out_of_order, split
+from diffusers_attn.context_parallel.sequences.causal_tiles import tiles
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, in_order, out_of_order, split
 
 LENGTHS = [0, 1, 2, 3, 7, 8, 13]
 
@@ -14,7 +14,7 @@ LENGTHS = [0, 1, 2, 3, 7, 8, 13]
 def test_every_token_has_one_rank(length, ranks):
     contiguous, zigzag = Shards.contiguous(length, ranks), Shards.zigzag(length, ranks)
     for shards in (contiguous, zigzag, Shards.joint(contiguous, zigzag)):
-        tokens = [start + index for runs in shards.runs for start, size in runs for index in range(size)]
+        tokens = [start + index for spans in shards.spans for start, size in spans for index in range(size)]
         assert sorted(tokens) == list(range(shards.total))
     sizes = contiguous.sizes
     assert sorted(sizes, reverse=True) == list(sizes)  # the first ranks have more
@@ -23,17 +23,17 @@ def test_every_token_has_one_rank(length, ranks):
 
 def test_streams_are_split_each_on_its_own():
     shards = Shards.joint(Shards.contiguous(3, 2), Shards.contiguous(5, 2))
-    assert shards.runs == (((0, 2), (3, 3)), ((2, 1), (6, 2)))
+    assert shards.spans == (((0, 2), (3, 3)), ((2, 1), (6, 2)))
     tokens = torch.arange(8)
     assert split(tokens, shards, 0, 0).tolist() == [0, 1, 3, 4, 5]
     assert split(tokens, shards, -1, 1).tolist() == [2, 6, 7]
 
 
-@pytest.mark.parametrize("runs", [((0, 3),), ((6, 2), (0, 3)), ((4, 0), (9, 1), (2, 2)), ((0, 0),)])
-def test_order_and_back(runs):
-    tokens = torch.tensor([start + index for start, size in runs for index in range(size)])
-    assert in_order(tokens, runs, 0).tolist() == sorted(tokens.tolist())
-    assert out_of_order(in_order(tokens, runs, 0), runs, 0).tolist() == tokens.tolist()
+@pytest.mark.parametrize("spans", [((0, 3),), ((6, 2), (0, 3)), ((4, 0), (9, 1), (2, 2)), ((0, 0),)])
+def test_order_and_back(spans):
+    tokens = torch.tensor([start + index for start, size in spans for index in range(size)])
+    assert in_order(tokens, spans, 0).tolist() == sorted(tokens.tolist())
+    assert out_of_order(in_order(tokens, spans, 0), spans, 0).tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
@@ -42,11 +42,11 @@ def test_order_and_back(runs):
 def test_tiles_cover_what_causal_attention_sees_once(order, queries, keys, ranks):
     query_shards, key_shards = getattr(Shards, order)(queries, ranks), getattr(Shards, order)(keys, ranks)
     seen = torch.zeros(queries, keys, dtype=torch.int64)
-    for query_runs in query_shards.runs:
-        rows = torch.tensor([start + index for start, size in query_runs for index in range(size)])
-        for key_runs in key_shards.runs:
-            columns = torch.tensor([start + index for start, size in key_runs for index in range(size)])
-            for tile in tiles(query_runs, key_runs, is_causal=True):
+    for query_spans in query_shards.spans:
+        rows = torch.tensor([start + index for start, size in query_spans for index in range(size)])
+        for key_spans in key_shards.spans:
+            columns = torch.tensor([start + index for start, size in key_spans for index in range(size)])
+            for tile in tiles(query_spans, key_spans, is_causal=True):
                 part = torch.ones(tile.query[1], tile.key[1], dtype=torch.int64)
                 if tile.is_causal:
                     assert tile.query[1] == tile.key[1]
@@ -58,8 +58,8 @@ def test_tiles_cover_what_causal_attention_sees_once(order, queries, keys, ranks
 def test_zigzag_gives_every_rank_the_same_work_in_few_calls():
     shards = Shards.zigzag(48, 4)
     work = []
-    for query_runs in shards.runs:
-        calls = [tile for key_runs in shards.runs for tile in tiles(query_runs, key_runs, is_causal=True)]
+    for query_spans in shards.spans:
+        calls = [tile for key_spans in shards.spans for tile in tiles(query_spans, key_spans, is_causal=True)]
         assert len(calls) == 4  # one for each rank's keys
         work.append(sum(tile.query[1] * tile.key[1] / (2 if tile.is_causal else 1) for tile in calls))
     assert len(set(work)) == 1

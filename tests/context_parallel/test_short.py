@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError, CPInput
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 
 from .models import MESHES, compare
-from .test_plan_words import mesh_of, streams_of
+from .test_plan_words import mesh_of, tracker_of
 
 
 class Gives(torch.nn.Module):
@@ -31,22 +31,22 @@ def test_all_ranks_refuse_what_one_would_have_nothing_of():
 def test_of_a_sequence_with_a_name_a_token_stands_in():
     for rank in range(3):
         model = Gives()
-        apply_context_parallel(model, mesh_of(rank), {"": {"tokens": CPInput(1, stream="text")}})
+        apply_context_parallel(model, mesh_of(rank), {"": {"tokens": CPInput(1, sequence="text")}})
         assert model(torch.tensor([[1, 2]])).tolist() == [[[1], [2], [1]][rank]]
 
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_of_joined_sequences_none_may_be_too_short(length):
     for rank in range(3):
-        streams = streams_of(rank)
-        streams.split("image", torch.zeros(7), 0)
+        tracker = tracker_of(rank)
+        tracker.split("image", torch.zeros(7), 0)
         with pytest.raises(AttentionProviderError, match=f"'text' has a length of {length} there"):
-            streams.split(("text", "image"), torch.zeros(7 + length), 0)
+            tracker.split(("text", "image"), torch.zeros(7 + length), 0)
 
 
 def test_none_of_a_sequence_is_a_part_of_it():
     for rank in range(3):
-        assert streams_of(rank).split("text", torch.zeros(2, 0), 1).shape == (2, 0)
+        assert tracker_of(rank).split("text", torch.zeros(2, 0), 1).shape == (2, 0)
 
 
 def test_one_row_of_rotary_values_is_for_all_tokens(pool):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.context_parallel import exchange
-from diffusers_attn.context_parallel.sharded_masks import KeyMask, OuterMask, RowMask
-from diffusers_attn.context_parallel.sharding import Shards, split
-from diffusers_attn.context_parallel.transport import COLLECTIVE, SYMMETRIC
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.comm import collectives
+from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC
+from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask, OuterMask, RowMask
+from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 
 from .. import reference
 from .shared_memory import FileMemory, open_shared
@@ -38,8 +38,8 @@ STRATEGIES = {
     "unified push ring 2x2": (2, 2, "push alltoall"),
 }
 DEFAULTS = {"batch": 2, "heads": 4, "kv_heads": 4, "queries": (13,), "keys": None, "mask": None, "order": "contiguous"}
-# Each says how it differs from the defaults. A length for each stream: (5, 9) is five text and nine image tokens, each
-# split on its own.
+# Each says how it differs from the defaults. A length for each sequence: (5, 9) is five text and nine image tokens,
+# each split on its own.
 CASES = {
     "uneven": {},
     "one sample": {"batch": 1, "queries": (12,)},
@@ -47,7 +47,7 @@ CASES = {
     "most ranks without tokens": {"queries": (1,), "keys": (6,)},
     "ranks without keys": {"queries": (9,), "keys": (2,)},
     "cross": {"queries": (7,), "keys": (11,)},
-    "two streams": {"queries": (5, 9)},
+    "two sequences": {"queries": (5, 9)},
     "odd heads": {"heads": 3, "kv_heads": 3},
     "more ranks than heads": {"heads": 1, "kv_heads": 1},
     "grouped heads": {"heads": 6, "kv_heads": 3},
@@ -58,7 +58,7 @@ CASES = {
     "key bias": {"mask": "key bias", "queries": (5, 9)},
     "no key at all in one sample": {"mask": "no key"},
     "rows": {"mask": "rows"},
-    "rows of two streams": {"mask": "rows", "queries": (5, 9)},
+    "rows of two sequences": {"mask": "rows", "queries": (5, 9)},
     "rows of every head": {"mask": "head rows", "heads": 5, "kv_heads": 5},
     "row bias": {"mask": "bias", "queries": (9,), "keys": (7,)},
     "outer product": {"mask": "outer", "queries": (5, 9)},
@@ -70,12 +70,12 @@ CASES = {
     "causal, longer queries": {"is_causal": True, "queries": (12,), "keys": (7,)},
     "causal with padding": {"is_causal": True, "order": "zigzag", "mask": "key"},
     "causal with rows": {"is_causal": True, "order": "zigzag", "mask": "rows"},
-    "causal streams": {"is_causal": True, "queries": (5, 9)},
+    "causal sequences": {"is_causal": True, "queries": (5, 9)},
 }
 
 
-def shards_of(streams, ranks, order):
-    return Shards.joint(*(getattr(Shards, order)(length, ranks) for length in streams))
+def shards_of(tracker, ranks, order):
+    return Shards.joint(*(getattr(Shards, order)(length, ranks) for length in tracker))
 
 
 def make(case):
@@ -186,13 +186,13 @@ def without_exchange(meshes, **arguments):
         rows = tensor[:1].expand(sum(receive), *tensor.shape[1:]) if tensor.shape[0] else None
         return tensor.new_zeros(sum(receive), *tensor.shape[1:]) if rows is None else rows.contiguous()
 
-    real = exchange.start_all_to_all, exchange.wait, FileMemory.barrier
-    exchange.start_all_to_all, exchange.wait = keep, lambda tensor, group: tensor
+    real = collectives.start_all_to_all, collectives.wait, FileMemory.barrier
+    collectives.start_all_to_all, collectives.wait = keep, lambda tensor, group: tensor
     FileMemory.barrier = lambda self, channel: [buffer.zero_() for buffer in self.buffers]
     try:
         return compare(meshes, **arguments)
     finally:
-        exchange.start_all_to_all, exchange.wait, FileMemory.barrier = real
+        collectives.start_all_to_all, collectives.wait, FileMemory.barrier = real
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if "4" not in name])

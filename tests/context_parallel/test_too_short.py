@@ -16,7 +16,7 @@ from diffusers_attn import (
     set_attention_provider,
 )
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from tests.zoo import CASES
 
@@ -97,11 +97,11 @@ def test_of_an_argument_nested_too(compiled, fresh_compiler):
 
 
 def test_the_length_of_a_named_sequence_is_known():
-    plan = {"": {"tokens": CPInput(1, 2, stream="video"), "rotary": CPInput(-1, 3, stream="video")}}
+    plan = {"": {"tokens": CPInput(1, 2, sequence="video"), "rotary": CPInput(-1, 3, sequence="video")}}
     (message,) = refusals(plan, torch.ones(1, 9), torch.ones(9, 16, 3), size=4)
     assert "along dimension 2, which has 3 entries for 4 ranks, and 'video' has 9: its shape is [9, 16, 3]" in message
-    assert "Dimension 0, with 9 entries, fits: CPInput(0, 3, stream='video')" in message
-    plan = {"": {"length": CPLength("video", of=int), "tokens": CPInput(1, 2, stream="video")}}
+    assert "Dimension 0, with 9 entries, fits: CPInput(0, 3, sequence='video')" in message
+    plan = {"": {"length": CPLength("video", of=int), "tokens": CPInput(1, 2, sequence="video")}}
     (message,) = refusals(plan, torch.ones(1, 1), None, length=8)
     assert "and 'video' has 8: its shape is [1, 1]. None of its dimensions can be split over 2 ranks" in message
 
@@ -121,9 +121,9 @@ def test_a_sequence_of_one():
 @pytest.mark.parametrize(
     "plan, tokens, rotary",
     [
-        ({"tokens": CPInput(1, stream="text")}, torch.ones(1, 2), None),  # two for three ranks
-        ({"tokens": CPInput(1, stream="text")}, torch.ones(1, 1, 4), None),
-        ({"tokens": CPInput(1, stream="text"), "rotary": CPInput(1, 2, stream="text", leave_other_dims=True)},
+        ({"tokens": CPInput(1, sequence="text")}, torch.ones(1, 2), None),  # two for three ranks
+        ({"tokens": CPInput(1, sequence="text")}, torch.ones(1, 1, 4), None),
+        ({"tokens": CPInput(1, sequence="text"), "rotary": CPInput(1, 2, sequence="text", leave_other_dims=True)},
          torch.ones(1, 9), torch.ones(1, 1)),
     ],
 )  # fmt: skip

@@ -19,8 +19,8 @@ from torch import nn
 
 from diffusers_attn import AttentionProviderError, get_cp_plan, list_cp_plans, verify_cp_plan
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
-from diffusers_attn.cp_plans.verify import _check_plan, _report
-from diffusers_attn.cp_plans.verify_rank import STRATEGIES, Job, attention_names, work
+from diffusers_attn.verify_plan.rank import STRATEGIES, Job, attention_names, work
+from diffusers_attn.verify_plan.verify import _check_plan, _report
 from examples import writing_plans
 from tests.zoo import CASES
 from tests.zoo.weights import randomize
@@ -340,8 +340,8 @@ def test_a_class_of_the_script(tmp_path):
 WRONG_PLANS = {
     "a module that is not there": ({**PLAN, "proj": CPOutput(1)}, "has no 'proj'"),
     "an argument that is not there": ({"": {ParamId("hidden_state"): CPInput(1)}}, "names argument 'hidden_state'"),
-    "a stream that nothing splits": (
-        {"": {ParamId("hidden_states"): CPInput(1, stream="image")}, "blocks.0": CPAttention(("imgae",))},
+    "a sequence that nothing splits": (
+        {"": {ParamId("hidden_states"): CPInput(1, sequence="image")}, "blocks.0": CPAttention(("imgae",))},
         "Did you mean 'image'",
     ),
     "diffusers' words": (

@@ -16,9 +16,9 @@ from diffusers.models.transformers.transformer_wan_animate_2 import (
 )
 
 from diffusers_attn import get_cp_plan
-from diffusers_attn.cp_plans.verify import _report
-from diffusers_attn.cp_plans.verify_rank import STRATEGIES, Job, work
 from diffusers_attn.processors import wan_animate2
+from diffusers_attn.verify_plan.rank import STRATEGIES, Job, work
+from diffusers_attn.verify_plan.verify import _report
 
 from .models import MESHES, WITH_VARIANTS
 from .wan_animate2 import (

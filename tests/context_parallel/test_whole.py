@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_attn import AttentionProviderError, CPWhole
+from diffusers_attn import AttentionProviderError, CPGatherInput
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.sharding import Shards, gather
+from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
 
 
@@ -40,19 +40,19 @@ class Model(nn.Module):
         return self.last(self.choice(x, others=[x, x * 2]))
 
 
-def plan(stream):
-    split = CPInput(1, 3, stream=stream)
+def plan(sequence):
+    split = CPInput(1, 3, sequence=sequence)
     return {
         "first": {ParamId(index=0): split},
         "choice": [
             {
-                ParamId("x"): CPWhole(1, 3, stream=stream),
-                ParamId("others"): CPWhole(1, 3, stream=stream),
-                ParamId(index=0): CPInput(1, 3, split_output=True, stream=stream),
+                ParamId("x"): CPGatherInput(1, 3, sequence=sequence),
+                ParamId("others"): CPGatherInput(1, 3, sequence=sequence),
+                ParamId(index=0): CPInput(1, 3, split_output=True, sequence=sequence),
             },
             CPAttention(query=()),
         ],
-        "last": CPOutput(1, 3, stream=stream),
+        "last": CPOutput(1, 3, sequence=sequence),
         "refiner?.blocks.0": CPAttention(("image",)),
     }
 
@@ -109,13 +109,13 @@ def test_of_a_dict_what_is_there_is_split():
             return options
 
     module, mask = Recorder(), torch.arange(8)[None]
-    spec = {"mask": CPInput(1, 2, stream="text"), "other": CPInput(1, 2, stream="image")}
+    spec = {"mask": CPInput(1, 2, sequence="text"), "other": CPInput(1, 2, sequence="image")}
     apply_context_parallel(module, MESH, {"": {"options": spec}})
     assert {name: each.tolist() for name, each in module({"mask": mask}).items()} == {"mask": [[3, 4, 5]]}
     assert module({"scale": 2}) == {"scale": 2} and module({}) == {} and module(None) is None
 
 
 def test_entries_that_are_not_understood():
-    for entry in ({"x": CPWhole}, [{"x": CPInput(1)}, "x"], [CPAttention(("x",)), CPInput(1)], CPWhole(1)):
+    for entry in ({"x": CPGatherInput}, [{"x": CPInput(1)}, "x"], [CPAttention(("x",)), CPInput(1)], CPGatherInput(1)):
         with pytest.raises(AttentionProviderError, match="Accepted are"):
             apply_context_parallel(Choice(), MESH, {"": entry})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_attn.context_parallel.hooks import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
 
 from .models import MESHES, attention_over_ranks, build, float64_throughout, inputs
 

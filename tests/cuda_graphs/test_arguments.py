@@ -7,7 +7,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.cuda_graphs.arguments import Call, replaced, tensors_of
+from diffusers_attn.runtime.cuda_graphs.arguments import GraphCall, replaced, tensors_of
 
 Pair = namedtuple("Pair", "left right")
 
@@ -21,7 +21,7 @@ def call(**changes):
         "attention_kwargs": {"scale": 0.5, "mask": torch.zeros(3, dtype=torch.bool)},
         "return_dict": False,
     }
-    return Call((torch.zeros(1), 7), arguments | changes)
+    return GraphCall((torch.zeros(1), 7), arguments | changes)
 
 
 def said(**changes):

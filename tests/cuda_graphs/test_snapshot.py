@@ -10,8 +10,8 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
 from diffusers_attn import AttentionProviderError, attention_provider, set_attention_provider
-from diffusers_attn.cuda_graphs.apply import apply_cuda_graphs, remove_cuda_graphs
-from diffusers_attn.cuda_graphs.snapshot import Snapshot, surroundings
+from diffusers_attn.runtime.cuda_graphs.apply import apply_cuda_graphs, remove_cuda_graphs
+from diffusers_attn.runtime.cuda_graphs.snapshot import Snapshot, surroundings
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny_flux" / "transformer"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_attn import attention_dispatch, attention_provider
-from diffusers_attn.providers.alive import _owners, known_alive
+from diffusers_attn.providers.row_liveness import _owners, known_live
 
 from .. import reference
 
@@ -25,7 +25,7 @@ def padding(*lengths):
 def learn(mask):
     known = []
     for _ in range(4):
-        known.append(known_alive(mask))
+        known.append(known_live(mask))
         torch.cuda.synchronize()
     return known
 
@@ -37,10 +37,10 @@ def test_it_is_known_after_the_second_time():
 def test_views_of_one_tensor_are_told_apart_and_found_again():
     both = torch.stack([padding(64, 3), padding(64, 0)])
     for _ in range(2):
-        assert known_alive(both[0]) is known_alive(both[1]) is False
+        assert known_live(both[0]) is known_live(both[1]) is False
         torch.cuda.synchronize()
-    assert known_alive(both[0]) is True
-    assert known_alive(both[1]) is False
+    assert known_live(both[0]) is True
+    assert known_live(both[1]) is False
 
 
 def test_a_change_in_place_is_noticed():
@@ -97,7 +97,7 @@ def test_a_captured_graph_takes_nothing_for_known(provider):
                 attention_dispatch(*given, mask)
                 torch.cuda.synchronize()
         torch.cuda.current_stream().wait_stream(side)
-        assert known_alive(mask)
+        assert known_live(mask)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = attention_dispatch(*given, mask)
@@ -112,7 +112,7 @@ def test_a_transform_over_masks_is_told_nothing():
     seen = []
 
     def look(mask):
-        seen.extend(known_alive(mask) for _ in range(4))
+        seen.extend(known_live(mask) for _ in range(4))
         return mask
 
     torch.func.vmap(look)(masks)

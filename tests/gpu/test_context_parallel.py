@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from diffusers_attn import apply_context_parallel, remove_context_parallel, set_attention_provider
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
-from diffusers_attn.context_parallel.sharded_masks import KeyMask, RowMask
-from diffusers_attn.context_parallel.sharding import Shards, split
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask, RowMask
+from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers.catalog import SPECS
 
@@ -45,12 +45,12 @@ if SIZE == 4:
     STRATEGIES |= {"unified ring": (2, 2, "alltoall"), "unified gather": (2, 2, "allgather")}
 
 HEAD_DIM = 64
-# Lengths of streams, each split on its own. Those marked few are all that a slowly compiled kernel is asked.
+# Lengths of sequences, each split on its own. Those marked few are all that a slowly compiled kernel is asked.
 DEFAULTS = {"queries": (333,), "keys": None, "heads": 4, "kv_heads": 4, "mask": None, "causal": False, "few": False}
 CASES = {
     "even": {"queries": (256,), "few": True},
     "uneven": {"few": True},
-    "two streams": {"queries": (77, 250)},
+    "two sequences": {"queries": (77, 250)},
     "ranks without tokens": {"queries": (1,), "keys": (6,)},
     "ranks without keys": {"queries": (9,), "keys": (1,)},
     "cross": {"queries": (130,), "keys": (77,)},
@@ -111,7 +111,7 @@ def served(provider):
             continue
         if provider in SLOW_TO_COMPILE and not case["few"]:
             continue
-        for dtype in (BF16, FP16) if name in ("uneven", "two streams") else (BF16,):
+        for dtype in (BF16, FP16) if name in ("uneven", "two sequences") else (BF16,):
             if dtype in can.dtypes:
                 yield name, dtype
 

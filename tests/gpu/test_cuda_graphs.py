@@ -22,7 +22,7 @@ from diffusers_attn import (
     remove_cuda_graphs,
     set_attention_provider,
 )
-from diffusers_attn.cuda_graphs import apply, recording
+from diffusers_attn.runtime.cuda_graphs import apply, recording
 
 from ..context_parallel.pool import Pool
 from .cases import build_lacks, providers

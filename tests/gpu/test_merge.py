@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_attn.context_parallel.merge import merge, merge_by_formula
+from diffusers_attn.context_parallel.attention.merge import merge, merge_by_formula
 
 from .. import reference
 

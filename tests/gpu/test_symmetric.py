@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import AttentionProviderError, apply_context_parallel, remove_context_parallel
-from diffusers_attn.context_parallel import one_call, push, transport
-from diffusers_attn.context_parallel.push import EVERYONE, OTHERS, Push
-from diffusers_attn.context_parallel.sharding import Shards, split
-from diffusers_attn.context_parallel.transport import COLLECTIVE, SYMMETRIC, choose_transport
-from diffusers_attn.context_parallel.unified import parallel_attention
+from diffusers_attn.context_parallel.attention import allgather_kv_one_call
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.comm import symmetric_gather, transport
+from diffusers_attn.context_parallel.comm.symmetric_gather import EVERYONE, OTHERS, GatherInFlight
+from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC, choose_transport
+from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 from diffusers_attn.cp_plans.plan import CPInput, ParamId
 
 from .. import reference
@@ -74,7 +75,7 @@ def wrong_numbers(meshes, batch, sizes, calls, shift):
     for call in range(calls):
         key, value = (numbers(call + 1000 * n, mesh.rank, sizes[mesh.rank], batch) for n in (0, 1))
         delay()
-        push_ = Push.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
+        push_ = GatherInFlight.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
         delay()
         found = push_.finish(key)
         delay()  # what has arrived must stay until it is read
@@ -106,7 +107,7 @@ def replays(meshes, layers, rounds, shift):
         found = []
         for layer in range(count):
             key, value = given[0] + layer, given[1] + layer
-            push_ = Push.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
+            push_ = GatherInFlight.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
             key.sum()
             found.append([part.clone() for part in push_.finish(key)])
         return found
@@ -140,7 +141,7 @@ def replays(meshes, layers, rounds, shift):
         check(found, call)
     # A call that needs more memory than there is: graphs keep theirs.
     large = numbers(1, mesh.rank, 5000, 1)
-    Push.start(large, large, large, (5000,) * mesh.size, mesh.ring, needs_grad=False).finish(large)
+    GatherInFlight.start(large, large, large, (5000,) * mesh.size, mesh.ring, needs_grad=False).finish(large)
     graphs[0][0].replay()
     check(graphs[0][1], rounds - 1)
     result = wrong.item()
@@ -164,7 +165,7 @@ def refused_in_capture(meshes):
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            Push.start(key, key, key, (4000,) * mesh.size, mesh.ring, needs_grad=False)
+            GatherInFlight.start(key, key, key, (4000,) * mesh.size, mesh.ring, needs_grad=False)
         except AttentionProviderError as error:
             message = str(error)
         graph.capture_end()
@@ -192,8 +193,8 @@ def attention(meshes, strategy, mode, length, heads, calls):
     counter = CompileCounterWithBackend("inductor")
     torch._dynamo.reset()
     compiled = torch.compile(layers, backend=counter, fullgraph=True, dynamic=False)
-    real = one_call.SECONDS_OF_A_SECOND_CALL
-    one_call.SECONDS_OF_A_SECOND_CALL = math.inf if mode == "compiled, one call" else 0.0
+    real = allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL
+    allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = math.inf if mode == "compiled, one call" else 0.0
     ours = layers if mode.startswith("eager") else compiled
     worst = torch.zeros((), device="cuda")
     train = mode.endswith("training")
@@ -210,7 +211,7 @@ def attention(meshes, strategy, mode, length, heads, calls):
         for one, other in zip(*results):
             error = (one.float() - other.float()).norm() / other.float().norm()
             worst = torch.maximum(worst, error.detach())
-    one_call.SECONDS_OF_A_SECOND_CALL = real
+    allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = real
     torch._dynamo.reset()
     del gather
     return counter.frame_count, worst.item()
@@ -247,31 +248,31 @@ def life(meshes):
     apply_context_parallel(models[0], mesh, Halves.plan)  # what the first one brings, beside its memory, stays
     remove_context_parallel(models[0])
     before = used()
-    streams = [apply_context_parallel(model, mesh, Halves.plan) for model in models]
-    gather = push.gather_of(mesh.ring.name)
+    tracker = [apply_context_parallel(model, mesh, Halves.plan) for model in models]
+    gather = symmetric_gather.gather_of(mesh.ring.name)
     key = torch.zeros(1, 16384, 16, 128, device="cuda", dtype=BF16)
-    Push.start(key, key, key, (16384,) * mesh.size, mesh.ring, needs_grad=False).finish(key)
+    GatherInFlight.start(key, key, key, (16384,) * mesh.size, mesh.ring, needs_grad=False).finish(key)
     torch.cuda.synchronize()
     expected, during = gather.nbytes / 2**20, used() - key.nbytes / 2**20
     del gather
     remove_context_parallel(models[0])
-    push.gather_of(mesh.ring.name)  # the other model's still
+    symmetric_gather.gather_of(mesh.ring.name)  # the other model's still
     remove_context_parallel(models[1])
     del key
     torch.cuda.empty_cache()
-    after = used()
+    depends_on = used()
     with pytest.raises(AttentionProviderError, match="removed"):
-        push.gather_of(mesh.ring.name)
-    return [each.transport for each in streams], before, during, after, expected
+        symmetric_gather.gather_of(mesh.ring.name)
+    return [each.transport for each in tracker], before, during, depends_on, expected
 
 
 def test_memory_lives_as_long_as_a_model_needs_it(gpus):
-    for transports, before, during, after, expected in gpus.run(SIZE, life):
+    for transports, before, during, depends_on, expected in gpus.run(SIZE, life):
         assert [each.kind for each in transports] == [SYMMETRIC] * 2
         # Two slots of the keys and values of the other ranks.
         assert expected == pytest.approx(2 * (SIZE - 1) * 2 * 64, rel=0.1)
         assert during - before == pytest.approx(expected, rel=0.2)
-        assert after - before < 8
+        assert depends_on - before < 8
 
 
 def fall_back(meshes):

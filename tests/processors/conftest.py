@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 
-from diffusers_attn.processors import doors
+from diffusers_attn.processors import entry_points
 from diffusers_attn.processors.binding import attention_modules_of
 from diffusers_attn.scope import active_choice
 
@@ -20,14 +20,14 @@ from diffusers_attn.scope import active_choice
 def routed(monkeypatch) -> list[str]:
     """The provider of every call that processors made through us, in order."""
     providers: list[str] = []
-    attend = doors.attend
+    attend = entry_points.attend
 
     def recording(*args, bound=None, scoped=True, **kwargs):
         choice = active_choice(bound) if scoped else bound
         providers.append(choice.provider)
         return attend(*args, bound=bound, scoped=scoped, **kwargs)
 
-    monkeypatch.setattr(doors, "attend", recording)
+    monkeypatch.setattr(entry_points, "attend", recording)
     return providers
 
 
@@ -42,19 +42,19 @@ def own_calls(monkeypatch) -> Callable[[torch.nn.Module], contextlib.AbstractCon
     @contextlib.contextmanager
     def counting(model: torch.nn.Module) -> Iterator[list[str]]:
         calls: list[str] = []
-        running: list[str] = []
+        active: list[str] = []
         hooks = []
 
         def counted(function):
             def call(*args, **kwargs):
-                calls.extend(running[-1:])
+                calls.extend(active[-1:])
                 return function(*args, **kwargs)
 
             return call
 
         for name, module in attention_modules_of(model):
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-            hooks.append(module.register_forward_hook(lambda *_: running.clear()))
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: active.append(name)))
+            hooks.append(module.register_forward_hook(lambda *_: active.clear()))
         flex = vars(attention_dispatch.flex_attention)
         counted_flex = types.SimpleNamespace(**flex | {"flex_attention": counted(flex["flex_attention"])})
         with monkeypatch.context() as patch:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
 
 from diffusers_attn import AttentionProviderError, DispatchProcessor, attention_provider, set_attention_provider
-from diffusers_attn.processors.doors import dispatch_door, sdpa_door
+from diffusers_attn.processors.entry_points import dispatch_entry_point, sdpa_entry_point
 from diffusers_attn.scope import ProviderChoice
 
 from ..zoo import CASES, relative_change
@@ -43,16 +43,16 @@ ARGUMENTS = {
 def test_both_agree_with_what_they_replace(bound, arguments):
     query, key, value = tensors(QUERIES, KEYS, KEYS)
     expected = dispatch_attention_fn(query, key, value, **arguments)
-    assert torch.allclose(dispatch_door(bound)(query, key, value, **arguments), expected, atol=1e-6)
+    assert torch.allclose(dispatch_entry_point(bound)(query, key, value, **arguments), expected, atol=1e-6)
     query, key, value = heads_first(query, key, value)
-    found = sdpa_door(bound)(query=query, key=key, value=value, **arguments)
+    found = sdpa_entry_point(bound)(query=query, key=key, value=value, **arguments)
     assert torch.allclose(found, expected.transpose(1, 2), atol=1e-6)
     assert torch.allclose(found, F.scaled_dot_product_attention(query, key, value, **arguments), atol=1e-6)
 
 
 def test_grouped_heads():
     query, (key, value) = torch.randn(BATCH, QUERIES, 8, 16), tensors(KEYS, KEYS)
-    found = dispatch_door(MATH)(query, key, value, enable_gqa=True)
+    found = dispatch_entry_point(MATH)(query, key, value, enable_gqa=True)
     assert torch.allclose(found, dispatch_attention_fn(query, key, value, enable_gqa=True), atol=1e-6)
 
 
@@ -61,28 +61,30 @@ def test_a_mask_of_two_dimensions():
     query, key, value = tensors(BATCH, KEYS, KEYS)  # as many queries as samples: nothing else tells them apart
     mask = torch.tensor([[True] * KEYS, [True] * 3 + [False] * (KEYS - 3)])
     by_key, by_query = mask[:, None, None, :], mask[None, None]
-    ours = dispatch_door(MATH)(query, key, value, mask)
+    ours = dispatch_entry_point(MATH)(query, key, value, mask)
     assert torch.allclose(ours, dispatch_attention_fn(query, key, value, mask), atol=1e-6)
     query, key, value = heads_first(query, key, value)
     assert torch.allclose(heads_first(ours)[0], F.scaled_dot_product_attention(query, key, value, by_key), atol=1e-6)
-    found = sdpa_door(MATH)(query, key, value, mask)
+    found = sdpa_entry_point(MATH)(query, key, value, mask)
     assert torch.allclose(found, F.scaled_dot_product_attention(query, key, value, by_query), atol=1e-6)
     assert not torch.allclose(found, heads_first(ours)[0], atol=1e-2)
 
 
 def test_attention_kwargs_are_options_of_the_provider(routed):
-    call = dispatch_door(ProviderChoice.of("auto"))
+    call = dispatch_entry_point(ProviderChoice.of("auto"))
     query, key, value = tensors(QUERIES, KEYS, KEYS)
     expected = call(query, key, value)
     assert torch.equal(call(query, key, value, attention_kwargs={"lossy": ("sage",)}), expected)
     with pytest.raises(AttentionProviderError, match="no attention provider 'sages'"):
         call(query, key, value, attention_kwargs={"lossy": "sages"})
     with pytest.raises(AttentionProviderError, match="'_native_math' has no option 'window_size'"):
-        dispatch_door(MATH)(query, key, value, attention_kwargs={"window_size": (1, 1)})
+        dispatch_entry_point(MATH)(query, key, value, attention_kwargs={"window_size": (1, 1)})
     with attention_provider("native"), pytest.raises(AttentionProviderError, match="'native' has no option 'lossy'"):
         call(query, key, value, attention_kwargs={"lossy": ("sage",)})
     with attention_provider("auto"):
-        assert torch.equal(dispatch_door(MATH)(query, key, value, attention_kwargs={"lossy": ("sage",)}), expected)
+        assert torch.equal(
+            dispatch_entry_point(MATH)(query, key, value, attention_kwargs={"lossy": ("sage",)}), expected
+        )
     assert routed == ["auto"] * 3
 
 
@@ -96,9 +98,9 @@ def test_a_model_that_asks_for_flex_gets_it(backend, scope, routed):
     for bound in (None, MATH, ProviderChoice.of("flex")):
         if scope:
             with attention_provider(scope):
-                found = dispatch_door(bound)(query, key, value, mask, backend=backend)
+                found = dispatch_entry_point(bound)(query, key, value, mask, backend=backend)
         else:
-            found = dispatch_door(bound)(query, key, value, mask, backend=backend)
+            found = dispatch_entry_point(bound)(query, key, value, mask, backend=backend)
         assert torch.allclose(found, expected, atol=1e-5)
     assert routed == ["flex"] * 3
 
@@ -203,19 +205,19 @@ def test_modes_are_restored_after_an_error():
     mode = Listening()
     with mode:
         with pytest.raises(AttentionProviderError):
-            sdpa_door(MATH)(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5))
+            sdpa_entry_point(MATH)(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5))
         assert torch.overrides._get_current_function_mode_stack() == [mode]
 
 
 @torch.no_grad()
 def test_a_default_device_is_no_reason_for_a_detour(routed, monkeypatch):
-    from diffusers_attn.processors import doors
+    from diffusers_attn.processors import entry_points
 
-    monkeypatch.setattr(doors, "_through_modes", None)
+    monkeypatch.setattr(entry_points, "_through_modes", None)
     query, key, value = tensors(QUERIES, KEYS, KEYS)
     with torch.device("cpu"):
-        dispatch_door(MATH)(query, key, value)
-        sdpa_door(MATH)(*heads_first(query, key, value))
+        dispatch_entry_point(MATH)(query, key, value)
+        sdpa_entry_point(MATH)(*heads_first(query, key, value))
     assert len(routed) == 2
 
 

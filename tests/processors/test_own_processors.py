@@ -12,7 +12,7 @@ from diffusers.models.transformers.ace_step_transformer import AceStepAttnProces
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import DispatchProcessor, attention_provider, set_attention_provider
-from diffusers_attn.processors import ace_step, doors, mochi
+from diffusers_attn.processors import ace_step, entry_points, mochi
 from diffusers_attn.processors.binding import attention_modules_of
 from diffusers_attn.processors.bound import bind
 from diffusers_attn.scope import ProviderChoice
@@ -60,7 +60,7 @@ def test_a_provider_without_masks_is_served_sample_by_sample(monkeypatch):
 
     for _, module in attention_modules_of(model):  # it does not run on a CPU, so a DispatchProcessor would refuse it
         module.processor = bind(module.processor, ProviderChoice.of("_native_flash"))
-    monkeypatch.setattr(doors, "attend", attend)
+    monkeypatch.setattr(entry_points, "attend", attend)
     close(model(**case.inputs()), expected)
     assert calls == [("bhsd", None)] * 2 * len(list(attention_modules_of(model)))
 
@@ -118,7 +118,7 @@ def test_windows_of_ace_step(monkeypatch):
     assert windowed and min(windowed) < 5, "the case has no window that is shorter than its sequence"
     modules = [module for _, module in attention_modules_of(model)]
     originals = [module.processor for module in modules]
-    monkeypatch.setattr(doors, "attend", attend)
+    monkeypatch.setattr(entry_points, "attend", attend)
     for provider, masked in (("flash", False), ("native", True)):
         given.clear()
         for module, original in zip(modules, originals):

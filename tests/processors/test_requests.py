@@ -7,7 +7,7 @@ from diffusers import ContextParallelConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from diffusers_attn import AttentionProviderError, DispatchProcessor, set_attention_provider
-from diffusers_attn.context_parallel.targets import find_targets
+from diffusers_attn.parallelize.targets import find_targets
 from tests.zoo import CASES
 
 

@@ -8,7 +8,7 @@ import time
 import torch
 
 from diffusers_attn import DispatchProcessor, attention_provider
-from diffusers_attn.processors import attention_modules, bound, doors
+from diffusers_attn.processors import attention_modules, bound, entry_points
 
 from ..zoo import CASES, relative_change
 
@@ -52,13 +52,13 @@ def test_threads_with_their_own_scopes_on_one_model(monkeypatch):
     scopes = ["native", "_native_math", "auto", None]
     seen: dict[int, set[str]] = {}
     errors: list[float] = []
-    attend, barrier = doors.attend, threading.Barrier(len(scopes))
+    attend, barrier = entry_points.attend, threading.Barrier(len(scopes))
 
     def recording(*args, bound=None, **kwargs):
-        seen.setdefault(threading.get_ident(), set()).add(doors.active_choice(bound).provider)
+        seen.setdefault(threading.get_ident(), set()).add(entry_points.active_choice(bound).provider)
         return attend(*args, bound=bound, **kwargs)
 
-    monkeypatch.setattr(doors, "attend", recording)
+    monkeypatch.setattr(entry_points, "attend", recording)
     idents: dict[str | None, int] = {}
 
     @torch.no_grad()
@@ -86,9 +86,9 @@ def test_threads_that_bind_models_at_once(monkeypatch):
     """The first to bind a class makes an overlay and a bound class; those who come meanwhile get the same."""
 
     class SlowOverlay(bound.Overlay):
-        def __init__(self, *doors):
+        def __init__(self, *entry_points):
             time.sleep(0.1)
-            super().__init__(*doors)
+            super().__init__(*entry_points)
 
     monkeypatch.setattr(bound, "Overlay", SlowOverlay)
     models = [CASES["flux"].build() for _ in range(4)]

@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from diffusers_attn.processors import binding
 from diffusers_attn.processors.bound import obstacle
-from diffusers_attn.processors.doors import dispatch_door, sdpa_door
+from diffusers_attn.processors.entry_points import dispatch_entry_point, sdpa_entry_point
 
 
 def parameters(function):
@@ -27,14 +27,14 @@ def parameters(function):
 
 
 def test_arguments_of_dispatch_attention_fn():
-    assert parameters(dispatch_door(None)) == parameters(dispatch_attention_fn), (
-        "diffusers' dispatch_attention_fn has other arguments than doors.dispatch_door gives its stand-in"
+    assert parameters(dispatch_entry_point(None)) == parameters(dispatch_attention_fn), (
+        "diffusers' dispatch_attention_fn has other arguments than doors.dispatch_entry_point gives its placeholder"
     )
     assert AttentionBackendName.FLEX == "flex", "doors.py compares the backend that models ask for with 'flex'"
 
 
 def test_arguments_of_scaled_dot_product_attention():
-    names = [name for name, _, _ in parameters(sdpa_door(None))]
+    names = [name for name, _, _ in parameters(sdpa_entry_point(None))]
     documented = torch.nn.functional.scaled_dot_product_attention.__doc__.strip().split(")")[0]
     found = [argument.split("=")[0].strip() for argument in documented.split("(")[1].split(",")]
     assert names == [name for name in found if name != "*"]

@@ -1,4 +1,4 @@
-"""Stand-ins for the attention packages, on the CPU: each function checks the call against the recorded signature and
+"""Placeholders for the attention packages, on the CPU: each function checks the call against the recorded signature and
 answers by the definition of attention, in the shapes and with the conventions of the real one.
 """
 
@@ -214,7 +214,7 @@ def stand_in(package: str, function: str) -> Callable[..., Any]:
 
 
 def install(package: str, monkeypatch: Any) -> types.ModuleType:
-    """The adapter's module, imported over stand-ins for `package`."""
+    """The adapter's module, imported over placeholders for `package`."""
     functions = {name: stand_in(package, name) for name in FUNCTIONS[package]}
     operators = types.SimpleNamespace(**functions)
     kind = package.split()[0]

@@ -14,10 +14,10 @@ from diffusers_attn.dispatch import explain
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers import registry, selection, speeds
 from diffusers_attn.providers.catalog import SPECS
-from diffusers_attn.providers.decision import Call, refusal
+from diffusers_attn.providers.decision import AttentionCall, refusal
 from diffusers_attn.providers.registry import ProviderStatus
 
-CALL = Call(
+CALL = AttentionCall(
     torch.device("cpu"), torch.float32, 64, 64, 8, 8, "equal", False, MaskKind.NONE, False, False, False, False, ()
 )  # fmt: skip
 

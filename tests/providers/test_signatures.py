@@ -1,6 +1,6 @@
 """Every call that an adapter makes fits the package's own signature, and what comes back is read as it is meant.
 
-Runs on stand-ins for the packages (`packages.py`), whose signatures are recorded (`signatures.py`) and compared here
+Runs on placeholders for the packages (`packages.py`), whose signatures are recorded (`signatures.py`) and compared here
 with the packages that can be downloaded.
 """
 

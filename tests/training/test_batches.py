@@ -12,9 +12,9 @@ from diffusers_attn.training import TrainConfig
 from diffusers_attn.training.data import LatentLoader, Share
 from diffusers_attn.training.data.cache import CachedLatents
 from diffusers_attn.training.data.store import TensorStore
-from diffusers_attn.training.draws import Draws
 from diffusers_attn.training.loss import sample_u
-from diffusers_attn.training.prepare import Prepared, evaluation_batches
+from diffusers_attn.training.noise import Noise
+from diffusers_attn.training.prepare import PreparedData, evaluation_batches
 from diffusers_attn.training.randomness import SampleRandomness
 
 
@@ -28,7 +28,7 @@ class Named:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> Prepared:
+def prepared(tmp_path: Path) -> PreparedData:
     """Four examples, whose captions have from two to five tokens."""
     store = TensorStore(tmp_path)
 
@@ -42,10 +42,10 @@ def prepared(tmp_path: Path) -> Prepared:
         path = write(f"latents {number}", **{f"latents_{each}": torch.randn(2, 1, 4, 4) for each in ("mean", "logvar")})
         latents.append(CachedLatents(Named(f"{number}.png", caption), (1, 32, 32), path))
         text[caption] = write(caption, words=torch.randn(2 + number, 3))
-    return Prepared(latents, text, latents)
+    return PreparedData(latents, text, latents)
 
 
-def batches(prepared: Prepared, share: Share, finish: Draws | None, number: int) -> list[dict]:
+def batches(prepared: PreparedData, share: Share, finish: Noise | None, number: int) -> list[dict]:
     sampler = LatentLoader.sampler_for(prepared.latents, global_batch_size=4, seed=1)
     iterator = iter(LatentLoader(prepared.latents, prepared.text, sampler, share, finish=finish))
     try:
@@ -54,9 +54,9 @@ def batches(prepared: Prepared, share: Share, finish: Draws | None, number: int)
         iterator.close()
 
 
-def test_what_is_drawn_ahead_is_what_was_drawn_before(prepared: Prepared) -> None:
+def test_what_is_drawn_ahead_is_what_was_drawn_before(prepared: PreparedData) -> None:
     config = TrainConfig(model="m", data="d", seed=7, logit_mean=0.5)
-    draws = Draws(config, "logit_normal", pin=False)
+    draws = Noise(config, "logit_normal", pin=False)
     for batch in batches(prepared, Share(1, 2, 2), draws, 3):
         random = SampleRandomness(7, batch["step"], batch["positions"])
         drawn = batch["drawn"]
@@ -66,7 +66,7 @@ def test_what_is_drawn_ahead_is_what_was_drawn_before(prepared: Prepared) -> Non
     assert "drawn" not in plain and plain["positions"] == [2, 3]
 
 
-def test_an_evaluation_is_given_the_masks_of_training(prepared: Prepared) -> None:
+def test_an_evaluation_is_given_the_masks_of_training(prepared: PreparedData) -> None:
     trained = {
         name: {key: each[0] for key, each in batch.items() if isinstance(each, torch.Tensor)}
         for batch in batches(prepared, Share(0, 1, 1), None, 4)

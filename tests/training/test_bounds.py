@@ -12,7 +12,7 @@ import pytest
 
 from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.bounds import BELOW_ONE, COUNT, Bounds
-from diffusers_attn.training.words import option
+from diffusers_attn.training.flag_names import option
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 HINTS = typing.get_type_hints(TrainConfig)

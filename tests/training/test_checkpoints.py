@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from diffusers_attn.training.checkpoint import Checkpoints
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.resuming import Facts
-from diffusers_attn.training.state import Snapshot, restore, write
+from diffusers_attn.training.state import TrainingSnapshot, restore, write
 
 from .runs import train_and_die, train_until_terminated
 
@@ -162,7 +162,7 @@ def test_a_disk_that_will_not_have_it(tmp_path, what):
     weights = {f"layer{i}": torch.ones(10_000) for i in range(2)}
     few = {"layer": torch.ones(1)}
     batches = {"batches": "x" * (100_000 if what == "state" else 1)}
-    taken = Snapshot(
+    taken = TrainingSnapshot(
         1,
         weights if what == "adapter" else few,
         None,

@@ -27,7 +27,7 @@ Inputs = dict[str, Any]
 
 
 class Draw:
-    """A stream of random tensors that depends only on its seed.
+    """A sequence of random tensors that depends only on its seed.
 
     Everything is drawn on the CPU in float32 and moved afterwards, so that a case is the same on every device and, up
     to rounding, in every dtype.

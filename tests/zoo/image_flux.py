@@ -1,4 +1,4 @@
-"""The Flux family: double blocks with a text and an image stream, then single blocks over both."""
+"""The Flux family: double blocks with a text and an image sequence, then single blocks over both."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def chroma_float_mask(draw: Draw) -> Inputs:
 @case(
     "flux3",
     "Flux3Transformer2DModel",
-    notes="a third stream, of a reference image",
+    notes="a third sequence, of a reference image",
     **_FLUX_LIKE,
     cond_in_channels=8,
     timestep_channels=32,

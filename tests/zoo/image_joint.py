@@ -1,4 +1,4 @@
-"""Image transformers whose text and image tokens share one attention call, from separate streams."""
+"""Image transformers whose text and image tokens share one attention call, from separate sequences."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def lumina2(draw: Draw) -> Inputs:
     axes_lens=[256, 32, 32],
 )
 def zimage(draw: Draw) -> Inputs:
-    # The model fills each stream up to a multiple of 32 tokens and masks only what differs beyond that, so the texts
+    # The model fills each sequence up to a multiple of 32 tokens and masks only what differs beyond that, so the texts
     # must differ by more than 32. No sequence length that attention sees can be odd.
     return {
         "x": [draw.normal(4, 1, HEIGHT, WIDTH) for _ in range(BATCH)],

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from . import decode
-from .ahead import ahead
 from .atomic import write_atomically
 from .buckets import Bucket, Buckets
 from .digests import content_digests
 from .errors import Problem, TrainingDataError, check_on_bad_data, settle
 from .examples import Example
-from .fit import fit
 from .lock import alone_in
+from .prefetch import ahead
 from .ranks import OneRank, Ranks, in_step
+from .resize_crop import fit
 from .store import TensorStore, hash_of
 
 _FORMAT = 1

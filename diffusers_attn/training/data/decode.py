@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import TrainingDataError
-from .intact import check_picture, check_pixels, check_video
+from .integrity import check_picture, check_pixels, check_video
 from .source import Source
 
 if TYPE_CHECKING:

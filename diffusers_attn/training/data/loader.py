@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .ahead import ahead
 from .cache import CachedLatents
 from .collate import collate, varying
 from .errors import TrainingDataError
+from .prefetch import ahead
 from .sampler import BatchSampler, Position, Share, Step
 from .store import read_shapes, read_tensors
 

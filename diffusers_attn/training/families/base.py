@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..flag_names import option
 from ..loss import Objective
-from ..words import option
 
 FURTHER_INPUTS = {
     "image_dim": "the embedding of a picture",

@@ -3,7 +3,7 @@
 from diffusers_attn.cp_plans.plan import CPInput, CPOutput, ParamId
 from tests.zoo.case import VIDEO_TOKENS
 
-# The plan of the specification's example, with Wan's rope as it is now: it splits the text too, and names no streams.
+# The plan of the specification's example, with Wan's rope as it is now: it splits the text too, and names no sequences.
 WAN_EXAMPLE = {
     "rope": {ParamId(index=0): CPInput(1, 4, split_output=True), ParamId(index=1): CPInput(1, 4, split_output=True)},
     "blocks.*": {ParamId("encoder_hidden_states", 1): CPInput(1, 3)},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_attn.training.data import Bucket, Buckets, Example, FramePicking, TrainingDataError
-from diffusers_attn.training.data.fit import fit
+from diffusers_attn.training.data.resize_crop import fit
 
 
 def example(width=1000, height=1000, frames=1, fps=None):

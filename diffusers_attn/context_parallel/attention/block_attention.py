@@ -1,0 +1,152 @@
+"""Queries that stay, and blocks of keys and values that come by: what `ring` and `allgather_kv` have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..comm.collectives import depends_on
+from ..comm.transport import COLLECTIVE
+from ..mesh import Group
+from ..sequences.causal_tiles import Tile, tiles
+from ..sequences.rectangles import Rectangle, tiles_within
+from ..sequences.sharding import Shards, Span, in_blocks, take
+from .merge import merge
+from .partial_kernel import PartialKernel
+
+Block = list[Tensor]
+"""Key and value `[seq, batch, heads, head_dim]`, and where there is one the key mask `[seq, batch]`: the sequence
+first, as they travel."""
+
+
+def make_block(key: Tensor, value: Tensor, key_mask: Tensor | None, grad_out: Tensor | None = None) -> Block:
+    """This rank's own block, of `[batch, seq, ...]` tensors; to be sent once `grad_out` is there, if it is given."""
+    tensors = [key, value] if key_mask is None else [key, value, key_mask]
+    return [depends_on(tensor, grad_out).transpose(0, 1).contiguous() for tensor in tensors]
+
+
+class BlockAttention(NamedTuple):
+    """The constants of one call of a ring strategy."""
+
+    kernel: PartialKernel
+    group: Group
+    query_shards: Shards
+    key_shards: Shards
+    is_causal: bool = False
+    convert_to_fp32: bool = True
+    transport: str = COLLECTIVE
+    """how keys and values get to the other ranks: a kind of `Transport`."""
+    seen: tuple[Rectangle, ...] | None = None
+    """which runs of queries see which runs of keys, where not all see all; without causality and masks."""
+
+    def forward(
+        self,
+        query: Tensor,
+        block: Block,
+        spans: tuple[Span, ...],
+        rows: Tensor | None,
+        so_far: tuple[Tensor, Tensor] | None = None,
+        *,
+        last: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Output and lse of the keys `so_far` and those of `block`. The output is in the dtype in which partial results
+        merge, or in the query's where it is that of one call of the kernel, or the `last`.
+
+        Args:
+            query: `[batch, query_len, heads, head_dim]`.
+            block: the keys that are at hand, and `runs`, where they are in the whole sequence.
+            rows: mask of this rank's queries and all keys, `[batch | 1, heads | 1, query_len, all keys]`; or of their
+                blocks, as large as the kernel's.
+        """
+        plan = self._tiles(spans)
+        mask = self._mask(block, rows, spans)
+        dtype = self._merge_dtype(query)
+        if _is_whole(plan, query, block):
+            part = self.kernel.forward(query, *_at_hand(block), mask, plan[0].is_causal)
+            if so_far is None:
+                return part
+            return merge(*so_far, *part, dtype=dtype, out_dtype=query.dtype if last else dtype)
+        if so_far is None:
+            out = query.new_zeros(*query.shape[:3], block[1].shape[-1], dtype=dtype)
+            lse = query.new_full(query.shape[:3], -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+        else:
+            out, lse = so_far[0].to(dtype), so_far[1]
+        for tile in plan:
+            part = self.kernel.forward(*_cut(tile, query, block, mask), tile.is_causal)
+            if tile.query[1] == query.shape[1]:
+                out, lse = merge(out, lse, *part, dtype=dtype)
+            else:
+                some_out, some_lse = out.narrow(1, *tile.query), lse.narrow(1, *tile.query)
+                merged_out, merged_lse = merge(some_out, some_lse, *part, dtype=dtype)
+                some_out.copy_(merged_out)
+                some_lse.copy_(merged_lse)
+        out = out if plan else depends_on(out, *block)
+        return out.to(query.dtype) if last else out, lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        block: Block,
+        spans: tuple[Span, ...],
+        rows: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This block's share of the gradients: of the query, and of its own key and value (sequence first). In the
+        kernel's dtype, or in float32 at least where they are sums; what adds shares up widens them."""
+        plan = self._tiles(spans)
+        mask = self._mask(block, rows, spans)
+        if _is_whole(plan, query, block):
+            grads = self.kernel.backward(grad_out, query, *_at_hand(block), mask, plan[0].is_causal, out, lse)
+            return grads[0], grads[1].transpose(0, 1), grads[2].transpose(0, 1)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (query, block[0], block[1])]
+        for tile in plan:
+            tile_query, key, value, tile_mask = _cut(tile, query, block, mask)
+            some = [tensor.narrow(1, *tile.query) for tensor in (grad_out, out, lse)]
+            grads = self.kernel.backward(some[0], tile_query, key, value, tile_mask, tile.is_causal, some[1], some[2])
+            totals[0].narrow(1, *tile.query).add_(grads[0])
+            totals[1].narrow(0, *tile.key).add_(grads[1].transpose(0, 1))
+            totals[2].narrow(0, *tile.key).add_(grads[2].transpose(0, 1))
+        if not plan:
+            return (
+                depends_on(totals[0], *block),
+                depends_on(totals[1], grad_out, block[0]),
+                depends_on(totals[2], grad_out, block[1]),
+            )
+        return totals[0], totals[1], totals[2]
+
+    def _merge_dtype(self, query: Tensor) -> torch.dtype:
+        return torch.promote_types(query.dtype, torch.float32) if self.convert_to_fp32 else query.dtype
+
+    def _tiles(self, spans: tuple[Span, ...]) -> list[Tile]:
+        queries = self.query_shards.spans[self.group.rank]
+        return tiles(queries, spans, self.is_causal) if self.seen is None else tiles_within(self.seen, queries, spans)
+
+    def _mask(self, block: Block, rows: Tensor | None, spans: tuple[Span, ...]) -> Tensor | None:
+        """What these keys' mask is: `[batch | 1, heads | 1, query_len | 1, keys at hand]`."""
+        if rows is not None:
+            return take(rows, in_blocks(spans, self.kernel.block), dim=-1)
+        return block[2].transpose(0, 1)[:, None, None, :] if len(block) == 3 else None
+
+
+def _is_whole(plan: list[Tile], query: Tensor, block: Block) -> bool:
+    return len(plan) == 1 and plan[0].query[1] == query.shape[1] and plan[0].key[1] == block[0].shape[0]
+
+
+def _at_hand(block: Block) -> tuple[Tensor, Tensor]:
+    return block[0].transpose(0, 1), block[1].transpose(0, 1)
+
+
+def _cut(tile: Tile, query: Tensor, block: Block, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Query, key, value and mask of one tile."""
+    key, value = (tensor.narrow(1, *tile.key) for tensor in _at_hand(block))
+    if mask is not None:
+        mask = mask.narrow(-1, *tile.key)
+        if mask.shape[2] > 1:
+            mask = mask.narrow(2, *tile.query)
+    return query.narrow(1, *tile.query), key, value, mask

@@ -1,0 +1,196 @@
+"""An attention call as a model makes it, where its tokens may be split: local, over the ranks, or refused.
+
+This is what dispatch asks before it serves a call itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import AttentionProviderError
+from ..mesh import ContextParallelMesh
+from ..sequences.placeholders import LocalTokens
+from ..sequences.sharded_masks import (
+    BlockRowMask,
+    KeyMask,
+    OuterMask,
+    RectangleMask,
+    RowMask,
+    ShardedMask,
+    sharded_mask,
+)
+from ..sequences.sharding import take
+from ..sequences.tracker import SequenceTracker, SplitCall
+from .parallel_attention import parallel_attention
+from .partial_kernel import options_by_place
+
+_BY_PLACES = (BlockRowMask, RectangleMask)
+"""masks that say themselves what they are, and are of places in the whole sequences."""
+
+
+def split_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    tracker: SequenceTracker,
+    provider: str,
+    options: tuple[tuple[str, object], ...] = (),
+    mesh: ContextParallelMesh | None = None,
+) -> Tensor | None:
+    """Attention over the ranks of a mesh, or None where the call is complete on each rank.
+
+    Args:
+        sequences: of the model that makes the call.
+        mesh: the same groups as those of `sequences`, with settings of its own; None takes those of `sequences`.
+        query, key, value: `[batch, seq, heads, head_dim]` of this rank.
+        attn_mask: of up to four dimensions, `[batch, heads, queries, keys]` once broadcast. Over this rank's keys, or
+            all.
+
+    Raises:
+        AttentionProviderError: a call that context parallelism does not serve exactly; nothing has been sent.
+    """
+    mesh = tracker.mesh if mesh is None else mesh
+    if (mesh.ring, mesh.ulysses) != (tracker.mesh.ring, tracker.mesh.ulysses):
+        raise AttentionProviderError(
+            f"attention was given a mesh of {mesh.ring.size} (ring) by {mesh.ulysses.size} (ulysses) ranks, and the "
+            f"model's tokens are split over {tracker.mesh.ring.size} by {tracker.mesh.ulysses.size}. Pass the mesh to "
+            "attention_provider that apply_context_parallel was given."
+        )
+    if tracker.role is not None and tracker.role.key and tracker.is_split:
+        _check_tensor(attn_mask)  # before lengths are, which a model fills up to whole blocks
+    call = tracker.attention(query.shape[1], key.shape[1])
+    by_place = options_by_place(provider, options) if options else ()
+    if is_causal:
+        by_place += ("is_causal=True",)
+    if call is None:
+        if by_place and tracker.splits_queries(query.shape[1], key.shape[1]):
+            raise AttentionProviderError(
+                f"{', '.join(by_place)} counts positions, and of this call's queries this rank has {query.shape[1]}, "
+                f"while its keys are whole ({tracker._known()}). Leave it out, or run this model on one device."
+            )
+        return None
+    _check_tensor(attn_mask)
+    if dropout_p > 0.0:
+        raise AttentionProviderError(
+            f"dropout_p={dropout_p} over several ranks: weights would be dropped independently of how the sequence is "
+            "split only with one shared state. Set dropout to 0, or disable context parallelism."
+        )
+    if isinstance(attn_mask, Tensor):
+        _check_broadcasts(attn_mask, query)
+    role = tracker.role
+    kept: tuple[LocalTokens | None, LocalTokens | None] = (None, None)
+    if role is not None:
+        query_names, key_names = tracker.present(role.query), tracker.present(role.key)
+        prefix = 0 if role.prefix is None else call.keys.total - tracker.shards(key_names).total
+        kept = tracker.kept(query_names), tracker.kept(key_names, prefix)
+    mask = None if attn_mask is None else _mask(attn_mask, call, tracker, *kept)
+    of_all_keys = isinstance(attn_mask, _BY_PLACES) or (
+        attn_mask is not None and attn_mask.shape[-1] == call.keys.total
+    )
+    if not call.in_order and (by_place or of_all_keys):
+        what = " and ".join([*by_place, "a mask over all of them"] if of_all_keys else by_place)
+        raise AttentionProviderError(
+            f"several sequences are joined in this call, and {what} needs their order. Give "
+            'it in the plan: "path.of.the.attention": CPAttention(("text", "image")).'
+        )
+    query, key, value = _without(query, kept[0], 1), _without(key, kept[1], 1), _without(value, kept[1], 1)
+    out = parallel_attention(
+        query,
+        key,
+        value,
+        mask,
+        mesh=mesh,
+        query_shards=call.queries,
+        key_shards=call.keys,
+        provider=provider,
+        options=options,
+        is_causal=is_causal,
+        scale=scale,
+        transport=tracker.transport.kind,
+    )
+    return out if kept[0] is None else kept[0].put_back(out, 1)
+
+
+def _without(tensor: Tensor, kept: LocalTokens | None, dim: int) -> Tensor:
+    """`tensor` without placeholders, of which there hardly ever are any."""
+    return tensor if kept is None else kept.take_out(tensor, dim)
+
+
+def _check_broadcasts(mask: Tensor, query: Tensor) -> None:
+    """Raises AttentionProviderError for a dtype, or for samples and heads, that one device does not take either."""
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise AttentionProviderError(
+            f"attn_mask has dtype {mask.dtype}; torch.bool (True takes part) and floating types (added to the scores) "
+            "are accepted. For a 0/1 integer mask pass `mask.bool()`."
+        )
+    batch, heads = query.shape[0], query.shape[2]
+    of_batch = mask.shape[0] if mask.ndim == 4 else 1
+    of_heads = mask.shape[-3] if mask.ndim > 2 else 1
+    if not 1 <= mask.ndim <= 4 or of_batch not in (1, batch) or of_heads not in (1, heads):
+        raise AttentionProviderError(
+            f"attn_mask has shape {list(mask.shape)}, which does not broadcast to [batch, heads, queries, keys] with a "
+            f"batch of {batch} and {heads} heads."
+        )
+
+
+def _check_tensor(mask: Any) -> None:
+    if mask is not None and not isinstance(mask, (Tensor, *_BY_PLACES)):
+        raise AttentionProviderError(
+            f"attn_mask is a {type(mask).__name__}; over several ranks a torch.Tensor is accepted. A BlockMask counts "
+            "positions of the whole sequence: run this model on one device, or give it a processor that makes none."
+        )
+
+
+def _mask(
+    mask: Any, call: SplitCall, tracker: SequenceTracker, query_kept: LocalTokens | None, key_kept: LocalTokens | None
+) -> ShardedMask:
+    if isinstance(mask, _BY_PLACES):
+        return mask
+    given = tuple(mask.shape)
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    for dim in (1, 2):
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:  # made by expand: it says nothing of heads or queries
+            mask = mask.narrow(dim, 0, 1)
+    if tracker.role is not None and tracker.role.outer_mask:
+        # On the diagonal each token's value meets itself, and of True, False, one and zero the square is the same.
+        tokens = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return OuterMask(_without(tokens, query_kept, 1), _without(tokens, key_kept, 1))
+    if tracker.role is not None and tracker.role.key_mask:
+        return KeyMask(_own_keys(mask, call, tracker.mesh.rank))
+    if tracker.role is not None and tracker.role.row_mask:
+        return RowMask(_rows(_without(mask, query_kept, 2), call, tracker.mesh.rank))
+    if query_kept is not None and mask.shape[2] == query_kept.seen > 1:
+        mask = query_kept.take_out(mask, 2)
+    if key_kept is not None and mask.shape[-1] == key_kept.seen:
+        mask = key_kept.take_out(mask, -1)
+    return sharded_mask(mask, call.queries, call.keys, tracker.mesh.rank, given)
+
+
+def _own_keys(mask: Tensor, call: SplitCall, rank: int) -> Tensor:
+    """One head's only row, of this rank's keys. Raises AttentionProviderError where it is not of all keys."""
+    if mask.shape[2] != 1 or mask.shape[-1] < call.keys.total:
+        raise AttentionProviderError(
+            f"attn_mask has shape {list(mask.shape)} on rank {rank}; its plan says that it has one row, with columns "
+            f"for all {call.keys.total} keys. Leave the mask whole, or say something else of it in CPAttention."
+        )
+    return take(mask[:, 0, 0], call.keys.spans[rank], dim=1)
+
+
+def _rows(mask: Tensor, call: SplitCall, rank: int) -> Tensor:
+    """One head's rows, over the keys alone. Raises AttentionProviderError where they are not of this rank's queries."""
+    queries, keys = call.queries.sizes[rank], call.keys.total
+    if mask.shape[2] != queries or mask.shape[-1] < keys:
+        raise AttentionProviderError(
+            f"attn_mask has shape {list(mask.shape)} on rank {rank}; its plan says that it has rows for this rank's "
+            f"{queries} queries and columns for all {keys} keys. Split the rows of the whole mask, and no more."
+        )
+    return mask[:, :1, :, :keys]

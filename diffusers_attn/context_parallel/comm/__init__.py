@@ -1,0 +1,1 @@
+"""How data moves between ranks: collectives, and memory that GPUs of one machine share."""

@@ -1,0 +1,114 @@
+"""How data moves between ranks: one collective, an all-to-all in which every rank says how much it sends to whom.
+
+A gather is an all-to-all that sends the same to all, a ring step one that sends to the neighbour only, a reduction one
+that sends to each what it owns, followed by a local sum. All sizes may differ and may be zero, on NCCL as on gloo, and
+every form is a functional collective that `torch.compile` traces.
+
+On the wire the sequence comes first, `[sequence, batch, heads, head_dim]`: the collective then concatenates parts of
+different lengths itself, and what arrives is a tensor to attend to without another copy.
+
+Every `start_...` returns a tensor that is still under way: `wait` for it before reading it, and compute something in
+between. Between GPUs that reach each other, keys and values have a faster way: `symmetric_gather`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..compile.inductor import prepare_for_exchanges
+from ..mesh import Group
+from . import rank_progress
+
+
+def start_all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+    """Sends the first `send[0]` rows of `tensor` to rank 0 of `group`, the next `send[1]` to rank 1, and so on;
+    `receive` is how many rows come from each. Rows come in the order of the ranks."""
+    if group.size == 1:
+        return tensor
+    if torch.compiler.is_compiling():
+        prepare_for_exchanges()
+        return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
+    try:
+        return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
+    except RuntimeError as error:
+        raise rank_progress.explained(error, group.name) from error
+
+
+def wait(tensor: Tensor, group: Group) -> Tensor:
+    """`tensor`, once it has arrived."""
+    if group.size == 1:
+        return tensor
+    if torch.compiler.is_compiling():
+        return torch.ops._c10d_functional.wait_tensor(tensor)
+    try:
+        return torch.ops._c10d_functional.wait_tensor(tensor)
+    except RuntimeError as error:
+        raise rank_progress.explained(error, group.name) from error
+
+
+def depends_on(tensor: Tensor, *others: Tensor | None) -> Tensor:
+    """`tensor`; in a compiled graph, one that depends on `others`.
+
+    All ranks must make the same exchanges in the same order, and a compiler that sees the graph of one rank knows
+    nothing of that. It drops what nothing depends on: so the result of a rank that has no use for what it received
+    comes `depends_on` it. And it moves into the forward what does not depend on gradients, and makes one exchange of
+    two
+    that send the same, such as zeros: so what the backward sends comes `depends_on` them and after what it belongs to.
+    The dependency is a zero that an operator makes of `others`, into which no compiler looks.
+    """
+    if torch.compiler.is_compiling():
+        given = [other.detach() for other in others if other is not None]
+        if given:
+            return tensor + _zero_after(given).to(tensor.dtype)
+    return tensor
+
+
+@torch.library.custom_op("diffusers_attn::zero_after", mutates_args=())
+def _zero_after(others: Sequence[Tensor]) -> Tensor:
+    return others[0].new_zeros((), dtype=torch.float32)
+
+
+@_zero_after.register_fake
+def _(others):  # type: ignore[no-untyped-def]
+    return others[0].new_empty((), dtype=torch.float32)
+
+
+def start_gather(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+    """The rows of all ranks, in their order. `sizes` are the numbers of rows that the ranks have."""
+    if group.size == 1:
+        return tensor
+    send = [sizes[group.rank]] * group.size
+    return start_all_to_all(tensor.repeat(group.size, *[1] * (tensor.ndim - 1)), send, sizes, group)
+
+
+def start_gather_others(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+    """The rows of all other ranks, in their order, without this rank's."""
+    copies = tensor.repeat(group.size - 1, *[1] * (tensor.ndim - 1)) if group.size > 2 else tensor
+    send = [0 if rank == group.rank else sizes[group.rank] for rank in range(group.size)]
+    receive = [0 if rank == group.rank else size for rank, size in enumerate(sizes)]
+    return start_all_to_all(copies, send, receive, group)
+
+
+def start_return_to_owners(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+    """The adjoint of `start_gather_others`, but for the sum: sends to each other rank the rows that are its. What
+    arrives, `[(ranks - 1) * own rows, ...]`, are the others' contributions to this rank's rows."""
+    send = [0 if rank == group.rank else size for rank, size in enumerate(sizes)]
+    receive = [0 if rank == group.rank else sizes[group.rank] for rank in range(group.size)]
+    return start_all_to_all(tensor, send, receive, group)
+
+
+def start_to_next(tensor: Tensor, rows_of_previous: int, group: Group) -> Tensor:
+    """One step around the ring: `tensor` goes to the next rank, the previous rank's comes."""
+    send, receive = [0] * group.size, [0] * group.size
+    send[(group.rank + 1) % group.size] = tensor.shape[0]
+    receive[(group.rank - 1) % group.size] = rows_of_previous
+    return start_all_to_all(tensor, send, receive, group)
+
+
+def sum_of_parts(tensor: Tensor, parts: int) -> Tensor:
+    """The sum of `parts` tensors that lie behind each other in dimension 0, in float32 at least."""
+    rows = tensor.shape[0] // parts
+    return tensor.unflatten(0, (parts, rows)).sum(dim=0, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,107 @@
+"""How keys and values get to the other ranks of a ring: chosen once, when context parallelism is applied.
+
+"symmetric" writes them into the other GPUs' memory by copy engines (`symmetric_gather`), beside all computation. It
+needs CUDA, NCCL to have made the group, and one machine whose GPUs reach each other. "collective" is a functional
+collective (`collectives`) and works everywhere. Results are the same.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..mesh import ContextParallelMesh, Group
+from . import symmetric_memory
+from .process_groups import resolve
+from .symmetric_gather import GatherInFlight, SideStream, SymmetricGather, open_gather
+
+SYMMETRIC = "symmetric"
+COLLECTIVE = "collective"
+
+
+class Transport(NamedTuple):
+    """What was chosen. Plain values, which a compiled graph takes as constants."""
+
+    kind: str = COLLECTIVE
+    """"symmetric" or "collective"."""
+    reason: str = "no other was asked for"
+
+
+def choose_transport(mesh: ContextParallelMesh) -> tuple[Transport, SymmetricGather | None]:
+    """The fastest transport that the ring of `mesh` can use, and what owns its memory; keep that as long as the
+    transport is used. A collective where the mesh is one of GPUs: all its ranks must call this, with their GPU as the
+    current device, and all get the same.
+    """
+    group = mesh.ring
+    if group.size == 1:
+        return Transport(COLLECTIVE, "a ring of one rank sends nothing"), None
+    reason = _not_cuda(mesh)
+    if reason is not None:
+        return Transport(COLLECTIVE, reason), None
+    found = _gathered((_machine(), symmetric_memory.missing_interface()), group)
+    machines, missing = {machine for machine, _ in found}, [reason for _, reason in found if reason]
+    if missing:
+        return Transport(COLLECTIVE, missing[0]), None
+    if len(machines) > 1:
+        return Transport(COLLECTIVE, f"the ring's {group.size} ranks are on {len(machines)} machines"), None
+    gather: SymmetricGather | None = None
+    failure: str | None = None
+    try:
+        gather = open_gather(group, lambda: _make(group))
+        failure = _try(gather)
+    except Exception as error:
+        failure = f"symmetric memory cannot be used: {type(error).__name__}: {error}".partition("\n")[0]
+    failures = [each for each in _gathered(failure, group) if each is not None]
+    if failures:
+        return Transport(COLLECTIVE, failures[0]), None
+    return Transport(SYMMETRIC, f"{group.size} GPUs that reach each other's memory"), gather
+
+
+def _make(group: Group) -> SymmetricGather:
+    device = torch.device("cuda", torch.cuda.current_device())
+    lanes = SideStream(device), SideStream(device)
+    return SymmetricGather(group, lambda nbytes: symmetric_memory.SymmetricMemory(group, nbytes, device), *lanes)
+
+
+def _not_cuda(mesh: ContextParallelMesh) -> str | None:
+    """Why the mesh is not one of GPUs; the same on every rank."""
+    import torch.distributed as dist
+
+    if mesh.device_type != "cuda":
+        return f"the mesh is of {mesh.device_type} devices"
+    backends = dist.get_backend_config(resolve(mesh.ring.name))
+    return None if "cuda:nccl" in backends else f"the ring's group has the backends {backends}, not cuda:nccl"
+
+
+def _gathered(value, group: Group):  # type: ignore[no-untyped-def]
+    """`value` of every rank of `group`."""
+    import torch.distributed as dist
+
+    values = [None] * group.size
+    dist.all_gather_object(values, value, group=resolve(group.name))
+    return values
+
+
+def _machine() -> str:
+    """What tells this machine from others, whatever their containers call themselves."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _try(gather: SymmetricGather) -> str | None:
+    """A gather of one row from every rank; why it went wrong, None if it did not."""
+    group = gather.group
+    device = torch.device("cuda", torch.cuda.current_device())
+    for attempt in range(2):  # both slots
+        own = torch.full((1, 1, 1, 8), float(group.rank + 10 * attempt), device=device)
+        sizes = (1,) * group.size
+        key, value = GatherInFlight.start(own, own, own, sizes, group, needs_grad=False).finish(own)
+        expected = [float(rank + 10 * attempt) for rank in range(group.size) if rank != group.rank]
+        if key[0, :, 0, 0].tolist() != expected or value[0, :, 0, 7].tolist() != expected:
+            return f"on rank {group.rank}, symmetric memory brought {key[0, :, 0, 0].tolist()} instead of {expected}"
+    return None

@@ -1,0 +1,1 @@
+"""What Inductor needs to compile exchanges, and the order in which it runs them."""

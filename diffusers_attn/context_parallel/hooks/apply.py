@@ -1,0 +1,226 @@
+"""Applying a plan to a module, and taking it off again.
+
+Splits and gathers are forward hooks (`plan_hooks`) on the modules that the plan names. Modules that are replaced later,
+as LoRA does, are followed at the start of the next forward.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.hooks import RemovableHandle
+
+from ...cp_plans.plan import CPAttention, CPHeads, Plan
+from ...cp_plans.plan import entries as entries_of
+from ...cp_plans.registry import get_cp_plan
+from ...errors import AttentionProviderError
+from ...recompute import keep_for_recomputation
+from ...tracing.errors import raise_error
+from ..comm import one_thread, rank_progress, shared_groups
+from ..comm.symmetric_gather import SymmetricGather
+from ..comm.transport import choose_transport
+from ..mesh import ContextParallelMesh
+from ..sequences.active import keep_active
+from ..sequences.tracker import SequenceTracker
+from . import copies, diffusers_hooks
+from .attention_modules import attention_elsewhere, is_attention
+from .split_gather import hooks_of
+from .submodules import original, submodules
+
+
+class _Entry:
+    """One entry of a plan, and the hooks that are set for it."""
+
+    def __init__(
+        self, path: str, spec: Any, modules: list[nn.Module], tracker: SequenceTracker, names: Mapping[int, str]
+    ) -> None:
+        self.path = path
+        self.spec = spec
+        self.tracker = tracker
+        self.handles: list[RemovableHandle] = []
+        # Blocks, and attention modules as a whole, are not what adapters take the place of; and there are many.
+        self._is_followed = bool(path) and (
+            "*" not in path or not (path.endswith("*") or spec is None or isinstance(spec, CPAttention))
+        )
+        self._find(modules, names)
+
+    def _find(self, modules: list[nn.Module], names: Mapping[int, str]) -> None:
+        self.modules = [weakref.ref(module) for module in modules]
+        self.hooks = [
+            hook
+            for module in modules
+            for hook in hooks_of(module, self.path, self.spec, self.tracker, names.get(id(module), self.path))
+        ]
+
+    def set(self) -> None:
+        self.handles = [set_hook() for set_hook in self.hooks]
+        for module in self._alive():
+            copies.leave_hooks_out(module)
+        self.hooks = []  # they hold the modules, and so the model, alive
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        for module in self._alive():
+            copies.keep_hooks(module)
+
+    def _alive(self) -> list[nn.Module]:
+        return [module for module in (then() for then in self.modules) if module is not None]
+
+    def refresh(self, model: nn.Module) -> None:
+        """Follows a module that was replaced, as adapters (LoRA) do when they are added and unloaded."""
+        if self._is_followed:
+            modules = list(submodules(model, self.path))
+            if any(original(now) is not original(then()) for now, then in zip(modules, self.modules)):
+                self.remove()
+                self._find(modules, {})
+                self.set()
+
+
+class _Applied(NamedTuple):
+    tracker: SequenceTracker
+    ends: tuple[RemovableHandle, RemovableHandle]
+    """of a forward: its begin and its end."""
+    entries: list[_Entry]
+    gather: SymmetricGather | None
+    """what owns the memory of the transport."""
+
+
+_applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
+
+
+def apply_context_parallel(
+    module: nn.Module, mesh: DeviceMesh | ContextParallelMesh, plan: Plan | None = None
+) -> SequenceTracker:
+    """Splits and gathers tensors of `module` over `mesh` wherever `plan` says. On GPUs all ranks of the mesh must call
+    this, each with its GPU as the current device: they try whether they reach each other's memory. What was compiled in
+    this process is compiled anew when it is next called, also after `remove_context_parallel`: Dynamo notices no hooks.
+
+    Args:
+        module: a model. Every rank must run it with the same inputs.
+        mesh: a DeviceMesh of one dimension, or with dimensions named "ring" and "ulysses"; or a ContextParallelMesh.
+        plan: see `diffusers_attn.cp_plans.plan`; None takes the one that is registered for the module's class.
+
+    Returns:
+        What attention needs to know about the sequences that are split.
+
+    Raises:
+        AttentionProviderError: a plan is applied already, or this one does not fit the module. Then nothing changed.
+    """
+    if module in _applied:
+        raise AttentionProviderError(
+            f"context parallelism is applied to this {type(module).__name__} already; call "
+            "remove_context_parallel(module) first."
+        )
+    copies.check_whole(module)
+    if isinstance(mesh, DeviceMesh):
+        mesh = ContextParallelMesh.from_mesh(mesh)
+    tracker = SequenceTracker(mesh)
+    names = {id(each): name for name, each in module.named_modules()}
+    # All of the plan is read before the first hook is set.
+    plan = get_cp_plan(module) if plan is None else plan
+    entries = [_Entry(path, spec, list(submodules(module, path)), tracker, names) for path, spec in entries_of(plan)]
+    diffusers_hooks.check(module, plan)
+    # Attention modules that the plan says nothing of must be known to be this model's all the same.
+    of_attention = [entry for entry in entries if isinstance(entry.spec, (CPAttention, CPHeads))]
+    named = {id(then()) for entry in of_attention for then in entry.modules}
+    others = [each for each in module.modules() if id(each) not in named and is_attention(each)]
+    entries += [_Entry("", None, [each], tracker, names) for each in others]
+    tracker.transport, gather = choose_transport(mesh)
+    _forget_graphs()
+    begin = module.register_forward_pre_hook(_Begin(tracker))
+    copies.leave_hooks_out(module)
+    for entry in entries:
+        entry.set()
+    end = module.register_forward_hook(_End(tracker), always_call=True)  # behind the plan's own for the model
+    _applied[module] = _Applied(tracker, (begin, end), entries, gather)
+    diffusers_hooks.watch(module, plan, tracker)
+    return tracker
+
+
+def remove_context_parallel(module: nn.Module) -> None:
+    """Takes off what `apply_context_parallel` put on. Without effect where nothing is applied.
+
+    Raises:
+        AttentionProviderError: `module` is a shallow copy of a model that is split, which is to be given instead.
+    """
+    copies.check_not_shallow(module)
+    if module in _applied:
+        _forget_graphs()
+        applied = _applied.pop(module)
+        diffusers_hooks.unwatch(module)
+        for entry in applied.entries:
+            entry.remove()
+        for handle in applied.ends:
+            handle.remove()
+        copies.keep_hooks(module)
+
+
+def _forget_graphs() -> None:
+    """Has compiled code compiled anew when it is next called.
+
+    Dynamo does not look whether a module's hooks are those that it saw: what was compiled without a plan would go on
+    running without, wherever shapes fit.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def applied_tracker(module: nn.Module) -> SequenceTracker | None:
+    """What `apply_context_parallel` returned for `module`; None where no plan is applied."""
+    return _applied[module].tracker if module in _applied else None
+
+
+def applied_gather(module: nn.Module) -> SymmetricGather | None:
+    """What brings this module's keys and values to the other ranks by copy engines; None where collectives do."""
+    return _applied[module].gather if module in _applied else None
+
+
+keep_for_recomputation(keep_active)
+
+
+class _Begin:
+    """A new forward of the model."""
+
+    def __init__(self, tracker: SequenceTracker) -> None:
+        self.tracker = tracker
+        self.groups = [group.name for group in (tracker.mesh.ring, tracker.mesh.ulysses) if group.size > 1]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            one_thread.take(self.groups, module)
+            if self.tracker.mesh.device_type == "cuda":
+                shared_groups.keep_if_captured(self.groups)
+        self.tracker.start(None if torch.compiler.is_compiling() else sys._getframe(1))
+        if not torch.compiler.is_compiling() and module in _applied:
+            for entry in _applied[module].entries:
+                entry.refresh(module)
+
+
+class _End:
+    """The forward ends, also by an error: the thread must not take the next model's attention for this one's.
+
+    For the model alone, since Dynamo guards on hooks that are always called: in every block one of its own would mean
+    a graph for every block.
+    """
+
+    def __init__(self, tracker: SequenceTracker) -> None:
+        self.tracker = tracker
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tracker = self.tracker
+        tracker.end()
+        if output is None and not torch.compiler.is_compiling():
+            error = sys.exc_info()[1]
+            if error is not None:
+                rank_progress.note_failure(error)
+        # Without an output, it is left by an error.
+        if output is not None and tracker.is_split and not tracker.reached and tracker.strict:
+            raise_error(attention_elsewhere, module)

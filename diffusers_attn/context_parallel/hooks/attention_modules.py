@@ -1,0 +1,147 @@
+"""Which modules compute attention, by what their code names.
+
+A module that attends is watched while it runs over split tokens: a call of it must come through this library, or else
+it would take this rank's tokens for all (`plan_hooks`). One with a `processor` is known by that. Others are known by
+their `forward`, with the methods and functions that it names: an attention kernel, or a softmax beside a product of
+matrices. Attention that is neither, as one that is linear in the tokens, is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+from collections.abc import Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import AttentionProviderError
+
+_KERNELS = frozenset(
+    "scaled_dot_product_attention dispatch_attention_fn attention_dispatch flex_attention multi_head_attention_forward "
+    "memory_efficient_attention flash_attn_func flash_attn_varlen_func flash_attn_qkvpacked_func "
+    "flash_attn_varlen_qkvpacked_func sageattn sageattn_varlen".split()
+)
+_PRODUCTS = frozenset("@ matmul bmm baddbmm einsum".split())
+_SOFTMAX = frozenset("softmax Softmax log_softmax".split())
+_NOT_FOLLOWED = frozenset("torch numpy math typing functools contextlib itertools inspect logging warnings".split())
+_OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""which may attend by one kernel of their own, depending on PyTorch's settings."""
+_PLAIN = (nn.Module, Tensor, str, bytes, int, float, bool, type(None), dict, list, tuple, set, frozenset, type)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether `module` computes attention itself, rather than only a module within it."""
+    if hasattr(module, "processor") or isinstance(module, _OF_TORCH):
+        return True
+    cls: type = type(module)
+    if cls.__module__.partition(".")[0] == "torch":
+        return False
+    return _class_attends(cls) or any(
+        _called_attends(value, cls) for value in vars(module).values() if not isinstance(value, _PLAIN)
+    )
+
+
+def attention_elsewhere(model: nn.Module) -> AttentionProviderError | None:
+    """What to raise where tokens of `model` were split and no attention came to this library: None where nothing in it
+    weighs tokens, as far as its code tells. Modules that are known to attend are watched one by one, and may be skipped
+    by a cache."""
+    if any(map(is_attention, model.modules())):
+        return None
+    found = {f"'{name}' ({type(module).__name__})": None for name, module in model.named_modules() if _weighs(module)}
+    if not found:
+        return None
+    return AttentionProviderError(
+        f"tokens of this {type(model).__name__} were split between ranks, and no attention came to diffusers_attn, so "
+        f"that any that it computes took this rank's tokens for all. Code with a softmax is in {', '.join(found)}. "
+        "Have it call diffusers_attn.attention_dispatch; or, if none of it looks at other tokens, say so in the plan: "
+        f'"{next(iter(found)).split(chr(39))[1]}": CPAttention((), key=()).'
+    )
+
+
+def _weighs(module: nn.Module) -> bool:
+    """Whether there is a softmax in a module's code, or as one."""
+    if isinstance(module, nn.Softmax):
+        return True
+    forward = getattr(type(module), "forward", None)
+    is_of_torch = type(module).__module__.partition(".")[0] == "torch"
+    return not is_of_torch and isinstance(forward, FunctionType) and bool(_names(forward, type(module)) & _SOFTMAX)
+
+
+@functools.cache
+def _class_attends(cls: type) -> bool:
+    forward = getattr(cls, "forward", None)
+    return isinstance(forward, FunctionType) and _attends(forward, cls)
+
+
+def _called_attends(value: Any, of: type) -> bool:
+    """Whether it is a function, or an object with methods, that a module of class `of` has and attends by."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    if isinstance(value, BuiltinFunctionType):
+        return value.__name__ in _KERNELS
+    if isinstance(value, FunctionType):
+        return value.__name__ in _KERNELS or _attends(value, None)
+    kind: type = type(value)
+    return _object_attends(kind, of)
+
+
+@functools.cache
+def _object_attends(cls: type, of: type) -> bool:
+    if cls.__module__.partition(".")[0] in ("builtins", "torch", "functools"):
+        return False
+    forward = getattr(of, "forward", None)
+    named = {"__call__", *names_in(forward.__code__)} if isinstance(forward, FunctionType) else {"__call__"}
+    methods = [each for name in named if isinstance(each := getattr(cls, name, None), FunctionType)]
+    return any(_attends(each, cls) for each in methods)
+
+
+def _attends(function: FunctionType, cls: type | None) -> bool:
+    """Whether `function` names a kernel, or a softmax and a product; with what it calls, by name."""
+    names = _names(function, cls)
+    return bool(names & _KERNELS) or bool(names & _SOFTMAX and names & _PRODUCTS)
+
+
+def _names(function: FunctionType, cls: type | None) -> set[str]:
+    """The globals and attributes that `function` mentions, under their own names too where they have others there; and
+    what it calls, of `cls`, its module and its closure."""
+    names: set[str] = set()
+    visited: set[FunctionType] = set()
+    waiting = [function]
+    while waiting:
+        function = waiting.pop()
+        if function not in visited:
+            visited.add(function)
+            own = set(names_in(function.__code__))
+            names |= own
+            for each in _mentioned(function, own, cls):
+                if isinstance(each, (FunctionType, BuiltinFunctionType)):
+                    names.add(each.__name__)
+                if isinstance(each, FunctionType) and (each.__module__ or "").partition(".")[0] not in _NOT_FOLLOWED:
+                    waiting.append(each)
+    return names
+
+
+def _mentioned(function: FunctionType, names: set[str], cls: type | None) -> Iterator[Any]:
+    """What `function` may call: of its module, of modules that it names, of its class, of its closure."""
+    for name in names & function.__globals__.keys():
+        value = function.__globals__[name]
+        yield value
+        if isinstance(value, ModuleType):
+            yield from (vars(value)[each] for each in names & vars(value).keys())
+    if cls is not None:
+        yield from (getattr(cls, name, None) for name in names)
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # empty yet
+            yield cell.cell_contents
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """The globals and attributes that `code` mentions, those of functions defined within it included; and "@"."""
+    yield from code.co_names
+    yield from ("@" for each in dis.get_instructions(code) if each.opname == "BINARY_OP" and each.argrepr[0] == "@")
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)

@@ -1,0 +1,157 @@
+"""What a convolution along a split sequence sees beyond this rank's shard: entries of the ranks before and after.
+
+Each rank sends every other what that one looks at, which may be entries of several ranks. On a mesh of two dimensions,
+where no exchange is between all ranks, their edges are gathered, or, where these are no fewer, all entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...cp_plans.plan import CPHalo
+from ...errors import AttentionProviderError
+from ..comm import collectives
+from ..mesh import Group
+from ..sequences import sharding
+from ..sequences.sharding import Shards, Span
+from ..sequences.tracker import SequenceTracker
+
+
+class AddHalo:
+    """Gives a module its first argument with its halo.
+
+    Args:
+        length: name and place of the argument that says how many entries it has, where there is one.
+    """
+
+    def __init__(
+        self, tracker: SequenceTracker, path: str, spec: CPHalo, length: tuple[str | None, int | None] | None = None
+    ) -> None:
+        self.tracker, self.path, self.spec, self.length = tracker, path, spec, length
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            raise AttentionProviderError(
+                f"the plan has halo for the first argument of '{self.path}', which was not given a tensor there. "
+                "Name a module that is called with it by position."
+            )
+        new_args, new_kwargs = [with_neighbours(self.tracker, self.spec, args[0]), *args[1:]], dict(kwargs)
+        if self.length is not None:
+            name, index = self.length
+            where: Any = new_kwargs if name in new_kwargs else new_args
+            key: Any = name if name in new_kwargs else index
+            self.tracker.global_length(self.spec.sequence, where[key])  # that it is what it is said to be
+            where[key] += sum(_beside(self.tracker, self.spec))
+        return tuple(new_args), new_kwargs
+
+
+class CutHalo:
+    """Cuts off what came out for them."""
+
+    def __init__(self, tracker: SequenceTracker, spec: CPHalo) -> None:
+        self.tracker, self.spec = tracker, spec
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        own = self.tracker.shards((self.spec.sequence,)).sizes[self.tracker.mesh.rank]
+        before, behind = _beside(self.tracker, self.spec)
+        each = output.shape[self.spec.dim] // (before + own + behind) if self.spec.grouped else 1
+        return output.narrow(self.spec.dim, before * each, own * each)
+
+
+def _beside(tracker: SequenceTracker, spec: CPHalo) -> tuple[int, int]:
+    """How many entries this rank is given from before its own, and from behind."""
+    tracker.check_in_order(spec.sequence, "a CPHalo")
+    shards = tracker.shards((spec.sequence,))
+    ((start, own),) = shards.spans[tracker.mesh.rank]
+    return min(spec.reach, start), min(spec.reach, shards.total - start - own)
+
+
+def with_neighbours(tracker: SequenceTracker, spec: CPHalo, tensor: Tensor) -> Tensor:
+    """This rank's shard of a sequence, and the `reach` entries before and behind it where there are such, of one other
+    rank or of several.
+
+    Raises:
+        AttentionProviderError: the tensor is not this rank's shard.
+    """
+    mesh, dim, reach = tracker.mesh, spec.dim % tensor.ndim, spec.reach
+    if mesh.size == 1:
+        return tensor
+    tracker.check_in_order(spec.sequence, "a CPHalo")
+    shards = tracker.shards((spec.sequence,))
+    ((start, own),) = shards.spans[mesh.rank]
+    if tensor.shape[dim] % own if spec.grouped and own else tensor.shape[dim] != own:
+        raise AttentionProviderError(
+            f"a tensor {list(tensor.shape)} is to be this rank's part of '{spec.sequence}' in dimension {dim}, of "
+            f"which "
+            f"it has {own}. Was it split?"
+        )
+    if spec.grouped:
+        tensor = tensor.unflatten(dim, (own, -1))
+    before, behind = _beside(tracker, spec)
+    if 1 in (mesh.ring.size, mesh.ulysses.size):
+        group = mesh.ulysses if mesh.ring.size == 1 else mesh.ring
+        tensor = _WithOthers.apply(tensor, dim, _looked_at(shards, group.rank, reach), before, group)
+    elif min(shards.sizes) < reach or 2 * reach * mesh.size >= shards.total:
+        every = sharding.gather(tensor, shards, dim, mesh)
+        tensor = every.narrow(dim, start - before, before + own + behind)
+    else:
+        edges = torch.cat([tensor.narrow(dim, 0, reach), tensor.narrow(dim, own - reach, reach)], dim=dim)
+        every = sharding.gather(edges, Shards.contiguous(2 * reach * mesh.size, mesh.size), dim, mesh)
+        parts = [tensor]
+        if before:
+            parts.insert(0, every.narrow(dim, (2 * mesh.rank - 1) * reach, reach))
+        if behind:
+            parts.append(every.narrow(dim, 2 * (mesh.rank + 1) * reach, reach))
+        tensor = torch.cat(parts, dim=dim)
+    return tensor.flatten(dim, dim + 1) if spec.grouped else tensor
+
+
+class _LookedAt(NamedTuple):
+    """By rank: of this rank's entries those that it looks at, and how many of its own this rank does."""
+
+    sent: tuple[Span, ...]
+    received: tuple[int, ...]
+
+
+def _looked_at(shards: Shards, rank: int, reach: int) -> _LookedAt:
+    """Runs are counted from the first entry of this rank."""
+    ends = [(start, start + own) for ((start, own),) in shards.spans]
+
+    def part(owner: int, other: int) -> Span:
+        """Of the entries of `owner`, those that another rank looks at: its last ones, or its first."""
+        start, end = ends[owner]
+        begin = max(start, ends[other][0] - reach) if owner < other else start
+        length = (end if owner < other else min(end, ends[other][1] + reach)) - begin
+        return (begin - start, length) if length > 0 and owner != other else (0, 0)
+
+    ranks = range(len(ends))
+    return _LookedAt(tuple(part(rank, each) for each in ranks), tuple(part(each, rank)[1] for each in ranks))
+
+
+class _WithOthers(torch.autograd.Function):
+    """`tensor` and what comes from other ranks, `before` entries of it first. Its adjoint sends gradients back, where
+    they are added."""
+
+    @staticmethod
+    def forward(ctx, tensor, dim: int, looked_at: _LookedAt, before: int, group: Group):  # type: ignore[no-untyped-def]
+        ctx.dim, ctx.looked_at, ctx.before, ctx.group, ctx.own = dim, looked_at, before, group, tensor.shape[dim]
+        rows = tensor.movedim(dim, 0)
+        sent = torch.cat([rows.narrow(0, *span) for span in looked_at.sent])
+        lengths = [length for _, length in looked_at.sent]
+        arrived = collectives.wait(collectives.start_all_to_all(sent, lengths, looked_at.received, group), group)
+        behind = arrived.narrow(0, before, arrived.shape[0] - before)
+        return torch.cat([arrived.narrow(0, 0, before), rows, behind]).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        rows, lengths = grad.movedim(ctx.dim, 0), [length for _, length in ctx.looked_at.sent]
+        of_others = torch.cat([rows.narrow(0, 0, ctx.before), rows[ctx.before + ctx.own :]])
+        arrived = collectives.start_all_to_all(of_others, ctx.looked_at.received, lengths, ctx.group)
+        arrived = collectives.wait(arrived, ctx.group)
+        total = rows.narrow(0, ctx.before, ctx.own).to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        for span, part in zip(ctx.looked_at.sent, arrived.split(lengths)):
+            total.narrow(0, *span).add_(part)
+        return total.to(grad.dtype).movedim(0, ctx.dim), None, None, None, None

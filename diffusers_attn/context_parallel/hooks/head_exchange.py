@@ -1,0 +1,172 @@
+"""A module that computes every head by itself over the whole sequence: some heads of all tokens before it, as Ulysses
+has them, and all heads of some tokens again behind it.
+
+The module's own code runs, and knows nothing of it but the number of heads. Where there are two dimensions of ranks,
+heads are split along both: what `ulysses` exchanges is then a part of the ring's, in order, so that this serves any
+mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...cp_plans.plan import CPHeads
+from ...errors import AttentionProviderError
+from ...nested import describe
+from ..attention.ulysses import HeadLayout, HeadsToTokens, TokensToHeads
+from ..mesh import ContextParallelMesh, Group
+from ..sequences.sharding import Shards
+from ..sequences.tracker import SequenceTracker
+
+Place = tuple[str, int | None, tuple[int, int]]
+
+
+class _HeadHook:
+    """What both have in common. `path` is read for errors only: what a compiler reads, it compiles for anew."""
+
+    def __init__(self, tracker: SequenceTracker, path: str, spec: CPHeads) -> None:
+        self.tracker, self.path, self.spec = tracker, path, spec
+
+    def shares(self) -> _Shares:
+        """Who has what.
+
+        Raises:
+            AttentionProviderError: the sequence was not split, or some rank has none of it. On all ranks.
+        """
+        tracker, mesh, name = self.tracker, self.tracker.mesh, self.spec.sequence
+        tracker.check_in_order(name, "a CPHeads")
+        sizes = tracker.shards((name,)).sizes if name in tracker.lengths else (0,)
+        if min(sizes) == 0:
+            raise AttentionProviderError(
+                f"'{self.path}' exchanges heads for what ranks have of '{name}', which has a length of {sum(sizes)}, "
+                f"and every one of {mesh.size} ranks needs one. Split it before; or use fewer ranks."
+            )
+        inner, outer = _stages(mesh, sizes, self.spec.heads)
+        stages = tuple(stage for stage in (inner, outer) if stage.group.size > 1)
+        return _Shares(sizes, outer.heads[mesh.ring.rank], stages)
+
+    def by_heads(
+        self, value: Any, dims: tuple[int, int], length: int, heads: int, name: str | None
+    ) -> tuple[Tensor, list[int]]:
+        """A tensor as `[batch, tokens, heads, ...]` of four dimensions, and what the last of them is made of.
+
+        Args:
+            dims: which are the sequence, of `length` entries, and the `heads`.
+            name: of the argument; None for the output.
+        """
+        sequence, of_heads = dims
+        if not isinstance(value, Tensor) or value.shape[sequence] % length or value.shape[of_heads] % heads:
+            what = "the output" if name is None else f"argument '{name}'"
+            raise AttentionProviderError(
+                f"{what} of '{self.path}' is {describe(value)}, and its plan has a sequence of {length} in dimension "
+                f"{sequence} and {heads} heads in dimension {of_heads}, or multiples. Correct them in its CPHeads."
+            )
+        tensor = value.movedim(dims, (1, 2)).unflatten(2, (heads, -1))
+        return tensor.flatten(3), list(tensor.shape[3:])
+
+
+class ToHeads(_HeadHook):
+    """Gives a module all tokens of this rank's heads.
+
+    Args:
+        places: name and place of each argument with heads, and its dimensions of sequence and heads.
+    """
+
+    def __init__(self, tracker: SequenceTracker, path: str, spec: CPHeads, places: Sequence[Place]) -> None:
+        super().__init__(tracker, path, spec)
+        self.places = places
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rank = self.tracker.mesh.rank
+        if self.tracker.mesh.size == 1:
+            return args, kwargs
+        new_args, new_kwargs = list(args), dict(kwargs)
+        shares = self.shares()
+        tensors, inners = [], []
+        for name, index, dims in self.places:
+            value = kwargs.get(name) if index is None or index >= len(args) else args[index]
+            tensor, inner = self.by_heads(value, dims, shares.sizes[rank], self.spec.heads, name)
+            tensors.append(tensor)
+            inners.append(inner)
+        tensors = list(shares.to_heads(tensors))
+        for (name, index, dims), inner, tensor in zip(self.places, inners, tensors):
+            if not self.tracker.others_seen:
+                tensor = _own_tokens(tensor, shares.sizes, rank)
+            if shares.heads == 0:  # it computes one of zeros, as code that counts does not run without
+                tensor = torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], 1, tensor.shape[3])], dim=2)
+            tensor = tensor.unflatten(3, inner).flatten(2, 3).movedim((1, 2), dims)
+            if index is None or index >= len(args):
+                new_kwargs[name] = tensor
+            else:
+                new_args[index] = tensor
+        return tuple(new_args), new_kwargs
+
+
+class ToTokens(_HeadHook):
+    """Makes what it gave all heads of this rank's tokens again."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.tracker.mesh.size == 1:
+            return output
+        shares, dims = self.shares(), self.spec.output
+        tensor, inner = self.by_heads(output, dims, sum(shares.sizes), max(shares.heads, 1), None)
+        tensor = shares.to_tokens(tensor.narrow(2, 0, shares.heads))
+        return tensor.unflatten(3, inner).flatten(2, 3).movedim((1, 2), dims).contiguous()
+
+
+class _Stage(NamedTuple):
+    """An exchange between the ranks of one group."""
+
+    group: Group
+    sizes: tuple[int, ...]
+    """of the sequence, what each of them has."""
+    heads: tuple[int, ...]
+    """what each of them gets of the heads."""
+
+    def layout(self, each: int) -> HeadLayout:
+        """Of a tensor with so many tokens for each entry of the sequence."""
+        return HeadLayout(self.group, tuple(size * each for size in self.sizes), self.heads)
+
+
+class _Shares(NamedTuple):
+    """Who has what of a sequence, and what this rank has of its heads."""
+
+    sizes: tuple[int, ...]
+    heads: int
+    stages: tuple[_Stage, ...]
+
+    def to_heads(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`[batch, tokens of this rank, all heads, ...]` to `[batch, all tokens, heads of this rank, ...]`."""
+        for stage in self.stages:
+            mine = stage.sizes[stage.group.rank]
+            layouts = tuple(stage.layout(tensor.shape[1] // mine) for tensor in tensors)
+            tensors = TokensToHeads.apply(layouts, *tensors)
+        return tensors
+
+    def to_tokens(self, tensor: Tensor) -> Tensor:
+        """The way back."""
+        for stage in reversed(self.stages):
+            (tensor,) = HeadsToTokens.apply((stage.layout(tensor.shape[1] // sum(stage.sizes)),), tensor)
+        return tensor
+
+
+def _stages(mesh: ContextParallelMesh, sizes: tuple[int, ...], heads: int) -> tuple[_Stage, _Stage]:
+    """First along `ulysses`, whose ranks have neighbouring shards; then what they have together, along the ring."""
+    step = mesh.ulysses.size
+    together = [sizes[start : start + step] for start in range(0, len(sizes), step)]
+    inner = _Stage(mesh.ulysses, together[mesh.ring.rank], Shards.contiguous(heads, step).sizes)
+    rest = inner.heads[mesh.ulysses.rank]
+    return inner, _Stage(mesh.ring, tuple(map(sum, together)), Shards.contiguous(rest, mesh.ring.size).sizes)
+
+
+def _own_tokens(tensor: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+    """`tensor` with zeros for the tokens of other ranks."""
+    each = tensor.shape[1] // sum(sizes)
+    start, own = sum(sizes[:rank]) * each, sizes[rank] * each
+    kept = torch.zeros_like(tensor)
+    kept.narrow(1, start, own).copy_(tensor.narrow(1, start, own))
+    return kept

@@ -1,0 +1,1 @@
+"""Which rank holds which tokens, and what a forward knows of its sequences."""

@@ -1,0 +1,25 @@
+"""The name of the module that runs, for an error: nothing keeps track of it, so it is looked up on the stack."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+
+def active_module() -> str:
+    """Name and class of the innermost module whose code is running in this thread; "no module" where there is none."""
+    running: list[nn.Module] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            running.append(module)
+        frame = frame.f_back  # type: ignore[assignment]
+    if not running:
+        return "no module"
+    for outer in reversed(running):  # the outermost that it is a part of has its full name
+        for name, module in outer.named_modules():
+            if module is running[0]:
+                return f"'{name}' ({type(module).__name__})" if name else f"the {type(module).__name__} itself"
+    raise AssertionError("a module is a part of itself")

@@ -1,0 +1,1 @@
+"""Context parallelism for a pipeline or a model in one call, and off again."""

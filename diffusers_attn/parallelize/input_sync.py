@@ -1,0 +1,421 @@
+"""Every rank's inputs of a model, kept the same.
+
+Context parallelism computes one forward on several ranks, so each must be given the same inputs. The classic failure is
+noise that every rank drew by itself, which gives a picture made of pieces of several. Before tensors are split:
+
+1. Every rank makes a digest of its call: names, shapes and dtypes of tensors, and values of numbers, flags and strings.
+   Digests are exchanged between hosts, through the CPU's memory: devices go on computing meanwhile and nothing waits
+   for them. So shapes are known to be equal before an exchange depends on them, and no rank goes a way of its own.
+2. Where digests differ, the ranks exchange what they were made of, and all raise the same error, naming arguments.
+3. Otherwise the first rank's tensors go to the others, in one message ("broadcast"). Or fingerprints of their values
+   were in the digests already ("check"); reading those is the one thing for which a host waits for its device.
+   The first rank, and every rank in "check", goes on with the tensor objects that it was given. The others are given
+   the same memory for the same input every time (`received.py`), since caches know an input by its address.
+
+The digest also has how many forwards this model has had, and its adapters with their scales and its processors
+(`forward_count.py`, `model_sync.py`): so a rank that left out a call, or has another LoRA, is found in the same
+exchange.
+
+Where a model's forward is recorded as CUDA graphs, ranks also agree on what is.
+
+A tensor that requires a gradient is never replaced, since its graph is this rank's own: it is checked in both modes.
+What a plan calls a cache is left alone in all: the model writes into it, and it may be larger than all else together.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import functools
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..context_parallel import job
+from ..context_parallel.comm import one_thread, rank_progress, shared_groups
+from ..context_parallel.comm.process_groups import resolve
+from ..context_parallel.comm.rank_differences import differences
+from ..context_parallel.hooks import diffusers_hooks
+from ..context_parallel.mesh import ContextParallelMesh, Group
+from ..errors import AttentionProviderError
+from ..nested import like, updated
+from .fingerprint import bytes_of as _bytes
+from .fingerprint import fingerprint as _fingerprint
+from .forward_count import CALL, Forwards, forwards_of
+from .received import ReceivedInputs
+
+MODES = ("broadcast", "check", "trust")
+_COLLECTIVES = torch.ops._c10d_functional
+
+log = logging.getLogger(__name__)
+
+
+class Links(NamedTuple):
+    """How the ranks that share a sequence reach each other."""
+
+    device: tuple[Group, ...]
+    """groups for tensors on the model's device: along the ring, then along Ulysses. What the ring's first ranks have
+    goes along the ring, then from the first of each Ulysses group to the others: all have rank 0's."""
+    host: Group
+    """a group of all of them, in the order of their shards, for tensors in the CPU's memory."""
+    members: tuple[int, ...]
+    """their numbers in the job, in that order."""
+    lease: shared_groups.Lease
+    """of the host's group."""
+
+    @staticmethod
+    def of(mesh: ContextParallelMesh, timeout: datetime.timedelta | None = None) -> Links:
+        """Those of `mesh`. All its ranks must call this: the host's group is made, unless the same ranks have one.
+
+        Args:
+            timeout: how long hosts wait for each other; None is the job's own.
+        """
+        device = tuple(group for group in (mesh.ring, mesh.ulysses) if group.size > 1)
+        of_device = [resolve(group.name) for group in device]
+
+        def agree(said: Any) -> list[Any]:
+            return job.everyone(said, of_device)
+
+        members = tuple(agree(dist.get_rank()))
+        lease = shared_groups.control_group(members, shared_groups.as_timeout(timeout, mesh.device_type), agree)
+        return Links(device, Group(lease.names[0], mesh.rank, mesh.size), members, lease)
+
+
+class InputSync:
+    """A forward pre-hook (with kwargs) that runs before a model's inputs are split.
+
+    Args:
+        module: the model; the signature of its forward gives names to arguments.
+        links: of the ranks that share a sequence.
+        mode: "broadcast": all are given the first rank's tensors; "check": an error where tensors differ.
+        caches: names of arguments that are each rank's own; that they are given is all that ranks agree on.
+        name: of the model, for messages; None is its class.
+    """
+
+    def __init__(
+        self, module: nn.Module, links: Links, mode: str, caches: Sequence[str] = (), name: str | None = None
+    ) -> None:
+        self.forwards = Forwards(module, type(module).__name__ if name is None else name)
+        self.links = json.dumps([links.device, links.host, links.members, self.forwards.token])
+        self.lease = links.lease
+        self.groups = (*(group.name for group in links.device), links.host.name)
+        self.mode = mode
+        self.caches = frozenset(caches)
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.compared = False
+        """whether tensors that are about to be replaced were compared: once, to tell the user of unseeded noise."""
+        self.received = ReceivedInputs()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():
+            one_thread.take(self.groups, module)
+        given = _named(self.names, args, kwargs)
+        found = _Found([], [], [], [], [], [], [])
+        for name, value in given:
+            if name in self.caches and value is not None:
+                found.said.append((name, type(value).__name__))
+            else:
+                _find(found, name, value)
+        found.said.append((_GRADIENTS, f"{torch.is_grad_enabled()}"))
+        compare = False
+        if not torch.compiler.is_compiling():
+            # A rank that replays a recorded forward and one that runs it meet in other places.
+            standing = getattr(vars(module).get("forward"), "standing", None)
+            if standing is not None:
+                found.said.append(("what is recorded of the model", standing()))
+            hooks = diffusers_hooks.standing(module)
+            if hooks:
+                found.said.append(("hooks of diffusers in the model", hooks))
+            compare, self.compared = self.mode == "broadcast" and not self.compared, True
+        call = (
+            found.sent, [tensor.detach() for tensor in found.watched], found.integers, found.floats,
+            _joined(found.names), _joined(found.watched_names), _joined([part for line in found.said for part in line]),
+            self.links,
+            self.mode == "check", compare,
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            zero, *sent = torch.ops.diffusers_attn.agree(*call)
+            # The compiler drops what nothing depends on. What is kept as it is comes after the answer, so to speak.
+            watched = [tensor + zero for tensor in found.watched]
+        else:
+            sent, watched = self._kept(found.sent, _values(*call)), found.watched
+        # The same order again: each takes the place of one that was found.
+        places = iter(sent), iter(watched)
+        new = {name: value if name in self.caches else _replaced(value, *places) for name, value in given}
+        new_args = [new[name] for name, _ in given[: len(args)]]
+        return tuple(new_args), {name: new[name] for name in kwargs}
+
+    def _kept(self, own: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        """Tensors with these values: the very ones that this rank has, where the values are its own."""
+        self.received.forget()
+        return [mine if mine is each else self.received.keep(mine, each) for mine, each in zip(own, values)]
+
+
+class _Found(NamedTuple):
+    """What is in a call, with a name for everything."""
+
+    sent: list[Tensor]
+    names: list[str]
+    watched: list[Tensor]
+    """tensors that are compared in any mode, and kept."""
+    watched_names: list[str]
+    integers: list[int]
+    floats: list[float]
+    said: list[tuple[str, str]]
+    """names of the numbers, and names and values of all else."""
+
+
+_GRADIENTS = "gradients are recorded"
+_BETWEEN = "\x1e"
+
+
+def _joined(parts: list[str]) -> str:
+    """Any strings as one, since an operator takes no list of them."""
+    return _BETWEEN.join([part.replace(_BETWEEN, "\\x1e") for part in parts])
+
+
+def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Arguments with their names; those that were given by name in an order that is every rank's."""
+    placed = [(names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(args)]
+    return placed + [(name, kwargs[name]) for name in sorted(kwargs)]
+
+
+def _items(value: Any) -> list[tuple[Any, Any]] | None:
+    """What is in a container, in an order that is every rank's; None for what is none."""
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    if isinstance(value, Mapping):
+        return [(name, value[name]) for name in sorted(value, key=str)]
+    return None
+
+
+def _find(found: _Found, name: str, value: Any) -> None:
+    items = _items(value)
+    if isinstance(value, Tensor):
+        if _is_watched(value):
+            found.watched.append(value)
+            found.watched_names.append(name)
+        else:
+            found.sent.append(value)
+            found.names.append(name)
+    elif items is not None:
+        found.said.append((name, f"{type(value).__name__} of {len(items)}"))
+        for key, each in items:
+            _find(found, f"{name}[{key!r}]", each)
+    elif value is None or isinstance(value, (bool, str, bytes, complex, torch.dtype, torch.device, enum.Enum)):
+        found.said.append((name, repr(value)))
+    elif isinstance(value, int):  # a number is passed on as one: in a graph it may be symbolic
+        found.said.append((name, _AN_INT))
+        found.integers.append(value)
+    elif isinstance(value, float):
+        found.said.append((name, _A_FLOAT))
+        found.floats.append(value)
+    elif isinstance(value, (np.generic, np.ndarray)) and value.dtype != object:
+        raw = np.ascontiguousarray(value)
+        digest = hashlib.blake2b(raw.tobytes(), digest_size=8).hexdigest()
+        found.said.append((name, f"{type(value).__name__} {list(value.shape)} {value.dtype}, values {digest}"))
+    else:
+        found.said.append((name, type(value).__name__))
+
+
+_AN_INT, _A_FLOAT = "an int", "a float"
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _replaced(value: Any, sent: Iterator[Tensor], watched: Iterator[Tensor]) -> Any:
+    """`value` with other tensors; what holds none stays the object that it is, as a model may write into it."""
+    if isinstance(value, Tensor):
+        return next(watched) if _is_watched(value) else next(sent)
+    items = _items(value)
+    if items is None:
+        return value
+    new = {key: _replaced(each, sent, watched) for key, each in items}
+    if all(new[key] is each for key, each in items):
+        return value
+    return updated(value, new) if isinstance(value, Mapping) else like(value, [new[key] for key, _ in items])
+
+
+def _values(
+    sent: Sequence[Tensor],
+    watched: Sequence[Tensor],
+    integers: Sequence[int],
+    floats: Sequence[float],
+    names: str,
+    watched_names: str,
+    said: str,
+    links: str,
+    check: bool,
+    compare: bool,
+) -> list[Tensor]:
+    """The first rank's `sent`. Where that is known to be this rank's, or is to be checked and is, its own tensors.
+
+    Raises:
+        AttentionProviderError: the ranks were given different inputs. On all of them.
+    """
+    axes, host, members, token = _links(links)
+    forwards = forwards_of(token)
+    one_thread.take((*(group.name for group in axes), host.name), forwards.model)
+    call = _described(sent, watched, integers, floats, names, watched_names, said, check)
+    state = forwards.begin(in_training=call[_GRADIENTS] == "True")
+    with rank_progress.waiting_for(members):
+        if _differ([state, call], host):
+            raise _different(_everyone([state, call], host))
+        if compare:
+            _report({name: _fingerprint(tensor) for name, tensor in zip(names.split(_BETWEEN), sent)}, host)
+        return list(sent) if check else _of_first_rank(sent, axes, host)
+
+
+@functools.lru_cache(maxsize=256)
+def _links(links: str) -> tuple[list[Group], Group, list[int], int]:
+    device, host, members, token = json.loads(links)
+    return [Group(*group) for group in device], Group(*host), members, token
+
+
+# One operator, opaque to the compiler: all that depends on other ranks happens within it.
+@torch.library.custom_op("diffusers_attn::agree", mutates_args=())
+def _agree(
+    sent: Sequence[Tensor],
+    watched: Sequence[Tensor],
+    integers: Sequence[int],
+    floats: Sequence[float],
+    names: str,
+    watched_names: str,
+    said: str,
+    links: str,
+    check: bool,
+    compare: bool,
+) -> list[Tensor]:
+    """A zero, for others to depend on, and copies of what `_values` returns."""
+    values = _values(sent, watched, integers, floats, names, watched_names, said, links, check, compare)
+    diffusers_hooks.check_in_graph(forwards_of(_links(links)[3]).model)
+    return [torch.zeros(()), *(torch.empty_like(mine).copy_(each) for mine, each in zip(sent, values))]
+
+
+@_agree.register_fake
+def _(sent, watched, integers, floats, names, watched_names, said, links, check, compare):  # type: ignore[no-untyped-def]
+    return [torch.zeros(()), *map(torch.empty_like, sent)]
+
+
+def _described(
+    sent: Sequence[Tensor],
+    watched: Sequence[Tensor],
+    integers: Sequence[int],
+    floats: Sequence[float],
+    names: str,
+    watched_names: str,
+    said: str,
+    check: bool,
+) -> dict[str, str]:
+    """All that ranks must agree on, by argument."""
+    tensors = [(name, tensor, check) for name, tensor in zip(names.split(_BETWEEN), sent)]
+    tensors += [(name, tensor, True) for name, tensor in zip(watched_names.split(_BETWEEN), watched)]
+    lines = [
+        (name, f"{_shape(tensor)}, values {_fingerprint(tensor)}" if read else _shape(tensor))
+        for name, tensor, read in tensors
+    ]
+    numbers = {_AN_INT: iter(integers), _A_FLOAT: iter(floats)}
+    parts = said.split(_BETWEEN)
+    lines += [
+        (name, repr(next(numbers[value])) if value in numbers else value)
+        for name, value in zip(parts[::2], parts[1::2])
+    ]
+    call: dict[str, str] = {}
+    for name, value in lines:
+        while name in call:  # keys of a dict that print alike
+            name += "'"
+        call[name] = value
+    return call
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+
+
+def _differ(said: Any, host: Group) -> bool:
+    """Whether ranks have different ones: every rank has the same answer."""
+    digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).digest()
+    digests = _gathered(torch.frombuffer(bytearray(digest), dtype=torch.int64), host)
+    return len(set(digests.tolist())) > 1
+
+
+def _gathered(tensor: Tensor, host: Group) -> Tensor:
+    """The rows of all ranks, in the order of their shards."""
+    return _COLLECTIVES.wait_tensor(_COLLECTIVES.all_gather_into_tensor(tensor, host.size, host.name))
+
+
+def _everyone(said: Any, host: Group) -> list[tuple[int, Any]]:
+    """What all ranks have, each with its number."""
+    raw = json.dumps([dist.get_rank(), said]).encode()
+    sizes = _gathered(torch.tensor([len(raw)]), host).tolist()
+    padded = torch.frombuffer(bytearray(raw.ljust(max(sizes))), dtype=torch.uint8)
+    rows = _gathered(padded[None], host)
+    return [tuple(json.loads(bytes(row.tolist()))) for row in rows]
+
+
+def _different(said: list[tuple[int, Any]]) -> AttentionProviderError:
+    states = [(rank, state) for rank, (state, _) in said]
+    if len({state[CALL] for _, state in states}) > 1:
+        return AttentionProviderError(
+            "the ranks that share a sequence are not at the same call: "
+            + differences([(rank, {CALL: state[CALL]}) for rank, state in states])[0].removeprefix(f"{CALL}: ")
+            + ". A rank has left out a call, or gone on after an error that others did not have. Call models in the "
+            "same order on all ranks. To begin anew, call disable_context_parallel and enable_context_parallel on "
+            "all of them."
+        )
+    lines = differences(states)
+    if lines:
+        return AttentionProviderError(
+            "the models of the ranks that share a sequence are not alike. "
+            + ". ".join(lines)
+            + ". Load the same adapters with the same scales on all ranks, and set the same processors."
+        )
+    return AttentionProviderError(
+        "the ranks that share a sequence were given different inputs. "
+        + ". ".join(differences([(rank, call) for rank, (_, call) in said]))
+        + ". Call the model with the same arguments on all of them: the same prompt and sizes, noise from a generator "
+        "that is seeded alike, batches of the same data."
+    )
+
+
+def _report(fingerprints: dict[str, str], host: Group) -> None:
+    """Tells the first rank's user where tensors that are replaced were not the same."""
+    if _differ(fingerprints, host):
+        calls = _everyone(fingerprints, host)
+        if dist.get_rank() == calls[0][0]:
+            names = ", ".join(name for name in calls[0][1] if len({call[name] for _, call in calls}) > 1)
+            log.warning(
+                "the ranks that share a sequence were given different values of %s: those of rank %d are used on all, "
+                "and only its results are whole. Seed generators alike on all ranks.",
+                names,
+                calls[0][0],
+            )
+
+
+def _of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Group) -> list[Tensor]:
+    """The first rank's tensors, of the same shapes and dtypes, in one message for each kind of memory. On the first
+    rank, and where there is nothing to send, they are `tensors` themselves."""
+    first, values = host.rank == 0, list(tensors)
+    for on_device in (False, True):
+        # A host's memory is the device of a model on CPUs.
+        mine = [i for i, tensor in enumerate(tensors) if (tensor.device.type != "cpu") == on_device and tensor.numel()]
+        if not mine:
+            continue
+        mine.sort(key=lambda i: -tensors[i].element_size())  # each then begins at a multiple of its size
+        message = torch.cat([_bytes(tensors[i]) for i in mine])
+        for group in device if on_device else [host]:
+            message = _COLLECTIVES.wait_tensor(_COLLECTIVES.broadcast(message, 0, group.name))
+        parts = message.split([tensors[i].numel() * tensors[i].element_size() for i in mine])
+        for i, part in zip(mine, parts):
+            values[i] = tensors[i] if first else part.view(tensors[i].dtype).view(tensors[i].shape)
+    return values

@@ -1,0 +1,181 @@
+"""The models that are meant, in whatever they are wrapped, and what of them matters to a choice."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..context_parallel.hooks import copies, diffusers_hooks
+from ..context_parallel.hooks.apply import applied_tracker
+from ..context_parallel.hooks.submodules import submodules
+from ..cp_plans.plan import CPAttention, CPHeads, Plan, entries
+from ..cp_plans.registry import get_cp_plan, list_cp_plans, uncovered
+from ..errors import AttentionProviderError
+from ..processors.binding import attention_modules_of, check_bindable
+from ..processors.bound import obstacle
+
+
+class Target(NamedTuple):
+    """A model that is to be split."""
+
+    name: str
+    """of a pipeline's component, with the class; of a model by itself, the class."""
+    model: nn.Module
+    plan: Plan
+
+
+def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target], list[str]]:
+    """The models to split, and the names of a pipeline's other transformers, which have no plan.
+
+    Raises:
+        AttentionProviderError: there is nothing to split, or it is split already, or its attention goes other ways.
+    """
+    whole: list[str] = []
+    if isinstance(pipeline_or_model, nn.Module):
+        model = unwrapped(pipeline_or_model)
+        targets = [Target(type(model).__name__, model, get_cp_plan(model) if plan is None else plan)]
+    else:
+        targets, whole = _of_pipeline(pipeline_or_model, plan)
+    for target in targets:
+        if applied_tracker(target.model) is not None:
+            raise AttentionProviderError(
+                f"{target.name} is split between ranks already. To split it in another way, call "
+                "disable_context_parallel first (or remove_context_parallel, if apply_context_parallel split it)."
+            )
+        copies.check_whole(target.model)
+        check_bindable(target.model)
+        if getattr(target.model, "_parallel_config", None) is not None:
+            raise AttentionProviderError(
+                f"{target.name} was given to diffusers' own enable_parallelism() before. Load it anew and leave that "
+                "call (or from_pretrained's parallel_config=...) out."
+            )
+        _check_routed(target)
+        diffusers_hooks.check(target.model, target.plan)
+    return targets, whole
+
+
+def models_of(pipeline_or_model: Any) -> list[nn.Module]:
+    """The model, or those of a pipeline, each once and without its wrappers.
+
+    Raises:
+        AttentionProviderError: it is neither.
+    """
+    if isinstance(pipeline_or_model, nn.Module):
+        return [unwrapped(pipeline_or_model)]
+    models = (unwrapped(each) for each in _components(pipeline_or_model).values() if isinstance(each, nn.Module))
+    return list({id(model): model for model in models}.values())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """`model` without what torch.compile, PEFT and data parallelism wrap around it. Its hooks run within them."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+def device_type(pipeline_or_model: Any) -> str:
+    """Where it computes, which with offloading is not where its weights are."""
+    if isinstance(pipeline_or_model, nn.Module):
+        hook = getattr(pipeline_or_model, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        tensor = next(pipeline_or_model.parameters(), None)
+        return torch.device(device).type if device is not None else tensor.device.type if tensor is not None else "cpu"
+    device = getattr(pipeline_or_model, "_execution_device", None)
+    if device is not None:
+        return torch.device(device).type
+    return next((device_type(model) for model in models_of(pipeline_or_model)), "cpu")
+
+
+def split_heads(target: Target) -> tuple[int, ...]:
+    """The different numbers of heads, or of key heads where there are fewer, of attention that is split."""
+    local = _local(target)
+    found = {spec.heads for _, spec in entries(target.plan) if isinstance(spec, CPHeads)}
+    for _, module in attention_modules_of(target.model):
+        heads = _number(module, "heads", "num_heads", "num_attention_heads")
+        if heads is not None and id(module) not in local:
+            inner: Any = getattr(module, "inner_dim", None) or 1
+            inner_kv: Any = getattr(module, "inner_kv_dim", None) or inner
+            kv_heads = _number(module, "kv_heads", "num_kv_heads", "num_key_value_heads")
+            found.add(min(heads, heads * inner_kv // inner if kv_heads is None else kv_heads))
+    return tuple(sorted(found))
+
+
+def _number(module: Any, *names: str) -> int | None:
+    """The first of these attributes that is a number: classes of diffusers differ in what they call it."""
+    return next((value for value in (getattr(module, name, None) for name in names) if isinstance(value, int)), None)
+
+
+def _components(pipeline: Any) -> dict[str, Any]:
+    components = getattr(pipeline, "components", None)
+    if components is None:
+        raise AttentionProviderError(
+            f"given was a {type(pipeline).__name__}; a model (torch.nn.Module) or a diffusers pipeline is accepted."
+        )
+    return dict(components)
+
+
+def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[str]]:
+    targets: dict[int, Target] = {}
+    whole: list[str] = []
+    components = _components(pipeline)
+    for name, component in components.items():
+        if not isinstance(component, nn.Module):
+            continue
+        model = unwrapped(component)
+        transformer = name == "transformer" or name.startswith("transformer_")
+        found = plan if plan is not None and transformer else None if plan is not None else _registered(model)
+        if found is not None:
+            targets.setdefault(id(model), Target(f"{name} ({type(model).__name__})", model, found))
+        elif transformer:
+            whole.append(f"{name} ({type(model).__name__})")
+    if not targets:
+        reasons = "".join(f"{reason} " for reason in map(uncovered, components.values()) if reason is not None)
+        raise AttentionProviderError(
+            f"{type(pipeline).__name__} has nothing to split: its components are "
+            f"{', '.join(f'{name} ({type(each).__name__})' for name, each in components.items())}, and none of these "
+            f"classes has a plan (diffusers_attn.list_cp_plans() names those that do). {reasons}docs/writing_plans.md "
+            "shows how one is written: register it for the transformer's class (register_cp_plan), or pass plan=..."
+        )
+    classes = {type(target.model).__name__ for target in targets.values()}
+    if plan is not None and len(classes) > 1:
+        raise AttentionProviderError(
+            f"one plan was given, and {type(pipeline).__name__} has transformers of {len(classes)} classes, "
+            f"{', '.join(sorted(classes))}. Register a plan for each class, or enable the models one by one."
+        )
+    return list(targets.values()), whole
+
+
+def _registered(model: nn.Module) -> Plan | None:
+    known = set(list_cp_plans())
+    return get_cp_plan(model) if any(cls.__name__ in known for cls in type(model).__mro__) else None
+
+
+def _local(target: Target) -> set[int]:
+    """Attention modules whose keys every rank has whole, by id."""
+    return {
+        id(module)
+        for path, spec in entries(target.plan)
+        if isinstance(spec, CPAttention) and (spec.key == () or not spec.query)
+        for module in submodules(target.model, path)
+    }
+
+
+def _check_routed(target: Target) -> None:
+    """Raises AttentionProviderError where attention would see one rank's tokens and take them for all."""
+    local = _local(target)
+    for name, module in attention_modules_of(target.model):
+        reason = obstacle(module.processor)
+        if reason is not None and id(module) not in local:
+            raise AttentionProviderError(
+                f"the attention of '{name}' in {target.name} cannot be split between ranks: {reason}. If its own "
+                "processor was replaced (by attention slicing, xformers or set_default_attn_processor), put it back; "
+                "if its keys are whole on every rank, say so in the plan: CPAttention((...), key=())."
+            )

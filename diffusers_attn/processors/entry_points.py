@@ -1,0 +1,199 @@
+"""The two functions by which diffusers' processors call attention, leading to a provider.
+
+Most processors call `dispatch_attention_fn`, with tensors `[batch, seq, heads, head_dim]`; the others call
+`F.scaled_dot_product_attention`, `[batch, heads, seq, head_dim]`. Every attention call passes here, so whatever is rare
+is told apart by a cheap test and handled out of line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch._C import _len_torch_function_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
+
+from ..context_parallel.sequences.active import active
+from ..dispatch import attend
+from ..errors import AttentionProviderError
+from ..scope import ProviderChoice, active_choice
+from .reachability import sdpa
+
+_FLEX = ProviderChoice.of("flex")
+
+
+def dispatch_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
+    """What processors bound to `bound` (None: to the scope) call as diffusers' `dispatch_attention_fn`."""
+
+    def dispatch_attention_fn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        *,
+        backend: str | None = None,
+        parallel_config: object = None,
+    ) -> Tensor:
+        """`diffusers.models.attention_dispatch.dispatch_attention_fn`, with the same arguments.
+
+        Raises:
+            AttentionProviderError: the provider cannot do exactly this, or the call asks for something that only
+                diffusers' own dispatcher does.
+        """
+        # As in diffusers: two dimensions that fit are a key mask. (SDPA would take them for queries and keys.)
+        if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2 and _is_of_keys(attn_mask, query, key):
+            attn_mask = attn_mask[:, None, None, :]
+        if backend is not None or parallel_config is not None or attention_kwargs:
+            choice = _requested(bound, backend, parallel_config, attention_kwargs)
+            rest = dropout_p, is_causal, scale, enable_gqa
+            return attend(query, key, value, attn_mask, *rest, layout="bshd", bound=choice, scoped=False)
+        if _len_torch_function_stack() and _modes_listen():
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            out = _through_modes(bound, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return out.transpose(1, 2)
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bshd", bound=bound)
+
+    return dispatch_attention_fn
+
+
+def _is_of_keys(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether `mask` `[batch, keys]` is of these keys or, where they are this rank's, of those of all ranks."""
+    if mask.shape[0] != query.shape[0]:
+        return False
+    tracker = active.tracker
+    if mask.shape[1] == key.shape[1] or tracker is None:
+        return bool(mask.shape[1] == key.shape[1])
+    call = tracker.attention(query.shape[1], key.shape[1])
+    return call is not None and mask.shape[1] == call.keys.total
+
+
+def sdpa_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
+    """What processors bound to `bound` (None: to the scope) call as `F.scaled_dot_product_attention`."""
+
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`torch.nn.functional.scaled_dot_product_attention`, with the same arguments.
+
+        Raises:
+            AttentionProviderError: the provider cannot do exactly this.
+        """
+        if _len_torch_function_stack() and _modes_listen():
+            return _through_modes(bound, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bhsd", bound=bound)
+
+    return scaled_dot_product_attention
+
+
+def _requested(
+    bound: ProviderChoice | None,
+    backend: str | None,
+    parallel_config: object,
+    attention_kwargs: Mapping[str, Any] | None,
+) -> ProviderChoice:
+    """The choice for a call that brings requests of its own.
+
+    Raises:
+        AttentionProviderError: one that cannot be met; the message says what to do instead.
+    """
+    choice = active_choice(bound)
+    if parallel_config is not None:
+        raise parallelism_refused(choice)
+    if backend == "flex":
+        # Written into the code of models whose mask is a BlockMask, which only this provider takes. Where a user set
+        # it, the same provider is meant.
+        choice = choice if choice.provider == "flex" else _FLEX
+    elif backend is not None:
+        raise backend_refused(backend, choice)
+    return choice.updated(**attention_kwargs) if attention_kwargs else choice
+
+
+def backend_refused(backend: str, choice: ProviderChoice) -> AttentionProviderError:
+    """What to raise where a backend of diffusers and a provider are asked for at once."""
+    name = getattr(backend, "value", backend)
+    return AttentionProviderError(
+        f"set_attention_backend('{name}') was called on a model whose attention goes through provider "
+        f"'{choice.provider}', and one call cannot go through both. To keep '{choice.provider}', call "
+        "model.reset_attention_backend(); for diffusers' own backends, set_attention_provider(model, None); for "
+        "another provider, set_attention_provider(model, name)."
+    )
+
+
+def parallelism_refused(choice: ProviderChoice) -> AttentionProviderError:
+    """What to raise where diffusers' own parallelism and a provider are asked for at once."""
+    return AttentionProviderError(
+        f"enable_parallelism() was called on a model whose attention goes through provider '{choice.provider}'. It "
+        "relies on diffusers' own attention to exchange keys and values between devices, which does not run here. "
+        "Load the model anew and leave that call out; or leave attention to diffusers, with "
+        "set_attention_provider(model, None)."
+    )
+
+
+def _modes_listen() -> bool:
+    """Whether a torch function mode is active that may care about attention.
+
+    The one behind `torch.set_default_device` and `with torch.device(...)` is about creating tensors only.
+    """
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def _through_modes(
+    bound: ProviderChoice | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """Call `F.scaled_dot_product_attention` for the active torch function modes to see, and serve what they pass on.
+
+    diffusers' guidance by skipping attention scores is such a mode: it knows the call by that function, and answers it.
+    """
+    with _below_active_modes(_Serve(bound)):
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+class _Serve(TorchFunctionMode):
+    def __init__(self, bound: ProviderChoice | None) -> None:
+        super().__init__()
+        self.bound = bound
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return attend(*args, **kwargs, layout="bhsd", bound=self.bound) if func is sdpa else func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _below_active_modes(mode: TorchFunctionMode) -> Iterator[None]:
+    """Enter `mode` as if before all others: the last to be asked."""
+    active = _pop_all_modes()
+    for each in (mode, *active):
+        _push_mode(each)
+    try:
+        yield
+    finally:
+        _pop_all_modes()
+        for each in active:
+            _push_mode(each)
+
+
+def _pop_all_modes() -> list[TorchFunctionMode]:
+    return [_pop_mode() for _ in range(_len_torch_function_stack())][::-1]

@@ -1,0 +1,70 @@
+"""torch.compile for a model, whole or block by block."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from ..errors import AttentionProviderError
+
+SCOPES = ("regional", "full")
+
+
+def apply_compile(
+    model: nn.Module, compile_scope: Literal["regional", "full"] = "regional", **compile_kwargs: Any
+) -> nn.Module:
+    """Compiles `model` in place, when it is next called; with context parallelism enabled before or after.
+
+    Args:
+        model: a diffusers model, or any module; also within a PEFT model.
+        compile_scope: "regional": each of its repeated blocks, which share what is compiled for the first of them, so
+            that it takes seconds; "full": the model as one graph.
+        compile_kwargs: of `torch.compile`. `fullgraph` is True unless it is given: a part that does not compile is an
+            error, rather than left out.
+
+    Returns:
+        `model`.
+
+    Raises:
+        AttentionProviderError: not a module, another scope, or no repeated blocks.
+    """
+    if not isinstance(model, nn.Module):
+        raise AttentionProviderError(
+            f"apply_compile was given a {type(model).__name__}; a model (torch.nn.Module) is accepted. Of a pipeline "
+            "give the model that runs at every step: apply_compile(pipe.transformer)."
+        )
+    if compile_scope not in SCOPES:
+        raise AttentionProviderError(
+            f"compile_scope={compile_scope!r}: accepted are 'regional' (each repeated block) and 'full' (the model as "
+            "one graph)."
+        )
+    modules = [model] if compile_scope == "full" else repeated_blocks(model)
+    if not modules:
+        raise AttentionProviderError(
+            f"{type(model).__name__} has no repeated blocks: it names none (_repeated_blocks), and no nn.ModuleList in "
+            "it holds modules with attention. Use compile_scope='full'."
+        )
+    for module in modules:
+        module.compile(**{"fullgraph": True, **compile_kwargs})
+    return model
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of which `model` is mostly made: those of the classes that it names, as diffusers' models do in
+    `_repeated_blocks`; or, where it names none, the entries of its outermost lists that have attention in them."""
+    for module in model.modules():  # within a wrapper, such as PEFT's
+        names = getattr(type(module), "_repeated_blocks", None)
+        if names:
+            return [each for each in module.modules() if type(each).__name__ in names]
+    return _listed_blocks(model)
+
+
+def _listed_blocks(module: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            found += [block for block in child if any(hasattr(each, "processor") for each in block.modules())]
+        else:
+            found += _listed_blocks(child)
+    return found

@@ -1,0 +1,1 @@
+"""What code needs to run under torch.compile and autograd alike."""

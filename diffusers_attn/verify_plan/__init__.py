@@ -1,0 +1,1 @@
+"""Compares a plan with one process, and names the first module whose output differs."""

@@ -1,0 +1,263 @@
+"""Is a plan right for this model? Asked of a few CPU processes, which compare with one."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..context_parallel.config import ContextParallelConfig
+from ..context_parallel.hooks.apply import applied_tracker
+from ..context_parallel.hooks.split_gather import hooks_of
+from ..context_parallel.hooks.submodules import submodules
+from ..context_parallel.mesh import ALONE, ContextParallelMesh
+from ..context_parallel.sequences.tracker import SequenceTracker
+from ..cp_plans.plan import Plan, entries
+from ..cp_plans.plan_check import check_sequences
+from ..cp_plans.registry import get_cp_plan
+from ..errors import AttentionProviderError
+from ..parallelize.targets import unwrapped
+from ..providers.catalog import AttentionProvider
+from ..providers.registry import provider_name
+from .rank import IN_RANK, STRATEGIES, UNEXCHANGED, Job
+from .report import CPPlanReport, Strategy
+
+_GRACE = 10.0
+"""seconds that the other ranks have when one has ended early: most fail alike, and say so."""
+
+
+def verify_cp_plan(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    plan: Plan | None = None,
+    world_size: int = 2,
+    *,
+    gradients: bool = False,
+    provider: str | AttentionProvider = "native",
+    replace_sdpa: bool = False,
+    strategies: Sequence[str] = tuple(STRATEGIES),
+    tolerance: float = 1e-4,
+    timeout: float = 600.0,
+) -> CPPlanReport:
+    """Runs `model` under a plan on several CPU processes, and says whether it gives what it gives in one, and if not,
+    at which of its modules the two first part.
+
+    Works from scripts and interactive sessions, and leaves `model` as it is: copies run, in float32 and in eval mode.
+    Take a small model of the class, with random weights and not with zeros, and inputs with lengths that `world_size`
+    does not divide, padded texts, two samples: what is wrong shows there.
+
+    Args:
+        model: any module that pickles, without a plan applied to it.
+        inputs: of its forward, by name or in order. Tensors, and whatever else pickles.
+        plan: see `diffusers_attn.cp_plans.plan`; None takes the one that is registered for the model's class.
+        world_size: how many processes, of which each has a part of the sequences.
+        gradients: whether the mean of the gradients over the processes is compared as well.
+        provider: to which attention is sent: of all attention modules that can be bound, and of what the model sends
+            through `attention_dispatch` itself. It must run on a CPU, in float32.
+        replace_sdpa: whether `attention_dispatch` takes the place of F.scaled_dot_product_attention, for a model whose
+            code calls that and has no processors.
+        strategies: of "ulysses", "gather" (a ring with rotate_method="allgather") and "ring" (with "alltoall").
+        tolerance: relative error up to which results are the same.
+        timeout: seconds after which everything is ended.
+
+    Returns:
+        A report: print it, or look at `ok`, `parting` and `strategies`; `raise_if_wrong()` raises.
+
+    Raises:
+        AttentionProviderError: the model has no plan, or a plan applied to it, or cannot be sent to other processes; a
+            plan that does not fit the model; an argument that is not accepted. Before any process starts.
+    """
+    if IN_RANK in os.environ:
+        raise AttentionProviderError(
+            "verify_cp_plan was called in a process that it had started, which runs the script for the model's class. "
+            "Put the call under `if __name__ == '__main__':`, or the class into a module of its own."
+        )
+    unknown = [name for name in strategies if name not in STRATEGIES]
+    if unknown or not strategies or world_size < 2:
+        raise AttentionProviderError(
+            f"strategies={tuple(strategies)!r} on world_size={world_size}: accepted are some of "
+            f"{', '.join(map(repr, STRATEGIES))}, on two processes or more."
+        )
+    model = unwrapped(model)
+    if applied_tracker(model) is not None:
+        raise AttentionProviderError(
+            f"a plan is applied to this {type(model).__name__} already. Call remove_context_parallel (or "
+            "disable_context_parallel) first."
+        )
+    plan = get_cp_plan(model) if plan is None else plan
+    _check_plan(model, plan)  # here, where an error is one line, and not in every process
+    # Not by the method of diffusers' models, which warns of what it does.
+    copied = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32).eval()
+    with tempfile.TemporaryDirectory(prefix="verify_cp_plan-") as name:
+        folder = Path(name)
+        main = _save(folder / "model", copied, _on_cpu(inputs if isinstance(inputs, Mapping) else tuple(inputs)))
+        job = Job(
+            plan, world_size, tuple(strategies), provider_name(provider), replace_sdpa, gradients, tolerance, timeout,
+            main,
+        )  # fmt: skip
+        (folder / "job").write_bytes(pickle.dumps(job))
+        ended = _run(folder, job)
+        return _report(folder, job, type(model).__name__, ended)
+
+
+def _check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raises AttentionProviderError where `plan` names modules or arguments that the model does not have, or sequences
+    that nothing splits, or has something that is no word of a plan."""
+    if not isinstance(plan, Mapping):
+        raise AttentionProviderError(
+            f"plan is a {type(plan).__name__}; a dict is accepted, from names of modules to what happens there: "
+            '{"blocks.0": {ParamId("hidden_states"): CPInput(1)}, "proj_out": CPOutput(1)}.'
+        )
+    tracker = SequenceTracker(ContextParallelMesh(ContextParallelConfig(), ALONE, ALONE))
+    for path, spec in entries(plan):
+        for module in submodules(model, path):
+            list(hooks_of(module, path, spec, tracker))  # functions that would set hooks; making them reads the plan
+    check_sequences(plan)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Inputs as a float32 model on a CPU takes them."""
+    if isinstance(value, torch.Tensor):
+        low = value.dtype in (torch.float16, torch.bfloat16, torch.float64)
+        return value.detach().to("cpu", torch.float32 if low else value.dtype)
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_on_cpu(each) for each in value)
+    return value
+
+
+def _save(path: Path, model: nn.Module, inputs: Any) -> str | None:
+    """Writes both. Returns the script to run first in the processes that read them, if they need one: a class that was
+    defined in `__main__` is found nowhere else."""
+    try:
+        torch.save((model, inputs), path)
+    except Exception as error:
+        by_value = _by_value()
+        if by_value is None:
+            raise _unsendable(model, f"it does not pickle: {error}") from error
+        torch.save((model, inputs), path, pickle_module=by_value)
+        return None
+    if not _mentions_main(path):
+        return None
+    by_value = _by_value()
+    if by_value is not None:
+        torch.save((model, inputs), path, pickle_module=by_value)
+        return None
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is None or not os.path.exists(script):
+        raise _unsendable(model, "its class, or one that it uses, was defined in an interactive session")
+    return os.path.abspath(script)
+
+
+def _by_value() -> ModuleType | None:
+    """A pickle that writes classes down where they cannot be imported."""
+    return importlib.import_module("cloudpickle") if importlib.util.find_spec("cloudpickle") else None
+
+
+def _mentions_main(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(b"__main__" in archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+
+
+def _unsendable(model: nn.Module, why: str) -> AttentionProviderError:
+    return AttentionProviderError(
+        f"{type(model).__name__} cannot be sent to other processes: {why}. Put the class into a module that can be "
+        "imported, or `pip install cloudpickle`."
+    )
+
+
+def _run(folder: Path, job: Job) -> list[int | None]:
+    """Starts the ranks and waits until they have ended, or one has failed and the others had time to say what they
+    know. Returns how they ended; None for those that had to be stopped."""
+    environment = {
+        **os.environ, IN_RANK: "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)
+    }  # fmt: skip
+    processes: list[subprocess.Popen[bytes]] = []
+    codes: list[int | None] = []
+    try:
+        for rank in range(job.world_size):
+            with open(folder / f"log-{rank}", "wb") as log:
+                command = [sys.executable, "-m", f"{__package__}.verify_rank", str(folder), str(rank)]
+                processes.append(
+                    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
+                )
+        until = time.monotonic() + job.timeout
+        while time.monotonic() < until:
+            codes = [process.poll() for process in processes]
+            if None not in codes:
+                break
+            if any(code is not None for code in codes):
+                until = min(until, time.monotonic() + _GRACE)
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()  # waits, and closes the pipe by which it would learn of our end
+    return codes
+
+
+def _report(folder: Path, job: Job, model: str, codes: list[int | None]) -> CPPlanReport:
+    strategies: list[Strategy] = []
+    for name in job.strategies:
+        found = _answers(folder, name, job.world_size)
+        strategies.append(_together(name, list(found.values()), len(found) == job.world_size))
+        if strategies[-1].error is None:
+            died = any(codes[rank] not in (None, 0) for rank in range(job.world_size) if rank not in found)
+            # Where a rank has died, the others' errors are of the connection to it.
+            parting = None if died else strategies[-1].parting
+            failure = "" if parting else (not died and strategies[-1].failure) or _why(folder, job, codes)
+            strategies[-1] = Strategy(name, parting=parting, failure=failure)
+            strategies += [
+                Strategy(other, failure="not run, after that")
+                for other in job.strategies[job.strategies.index(name) + 1 :]
+            ]
+            break
+    unexchanged = _answers(folder, UNEXCHANGED, job.world_size)
+    sensitive = min(unexchanged.values()) if unexchanged else None
+    return CPPlanReport(model, job.world_size, job.tolerance, tuple(strategies), sensitive)
+
+
+def _answers(folder: Path, name: str, ranks: int) -> dict[int, Any]:
+    paths = {rank: folder / f"{name}-{rank}" for rank in range(ranks)}
+    return {rank: pickle.loads(path.read_bytes()) for rank, path in paths.items() if path.exists()}
+
+
+def _together(name: str, found: list[tuple[int, Strategy]], complete: bool) -> Strategy:
+    """What the ranks say as one: the largest errors, and the earliest parting."""
+    strategies = [strategy for _, strategy in found]
+    parted = [(order, i) for i, (order, strategy) in enumerate(found) if strategy.parting is not None]
+    parting = strategies[min(parted)[1]].parting if parted else None
+    failure = next((strategy.failure for strategy in strategies if strategy.failure), "")
+    if not complete or any(strategy.error is None for strategy in strategies):
+        return Strategy(name, parting=parting, failure=failure)
+    error = max(strategy.error for strategy in strategies if strategy.error is not None)
+    worst = max(strategies, key=lambda each: each.gradient_error or 0.0)
+    return Strategy(name, error, worst.gradient_error, worst.gradient, parting)
+
+
+def _why(folder: Path, job: Job, codes: list[int | None]) -> str:
+    """What is known of an end without an answer."""
+    crashes = _answers(folder, "crash", job.world_size)
+    if crashes:
+        rank, text = min(crashes.items())
+        return f"rank {rank} ended with\n{text.strip()}"
+    logs = [(folder / f"log-{rank}").read_text(errors="replace").strip() for rank in range(job.world_size)]
+    said = "\n".join(f"rank {rank}: {log[-1000:]}" for rank, log in enumerate(logs) if log)
+    if any(code not in (None, 0) for code in codes):
+        return f"processes ended with {codes}. {said}"
+    return f"no answer from all ranks within {job.timeout:.0f} s. {said}"
