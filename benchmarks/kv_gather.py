@@ -163,7 +163,7 @@ def bench(shape: Shape, mesh: ContextParallelMesh, args: argparse.Namespace) -> 
     local = [split(tensor, shards, 1, mesh.rank).contiguous() for tensor in whole]
     functions = variants(shape, mesh, args.provider, whole)
     # Of its own for each shape: once a graph was captured, its calls have one more barrier.
-    chosen, gather = choose_transport(mesh)
+    chosen, gather = choose_transport(mesh.ring, mesh.device_type)
     if chosen.kind != SYMMETRIC:
         del functions[SYMMETRIC]
     compiled = {name: torch.compile(function, fullgraph=True, dynamic=False) for name, function in functions.items()}

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import masks, shapes, tensor_kinds
-from .call_cache import remember
+from .call_cache import PreparedCall, remembered
 from .context_parallel.sequences.active import active
 from .errors import AttentionProviderError
 from .masks import MaskKind
 from .providers import lowering, registry, speeds
-from .providers.base import Layout, Params
-from .providers.decision import AttentionCall, Serving, decide
+from .providers.base import Params
+from .providers.decision import decide
 from .providers.selection import Selection, select
+from .providers.serving import AttentionCall, Serving
 from .recompute import in_backward_id
 from .scope import NATIVE, ProviderChoice, active_choice, active_parallel, scope, scope_in_backward
+from .shapes import Layout
 from .tensor_kinds import Kind, Way
 
 if TYPE_CHECKING:
@@ -166,7 +168,13 @@ def attend(
         else:
             prepared = before
             if not autocast and tracker is None:
-                remember(choice, query, key, value, attn_mask, (layout, *rest), prepared)
+                # One assignment, so that another thread sees either the old tuple or the new one.
+                if attn_mask is None:
+                    tensors = query, key, value
+                    choice.cached = remembered(choice.cached, tensors, (layout, *rest), prepared)
+                else:
+                    masked = query, key, value, attn_mask
+                    choice.cached_masked = remembered(choice.cached_masked, masked, (layout, *rest), prepared)
     return _serve(prepared, query, key, value, attn_mask)
 
 
@@ -286,17 +294,6 @@ def _attend_split(
         return out
     out = out.transpose(1, 2)
     return out if given[0].ndim == given[1].ndim == given[2].ndim == 4 else shapes.as_given(out, *given)
-
-
-class PreparedCall(NamedTuple):
-    """How to serve a kind of call."""
-
-    attention: Callable[..., Tensor]
-    """of query, key, value and, if there is one, the mask."""
-    transpose: bool
-    """whether the kernel's layout is the other one."""
-    mask_view: Callable[[Any], Any] | None
-    """gives the mask the four dimensions that adapters expect; None where it has them."""
 
 
 _PREPARED_MAX = 4096

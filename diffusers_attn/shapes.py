@@ -6,13 +6,15 @@ key and value.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .errors import AttentionProviderError
-from .providers.base import Layout
+
+Layout = Literal["bshd", "bhsd"]
+"""The order of dimensions: `[batch, seq, heads, head_dim]`, or SDPA's `[batch, heads, seq, head_dim]`."""
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, layout: Layout) -> None:

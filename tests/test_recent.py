@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError, attention_dispatch, attention_provider
-from diffusers_attn.call_cache import MOST, remember
+from diffusers_attn.call_cache import MOST, PreparedCall, remembered
 from diffusers_attn.dispatch import attend
 from diffusers_attn.scope import ProviderChoice
 
@@ -158,6 +158,6 @@ def test_no_tensor_is_kept_alive(choice):
     assert [ref() for ref in watched] == [None] * 4
 
 
-def test_a_block_mask_is_not_remembered(choice):
-    remember(choice, *tensors(), object(), (), (None, False, None))
-    assert choice.cached_masked == ()
+def test_a_block_mask_is_not_remembered():
+    prepared = PreparedCall(lambda *given: given[0], False, None)
+    assert remembered((), (*tensors(), object()), (), prepared) == ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,21 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import AttentionProviderError
 from . import job
 from .comm import shared_groups
+from .comm.group import ALONE, Group
 from .config import ContextParallelConfig
 
 AXES = ("ring", "ulysses")
-
-
-class Group(NamedTuple):
-    """A process group as this rank sees it. Plain values, which a compiled graph takes as constants."""
-
-    name: str
-    """what PyTorch's functional collectives know it by; of no meaning where size is 1."""
-    rank: int
-    size: int
-
-
-ALONE = Group("", 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)

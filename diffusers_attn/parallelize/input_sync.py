@@ -41,10 +41,11 @@ from torch import Tensor, nn
 
 from ..context_parallel import job
 from ..context_parallel.comm import one_thread, rank_progress, shared_groups
+from ..context_parallel.comm.group import Group
 from ..context_parallel.comm.process_groups import resolve
 from ..context_parallel.comm.rank_differences import differences
 from ..context_parallel.hooks import diffusers_hooks
-from ..context_parallel.mesh import ContextParallelMesh, Group
+from ..context_parallel.mesh import ContextParallelMesh
 from ..errors import AttentionProviderError
 from ..nested import like, updated
 from .fingerprint import bytes_of as _bytes

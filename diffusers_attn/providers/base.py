@@ -22,9 +22,8 @@ import torch
 
 from ..errors import AttentionProviderError
 from ..masks import MaskKind
+from ..shapes import Layout
 from ..tracing.functions import result
-
-Layout = Literal["bshd", "bhsd"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from ..masks import MaskKind
-from .base import Adapter, Layout, Params
+from ..shapes import Layout
+from .base import Adapter, Params
 
 RECOMPILE_LIMIT = 256
 

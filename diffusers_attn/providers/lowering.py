@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from .. import masks, shapes
 from .base import Adapter, Params
-from .decision import Serving
+from .serving import Serving
 
 
 def attention(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import masks
 from ..masks import MaskKind
+from ..shapes import Layout
 from ..tracing.functions import GradientLaidOutAsOutput, GradientLaidOutUnderTransforms, laid_out_as
-from .base import Adapter, Layout, Params
+from .base import Adapter, Params
 from .bias import aligned_bias
 from .row_liveness import where_live
 from .varlen import rows_contiguous

@@ -9,7 +9,7 @@ import torch
 from ..errors import AttentionProviderError
 from . import registry, speeds
 from .catalog import SPECS
-from .decision import AttentionCall, Serving, plan, refusal
+from .serving import AttentionCall, Serving, plan, refusal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import datetime
 import functools
-import hashlib
 import logging
-import os
 import re
 import sys
 import traceback
-from typing import Any
 
 from ..errors import AttentionProviderError
 from .data.decode import MissingDecoderError
@@ -21,6 +17,7 @@ from .data.errors import TrainingDataError
 from .data.ranks import OtherRankError
 from .errors import TrainingError
 from .flag_names import option
+from .once import say_once
 
 EXPECTED = (TrainingError, TrainingDataError, AttentionProviderError, WritingError, MissingDecoderError)
 """errors whose message says all; a traceback would only hide it."""
@@ -34,7 +31,6 @@ OTHER_NAMES = {
 }
 """what functions of the library call a setting that has another name on the command line."""
 
-_SECONDS = 10.0
 _VALUE = r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|\[[^\]]*\]|\([^)]*\)|\.\.\.|-?\d[\w.+-]*\w|-?\d|True|False|None"
 
 
@@ -107,49 +103,3 @@ def report(error: BaseException, program: str) -> None:
         say_once(f"{program}: {in_words(str(error))}")
     else:
         say_once("".join(traceback.format_exception(error)).rstrip(), about=f"{type(error).__name__}: {error}")
-
-
-def say_once(message: str, about: str | None = None) -> None:
-    """Prints to stderr, unless another process of the job has said the same.
-
-    Args:
-        about: what makes two messages the same, if it is not their text.
-    """
-    store = _store()
-    if store is None:
-        _say(message)
-        return
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"diffusers_attn/said/{attempt}/{hashlib.sha256((about or message).encode()).hexdigest()}"
-    try:
-        if store.add(key, 1) > 1:
-            # A launcher ends all processes when the first one ends: not before the message is out.
-            store.wait([f"{key}/out"], datetime.timedelta(seconds=_SECONDS))
-            return
-        _say(message)
-        store.set(f"{key}/out", "1")
-    except RuntimeError:  # the store went away; better twice than not at all
-        _say(message)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _store() -> Any:
-    """Where processes of a job can leave notes for each other, before they are connected as well; None for a single
-    one, or where a launcher offers none."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_PORT" not in os.environ:
-        return None
-    try:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        return TCPStore(
-            os.environ.get("MASTER_ADDR", "localhost"),
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=datetime.timedelta(seconds=_SECONDS),
-            wait_for_workers=False,
-        )
-    except (ImportError, RuntimeError, ValueError, OSError):
-        return None

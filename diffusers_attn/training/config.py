@@ -16,6 +16,7 @@ from .errors import TrainingError
 from .flag_names import option
 from .lora import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 from .loss import SAMPLINGS
+from .once import say_once
 from .optim import OPTIMIZERS, SCHEDULES, WITHOUT_WARMUP
 
 WARMUP_STEPS = 50
@@ -322,8 +323,6 @@ def _number(hint: Any) -> Any:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Without the usage, whose many lines would hide the message, and by one process of a job."""
-        from .commandline import say_once
-
         say_once(f"{self.prog}: {message}\nAll settings: {self.prog} --help")
         self.exit(2)
 

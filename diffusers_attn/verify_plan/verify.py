@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..context_parallel.comm.group import ALONE
 from ..context_parallel.config import ContextParallelConfig
 from ..context_parallel.hooks.apply import applied_tracker
 from ..context_parallel.hooks.split_gather import hooks_of
 from ..context_parallel.hooks.submodules import submodules
-from ..context_parallel.mesh import ALONE, ContextParallelMesh
+from ..context_parallel.mesh import ContextParallelMesh
 from ..context_parallel.sequences.tracker import SequenceTracker
 from ..cp_plans.plan import Plan, entries
 from ..cp_plans.plan_check import check_sequences

@@ -224,7 +224,7 @@ def test_what_is_received_is_no_size_that_a_compiler_reuses(sizes):
 
 
 def choices(meshes):
-    return [choose_transport(meshes(*shape)) for shape in ((2, 1), (1, 2))]
+    return [choose_transport(mesh.ring, mesh.device_type) for mesh in (meshes(2, 1), meshes(1, 2))]
 
 
 def test_without_gpus_collectives_are_chosen_and_the_reason_is_given(pool):

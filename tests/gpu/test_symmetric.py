@@ -55,7 +55,7 @@ def delay(chance=0.3):
 def opened(meshes, strategy="gather"):
     """The mesh of a ring over all GPUs, and what must be held."""
     mesh = meshes(strategy)
-    chosen, gather = choose_transport(mesh)
+    chosen, gather = choose_transport(mesh.ring, mesh.device_type)
     assert chosen.kind == SYMMETRIC, chosen.reason
     random.seed(mesh.rank)
     return mesh, gather
@@ -282,7 +282,7 @@ def fall_back(meshes):
     if mesh.rank == 1:
         transport._try = lambda gather: "as intended"
     try:
-        return choose_transport(mesh)[0]
+        return choose_transport(mesh.ring, mesh.device_type)[0]
     finally:
         transport._try = real
 

@@ -14,8 +14,8 @@ from diffusers_attn.dispatch import explain
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers import registry, selection, speeds
 from diffusers_attn.providers.catalog import SPECS
-from diffusers_attn.providers.decision import AttentionCall, refusal
 from diffusers_attn.providers.registry import ProviderStatus
+from diffusers_attn.providers.serving import AttentionCall, refusal
 
 CALL = AttentionCall(
     torch.device("cpu"), torch.float32, 64, 64, 8, 8, "equal", False, MaskKind.NONE, False, False, False, False, ()

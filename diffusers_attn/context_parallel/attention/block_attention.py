@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..comm.collectives import depends_on
+from ..comm.group import Group
 from ..comm.transport import COLLECTIVE
-from ..mesh import Group
 from ..sequences.causal_tiles import Tile, tiles
 from ..sequences.rectangles import Rectangle, tiles_within
 from ..sequences.sharding import Shards, Span, in_blocks, take

@@ -19,7 +19,8 @@ from ...masks import MaskKind
 from ...providers import catalog, lowering, registry, speeds
 from ...providers.base import Params
 from ...providers.catalog import SPECS
-from ...providers.decision import AttentionCall, Serving, decide
+from ...providers.decision import decide
+from ...providers.serving import AttentionCall, Serving
 from ...tracing.symbolic import constant
 from ..comm.collectives import depends_on
 from ..sequences.block_masks import block_mask

@@ -17,9 +17,9 @@ from torch import Tensor
 from ...tracing.functions import result
 from ..comm import collectives
 from ..comm.collectives import depends_on
+from ..comm.group import Group
 from ..comm.symmetric_gather import GatherInFlight
 from ..comm.transport import SYMMETRIC
-from ..mesh import Group
 from ..sequences.sharding import Shards
 from .block_attention import Block, BlockAttention, make_block
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...tracing.symbolic import ceil_div, constant
 from ..comm import collectives
-from ..mesh import Group
+from ..comm.group import Group
 
 
 class HeadLayout(NamedTuple):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..compile.inductor import prepare_for_exchanges
-from ..mesh import Group
 from . import rank_progress
+from .group import Group
 
 
 def start_all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:

@@ -45,8 +45,8 @@ from torch import Tensor
 
 from ...errors import AttentionProviderError
 from ..compile.inductor import prepare_for_exchanges
-from ..mesh import Group
 from .collectives import depends_on
+from .group import Group
 
 OTHERS, EVERYONE = 0, -1
 """where a gather sends to, in the place of a ring's shift: to all other ranks, or to these and itself."""

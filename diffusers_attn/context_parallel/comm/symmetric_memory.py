@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mesh import Group
+from .group import Group
 
 ALIGNMENT = 2 * 1024 * 1024
 """what the driver hands out at least."""

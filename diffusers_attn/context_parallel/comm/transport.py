@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..mesh import ContextParallelMesh, Group
 from . import symmetric_memory
+from .group import Group
 from .process_groups import resolve
 from .symmetric_gather import GatherInFlight, SideStream, SymmetricGather, open_gather
 
@@ -30,34 +30,36 @@ class Transport(NamedTuple):
     reason: str = "no other was asked for"
 
 
-def choose_transport(mesh: ContextParallelMesh) -> tuple[Transport, SymmetricGather | None]:
-    """The fastest transport that the ring of `mesh` can use, and what owns its memory; keep that as long as the
-    transport is used. A collective where the mesh is one of GPUs: all its ranks must call this, with their GPU as the
-    current device, and all get the same.
+def choose_transport(ring: Group, device_type: str) -> tuple[Transport, SymmetricGather | None]:
+    """The fastest transport that `ring` can use, and the owner of its memory: keep it as long as the transport is
+    used. On GPUs this is a collective: all ranks of the ring must call it, with their GPU as the current device, and
+    all get the same.
+
+    Args:
+        device_type: what the ranks compute on, "cuda" or "cpu".
     """
-    group = mesh.ring
-    if group.size == 1:
+    if ring.size == 1:
         return Transport(COLLECTIVE, "a ring of one rank sends nothing"), None
-    reason = _not_cuda(mesh)
+    reason = _not_cuda(ring, device_type)
     if reason is not None:
         return Transport(COLLECTIVE, reason), None
-    found = _gathered((_machine(), symmetric_memory.missing_interface()), group)
+    found = _gathered((_machine(), symmetric_memory.missing_interface()), ring)
     machines, missing = {machine for machine, _ in found}, [reason for _, reason in found if reason]
     if missing:
         return Transport(COLLECTIVE, missing[0]), None
     if len(machines) > 1:
-        return Transport(COLLECTIVE, f"the ring's {group.size} ranks are on {len(machines)} machines"), None
+        return Transport(COLLECTIVE, f"the ring's {ring.size} ranks are on {len(machines)} machines"), None
     gather: SymmetricGather | None = None
     failure: str | None = None
     try:
-        gather = open_gather(group, lambda: _make(group))
+        gather = open_gather(ring, lambda: _make(ring))
         failure = _try(gather)
     except Exception as error:
         failure = f"symmetric memory cannot be used: {type(error).__name__}: {error}".partition("\n")[0]
-    failures = [each for each in _gathered(failure, group) if each is not None]
+    failures = [each for each in _gathered(failure, ring) if each is not None]
     if failures:
         return Transport(COLLECTIVE, failures[0]), None
-    return Transport(SYMMETRIC, f"{group.size} GPUs that reach each other's memory"), gather
+    return Transport(SYMMETRIC, f"{ring.size} GPUs that reach each other's memory"), gather
 
 
 def _make(group: Group) -> SymmetricGather:
@@ -66,13 +68,13 @@ def _make(group: Group) -> SymmetricGather:
     return SymmetricGather(group, lambda nbytes: symmetric_memory.SymmetricMemory(group, nbytes, device), *lanes)
 
 
-def _not_cuda(mesh: ContextParallelMesh) -> str | None:
-    """Why the mesh is not one of GPUs; the same on every rank."""
+def _not_cuda(ring: Group, device_type: str) -> str | None:
+    """Why the ring is not one of GPUs; the same on every rank."""
     import torch.distributed as dist
 
-    if mesh.device_type != "cuda":
-        return f"the mesh is of {mesh.device_type} devices"
-    backends = dist.get_backend_config(resolve(mesh.ring.name))
+    if device_type != "cuda":
+        return f"the mesh is of {device_type} devices"
+    backends = dist.get_backend_config(resolve(ring.name))
     return None if "cuda:nccl" in backends else f"the ring's group has the backends {backends}, not cuda:nccl"
 
 

@@ -133,7 +133,7 @@ def apply_context_parallel(
     named = {id(then()) for entry in of_attention for then in entry.modules}
     others = [each for each in module.modules() if id(each) not in named and is_attention(each)]
     entries += [_Entry("", None, [each], tracker, names) for each in others]
-    tracker.transport, gather = choose_transport(mesh)
+    tracker.transport, gather = choose_transport(mesh.ring, mesh.device_type)
     _forget_graphs()
     begin = module.register_forward_pre_hook(_Begin(tracker))
     copies.leave_hooks_out(module)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...cp_plans.plan import CPAttention, CPBlocks, CPCache, CPForbidden, CPInput, CPLength, CPRequired, Plan, entries
 from ...errors import AttentionProviderError
-from ..mesh import Group
+from ..comm.group import Group
 from ..sequences import sharding
 from ..sequences.tracker import SequenceTracker
 from .split_gather import argument_of, as_param, words_in

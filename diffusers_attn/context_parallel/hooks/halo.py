@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...cp_plans.plan import CPHalo
 from ...errors import AttentionProviderError
 from ..comm import collectives
-from ..mesh import Group
+from ..comm.group import Group
 from ..sequences import sharding
 from ..sequences.sharding import Shards, Span
 from ..sequences.tracker import SequenceTracker

@@ -18,7 +18,8 @@ from ...cp_plans.plan import CPHeads
 from ...errors import AttentionProviderError
 from ...nested import describe
 from ..attention.ulysses import HeadLayout, HeadsToTokens, TokensToHeads
-from ..mesh import ContextParallelMesh, Group
+from ..comm.group import Group
+from ..mesh import ContextParallelMesh
 from ..sequences.sharding import Shards
 from ..sequences.tracker import SequenceTracker
 

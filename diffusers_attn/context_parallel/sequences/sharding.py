@@ -16,7 +16,8 @@ from torch import Tensor
 from ...tracing.functions import result
 from ...tracing.symbolic import ceil_div, sort
 from ..comm import collectives
-from ..mesh import ContextParallelMesh, Group
+from ..comm.group import Group
+from ..mesh import ContextParallelMesh
 
 Span = tuple[int, int]
 """Consecutive tokens of the whole sequence: (start, length)."""

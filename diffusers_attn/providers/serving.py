@@ -1,0 +1,172 @@
+"""What a call is, how a provider serves it, and why it cannot: from its capabilities alone.
+
+A call is served as it is, or through lowerings that leave every number what it was (`lowering.py` does them), or it is
+refused with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..masks import MaskKind
+from ..shapes import Layout
+from . import registry
+from .base import ProviderSpec
+from .catalog import options_by_place
+
+
+class AttentionCall(NamedTuple):
+    """All that a decision depends on. Lengths take part only as far as decisions do, so that a compiled graph that is
+    dynamic in its lengths stays one graph."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_head_dim: int
+    heads: int
+    kv_heads: int
+    query_len: str
+    """against the key's: "equal", "shorter" or "longer"."""
+    long: bool
+    """whether it counts as long in the table of speeds."""
+    mask_kind: MaskKind
+    is_causal: bool
+    dropout: bool
+    needs_grad: bool
+    bias_needs_grad: bool
+    options: tuple[tuple[str, object], ...]
+    partial: bool = False
+    """whether it attends to a part of the keys only, and its result is merged with those of the other parts."""
+    derived: bool = False
+    """whether it is within a transform of torch.func, or differentiated in forward mode."""
+
+    def __str__(self) -> str:
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads} query and {self.kv_heads} key"
+        parts = [f"{str(self.dtype).removeprefix('torch.')} on {self.device}", f"{heads} heads of {self.head_dim}"]
+        if self.value_head_dim != self.head_dim:
+            parts.append(f"values of {self.value_head_dim}")
+        parts.append(f"{self.mask_kind.value} mask" if self.mask_kind != MaskKind.NONE else "no mask")
+        if self.is_causal:
+            parts.append("causal" if self.query_len == "equal" else f"causal with a {self.query_len} query")
+        parts += ["one part of a ring's"] * self.partial + ["a torch.func transform or forward mode"] * self.derived
+        parts += (
+            ["dropout"] * self.dropout + ["gradients"] * self.needs_grad + ["a bias gradient"] * self.bias_needs_grad
+        )
+        return ", ".join(parts)
+
+
+class Serving(NamedTuple):
+    """How a call is served: the provider and the lowerings. Plain values only: the compiler bakes them in."""
+
+    provider: str
+    layout: Layout
+    repeat_kv: bool = False
+    pad_head_dim: int = 0
+    """to this size; 0 is not at all."""
+    causal: str = "none"
+    """"none"; "kernel"; "mask": merged into the mask; "drop_keys", "two_calls": see `lowering.py`."""
+    mask_kind: MaskKind = MaskKind.NONE
+    broadcast: bool = False
+    """batch sizes and numbers of heads that are one are expanded."""
+    empty: bool = False
+    """no query, or no key to see: zeros, and no kernel is called."""
+
+    @property
+    def lowers(self) -> bool:
+        return (
+            self.repeat_kv
+            or self.pad_head_dim > 0
+            or self.causal in ("mask", "drop_keys", "two_calls")
+            or self.broadcast
+            or self.empty
+        )
+
+
+def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
+    """Why `spec` cannot serve `call`, even lowered; empty if it can."""
+    can = spec.capabilities
+    if call.device.type not in (*can.devices, "meta"):
+        return f"it runs on {_names(can.devices)}, not on {call.device.type}"
+    if call.device.type == "cuda" and (can.min_compute_capability or can.compute_capabilities):
+        reason = registry.capability_reason(spec, torch.cuda.get_device_capability(call.device))
+        reason = reason or registry.load(spec.name).check_device(call.device) or ""
+        if reason:
+            return reason
+    if call.dtype not in can.dtypes:
+        return f"it takes {_names(str(dtype).removeprefix('torch.') for dtype in can.dtypes)}"
+    if can.max_head_dim is not None and max(call.head_dim, call.value_head_dim) > can.max_head_dim:
+        return f"its head_dim is at most {can.max_head_dim}"
+    if call.value_head_dim != call.head_dim and not can.value_head_dim:
+        return "its value must have the head_dim of its query"
+    if call.heads and (not call.kv_heads or call.heads % call.kv_heads):
+        return f"{call.heads} query heads do not divide into {call.kv_heads} key heads"
+    if _mask_after_lowering(spec, call) not in can.masks:
+        taken = _names(kind.value for kind in can.masks if kind != MaskKind.NONE) or "none"
+        return f"it takes no {_mask_after_lowering(spec, call).value} mask (masks it takes: {taken})"
+    if call.is_causal and call.mask_kind == MaskKind.BLOCK:
+        return "is_causal and a BlockMask together: put the causality into the BlockMask"
+    if call.is_causal and can.causal == "none":
+        return "it has no causal form"
+    if call.derived and not can.every_derivative:
+        return "transforms of torch.func and forward-mode differentiation do not go through its kernel"
+    if call.query_len != "equal" or call.mask_kind != MaskKind.NONE:
+        counts = options_by_place(spec.name, call.options)
+        if counts:
+            return f"{counts[0]} counts positions: it goes with a query and a key of one length, and without a mask"
+    if call.dropout and not can.dropout:
+        return "it has no dropout"
+    if call.needs_grad and not (can.backward and call.device.type not in can.without_backward_on):
+        return (
+            f"it has no backward{'' if not can.backward else ' on ' + call.device.type} and an input requires a "
+            "gradient (run inference under torch.no_grad())"
+        )
+    if call.bias_needs_grad and not can.bias_gradient:
+        return "it gives no gradient for attn_mask, which requires one"
+    if call.partial and not can.lse:
+        return (
+            "it gives no log-sum-exp, without which partial results over a ring cannot merge (set ring_degree=1 and "
+            "use ulysses_degree, which takes any provider)"
+        )
+    if call.partial and call.needs_grad and not can.backward_of_parts:
+        return (
+            "it has no backward for a part of the keys, which a ring needs (set ring_degree=1 and use ulysses_degree, "
+            "which takes any provider)"
+        )
+    return ""
+
+
+def _mask_after_lowering(spec: ProviderSpec, call: AttentionCall) -> MaskKind:
+    if not call.is_causal or call.mask_kind in (MaskKind.NONE, MaskKind.BLOCK):
+        return call.mask_kind
+    return MaskKind.DENSE if call.mask_kind in (MaskKind.KEY, MaskKind.DENSE) else MaskKind.BIAS
+
+
+def plan(spec: ProviderSpec, call: AttentionCall) -> Serving:
+    """The lowerings for a call that `refusal` has let through."""
+    can = spec.capabilities
+    mask_kind = _mask_after_lowering(spec, call)
+    if not call.is_causal:
+        causal = "none"
+    elif mask_kind != MaskKind.NONE:
+        causal = "mask"
+    elif can.causal == "top_left" or call.query_len == "equal":
+        causal = "kernel"
+    else:
+        causal = "drop_keys" if call.query_len == "shorter" else "two_calls"
+    step = can.head_dim_multiple
+    head_dim = max(call.head_dim, call.value_head_dim)
+    aligned = step == 1 or call.head_dim % step == call.value_head_dim % step == 0 < call.head_dim
+    return Serving(
+        provider=spec.name,
+        layout=registry.load(spec.name).layout,
+        repeat_kv=call.heads != call.kv_heads and not can.gqa,
+        pad_head_dim=0 if aligned else -(-head_dim // step) * step,
+        causal=causal,
+        mask_kind=mask_kind,
+    )
+
+
+def _names(values) -> str:  # type: ignore[no-untyped-def]
+    return ", ".join(sorted(values))

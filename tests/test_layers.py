@@ -1,0 +1,100 @@
+"""The folders of the package are layers: each imports only from those below it, and no modules import in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import diffusers_attn
+
+ROOT = Path(diffusers_attn.__file__).parent
+# From the bottom to the top. Folders and modules on one line do not import from each other.
+LAYERS = (
+    ("errors", "parent_process"),
+    ("masks", "nested", "recompute", "shapes", "tensor_kinds", "tracing", "cp_plans"),
+    ("providers", "call_cache"),
+    ("context_parallel.config", "context_parallel.job", "context_parallel.compile"),
+    ("context_parallel.comm",),
+    ("context_parallel.mesh",),
+    ("scope", "context_parallel.sequences"),
+    ("context_parallel.attention",),
+    ("context_parallel.hooks", "dispatch"),
+    ("processors", "runtime"),
+    ("parallelize",),
+    ("verify_plan", "training"),
+)
+RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
+# These packages have a file per idea that `__init__` collects: it may be imported by what it imports.
+PACKAGES = {".".join(file.parent.relative_to(ROOT.parent).parts): file for file in ROOT.rglob("__init__.py")}
+MODULES = {
+    ".".join(file.relative_to(ROOT.parent).with_suffix("").parts): file
+    for file in sorted(ROOT.rglob("*.py"))
+    if file.name != "__init__.py"
+} | PACKAGES
+
+COLLECTING = ["diffusers_attn", "diffusers_attn.context_parallel"]
+"""packages without code of their own."""
+
+
+def room_of(module: str) -> str | None:
+    """The layer's name for a module; None for the package itself, whose `__init__` collects the public names."""
+    name = module.partition(".")[2]
+    return next((room for room in RANK if name == room or name.startswith(room + ".")), None)
+
+
+def imports_of(module: str, types_too: bool) -> Iterator[str]:
+    """The modules of this package that `module` imports, in functions as well as at its top."""
+    tree = ast.parse(MODULES[module].read_text())
+    for_types = [
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for child in node.body
+    ]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level or (node in for_types and not types_too):
+            continue
+        package = module.split(".") if module in PACKAGES else module.split(".")[:-1]
+        base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+        for alias in node.names:
+            yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
+
+
+def test_every_module_has_a_layer():
+    without = [module for module in MODULES if room_of(module) is None]
+    assert (
+        sorted(without)
+        == ["diffusers_attn", "diffusers_attn.context_parallel", "diffusers_attn.runtime"][: len(without)]
+    )
+
+
+@pytest.mark.parametrize("room", RANK)
+def test_a_layer_imports_from_those_below(room):
+    wrong = [
+        f"{module} imports {other}"
+        for module in MODULES
+        if room_of(module) == room
+        for other in imports_of(module, types_too=True)
+        if room_of(other) not in (room, None) and RANK[room_of(other)] >= RANK[room]
+    ]
+    assert not wrong
+
+
+def test_no_modules_import_in_a_circle():
+    edges = {module: {other for other in imports_of(module, types_too=False)} for module in MODULES}
+    for module in PACKAGES:  # an __init__ collects names of its own folder
+        edges[module] = {other for other in edges[module] if not other.startswith(module + ".")}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module not in done:
+            for other in sorted(edges[module]):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in sorted(MODULES):
+        visit(module, ())
