@@ -22,7 +22,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp demo-train test lint docs docs-check constraints clean
+.PHONY: help demo demo-cp demo-train test lint docs docs-check constraints constraints-oldest constraints-newest clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -53,10 +53,21 @@ docs-check: $(VENV)/.dev  ## fail where such a table is stale
 
 # Keeps the versions that constraints.txt has, where they still fit; ARGS=--upgrade takes the newest of all, and
 # ARGS="--upgrade-package peft" the newest of one.
+COMPILE = -m uv pip compile pyproject.toml --extra demo-train --no-emit-index-url --annotation-style line --quiet
+HEADER := make constraints  (the versions that are tested; pyproject.toml has the accepted ranges)
+
 constraints: $(VENV)/.dev  ## write constraints.txt anew, from pyproject.toml
-	@$(RUN) -m uv pip compile pyproject.toml --extra dev --extra demo-train --universal --python-version 3.11 \
-	  --no-emit-index-url --annotation-style line --custom-compile-command "make constraints  (the versions that are tested; pyproject.toml has the accepted ranges)" --quiet \
+	@$(RUN) $(COMPILE) --extra dev --universal --python-version 3.11 --custom-compile-command "$(HEADER)" \
 	  --output-file constraints.txt $(ARGS)
+
+# The other ends of the ranges, for CI: they replace constraints.txt, but for the tools, and need uv in $(PYTHON).
+constraints-oldest constraints-newest: constraints-%:
+	@grep -E '^(ruff|mypy|uv|pytest|pytest-[a-z]+|coverage|hypothesis)==' constraints.txt > .tools.txt
+	@rm constraints.txt
+	@$(PYTHON) $(COMPILE) --extra dev --constraints .tools.txt --python-version $$($(PYTHON) -c \
+	  'import sys; print("%d.%d" % sys.version_info[:2])') --output-file constraints.txt \
+	  --resolution $(if $(filter oldest,$*),lowest-direct,highest)
+	@rm .tools.txt
 
 clean:  ## remove .venv, outputs and caches
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
