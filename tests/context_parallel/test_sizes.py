@@ -22,3 +22,14 @@ def check(pool, mesh, sizes=SIZES, **arguments):
 @pytest.mark.parametrize("mesh", STRATEGIES)
 def test_ten_sizes(pool, mesh):
     check(pool, mesh, masked=True)
+
+
+# One sequence changes before the other; a rank's shard, and the number of all tokens, may stay as they were.
+APART = [(8, 35), (8, 36), (8, 37), (9, 38), (10, 37), (8, 35), (12, 51)]
+
+
+@pytest.mark.parametrize("mesh", ["ring 2", "gather 3"])
+def test_shards_that_change_apart(pool, mesh):
+    for graphs, error in pool.run(int(mesh[-1]), walk, mesh=mesh, sizes=APART, masked=mesh == "gather 3"):
+        assert error < 1e-10
+        assert graphs == [1, 2, 2, 2, 2, 2, 2]

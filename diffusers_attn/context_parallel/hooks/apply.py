@@ -25,6 +25,7 @@ from ...tracing.errors import raise_error
 from ..comm import one_thread, rank_progress, shared_groups
 from ..comm.symmetric_gather import SymmetricGather
 from ..comm.transport import choose_transport
+from ..dynamic_sizes import DynamicSizes
 from ..mesh import ContextParallelMesh
 from ..sequences.active import keep_active
 from ..sequences.tracker import SequenceTracker
@@ -91,6 +92,7 @@ class _Applied(NamedTuple):
     entries: list[_Entry]
     gather: SymmetricGather | None
     """what owns the memory of the transport."""
+    dynamic: DynamicSizes
 
 
 _applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
@@ -135,12 +137,13 @@ def apply_context_parallel(
     entries += [_Entry("", None, [each], tracker, names) for each in others]
     tracker.transport, gather = choose_transport(mesh.ring, mesh.device_type)
     _forget_graphs()
+    dynamic = DynamicSizes(module, tracker)
     begin = module.register_forward_pre_hook(_Begin(tracker))
     copies.leave_hooks_out(module)
     for entry in entries:
         entry.set()
     end = module.register_forward_hook(_End(tracker), always_call=True)  # behind the plan's own for the model
-    _applied[module] = _Applied(tracker, (begin, end), entries, gather)
+    _applied[module] = _Applied(tracker, (begin, end), entries, gather, dynamic)
     diffusers_hooks.watch(module, plan, tracker)
     return tracker
 
@@ -155,6 +158,7 @@ def remove_context_parallel(module: nn.Module) -> None:
     if module in _applied:
         _forget_graphs()
         applied = _applied.pop(module)
+        applied.dynamic.unwatch()
         diffusers_hooks.unwatch(module)
         for entry in applied.entries:
             entry.remove()
@@ -202,6 +206,7 @@ class _Begin:
         if not torch.compiler.is_compiling() and module in _applied:
             for entry in _applied[module].entries:
                 entry.refresh(module)
+            _applied[module].dynamic.watch()
 
 
 class _End:

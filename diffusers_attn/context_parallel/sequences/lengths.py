@@ -44,6 +44,10 @@ class Lengths(MutableMapping[str, int]):
     def __len__(self) -> int:
         return len(self._sizes)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those whose first dimension keeps a length."""
+        return tuple(self._sizes.values())
+
     def are_known(self) -> bool:
         """Whether there is any. (Dynamo of PyTorch 2.11 does not know the truth of a mapping.)"""
         return len(self._sizes) > 0

@@ -344,6 +344,10 @@ class SequenceTracker:
             self._calls = {}
         return self._seen((name,))
 
+    def seen_length(self, name: str) -> int:
+        """How many tokens of the sequence `name` this rank's model sees in the running forward."""
+        return self._seen((name,))
+
     def global_length(self, name: str, seen: int) -> int:
         """The length of the sequence `name`, of which this rank's model sees so many tokens.
 
