@@ -55,7 +55,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "DispatchProcessor": "processors",
     "set_attention_provider": "processors",
-    "apply_compile": "compilation",
+    "apply_compile": "runtime.compile",
     "apply_cuda_graphs": "runtime.cuda_graphs.apply",
     "remove_cuda_graphs": "runtime.cuda_graphs.apply",
     "apply_context_parallel": "context_parallel.hooks.apply",
