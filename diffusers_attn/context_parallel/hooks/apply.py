@@ -25,12 +25,12 @@ from ...tracing.errors import raise_error
 from ..comm import one_thread, rank_progress, shared_groups
 from ..comm.symmetric_gather import SymmetricGather
 from ..comm.transport import choose_transport
-from ..dynamic_sizes import DynamicSizes
 from ..mesh import ContextParallelMesh
 from ..sequences.active import keep_active
 from ..sequences.tracker import SequenceTracker
 from . import copies, diffusers_hooks
 from .attention_modules import attention_elsewhere, is_attention
+from .dynamic_sizes import DynamicSizes
 from .split_gather import hooks_of
 from .submodules import original, submodules
 

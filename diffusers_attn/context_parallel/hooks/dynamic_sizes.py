@@ -21,7 +21,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .sequences.tracker import SequenceTracker
+    from ..sequences.tracker import SequenceTracker
 
 _MARK = (
     "_dynamo_propagated_dynamic_indices"
