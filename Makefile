@@ -14,6 +14,9 @@ ARGS ?=
 # Threads that wait should sleep: if they spin, a machine that is busy with other work runs this ten times as slowly.
 export OMP_WAIT_POLICY ?= passive
 
+# A worker of pytest for each core, up to eight. Files stay whole, since their tests share what they set up.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
@@ -22,7 +25,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp demo-train test lint docs docs-check constraints constraints-oldest constraints-newest clean
+.PHONY: help demo demo-cp demo-train test test-all coverage lint docs docs-check constraints constraints-oldest constraints-newest clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -37,8 +40,15 @@ demo-cp: $(VENV)/.demo  ## the demo's model on two processes (on the CPU) and on
 demo-train: $(VENV)/.train  ## train a LoRA on one photograph, and draw its caption before and after
 	@$(RUN) examples/demo_train.py $(ARGS)
 
-test: $(VENV)/.dev  ## the test suite, on the CPU
-	@$(RUN) -m pytest -q $(ARGS)
+test: $(VENV)/.dev  ## the tests that take no more than seconds each, on the CPU
+	@$(RUN) -m pytest -q $(WORKERS) $(ARGS)
+
+test-all: $(VENV)/.dev  ## the whole test suite, on the CPU
+	@$(RUN) -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu' $(ARGS)
+
+coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the processes that they start
+	@$(RUN) -m coverage run -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu' $(ARGS); status=$$?; \
+	  $(RUN) -m coverage combine --quiet && $(RUN) -m coverage report; exit $$status
 
 lint: $(VENV)/.dev  ## formatting, lint and types
 	$(RUN) -m ruff format --check .

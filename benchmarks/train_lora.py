@@ -23,7 +23,6 @@ A job that fails or takes longer than --timeout is recorded with the end of what
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -41,7 +40,6 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import diffusers
-import psutil
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -51,6 +49,8 @@ import wan_folder
 from choices import Choice, blocks, extra_choices, heading
 from measuring import Report
 from versions import installed
+
+from diffusers_attn.parent_process import ended_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "train_lora.py"
@@ -156,7 +156,13 @@ class Bench:
         late = time.monotonic() + self.args.timeout
         with log.open("w") as said:
             launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-            job = subprocess.Popen([*launcher, *command], env=environment, stdout=said, stderr=said)
+            job = subprocess.Popen(
+                ended_with_parent([*launcher, *command]),
+                stdin=subprocess.PIPE,
+                env=environment,
+                stdout=said,
+                stderr=said,
+            )
             try:
                 while job.poll() is None:
                     if kill_when is not None and kill_when():
@@ -296,12 +302,9 @@ def last_lines(log: Path) -> str:
 
 
 def end(job: subprocess.Popen[bytes]) -> None:
-    """Ends a launcher and all that it started. They are in sessions of their own, where no signal to a group gets."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for each in psutil.Process(job.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-    job.kill()
+    """Ends a launcher and all that it started; see `ended_with_parent`."""
+    assert job.stdin is not None
+    job.stdin.close()
     job.wait()
 
 

@@ -8,8 +8,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from diffusers_attn.parent_process import end_with_parent
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker of pytest-xdist would otherwise end its test first, where pytest was killed.
+    end_with_parent()
+
 # Side by side with other processes on few cores, more threads only make tests slower.
 torch.set_num_threads(int(os.environ.get("DIFFUSERS_ATTN_TEST_THREADS", "1")))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The workers of `-n auto`: the cores that this process may use, up to eight, since each takes a gigabyte."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
 @pytest.fixture(autouse=True)

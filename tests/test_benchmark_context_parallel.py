@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from . import launching
 from .test_inference_cp import TORCHRUN, launch
 from .test_quickstart import ROOT
 
@@ -25,6 +25,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_variant_is_measured_or_says_why_not(report: Path) -> None:
     results = {each["strategy"]: each for each in json.loads(report.read_text())["results"]}
     assert "log-sum-exp" in (error := results.pop("diffusers-ring")["error"]) or "return_lse" in error
@@ -37,7 +38,8 @@ def test_every_variant_is_measured_or_says_why_not(report: Path) -> None:
     assert [file.name for file in report.parent.iterdir()] == [report.name]
 
 
+@pytest.mark.slow
 def test_the_report_prints_as_tables(report: Path) -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--markdown", report], capture_output=True, text=True, check=True)
+    done = launching.run([sys.executable, SCRIPT, "--markdown", report], check=True)
     assert "| ring | `_native_math` | " in done.stdout
     assert "- tiny Wan, diffusers-ring, native: ValueError" in done.stdout

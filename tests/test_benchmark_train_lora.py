@@ -37,6 +37,7 @@ def results(done: tuple[Path, str]) -> list[dict[str, Any]]:
     return read
 
 
+@pytest.mark.slow
 def test_one_process_and_two_that_were_killed_train_alike(results: list[dict[str, Any]]) -> None:
     one, two, _ = results
     assert [one["processes"], two["processes"]] == [1, 2]
@@ -52,11 +53,13 @@ def test_one_process_and_two_that_were_killed_train_alike(results: list[dict[str
         assert result["tensors"] == 2 * 2 * 8  # A and B, of eight layers in both blocks
 
 
+@pytest.mark.slow
 def test_latents_are_made_once(results: list[dict[str, Any]]) -> None:
     videos, captions = 3, 3 + 1  # and the empty one
     assert [result["encoded"] for result in results[:2]] == [videos + captions, 0]
 
 
+@pytest.mark.slow
 def test_what_fails_says_why(done: tuple[Path, str], results: list[dict[str, Any]]) -> None:
     path, printed = done
     error = results[2]["error"]

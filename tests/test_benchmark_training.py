@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from . import launching
 from .test_inference_cp import TORCHRUN, launch
 from .test_quickstart import ROOT
 
@@ -24,6 +24,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_variant_is_measured_or_says_why_not(report: Path) -> None:
     read = json.loads(report.read_text())
     results = {(each["strategy"], each["provider"]): each for each in read["results"]}
@@ -35,6 +36,7 @@ def test_every_variant_is_measured_or_says_why_not(report: Path) -> None:
     assert [file.name for file in report.parent.iterdir()] == [report.name]
 
 
+@pytest.mark.slow
 def test_all_variants_take_the_same_first_step(report: Path) -> None:
     """Also diffusers' own, whose gradients are half as large as they should be before they are scaled."""
     read = json.loads(report.read_text())
@@ -47,13 +49,15 @@ def test_all_variants_take_the_same_first_step(report: Path) -> None:
     assert max(ring["gradient_error"]) > 0.0  # it is not the single model again
 
 
+@pytest.mark.slow
 def test_the_report_prints_as_a_table(report: Path) -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--markdown", report], capture_output=True, text=True, check=True)
+    done = launching.run([sys.executable, SCRIPT, "--markdown", report], check=True)
     assert "| ring | `_native_math` | eager | " in done.stdout
     assert "- diffusers-ring, native, eager: ValueError" in done.stdout
     assert "- gather, `native`: context parallelism: WanTransformer3DModel on 2 ranks" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_the_time_does_not_allow_is_not_started(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     options = ["--device", "cpu", "--size", "tiny", "--strategies", "single", "--seconds", "0.001", "--output", path]

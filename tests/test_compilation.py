@@ -9,6 +9,8 @@ from diffusers_attn import AttentionProviderError, apply_compile
 from diffusers_attn.runtime.compile import repeated_blocks
 from tests.zoo import CASES, outputs
 
+from .marks import slow_but
+
 BLOCKS = {
     "flux": {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 2},
     "wan": {"WanTransformerBlock": 2},
@@ -33,7 +35,8 @@ def run(model, name):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("name", "scope", "graphs"), [("wan", "regional", 1), ("cogview4", "regional", 1), ("flux", "full", 1)]
+    ("name", "scope", "graphs"),
+    slow_but(lambda case: case[0] == "wan", [("wan", "regional", 1), ("cogview4", "regional", 1), ("flux", "full", 1)]),
 )
 def test_training(name, scope, graphs, checkpointing, fresh_compiler):
     model = CASES[name].build().train()

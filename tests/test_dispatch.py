@@ -13,6 +13,7 @@ from diffusers_attn import AttentionProviderError, attention_dispatch, attention
 from diffusers_attn.dispatch import attend
 
 from . import reference
+from .marks import slow_but
 
 PROVIDERS = ("native", "_native_math", "flex", "auto")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -48,7 +49,7 @@ def calls(draw):
     }
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", slow_but(lambda provider: provider != "flex", PROVIDERS))
 @hypothesis.settings(max_examples=150, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(call=calls())
 def test_the_result_is_that_of_the_definition(provider, call):

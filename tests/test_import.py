@@ -1,8 +1,9 @@
 """Importing the package imports no attention package and costs next to nothing."""
 
 import json
-import subprocess
 import sys
+
+from . import launching
 
 SCRIPT = """
 import importlib, json, sys, time
@@ -17,7 +18,7 @@ KERNELS = ("flash_attn", "flash_attn_interface", "sageattention", "xformers", "t
 
 
 def test_no_kernel_package_and_no_diffusers_model_code():
-    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    result = launching.run([sys.executable, "-c", SCRIPT], check=True)
     new = json.loads(result.stdout)["new"]
     assert not [module for module in new if module.split(".")[0] in KERNELS]
     assert not [module for module in new if module.startswith("diffusers.")]

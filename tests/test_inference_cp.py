@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from . import launching
 from .test_quickstart import MODEL, PHOTOS, ROOT, example
 from .tiny_pipelines import PIPELINES, make
 
@@ -35,7 +36,7 @@ def launch(command: list[str | Path], **environment: str) -> subprocess.Complete
     """Runs a launcher, with this checkout on the path of what it starts."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return launching.run(command, env=environment)
 
 
 def arguments(name: str, folder: Path, output: str, alone: bool = False) -> list[str]:
@@ -98,6 +99,7 @@ def shared(folder: Path) -> subprocess.CompletedProcess[str]:
     return launch([*TORCHRUN, job, folder, json.dumps(calls)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_two_processes_draw_what_one_draws(
     shared: subprocess.CompletedProcess[str], script: ModuleType, folder: Path, name: str
@@ -117,12 +119,14 @@ def test_two_processes_draw_what_one_draws(
     assert np.abs(image - (drawn.pixels[-1] if saved.is_dir() else drawn.pixels)).max() < 2e-2
 
 
+@pytest.mark.slow
 def test_it_says_what_was_done(shared: subprocess.CompletedProcess[str]) -> None:
     assert "WanTransformer3DModel) on 2 ranks, Ulysses over 2" in shared.stdout
     assert "CogVideoXTransformer3DModel) on 2 ranks, a ring (alltoall) of 2" in shared.stdout
     assert shared.stdout.count("steps/s") == len(PIPELINES)  # rank 0 alone speaks
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job(shared: subprocess.CompletedProcess[str], folder: Path) -> None:
     """It is over within the fixture's time limit, while the other rank waits in an exchange."""
     assert shared.returncode != 0
@@ -155,7 +159,7 @@ def test_accelerate_launch_with_the_demo(tmp_path: Path) -> None:
 
 
 def test_make_demo_cp_starts_this_script() -> None:
-    printed = subprocess.run(["make", "-n", "demo-cp"], cwd=ROOT, capture_output=True, text=True)
+    printed = launching.run(["make", "-n", "demo-cp"], cwd=ROOT)
     assert "--nproc_per_node 2 examples/inference_cp.py" in printed.stdout
 
 

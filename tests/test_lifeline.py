@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from .launching import TIMEOUT
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,45 +32,77 @@ if __name__ == "__main__":
     verify_cp_plan(Waits(), [torch.randn(2, 5, 8)], {"": [{ParamId("x"): CPInput(1)}, CPOutput(1)]})
 """
 
-POOL = """
-import os, time
+PYTEST = """
+import os, subprocess, sys, time
+
+from tests import launching
 from tests.context_parallel.pool import Pool
 
-def work(rank, store, jobs, results):
-    open(os.path.join(os.environ["TMPDIR"], f"ready-{os.getpid()}"), "w").close()
-    time.sleep(600)
+NOTE = "open(os.path.join(os.environ['TMPDIR'], f'ready-{os.getpid()}'), 'w').close()"
+READY = f"import os, time; {NOTE}; time.sleep(600)"
+LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {READY!r}], start_new_session=True)"
 
-if __name__ == "__main__":
+
+def work(rank, store, jobs, results):
+    exec(READY)
+
+
+def test_pool():
     Pool(work, size=2, timeout=600).run(2, print)
+
+
+def test_launcher():
+    launching.run([sys.executable, "-c", LAUNCHER])
 """
 
 
-@pytest.mark.parametrize(
-    ("script", "number"), [(VERIFY, signal.SIGKILL), (POOL, signal.SIGTERM)], ids=["verify_cp_plan", "pool"]
-)
-def test_children_end_with_their_parent(tmp_path, request, script, number):
-    (tmp_path / "script.py").write_text(script)
-    # Not in `tmp_path`: it becomes a part of addresses of sockets, which must be short.
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+@pytest.mark.slow
+def test_verify_cp_plan(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(VERIFY)
+    assert _left_by([sys.executable, "script.py"], tmp_path, signal.SIGKILL, ready=2) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=_name)
+def test_pytest(tmp_path: Path, number: int) -> None:
+    """A pool, and a launcher whose child is in a session of its own, in two workers of pytest-xdist."""
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *")
+    (tmp_path / "test_waiting.py").write_text(PYTEST)
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "test_waiting.py"]
+    assert _left_by(command, tmp_path, number, ready=3) == []
+
+
+def _left_by(command: list[str], where: Path, number: int, ready: int) -> list[str]:
+    """Sends a signal to a command as soon as `ready` of its descendants are at work; what it leaves behind."""
+    # Not in `where`: it becomes a part of addresses of sockets, which must be short.
     folder = Path(tempfile.mkdtemp(prefix="end-"))
-    request.addfinalizer(lambda: shutil.rmtree(folder))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment) as parent:
-        try:
-            children = _ready(folder, 2)
-        finally:
-            parent.send_signal(number)
-    _, alive = psutil.wait_procs(children, timeout=60)
-    for process in alive:
-        process.kill()
-    assert not alive
-    # The compiler's cache outlives its processes, and a socket of multiprocessing's one that was killed.
-    others = ("ready", "torchinductor", "pymp")
-    assert [path.name for path in folder.iterdir() if not path.name.startswith(others)] == []
-
-
-def _ready(folder: Path, count: int) -> list[psutil.Process]:
-    until = time.monotonic() + 120
-    while len(found := list(folder.glob("ready-*"))) < count:
-        assert time.monotonic() < until, "the children did not start"
-        time.sleep(0.1)
-    return [psutil.Process(int(path.name.removeprefix("ready-"))) for path in found]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    said = where / "said"
+    with said.open("w") as log:
+        parent = subprocess.Popen(command, cwd=where, env=environment, stdout=log, stderr=log)
+    children: list[psutil.Process] = []
+    try:
+        until = time.monotonic() + TIMEOUT
+        while len(list(folder.glob("ready-*"))) < ready:
+            assert parent.poll() is None and time.monotonic() < until, said.read_text()
+            time.sleep(0.1)
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert len(children) >= ready
+        parent.send_signal(number)
+        _, alive = psutil.wait_procs(children, timeout=60)
+        left = [" ".join(process.cmdline()) for process in alive]
+        parent.wait(60)
+    finally:
+        for process in [*children, parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    # The compiler's cache outlives its processes, a socket of multiprocessing's one that was killed, and pytest keeps
+    # the folders of its last runs.
+    others = ("ready", "torchinductor", "pymp", "pytest-of")
+    left += [path.name for path in folder.iterdir() if not path.name.startswith(others)]
+    shutil.rmtree(folder)
+    return left

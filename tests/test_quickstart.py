@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image
+
+from . import launching
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "tiny_flux"
@@ -45,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     command += ["--output", picture]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = launching.run(command, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return done.stdout, picture

@@ -67,6 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_makes_the_video_of_one_process(folder: Path) -> None:
     text = script(folder / "wan", *ON_CPU, KEPT, ('"output.mp4"', repr(str(folder / "output.mp4"))))
     (folder / "example.py").write_text(text)

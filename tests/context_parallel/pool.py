@@ -26,13 +26,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 from diffusers_attn.parent_process import end_with_parent
 
+from ..launching import forkserver
+
 SIZE = 4
 TIMEOUT = 300.0
 """seconds for a job, and half of it for an exchange: on a busy machine everything takes many times as long."""
 START = 600.0
 """seconds in which all processes must have started. They import torch and diffusers, all at once."""
 _STOP = None
-PRELOAD = ["tests.zoo", "diffusers_attn.parallelize.enable", "diffusers_attn.verify_plan.verify"]
 _READY = 0
 
 
@@ -102,9 +103,13 @@ class Pool:
         if not self._processes:
             self._start()
         self._number += 1
-        for jobs in self._jobs[:ranks]:
-            jobs.put((self._number, job, arguments))
-        return self._answers(self._number, ranks, self._timeout)
+        try:
+            for jobs in self._jobs[:ranks]:
+                jobs.put((self._number, job, arguments))
+            return self._answers(self._number, ranks, self._timeout)
+        except KeyboardInterrupt:
+            self.kill()  # they are at work, and would be waited for at the end
+            raise
 
     def _answers(self, wanted: int, ranks: int, timeout: float) -> list[Any]:
         answers: dict[int, Any] = {}
@@ -133,9 +138,7 @@ class Pool:
     def _start(self) -> None:
         # Forks of one process that has imported everything: of spawned ones, each would import it again. But CUDA does
         # not work in forks of a process that has looked for devices, as some imports do.
-        context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload(PRELOAD)
+        context = mp.get_context("spawn") if torch.cuda.is_available() else forkserver()
         self._folder = tempfile.TemporaryDirectory()
         self._jobs = [context.SimpleQueue() for _ in range(self._size)]
         self._results = context.Queue()

@@ -18,6 +18,7 @@ from diffusers_attn.processors import anyflow_far
 from diffusers_attn.verify_plan.rank import STRATEGIES, Job, work
 from diffusers_attn.verify_plan.verify import _report
 
+from ..marks import slow_but
 from .anyflow_far import LIMITS, build, cache_of_flex, compare, compare_enabled, compiled, inputs, said
 from .models import MESHES, WITH_VARIANTS
 
@@ -48,7 +49,9 @@ def test_with_gradient_checkpointing(pool):
 
 @pytest.mark.parametrize(
     ("ring", "ulysses", "mode", "provider"),
-    [(2, 1, "broadcast", None), (3, 1, "check", "flex"), (2, 2, "broadcast", "flex")],
+    slow_but(
+        [(2, 1, "broadcast", None)], [(2, 1, "broadcast", None), (3, 1, "check", "flex"), (2, 2, "broadcast", "flex")]
+    ),
 )
 def test_a_rollout_fills_the_cache_that_it_is_given(pool, ring, ulysses, mode, provider):
     """Whatever becomes of other inputs: a copy of it would be filled in vain, and is as large as all keys."""
@@ -78,6 +81,7 @@ def test_refused(pool, provider, change, reason):
         assert re.search(reason, answer), answer
 
 
+@pytest.mark.slow
 def test_compiles_without_breaks(pool):
     for graphs, error in pool.run(2, compiled, ring=2, ulysses=1):
         assert graphs <= 5  # and no more with more blocks

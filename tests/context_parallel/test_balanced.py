@@ -93,6 +93,7 @@ def test_like_one_process(pool, mesh):
         assert errors[0] > 1e-3
 
 
+@pytest.mark.slow
 def test_verify_knows_the_parts():
     model, inputs = make()
     report = verify_cp_plan(model, inputs, PLAN, strategies=("ring",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -22,6 +21,8 @@ from diffusers_attn import (
 )
 from diffusers_attn.context_parallel import job
 from diffusers_attn.cp_plans.plan import CPInput, ParamId
+
+from .. import launching
 
 ROOT = Path(__file__).parents[2]
 
@@ -378,6 +379,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scope", "first", "checkpointing"), COMPILED)
 def test_compiled(pool, name, scope, first, checkpointing):
     answers = pool.run(2, compiled, name=name, scope=scope, first=first, checkpointing=checkpointing)
@@ -407,6 +409,7 @@ def reused(meshes):
     return error(found, expected)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_before_is_not_used_again(pool):
     assert max(pool.run(2, reused)) < 1e-6
 
@@ -429,12 +432,13 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_a_script_under_torchrun_needs_no_process_group(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = launching.run(command, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("context parallelism: ") == 1  # rank 0 says what was done
     assert "on 2 ranks, Ulysses over 2 (on CPUs nothing hides an exchange" in done.stdout

@@ -91,6 +91,7 @@ def test_every_rank_computes_some_heads(pool, ring, ulysses, heads, seen):
         assert alone == heads and own == seen[rank]
 
 
+@pytest.mark.slow
 def test_in_a_compiled_graph(pool):
     for out, grad, seen in pool.run(3, compared, ring=3, ulysses=1, heads=2, frames=4, compiled=True):
         assert out < 1e-12 and grad < 1e-12 and seen == [2, 1]

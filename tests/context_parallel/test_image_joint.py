@@ -99,6 +99,7 @@ def test_with_gradient_checkpointing(pool):
     check(pool, "gather 2", models=dict.fromkeys(names), checkpointing=True)
 
 
+@pytest.mark.slow
 def test_a_gather_within_a_compiled_block(pool):
     """With fullgraph=True, so that each block is one graph."""
     name = "nucleus_moe, experts choose"

@@ -1,7 +1,6 @@
 import importlib.util
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from diffusers_attn.context_parallel.attention.merge import merge
 
-from .. import reference
+from .. import launching, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -73,4 +72,4 @@ for dtype in (torch.float32, torch.float16):
 def test_the_kernel_by_triton_s_interpreter():
     """On a CPU, where it must be asked for before Triton is imported; `tests/gpu` has the kernel itself."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, check=True)
+    launching.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, check=True)

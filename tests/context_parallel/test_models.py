@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 
+from ..marks import slow_but
 from .model_cases import FAMILIES
 from .models import MESHES, WITH_VARIANTS, WITHOUT_FOURS, attention_over_ranks, build, check, errors_of, inputs, run
 
@@ -19,7 +20,13 @@ FAMILIES_AND_MESHES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "mesh"), FAMILIES_AND_MESHES)
+def _quick(case):
+    """Two ranks for every model; more ranks, and both axes, for those of the first releases."""
+    family, mesh = case
+    return mesh in ("gather 2", "ulysses 2") or (family == "shipped" and mesh in ("ring 3", "gather 2 x ulysses 2"))
+
+
+@pytest.mark.parametrize(("family", "mesh"), slow_but(_quick, FAMILIES_AND_MESHES))
 def test_like_one_process(pool, family, mesh):
     models = FAMILIES[family].MODELS
     models = {name: plan for name, plan in models.items() if "," not in name or mesh in WITH_VARIANTS}
@@ -86,6 +93,7 @@ def compiled(meshes, ring, ulysses, rotate_method, names, scope):
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scope", "name"), [("regional", "flux"), ("full", "wan")])
 def test_compiled_without_graph_breaks(pool, scope, name):
     arguments = {"ring": 2, "ulysses": 1, "rotate_method": "allgather", "names": [name], "scope": scope}
@@ -95,7 +103,7 @@ def test_compiled_without_graph_breaks(pool, scope, name):
         assert graphs <= (1 if scope == "full" else 3)  # of four blocks, those of one kind share theirs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["shipped", "single"], FAMILIES))
 def test_the_comparison_notices_a_missing_exchange(pool, family):
     for name, errors in errors_of(pool, "gather 2", FAMILIES[family].MODELS, disabled=True).items():
         assert min(map(min, errors)) > 1e-3, name

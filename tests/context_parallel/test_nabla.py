@@ -59,6 +59,7 @@ def test_by_block_masks(pool, name, mesh):
     assert max(errors) < 2e-5, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "provider"), [("kandinsky5", "native"), ("kandinsky6_sr", "flex")])
 def test_compiles_without_breaks(pool, name, provider):
     for graphs, errors in pool.run(2, compiled, ring=2, ulysses=1, name=name, provider=provider):

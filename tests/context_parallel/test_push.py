@@ -25,6 +25,7 @@ from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC
 from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
+from ..marks import slow_but
 from .shared_memory import NoLane, open_shared
 
 LAYERS = 2
@@ -79,7 +80,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("case", slow_but(["inference", "training"], COMPILED))
 def test_one_graph(pool, case):
     options = {"is_causal": False, "train": False, **COMPILED[case]}
     for graphs, error, _ in pool.run(options["ring"], compiled, backend="aot_eager", **options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
 import sys
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from diffusers_attn import DispatchProcessor
 from diffusers_attn.processors import attention_modules
 
+from .. import launching
 from ..zoo import CASES, relative_change
 from . import ip_adapters
 
@@ -61,9 +61,7 @@ model = pickle.loads(Path(sys.argv[1]).read_bytes())
 from diffusers_attn.processors import attention_modules
 print(*{module.provider for module in attention_modules(model)})
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "model.pickle"], capture_output=True, text=True, check=True
-    )
+    result = launching.run([sys.executable, "-c", script, tmp_path / "model.pickle"], check=True)
     assert result.stdout.split() == ["_native_math"]
 
 
@@ -82,5 +80,5 @@ model.set_attn_processor(DispatchProcessor("native"))
 from diffusers_attn.processors import attention_modules
 print(*{module.provider for module in attention_modules(model)})
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = launching.run([sys.executable, "-c", script], check=True)
     assert result.stdout.split() == ["native"]

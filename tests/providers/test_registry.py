@@ -1,6 +1,5 @@
 """What is usable here, and what is said of the rest. Packages are real folders on the path, broken on purpose."""
 
-import subprocess
 import sys
 import textwrap
 
@@ -9,6 +8,8 @@ import torch
 
 from diffusers_attn import AttentionProvider, AttentionProviderError, list_providers, provider_status
 from diffusers_attn.providers.catalog import SPECS
+
+from .. import launching
 
 SPECIFIED = {
     "flash", "flash_varlen", "flash_3", "flash_4", "flex", "native", "_native_cudnn", "_native_efficient",
@@ -66,9 +67,7 @@ def install(folder, distribution, version, module, body):
 
 def run(folder, code):
     code = textwrap.dedent(code)
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": f"{folder}:."}, capture_output=True, text=True
-    )
+    result = launching.run([sys.executable, "-c", code], env={"PYTHONPATH": f"{folder}:."})
     assert result.returncode == 0, result.stderr
     return result.stdout
 

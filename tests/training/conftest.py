@@ -8,6 +8,7 @@ import multiprocessing
 import pytest
 
 from ..context_parallel.pool import Pool
+from ..launching import TIMEOUT, as_child, forkserver
 from . import worlds
 from .runs import COMMON, SETTINGS, VIDEOS, make_data, make_model
 
@@ -44,19 +45,18 @@ def settings_of(tmp_path_factory):
 @pytest.fixture(scope="session")
 def forked():
     """Runs a function in a process that starts with everything imported; returns its exit code."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["diffusers_attn.training.trainer", "diffusers", "transformers", "peft", "tests.training.runs"]
-    )
+    context = forkserver()
 
-    def run(job, *arguments, timeout=300):
-        process = context.Process(target=job, args=arguments)
+    def run(job, *arguments, timeout=TIMEOUT):
+        process = context.Process(target=as_child, args=(job, *arguments))
         process.start()
-        process.join(timeout)
-        if process.is_alive():
+        try:
+            process.join(timeout)
+            if process.is_alive():
+                raise TimeoutError(f"{job.__name__} did not end within {timeout} s")
+        finally:
             process.kill()
             process.join()
-            raise TimeoutError(f"{job.__name__} did not end within {timeout} s")
         return process.exitcode
 
     return run
@@ -68,7 +68,7 @@ def forked_in_background():
     started = []
 
     def run(job, *arguments):
-        started.append(multiprocessing.get_context("fork").Process(target=job, args=arguments))
+        started.append(multiprocessing.get_context("fork").Process(target=as_child, args=(job, *arguments)))
         started[-1].start()
         return started[-1]
 

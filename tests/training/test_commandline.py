@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ from diffusers_attn.training.config import TrainConfig
 from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.data.ranks import OtherRankError
 
+from .. import launching
 from .data.media import album, cut
 from .runs import ROOT, TINY_FLUX
 
@@ -56,7 +56,7 @@ with tqdm(total=3, file=sys.stderr, desc="training") as bar:
     bar.update(1)
     logging.getLogger("any").warning("takes larger `frames`")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = launching.run([sys.executable, "-c", script], cwd=ROOT)
     lines = re.split(r"[\r\n]", done.stderr)
     assert "WARNING takes larger --num_frames" in lines, done.stderr
 
@@ -90,13 +90,11 @@ def test_two_processes_say_it_once(tmp_path):
     script = [str(ROOT / "examples" / "train_lora.py"), "--cpu", "--model", str(TINY_FLUX), "--data", str(data)]
     script += ["--output_dir", str(tmp_path / "out"), "--resolution", "32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *script], capture_output=True, text=True, env=environment, timeout=240)
+    done = launching.run([*command, *script], env=environment)
     assert done.returncode == 1
     ours = [line for line in done.stderr.splitlines() if "train_lora.py: " in line]
     assert len(ours) == 1 and "--on_bad_data skip" in ours[0], done.stderr
     assert done.stderr.count("00.png: a broken picture") == 1
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("elastic")[0]
-    done = subprocess.run(
-        [*command, *script, "--ranks", "2"], capture_output=True, text=True, env=environment, timeout=240
-    )
+    done = launching.run([*command, *script, "--ranks", "2"], env=environment)
     assert done.stderr.count("unrecognized arguments: --ranks 2") == 1 and "usage:" not in done.stderr

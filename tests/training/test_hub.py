@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .. import launching
 from .hub import hub
 from .runs import ROOT
 
@@ -22,7 +23,7 @@ def train(settings: dict[str, object], **environment: str) -> subprocess.Complet
     # Without Xet, whose own servers this Hub does not play, large files come by way of Git LFS.
     usual = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     environment = {**os.environ, **usual, **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return launching.run(command, env=environment)
 
 
 def test_adapter_card_and_samples_arrive(settings_of, tmp_path: Path) -> None:

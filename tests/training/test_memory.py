@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 
+from .. import launching
 from ..test_quickstart import ROOT
 from .activation_memory import RANKS, SHAPES
 
@@ -16,7 +16,7 @@ from .activation_memory import RANKS, SHAPES
 def peaks() -> dict[str, float]:
     # A process of its own: PyTorch has one process group, and this one is of ranks that are not there.
     command = [sys.executable, "-m", "tests.training.activation_memory"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = launching.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

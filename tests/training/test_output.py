@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from diffusers_attn.training.data.lock import FolderLock, alone_in
 from diffusers_attn.training.data.ranks import OneRank, OtherRankError
 from diffusers_attn.training.output import check_output, output_of_this_run
 
+from ..launching import TIMEOUT
 from .data.test_cache import on_threads
 
 
@@ -32,7 +34,7 @@ def hold(folder, ready):
     lock = FolderLock(folder)
     assert lock.acquire()
     ready.write_text(str(os.getpid()))
-    time.sleep(60)
+    time.sleep(3600)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_a_second_run_is_refused_with_who_has_the_folder(tmp_path, other):
         assert said in str(error)
     # However the first one ends, the folder is free then.
     os.kill(other.pid, signal.SIGKILL)
-    other.join(10)
+    other.join()
     with output_of_this_run(tmp_path / "folder", OneRank()):
         assert not FolderLock(tmp_path / "folder").acquire()
     with output_of_this_run(tmp_path / "folder", OneRank()):
@@ -72,13 +74,17 @@ def test_ranks_of_a_job_have_it_together(tmp_path):
 
 
 def test_a_cache_is_waited_for(tmp_path, other, caplog):
+    def end_the_other():
+        until = time.monotonic() + TIMEOUT
+        while "waiting" not in caplog.text and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(other.pid, signal.SIGKILL)
+
     def work(ranks):
-        if ranks.rank == 1:
-            time.sleep(0.3)
-            os.kill(other.pid, signal.SIGKILL)
         with alone_in(tmp_path / "folder", ranks, "the cache"):
             return "in"
 
+    threading.Thread(target=end_the_other, daemon=True).start()
     assert on_threads(2, work) == ["in"] * 2
     assert f"is being filled by process {other.pid} on host" in caplog.text and caplog.text.count("waiting") == 1
 

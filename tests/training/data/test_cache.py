@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from diffusers_attn.training.data import (
 from diffusers_attn.training.data.digests import content_digests
 from diffusers_attn.training.data.store import read_tensors
 
+from ...launching import TIMEOUT, as_child
 from .media import album, cut, encode, encode_text, picture, video
 
 BUCKETS = Buckets.of(32 * 32, frames=(1, 5), frame_rule=(4, 1))
@@ -54,7 +54,7 @@ class ThreadRanks:
 
     @staticmethod
     def of(size):
-        shared = (threading.Barrier(size, timeout=300), [False] * size)
+        shared = (threading.Barrier(size, timeout=TIMEOUT), [False] * size)
         return [ThreadRanks(rank, size, shared) for rank in range(size)]
 
     def barrier(self):
@@ -272,12 +272,10 @@ def test_an_error_on_one_rank_reaches_all(tmp_path):
 
         return cache(tmp_path / "cache").fill(examples, failing, ranks=ranks)
 
-    start = time.perf_counter()
     first, second, third = on_threads(3, work)
     assert isinstance(second, torch.OutOfMemoryError)
     for error in (first, third):
         assert isinstance(error, OtherRankError) and "encoding pictures and videos" in str(error)
-    assert time.perf_counter() - start < 20
     texts = on_threads(
         2, lambda ranks: TextCache(tmp_path, {}).fill("ab", (encode_text, _fail)[ranks.rank], ranks=ranks)
     )
@@ -389,9 +387,9 @@ def _fill(folder, moment):
 def test_killed_at_any_moment(tmp_path, moment):
     examples = data(tmp_path, 5)
     cache(tmp_path / "whole").fill(examples, encode)
-    process = multiprocessing.get_context("fork").Process(target=_fill, args=(tmp_path, moment))
+    process = multiprocessing.get_context("fork").Process(target=as_child, args=(_fill, tmp_path, moment))
     process.start()
-    process.join(60)
+    process.join(TIMEOUT)
     assert process.exitcode == -signal.SIGKILL
     good, left = contents(tmp_path / "whole"), contents(tmp_path / "cache")
     assert left.items() <= good.items()  # whole or not there

@@ -11,6 +11,7 @@ from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.data.frames import FramePicking
 from diffusers_attn.training.data.source import FileSource
 
+from ... import launching
 from .media import cut, picture, video, video_at
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -107,11 +108,10 @@ def test_frames_of_a_variable_rate_are_picked_by_time(tmp_path, name, codec):
 
 def test_turned_video(tmp_path):
     ffmpeg = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
-    import subprocess
 
     video(tmp_path / "a.mp4", width=64, height=32)
     turn = ["-display_rotation", "90", "-i", str(tmp_path / "a.mp4"), "-c", "copy", str(tmp_path / "b.mp4")]
-    subprocess.run([ffmpeg, "-loglevel", "error", *turn], check=True)
+    launching.run([ffmpeg, "-loglevel", "error", *turn], check=True)
     source = FileSource(tmp_path / "b.mp4")
     assert decode.probe_video(source)[:2] == (32, 64)
     (frame,) = decode.read_video(source, [5])

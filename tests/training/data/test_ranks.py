@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import torch
 
+from ... import launching
 from .media import album, encode, encode_text
 
 LAZY = ("PIL", "av", "datasets", "pandas", "diffusers", "transformers", "safetensors", "accelerate")
@@ -55,13 +55,14 @@ def test_two_ranks_on_gloo(tmp_path):
     album(tmp_path / "data", 5)
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_on_rank, args=(rank, tmp_path, results), daemon=True) for rank in range(2)]
+    arguments = [(_on_rank, rank, tmp_path, results) for rank in range(2)]
+    processes = [context.Process(target=launching.as_child, args=each, daemon=True) for each in arguments]
     try:
         for process in processes:
             process.start()
-        first, second = sorted(results.get(timeout=300) for _ in processes)
+        first, second = sorted(results.get(timeout=launching.TIMEOUT) for _ in processes)
         for process in processes:
-            process.join(30)
+            process.join(launching.TIMEOUT)
     finally:
         for process in processes:
             process.kill()
@@ -77,5 +78,5 @@ def test_importing_it_imports_nothing_else():
         "import torch, sys, json; before = set(sys.modules); import diffusers_attn.training.data;"
         "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = launching.run([sys.executable, "-c", script], check=True)
     assert not {name.split(".")[0] for name in json.loads(result.stdout)} & set(LAZY)
