@@ -93,16 +93,16 @@ def _stash_takes_a_reference() -> bool:
 _TAKES_A_REFERENCE = _stash_takes_a_reference()
 
 
-def stash(value: object) -> None:
+def stash(value: object, name: str = _STASH) -> None:
     """Notes `value` in this thread, for the backwards that it calls."""
     if not _TAKES_A_REFERENCE:
         _add_reference(value)
-    torch._C._stash_obj_in_tls(_STASH, value)
+    torch._C._stash_obj_in_tls(name, value)
 
 
 stash(None)  # in the place of the probe
 
 
-def stashed() -> Any:
+def stashed(name: str = _STASH) -> Any:
     """What the thread that called the running backward had stashed; None where it had nothing."""
-    return torch._C._get_obj_in_tls(_STASH) if torch._C._is_key_in_tls(_STASH) else None
+    return torch._C._get_obj_in_tls(name) if torch._C._is_key_in_tls(name) else None

@@ -21,12 +21,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from ..context_parallel import job
-from ..context_parallel.comm import one_thread, rank_progress, shared_groups
+from ..context_parallel.comm import one_thread, rank_progress, shared_groups, stalls
 from ..context_parallel.comm.process_groups import resolve
 from ..context_parallel.comm.rank_differences import differences
 from ..context_parallel.config import ContextParallelConfig
 from ..context_parallel.hooks import copies
-from ..context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
+from ..context_parallel.hooks.apply import apply_context_parallel, names_of_groups, remove_context_parallel
 from ..context_parallel.mesh import AXES, ContextParallelMesh
 from ..cp_plans.plan import CPCache, ParamId, Plan, entries
 from ..errors import AttentionProviderError
@@ -46,7 +46,7 @@ from .targets import Target, device_type, find_targets, models_of, split_heads
 class _Enabled(NamedTuple):
     """What was done to a model. Without a reference to it, so that it is not kept alive."""
 
-    hooks: list[RemovableHandle]
+    hooks: list[RemovableHandle | stalls.Watch]
     leases: list[shared_groups.Lease]
     """of the process groups that it uses."""
     forwards: list[Forwards]
@@ -93,8 +93,9 @@ def enable_context_parallel(
             errors, and so are another number of calls, and adapters or processors that are not alike.
         timeout: how long a rank waits for the others, in seconds or as a timedelta; None is the job's own
             (`init_process_group(timeout=...)`). Groups of `mesh` are given it too, where it is named here or they have
-            PyTorch's default. Then the error of those that waited names the rank that is missing. (NCCL, whose errors
-            name none, waits a quarter longer.)
+            PyTorch's default. Then the error of those that waited names the rank that is missing. NCCL,
+            whose errors name none, waits a quarter longer; where hosts do not meet (inputs="trust", or in the last
+            forward) the rank is named in an error that is logged before.
         check_weights: whether values of all weights are compared once, now, which reads them all. (Names and shapes of
             weights are compared in any case, and so are values of adapters.)
         verbose: whether rank 0 prints the report.
@@ -117,7 +118,7 @@ def enable_context_parallel(
     sharing = None if mesh is None else ContextParallelMesh.from_mesh(mesh)
     axes = [None] if mesh is None else [mesh.get_group(dim) for dim in _dims(mesh)]
     members = list(range(dist.get_world_size())) if mesh is None else mesh.mesh.flatten().tolist()
-    rank_progress.note(f"enable_context_parallel of a {type(pipeline_or_model).__name__}")
+    rank_progress.note_enabling(f"enable_context_parallel of a {type(pipeline_or_model).__name__}")
     rank_progress.meet(members, shared_groups.as_timeout(None, device))
 
     def choose() -> _Choices:
@@ -151,13 +152,16 @@ def enable_context_parallel(
         for axis in axes:
             shared_groups.give_timeout(axis, chosen.timeout, device, always=timeout is not None)  # type: ignore[arg-type]
     names = [group.name for group in (sharing.ring, sharing.ulysses) if group.size > 1]
-    rank_progress.belongs_to(names, job.everyone(dist.get_rank(), [resolve(name) for name in names]))
+    sharers = job.everyone(dist.get_rank(), [resolve(name) for name in names])
+    rank_progress.belongs_to(names, sharers)
     lease = sharing.lease or shared_groups.Lease()  # each model has one of its own
     sharing = dataclasses.replace(sharing, lease=None)
     with contextlib.ExitStack() as undo_all:  # whatever fails after all, nothing stays
         for target in chosen.targets:
             undo_all.callback(_take_off, target.model)
             _put_on(target, sharing, lease, inputs, chosen.timeout, chosen.request, rebind=provider is not None)
+            if device != "cpu":  # where exchanges do not fail, but hang
+                _enabled[target.model].hooks.append(stalls.Watch(sharers, chosen.timeout))
         undo_all.pop_all()
     lease.close()
     report = ContextParallelReport(
@@ -421,7 +425,7 @@ def _take_off(model: nn.Module) -> None:
     enabled = _enabled.get(model)
     if enabled is None:
         return
-    one_thread.check_idle([name for lease in enabled.leases for name in lease.names], model)
+    one_thread.check_idle([*names_of_groups(model), *(name for lease in enabled.leases for name in lease.names)], model)
     del _enabled[model]
     for forwards in enabled.forwards:
         rank_progress.note(f"disable_context_parallel, after {forwards.latest()}")

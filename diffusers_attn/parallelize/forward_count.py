@@ -52,7 +52,7 @@ class Forwards:
         """Which one begins, in words. Notes that this rank is there."""
         self._count += 1
         at = self.latest()
-        rank_progress.note(at)
+        rank_progress.note_begin(at)
         return at
 
     def latest(self) -> str:

@@ -5,7 +5,10 @@ tells. So models are described: in full when context parallelism is enabled, and
 change from one to the next and costs next to nothing to look at: adapters with their scales, and processors.
 
 Values of weights are not looked at in every forward, for the host would wait for its device. Those of adapters are
-when adapters come or go, and outside of training when they were written to.
+when adapters come or go, and outside of training when they were written to. What is written through `tensor.data`
+leaves no trace on a tensor, and is not noticed: PEFT's `hotswap_adapter` may write so. Then, and to compare adapters
+that are being trained, call `disable_context_parallel(model)` and `enable_context_parallel(model)` on all ranks, which
+compares the values of all adapters.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import AttentionProviderError
 from ..scope import ProviderChoice, active_choice
+from . import backend_scope
 from .bound import BoundProcessor, bind, obstacle, unbind
 from .dispatch import DispatchProcessor
 from .entry_points import backend_refused, parallelism_refused
@@ -40,6 +41,7 @@ def install() -> None:
 
     Nothing changes for modules on which none is set.
     """
+    backend_scope.install()
     for has_setter in (Attention, AttentionModuleMixin):
         _patch(has_setter, set_processor=_binding(has_setter.set_processor))
     _patch(MochiAttention, set_processor=Attention.set_processor, get_processor=Attention.get_processor)

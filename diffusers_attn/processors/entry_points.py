@@ -20,6 +20,7 @@ from ..context_parallel.sequences.active import active
 from ..dispatch import attend
 from ..errors import AttentionProviderError
 from ..scope import ProviderChoice, active_choice
+from .backend_scope import backends, check_scope
 from .reachability import sdpa
 
 _FLEX = ProviderChoice.of("flex")
@@ -48,6 +49,8 @@ def dispatch_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
             AttentionProviderError: the provider cannot do exactly this, or the call asks for something that only
                 diffusers' own dispatcher does.
         """
+        if backends:
+            check_scope(bound)
         # As in diffusers: two dimensions that fit are a key mask. (SDPA would take them for queries and keys.)
         if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2 and _is_of_keys(attn_mask, query, key):
             attn_mask = attn_mask[:, None, None, :]

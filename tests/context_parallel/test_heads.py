@@ -193,9 +193,11 @@ def test_frames_that_are_left_out_are_split_in_every_form(form):
     given["frame_valid_mask"] = mask = given["frame_valid_mask"][form]
     tracker = apply_context_parallel(model, mesh_of(1), None)
     model.blocks[1].forward = lambda *args: seen.append((args[2], args[4], args[10])) or args[0]
+    tracker.start()
     tracker.shard_length("frames", 5)
     times = torch.zeros(2, 1, 5, 6 * 64)
     model.blocks[1](torch.zeros(2, 70, 64), None, times, None, (5, 5, 7), *[None] * 5, mask)
+    tracker.end()
     ((t, thw, found),) = seen
     assert t.shape[2] == 2 and thw == (2, 5, 7)
     assert found.ndim == mask.ndim and torch.equal(found.flatten(1), mask.flatten(1)[:, 2:4])

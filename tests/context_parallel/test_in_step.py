@@ -4,6 +4,7 @@ that names the ranks, and never computed as a mixture."""
 from __future__ import annotations
 
 import datetime
+import logging
 import threading
 
 import pytest
@@ -19,7 +20,7 @@ from diffusers_attn import (
     enable_context_parallel,
     set_attention_provider,
 )
-from diffusers_attn.context_parallel.comm import process_groups, rank_progress, shared_groups
+from diffusers_attn.context_parallel.comm import process_groups, rank_progress, shared_groups, stalls
 from diffusers_attn.context_parallel.comm.rank_progress import RankMissingError
 from diffusers_attn.cp_plans.registry import get_cp_plan
 
@@ -196,18 +197,21 @@ def gone(meshes, how, inputs_are):
     for group in [group for made in shared_groups._all for group in made.groups]:
         process_groups.set_timeout(group, datetime.timedelta(seconds=3))
     said = None
+    if how == "stays away":
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.compile(backend="eager", fullgraph=True)
     if odd and how == "disables":
         disable_context_parallel(model)
-    elif odd:
+    elif odd and how != "stays away":
         handle = model.transformer_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             output(model, given)
         handle.remove()
     if not odd or how == "goes on":
-        with pytest.raises(RankMissingError) as failure:
+        with pytest.raises(RuntimeError if how == "stays away" else RankMissingError) as failure:
             output(model, given)
             output(model, given)
-        said = str(failure.value)
+        said = "".join([str(failure.value), *getattr(failure.value, "__notes__", [])])
     dist.barrier()
     disable_context_parallel(model)
     enable_context_parallel(model, verbose=False)
@@ -222,6 +226,7 @@ GONE = {
         "rank 1 is missing: rank 1 was last at disable_context_parallel, after forward 1 of FluxTransformer2DModel",
         "broadcast",
     ),
+    "stays away": ("rank 1 is missing: rank 1 was last at forward 1 of FluxTransformer2DModel, which is over", "trust"),
     "goes on": ("rank 1 at forward 3 of FluxTransformer2DModel", "check"),
 }
 
@@ -232,6 +237,58 @@ def test_a_rank_that_does_not_come_is_named_with_where_it_was(pool, how):
     for rank, said in enumerate(pool.run(4, gone, how=how, inputs_are=inputs_are)):
         assert (said is None) == (rank == 1 and how != "goes on")
         assert said is None or expected in said, said
+
+
+class Told(logging.Handler):
+    """Keeps what is logged, and has the other rank go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+        process_groups.job_store().set(f"told/{len(self.lines)}", "")
+
+
+@torch.no_grad()
+def hanging(meshes):
+    """What rank 0 is told while rank 1 leaves out a call, and stops in one whose exchanges are over."""
+    odd = dist.get_rank() == 1
+    model, given = build("flux"), inputs("flux")
+    enable_context_parallel(model, mesh=meshes.lines[2], inputs="trust", verbose=False)
+    told = Told()
+    stalls.log.addHandler(told)
+    watch = stalls.Watch([0, 1], datetime.timedelta(seconds=1))
+    wait = process_groups.job_store().wait
+    output(model, given)
+    if odd:
+        wait(["told/1"])
+    output(model, given)
+    output(model, given)
+    handle = model.register_forward_pre_hook(lambda *_: None)
+    if odd:
+        handle = model.proj_out.register_forward_hook(lambda *_: wait(["told/2"]))
+    output(model, given)
+    wait(["told/2"])
+    handle.remove()
+    output(model, given)
+    dist.barrier(meshes.lines[2].get_group())
+    watch.remove()
+    stalls.log.removeHandler(told)
+    disable_context_parallel(model)
+    return told.lines
+
+
+def test_a_hang_without_an_error_names_the_rank_that_is_behind(pool):
+    (absent, within), of_other = pool.run(2, hanging)
+    name = "FluxTransformer2DModel"
+    assert f"rank 1 is missing: rank 1 was last at forward 1 of {name}, which is over. " in absent
+    assert f"Rank 0 is at forward 2 of {name}. They may" in absent
+    assert (
+        f"rank 1 is missing: rank 1 was last at forward 4 of {name}. Rank 0 is at forward 4 of {name}, which" in within
+    )
+    assert not of_other
 
 
 def missing_when_enabled(meshes):
@@ -309,3 +366,65 @@ def test_two_threads_are_refused(pool):
                 "thread 'MainThread' calls a FluxTransformer2DModel" in said and "while thread 'one' is within" in said
             )
         assert gradient and all(right.values()), right
+
+
+def backwards(meshes):
+    """What is said to a forward beside another thread's backward, and to a backward beside another's forward; and
+    whether gradients are right afterwards."""
+    model, given = build("flux"), inputs("flux")
+
+    def gradient():
+        model.zero_grad()
+        output(model, given).square().mean().backward()
+        return model.proj_out.weight.grad.clone()
+
+    expected = gradient()
+    enable_context_parallel(model, mesh=meshes.lines[2], verbose=False)
+    found, names = [], ("backward", "forward")
+    for name in names:
+        out = output(model, given)
+        inside, free = threading.Event(), threading.Event()
+
+        def wait(value, inside=inside, free=free):
+            inside.set()
+            assert free.wait(60)
+
+        block = model.transformer_blocks[0]
+        if name == "backward":  # the gradient comes to the first block after exchanges of later ones
+            handle = block.attn.to_q.weight.register_hook(wait)
+            work = out.square().mean().backward
+        else:
+            handle = block.register_forward_pre_hook(lambda *_: wait(None))
+            work = lambda: output(model, given)  # noqa: E731
+        thread = threading.Thread(target=work, name="one")
+        thread.start()
+        assert inside.wait(60)
+        if name == "backward":
+            found += [message(lambda: output(model, given)), message(lambda: disable_context_parallel(model))]
+        else:
+            found.append(message(lambda out=out: out.square().mean().backward()))
+        free.set()
+        thread.join()
+        handle.remove()
+    # Threads one after the other are fine, and so is another backward beside a forward.
+    threads = [threading.Thread(target=lambda: found.append(gradient())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    errors = []
+    for _ in range(2):
+        grad = found.pop()
+        dist.all_reduce(grad, group=meshes.lines[2].get_group())
+        errors.append(((grad / 2 - expected).norm() / expected.norm()).item())
+    disable_context_parallel(model)
+    return found, errors
+
+
+def test_a_backward_beside_another_threads_forward_is_refused(pool):
+    for (forward, disabling, backward), errors in pool.run(2, backwards):
+        within = "while thread 'one' is within a backward of a FluxTransformer2DModel over the same ranks"
+        assert "thread 'MainThread' calls a FluxTransformer2DModel" in forward and within in forward
+        assert within in disabling
+        assert "thread 'MainThread' runs a backward of a model" in backward
+        assert "while thread 'one' is within a forward of a FluxTransformer2DModel" in backward
+        assert max(errors) < 1e-6

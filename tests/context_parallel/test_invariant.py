@@ -355,3 +355,53 @@ def test_processors_exchanged_after_it_was_enabled(pool):
             assert wrong < 1e-5 and same, name
             expected = "disable_context_parallel first" if name == "unbound" else "'transformer_blocks.0.attn'"
             assert expected in said
+
+
+# A forward that is called without the hooks of the model.
+
+
+def of_the_model_itself():
+    """Its plan has no hook on a module within it."""
+    return Model(nn.Linear(WIDTH, WIDTH)), {"": [{ParamId("x"): CPInput(1, 3)}, CPOutput(1, 3)]}
+
+
+OUTSIDE = {
+    "split within": lambda: (Model(Block()), PLAN),
+    "split before": lambda: (Model(Block()), {"": [{ParamId("x"): CPInput(1, 3)}, CPOutput(1, 3)]}),
+    "nothing within": of_the_model_itself,
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_forward_without_the_hooks_of_its_model_is_refused(case, compiled, after):
+    model, plan = OUTSIDE[case]()
+    x, before = torch.randn(1, 9, WIDTH), model.state_dict().keys()
+    expected = model(x)
+    apply_context_parallel(model, MESH, plan)
+    if after:  # what an earlier call knows of lengths must not serve
+
+        def fail(*_):
+            raise ValueError
+
+        with model.blocks[0].register_forward_pre_hook(fail), pytest.raises(ValueError):
+            model(x)
+    called = torch.compile(model.forward, backend="eager", fullgraph=True) if compiled else model.forward
+    for _ in range(2):
+        with pytest.raises(AttentionProviderError, match="a Model is split between ranks, and 'blocks.0.*call model"):
+            called(x)
+        assert active_tracker() is None
+    # What the message says is so.
+    remove_context_parallel(model)
+    assert model.state_dict().keys() == before and torch.equal(model.forward(x), expected)
+
+
+def test_a_part_of_a_model_outside_of_its_call_is_refused():
+    model, inputs = flux()
+    apply_context_parallel(model, MESH)
+    for wrapper in (lambda **given: model.forward(**given), functools.partial(type(model).forward, model)):
+        with pytest.raises(AttentionProviderError, match="a FluxTransformer2DModel is split between ranks"):
+            wrapper(**inputs)
+    remove_context_parallel(model)
+    assert model.forward(**inputs).sample.isfinite().all()

@@ -228,6 +228,7 @@ def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
     case = CASES[name]
     model = case.build()
     tracker = apply_context_parallel(model, mesh_of(0))
+    tracker.start()
     for path, module in model.named_modules():
         if hasattr(module, "processor") and not any(fnmatch.fnmatch(path, silent) for silent in case.silent):
             (enter,) = [
@@ -237,6 +238,7 @@ def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
             enter(module, ())
             assert tracker.role is not None, path
             tracker.leave()
+    tracker.end()
 
 
 def test_every_plan_of_diffusers_has_one_here():

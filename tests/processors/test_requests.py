@@ -3,10 +3,11 @@
 import types
 
 import pytest
-from diffusers import ContextParallelConfig
+import torch
+from diffusers import ContextParallelConfig, attention_backend
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-from diffusers_attn import AttentionProviderError, DispatchProcessor, set_attention_provider
+from diffusers_attn import AttentionProviderError, DispatchProcessor, attention_provider, set_attention_provider
 from diffusers_attn.parallelize.targets import find_targets
 from tests.zoo import CASES
 
@@ -88,3 +89,29 @@ def test_flex_is_a_provider_as_well():
     model = CASES["flux"].build()
     model.set_attention_backend("flex")
     model.set_attn_processor(DispatchProcessor("native"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_a_scope_of_diffusers_around_a_bound_model(compiled):
+    """It is refused, unless it names the provider that the model has anyway."""
+    model, inputs = CASES["flux"].build(), CASES["flux"].inputs()
+    expected = model(**inputs).sample
+    CASES["flux"].build().set_attention_backend("_native_math")  # diffusers notes that for all models, for good
+    set_attention_provider(model, "native")
+    if compiled:
+        model.transformer_blocks[0].compile(fullgraph=True, backend="eager")
+    for _ in range(2):
+        with attention_backend("native"):
+            assert torch.allclose(model(**inputs).sample, expected)
+            message = r"attention_backend\('_native_math'\).*provider 'native'.*attention_provider\('_native_math'\)"
+            with attention_backend("_native_math"), pytest.raises(AttentionProviderError, match=message):
+                model(**inputs)
+            assert torch.allclose(model(**inputs).sample, expected)
+        assert torch.allclose(model(**inputs).sample, expected)
+    # What the message says is so.
+    with attention_backend("_native_math"), attention_provider("_native_math"):
+        assert torch.allclose(model(**inputs).sample, expected, atol=1e-5)
+    set_attention_provider(model, None)
+    with attention_backend("_native_math"):
+        assert torch.allclose(model(**inputs).sample, expected, atol=1e-5)

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...recompute import in_backward_id
 from ..compile.inductor import prepare_for_exchanges
-from . import rank_progress
+from . import one_thread, rank_progress
 from .group import Group
 
 
@@ -31,6 +32,8 @@ def start_all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int]
     if torch.compiler.is_compiling():
         prepare_for_exchanges()
         return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
+    if in_backward_id() != -1:
+        one_thread.take_in_backward(group.name)
     try:
         return torch.ops._c10d_functional.all_to_all_single(tensor.contiguous(), list(receive), list(send), group.name)
     except RuntimeError as error:

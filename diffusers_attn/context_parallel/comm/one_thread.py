@@ -1,22 +1,29 @@
 """One thread at a time: the ranks of a group must make the same exchanges in the same order, and nothing orders those
 of two threads alike on all of them.
 
-A thread that begins a forward takes the turn of its model's groups. It need not give it back: another thread that comes
-looks whether the first is still within a forward that uses them, on its stack. Forwards within forwards, and what a
-backward recomputes in autograd's threads, take no turn away from anyone.
+A thread that begins a forward takes the turn of its model's groups, and so does one whose backward begins to exchange.
+It need not give it back: another thread that comes looks whether the first is still within a forward that uses them, or
+within that backward, on its stack. Forwards within forwards, and what a backward recomputes in autograd's threads, take
+no turn away from anyone. (The backward of a compiled graph exchanges without coming here, and is not seen.)
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...errors import AttentionProviderError
+from ...recompute import in_backward_id, stash, stashed
+
+_STASH = "diffusers_attn: thread"
 
 
 class _Turn:
@@ -26,6 +33,8 @@ class _Turn:
         self.thread = threading.get_ident()
         self.models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """all that use the group."""
+        self.backward = -1
+        """which backward of this thread exchanges over the group, until it ends."""
 
 
 _turns: dict[str, _Turn] = {}
@@ -37,9 +46,10 @@ def take(groups: Sequence[str], model: nn.Module) -> None:
     before.
 
     Raises:
-        AttentionProviderError: another thread is within a forward over one of them. Nothing has been sent.
+        AttentionProviderError: another thread is within a forward or a backward over one of them. Nothing has been
+            sent.
     """
-    thread = threading.get_ident()
+    thread = _this_thread()
     for group in groups:
         turn = _turns.get(group)
         if turn is not None and turn.thread == thread and model in turn.models:
@@ -47,20 +57,56 @@ def take(groups: Sequence[str], model: nn.Module) -> None:
         with _lock:
             turn = _turns.setdefault(group, _Turn())
             if turn.thread != thread:
-                running = _running(turn.thread, turn.models)
-                if running is not None:
-                    raise _refused(turn.thread, running, model)
-            turn.thread = thread
+                _check(turn, f"calls a {type(model).__name__}")
+                turn.thread, turn.backward = thread, -1
             turn.models.add(model)
+            if in_backward_id() == -1:
+                stash(thread, _STASH)
+
+
+def take_in_backward(group: str) -> None:
+    """A backward exchanges over the group of this name. Next to free but for the first time in each backward.
+
+    Raises:
+        AttentionProviderError: another thread than the one that called the backward is within a forward or a backward
+            over the group. Nothing has been sent.
+    """
+    turn, backward = _turns.get(group), in_backward_id()
+    if turn is None or turn.backward == backward:
+        return
+    with _lock:
+        thread = _this_thread()
+        if turn.thread != thread:
+            _check(turn, "runs a backward of a model")
+            turn.thread = thread
+        turn.backward = backward
+    torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_end_backward, turn, backward))
+
+
+def _this_thread() -> int:
+    """The thread that runs; in a backward the one that called it. On a GPU that one waits meanwhile."""
+    own = threading.get_ident()
+    if in_backward_id() == -1:
+        return own
+    called: int | None = stashed(_STASH)
+    if called is not None:
+        return called
+    # It has begun no forward over ranks itself.
+    calling = [each for each, frame in sys._current_frames().items() if _calls_backward(frame)]
+    return own if own in calling or len(calling) != 1 else calling[0]
+
+
+def _end_backward(turn: _Turn, backward: int) -> None:
+    if turn.backward == backward:
+        turn.backward = -1
 
 
 def check_idle(groups: Sequence[str], model: nn.Module) -> None:
-    """Raises AttentionProviderError where another thread is within a forward over one of these groups."""
+    """Raises AttentionProviderError where another thread is within a forward or a backward over one of these groups."""
     for group in groups:
         turn = _turns.get(group)
-        running = None if turn is None or turn.thread == threading.get_ident() else _running(turn.thread, turn.models)
-        if turn is not None and running is not None:
-            raise _refused(turn.thread, running, model)
+        if turn is not None and turn.thread != _this_thread():
+            _check(turn, f"calls a {type(model).__name__}")
 
 
 def forget(group: str) -> None:
@@ -68,23 +114,47 @@ def forget(group: str) -> None:
     _turns.pop(group, None)
 
 
-def _running(thread: int, models: Any) -> Any:
-    """The model of these that this thread is calling."""
+def _running(thread: int, models: Any) -> str | None:
+    """What this thread is within, where it calls a model of these."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl"):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and module in models:
-                return module
+                return f"a forward of a {type(module).__name__}"
         frame = frame.f_back
     return None
 
 
-def _refused(other: int, running: nn.Module, model: nn.Module) -> AttentionProviderError:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return AttentionProviderError(
-        f"thread '{threading.current_thread().name}' calls a {type(model).__name__} that shares its sequences between "
-        f"ranks, while thread '{names.get(other, other)}' is within a forward of a {type(running).__name__} over the "
-        "same ranks. Exchanges of two forwards at once would be taken for each other's. Call the models one after the "
-        "other, in the same order on all ranks."
-    )
+def _in_backward(turn: _Turn) -> str | None:
+    """What the thread that has the turn is within, where it is the backward that exchanges over the group."""
+    frame = sys._current_frames().get(turn.thread)
+    names = ", ".join(sorted({type(model).__name__ for model in turn.models}))
+    return f"a backward of a {names}" if turn.backward != -1 and _calls_backward(frame) else None
+
+
+def _calls_backward(frame: FrameType | None) -> bool:
+    """Whether a thread that runs `frame` has called a backward, which has not ended."""
+    while frame is not None:
+        if frame.f_code.co_name == "_engine_run_backward":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _check(turn: _Turn, what: str) -> None:
+    """Raises AttentionProviderError if the thread that has the turn is still within what it took it for.
+
+    Args:
+        what: this thread does.
+    """
+    running = _running(turn.thread, turn.models) or _in_backward(turn)
+    if running is not None:
+        names = {each.ident: each.name for each in threading.enumerate()}
+        thread = _this_thread()
+        raise AttentionProviderError(
+            f"thread '{names.get(thread, thread)}' {what} that shares its sequences between ranks, while thread "
+            f"'{names.get(turn.thread, turn.thread)}' is within {running} over the same ranks. Exchanges of two at "
+            "once would be taken for each other's. Call models, and backwards of them, one after the other, in the "
+            "same order on all ranks."
+        )

@@ -1,8 +1,8 @@
 """Where every rank of the job is, for the error of those that wait for one in vain.
 
-A rank notes in the job's store what it begins: "forward 7 of transformer". The store does not answer, so that a note
-costs microseconds. Nobody reads the notes until an exchange fails. Then each rank that waited notes that too, and who
-has not after a moment is missing.
+A rank notes in the job's store what it begins and ends: "forward 7 of transformer". The store does not answer, so that
+a note costs microseconds. Nobody reads the notes until an exchange fails. Then each rank that waited notes that too,
+and who has not after a moment is missing. Where an exchange does not fail, but hangs, `stalls` reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import datetime
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,12 @@ GRACE = 3.0
 _WAITS, _IS = "waits", "is"
 
 _here = "before its first call of enable_context_parallel"
+_notes = 0
+"""how many notes this rank has made."""
+_begun = 0
+"""how many forwards of models over ranks it has begun since it last enabled context parallelism."""
+_is_within = False
+"""whether the one that it began last has not ended."""
 _meetings: tuple[object, dict[tuple[int, ...], int]] = (None, {})
 """a job, and how often these of its ranks met."""
 
@@ -47,10 +53,43 @@ class RankMissingError(AttentionProviderError):
 
 
 def note(at: str) -> None:
-    """This rank is `at` a place, such as "forward 7 of transformer"."""
-    global _here
+    """This rank is `at` a place, such as "enable_context_parallel of a FluxPipeline"."""
+    global _here, _notes
     _here = at
+    _notes += 1
     _write(_IS)
+
+
+def note_enabling(at: str) -> None:
+    """As `note`, where ranks begin anew to count their forwards."""
+    global _begun, _is_within
+    _begun, _is_within = 0, False
+    note(at)
+
+
+def note_begin(at: str) -> None:
+    """As `note`, of a forward that begins."""
+    global _begun, _is_within
+    _begun, _is_within = _begun + 1, True
+    note(at)
+
+
+def note_end() -> None:
+    """The forward that began last is over on this host. Its device may still compute it, and wait for other ranks."""
+    global _is_within
+    if _is_within:
+        _is_within = False
+        note(f"{_here}, which is over")
+
+
+def notes() -> int:
+    """How many notes this rank has made."""
+    return _notes
+
+
+def _progress() -> int:
+    """How far this rank has come: ranks that are in step have the same number, and those that are behind a lower."""
+    return 2 * _begun + (not _is_within)
 
 
 def here() -> str:
@@ -58,16 +97,22 @@ def here() -> str:
     return _here
 
 
-def note_failure(error: BaseException) -> None:
-    """This rank fails where it is, with an error of its own."""
-    if not isinstance(error, RankMissingError):
+def note_failure(error: BaseException, groups: Sequence[str] = ()) -> None:
+    """This rank fails where it is, with an error of its own; or with one of PyTorch's for an exchange over one of these
+    groups, as compiled code raises it. Then what is printed with it names the rank that is missing."""
+    is_own = isinstance(error, AttentionProviderError)
+    if groups and isinstance(error, RuntimeError) and not is_own and _is_of_exchange(error):
+        error.add_note(str(explained(error, groups[0])))
+    elif not isinstance(error, RankMissingError):
         said = str(error).strip().partition("\n")[0]
         note(f"{_here} (which failed there with {type(error).__name__}: {said[:200]})")
 
 
 def _write(state: str) -> None:
     with contextlib.suppress(Exception):  # of a store that has ended the next exchange will tell
-        job_store().set(f"{_PREFIX}position/{dist.get_rank()}", f"{state} {_machine()} {os.getpid()} {_here}")
+        job_store().set(
+            f"{_PREFIX}position/{dist.get_rank()}", f"{state} {_machine()} {os.getpid()} {_progress()} {_here}"
+        )
 
 
 class _Position(NamedTuple):
@@ -77,6 +122,7 @@ class _Position(NamedTuple):
     """whether it waited in vain."""
     has_ended: bool
     """whether its process is known to have."""
+    progress: int
     place: str
 
 
@@ -87,8 +133,9 @@ def _read(ranks: Sequence[int]) -> dict[int, _Position]:
     for rank in ranks:
         key = f"{_PREFIX}position/{rank}"
         if store.check([key]):
-            state, machine, process, place = store.get(key).decode().split(" ", 3)
-            found[rank] = _Position(state == _WAITS, machine == _machine() and not _runs(process), place)
+            state, machine, process, progress, place = store.get(key).decode().split(" ", 4)
+            has_ended = machine == _machine() and not _runs(process)
+            found[rank] = _Position(state == _WAITS, has_ended, int(progress), place)
     return found
 
 
@@ -134,8 +181,7 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
     missing = ended or elsewhere or others
     what = "they are at different places. " if not missing and len(places) > 1 else ""
     if missing:
-        what = f"{ranks_in_words(missing)} {'is' if len(missing) == 1 else 'are'} missing: "
-        what += "; ".join(_last(rank, found.get(rank)) for rank in missing) + ". "
+        what = _missing(missing, found)
     at: dict[str, list[int]] = {}
     for rank, position in found.items():
         if rank not in missing:
@@ -145,6 +191,26 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
         f"ranks that share a sequence waited for each other in vain: {what}Waiting: {waiting}. Look at what the others "
         "have printed: one may have ended, failed, left out a call or be slow. (How long ranks wait is "
         f"enable_context_parallel(timeout=...). {said})"
+    )
+
+
+def behind(ranks: Sequence[int]) -> str | None:
+    """Which of these ranks have not begun, or ended, the forward that this one has, in words; None where there are
+    none, or the store does not tell."""
+    progress, here = _progress(), _here
+    try:
+        found = _read(ranks)
+    except Exception:
+        return None
+    late = [rank for rank, position in found.items() if position.progress < progress]
+    return f"{_missing(late, found)}Rank {dist.get_rank()} is at {here}." if late else None
+
+
+def _missing(ranks: Sequence[int], found: Mapping[int, _Position]) -> str:
+    return (
+        f"{ranks_in_words(ranks)} {'is' if len(ranks) == 1 else 'are'} missing: "
+        + "; ".join(_last(rank, found.get(rank)) for rank in ranks)
+        + ". "
     )
 
 

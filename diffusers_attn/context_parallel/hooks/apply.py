@@ -33,6 +33,7 @@ from .attention_modules import attention_elsewhere, is_attention
 from .dynamic_sizes import DynamicSizes
 from .split_gather import hooks_of
 from .submodules import original, submodules
+from .within import CheckCalled
 
 
 class _Entry:
@@ -125,6 +126,7 @@ def apply_context_parallel(
     if isinstance(mesh, DeviceMesh):
         mesh = ContextParallelMesh.from_mesh(mesh)
     tracker = SequenceTracker(mesh)
+    tracker.model = type(module).__name__
     names = {id(each): name for name, each in module.named_modules()}
     # All of the plan is read before the first hook is set.
     plan = get_cp_plan(module) if plan is None else plan
@@ -135,6 +137,9 @@ def apply_context_parallel(
     named = {id(then()) for entry in of_attention for then in entry.modules}
     others = [each for each in module.modules() if id(each) not in named and is_attention(each)]
     entries += [_Entry("", None, [each], tracker, names) for each in others]
+    if all(each() is module for entry in entries for each in entry.modules):
+        parts = [each for each in module.modules() if each is not module]
+        entries += [_Entry("", CheckCalled, [each], tracker, names) for each in parts]
     tracker.transport, gather = choose_transport(mesh.ring, mesh.device_type)
     _forget_graphs()
     dynamic = DynamicSizes(module, tracker)
@@ -182,6 +187,11 @@ def applied_tracker(module: nn.Module) -> SequenceTracker | None:
     return _applied[module].tracker if module in _applied else None
 
 
+def names_of_groups(module: nn.Module) -> list[str]:
+    """Of the groups over which the sequences of `module` are shared; none where no plan is applied."""
+    return _names(_applied[module].tracker) if module in _applied else []
+
+
 def applied_gather(module: nn.Module) -> SymmetricGather | None:
     """What brings this module's keys and values to the other ranks by copy engines; None where collectives do."""
     return _applied[module].gather if module in _applied else None
@@ -190,12 +200,17 @@ def applied_gather(module: nn.Module) -> SymmetricGather | None:
 keep_for_recomputation(keep_active)
 
 
+def _names(tracker: SequenceTracker) -> list[str]:
+    """Of the groups over which a model's sequences are shared."""
+    return [group.name for group in (tracker.mesh.ring, tracker.mesh.ulysses) if group.size > 1]
+
+
 class _Begin:
     """A new forward of the model."""
 
     def __init__(self, tracker: SequenceTracker) -> None:
         self.tracker = tracker
-        self.groups = [group.name for group in (tracker.mesh.ring, tracker.mesh.ulysses) if group.size > 1]
+        self.groups = _names(tracker)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():
@@ -218,14 +233,19 @@ class _End:
 
     def __init__(self, tracker: SequenceTracker) -> None:
         self.tracker = tracker
+        self.groups = _names(tracker)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tracker = self.tracker
-        tracker.end()
-        if output is None and not torch.compiler.is_compiling():
-            error = sys.exc_info()[1]
-            if error is not None:
-                rank_progress.note_failure(error)
+        # A call that another thread's forward had refused has begun none.
+        if torch.compiler.is_compiling() or tracker.is_running:
+            tracker.end()
+        if not torch.compiler.is_compiling():
+            error = sys.exc_info()[1] if output is None else None
+            if error is None:
+                rank_progress.note_end()
+            else:
+                rank_progress.note_failure(error, self.groups)
         # Without an output, it is left by an error.
         if output is not None and tracker.is_split and not tracker.reached and tracker.strict:
             raise_error(attention_elsewhere, module)

@@ -18,6 +18,7 @@ from ..comm.group import Group
 from ..sequences import sharding
 from ..sequences.sharding import Shards, Span
 from ..sequences.tracker import SequenceTracker
+from .within import check_called
 
 
 class AddHalo:
@@ -38,6 +39,7 @@ class AddHalo:
                 f"the plan has halo for the first argument of '{self.path}', which was not given a tensor there. "
                 "Name a module that is called with it by position."
             )
+        check_called(self, module)
         new_args, new_kwargs = [with_neighbours(self.tracker, self.spec, args[0]), *args[1:]], dict(kwargs)
         if self.length is not None:
             name, index = self.length

@@ -38,6 +38,7 @@ from .head_exchange import ToHeads, ToTokens
 from .kv_cache import GatheringStore
 from .submodules import original
 from .too_short import has_entries, problem_of
+from .within import CheckCalled, check_called
 
 
 def hooks_of(
@@ -47,6 +48,8 @@ def hooks_of(
     name = path if name is None else name
     if spec is None:
         yield from _attention_hooks(module, tracker, None, name)
+    elif spec is CheckCalled:
+        yield lambda: module.register_forward_pre_hook(CheckCalled(tracker, name))
     elif isinstance(spec, CPAttention):
         keys = spec.query if spec.key is None else spec.key
         role = Role(tuple(spec.query), tuple(keys), spec.outer_mask, spec.key_mask, spec.row_mask, spec.prefix)
@@ -96,7 +99,7 @@ def _attention_hooks(
     module: nn.Module, tracker: SequenceTracker, role: Role | None, name: str, bound: bool = False
 ) -> list[Callable[[], RemovableHandle]]:
     return [
-        lambda: module.register_forward_pre_hook(_EnterAttention(tracker, role, bound)),
+        lambda: module.register_forward_pre_hook(_EnterAttention(tracker, role, bound, name)),
         lambda: module.register_forward_hook(_LeaveAttention(tracker, role, name)),
     ]
 
@@ -239,6 +242,7 @@ class _SplitInputs(_PlanHook):
         self.specs = specs
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_called(self, module)
         new_args, new_kwargs = list(args), dict(kwargs)
         for name, index, spec in self.specs:
             if name is not None and name in new_kwargs:
@@ -256,6 +260,7 @@ class _SplitOutputs(_PlanHook):
         self.specs = specs
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        check_called(self, module)
         for param, spec in self.specs:
             what = f"output {param}"
             if isinstance(output, Tensor) and param.index in (0, -1, None):
@@ -282,6 +287,7 @@ class _GatherOutputs(_PlanHook):
         self.specs = specs
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        check_called(self, module)
         if isinstance(output, Tensor):
             items = [output]
         else:
@@ -303,12 +309,14 @@ class _GatherOutputs(_PlanHook):
 class _EnterAttention:
     """Says whose attention module now runs, and what it attends to."""
 
-    def __init__(self, tracker: SequenceTracker, role: Role | None, bound: bool) -> None:
+    def __init__(self, tracker: SequenceTracker, role: Role | None, bound: bool, path: str) -> None:
         self.tracker = tracker
         self.role = role
         self.bound = bound
+        self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        check_called(self, module)
         if self.role is not None and self.tracker.splits_blocks(self.role.key):
             _check_bound(module, "attends by blocks that it chooses from all tokens", "asks the other ranks")
         elif self.bound and self.tracker.mesh.size > 1:

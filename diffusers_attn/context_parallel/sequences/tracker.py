@@ -87,6 +87,8 @@ class SequenceTracker:
         self.mesh = mesh
         self.transport = Transport() if transport is None else transport
         """how keys and values get to the other ranks of a ring, and why so."""
+        self.model = "model"
+        """its class, for errors."""
         self.lengths = Lengths()
         self.blocks: dict[str, int] = {}
         """of sequences that are split between blocks only, in the latest forward: how many tokens a block has."""
@@ -198,6 +200,11 @@ class SequenceTracker:
     def is_split(self) -> bool:
         """Whether, at this point of the forward, any sequence is split between ranks."""
         return self.lengths.are_known() and self.mesh.size > 1
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a forward of the model runs in any thread, or a part of one is computed again."""
+        return len(self._forwards) > 0
 
     @property
     def is_running(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ...context_parallel.hooks.apply import applied_gather, applied_tracker
+from ...context_parallel.hooks.within import not_called
 from ...errors import AttentionProviderError
 from .arguments import GraphCall
 from .recording import Recording
@@ -206,6 +207,8 @@ def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: Graph
         call = call.with_tensors(tensors)
         said, tensors = call.taken_apart(name)
     tracker = applied_tracker(model)
+    if tracker is not None and not tracker.is_running:
+        raise not_called(tracker, "its forward")
     # Of a sequence that was split before the forward, ranks may have a shard of the same shape at another length: and
     # all ranks must record in the same call.
     lengths = () if tracker is None else tuple(sorted(tracker.lengths.items()))

@@ -1,0 +1,67 @@
+"""Whether a module with hooks of a plan runs within a call of its model.
+
+`model.forward(...)` runs no hooks of the model itself. Its inputs are then neither split nor compared between ranks,
+and nothing tells dispatch whose attention runs, while hooks on the modules within it go on splitting and gathering. So
+these hooks look first, and raise before anything is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ...errors import AttentionProviderError
+from ...recompute import in_backward_id
+from ...tracing.errors import raise_error
+from ..sequences.tracker import SequenceTracker
+
+
+class _Hook(Protocol):
+    tracker: SequenceTracker
+    path: str
+    """the module's name in the model."""
+
+
+def check_called(hook: _Hook, module: nn.Module) -> None:
+    """Does nothing within a call of the model, and in a backward, which may compute a part of it again.
+
+    Args:
+        hook: of the plan. Only the error reads its path: a compiler would make a graph for every path.
+        module: which the hook is on.
+
+    Raises:
+        AttentionProviderError: no call of the model is running in this thread.
+    """
+    if torch.compiler.is_compiling():
+        # Dynamo does not find the object in thread-local storage to be the one that this graph put there.
+        called = hook.tracker.has_begun
+    else:
+        called = hook.tracker.is_running or in_backward_id() != -1
+    if not called:
+        raise_error(_not_called, hook, module)
+
+
+def _not_called(hook: _Hook, module: nn.Module) -> AttentionProviderError:
+    return not_called(hook.tracker, f"'{hook.path}' ({type(module).__name__}) in it")
+
+
+def not_called(tracker: SequenceTracker, part: str) -> AttentionProviderError:
+    """The error for a `part` of a model that ran outside of a call of it."""
+    return AttentionProviderError(
+        f"a {tracker.model} is split between ranks, and {part} ran outside of a call of the model. model.forward(...) "
+        "runs no hooks of the model, which split its inputs and compare them between ranks: call model(...) instead. "
+        "To run a part of it by itself, call disable_context_parallel(model) first (or "
+        "remove_context_parallel(model), where a plan was applied)."
+    )
+
+
+class CheckCalled:
+    """A forward pre-hook that does this alone, for models with no other hook on a module within them."""
+
+    def __init__(self, tracker: SequenceTracker, path: str) -> None:
+        self.tracker, self.path = tracker, path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        check_called(self, module)

@@ -1,0 +1,64 @@
+"""diffusers' `with attention_backend(...)` around a call of a model that is bound to a provider.
+
+The scope names a backend for whatever attends within it. A bound model does not ask diffusers, and would ignore it. So
+the scopes that are open are noted here, and calls compare the innermost one with their provider. The backend that
+diffusers has noted itself does not tell: `model.set_attention_backend(...)` changes it as well, for good.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import FrameType
+from typing import Any
+
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+from ..errors import AttentionProviderError
+from ..scope import ProviderChoice, active_choice
+from ..tracing.errors import raise_error
+
+backends: list[str] = []
+"""what the scopes that are open name, the innermost last."""
+_scopes: list[FrameType] = []
+"""their calls of `attention_backend`."""
+
+
+def install() -> None:
+    """Has scopes noted that are opened from now on."""
+    code = attention_dispatch.attention_backend.__wrapped__.__code__  # type: ignore[attr-defined]
+    upstream = _AttentionBackendRegistry.set_active_backend.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(upstream)
+    def set_active_backend(cls: Any, backend: Any) -> None:
+        upstream(cls, backend)
+        frame = sys._getframe(1)
+        if frame.f_code is not code:
+            return
+        # It calls this twice: when it is entered, and when it is left.
+        place = next((i for i, each in enumerate(_scopes) if each is frame), None)
+        if place is None:
+            _scopes.append(frame)
+            backends.append(str(getattr(backend, "value", backend)))
+        else:
+            del _scopes[place], backends[place]
+
+    _AttentionBackendRegistry.set_active_backend = classmethod(set_active_backend)  # type: ignore[assignment, method-assign]
+
+
+def check_scope(bound: ProviderChoice | None) -> None:
+    """Raises AttentionProviderError for a call that is bound to `bound` (None: to the scope of `attention_provider`) if
+    the innermost scope of diffusers names another backend. Only to be called where there is one."""
+    provider = active_choice(bound).provider
+    if backends[-1] != provider:
+        raise_error(_refused, backends[-1], provider)
+
+
+def _refused(name: str, provider: str) -> AttentionProviderError:
+    return AttentionProviderError(
+        f"with attention_backend('{name}') is open around a model whose attention goes through provider '{provider}', "
+        "and one call cannot go through both. For another provider in a scope, write "
+        f"with attention_provider('{name}'); to keep '{provider}', call the model outside of attention_backend; for "
+        "diffusers' own backends, call set_attention_provider(model, None) before."
+    )
