@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 
 import diffusers_attn
 from diffusers_attn.processors import attention_modules
@@ -15,6 +18,14 @@ from .documents import ROOT, snippets
 from .test_quickstart import MODEL
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": 32}
+
+
+def test_the_first_screen_draws_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text().split("\n## ")[0], re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert Image.open(tmp_path / "cat.png").size == (64, 64)
 
 
 def test_the_first_snippets_run_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
