@@ -192,7 +192,7 @@ def _run(folder: Path, job: Job) -> list[int | None]:
     try:
         for rank in range(job.world_size):
             with open(folder / f"log-{rank}", "wb") as log:
-                command = [sys.executable, "-m", f"{__package__}.verify_rank", str(folder), str(rank)]
+                command = [sys.executable, "-m", f"{__package__}.rank", str(folder), str(rank)]
                 processes.append(
                     subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
                 )
