@@ -31,6 +31,14 @@ def test_links_lead_somewhere(page: str) -> None:
         assert link.startswith("http") or not path or (here / path).exists(), link
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page: str) -> None:
+    for path in re.findall(
+        r"`((?:diffusers_attn|tests|docs|benchmarks|examples)/[\w./-]+)`", (ROOT / page).read_text()
+    ):
+        assert "NAME" in path or (ROOT / path).exists(), path
+
+
 def test_the_glossary_explains_each_word_once_and_shortly() -> None:
     entries = (ROOT / "docs/glossary.md").read_text().split("\n\n")
     words = [word for entry in entries for word in re.findall(r"^\*\*(.+?)\*\*:", entry)]
