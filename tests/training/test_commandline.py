@@ -81,6 +81,7 @@ def test_advice_names_options_that_there_are():
         assert found <= known | others, (path.name, found - known - others)
 
 
+@pytest.mark.slow
 def test_two_processes_say_it_once(tmp_path):
     """Under torchrun: bad data, found by both before there is any step; and an option that there is not."""
     data = album(tmp_path / "data", 3)

@@ -21,6 +21,7 @@ def peaks() -> dict[str, float]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [name for name in SHAPES if SHAPES[name]])
 def test_activation_memory_is_a_ranks_share(peaks: dict[str, float], strategy: str) -> None:
     """Within 15 %, with two blocks of thirty; a block's input that is kept for each of the others only evens it out."""

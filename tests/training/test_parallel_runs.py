@@ -16,6 +16,8 @@ SPLIT = {
     "dp x cp": {"batch_size": 1, "cp_degree": 2},
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(run_worlds, settings_of):
