@@ -13,6 +13,7 @@ from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask, Row
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
 from .. import reference
+from ..marks import slow_but
 from .shared_memory import open_shared
 
 FLUX = {
@@ -66,7 +67,7 @@ def flux(meshes, blocks):
     return (out - expected).abs().max().item(), calls
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("blocks", slow_but(["single"], BLOCKS))
 def test_flux(pool, blocks):
     for error, calls in pool.run(2, flux, blocks=blocks):
         assert error < 1e-5

@@ -20,6 +20,7 @@ from diffusers_attn.processors import wan_animate2
 from diffusers_attn.verify_plan.rank import STRATEGIES, Job, work
 from diffusers_attn.verify_plan.verify import _report
 
+from ..marks import slow_but
 from .models import MESHES, WITH_VARIANTS
 from .wan_animate2 import (
     LIKE_ONE_PROCESS,
@@ -60,12 +61,15 @@ def test_without_exchange_it_is_wrong(pool, name):
 
 @pytest.mark.parametrize(
     ("ring", "ulysses", "mode", "provider", "whole"),
-    [
-        (2, 1, "broadcast", None, False),
-        (2, 1, "broadcast", None, True),
-        (3, 1, "check", "flex", False),
-        (2, 2, "broadcast", "flex", False),
-    ],
+    slow_but(
+        lambda case: case[3] is None,
+        [
+            (2, 1, "broadcast", None, False),
+            (2, 1, "broadcast", None, True),
+            (3, 1, "check", "flex", False),
+            (2, 2, "broadcast", "flex", False),
+        ],
+    ),
 )
 def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, whole):
     """And where it was filled before, by a model that was whole, all."""

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffusers_attn import DispatchProcessor, attention_provider, set_attention_provider
 from diffusers_attn.processors.binding import attention_modules_of
 
+from ..marks import slow_but
 from ..zoo import CASES, outputs, relative_change
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -29,7 +30,11 @@ def attention_in(graph):
 
 # Both doors, with and without masks, and a hard-coded backend.
 @pytest.mark.parametrize(
-    "name", ["flux", "wan", "wan_i2v", "sd3", "sdxl_masked", "qwenimage", "flux2", "kandinsky6_sr"]
+    "name",
+    slow_but(
+        ["flux", "wan", "qwenimage"],
+        ["flux", "wan", "wan_i2v", "sd3", "sdxl_masked", "qwenimage", "flux2", "kandinsky6_sr"],
+    ),
 )
 @torch.no_grad()
 def test_one_graph(name, counter):
@@ -42,7 +47,7 @@ def test_one_graph(name, counter):
     assert relative_change(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("name", slow_but(["wan"], ["flux", "wan"]))
 def test_one_graph_forward_and_backward_and_two_providers_in_it(name):
     case = CASES[name]
     model = case.build()
@@ -79,6 +84,7 @@ def test_a_change_of_provider_is_noticed(counter):
     assert counter.frame_count == 3  # each of these has a graph already
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_change_of_scope_is_noticed(counter):
     case = CASES["sd3"]
@@ -122,6 +128,7 @@ def test_under_a_default_device(counter):
     assert relative_change(found, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_with_inductor():
     case = CASES["flux"]
     model = case.build()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .. import launching
 from .hub import hub
 from .runs import ROOT
@@ -46,6 +48,7 @@ def test_adapter_card_and_samples_arrive(settings_of, tmp_path: Path) -> None:
     assert 'pipe.load_lora_weights("me/tried")' in there.files["me/tried"]["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_is_reported(settings_of, tmp_path: Path) -> None:
     """With the adapter saved: it can be uploaded by hand."""
     settings = settings_of("cogview4", steps=1, hub_model_id="me/tried")
