@@ -34,3 +34,13 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Runs jobs on up to four processes; see `context_parallel/pool.py`."""
+    from .context_parallel.pool import Pool
+
+    workers = Pool()
+    yield workers
+    workers.close()

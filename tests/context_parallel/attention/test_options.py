@@ -1,0 +1,152 @@
+"""Options of kernels that count positions: exact where the kernel is given whole sequences in order, else refused."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+from diffusers_attn import AttentionProviderError, enable_context_parallel
+from diffusers_attn.context_parallel.attention.entry import split_attention
+from diffusers_attn.context_parallel.sequences.sharding import split
+from diffusers_attn.context_parallel.sequences.tracker import REPLICATED, Role, SequenceTracker
+from diffusers_attn.providers import catalog, registry
+from diffusers_attn.providers.native import Math
+
+from ... import reference
+from ..hooks.test_invariant import MESH
+from ..models import MESHES
+
+TEXT, IMAGE = 5, 14
+JOINT = Role(("text", "image"), ("text", "image"))
+WINDOW = (("window_size", (2, 1)),)
+
+
+def seen(length):
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return (distance <= 2) & (distance >= -1)
+
+
+class Windowed(Math):
+    """A kernel with a window that runs here: it counts positions in what it is given, as those of flash do."""
+
+    @classmethod
+    def attention(cls, query, key, value, mask=None, *, params):
+        assert dict(params.options) == dict(WINDOW) and mask is None
+        heads_first = cls.layout == "bhsd"
+        tensors = (query, key, value) if heads_first else (each.transpose(1, 2) for each in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(*tensors, seen(query.shape[2 if heads_first else 1]))
+        return out if heads_first else out.transpose(1, 2)
+
+
+@contextlib.contextmanager
+def with_window():
+    spec = catalog.SPECS["_native_math"]
+    registry.load("_native_math")
+    before = registry.ADAPTERS["_native_math"]
+    catalog.SPECS["_native_math"] = dataclasses.replace(spec, options={"window_size": catalog.WINDOW})
+    registry.ADAPTERS["_native_math"] = Windowed
+    try:
+        yield
+    finally:
+        catalog.SPECS["_native_math"], registry.ADAPTERS["_native_math"] = spec, before
+
+
+def split_sequences(mesh, **lengths):
+    tracker = SequenceTracker(mesh)
+    for name, length in lengths.items():
+        tracker.split(name, torch.zeros(length), 0)
+    return tracker
+
+
+def windows(meshes, ring, ulysses, rotate_method):
+    """Errors of one sequence, and of joined ones whose order is known; or what is said instead."""
+    mesh = meshes(ring, ulysses, rotate_method=rotate_method)
+    answers = {}
+    for names in (("image",), ("text", "image")):
+        tracker = split_sequences(mesh, **{name: {"text": TEXT, "image": IMAGE}[name] for name in names})
+        tracker.role = JOINT if len(names) > 1 else None
+        shards = tracker.shards(names)
+        whole = [torch.randn(2, shards.total, 3, 8, dtype=torch.float64) for _ in range(3)]
+        local = [split(tensor, shards, 1, mesh.rank) for tensor in whole]
+        with with_window():
+            try:
+                out = split_attention(*local, tracker=tracker, provider="_native_math", options=WINDOW)
+            except AttentionProviderError as error:
+                answers[names] = str(error)
+                continue
+        expected, _ = reference.attention(*(each.transpose(1, 2) for each in whole), seen(shards.total))
+        answers[names] = (out - split(expected.transpose(1, 2), shards, 1, mesh.rank)).abs().max().item()
+    return answers
+
+
+@pytest.mark.parametrize("mesh", ["ulysses 2", "ulysses 3", "gather 2", "ring 3", "ring 2 x ulysses 2"])
+def test_a_window_is_that_of_the_whole_sequence(pool, mesh):
+    ring, ulysses, method = MESHES[mesh]
+    for answers in pool.run(ring * ulysses, windows, ring=ring, ulysses=ulysses, rotate_method=method):
+        for found in answers.values():
+            if ring == 1:
+                assert found < 1e-12
+            else:
+                assert "window_size=(2, 1) counts positions" in found and f"ulysses_degree={ring * ulysses}" in found
+
+
+def tensors(queries, keys):
+    return (torch.randn(1, length, 3, 8) for length in (queries, keys, keys))
+
+
+@pytest.mark.parametrize("what", ["window_size", "is_causal"])
+def test_what_counts_positions_is_refused_where_a_rank_does_not_know_them(what):
+    """To keys that are whole, by lengths and by the plan; and where the order of joined sequences is not known."""
+    asked = {"is_causal": True} if what == "is_causal" else {"options": WINDOW}
+    tracker = split_sequences(MESH, image=IMAGE, text=TEXT)
+    own, other = tracker.shards(("image",)).sizes[1], tracker.shards(("text",)).sizes[1]
+    with with_window():
+        for role, queries, keys in (
+            (None, own, 40),
+            (Role(("image",), ()), own, 40),
+            (Role(("image",), ()), own, own),
+            (Role(("image",), ("image",)), own, 40),
+        ):
+            tracker.role = role
+            with pytest.raises(AttentionProviderError, match=f"{what}=.* counts positions.*keys are whole"):
+                split_attention(*tensors(queries, keys), tracker=tracker, provider="_native_math", **asked)
+        for role, queries, keys in ((REPLICATED, 40, 40), (None, 30, 40)):  # all of it is whole
+            tracker.role = role
+            found = split_attention(*tensors(queries, keys), tracker=tracker, provider="_native_math", **asked)
+            assert found is None
+        tracker.role = None
+        with pytest.raises(AttentionProviderError, match=f"joined in this call, and {what}=.* needs their order"):
+            split_attention(*tensors(own + other, own + other), tracker=tracker, provider="_native_math", **asked)
+
+
+def test_an_option_that_is_off_does_not_count():
+    assert catalog.options_by_place("flash", (("softcap", 3.0), ("window_size", (-1, -1)))) == ()
+    assert catalog.options_by_place("flash", (("window_size", (4, -1)),)) == ("window_size=(4, -1)",)
+    assert catalog.options_by_place("auto", (("lossy", ("sage",)),)) == ()
+
+
+def enabled(meshes):
+    """What is said of a ring; and the degrees that are chosen."""
+    from diffusers_attn import disable_context_parallel
+    from tests.zoo import CASES
+
+    model = CASES["flux"].build()
+    with with_window():
+        try:
+            enable_context_parallel(
+                model, mesh=meshes.lines[2], provider="_native_math", window_size=(2, 1), verbose=False
+            )
+        except AttentionProviderError as error:
+            said = str(error)
+        report = enable_context_parallel(
+            model, mesh=meshes.heads[2], provider="_native_math", window_size=(2, 1), verbose=False
+        )
+        disable_context_parallel(model)
+    return said, report.strategy
+
+
+def test_enabling_tells(pool):
+    for said, strategy in pool.run(2, enabled):
+        assert "window_size=(2, 1) counts positions" in said and "ulysses_degree=2, ring_degree=1" in said
+        assert strategy == "ulysses"

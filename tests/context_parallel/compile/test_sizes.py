@@ -1,0 +1,43 @@
+"""Of sizes that change, over ranks: a graph for the first, one for all others, and none after the second."""
+
+import functools
+
+import pytest
+
+from ...marks import slow_but
+from .sized import walk
+
+# text and image tokens: even and uneven shards, on two ranks and three, and sizes that were there before
+SIZES = [(8, 35), (13, 46), (8, 35), (9, 24), (12, 49), (13, 50), (10, 23), (16, 64), (11, 31), (8, 36)]
+STRATEGIES = (
+    "ulysses 2", "gather 2", "ring 2", "ulysses 3", "gather 3", "ring 3", "gather 2 x ulysses 2", "ring 2 x ulysses 2",
+)  # fmt: skip
+
+
+@functools.cache
+def graphs_of_one_process(sizes, **arguments):
+    return walk(None, None, sizes, **arguments)[0]
+
+
+def check(pool, mesh, sizes=SIZES, **arguments):
+    one = graphs_of_one_process(tuple(sizes), **arguments)
+    ranks = 4 if "x" in mesh else int(mesh[-1])
+    for graphs, error in pool.run(ranks, walk, mesh=mesh, sizes=sizes, **arguments):
+        assert error < 1e-10
+        assert graphs == one
+
+
+@pytest.mark.parametrize("mesh", slow_but(["gather 2"], STRATEGIES))
+def test_ten_sizes(pool, mesh):
+    check(pool, mesh, masked=True)
+
+
+# One sequence changes before the other; a rank's shard, and the number of all tokens, may stay as they were.
+APART = [(8, 35), (8, 36), (8, 37), (9, 38), (10, 37), (8, 35), (12, 51)]
+
+
+@pytest.mark.parametrize("mesh", ["ring 2", "gather 3"])
+def test_shards_that_change_apart(pool, mesh):
+    for graphs, error in pool.run(int(mesh[-1]), walk, mesh=mesh, sizes=APART, masked=mesh == "gather 3"):
+        assert error < 1e-10
+        assert graphs == [1, 2, 2, 2, 2, 2, 2]
