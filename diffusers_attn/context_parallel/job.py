@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,13 +71,3 @@ def peer_access(device_type: str) -> bool:
         return False
     devices = range(torch.cuda.device_count())
     return all(torch.cuda.can_device_access_peer(one, two) for one in devices for two in devices if one != two)
-
-
-def everyone(said: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any]:
-    """What every rank of these groups says, first along the last of them. None is all ranks of the job."""
-    answers = [said]
-    for group in reversed(groups):
-        parts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, answers, group)
-        answers = [each for part in parts for each in part]
-    return answers

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import AttentionProviderError
-from . import job
 from .comm import shared_groups
+from .comm.everyone import everyone
 from .comm.group import ALONE, Group
 from .config import ContextParallelConfig
 
@@ -133,7 +133,7 @@ class ContextParallelMesh:
         shared_groups.end_unused()
         lease = shared_groups.lease(
             ("axes", ring_degree, ulysses_degree, limit),
-            lambda said: job.everyone(said, [None]),
+            lambda said: everyone(said, [None]),
             lambda number: _new_groups(ring_degree, ulysses_degree, shared_groups.of_device(limit)),
         )
         names = iter(lease.names)

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..context_parallel import job
 from ..context_parallel.comm import one_thread, rank_progress, shared_groups, stalls
+from ..context_parallel.comm.everyone import everyone
 from ..context_parallel.comm.process_groups import resolve
 from ..context_parallel.comm.rank_differences import differences
 from ..context_parallel.config import ContextParallelConfig
@@ -152,7 +153,7 @@ def enable_context_parallel(
         for axis in axes:
             shared_groups.give_timeout(axis, chosen.timeout, device, always=timeout is not None)  # type: ignore[arg-type]
     names = [group.name for group in (sharing.ring, sharing.ulysses) if group.size > 1]
-    sharers = job.everyone(dist.get_rank(), [resolve(name) for name in names])
+    sharers = everyone(dist.get_rank(), [resolve(name) for name in names])
     rank_progress.belongs_to(names, sharers)
     lease = sharing.lease or shared_groups.Lease()  # each model has one of its own
     sharing = dataclasses.replace(sharing, lease=None)
@@ -231,7 +232,7 @@ def _choose_on_all_ranks(
         digest = hashlib.sha256(repr(sorted(chosen.facts.items())).encode()).hexdigest()
     except Exception as error:  # of any kind: the others must not wait for this rank
         problem, said, digest = error, f"{type(error).__name__}: {error}", ""
-    answers = job.everyone((dist.get_rank(), problem is None, said, digest), axes)
+    answers = everyone((dist.get_rank(), problem is None, said, digest), axes)
     if problem is not None:
         raise problem
     for rank, succeeded, answer, _ in answers:
@@ -244,7 +245,7 @@ def _choose_on_all_ranks(
             "arguments and the same models on all of them."
         )
     if len({digest for *_, digest in answers}) > 1:
-        lines = differences(job.everyone((dist.get_rank(), chosen.facts), axes))
+        lines = differences(everyone((dist.get_rank(), chosen.facts), axes))
         more = f". And {len(lines) - 8} more" if len(lines) > 8 else ""
         raise AttentionProviderError(
             f"ranks that are to share a sequence are not alike. {'. '.join(lines[:8])}{more}. Load the same model with "

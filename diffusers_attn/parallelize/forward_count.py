@@ -6,9 +6,11 @@ An operator in a compiled graph is given plain values, and finds these by a toke
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +21,22 @@ from .model_sync import Adapters
 
 CALL = "call"
 """what an entry is named that tells which forward this is."""
+
+
+class State(NamedTuple):
+    """What all ranks must have alike when a forward begins, besides its inputs."""
+
+    at: str
+    """which forward it is, in words."""
+    adapters: dict[str, str]
+    """of the model, and its processors, by name."""
+    digest: str
+    """of `adapters`."""
+
+
+def digest_of(said: dict[str, str]) -> str:
+    """The same text on ranks that say the same."""
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 class Forwards:
@@ -34,19 +52,24 @@ class Forwards:
         self._count = 0
         self._model = weakref.ref(model)
         self._adapters = Adapters(model)
+        self._said: dict[str, str] = {}
+        self._digest = digest_of(self._said)
         _by_token[self.token] = self
 
     @property
     def model(self) -> Any:
         return self._model()
 
-    def begin(self, in_training: bool) -> dict[str, str]:
-        """The next one begins: what all ranks must have alike, by name.
+    def begin(self, in_training: bool) -> State:
+        """The next one begins.
 
         Args:
             in_training: whether gradients are recorded, and weights therefore expected to change.
         """
-        return {CALL: self.count(), **self._adapters.said(in_training)}
+        adapters = self._adapters.said(in_training)
+        if adapters is not self._said:  # which stays the same object until something changes
+            self._said, self._digest = adapters, digest_of(adapters)
+        return State(self.count(), adapters, self._digest)
 
     def count(self) -> str:
         """Which one begins, in words. Notes that this rank is there."""

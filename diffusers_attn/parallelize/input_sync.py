@@ -39,8 +39,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..context_parallel import job
 from ..context_parallel.comm import one_thread, rank_progress, shared_groups
+from ..context_parallel.comm.everyone import everyone
+from ..context_parallel.comm.gather_rows import first_ranks_rows
 from ..context_parallel.comm.group import Group
 from ..context_parallel.comm.process_groups import resolve
 from ..context_parallel.comm.rank_differences import differences
@@ -50,11 +51,10 @@ from ..errors import AttentionProviderError
 from ..nested import like, updated
 from .fingerprint import bytes_of as _bytes
 from .fingerprint import fingerprint as _fingerprint
-from .forward_count import CALL, Forwards, forwards_of
+from .forward_count import CALL, Forwards, digest_of, forwards_of
 from .received import ReceivedInputs
 
 MODES = ("broadcast", "check", "trust")
-_COLLECTIVES = torch.ops._c10d_functional
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Links(NamedTuple):
         of_device = [resolve(group.name) for group in device]
 
         def agree(said: Any) -> list[Any]:
-            return job.everyone(said, of_device)
+            return everyone(said, of_device)
 
         members = tuple(agree(dist.get_rank()))
         lease = shared_groups.control_group(members, shared_groups.as_timeout(timeout, mesh.device_type), agree)
@@ -267,11 +267,11 @@ def _values(
     axes, host, members, token = _links(links)
     forwards = forwards_of(token)
     one_thread.take((*(group.name for group in axes), host.name), forwards.model)
-    call = _described(sent, watched, integers, floats, names, watched_names, said, check)
-    state = forwards.begin(in_training=call[_GRADIENTS] == "True")
+    said_of = _described(sent, watched, integers, floats, names, watched_names, said, check)
+    state = forwards.begin(in_training=said_of.call[_GRADIENTS] == "True")
     with rank_progress.waiting_for(members):
-        if _differ([state, call], host):
-            raise _different(_everyone([state, call], host))
+        if _differ(f"{state.at} {state.digest} {said_of.digest}", host):
+            raise _different(_everyone([{CALL: state.at, **state.adapters}, said_of.call], host))
         if compare:
             _report({name: _fingerprint(tensor) for name, tensor in zip(names.split(_BETWEEN), sent)}, host)
         return list(sent) if check else _of_first_rank(sent, axes, host)
@@ -308,6 +308,14 @@ def _(sent, watched, integers, floats, names, watched_names, said, links, check,
     return [torch.zeros(()), *map(torch.empty_like, sent)]
 
 
+class _Described(NamedTuple):
+    """All that ranks must agree on."""
+
+    call: dict[str, str]
+    """by argument."""
+    digest: str
+
+
 def _described(
     sent: Sequence[Tensor],
     watched: Sequence[Tensor],
@@ -317,42 +325,64 @@ def _described(
     watched_names: str,
     said: str,
     check: bool,
-) -> dict[str, str]:
-    """All that ranks must agree on, by argument."""
-    tensors = [(name, tensor, check) for name, tensor in zip(names.split(_BETWEEN), sent)]
-    tensors += [(name, tensor, True) for name, tensor in zip(watched_names.split(_BETWEEN), watched)]
+) -> _Described:
+    tensors = (*sent, *watched)
+    read = [check] * len(sent) + [True] * len(watched)
+    return _in_words(
+        tuple([(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]),
+        tuple([_fingerprint(tensor) if each else None for tensor, each in zip(tensors, read)]),
+        tuple(map(repr, integers)),
+        tuple(map(repr, floats)),
+        names if sent else None,
+        watched_names if watched else None,
+        said,
+    )
+
+
+@functools.lru_cache(maxsize=256)  # most forwards are called as the one before, but for values of tensors
+def _in_words(
+    layouts: tuple[tuple[torch.Size, torch.dtype, str], ...],
+    values: tuple[str | None, ...],
+    integers: tuple[str, ...],
+    floats: tuple[str, ...],
+    names: str | None,
+    watched_names: str | None,
+    said: str,
+) -> _Described:
+    of_tensors = [name for each in (names, watched_names) if each is not None for name in each.split(_BETWEEN)]
     lines = [
-        (name, f"{_shape(tensor)}, values {_fingerprint(tensor)}" if read else _shape(tensor))
-        for name, tensor, read in tensors
+        (name, _layout(*layout) if value is None else f"{_layout(*layout)}, values {value}")
+        for name, layout, value in zip(of_tensors, layouts, values)
     ]
     numbers = {_AN_INT: iter(integers), _A_FLOAT: iter(floats)}
     parts = said.split(_BETWEEN)
     lines += [
-        (name, repr(next(numbers[value])) if value in numbers else value)
-        for name, value in zip(parts[::2], parts[1::2])
+        (name, next(numbers[value]) if value in numbers else value) for name, value in zip(parts[::2], parts[1::2])
     ]
     call: dict[str, str] = {}
     for name, value in lines:
         while name in call:  # keys of a dict that print alike
             name += "'"
         call[name] = value
-    return call
+    return _Described(call, digest_of(call))
 
 
-def _shape(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+def _layout(shape: torch.Size, dtype: torch.dtype, device: str) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"
 
 
-def _differ(said: Any, host: Group) -> bool:
+def _differ(said: str, host: Group) -> bool:
     """Whether ranks have different ones: every rank has the same answer."""
-    digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(said.encode(), digest_size=8).digest()
     digests = _gathered(torch.frombuffer(bytearray(digest), dtype=torch.int64), host)
     return len(set(digests.tolist())) > 1
 
 
 def _gathered(tensor: Tensor, host: Group) -> Tensor:
     """The rows of all ranks, in the order of their shards."""
-    return _COLLECTIVES.wait_tensor(_COLLECTIVES.all_gather_into_tensor(tensor, host.size, host.name))
+    rows = tensor.new_empty(host.size * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather(list(rows.chunk(host.size)), tensor, group=resolve(host.name))
+    return rows
 
 
 def _everyone(said: Any, host: Group) -> list[tuple[int, Any]]:
@@ -391,7 +421,7 @@ def _different(said: list[tuple[int, Any]]) -> AttentionProviderError:
 
 def _report(fingerprints: dict[str, str], host: Group) -> None:
     """Tells the first rank's user where tensors that are replaced were not the same."""
-    if _differ(fingerprints, host):
+    if _differ(digest_of(fingerprints), host):
         calls = _everyone(fingerprints, host)
         if dist.get_rank() == calls[0][0]:
             names = ", ".join(name for name in calls[0][1] if len({call[name] for _, call in calls}) > 1)
@@ -406,17 +436,27 @@ def _report(fingerprints: dict[str, str], host: Group) -> None:
 def _of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Group) -> list[Tensor]:
     """The first rank's tensors, of the same shapes and dtypes, in one message for each kind of memory. On the first
     rank, and where there is nothing to send, they are `tensors` themselves."""
-    first, values = host.rank == 0, list(tensors)
+    values = list(tensors)
     for on_device in (False, True):
         # A host's memory is the device of a model on CPUs.
         mine = [i for i, tensor in enumerate(tensors) if (tensor.device.type != "cpu") == on_device and tensor.numel()]
         if not mine:
             continue
         mine.sort(key=lambda i: -tensors[i].element_size())  # each then begins at a multiple of its size
-        message = torch.cat([_bytes(tensors[i]) for i in mine])
-        for group in device if on_device else [host]:
-            message = _COLLECTIVES.wait_tensor(_COLLECTIVES.broadcast(message, 0, group.name))
-        parts = message.split([tensors[i].numel() * tensors[i].element_size() for i in mine])
-        for i, part in zip(mine, parts):
-            values[i] = tensors[i] if first else part.view(tensors[i].dtype).view(tensors[i].shape)
+        lengths = [tensors[i].nbytes for i in mine]
+        groups = device if on_device else [host]
+        if groups[0].rank == 0:
+            message = torch.cat([_bytes(tensors[i]) for i in mine])
+        else:  # replaced below
+            message = tensors[mine[0]].new_empty(0, dtype=torch.uint8)
+        if on_device:
+            for group in device:
+                message = first_ranks_rows(message, sum(lengths), group)
+        else:
+            message = message if host.rank == 0 else message.new_empty(sum(lengths))
+            dist.broadcast(message, group=resolve(host.name), group_src=0)
+        if host.rank == 0:
+            continue
+        for i, part in zip(mine, message.split(lengths)):
+            values[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
     return values

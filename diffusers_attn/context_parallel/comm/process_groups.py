@@ -60,4 +60,6 @@ def new_gloo_group(ranks: Sequence[int], name: str, timeout: datetime.timedelta)
         timeout=timeout, group_desc="diffusers_attn",
     )  # fmt: skip
     distributed_c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
+    # A rank that is connected to all others may end the group while two others still connect, which then fail.
+    dist.barrier(group)
     return group

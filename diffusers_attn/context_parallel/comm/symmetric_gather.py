@@ -187,6 +187,14 @@ class SymmetricGather:
         """Memory that this rank receives in."""
         return self._nbytes
 
+    def has_room(self, nbytes: int, most: int) -> bool:
+        """Whether gathers that bring so many bytes need no more memory than there is, or than `most`. The same on all
+        ranks."""
+        from .symmetric_memory import ALIGNMENT
+
+        needed = _SLOTS * (-(-nbytes // ALIGNMENT) + 1) * ALIGNMENT
+        return needed <= (self._nbytes if self._lane.is_captured() else max(self._nbytes, most))
+
     def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0, shift: int = OTHERS) -> None:
         """Sends this rank's `[batch, rows, heads, head_dim]`, contiguous, to others. They may not be written to, or
         freed, before `finish`.
@@ -384,6 +392,11 @@ def open_gather(group: Group, make: Callable[[], SymmetricGather]) -> SymmetricG
     if gather is None:
         gather = _gathers[group.name] = make()
     return gather
+
+
+def opened_gather(group: str) -> SymmetricGather | None:
+    """The gather that is open for the group of this name; None where there is none. The same on all ranks of it."""
+    return _gathers.get(group)
 
 
 def gather_of(group: str) -> SymmetricGather:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from . import symmetric_memory
+from .everyone import everyone
 from .group import Group
 from .process_groups import resolve
 from .symmetric_gather import GatherInFlight, SideStream, SymmetricGather, open_gather
@@ -43,7 +44,7 @@ def choose_transport(ring: Group, device_type: str) -> tuple[Transport, Symmetri
     reason = _not_cuda(ring, device_type)
     if reason is not None:
         return Transport(COLLECTIVE, reason), None
-    found = _gathered((_machine(), symmetric_memory.missing_interface()), ring)
+    found = everyone((_machine(), symmetric_memory.missing_interface()), [resolve(ring.name)])
     machines, missing = {machine for machine, _ in found}, [reason for _, reason in found if reason]
     if missing:
         return Transport(COLLECTIVE, missing[0]), None
@@ -56,7 +57,7 @@ def choose_transport(ring: Group, device_type: str) -> tuple[Transport, Symmetri
         failure = _try(gather)
     except Exception as error:
         failure = f"symmetric memory cannot be used: {type(error).__name__}: {error}".partition("\n")[0]
-    failures = [each for each in _gathered(failure, ring) if each is not None]
+    failures = [each for each in everyone(failure, [resolve(ring.name)]) if each is not None]
     if failures:
         return Transport(COLLECTIVE, failures[0]), None
     return Transport(SYMMETRIC, f"{ring.size} GPUs that reach each other's memory"), gather
@@ -76,15 +77,6 @@ def _not_cuda(ring: Group, device_type: str) -> str | None:
         return f"the mesh is of {device_type} devices"
     backends = dist.get_backend_config(resolve(ring.name))
     return None if "cuda:nccl" in backends else f"the ring's group has the backends {backends}, not cuda:nccl"
-
-
-def _gathered(value, group: Group):  # type: ignore[no-untyped-def]
-    """`value` of every rank of `group`."""
-    import torch.distributed as dist
-
-    values = [None] * group.size
-    dist.all_gather_object(values, value, group=resolve(group.name))
-    return values
 
 
 def _machine() -> str:

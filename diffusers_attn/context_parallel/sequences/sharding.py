@@ -16,6 +16,7 @@ from torch import Tensor
 from ...tracing.functions import result
 from ...tracing.symbolic import ceil_div, sort
 from ..comm import collectives
+from ..comm.gather_rows import gather_rows
 from ..comm.group import Group
 from ..mesh import ContextParallelMesh
 
@@ -160,8 +161,7 @@ class _Gather(torch.autograd.Function):
         ctx.dim, ctx.sizes, ctx.group = dim, sizes, group
         if group.size == 1:
             return tensor.view_as(tensor)
-        gathered = collectives.start_gather(tensor.movedim(dim, 0), sizes, group)
-        return result(collectives.wait(gathered, group).movedim(0, dim))
+        return result(gather_rows(tensor.movedim(dim, 0), sizes, group).movedim(0, dim))
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -110,7 +110,7 @@ def names_again(meshes):
 
 
 def _said(meshes, said):
-    from diffusers_attn.context_parallel.job import everyone
+    from diffusers_attn.context_parallel.comm.everyone import everyone
 
     return everyone(said, [meshes.lines[2].get_group()])
 

@@ -1,0 +1,26 @@
+"""What every rank says: a small object of each, to all, through the job's store."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from . import process_groups, rank_progress
+
+
+def everyone(said: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any]:
+    """What every rank of these groups says, first along the last of them. None is all ranks of the job.
+
+    Raises:
+        RankMissingError: a rank has not called this within the timeout of its group.
+    """
+    answers = [said]
+    for group in reversed(groups):
+        members = list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
+        device = dist.get_backend_config(group).partition(":")[0]
+        parts = rank_progress.tell(members, pickle.dumps(answers), process_groups.timeout_of(group, device))
+        answers = [each for part in parts for each in pickle.loads(part)]
+    return answers
