@@ -14,10 +14,8 @@ from . import masks, shapes, tensor_kinds
 from .call_cache import PreparedCall, remembered
 from .context_parallel.sequences.active import active
 from .errors import AttentionProviderError
-from .masks import MaskKind
-from .providers import lowering, registry, speeds
-from .providers.base import Params
-from .providers.decision import decide
+from .providers import lowering, registry
+from .providers.decision import decide_constant
 from .providers.selection import Selection, select
 from .providers.serving import AttentionCall, Serving
 from .recompute import in_backward_id
@@ -355,26 +353,17 @@ def _prepare(
             f"attn_mask has dtype {attn_mask.dtype} beside a query of {query.dtype}; torch.bool, torch.float32 and the "
             "query's own dtype are accepted. Pass mask.to(query.dtype)."
         )
-    call = _describe(
-        query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, choice.options, derived
-    )
-    plan = Serving(*_decide(choice.provider, *call))
+    call = AttentionCall.of(
+        choice.provider, choice.options, query, key, value, layout=layout, mask_kind=mask_kind, is_causal=is_causal,
+        needs_grad=needs_grad, dropout_p=dropout_p, bias_needs_grad=_bias_needs_grad(attn_mask, mask_kind),
+        derived=derived,
+    )  # fmt: skip
+    plan = Serving(*decide_constant(choice.provider, *call))
     if 0 in sizes or value.shape[-1] == 0:
         plan = plan._replace(empty=True)
     if shapes.differ(query, key, value, 1 if layout == "bhsd" else 2):
         plan = plan._replace(broadcast=True)
-    params = Params(
-        mask_kind=plan.mask_kind,
-        is_causal=is_causal,
-        scale=(float(call.head_dim) ** -0.5 if call.head_dim else 1.0) if scale is None else float(scale),
-        default_scale=scale is None,
-        dropout_p=dropout_p if call.dropout else 0.0,
-        gqa=call.heads != call.kv_heads and not plan.repeat_kv,
-        device_type=query.device.type,
-        options=choice.options,
-        needs_grad=needs_grad or call.bias_needs_grad,
-        derived=derived,
-    )
+    params = lowering.kernel_params(call, plan, scale, dropout_p)
     adapter = registry.ADAPTERS[plan.provider]
     view = None if mask is attn_mask else functools.partial(_view_mask, sizes=sizes)
     attention: Callable[..., Tensor]
@@ -422,40 +411,8 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[i
     )
 
 
-def _describe(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Any,
-    mask_kind: MaskKind,
-    dropout_p: float,
-    is_causal: bool,
-    layout: Layout,
-    needs_grad: bool,
-    options: tuple[tuple[str, object], ...],
-    derived: bool = False,
-) -> AttentionCall:
-    """What a decision depends on. Truths are spelled out: a comparison is symbolic in a dynamic graph."""
-    heads = 1 if layout == "bhsd" else 2
-    _, all_heads, query_len, key_len = _sizes(query, key, value, layout)
-    all_heads, kv_heads = _constant(all_heads), _constant(key.shape[heads])
-    return AttentionCall(
-        device=query.device,
-        dtype=query.dtype,
-        head_dim=_constant(query.shape[-1]),
-        value_head_dim=_constant(value.shape[-1]),
-        heads=all_heads,
-        kv_heads=kv_heads if kv_heads == _constant(value.shape[heads]) else all_heads,
-        query_len="equal" if query_len == key_len else "shorter" if query_len < key_len else "longer",
-        long=True if key_len >= speeds.LONG else False,
-        mask_kind=mask_kind,
-        is_causal=is_causal,
-        dropout=True if dropout_p > 0.0 else False,
-        needs_grad=needs_grad,
-        bias_needs_grad=mask_kind in masks.ADDITIVE and torch.is_grad_enabled() and attn_mask.requires_grad,
-        options=options,
-        derived=derived,
-    )
+def _bias_needs_grad(attn_mask: Any, mask_kind: masks.MaskKind) -> bool:
+    return mask_kind in masks.ADDITIVE and torch.is_grad_enabled() and attn_mask.requires_grad
 
 
 def explain(
@@ -487,20 +444,12 @@ def explain(
     mask_kind, _ = masks.classify(attn_mask, *_sizes(query, key, value, layout))
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     options = ProviderChoice.of("auto", lossy=lossy).options
-    return select(_describe(query, key, value, attn_mask, mask_kind, dropout_p, is_causal, layout, needs_grad, options))
+    call = AttentionCall.of(
+        "auto", options, query, key, value, layout=layout, mask_kind=mask_kind, is_causal=is_causal,
+        needs_grad=needs_grad, dropout_p=dropout_p, bias_needs_grad=_bias_needs_grad(attn_mask, mask_kind),
+    )  # fmt: skip
+    return select(call)
 
 
 def _view_mask(mask: Tensor, sizes: tuple[int, int, int, int]) -> Any:
     return masks.classify(mask, *sizes)[1]
-
-
-def _constant(size: int) -> int:
-    """`size` as a number in a graph that is traced with symbolic sizes: heads and head_dim decide how a call is served.
-    A range's length is what Dynamo specialises; in eager mode this is the identity."""
-    return len(range(size))
-
-
-# Dynamo calls this while tracing and takes its result, plain values, as constants: decisions cost nothing in a graph.
-@torch._dynamo.assume_constant_result
-def _decide(provider: str, *call: Any) -> tuple[Any, ...]:
-    return tuple(decide(provider, AttentionCall(*call)))

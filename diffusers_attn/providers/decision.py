@@ -5,6 +5,11 @@ It serves the call exactly, or the call is refused with the reason and the names
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
+
 from ..errors import AttentionProviderError
 from . import registry
 from .catalog import SPECS
@@ -35,6 +40,19 @@ def decide(provider: str, call: AttentionCall) -> Serving:
         )
     # Without data there is nothing to compute: PyTorch's own function gives the shape.
     return plan(SPECS["native" if call.device.type == "meta" else provider], call)
+
+
+# Dynamo calls this while it traces and takes the result, plain values, as constants: decisions cost nothing in a graph.
+# The cache is inside because Dynamo ignores a cache around a function that it traces.
+@torch._dynamo.assume_constant_result
+def decide_constant(provider: str, *call: Any) -> tuple[Any, ...]:
+    """The fields of `decide(provider, AttentionCall(*call))`, decided once per kind of call. Works under Dynamo."""
+    return _decided(provider, *call)
+
+
+@functools.lru_cache(maxsize=1024)
+def _decided(provider: str, *call: Any) -> tuple[Any, ...]:
+    return tuple(decide(provider, AttentionCall(*call)))
 
 
 def able_providers(call: AttentionCall) -> list[str]:

@@ -1,55 +1,73 @@
-"""Serving a call that a kernel does not take as it is, without changing a number of the result.
+"""Serves a call that a kernel does not take as it is, with an exact change of its inputs.
 
-- Fewer key heads: repeat them.
-- A head_dim that is not the kernel's multiple: zeros in query and key add nothing to a score, zeros in the value give
-  columns that are cut off. The scale stays that of the true head_dim.
-- Causal with unequal lengths, for a kernel that knows only square causality. PyTorch aligns to the top left, so with
-  a shorter query the keys past its length are seen by nobody ("drop_keys"), and with a longer one the queries past the
-  keys see all of them ("two_calls").
-- Causal with a mask: one mask.
-- Batch sizes of one, and heads of one where others have more: expanded.
-- Nothing to attend to: zeros. Kernels divide by the length or fault.
+- Fewer key heads: they are repeated.
+- A head_dim that is no multiple of the kernel's: zeros are appended. In query and key they add nothing to a score, and
+  in the value they give columns that are cut off. The scale stays that of the true head_dim.
+- Causal with unequal lengths, for a kernel that has only square causality. PyTorch aligns to the top left. With a
+  shorter query, no query sees the keys past its length, so these are dropped ("drop_keys"). With a longer query, the
+  queries past the keys see all keys, in a second call ("two_calls").
+- Causal with a mask: both become one mask.
+- Batch sizes of one, and one head where other tensors have more: expanded.
+- No query, or no key: zeros. Kernels divide by the length or fault.
+
+`attention` serves a whole call. `forward` and `backward` serve one part of the keys and also handle the log-sum-exp.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import masks, shapes
+from . import registry
 from .base import Adapter, Params
-from .serving import Serving
+from .serving import AttentionCall, Serving
+
+
+def kernel_params(call: AttentionCall, plan: Serving, scale: float | None, dropout_p: float = 0.0) -> Params:
+    """The constants of a call for the kernel that `plan` chose.
+
+    Args:
+        scale: factor of the scores; None is `head_dim ** -0.5`.
+    """
+    if scale is None:
+        true_scale = float(call.head_dim) ** -0.5 if call.head_dim else 1.0
+    else:
+        true_scale = float(scale)
+    return Params(
+        mask_kind=plan.mask_kind,
+        is_causal=call.is_causal and plan.causal != "mask",
+        scale=true_scale,
+        default_scale=scale is None and not plan.pad_head_dim,
+        dropout_p=dropout_p,
+        gqa=call.heads != call.kv_heads and not plan.repeat_kv,
+        device_type=call.device.type,
+        options=call.options,
+        needs_grad=call.needs_grad or call.bias_needs_grad,
+        derived=call.derived,
+    )
 
 
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None = None,
+    mask: Any = None,
     *,
     adapter: type[Adapter],
     plan: Serving,
     params: Params,
 ) -> Tensor:
-    """`adapter.attention` with the lowerings of `plan`; tensors in the adapter's layout."""
-    bhsd = adapter.layout == "bhsd"
-    heads, seq = (1, 2) if bhsd else (2, 1)
+    """`adapter.attention` with the lowerings of `plan`; differentiable. Tensors have the adapter's layout."""
+    heads, seq = (1, 2) if adapter.layout == "bhsd" else (2, 1)
     if plan.empty:
-        return _nothing(query, key, value, mask, heads, seq)
-    if plan.broadcast:
-        query, key, value = shapes.broadcast(query, key, value, heads)
-    if plan.repeat_kv:
-        groups = query.shape[heads] // key.shape[heads]
-        key, value = key.repeat_interleave(groups, dim=heads), value.repeat_interleave(groups, dim=heads)
+        return _zeros(query, key, value, mask, heads, seq)
     value_dim = value.shape[-1]
-    if plan.pad_head_dim:
-        query, key, value = (pad(tensor, (0, plan.pad_head_dim - tensor.shape[-1])) for tensor in (query, key, value))
-        params = params._replace(default_scale=False)
+    query, key, value, mask = _lower(plan, query, key, value, mask, heads, seq)
     query_len, key_len = query.shape[seq], key.shape[seq]
-    if plan.causal == "mask":
-        mask = masks.and_causal(mask, query_len, key_len)  # type: ignore[arg-type]
-        params = params._replace(is_causal=False)
     if plan.causal == "drop_keys":
         key, value = key.narrow(seq, 0, query_len), value.narrow(seq, 0, query_len)
     if plan.causal == "two_calls":
@@ -62,11 +80,77 @@ def attention(
     return out[..., :value_dim] if plan.pad_head_dim else out
 
 
-def _nothing(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, seq: int) -> Tensor:
+def forward(
+    plan: Serving, params: Params, query: Tensor, key: Tensor, value: Tensor, mask: Any
+) -> tuple[Tensor, Tensor]:
+    """The output `[batch, query_len, heads, value_head_dim]` and the lse `[batch, query_len, heads]`; no autograd.
+
+    Args:
+        query, key, value: `[batch, seq, heads, head_dim]`, whatever layout the kernel has.
+    """
+    heads, seq = (1, 2) if plan.layout == "bhsd" else (2, 1)
+    value_dim = value.shape[-1]
+    query, key, value = to_layout(plan, query, key, value)
+    query, key, value, mask = _lower(plan, query, key, value, mask, heads, seq)
+    out, lse = registry.ADAPTERS[plan.provider].forward(query, key, value, mask, params)
+    return to_layout(plan, out)[0][..., :value_dim], lse
+
+
+def backward(
+    plan: Serving,
+    params: Params,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value from what `forward` returned; same shapes as its inputs."""
+    heads, seq = (1, 2) if plan.layout == "bhsd" else (2, 1)
+    kv_heads, query_dim, value_dim = key.shape[2], query.shape[-1], value.shape[-1]
+    query, key, value = to_layout(plan, query, key, value)
+    query, key, value, mask = _lower(plan, query, key, value, mask, heads, seq)
+    grad_out, out = _pad_head_dim(plan, *to_layout(plan, grad_out, out))
+    grads = registry.ADAPTERS[plan.provider].backward(grad_out, query, key, value, mask, out, lse, params)
+    grad_query, grad_key, grad_value = to_layout(plan, *grads)
+    if plan.repeat_kv:
+        grad_key, grad_value = (grad.unflatten(2, (kv_heads, -1)).sum(dim=3) for grad in (grad_key, grad_value))
+    return grad_query[..., :query_dim], grad_key[..., :query_dim], grad_value[..., :value_dim]
+
+
+def to_layout(plan: Serving, *tensors: Tensor) -> list[Tensor]:
+    """Views of `[batch, seq, heads, head_dim]` tensors in the kernel's layout; or, called again, back from it."""
+    return [tensor.transpose(1, 2) if plan.layout == "bhsd" else tensor for tensor in tensors]
+
+
+def _lower(
+    plan: Serving, query: Tensor, key: Tensor, value: Tensor, mask: Any, heads: int, seq: int
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """The inputs of the kernel, in its layout, whose heads and sequence are the dimensions `heads` and `seq`."""
+    if plan.broadcast:
+        query, key, value = shapes.broadcast(query, key, value, heads)
+    if plan.repeat_kv:
+        groups = query.shape[heads] // key.shape[heads]
+        key, value = key.repeat_interleave(groups, dim=heads), value.repeat_interleave(groups, dim=heads)
+    query, key, value = _pad_head_dim(plan, query, key, value)
+    if plan.causal == "mask":
+        mask = masks.and_causal(mask, query.shape[seq], key.shape[seq])
+    return query, key, value, mask
+
+
+def _pad_head_dim(plan: Serving, *tensors: Tensor) -> list[Tensor]:
+    if not plan.pad_head_dim:
+        return list(tensors)
+    return [pad(tensor, (0, plan.pad_head_dim - tensor.shape[-1])) for tensor in tensors]
+
+
+def _zeros(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, seq: int) -> Tensor:
     """Zeros of the result's shape, through which gradients of zero flow to all inputs.
 
-    Sums over slices without entries: zero whatever the entries are, where a product with zero makes NaN of infinity.
-    Squares, so that gradients have gradients.
+    They are sums over slices without entries, which are zero whatever the entries are; a product with zero would make
+    NaN of infinity. The entries are squared so that gradients have gradients.
     """
     sizes = [shapes.joint(*(tensor.shape[dim] for tensor in (query, key, value))) for dim in (0, heads)]
     shape = [sizes[0], query.shape[seq], query.shape[seq], value.shape[-1]]

@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from .. import shapes
 from ..masks import MaskKind
 from ..shapes import Layout
-from . import registry
+from ..tracing.symbolic import constant
+from . import registry, speeds
 from .base import ProviderSpec
 from .catalog import options_by_place
 
@@ -40,7 +43,58 @@ class AttentionCall(NamedTuple):
     partial: bool = False
     """whether it attends to a part of the keys only, and its result is merged with those of the other parts."""
     derived: bool = False
-    """whether it is within a transform of torch.func, or differentiated in forward mode."""
+    """Whether the call is inside a transform of torch.func or differentiated in forward mode."""
+
+    @staticmethod
+    def of(
+        provider: str,
+        options: tuple[tuple[str, object], ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: Layout,
+        mask_kind: MaskKind,
+        is_causal: bool,
+        needs_grad: bool,
+        dropout_p: float = 0.0,
+        bias_needs_grad: bool = False,
+        partial: bool = False,
+        derived: bool = False,
+        compare_lengths: bool = True,
+    ) -> AttentionCall:
+        """The description of a call with 4-D tensors in `layout`; also in a graph that is traced with symbolic sizes.
+
+        A comparison of symbolic sizes becomes a guard of the graph. So lengths are compared only where the decision
+        depends on them, and results are spelled out as True or False.
+
+        Args:
+            compare_lengths: False describes the query as "equal" in length to the key.
+        """
+        heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
+        query_len = "equal"
+        if compare_lengths and (is_causal or options) and query.shape[seq] != key.shape[seq]:
+            query_len = "shorter" if query.shape[seq] < key.shape[seq] else "longer"
+        sizes = [constant(tensor.shape[heads]) for tensor in (query, key, value)]
+        all_heads = shapes.joint(*sizes)
+        return AttentionCall(
+            device=query.device,
+            dtype=query.dtype,
+            head_dim=constant(query.shape[-1]),
+            value_head_dim=constant(value.shape[-1]),
+            heads=all_heads,
+            kv_heads=sizes[1] if sizes[1] == sizes[2] else all_heads,
+            query_len=query_len,
+            long=True if provider == "auto" and key.shape[seq] >= speeds.LONG else False,
+            mask_kind=mask_kind,
+            is_causal=is_causal,
+            dropout=True if dropout_p > 0.0 else False,
+            needs_grad=needs_grad,
+            bias_needs_grad=bias_needs_grad,
+            options=options,
+            partial=partial,
+            derived=derived,
+        )
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads} query and {self.kv_heads} key"
