@@ -14,6 +14,7 @@ import torch.distributed as dist
 from strategies import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from diffusers_attn.context_parallel import job
 from diffusers_attn.parent_process import end_with_parent
 
 
@@ -44,10 +45,8 @@ class Ranks:
         return self._meshes[shape]
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank has."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.talk)
-        return values
+        """The `value` of every rank, in the order of the ranks."""
+        return job.everyone(value, [self.talk])
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

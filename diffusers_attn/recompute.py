@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -51,10 +52,12 @@ def _recomputed_as_now(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache  # once
 def install() -> None:
-    """Has both kinds of `torch.utils.checkpoint` recompute with what their forward had.
+    """Has both kinds of `torch.utils.checkpoint` recompute with what their forward had. Called before the first scope
+    and the first plan; further calls do nothing.
 
-    Not by replacing `checkpoint`: other modules have imported it by name, and Dynamo knows it by identity. These two
-    are made whenever a checkpointed forward begins, and hold the function that the backward calls.
+    `checkpoint` itself is not replaced: other modules have imported it by name, and Dynamo compares its identity. One
+    object of these two classes is made whenever a checkpointed forward begins, and holds the function that the backward
+    calls. Forwards that began before this call ran outside of any scope, and are recomputed so.
     """
     frame, reentrant = torch_checkpoint._CheckpointFrame, torch_checkpoint.CheckpointFunction
     make, forward = frame.__init__, reentrant.forward
@@ -72,6 +75,11 @@ def install() -> None:
 
     frame.__init__ = make_frame  # type: ignore[method-assign]
     reentrant.forward = staticmethod(forward_reentrant)  # type: ignore[method-assign]
+    for each in gc.get_objects():  # by their type: `isinstance` would run properties of other libraries' objects
+        if type(each) is frame:
+            each.recompute_fn = _recomputed_as_now(each.recompute_fn)
+        elif type(each) is reentrant._backward_cls and hasattr(each, "run_function"):
+            each.run_function = _recomputed_as_now(each.run_function)
 
 
 _add_reference = ctypes.pythonapi.Py_IncRef

@@ -155,7 +155,6 @@ def _within(choice: ProviderChoice | None, parallel: ContextParallelMesh | None)
 
 
 recompute.keep_for_recomputation(_keep_scope)
-recompute.install()
 
 
 class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like a function)
@@ -201,6 +200,8 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
             )
 
     def __enter__(self) -> ProviderChoice:
+        if not torch.compiler.is_compiling():
+            recompute.install()
         scope.outer.append((scope.choice, scope.parallel))
         _set_scope(self.choice, self.parallel)
         return self.choice

@@ -31,9 +31,9 @@ from ..context_parallel.hooks.apply import apply_context_parallel, names_of_grou
 from ..context_parallel.mesh import AXES, ContextParallelMesh
 from ..cp_plans.plan import CPCache, ParamId, Plan, entries
 from ..errors import AttentionProviderError
-from ..processors import DispatchProcessor
-from ..processors.binding import attention_modules_of, change_processor, is_noted
+from ..processors.binding import attention_modules_of, change_processor, install, is_noted
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
+from ..processors.dispatch import DispatchProcessor
 from ..providers.catalog import SPECS, AttentionProvider, options_by_place
 from ..scope import ProviderChoice
 from .degrees import Degrees, Topology, complete_degrees
@@ -391,6 +391,7 @@ def _put_on(
     rebind: bool,
 ) -> None:
     """Changes one model. Every step is noted when it is taken, so that `_take_off` undoes what there is."""
+    install()  # also where nothing is bound: a model that is split refuses enable_parallelism
     model = target.model
     enabled = _enabled[model] = _Enabled([], [lease.again()], [], [])
     apply_context_parallel(model, sharing, target.plan)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..context_parallel.sequences.active import active
 from ..providers.catalog import SPECS
 from ..scope import active_choice
-from .overlay import Overlay, _copy_module
+from .overlay import Overlay, with_globals
 
 PROCESSOR = "diffusers.models.transformers.ace_step_transformer.AceStepAttnProcessor2_0"
 
@@ -26,10 +26,7 @@ PROCESSOR = "diffusers.models.transformers.ace_step_transformer.AceStepAttnProce
 def methods(upstream: FunctionType, overlay: Overlay) -> dict[str, Callable[..., Any]]:
     """What a bound processor has in place of `upstream`, the `__call__` of diffusers' processor."""
     masked = overlay.rebuild(upstream)
-    module = _copy_module(masked.__globals__)
-    module._get_current_attention_backend = _flash  # type: ignore[attr-defined]
-    windowed = FunctionType(masked.__code__, vars(module), masked.__name__, masked.__defaults__, masked.__closure__)
-    windowed.__kwdefaults__ = masked.__kwdefaults__
+    windowed = with_globals(masked, _get_current_attention_backend=_flash)
     return {"__call__": _call, "with_mask": masked, "with_window": windowed}
 
 

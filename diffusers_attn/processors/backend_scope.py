@@ -8,8 +8,9 @@ diffusers has noted itself does not tell: `model.set_attention_backend(...)` cha
 from __future__ import annotations
 
 import functools
+import gc
 import sys
-from types import FrameType
+from types import FrameType, GeneratorType
 from typing import Any
 
 from diffusers.models import attention_dispatch
@@ -26,9 +27,16 @@ _scopes: list[FrameType] = []
 
 
 def install() -> None:
-    """Has scopes noted that are opened from now on."""
+    """Notes the scopes that are open, and has those noted that are opened from now on."""
     code = attention_dispatch.attention_backend.__wrapped__.__code__  # type: ignore[attr-defined]
     upstream = _AttentionBackendRegistry.set_active_backend.__func__  # type: ignore[attr-defined]
+
+    for each in gc.get_objects():  # each open scope is a generator, which diffusers itself keeps nowhere
+        if type(each) is GeneratorType and each.gi_code is code and each.gi_suspended and each.gi_frame is not None:
+            _scopes.append(each.gi_frame)
+    innermost = _AttentionBackendRegistry._active_backend
+    _scopes.sort(key=lambda frame: frame.f_locals["backend"] is innermost)
+    backends.extend(frame.f_locals["backend"].value for frame in _scopes)
 
     @functools.wraps(upstream)
     def set_active_backend(cls: Any, backend: Any) -> None:

@@ -1,6 +1,7 @@
-"""The seam in diffusers: how what is set on its attention modules gets bound, and stays bound.
+"""The patches in diffusers' attention modules and models, which bind processors and keep them bound.
 
-Everything that is patched is patched here, by `install`. (The functions that processors call are in `entry_points.py`.)
+`install` makes all of them, when the first processor is bound. (The functions that processors call are in
+`entry_points.py`.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from ..errors import AttentionProviderError
 from ..scope import ProviderChoice, active_choice
 from . import backend_scope
-from .bound import BoundProcessor, bind, obstacle, unbind
+from .bound import BoundProcessor, before_first_binding, bind, obstacle, unbind
 from .dispatch import DispatchProcessor
 from .entry_points import backend_refused, parallelism_refused
 from .requests import BACKEND, check_notes, is_flex
@@ -37,9 +38,9 @@ _SETTERS = {"set_attn_processor", "fn_recursive_attn_processor", "set_processor"
 
 @functools.cache  # once
 def install() -> None:
-    """Teach diffusers' attention modules and models what a `DispatchProcessor` is.
+    """Patches diffusers' attention modules and models so that they accept a `DispatchProcessor`.
 
-    Nothing changes for modules on which none is set.
+    Nothing changes for modules on which none is set. Further calls do nothing.
     """
     backend_scope.install()
     for has_setter in (Attention, AttentionModuleMixin):
@@ -54,6 +55,9 @@ def install() -> None:
     for cls in _subclasses(ModelMixin):
         _adopt(cls)
     _patch(ModelMixin, __init_subclass__=classmethod(_adopting_init_subclass))
+
+
+before_first_binding(install)
 
 
 def _patch(cls: type, **attributes: Any) -> None:
@@ -238,7 +242,8 @@ def check_bindable(model: nn.Module, choice: ProviderChoice | None = None) -> No
 
 
 def bind_model(model: nn.Module, request: DispatchProcessor) -> None:
-    """Bind every attention module of `model` that can be; see `check_bindable`."""
+    """Binds every attention module of `model` that can be bound; see `check_bindable`."""
+    install()
     check_bindable(model, request.choice)
     for _, module in attention_modules_of(model):
         if obstacle(module.processor) is None:
@@ -246,9 +251,10 @@ def bind_model(model: nn.Module, request: DispatchProcessor) -> None:
 
 
 def unbind_model(model: nn.Module) -> None:
-    """Put the original processors of `model` back."""
+    """Puts the original processors of `model` back."""
     for _, module in attention_modules_of(model):
-        module.set_processor(unbind(module.processor))
+        if is_noted(module) or isinstance(module.processor, BoundProcessor):
+            module.set_processor(unbind(module.processor))
 
 
 def _nothing_to_bind(model: nn.Module, processors: Iterable[Any]) -> AttentionProviderError:

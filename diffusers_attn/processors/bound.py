@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -21,6 +22,7 @@ from .reachability import Visited, calls_attention, classes_named_in, layers, me
 from .requests import check_note
 
 _lock = threading.RLock()
+_before_first_binding: list[Callable[[], None]] = []
 
 # What processors that cannot be bound call, and what to say about it.
 _INSTEAD = {
@@ -58,6 +60,11 @@ class BoundProcessor:
 
     def __copy__(self) -> Any:
         return bind(copy.copy(self.original), self.choice)
+
+
+def before_first_binding(function: Callable[[], None]) -> None:
+    """Has `function` called before a processor is bound, also by unpickling. It may be called several times."""
+    _before_first_binding.append(function)
 
 
 def bind(processor: Any, choice: ProviderChoice | None) -> Any:
@@ -166,6 +173,8 @@ def _bound_class(cls: type, choice: ProviderChoice | None) -> type | None:
     """One class per class and choice, so that what is compiled for one processor serves all of its kind."""
     if _obstacle(cls) is not None:
         return None
+    for function in _before_first_binding:
+        function()
     namespace = _own_methods(cls, choice) | _like(cls) | {"__slots__": ("original",), "choice": choice}
     name = f"{cls.__name__}[{choice.provider if choice else 'scope'}]"
     return type(name, (BoundProcessor, *_redirected_bases(cls, choice)), namespace)

@@ -18,26 +18,23 @@ from torch import Tensor
 
 from ..context_parallel.sequences.active import active
 from ..errors import AttentionProviderError
-from .overlay import Overlay, _copy_module
+from .overlay import Overlay, with_globals
 
 PROCESSORS = (
     "diffusers.models.transformers.transformer_kandinsky.Kandinsky5AttnProcessor",
     "diffusers.models.transformers.transformer_kandinsky6_sr.Kandinsky6SRAttnProcessor",
 )
 BLOCK = 64
+_MASK_FUNCTIONS = (("nablaT_v2", False), ("nabla_block_mask", True))
+"""The function of each processor's module that makes the mask, and whether its queries are `[batch, heads, tokens, _]`
+rather than `[batch, tokens, heads, _]`."""
 
 
 def methods(upstream: FunctionType, overlay: Overlay) -> dict[str, Callable[..., Any]]:
     """What a bound processor has in place of `upstream`, the `__call__` of diffusers' processor."""
     bound = overlay.rebuild(upstream)
-    module: Any = _copy_module(bound.__globals__)
-    if hasattr(module, "nablaT_v2"):
-        module.nablaT_v2 = _instead(module.nablaT_v2, heads_first=False)
-    else:
-        module.nabla_block_mask = _instead(module.nabla_block_mask, heads_first=True)
-    call = FunctionType(bound.__code__, vars(module), bound.__name__, bound.__defaults__, bound.__closure__)
-    call.__kwdefaults__ = bound.__kwdefaults__
-    return {"__call__": call}
+    name, heads_first = next(each for each in _MASK_FUNCTIONS if each[0] in bound.__globals__)
+    return {"__call__": with_globals(bound, **{name: _instead(bound.__globals__[name], heads_first)})}
 
 
 def _instead(upstream: Callable[..., Any], heads_first: bool) -> Callable[..., Any]:

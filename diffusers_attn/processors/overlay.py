@@ -61,14 +61,8 @@ class Overlay:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ())) | {
             name: CellType() for name in held
         }
-        rebuilt = FunctionType(
-            function.__code__, vars(module), function.__name__, function.__defaults__, tuple(cells.values()) or None
-        )
+        rebuilt = _in_module(function, module, tuple(cells.values()) or None)
         self._functions[function] = rebuilt  # before its parts, which may name it
-        rebuilt.__kwdefaults__ = function.__kwdefaults__
-        rebuilt.__qualname__ = function.__qualname__
-        rebuilt.__annotations__ = function.__annotations__
-        rebuilt.__dict__.update(function.__dict__)
         for name, value in held.items():
             cells[name].cell_contents = self._redirected(value) if name in named else self._instead_of(value)
         for name in named.keys() & module.__dict__.keys() - held.keys():
@@ -92,6 +86,24 @@ class Overlay:
         if value is dispatch_attention_fn:
             return self._dispatch
         return self._sdpa if value is sdpa else self.rebuild(value)
+
+
+def with_globals(function: FunctionType, **replaced: Any) -> FunctionType:
+    """`function` with the same code, in a copy of its module in which the globals named in `replaced` have other
+    values."""
+    module = _copy_module(function.__globals__)
+    module.__dict__.update(replaced)
+    return _in_module(function, module, function.__closure__)
+
+
+def _in_module(function: FunctionType, module: ModuleType, closure: tuple[CellType, ...] | None) -> FunctionType:
+    """`function` with the globals of `module` and another closure, and otherwise the same."""
+    rebuilt = FunctionType(function.__code__, vars(module), function.__name__, function.__defaults__, closure)
+    rebuilt.__kwdefaults__ = function.__kwdefaults__
+    rebuilt.__qualname__ = function.__qualname__
+    rebuilt.__annotations__ = function.__annotations__
+    rebuilt.__dict__.update(function.__dict__)
+    return rebuilt
 
 
 def _copy_module(original: dict[str, Any]) -> ModuleType:

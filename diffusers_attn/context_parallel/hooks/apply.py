@@ -20,7 +20,7 @@ from ...cp_plans.plan import CPAttention, CPHeads, Plan
 from ...cp_plans.plan import entries as entries_of
 from ...cp_plans.registry import get_cp_plan
 from ...errors import AttentionProviderError
-from ...recompute import keep_for_recomputation
+from ...recompute import install, keep_for_recomputation
 from ...tracing.errors import raise_error
 from ..comm import one_thread, rank_progress, shared_groups
 from ..comm.symmetric_gather import SymmetricGather
@@ -141,6 +141,7 @@ def apply_context_parallel(
         parts = [each for each in module.modules() if each is not module]
         entries += [_Entry("", CheckCalled, [each], tracker, names) for each in parts]
     tracker.transport, gather = choose_transport(mesh.ring, mesh.device_type)
+    install()
     _forget_graphs()
     dynamic = DynamicSizes(module, tracker)
     begin = module.register_forward_pre_hook(_Begin(tracker))

@@ -3,6 +3,9 @@
 import functools
 
 import pytest
+import torch
+
+from diffusers_attn.context_parallel.hooks import dynamic_sizes
 
 from ...marks import slow_but
 from .sized import walk
@@ -41,3 +44,29 @@ def test_shards_that_change_apart(pool, mesh):
     for graphs, error in pool.run(int(mesh[-1]), walk, mesh=mesh, sizes=APART, masked=mesh == "gather 3"):
         assert error < 1e-10
         assert graphs == [1, 2, 2, 2, 2, 2, 2]
+
+
+def test_dynamo_reads_the_private_mark():
+    """Of two sizes, the first with the mark makes a graph that serves the second, too; without it, none does."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def compiled_for(*tensors):
+        torch._dynamo.reset()
+        graphs.clear()
+        double = torch.compile(lambda tensor: tensor * 2, backend=count)
+        for tensor in tensors:
+            double(tensor)
+        return len(graphs)
+
+    tensors = torch.ones(5), torch.ones(7)
+    assert compiled_for(*tensors) == 2
+    for tensor in tensors:
+        dynamic_sizes._mark(tensor, frozenset(tensor.shape))
+    assert compiled_for(*tensors) == 1, (
+        f"PyTorch {torch.__version__} does not read Tensor.{dynamic_sizes._MARK}: find the new name in "
+        "torch/_dynamo/variables/builder.py, and put it into diffusers_attn/context_parallel/hooks/dynamic_sizes.py"
+    )
