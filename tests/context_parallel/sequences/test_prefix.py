@@ -22,7 +22,7 @@ ROLE = Role(("image",), ("image",), prefix="before")
 def split(rank, before=4, image=7):
     """As a model does that has joined 4 tokens and 7."""
     tracker = tracker_of(rank)
-    tracker.whole.add("before")
+    tracker.replicated.add("before")
     tracker.shard_length("image", image)
     return tracker, tracker.split(("before", "image"), torch.arange(before + image)[None], 1)
 
@@ -69,7 +69,7 @@ def test_a_plan_says_it():
     model.block, model.forward = nn.Identity(), lambda x: model.block(x)
     plan = {"": {"x": CPInput(1, sequence=("text", "image"))}, "block": CPAttention(("image",), prefix="text")}
     tracker = apply_context_parallel(model, mesh_of(0), plan)
-    assert tracker.whole == {"text"}
+    assert tracker.replicated == {"text"}
 
 
 def test_a_mask_of_blocks_is_refused_for_what_it_is():
