@@ -1,10 +1,12 @@
-"""Any call on any mesh: heads are exchanged along `ulysses`, keys and values along `ring` (USP, arXiv 2405.07719).
+"""One call on any mesh: heads are exchanged along `ulysses`, keys and values along `ring` (USP, arXiv 2405.07719).
 
-Shard `ring.rank * ulysses.size + ulysses.rank` is a rank's. So the ranks that exchange heads hold neighbouring shards,
-and what they then have in common is one shard of the ring.
+A rank holds shard `ring.rank * ulysses.size + ulysses.rank`. The ranks that exchange heads therefore hold neighbouring
+shards, which together are one shard of the ring.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,14 +19,16 @@ from ..comm.transport import COLLECTIVE
 from ..mesh import ContextParallelMesh
 from ..sequences.sharded_masks import BlockRowMask, KeyMask, OuterMask, RectangleMask, RowMask, ShardedMask
 from ..sequences.sharding import Shards, gather, in_blocks, in_order, out_of_order, take
-from . import allgather_kv_one_call
 from .allgather_kv import allgather_kv_attention
+from .allgather_kv_one_call import allgather_kv_one_call_attention, is_faster
 from .block_attention import BlockAttention
 from .partial_kernel import PartialKernel, options_by_place
 from .ring import ring_attention
 from .ulysses import ulysses_attention
 
-_STRATEGIES = {"alltoall": ring_attention, "allgather": allgather_kv_attention}
+STRATEGIES: dict[str, Callable[..., Tensor]] = {}
+"""Attention over the ring, by name. Each is called with (query, key, value, key_mask, rows, call)."""
+_OF_ROTATE_METHOD = {"alltoall": "ring", "allgather": "allgather_kv"}
 
 
 def parallel_attention(
@@ -45,22 +49,23 @@ def parallel_attention(
     """Attention of this rank's queries to the keys of all ranks, as one process would compute it.
 
     Args:
-        query: `[batch, this rank's queries, heads, head_dim]`.
-        key: `[batch, this rank's keys, kv_heads, head_dim]`.
-        value: `[batch, this rank's keys, kv_heads, value_head_dim]`.
-        mask: over this rank's queries and all keys.
-        query_shards, key_shards: who holds which tokens. The same on every rank.
-        provider, options: the kernel.
-        is_causal: a query sees the keys up to its own place in the whole sequence.
-        scale: of the scores; default `head_dim ** -0.5`.
-        transport: the kind that `choose_transport` chose for the mesh; what it returned beside must be alive.
+        query: `[batch, local queries, heads, head_dim]`.
+        key: `[batch, local keys, kv_heads, head_dim]`.
+        value: `[batch, local keys, kv_heads, value_head_dim]`.
+        mask: mask of the local queries over all keys.
+        query_shards, key_shards: which rank holds which tokens; equal on every rank.
+        provider, options: name of the kernel's provider, and its options.
+        is_causal: whether a query sees only the keys up to its own position in the full sequence.
+        scale: factor of the scores; default `head_dim ** -0.5`.
+        transport: kind of the `Transport` that `choose_transport` chose for the mesh. The memory that it returned
+            with the transport must still be alive.
 
     Returns:
-        `[batch, this rank's queries, heads, value_head_dim]`.
+        `[batch, local queries, heads, value_head_dim]`.
 
     Raises:
-        AttentionProviderError: shapes that are not those of the shards, or a provider that does not serve the call or,
-            for a ring, gives no log-sum-exp. Before anything is sent.
+        AttentionProviderError: the shapes do not match the shards, or the provider does not serve the call or, for a
+            ring, has no log-sum-exp. Raised before anything is sent.
     """
     _check_shapes(query, key, value, mask, mesh, query_shards, key_shards)
     if is_causal and isinstance(mask, (BlockRowMask, RectangleMask)):
@@ -72,21 +77,21 @@ def parallel_attention(
     block = mask.block if isinstance(mask, BlockRowMask) else 1
     by_place = options_by_place(provider, options) if options else ()
     if by_place:
-        _check_whole(by_place, mask, mesh, query_shards, key_shards)
+        _check_full_sequence(by_place, mask, mesh, query_shards, key_shards)
     kernel = PartialKernel(provider, options, scale, needs_grad, block, by_place)
     kind = kernel.block_kind if isinstance(mask, BlockRowMask) else _kind(mask)
     seen = mask.rectangles if isinstance(mask, RectangleMask) else None
     kernel.check(query, key, value, kind, is_causal, partial=mesh.ring.size > 1 or seen is not None)
-    key_mask, rows, silent = _reduce_mask(mask, mesh, key_shards)
+    key_mask, rows, dead_queries = _reduce_mask(mask, mesh, key_shards)
     call = BlockAttention(
         kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32, transport, seen
     )
-    over = _over_ring if mesh.ulysses.size == 1 else _over_both
-    out = over(query, key, value, key_mask, rows, call, mesh)
-    return out if silent is None else out.masked_fill(silent[:, :, None, None], 0.0)
+    over_ranks = _over_ring if mesh.ulysses.size == 1 else _over_ulysses_and_ring
+    out = over_ranks(query, key, value, key_mask, rows, call, mesh)
+    return out if dead_queries is None else out.masked_fill(dead_queries[:, :, None, None], 0.0)
 
 
-def _over_both(
+def _over_ulysses_and_ring(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -95,17 +100,17 @@ def _over_both(
     call: BlockAttention,
     mesh: ContextParallelMesh,
 ) -> Tensor:
-    """Heads against tokens, then the ring with what that gives."""
+    """Exchanges tokens for heads, then attends over the ring with the exchanged tensors."""
     group = mesh.ulysses
-    mine = slice(mesh.ring.rank * group.size, (mesh.ring.rank + 1) * group.size)
-    query_sizes, key_sizes = call.query_shards.sizes[mine], call.key_shards.sizes[mine]
+    neighbours = slice(mesh.ring.rank * group.size, (mesh.ring.rank + 1) * group.size)
+    query_sizes, key_sizes = call.query_shards.sizes[neighbours], call.key_shards.sizes[neighbours]
     if key_mask is not None:
         key_mask = _gather_rows(key_mask, 1, key_sizes, mesh)
     if rows is not None:
         rows = _gather_rows(rows, 2, tuple(size // call.kernel.block for size in query_sizes), mesh)
     query_shards, key_shards = call.query_shards.merged(group.size), call.key_shards.merged(group.size)
     query_spans, key_spans = query_shards.spans[mesh.ring.rank], key_shards.spans[mesh.ring.rank]
-    # Only these care for the order of tokens. In order, the fewest calls serve them: causality, without a ring, one.
+    # Only these depend on the order of tokens. Sorted tokens need the fewest calls: one, for causality without a ring.
     ordered = call.is_causal or call.seen is not None or bool(call.kernel.by_place)
     if ordered:
         query_shards, key_shards = query_shards.sorted(), key_shards.sorted()
@@ -132,40 +137,59 @@ def _over_ring(
     call: BlockAttention,
     mesh: ContextParallelMesh,
 ) -> Tensor:
-    """The ring's strategy; without a ring, the kernel's own attention."""
-    if mesh.ring.size > 1:
-        method = mesh.config.rotate_method
-        # Where heads are exchanged, too, queries arrive together with keys. A ring of two ranks is a gather.
-        gathers = mesh.ulysses.size == 1 and (method == "allgather" or mesh.ring.size == 2)
-        if gathers and allgather_kv_one_call.is_faster(query, key, value, call):
-            return allgather_kv_one_call.allgather_kv_one_call_attention(query, key, value, key_mask, rows, call)
-        return _STRATEGIES[method](query, key, value, key_mask, rows, call)
-    if call.seen is not None:  # several calls all the same, which a ring of one rank merges
-        return ring_attention(query, key, value, key_mask, rows, call)
+    """Attends over the ring with the strategy for this call."""
+    return STRATEGIES[_strategy(query, key, value, call, mesh)](query, key, value, key_mask, rows, call)
+
+
+def _strategy(query: Tensor, key: Tensor, value: Tensor, call: BlockAttention, mesh: ContextParallelMesh) -> str:
+    """The name of the strategy in `STRATEGIES`."""
+    method, size = mesh.config.rotate_method, mesh.ring.size
+    if size == 1:
+        # Rectangles need several calls of the kernel, whose results a ring of one rank merges.
+        return "one_rank" if call.seen is None else "ring"
+    # With Ulysses, queries arrive together with keys, so nothing is computed under a gather. With two ranks, a ring
+    # exchanges the same as a gather.
+    gathers = mesh.ulysses.size == 1 and (method == "allgather" or size == 2)
+    if gathers and is_faster(query, key, value, call):
+        return "allgather_kv_one_call"
+    return _OF_ROTATE_METHOD[method]
+
+
+def _one_rank(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, rows: Tensor | None, call: BlockAttention
+) -> Tensor:
+    """The kernel's own attention, for a ring of one rank."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if rows is not None:
         mask = take(rows, in_blocks(call.key_shards.spans[0], call.kernel.block), dim=-1)
     return call.kernel.attention(query, key, value, mask, call.is_causal)
 
 
-def _check_whole(
+STRATEGIES.update(
+    one_rank=_one_rank,
+    ring=ring_attention,
+    allgather_kv=allgather_kv_attention,
+    allgather_kv_one_call=allgather_kv_one_call_attention,
+)
+
+
+def _check_full_sequence(
     by_place: tuple[str, ...],
     mask: ShardedMask | None,
     mesh: ContextParallelMesh,
     query_shards: Shards,
     key_shards: Shards,
 ) -> None:
-    """Raises AttentionProviderError where the kernel, which has options that count positions, would be given parts of
-    the sequence."""
+    """Raises AttentionProviderError if a kernel whose options count positions would receive a part of the sequence."""
     if mesh.ring.size > 1:
         raise AttentionProviderError(
-            f"{', '.join(by_place)} counts positions of the whole sequence, and over a ring (ring_degree="
-            f"{mesh.ring.size}) the kernel is given parts of it. Set ulysses_degree={mesh.size}, ring_degree=1, with "
-            "which it is given all, or leave the option out."
+            f"{', '.join(by_place)} counts positions of the full sequence, and over a ring (ring_degree="
+            f"{mesh.ring.size}) the kernel receives parts of it. Set ulysses_degree={mesh.size} and ring_degree=1, so "
+            "that the kernel receives the full sequence, or leave the option out."
         )
     if query_shards.total != key_shards.total or mask is not None:
         raise AttentionProviderError(
-            f"{', '.join(by_place)} counts positions: it goes with a query and a key of one length, and without a "
+            f"{', '.join(by_place)} counts positions: it is accepted with a query and a key of equal lengths and no "
             f"mask. This call has {query_shards.total} queries and {key_shards.total} keys"
             f"{'' if mask is None else ', and a mask'}. Leave the option out."
         )
@@ -180,11 +204,11 @@ def _check_shapes(
     query_shards: Shards,
     key_shards: Shards,
 ) -> None:
-    """Raises AttentionProviderError where tensors are not the shards that they are said to be."""
+    """Raises AttentionProviderError if a tensor does not have the size of its shard."""
     if not len(query_shards.spans) == len(key_shards.spans) == mesh.size:
         raise AttentionProviderError(
-            f"shards for {len(query_shards.spans)} (query) and {len(key_shards.spans)} (key) ranks on a mesh of "
-            f"{mesh.size}: make them for mesh.size ranks."
+            f"query_shards is for {len(query_shards.spans)} ranks and key_shards for {len(key_shards.spans)}, and the "
+            f"mesh has {mesh.size} ranks. Make both for mesh.size ranks."
         )
     queries, keys = query_shards.sizes[mesh.rank], key_shards.sizes[mesh.rank]
     wanted: list[tuple[str, Tensor, int, int]] = [
@@ -204,51 +228,52 @@ def _check_shapes(
         if tensor.shape[dim] != size:
             raise AttentionProviderError(
                 f"{name} {list(tensor.shape)} has {tensor.shape[dim]} in dimension {dim}; its shards say {size} for "
-                f"rank {mesh.rank} (queries {query_shards.sizes}, keys {key_shards.sizes}). Tensors are [batch, tokens "
-                "of this rank, heads, head_dim]."
+                f"rank {mesh.rank} (queries {query_shards.sizes}, keys {key_shards.sizes}). Tensors are [batch, local "
+                "tokens, heads, head_dim]."
             )
     if constant(query.shape[2]) % constant(key.shape[2]):
         raise AttentionProviderError(
-            f"{query.shape[2]} query heads do not divide into {key.shape[2]} key heads; a multiple is accepted."
+            f"{query.shape[2]} query heads were given with {key.shape[2]} key heads; a multiple of the number of key "
+            "heads is accepted."
         )
     if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in mask or ()) and torch.is_grad_enabled():
         raise AttentionProviderError(
-            "the mask requires a gradient, which no strategy of context parallelism gives. Detach it, or train it on "
-            "one device."
+            "the mask requires a gradient, and context parallelism computes none for masks. Detach the mask, or train "
+            "it on one device."
         )
 
 
 def _check_blocks(mask: BlockRowMask, mesh: ContextParallelMesh, query_shards: Shards, key_shards: Shards) -> None:
-    """Raises AttentionProviderError where some rank holds a part of a block, or the mask is not of this rank's."""
+    """Raises AttentionProviderError if a rank holds a part of a block, or the mask does not have this rank's sizes."""
     spans = [span for shards in (query_shards, key_shards) for each in shards.spans for span in each]
     found, wanted = list(mask.values.shape[2:]), [query_shards.sizes[mesh.rank], key_shards.total]
     if any(start % mask.block or length % mask.block for start, length in spans):
         raise AttentionProviderError(
-            f"the mask is of blocks of {mask.block} tokens, and the ranks hold {query_shards.sizes} queries and "
+            f"the mask has blocks of {mask.block} tokens, and the ranks hold {query_shards.sizes} queries and "
             f"{key_shards.sizes} keys, which are not whole blocks. Split the sequence between blocks: "
             f"CPBlocks(sequence, {mask.block}) in its plan."
         )
     if mask.values.dtype != torch.bool or [size * mask.block for size in found] != wanted:
         raise AttentionProviderError(
             f"the mask by blocks of {mask.block} tokens is {mask.values.dtype} {list(mask.values.shape)} on rank "
-            f"{mesh.rank}; accepted is bool [batch, heads, {wanted[0] // mask.block}, {wanted[1] // mask.block}], for "
+            f"{mesh.rank}; bool [batch, heads, {wanted[0] // mask.block}, {wanted[1] // mask.block}] is accepted, for "
             f"this rank's {wanted[0]} queries and all {wanted[1]} keys."
         )
 
 
 def _check_rectangles(mask: RectangleMask, query_shards: Shards, key_shards: Shards) -> None:
-    """Raises AttentionProviderError where there are no such queries or keys."""
+    """Raises AttentionProviderError if a rectangle reaches past the queries or keys."""
     for rectangle in mask.rectangles:
         for (start, length), total in zip(rectangle, (query_shards.total, key_shards.total)):
             if start < 0 or length < 0 or start + length > total:
                 raise AttentionProviderError(
                     f"the mask has {rectangle}, and there are {query_shards.total} queries and {key_shards.total} "
-                    "keys. Runs are (start, length) in the whole sequences of all ranks."
+                    "keys. Spans are (start, length) in the full sequences of all ranks."
                 )
 
 
 def _kind(mask: ShardedMask | None) -> MaskKind:
-    """What the kernel will have to apply."""
+    """The kind of mask that the kernel has to apply."""
     if mask is None or isinstance(mask, RectangleMask):
         return MaskKind.NONE
     if isinstance(mask, OuterMask):
@@ -261,7 +286,7 @@ def _kind(mask: ShardedMask | None) -> MaskKind:
 def _reduce_mask(
     mask: ShardedMask | None, mesh: ContextParallelMesh, key_shards: Shards
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The two forms that strategies know, a key mask or rows; and which queries see nothing: their output is zero."""
+    """The mask as a key mask or as rows, the two forms that strategies take, and the queries that see no key."""
     if mask is None or isinstance(mask, RectangleMask):
         return None, None, None
     if isinstance(mask, KeyMask):
@@ -275,6 +300,6 @@ def _reduce_mask(
 
 
 def _gather_rows(mask: Tensor, dim: int, sizes: tuple[int, ...], mesh: ContextParallelMesh) -> Tensor:
-    """A mask's parts along `dim` from all ranks that exchange heads."""
+    """The parts of a mask along `dim` from all ranks that exchange heads, concatenated."""
     gathered = collectives.start_gather(mask.movedim(dim, 0), sizes, mesh.ulysses)
     return collectives.wait(gathered, mesh.ulysses).movedim(0, dim)
