@@ -14,7 +14,6 @@ import torch.distributed as dist
 from strategies import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from diffusers_attn.context_parallel import job
 from diffusers_attn.parent_process import end_with_parent
 
 
@@ -46,7 +45,9 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, in the order of the ranks."""
-        return job.everyone(value, [self.talk])
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.talk)
+        return values
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

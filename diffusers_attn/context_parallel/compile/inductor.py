@@ -8,6 +8,8 @@ gaps are turned off, for this process.
 
 And Inductor runs `overlap_pass.begin_early` over what it is given, which does nothing to graphs without an exchange of
 ours. A pass that somebody else has set runs before it.
+
+Why both are set for the whole process, and not for one model: docs/design.md, "What changes for the whole process".
 """
 
 from __future__ import annotations

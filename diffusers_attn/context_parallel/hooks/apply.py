@@ -174,10 +174,10 @@ def remove_context_parallel(module: nn.Module) -> None:
 
 
 def _forget_graphs() -> None:
-    """Has compiled code compiled anew when it is next called.
+    """Has all compiled code of the process compiled again when it is next called.
 
-    Dynamo does not look whether a module's hooks are those that it saw: what was compiled without a plan would go on
-    running without, wherever shapes fit.
+    Dynamo installs no guards on the hooks of modules: a graph that was compiled without the plan would go on running
+    without it. Why other models' graphs are dropped as well: docs/design.md, "What changes for the whole process".
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
