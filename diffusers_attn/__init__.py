@@ -1,4 +1,4 @@
-"""Any attention kernel by name, under any diffusers model: exact, scoped, compiled."""
+"""Attention kernels by name under diffusers models, and context parallelism over several ranks."""
 
 import importlib
 from typing import Any
@@ -51,7 +51,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-# What code that only dispatches need not pay for: diffusers' attention modules, torch.distributed.
+# Imported on first use, because these need diffusers' attention modules or torch.distributed.
 _LAZY = {
     "DispatchProcessor": "processors",
     "set_attention_provider": "processors",

@@ -1,4 +1,4 @@
-"""Every attention call comes through here: find the provider that is active, decide, call its kernel."""
+"""The entry of every attention call: finds the active provider, decides how it serves the call, and calls it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tensor_kinds import Kind, Way
 if TYPE_CHECKING:
     from .context_parallel.sequences.tracker import SequenceTracker
 
-# Looked up once: a call's own cost is a few microseconds, and each attribute is a part of it.
+# Looked up once: the overhead of a call is a few microseconds, and every attribute lookup counts.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -42,29 +42,31 @@ def attention_dispatch(
     enable_gqa: bool = False,
     attention_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, through the active provider. May take its place.
+    """Computes attention with the active provider. A replacement for `F.scaled_dot_product_attention`.
 
     Args:
         query: `[..., heads, query_len, head_dim]`.
         key: `[..., kv_heads, key_len, head_dim]`.
         value: `[..., kv_heads, key_len, value_head_dim]`.
-        attn_mask: bool (True takes part) or floating (added), broadcastable to `[..., heads, query_len, key_len]`; or a
-            `CausalBias` of torch.nn.attention.bias; or a flex_attention `BlockMask`. A row without any key gives zeros.
-        dropout_p: probability of dropping a weight.
+        attn_mask: a bool mask (True takes part) or a floating mask (added to the scores), broadcastable to
+            `[..., heads, query_len, key_len]`; or a `CausalBias` of torch.nn.attention.bias; or a flex_attention
+            `BlockMask`. A row without any key gives zeros.
+        dropout_p: probability of dropping an attention weight, from 0 to 1.
         is_causal: query i sees keys up to i (aligned to the top left). May be combined with a mask.
-        scale: of the scores; default `head_dim ** -0.5`.
-        enable_gqa: allow `heads` to be a multiple of `kv_heads`.
-        attention_kwargs: options of the active provider for this call, beside those that it was chosen with. (The name
-            and place of the argument are finetrainers'.)
+        scale: factor of the scores; default `head_dim ** -0.5`.
+        enable_gqa: allows `heads` to be a multiple of `kv_heads`.
+        attention_kwargs: options of the active provider for this call, in addition to those it was chosen with. (Name
+            and position of the argument are those of finetrainers.)
 
-    Tensors that are not plain ones (nested, `DTensor`, within `torch.vmap`) are computed as PyTorch does where the
-    provider can be, and refused otherwise; see `tensor_kinds.py`.
+    Query, key and value have one dtype and one device. Tensors of other kinds (nested, `DTensor`, inside `torch.vmap`)
+    are computed as PyTorch computes them if the provider can, and refused otherwise; see `tensor_kinds.py`.
 
     Returns:
-        `[..., heads, query_len, value_head_dim]`.
+        `[..., heads, query_len, value_head_dim]`, in the query's dtype.
 
     Raises:
-        AttentionProviderError: the active provider cannot do exactly this; says who can.
+        AttentionProviderError: the active provider cannot compute exactly this call. The message names providers that
+            can.
     """
     if attention_kwargs:
         return attend(
@@ -88,24 +90,28 @@ def attend(
     bound: ProviderChoice | None = None,
     scoped: bool = True,
 ) -> Tensor:
-    """`attention_dispatch` for 4-D tensors in either layout, for a caller bound to a provider.
+    """`attention_dispatch` for tensors in either layout, for a caller that is bound to a provider.
 
     Args:
-        layout: of query, key, value and the result: "bhsd" `[batch, heads, seq, head_dim]`, as SDPA has it, or "bshd",
-            as diffusers' processors do. `attn_mask` is `[batch, heads, query_len, key_len]` in both.
-        bound: the caller's provider, where no scope overrides it.
-        scoped: whether a scope overrides it.
+        layout: layout of query, key, value and the result: "bhsd" is `[batch, heads, seq, head_dim]`, as in SDPA;
+            "bshd" is `[batch, seq, heads, head_dim]`, as in diffusers' processors. `attn_mask` is
+            `[batch, heads, query_len, key_len]` in both.
+        bound: the provider of the caller, used if no scope overrides it; None is `native`.
+        scoped: whether an `attention_provider` scope overrides `bound`.
+
+    Raises:
+        AttentionProviderError: as `attention_dispatch`.
     """
     tracing = _is_dynamo_compiling()
     choice = scope.choice if scoped else bound
     if choice is None:
         choice = (scoped and not tracing and in_backward_id() != -1 and scope_in_backward()[0]) or bound or NATIVE
-    tracker = active.tracker  # not None in a model whose tokens are split over devices
+    tracker = active.tracker  # not None in a model whose tokens are split over ranks
     nested = False
     if not tracing:
         if not ((is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)):
             is_causal, enable_gqa = _flag("is_causal", is_causal), _flag("enable_gqa", enable_gqa)
-        # The check of the last calls ends the process at a nested tensor of this type.
+        # The guards of the cached calls abort the process on a nested tensor of type torch.Tensor.
         nested = (
             (type(query) is Tensor and query.is_nested)
             or (type(key) is Tensor and key.is_nested)
@@ -113,7 +119,7 @@ def attend(
             or (type(attn_mask) is Tensor and attn_mask.is_nested)
         )
     if tracker is None and not tracing and not nested and forward_ad._current_level < 0:
-        # A call like one of the last: nothing to check or to decide. Inlined, since it is the path of almost all calls.
+        # The fast path of almost all calls, inlined: a call like a recent one needs no check and no decision.
         if attn_mask is None:
             for matches, arguments, attention, transpose, _ in choice.cached:
                 if matches(query, key, value) and arguments == (layout, dropout_p, is_causal, scale, enable_gqa):
@@ -151,20 +157,20 @@ def attend(
         derived = kind is not None and kind[1].way == Way.DERIVED
         prepared = _prepare(choice, query, key, value, attn_mask, *rest, layout, needs_grad, derived)
     else:
-        # All that a decision or a check could depend on.
+        # Everything that a decision or a check can depend on.
         signature = (
             choice, layout, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
             query.device, key.device, value.device, *rest, needs_grad,
             None if attn_mask is None else _mask_signature(attn_mask, grad_enabled),
         )  # fmt: skip
-        before = _prepared.get(signature)
-        if before is None:
+        known = _prepared.get(signature)
+        if known is None:
             prepared = _prepare(choice, query, key, value, attn_mask, *rest, layout, needs_grad)
             if len(_prepared) >= _PREPARED_MAX:
                 _prepared.clear()
             _prepared[signature] = prepared
         else:
-            prepared = before
+            prepared = known
             if not autocast and tracker is None:
                 # One assignment, so that another thread sees either the old tuple or the new one.
                 if attn_mask is None:
@@ -188,8 +194,7 @@ def _serve(prepared: PreparedCall, query: Tensor, key: Tensor, value: Tensor, at
 
 
 def _flag(name: str, value: object) -> bool:
-    """True or False. A 1 is refused as PyTorch refuses it: it equals True, and a call like an earlier one is not asked
-    what its arguments are."""
+    """`value` as a bool. A 1 is refused, as PyTorch refuses it: it equals True, so a cached call would accept it."""
     if isinstance(value, (bool, torch.SymBool)):
         return bool(value)
     raise AttentionProviderError(f"{name}={value!r} was given; True or False is accepted.")
@@ -209,14 +214,14 @@ def _attend_unusual(
     layout: Layout,
     tracker: SequenceTracker | None,
 ) -> Tensor:
-    """A call with tensors that are not plain ones: made plain, or given to PyTorch as it is, or refused."""
+    """Serves a call with tensors that are not plain: makes them plain, passes them to PyTorch, or refuses them."""
     argument, kind = found
-    again = functools.partial(
+    attend_plain = functools.partial(
         attend, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, layout=layout, bound=choice, scoped=False
     )
     if kind.way == Way.STRIPPED:
         plain = [tensor_kinds.stripped(each) for each in (query, key, value, attn_mask)]
-        return tensor_kinds.labelled_as(again(*plain, is_causal=is_causal), query, key, value, attn_mask)
+        return tensor_kinds.labelled_as(attend_plain(*plain, is_causal=is_causal), query, key, value, attn_mask)
     split = tracker is not None and tracker.is_split
     if kind.way == Way.CAUSAL:
         if argument != "attn_mask":
@@ -224,10 +229,10 @@ def _attend_unusual(
         if split and not tensor_kinds.is_upper_left(attn_mask):
             raise tensor_kinds.refused(
                 argument, kind, "aligned to the lower right, and the tokens of this call are split over ranks",
-                "pass the bool mask of the whole sequence that it stands for",
+                "pass the bool mask of the full sequence instead",
             )  # fmt: skip
         mask = tensor_kinds.causal(attn_mask, is_causal, query.device)
-        return again(query, key, value, mask, is_causal=mask is None)
+        return attend_plain(query, key, value, mask, is_causal=mask is None)
     if kind.way == Way.REFUSED:
         raise tensor_kinds.refused(argument, kind, tensor_kinds.NOBODY)
     if split:
@@ -235,7 +240,7 @@ def _attend_unusual(
     if choice.provider not in ("native", "auto"):
         raise tensor_kinds.refused(
             argument, kind, f"and provider '{choice.provider}' takes plain tensors",
-            "use provider 'native', which leaves it to PyTorch",
+            "use provider 'native', which passes it to PyTorch",
         )  # fmt: skip
     from .providers.native import scaled_dot_product_attention
 
@@ -244,7 +249,7 @@ def _attend_unusual(
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if kind is tensor_kinds.NESTED and type(query) is Tensor:
-        # Of nested tensors that are no subclass, PyTorch takes those without gaps alone.
+        # PyTorch accepts a nested tensor that is no subclass only if it is contiguous.
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     return sdpa(query, key, value, attn_mask, dropout_p, is_causal).transpose(1, 2)
 
@@ -263,7 +268,7 @@ def _attend_split(
     tracker: SequenceTracker,
     kind: tuple[str, Kind] | None,
 ) -> Tensor | None:
-    """Attention over the ranks that share the sequence; None for a call that each rank can answer by itself."""
+    """Attention over the ranks that share the sequence; None for a call that each rank serves by itself."""
     if not tracker.is_split:  # a part of the forward in which nothing is split
         return None
     from .context_parallel.attention.entry import split_attention
@@ -299,7 +304,7 @@ _prepared: dict[tuple[object, ...], PreparedCall] = {}
 
 
 def _mask_signature(mask: Any, grad_enabled: bool) -> object:
-    """All that `masks.classify` looks at, where the mask is, and whether it wants a gradient."""
+    """What `masks.classify` reads of the mask, its device, and whether it requires a gradient."""
     if not isinstance(mask, Tensor):
         return type(mask)
     shape = mask.shape
@@ -310,7 +315,7 @@ def _mask_signature(mask: Any, grad_enabled: bool) -> object:
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What autocast does around F.scaled_dot_product_attention; a kernel called by its own name is not covered."""
+    """Casts as autocast does for F.scaled_dot_product_attention; it does not cast the inputs of other kernels."""
     device = query.device.type
     if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
         return query, key, value
@@ -342,16 +347,16 @@ def _prepare(
     sizes = _sizes(query, key, value, layout)
     mask_kind, mask = masks.classify(attn_mask, *sizes)
     if not 0.0 <= dropout_p <= 1.0:
-        raise AttentionProviderError(f"dropout_p={dropout_p}: a probability, from 0 to 1, is accepted.")
+        raise AttentionProviderError(f"dropout_p={dropout_p} was given; a probability from 0 to 1 is accepted.")
     if isinstance(attn_mask, Tensor) and attn_mask.device != query.device:
         raise AttentionProviderError(
-            f"attn_mask is on {attn_mask.device} and query on {query.device}: a kernel reads both, so they must be on "
-            "one device. Pass mask.to(query.device)."
+            f"attn_mask is on {attn_mask.device} and query on {query.device}; both must be on one device. "
+            "Pass mask.to(query.device)."
         )
     if mask_kind in masks.ADDITIVE and mask.dtype not in (query.dtype, torch.float32):  # type: ignore[union-attr]
         raise AttentionProviderError(
-            f"attn_mask has dtype {attn_mask.dtype} beside a query of {query.dtype}; torch.bool, torch.float32 and the "
-            "query's own dtype are accepted. Pass mask.to(query.dtype)."
+            f"attn_mask has dtype {attn_mask.dtype} and the query {query.dtype}; torch.bool, torch.float32 and the "
+            "query's dtype are accepted for attn_mask. Pass mask.to(query.dtype)."
         )
     call = AttentionCall.of(
         choice.provider, choice.options, query, key, value, layout=layout, mask_kind=mask_kind, is_causal=is_causal,
@@ -369,8 +374,8 @@ def _prepare(
     attention: Callable[..., Tensor]
     wants_derivative = params.needs_grad or derived
     if plan.provider == "native" and wants_derivative and plan.causal != "mask" and not plan.empty:
-        # Which derivatives PyTorch has (of second order, forward-mode) follows from the kernel that it takes, and that
-        # from the form of the tensors. So it gets them in the form that they were given in.
+        # PyTorch chooses its kernel by the form of the tensors, and the kernel decides which derivatives exist (second
+        # order, forward mode). So PyTorch receives the tensors in the form in which they were given.
         attention = adapter.bind(params._replace(gqa=enable_gqa))
         if not four_dims:
             ndim = max(tensor.ndim for tensor in given[:3])
@@ -388,12 +393,12 @@ def _prepare(
 def _attend_four_dims(
     prepared: PreparedCall, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None
 ) -> Tensor:
-    """A call that was prepared for the four dimensions that its tensors are given here."""
+    """Serves a call that was prepared for 4-D tensors, with tensors of other dimensions."""
     return shapes.as_given(_serve(prepared, *shapes.four_dims(query, key, value, attn_mask)), query, key, value)
 
 
 def _mask_of_dims(mask: Tensor, ndim: int) -> Tensor:
-    """`mask` as PyTorch takes it beside tensors of `ndim` dimensions: of two at least, and of no more than they."""
+    """`mask` with 2 to `ndim` dimensions, as PyTorch accepts it with tensors of `ndim` dimensions."""
     while mask.ndim > ndim:
         mask = mask.squeeze(0)
     return mask.unsqueeze(0) if mask.ndim == 1 else mask
@@ -427,12 +432,17 @@ def explain(
     layout: Layout = "bhsd",
     lossy: str | tuple[str, ...] = (),
 ) -> Selection:
-    """What `auto` would pick for a call, and why; prints as a short report. Nothing is computed.
+    """Reports which provider `auto` would pick for a call, and why. Computes nothing.
 
-    Takes the arguments of `attend` that matter to a choice; `lossy` is the option of `auto`.
+    Args:
+        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, layout: as for `attend`.
+        lossy: names of lossy providers that `auto` may pick too; default none.
+
+    Returns:
+        The selection, which prints as a short report.
 
     Raises:
-        AttentionProviderError: no usable provider serves the call; says why for each.
+        AttentionProviderError: no available provider serves the call. The message says why for each.
     """
     shapes.check(query, key, value, enable_gqa, layout)
     found = tensor_kinds.of(query, key, value, attn_mask, nested=False)

@@ -1,18 +1,17 @@
-"""What goes wrong, by name, so that callers can catch it."""
+"""The errors of this library."""
 
 
 def command(text: str) -> str:
-    """A command, code or option as errors quote it: where it ends is plain, whatever follows."""
+    """A command, code or option in the quotes that errors use, so that its end is visible."""
     return f"`{text}`"
 
 
 class AttentionProviderError(ValueError):
-    """An attention call, a provider or an option that cannot be served exactly as asked.
+    """An attention call, a provider or an option cannot be served exactly as requested.
 
-    The message says what was given, what would be accepted, and what to do about it. It is raised before anything
-    runs: a call is served exactly or not at all.
+    The message says what was given, what is accepted, and what to do. The error is raised before anything runs.
     """
 
 
 class ProviderUnavailableError(AttentionProviderError):
-    """The provider exists, but not on this machine: its package is missing, too old or broken, or the hardware is."""
+    """The provider cannot be used on this machine: its package is missing, too old or broken, or no device runs it."""

@@ -1,8 +1,7 @@
-"""The masks that attention calls bring, told apart by their shape alone.
+"""The masks of attention calls, classified by their shape alone.
 
-Values are never looked at: that would cost a synchronisation with the device, break `torch.compile` and, on several
-devices, let ranks decide differently. A mask is `[batch, heads, query, key]` after broadcasting, so its kind follows
-from which of these dimensions it really has.
+Values are never read: that would synchronise with the device, break `torch.compile` and let ranks decide differently.
+A mask broadcasts to `[batch, heads, query, key]`. Its kind follows from the dimensions that are larger than one.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ if TYPE_CHECKING:
 
 
 class MaskKind(str, enum.Enum):
-    """What a provider must be able to apply. Kinds are what capability tables are written in."""
+    """The kind of a mask. Capabilities list the kinds that a provider applies."""
 
     NONE = "none"
     KEY = "key"
-    """bool, one value per key: `[batch | 1, 1, 1, key]`; padding."""
+    """Bool, one value per key: `[batch | 1, 1, 1, key]`, such as padding."""
     KEY_BIAS = "key_bias"
-    """additive float, one value per key."""
+    """Additive float, one value per key."""
     DENSE = "dense"
-    """bool that differs between heads or queries: rows, outer products, block-diagonal, causal by hand."""
+    """Bool with values that differ between heads or queries: rows, outer products, block-diagonal or causal masks."""
     BIAS = "bias"
-    """additive float that differs between heads or queries."""
+    """Additive float with values that differ between heads or queries."""
     BLOCK = "block"
-    """a `BlockMask` of `torch.nn.attention.flex_attention`."""
+    """A `BlockMask` of `torch.nn.attention.flex_attention`."""
 
 
 ADDITIVE = (MaskKind.KEY_BIAS, MaskKind.BIAS)
@@ -42,15 +41,15 @@ def classify(
 ) -> tuple[MaskKind, torch.Tensor | BlockMask | None]:
     """The kind of `mask`, and the mask as a 4-D view `[batch | 1, heads | 1, query | 1, key | 1]`.
 
-    Heads and queries that were made by `expand` (stride zero) count as broadcast: `[B, 1, 1, Lk]` expanded over them is
-    still a key mask. Not if it requires a gradient, of which each entry has its own.
+    Head and query dimensions made by `expand` (stride zero) count as broadcast: `[B, 1, 1, Lk]` expanded over them is
+    still a key mask. A mask that requires a gradient is an exception, because each entry has its own gradient.
 
     Args:
         mask: bool (True takes part) or floating (added to the scores), of one to four dimensions that broadcast to
             `[batch, heads, query_len, key_len]` by the rules of `F.scaled_dot_product_attention`; or a `BlockMask`.
 
     Raises:
-        AttentionProviderError: a shape that does not broadcast, or an integer mask.
+        AttentionProviderError: the shape does not broadcast, or the mask is an integer tensor or no tensor.
     """
     if mask is None:
         return MaskKind.NONE, None
@@ -99,13 +98,13 @@ def causal(query_len: int, key_len: int, device: torch.device) -> torch.Tensor:
 
 
 def and_causal(mask: torch.Tensor, query_len: int, key_len: int) -> torch.Tensor:
-    """`mask` (a 4-D view from `classify`) and `is_causal` in one mask of the same kind of dtype."""
+    """`mask` (a 4-D view from `classify`) combined with `is_causal`; bool stays bool, floating stays floating."""
     lower = causal(query_len, key_len, mask.device)
     return mask & lower if mask.dtype == torch.bool else mask.masked_fill(~lower, float("-inf"))
 
 
 def dead_rows(mask: torch.Tensor) -> torch.Tensor:
-    """Where no key is left: bool `[batch | 1, heads | 1, query | 1, 1]`. Their output is zero and their lse -inf."""
+    """The rows without a key: bool `[batch | 1, heads | 1, query | 1, 1]`. Their output is zero and their lse -inf."""
     alive = mask if mask.dtype == torch.bool else mask != float("-inf")
     return ~alive.any(dim=-1, keepdim=True)
 
@@ -113,8 +112,8 @@ def dead_rows(mask: torch.Tensor) -> torch.Tensor:
 def as_bias(mask: torch.Tensor, dead: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """`mask` as an additive bias of `dtype` under which no row is fully masked.
 
-    Kernels divide zero by zero in a fully masked row, and the NaN survives in gradients even where the output is
-    thrown away. So `dead` rows (None: there are none) attend to everything here, and the caller clears their output.
+    Kernels divide zero by zero in a fully masked row, and the NaN reaches gradients even if the output is cleared. So
+    `dead` rows (None: there are none) attend to all keys in this bias, and the caller clears their output.
     """
     alive = mask if dead is None else without_dead_rows(mask, dead)
     if mask.dtype != torch.bool:
@@ -123,6 +122,6 @@ def as_bias(mask: torch.Tensor, dead: torch.Tensor | None, dtype: torch.dtype) -
 
 
 def without_dead_rows(mask: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-    """`mask` with its `dead` rows seeing everything, as kernels need it."""
+    """`mask` with all keys visible in its `dead` rows, as kernels need it."""
     # For a bool mask: where a row is alive, mask != False is the mask; where it is dead, False != True is True.
     return mask != dead if mask.dtype == torch.bool else mask.masked_fill(dead, 0.0)

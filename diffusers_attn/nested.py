@@ -1,4 +1,4 @@
-"""Lists, tuples and mappings of tensors, made anew as they were."""
+"""Copies of lists, tuples and mappings of tensors, with the same types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def like(value: Any, items: list[Any]) -> Any:
-    """`items` in a list, tuple or named tuple as `value` is."""
+    """`items` in a list, tuple or named tuple of the type of `value`."""
     if isinstance(value, list):
         return items
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
@@ -23,6 +23,7 @@ def updated(value: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
 
 
 def describe(value: Any) -> str:
+    """A short description of `value` for errors, such as "a tensor [2, 3]"."""
     if isinstance(value, (str, int, float)):
         return repr(value)
     if isinstance(value, Tensor):

@@ -1,13 +1,13 @@
-"""What attention in a backward is told about the forward that it recomputes.
+"""Restores the state of a forward when gradient checkpointing recomputes it in the backward.
 
-Gradient checkpointing runs a forward a second time, in the backward: perhaps after the scope of the forward has ended,
-perhaps within the scope of somebody else, and on a GPU in a thread of autograd's own. So each checkpointed forward
-takes along what `keep_for_recomputation` names, and is recomputed with that.
+The recomputation may run after the scope of the forward has ended, inside another scope, and on a GPU in one of
+autograd's threads. So each checkpointed forward keeps the state that the functions passed to `keep_for_recomputation`
+capture, and is recomputed with that state.
 
-Attention that a backward computes by other ways (an `autograd.Function` of a user's own) has no such forward. It gets
-what was `stash`ed in the thread that called the backward, whichever thread it runs in.
+Attention that a backward calls in another way (in a user's `autograd.Function`) has no such forward. It uses the value
+that was `stash`ed in the thread that called the backward, in whatever thread it runs.
 
-The names of PyTorch that are used here are private to it, and used here alone.
+The PyTorch names used in this file are private to PyTorch, and used only here.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ _captures: list[Callable[[], Enter]] = []
 _STASH = "diffusers_attn"
 
 in_backward_id: Callable[[], int] = torch._C._current_graph_task_id
-"""-1 where no backward runs in this thread."""
+"""Returns the number of the backward that runs in this thread; -1 if none does."""
 
 
 def keep_for_recomputation(capture: Callable[[], Enter]) -> None:
-    """Has `capture` called when a checkpointed forward begins. What it returns is entered where that is recomputed."""
+    """Registers `capture`. It is called when a checkpointed forward begins, and the context manager factory that it
+    returns is entered when that forward is recomputed."""
     _captures.append(capture)
 
 
@@ -52,12 +53,12 @@ def _recomputed_as_now(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache  # once
 def install() -> None:
-    """Has both kinds of `torch.utils.checkpoint` recompute with what their forward had. Called before the first scope
-    and the first plan; further calls do nothing.
+    """Makes both kinds of `torch.utils.checkpoint` recompute with the captured state of their forward. Called before
+    the first scope and the first plan; further calls do nothing.
 
     `checkpoint` itself is not replaced: other modules have imported it by name, and Dynamo compares its identity. One
-    object of these two classes is made whenever a checkpointed forward begins, and holds the function that the backward
-    calls. Forwards that began before this call ran outside of any scope, and are recomputed so.
+    object of these two classes is created whenever a checkpointed forward begins, and holds the function that the
+    backward calls. Forwards that began before this call ran outside of any scope, and are recomputed outside of any.
     """
     frame, reentrant = torch_checkpoint._CheckpointFrame, torch_checkpoint.CheckpointFunction
     make, forward = frame.__init__, reentrant.forward
@@ -87,8 +88,8 @@ _add_reference.argtypes, _add_reference.restype = [ctypes.py_object], None
 
 
 def _stash_takes_a_reference() -> bool:
-    """Whether PyTorch takes a reference to what is stashed. 2.11 does not, and gives one back all the same when
-    something else is stashed, so that objects in use would be freed."""
+    """Whether PyTorch takes a reference to a stashed object. PyTorch 2.11 does not, but releases one when another
+    object is stashed, which would free objects in use."""
     probe = object()
     before = sys.getrefcount(probe)
     torch._C._stash_obj_in_tls(_STASH, probe)
@@ -102,15 +103,15 @@ _TAKES_A_REFERENCE = _stash_takes_a_reference()
 
 
 def stash(value: object, name: str = _STASH) -> None:
-    """Notes `value` in this thread, for the backwards that it calls."""
+    """Stores `value` in this thread, for the backwards that it calls."""
     if not _TAKES_A_REFERENCE:
         _add_reference(value)
     torch._C._stash_obj_in_tls(name, value)
 
 
-stash(None)  # in the place of the probe
+stash(None)  # replaces the probe
 
 
 def stashed(name: str = _STASH) -> Any:
-    """What the thread that called the running backward had stashed; None where it had nothing."""
+    """The value that the thread that called the running backward had stashed; None if there is none."""
     return torch._C._get_obj_in_tls(name) if torch._C._is_key_in_tls(name) else None

@@ -1,5 +1,5 @@
-"""Which provider is active. First that applies: the innermost `attention_provider` scope of this thread; the provider
-that the calling processor is bound to; `native`.
+"""The active provider: that of the innermost `attention_provider` scope of this thread; without a scope, the provider
+that the calling processor is bound to; otherwise `native`.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, .
 
 
 class ProviderChoice:
-    """A provider with its options. One object per value, so that comparing and hashing cost nothing."""
+    """A provider with its options. There is one object per value, so that comparing and hashing are cheap."""
 
     __slots__ = ("cached", "cached_masked", "options", "provider")
     provider: str
     options: tuple[tuple[str, object], ...]
     cached: tuple[CachedCall, ...]
-    """the kinds of calls without a mask that this choice served last; see `call_cache.py`."""
+    """The latest kinds of calls without a mask that this choice served; see `call_cache.py`."""
     cached_masked: tuple[CachedCall, ...]
-    """the same, with a mask."""
+    """The latest kinds of calls with a mask."""
 
     @staticmethod
     def of(provider: str | AttentionProvider, **options: object) -> ProviderChoice:
         """The choice of `provider` (a name or an `AttentionProvider`) with `options` of its kernel.
 
         Raises:
-            AttentionProviderError: no such provider, or an option that it does not have or of a wrong type.
+            AttentionProviderError: there is no such provider or option, or the option has a wrong type.
         """
         name = registry.provider_name(provider)
         known = AUTO_OPTIONS if name == "auto" else SPECS[name].options
@@ -60,8 +60,8 @@ class ProviderChoice:
             exact = [each for each in named if each == "auto" or SPECS[each].capabilities.exact]
             if exact:
                 raise AttentionProviderError(
-                    f"lossy={', '.join(exact)}: exact, and 'auto' chooses among all exact providers anyway; lossy "
-                    "names others that it may choose too, such as 'sage'."
+                    f"lossy={', '.join(exact)} was given, which is exact; 'auto' chooses among all exact providers "
+                    "anyway. Name lossy providers that it may choose too, such as 'sage'."
                 )
         return _intern_choice(name, tuple(sorted(options.items())))
 
@@ -70,7 +70,7 @@ class ProviderChoice:
         return ProviderChoice.of(self.provider, **{**dict(self.options), **options})
 
     def check_usable(self) -> None:
-        """Raises ProviderUnavailableError where the provider, or one that `lossy` names, cannot be used here."""
+        """Raises ProviderUnavailableError if the provider, or one named in `lossy`, cannot be used on this machine."""
         lossy: Any = dict(self.options).get("lossy", ())
         for name in (self.provider, *lossy):
             status = registry.provider_status(name)
@@ -103,11 +103,11 @@ NATIVE = ProviderChoice.of("native")
 
 
 class _Scope(threading.local):
-    """The scopes that this thread is in. A thread-local and not a ContextVar, because Dynamo can guard on it: a
-    compiled graph notices a change of provider."""
+    """The scopes of this thread. It is thread-local and no ContextVar because Dynamo can guard on it: a compiled graph
+    is recompiled when the provider changes."""
 
-    def __init__(self) -> None:  # runs once in every thread that looks
-        # No defaults in the class: Dynamo before PyTorch 2.13 would find those and not look further.
+    def __init__(self) -> None:  # runs once in every thread that reads it
+        # No defaults in the class: Dynamo before PyTorch 2.13 would read those instead of the attributes.
         self.choice: ProviderChoice | None = None
         self.parallel: ContextParallelMesh | None = None
         self.outer: list[tuple[ProviderChoice | None, ContextParallelMesh | None]] = []
@@ -124,9 +124,9 @@ def _set_scope(choice: ProviderChoice | None, parallel: ContextParallelMesh | No
 
 
 def scope_in_backward() -> Inside:
-    """The scope of a thread that runs a backward: its own, else that of the thread that called the backward.
+    """The scope of the thread that runs a backward; without one, that of the thread that called the backward.
 
-    They differ on a GPU, where a backward runs in threads of autograd's own.
+    The two threads differ on a GPU, where autograd runs the backward in its own threads.
     """
     if scope.choice is None:
         inside: Inside | None = recompute.stashed()
@@ -139,7 +139,7 @@ def _scope_here() -> Inside:
 
 
 def _keep_scope() -> recompute.Enter:
-    """A checkpointed forward is recomputed in the scope, or outside of any, in which it ran."""
+    """Captures the scope (or its absence) for the recomputation of a checkpointed forward."""
     return functools.partial(_within, *_scope_here())
 
 
@@ -158,23 +158,25 @@ recompute.keep_for_recomputation(_keep_scope)
 
 
 class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like a function)
-    """Every attention call that dispatches within this scope uses `provider`.
+    """Context manager and decorator: every attention call inside the scope uses `provider`.
 
     Args:
         provider: a name of `AttentionProvider`.
-        mesh: the `DeviceMesh` (or `ContextParallelMesh`) that `apply_context_parallel` was given. It is only needed for
-            the next two: a model to which a plan is applied is parallel without it, with the settings it was given.
-        convert_to_fp32: whether partial results of a ring merge in float32; otherwise in the dtype of the query.
-        rotate_method: how keys and values travel in a ring: "allgather", or "alltoall" from rank to rank.
+        mesh: the `DeviceMesh` (or `ContextParallelMesh`) that was passed to `apply_context_parallel`; default None. It
+            is only needed for the next two arguments. Without it, a model with a plan runs with the settings that were
+            given when the plan was applied.
+        convert_to_fp32: whether partial results of a ring merge in float32 (default), or else in the query's dtype.
+        rotate_method: how keys and values travel in a ring: "allgather" (default), all at once, or "alltoall", from
+            rank to rank.
         options: options of the provider's kernel.
 
-    The scope is this thread's own, and scopes nest. It overrides the provider that a processor is bound to. With
-    gradient checkpointing (`torch.utils.checkpoint`) the backward recomputes in the scope of the forward, wherever the
-    backward is called.
+    A scope applies to the current thread, and scopes nest. A scope overrides the provider that a processor is bound
+    to. With gradient checkpointing (`torch.utils.checkpoint`) the backward recomputes in the scope of the forward,
+    wherever the backward is called.
 
     Raises:
-        ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
-        AttentionProviderError: no such provider or option.
+        ProviderUnavailableError: the provider cannot be used on this machine. The message says how to install it.
+        AttentionProviderError: there is no such provider or option.
     """
 
     def __init__(
@@ -195,8 +197,8 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
             self.parallel = ContextParallelMesh.of(mesh, rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)
         elif (convert_to_fp32, rotate_method) != (True, "allgather"):
             raise AttentionProviderError(
-                f"convert_to_fp32={convert_to_fp32!r} and rotate_method={rotate_method!r} say how a mesh of devices is "
-                "used, and no mesh was given. Pass mesh=..., the one that apply_context_parallel was given."
+                f"convert_to_fp32={convert_to_fp32!r} and rotate_method={rotate_method!r} are settings of a mesh, and "
+                "no mesh was given. Pass mesh=..., the mesh that was passed to apply_context_parallel."
             )
 
     def __enter__(self) -> ProviderChoice:
@@ -213,14 +215,14 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
 
 
 def active_choice(bound: ProviderChoice | None = None) -> ProviderChoice:
-    """What a call made here would use: this thread's scope, else `bound`, else `native`."""
+    """The choice for a call made here: that of this thread's scope, else `bound`, else `native`."""
     if scope.choice is None and not torch.compiler.is_compiling():
         return _scope_here()[0] or bound or NATIVE
     return scope.choice or bound or NATIVE
 
 
 def active_parallel() -> ContextParallelMesh | None:
-    """The mesh that the scope of a call made here names."""
+    """The mesh of the scope for a call made here; None without one."""
     if scope.choice is None and not torch.compiler.is_compiling():
         return _scope_here()[1]
     return scope.parallel

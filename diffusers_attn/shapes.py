@@ -1,4 +1,4 @@
-"""Which shapes of query, key and value belong together, as `F.scaled_dot_product_attention` has it.
+"""The shapes of query, key and value that `F.scaled_dot_product_attention` accepts together.
 
 Batch dimensions broadcast, and there may be none or several. Heads broadcast too, unless `enable_gqa` repeats those of
 key and value.
@@ -18,7 +18,7 @@ Layout = Literal["bshd", "bhsd"]
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, layout: Layout) -> None:
-    """Raises AttentionProviderError where query, key and value do not belong together."""
+    """Raises AttentionProviderError if the shapes, dtypes or devices of query, key and value do not fit together."""
     tensors = {"query": query, "key": key, "value": value}
     problem = _problem(query, key, value, enable_gqa, layout)
     if problem:
@@ -48,7 +48,7 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, layout
         return "query and key must have one head_dim"
     heads = [_heads(tensor, layout) for tensor in tensors]
     if enable_gqa:
-        # Where the two agree, a decision says whether they divide the query's.
+        # If the two are equal, `serving.refusal` checks that they divide the number of query heads.
         if heads[1] != heads[2] and any(size == 0 or heads[0] % size for size in heads[1:]):
             return "key and value must have one number of heads, or each one that divides the query's"
     elif not _broadcast(heads[1:]):
@@ -68,7 +68,7 @@ def _broadcast(sizes: list[int]) -> bool:
 
 
 def joint(*sizes: int) -> int:
-    """What sizes that broadcast become. With grouped heads, the query's size comes first and decides."""
+    """The size to which `sizes` broadcast. With grouped heads, the size of the query comes first and is returned."""
     for size in sizes:
         if size != 1:
             return size
@@ -76,9 +76,9 @@ def joint(*sizes: int) -> int:
 
 
 def four_dims(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """SDPA's other forms as `[batch, heads, seq, head_dim]`: without batch or heads, or with several batch dimensions.
+    """Tensors without batch or heads, or with several batch dimensions, as `[batch, heads, seq, head_dim]`.
 
-    The number of dimensions may differ between the three. A mask follows where it has several batch dimensions.
+    The number of dimensions may differ between the three. A mask with several batch dimensions is flattened likewise.
     """
     batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in (query, key, value)))
 
@@ -101,7 +101,7 @@ def four_dims(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Ten
 
 
 def as_given(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`out` `[batch, heads, seq, head_dim]` of tensors that `four_dims` reshaped, with the dimensions they had."""
+    """`out`, `[batch, heads, seq, head_dim]`, with the dimensions that the tensors had before `four_dims`."""
     ndim = max(query.ndim, key.ndim, value.ndim)
     if ndim < 4:
         return out.reshape(out.shape[4 - ndim :])
@@ -109,7 +109,7 @@ def as_given(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def differ(query: Tensor, key: Tensor, value: Tensor, heads: int) -> bool:
-    """Whether `broadcast` has something to do. `heads` is the dimension of heads."""
+    """Whether `broadcast` changes a tensor. `heads` is the dimension of heads."""
     return (
         not query.shape[0] == key.shape[0] == value.shape[0]
         or key.shape[heads] != value.shape[heads]
@@ -118,7 +118,7 @@ def differ(query: Tensor, key: Tensor, value: Tensor, heads: int) -> bool:
 
 
 def broadcast(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """4-D tensors with one batch size, and one number of heads for key and value, which divides the query's."""
+    """The 4-D tensors expanded to one batch size, with equal numbers of key and value heads that divide the query's."""
     batch = joint(query.shape[0], key.shape[0], value.shape[0])
     wide = joint(query.shape[heads], key.shape[heads], value.shape[heads])
     same = key.shape[heads] == value.shape[heads]

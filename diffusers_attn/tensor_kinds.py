@@ -1,9 +1,9 @@
-"""Tensors that are not plain ones: each kind is computed as PyTorch computes it, or refused by name.
+"""Tensors that are not plain: each kind is computed as PyTorch computes it, or refused by name.
 
-A kernel of a package reads memory, and decisions read shapes. Some tensors have neither in the usual sense: nested and
-sparse ones, subclasses that stand for something else, those within a `torch.func` transform. This is the table of what
-is done with each, and the only place that asks PyTorch (partly through private names) what a tensor is. It is asked
-after the short way of `call_cache.py`, which only plain tensors take.
+Kernels read memory, and decisions read shapes. Some tensors have neither in the usual sense: nested and sparse tensors,
+subclasses that represent other data, and tensors inside a `torch.func` transform. This file has the table of how each
+kind is served. It is the only file that asks PyTorch (partly through private names) for the kind of a tensor. The
+fast path of `call_cache.py` comes first and only accepts plain tensors.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from .errors import AttentionProviderError
 
 
 class Way:
-    """What is done with a kind of tensors. Plain strings, which the compiler takes for constants."""
+    """How a kind of tensors is served. Plain strings, which compilers treat as constants."""
 
-    ANY = "as with plain tensors, but nothing is remembered"
-    DERIVED = "by providers that are made of PyTorch's operators, which have every derivative"
-    TORCH = "by PyTorch's own function, as it is given"
+    ANY = "like plain tensors, without caching"
+    DERIVED = "by providers made of PyTorch's operators, which have every derivative"
+    TORCH = "by PyTorch's own function, unchanged"
     STRIPPED = "as the plain tensors that they hold"
-    CAUSAL = "as is_causal, or as the mask that it stands for"
-    REFUSED = "by nobody"
+    CAUSAL = "as is_causal, or as the equivalent mask"
+    REFUSED = "by no provider"
 
 
 class Kind(NamedTuple):
+    """A kind of tensors and how it is served."""
+
     name: str
-    """after "query is"."""
+    """Completes "query is ..." in an error."""
     way: str
-    """one of `Way`"""
+    """One of `Way`."""
     remedy: str = ""
-    """what to pass instead."""
+    """What to pass instead."""
 
 
 FORWARD = Kind("a dual tensor of forward-mode differentiation", Way.DERIVED)
@@ -49,9 +51,9 @@ NESTED_MASK = Kind("a nested tensor", Way.REFUSED, "pass a plain mask, with Fals
 LABELLED = Kind("a {cls}", Way.STRIPPED)
 OTHER = Kind("a {cls}, which is a tensor subclass", Way.TORCH, "pass the plain torch.Tensor that it stands for")
 
-NOBODY = "and no provider computes attention of it"
+NOBODY = "and no provider accepts it"
 
-# By the class's full name, so that nothing is imported for it.
+# By the full name of the class, so that the table imports nothing.
 _BY_CLASS = {
     "torch._subclasses.fake_tensor.FakeTensor": Kind("a FakeTensor", Way.ANY),
     "torch._subclasses.functional_tensor.FunctionalTensor": Kind("a FunctionalTensor", Way.ANY),
@@ -66,10 +68,10 @@ _BY_CLASS = {
 
 
 def of(query: Any, key: Any, value: Any, mask: Any, nested: bool) -> tuple[str, Kind] | None:
-    """The argument that is not a plain tensor, with its kind; None where all are plain.
+    """The name of the first argument that is not a plain tensor, with its kind; None if all are plain.
 
     Args:
-        nested: whether a `torch.Tensor` among them is nested, which the caller had to know before.
+        nested: whether one of type `torch.Tensor` is nested, which the caller has already checked.
 
     Raises:
         AttentionProviderError: query, key or value is no tensor.
@@ -92,10 +94,10 @@ def of(query: Any, key: Any, value: Any, mask: Any, nested: bool) -> tuple[str, 
             if kind is NESTED and argument == "attn_mask":
                 kind = NESTED_MASK
         elif argument == "attn_mask":
-            continue  # None, or a mask that says itself what it is
+            continue  # None, or a mask object that is classified elsewhere
         else:
             raise AttentionProviderError(f"{argument} is a {type(tensor).__name__}; a torch.Tensor is accepted.")
-        # What is refused first, then what changes the call most.
+        # A refused kind comes first, then the kind that changes the call most.
         if kind is not None and (found is None or _FIRST.index(kind.way) < _FIRST.index(found[1].way)):
             found = argument, kind
     return found
@@ -105,19 +107,19 @@ _FIRST = (Way.REFUSED, Way.CAUSAL, Way.STRIPPED, Way.TORCH, Way.DERIVED, Way.ANY
 
 
 def check_quantised(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises AttentionProviderError where one is quantised. (`of` need not ask: such a call is never served.)"""
+    """Raises AttentionProviderError if one is quantised. (`of` skips this check: no cached call is quantised.)"""
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.is_quantized:
             raise refused(argument, QUANTISED, NOBODY)
 
 
 def traced(query: Any, key: Any, value: Any, mask: Any) -> tuple[str, Kind] | None:
-    """`of`, for Dynamo: by types alone, of which tensors in a graph show the one they have outside of it."""
+    """`of` while Dynamo traces, by types alone: a tensor in a graph shows the type that it has outside."""
     for argument, tensor in (("attn_mask", mask), ("query", query), ("key", key), ("value", value)):
         cls = type(tensor)
         if cls is not Tensor and cls is not Parameter and issubclass(cls, Tensor):
             kind = Kind(*_constant_of_class(cls))
-            if kind.way not in (Way.ANY, Way.STRIPPED):  # Dynamo takes care of those
+            if kind.way not in (Way.ANY, Way.STRIPPED):  # Dynamo handles these
                 return argument, kind
     return None
 
@@ -159,13 +161,13 @@ _DEFAULT: Any = Tensor.__torch_function__
 
 
 def _is_default(cls: Any) -> bool:
-    """Whether results of PyTorch's functions are of this class too."""
+    """Whether PyTorch's functions on tensors of this class return tensors of this class."""
     own = cls.__torch_function__
     return getattr(own, "__func__", own) is _DEFAULT.__func__
 
 
 def stripped(tensor: Any) -> Any:
-    """The plain tensor that one of a kind that is `STRIPPED` holds; anything else as it is."""
+    """The plain tensor inside a tensor of a `STRIPPED` kind; anything else unchanged."""
     if not isinstance(tensor, Tensor) or type(tensor) in (Tensor, Parameter):
         return tensor
     if _of_class(type(tensor)).way != Way.STRIPPED:
@@ -176,7 +178,7 @@ def stripped(tensor: Any) -> Any:
 
 
 def labelled_as(out: Tensor, *given: Any) -> Tensor:
-    """`out`, of the class that PyTorch would give it for arguments of these classes."""
+    """`out` with the class that PyTorch gives a result for arguments of these classes."""
     classes = [type(each) for each in given if isinstance(each, Tensor)]
     labels = [cls for cls in classes if cls not in (Tensor, Parameter) and _is_default(cls)]
     narrowest = [cls for cls in labels if all(issubclass(cls, other) for other in labels)]
@@ -184,13 +186,15 @@ def labelled_as(out: Tensor, *given: Any) -> Tensor:
 
 
 def causal(bias: Any, is_causal: bool, device: torch.device) -> Tensor | None:
-    """The mask that a `CausalBias` stands for; None where that is `is_causal`.
+    """The bool mask `[query_len, key_len]` equivalent to a `CausalBias`; None if `is_causal=True` is equivalent.
 
     Raises:
-        AttentionProviderError: `is_causal` beside it.
+        AttentionProviderError: `is_causal` is True as well.
     """
     if is_causal:
-        raise AttentionProviderError("attn_mask is a CausalBias and is_causal=True: pass one of the two.")
+        raise AttentionProviderError(
+            "attn_mask is a CausalBias and is_causal=True; one of the two is accepted. Pass is_causal=False."
+        )
     if is_upper_left(bias):
         return None
     rows, columns = bias.seq_len_q, bias.seq_len_kv
@@ -203,7 +207,7 @@ def is_upper_left(bias: Any) -> bool:
 
 
 def refused(argument: str, kind: Kind, why: str, instead: str = "") -> AttentionProviderError:
-    """What to raise for a kind that is not served: `why`, what was given, what to do."""
+    """The error for a kind that is not served: what was given, `why` it is refused, and what to do."""
     remedies = [kind.remedy.format(argument=argument)] * bool(kind.remedy) + [instead] * bool(instead)
     do = ", or ".join(remedies)
     return AttentionProviderError(f"{argument} is {kind.name}, {why}. {do[:1].upper()}{do[1:]}.")

@@ -101,7 +101,7 @@ def test_a_bias_may_be_float32_beside_half_precision(provider):
     bias = torch.randn(1, 1, 1, 6)
     with attention_provider(provider):
         out = attention_dispatch(query, key, value, bias)
-        with pytest.raises(AttentionProviderError, match="float16 beside a query of torch.bfloat16.*mask.to"):
+        with pytest.raises(AttentionProviderError, match="float16 and the query torch.bfloat16.*mask.to"):
             attention_dispatch(query, key, value, bias.half())
     assert reference.relative_error(out, reference.attention(query, key, value, bias)[0]) < 1e-2
 

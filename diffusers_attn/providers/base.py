@@ -1,14 +1,14 @@
-"""What a provider is: a statement of what it can do, and an adapter that does it.
+"""The interface of a provider: its capabilities as data, and an adapter that calls its kernel.
 
-Statements are data (`catalog.py`), so that a decision can be made, a table printed and an error written without
-importing a single kernel package. An adapter is a thin class over one package, imported when first asked for. It has
-two pure functions, forward with the log-sum-exp and backward from it, because that pair is all that partial attention
-over several devices needs; `KernelFunction` makes any such pair differentiable.
+Capabilities are data (`catalog.py`), so that a decision, a table or an error needs no kernel package. An adapter is a
+thin class over one package and is imported on first use. It has two pure functions: a forward that returns the
+log-sum-exp, and a backward that takes it. Partial attention over several ranks needs only these two, and
+`KernelFunction` makes them differentiable.
 
 Shapes: query `[batch, query_len, heads, head_dim]`, key and value `[batch, key_len, kv_heads, head_dim]`, or with heads
-before lengths where an adapter's `layout` says "bhsd". The lse is float32 (float64 for float64 inputs), natural
-logarithm of the sum of the exponentials of the true scaled scores, always `[batch, query_len, heads]`; -inf where a row
-has no key.
+before lengths if the adapter's `layout` is "bhsd". The lse is the natural logarithm of the sum of the exponentials of
+the scaled scores. It is float32 (float64 for float64 inputs), always `[batch, query_len, heads]`, and -inf in a row
+without keys.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from ..tracing.functions import result
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A keyword of a kernel that a user may set: `DispatchProcessor("flash", deterministic=True)`."""
+    """A keyword of a kernel that users may set, as in `DispatchProcessor("flash", deterministic=True)`."""
 
     type: type | tuple[type, ...]
     doc: str
     choices: tuple[object, ...] | None = None
     by_place: bool = False
-    """whether what it does depends on places in the sequence, so that it needs the whole of it, in order."""
+    """Whether its effect depends on positions in the sequence, so that the kernel needs the full sequence, in order."""
     off: object = None
-    """the value with which it does nothing."""
+    """The value that turns the option off."""
 
     def check(self, provider: str, name: str, value: object) -> None:
-        """Raises AttentionProviderError where `value` is not one that the kernel takes."""
-        # bool is an int to isinstance; a flag given where a number belongs is a mistake.
+        """Raises AttentionProviderError if the kernel does not accept `value`."""
+        # To isinstance a bool is an int, but True for a number is a mistake.
         wrong_type = not isinstance(value, self.type) or (isinstance(value, bool) and self.type is not bool)
         if wrong_type or (self.choices is not None and value not in self.choices):
             kinds = self.type if isinstance(self.type, tuple) else (self.type,)
@@ -52,52 +52,49 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """The package that a provider needs, and how a user gets it."""
+    """The package that a provider needs, and the command that installs it."""
 
     distribution: str
-    """name on the package index, as `importlib.metadata` knows it."""
+    """Name on the package index, as `importlib.metadata` uses it."""
     minimum: str
     module: str
-    """what is imported."""
+    """Name of the module to import."""
     install: str
-    """the command that installs it."""
+    """The command that installs it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
-    """What a provider computes exactly (or, if not `exact`, as accurately as it ever does).
-
-    Dispatch decides from this alone, before anything runs.
-    """
+    """What a provider can compute. Dispatch decides from this alone, before anything runs."""
 
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
     masks: frozenset[MaskKind] = frozenset({MaskKind.NONE})
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
-    """the kernel's own granularity; other sizes are padded with zeros, which changes nothing."""
+    """Multiple that the kernel needs; other sizes are padded with zeros, which does not change the result."""
     value_head_dim: bool = False
-    """whether the value's head_dim may differ from the query's."""
+    """Whether the head_dim of the value may differ from that of the query."""
     causal: Literal["none", "square", "top_left"] = "none"
-    """`square`: only for equal lengths (dispatch splits the others); `top_left`: any lengths, PyTorch's alignment."""
+    """`square`: equal lengths only (dispatch splits other calls); `top_left`: any lengths, with PyTorch's alignment."""
     gqa: bool = False
-    """fewer key than query heads without repeating them."""
+    """Whether the kernel takes fewer key heads than query heads."""
     dropout: bool = False
     lse: bool = True
     backward: bool = True
     backward_of_parts: bool = True
-    """whether `Adapter.backward` exists, which attention over several devices needs; else only autograd has it."""
+    """Whether `Adapter.backward` exists, which a ring needs; otherwise only autograd computes gradients."""
     bias_gradient: bool = False
     every_derivative: bool = False
-    """whether it is made of PyTorch's operators alone: transforms of torch.func and forward-mode differentiation go
-    through it as far as they go through those."""
+    """Whether it consists of PyTorch's operators, so that transforms of torch.func and forward-mode differentiation
+    work as they do for those operators."""
     cuda_graph: bool = True
     min_compute_capability: tuple[int, int] | None = None
     compute_capabilities: frozenset[tuple[int, int]] | None = None
-    """the only ones the kernel is built for, where a minimum would promise too much."""
+    """The only compute capabilities that the kernel is built for; None if a minimum describes them."""
     exact: bool = True
     without_backward_on: frozenset[str] = frozenset()
-    """device types on which there is no backward although there is one elsewhere."""
+    """Device types without a backward, for a provider that has one elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +103,7 @@ class ProviderSpec:
 
     name: str
     adapter: str
-    """`module:class` below this package, imported when first used."""
+    """`module:class` in this folder, imported on first use."""
     capabilities: Capabilities
     summary: str
     requirement: Requirement | None = None
@@ -114,38 +111,38 @@ class ProviderSpec:
 
 
 class Params(NamedTuple):
-    """The constants of one call, in the kernel's terms. No tensors: the compiler treats all of it as constant."""
+    """The constants of one call for a kernel. Contains no tensors: compilers treat all of it as constant."""
 
     mask_kind: MaskKind
     is_causal: bool
     scale: float
     default_scale: bool
-    """whether `scale` is the kernel's own default, `head_dim ** -0.5`."""
+    """Whether `scale` is the default of the kernel, `head_dim ** -0.5`."""
     dropout_p: float
     gqa: bool
-    """whether key and value have fewer heads than the query."""
+    """Whether key and value have fewer heads than the query."""
     device_type: str
     options: tuple[tuple[str, Any], ...]
     needs_grad: bool = True
-    """whether a gradient of query, key or value may be wanted."""
+    """Whether a gradient may be computed."""
     derived: bool = False
-    """whether the call is within a transform of torch.func, or differentiated in forward mode."""
+    """Whether the call is inside a transform of torch.func or differentiated in forward mode."""
 
 
 class Adapter:
-    """Calls one kernel. Never instantiated and without state: whatever it cannot do, its spec says so."""
+    """Calls one kernel. It is never instantiated and has no state. Its spec lists what it can compute."""
 
     layout: ClassVar[Layout] = "bshd"
-    """which order of dimensions the kernel takes; dispatch hands it over by view."""
+    """The layout that the kernel takes; dispatch transposes by view."""
 
     @classmethod
     def check_device(cls, device: torch.device) -> str | None:
-        """Why the installed kernel cannot run on `device`, beyond what the spec says; None where it can."""
+        """Why the installed kernel cannot run on `device`, in addition to its spec; None if it can."""
         return None
 
     @classmethod
     def bind(cls, params: Params) -> Callable[..., torch.Tensor]:
-        """`attention` with its constants bound: `(query, key, value, mask=None) -> out`. Made once per kind of call."""
+        """`attention` with bound constants: `(query, key, value, mask=None) -> out`. Called once per kind of call."""
         return functools.partial(cls.attention, params=params)
 
     @classmethod
@@ -154,7 +151,7 @@ class Adapter:
     ) -> torch.Tensor:
         """Differentiable attention; the result has the adapter's layout."""
         if torch.compiler.is_compiling() and (query is key or key is value):
-            # Dynamo takes no tensor twice as the input of an autograd.Function.
+            # Dynamo does not accept one tensor twice as an input of an autograd.Function.
             key, value = key.view_as(key), value.view_as(value)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return KernelFunction.apply(cls, query, key, value, mask, params)[0]
@@ -181,14 +178,15 @@ class Adapter:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of query, key and value.
 
-        `out` and `lse` may come from more keys than `key` holds: with those of the whole sequence, the gradients are
-        this part's share of the whole.
+        `out` and `lse` may come from more keys than `key` holds. With those of the full sequence, the results are the
+        share of these keys in the gradients.
         """
         raise NotImplementedError
 
 
 class KernelFunction(torch.autograd.Function):
-    """Makes an adapter's forward and backward differentiable. Returns the output and the lse, which carries none."""
+    """Makes the forward and backward of an adapter differentiable. Returns the output and the lse; the lse has no
+    gradient."""
 
     @staticmethod
     def forward(ctx, adapter, query, key, value, mask, params):  # type: ignore[no-untyped-def]

@@ -9,15 +9,15 @@ from .. import masks
 from .row_liveness import known_live
 
 ALIGNMENT = 16
-"""elements between the starts of two rows: a multiple of this lets kernels load them in their widest way."""
+"""Row strides that are a multiple of this many elements let kernels use their widest loads."""
 
 
 def aligned_bias(mask: Tensor, dtype: torch.dtype, key_len: int) -> tuple[Tensor, Tensor | None]:
-    """A bias `[batch | 1, heads | 1, query | 1, key_len]` and the rows in which no key is left (`masks.dead_rows`).
+    """A bias `[batch | 1, heads | 1, query | 1, key_len]` and the rows without a key (`masks.dead_rows`).
 
-    Instead of the rows, None where it is known that there are none.
-    Dead rows attend to everything in this bias: the caller clears what comes out of them. What the mask has in common
-    for all queries, heads or sequences is kept once; `expand` makes it the kernel's shape by strides of zero.
+    The rows are None if it is known that there are none. Dead rows attend to all keys in this bias, and the caller
+    clears their output. Values that are equal for all queries, heads or samples are stored once; `expand` gives the
+    kernel's shape with strides of zero.
     """
     dead = None if known_live(mask) else masks.dead_rows(mask)
     bias = masks.as_bias(mask, dead, dtype)

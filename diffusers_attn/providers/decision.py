@@ -1,6 +1,6 @@
-"""Whether, and how, the provider that a user named serves a call, before anything runs.
+"""Decides how the active provider serves a call, before anything runs.
 
-It serves the call exactly, or the call is refused with the reason and the names of the providers that can.
+The provider serves the call exactly, or the call is refused with a reason and the names of the providers that can.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def decide(provider: str, call: AttentionCall) -> Serving:
     """How `provider` serves `call`.
 
     Raises:
-        ProviderUnavailableError: it is not usable on this machine; says how to install it.
-        AttentionProviderError: it cannot serve this call exactly; names those that can.
+        ProviderUnavailableError: the provider cannot be used on this machine. The message says how to install it.
+        AttentionProviderError: the provider cannot serve this call exactly. The message names those that can.
     """
     if provider == "auto" and call.device.type == "meta":
         provider = "native"
@@ -34,11 +34,11 @@ def decide(provider: str, call: AttentionCall) -> Serving:
     reason = refusal(SPECS[provider], call)
     if reason:
         able = ", ".join(name for name in able_providers(call) if name != provider)
+        instead = f"Available here and able to: {able}." if able else "No provider available here supports this call."
         raise AttentionProviderError(
-            f"attention provider '{provider}' cannot serve this call: {reason}. The call: {call}. "
-            f"Usable here and able to: {able or 'none'}."
+            f"attention provider '{provider}' cannot serve this call: {reason}. The call: {call}. {instead}"
         )
-    # Without data there is nothing to compute: PyTorch's own function gives the shape.
+    # On the meta device there is nothing to compute: PyTorch's own function returns the shape.
     return plan(SPECS["native" if call.device.type == "meta" else provider], call)
 
 
@@ -56,7 +56,7 @@ def _decided(provider: str, *call: Any) -> tuple[Any, ...]:
 
 
 def able_providers(call: AttentionCall) -> list[str]:
-    """The usable providers that serve `call`, whatever options it has."""
+    """The available providers that serve `call` without its options."""
     call = call._replace(options=())
     usable = (status.name for status in registry.list_providers() if status.available)
     return [name for name in usable if not refusal(SPECS[name], call)]

@@ -1,4 +1,4 @@
-"""What `auto` picks, and why."""
+"""The choice of the provider `auto`, and its reason."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .serving import AttentionCall, Serving, plan, refusal
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The provider for a call, the plan, and how it came to that. Prints as a short report."""
+    """The plan for a call, with the reason for its provider. Prints as a short report."""
 
     plan: Serving
     reason: str
     passed_over: tuple[tuple[str, str], ...]
-    """(provider, why not) in the order in which they were considered before the one that was taken."""
+    """(provider, reason) for each provider that ranks before the chosen one, in that order."""
 
     def __str__(self) -> str:
         lines = [f"{self.plan.provider}: {self.reason}"]
@@ -27,7 +27,7 @@ class Selection:
 
 
 def select(call: AttentionCall) -> Selection:
-    """The fastest provider that serves `call` exactly; lossy ones only where the option `lossy` names them.
+    """The fastest provider that serves `call` exactly. A lossy provider needs its name in the option `lossy`.
 
     Raises:
         AttentionProviderError: no usable provider serves the call.

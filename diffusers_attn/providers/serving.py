@@ -1,7 +1,6 @@
-"""What a call is, how a provider serves it, and why it cannot: from its capabilities alone.
+"""The description of a call, and how a provider serves it or why it cannot, from the provider's capabilities alone.
 
-A call is served as it is, or through lowerings that leave every number what it was (`lowering.py` does them), or it is
-refused with the reason.
+A call is served as it is, or with exact lowerings (see `lowering.py`), or refused with a reason.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from .catalog import options_by_place
 
 
 class AttentionCall(NamedTuple):
-    """All that a decision depends on. Lengths take part only as far as decisions do, so that a compiled graph that is
-    dynamic in its lengths stays one graph."""
+    """The properties of a call that decisions depend on. It has no lengths, only the comparisons that decisions need,
+    so that a compiled graph with dynamic lengths stays one graph."""
 
     device: torch.device
     dtype: torch.dtype
@@ -31,9 +30,9 @@ class AttentionCall(NamedTuple):
     heads: int
     kv_heads: int
     query_len: str
-    """against the key's: "equal", "shorter" or "longer"."""
+    """Length of the query relative to the key: "equal", "shorter" or "longer"."""
     long: bool
-    """whether it counts as long in the table of speeds."""
+    """Whether `auto` uses the measured speeds of long sequences."""
     mask_kind: MaskKind
     is_causal: bool
     dropout: bool
@@ -41,7 +40,7 @@ class AttentionCall(NamedTuple):
     bias_needs_grad: bool
     options: tuple[tuple[str, object], ...]
     partial: bool = False
-    """whether it attends to a part of the keys only, and its result is merged with those of the other parts."""
+    """Whether the call attends to a part of the keys, and its result merges with those of the other parts."""
     derived: bool = False
     """Whether the call is inside a transform of torch.func or differentiated in forward mode."""
 
@@ -112,23 +111,25 @@ class AttentionCall(NamedTuple):
 
 
 class Serving(NamedTuple):
-    """How a call is served: the provider and the lowerings. Plain values only: the compiler bakes them in."""
+    """How a call is served: the provider and the lowerings. Plain values only, which compilers treat as constants."""
 
     provider: str
     layout: Layout
     repeat_kv: bool = False
     pad_head_dim: int = 0
-    """to this size; 0 is not at all."""
+    """Size to which head_dim is padded; 0 means no padding."""
     causal: str = "none"
-    """"none"; "kernel"; "mask": merged into the mask; "drop_keys", "two_calls": see `lowering.py`."""
+    """How causality is applied: "none"; "kernel"; "mask", merged into the mask; "drop_keys" or "two_calls", see
+    `lowering.py`."""
     mask_kind: MaskKind = MaskKind.NONE
     broadcast: bool = False
-    """batch sizes and numbers of heads that are one are expanded."""
+    """Whether batch sizes and numbers of heads that are one are expanded."""
     empty: bool = False
-    """no query, or no key to see: zeros, and no kernel is called."""
+    """Whether there is no query or no key: the result is zeros, and no kernel is called."""
 
     @property
     def lowers(self) -> bool:
+        """Whether `lowering.attention` changes the call at all."""
         return (
             self.repeat_kv
             or self.pad_head_dim > 0
@@ -139,7 +140,7 @@ class Serving(NamedTuple):
 
 
 def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
-    """Why `spec` cannot serve `call`, even lowered; empty if it can."""
+    """Why `spec` cannot serve `call`, even with lowerings; empty if it can."""
     can = spec.capabilities
     if call.device.type not in (*can.devices, "meta"):
         return f"it runs on {_names(can.devices)}, not on {call.device.type}"
@@ -164,11 +165,11 @@ def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
     if call.is_causal and can.causal == "none":
         return "it has no causal form"
     if call.derived and not can.every_derivative:
-        return "transforms of torch.func and forward-mode differentiation do not go through its kernel"
+        return "its kernel supports no transforms of torch.func and no forward-mode differentiation"
     if call.query_len != "equal" or call.mask_kind != MaskKind.NONE:
         counts = options_by_place(spec.name, call.options)
         if counts:
-            return f"{counts[0]} counts positions: it goes with a query and a key of one length, and without a mask"
+            return f"{counts[0]} counts positions: it needs a query and a key of equal lengths, and no mask"
     if call.dropout and not can.dropout:
         return "it has no dropout"
     if call.needs_grad and not (can.backward and call.device.type not in can.without_backward_on):
@@ -177,11 +178,11 @@ def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
             "gradient (run inference under torch.no_grad())"
         )
     if call.bias_needs_grad and not can.bias_gradient:
-        return "it gives no gradient for attn_mask, which requires one"
+        return "it computes no gradient of attn_mask, which requires one"
     if call.partial and not can.lse:
         return (
-            "it gives no log-sum-exp, without which partial results over a ring cannot merge (set ring_degree=1 and "
-            "use ulysses_degree, which takes any provider)"
+            "it gives no log-sum-exp, which a ring needs to merge partial results (set ring_degree=1 and use "
+            "ulysses_degree, which takes any provider)"
         )
     if call.partial and call.needs_grad and not can.backward_of_parts:
         return (
@@ -198,7 +199,7 @@ def _mask_after_lowering(spec: ProviderSpec, call: AttentionCall) -> MaskKind:
 
 
 def plan(spec: ProviderSpec, call: AttentionCall) -> Serving:
-    """The lowerings for a call that `refusal` has let through."""
+    """How `spec` serves a call that `refusal` accepts."""
     can = spec.capabilities
     mask_kind = _mask_after_lowering(spec, call)
     if not call.is_causal:

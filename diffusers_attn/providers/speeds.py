@@ -1,16 +1,16 @@
-"""What was measured, for `auto` to choose by.
+"""Measured speeds of the providers, by which `auto` chooses.
 
-Forward TFLOP/s (4 * batch * heads * Lq * Lk * head_dim over the time of one call) in bfloat16 without a mask, by
-`benchmarks/providers.py`; the runs are in docs/providers.md. Only their order matters here.
+The figures are forward TFLOP/s (4 * batch * heads * Lq * Lk * head_dim over the time of one call) in bfloat16 without a
+mask, measured by `benchmarks/providers.py`; docs/providers.md lists the runs. Only their order matters here.
 """
 
 from __future__ import annotations
 
 LONG = 8192
-"""the key length from which the second figure counts."""
+"""Key length from which the second figure of a provider applies."""
 
 # (compute capability, largest head_dim) -> provider -> (at 4,608 tokens, at 17,776 and more).
-# With head_dim 64 only the long ones were measured; the short are taken to rank alike.
+# With head_dim 64 only long sequences were measured; short ones are assumed to rank alike.
 MEASURED: dict[tuple[tuple[int, int], int], dict[str, tuple[float, float]]] = {
     ((9, 0), 64): {
         "flash_4": (526, 526),
@@ -47,4 +47,4 @@ MEASURED: dict[tuple[tuple[int, int], int], dict[str, tuple[float, float]]] = {
 }
 
 UNMEASURED = ("flash_3", "flash", "_native_cudnn", "native", "xformers", "flex", "flash_varlen", "_native_math")
-"""The order elsewhere: newest kernels first. Also what follows the measured ones."""
+"""The order without measurements, newest kernels first; also the order after the measured providers."""

@@ -1,1 +1,1 @@
-"""What code needs to run under torch.compile and autograd alike."""
+"""Helpers for code that runs both eagerly and under torch.compile."""

@@ -1,7 +1,7 @@
-"""An error in code that a compiler is tracing, which a user is to read as it was raised.
+"""Errors that keep their message when they are raised in traced code.
 
-Dynamo replaces what is raised in traced code: with `fullgraph=True` by an error of its own without the message. It lets
-a few classes of its own pass, and `raise_error` raises one that is both.
+Dynamo replaces an exception in traced code; with `fullgraph=True`, by an error of its own without the message. It lets
+a few classes of its own through. `raise_error` raises an error that is both such a class and AttentionProviderError.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def _class() -> type[AttentionProviderError]:
 
 
 def raise_error(make: Callable[..., AttentionProviderError | None], *arguments: Any) -> None:
-    """Raises the error that `make` returns for these arguments, if it returns one; also while a compiler traces.
+    """Raises the error that `make(*arguments)` returns, if it returns one; also while a compiler traces.
 
     Raises:
-        AttentionProviderError: that one.
+        AttentionProviderError: the error that `make` returned.
     """
     if torch.compiler.is_compiling():
         _raise_while_tracing(make, *arguments)
@@ -37,7 +37,7 @@ def raise_error(make: Callable[..., AttentionProviderError | None], *arguments: 
             raise error
 
 
-# Dynamo calls this for its result, so that it runs as it stands.
+# Dynamo calls this function for its result instead of tracing it.
 @torch._dynamo.assume_constant_result
 def _raise_while_tracing(make: Callable[..., AttentionProviderError | None], *arguments: Any) -> None:
     error = make(*arguments)

@@ -1,4 +1,4 @@
-"""What autograd.Functions need between eager mode and compilers."""
+"""Helpers for an autograd.Function that runs eagerly and under compilers."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 def result(tensor: Tensor) -> Tensor:
-    """`tensor`, to be returned by the forward of an autograd.Function.
+    """`tensor` in the form in which the forward of an autograd.Function returns it.
 
-    Dynamo before PyTorch 2.13 gives no gradient, without a word, to a result on which `.to` or `.contiguous` was called
-    last and had nothing to do. A view has a gradient.
+    Before PyTorch 2.13, Dynamo silently drops the gradient of a result whose last operation was a `.to` or
+    `.contiguous` without effect. A view keeps its gradient.
     """
     return tensor.view_as(tensor) if torch.compiler.is_compiling() else tensor
 
 
 def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, without gaps in memory, its dimensions in the order in which `like` has them there."""
+    """`tensor` without gaps in memory, with the order of dimensions that `like` has in memory."""
     order = sorted(range(like.ndim), key=like.stride, reverse=True)
     return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(like.ndim)])
 
 
 class GradientLaidOutAsOutput(torch.autograd.Function):
-    """The identity, whose gradient is in memory as what it was given is."""
+    """The identity. Its gradient has the memory layout of its input."""
 
     @staticmethod
     def forward(ctx, out):  # type: ignore[no-untyped-def]
@@ -36,7 +36,7 @@ class GradientLaidOutAsOutput(torch.autograd.Function):
 
 
 class GradientLaidOutUnderTransforms(torch.autograd.Function):
-    """`GradientLaidOutAsOutput` where torch.func or forward-mode differentiation goes through it."""
+    """`GradientLaidOutAsOutput` for transforms of torch.func and forward-mode differentiation."""
 
     generate_vmap_rule = True
 

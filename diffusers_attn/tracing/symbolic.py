@@ -1,8 +1,8 @@
-"""Code that also runs on the symbolic sizes of a graph whose lengths may change.
+"""Functions on sizes that also work on the symbolic sizes of a dynamic graph.
 
-In such a graph a size is a `SymInt`: arithmetic on it becomes part of the graph, and a comparison becomes a condition
-under which the graph is used. Dynamo does not sort by symbolic sizes, and `divmod` of one is an error; what is here
-works in eager mode and while Dynamo traces.
+In a dynamic graph a size is a `SymInt`: arithmetic on it becomes part of the graph, and a comparison becomes a guard.
+Dynamo does not sort by symbolic sizes, and `divmod` of one is an error. These functions work eagerly and while Dynamo
+traces.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 def constant(size: int) -> int:
-    """`size` as a number, for sizes that decide how a call is served, such as heads and head_dim. A range's length is
-    what Dynamo specialises; in eager mode this is the identity."""
+    """`size` as a number, for sizes that decide how a call is served, such as heads and head_dim. Dynamo specialises
+    the length of a range; in eager mode this is the identity."""
     return len(range(size))
 
 

@@ -1,1 +1,1 @@
-"""One attention call over several ranks: Ulysses, ring, gathered keys and values, or Ulysses within a ring."""
+"""One attention call over several ranks: Ulysses, ring, gathered keys and values, or Ulysses with a ring."""

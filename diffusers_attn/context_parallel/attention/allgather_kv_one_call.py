@@ -1,8 +1,8 @@
-"""Attention to the keys of all ranks in one call, once they are there.
+"""Attention to the keys of all ranks in one call, after all keys have arrived.
 
-What hides their exchange is what the model computes beside keys and values: the queries, and in some models an MLP.
-There is nothing to merge, and no second, smaller call of the kernel. But only a compiler has something else to compute
-meanwhile (`overlap_pass`): called step by step, a model asks for attention when all of that is done.
+The exchange hides under the other projections of the layer: the queries, and in some models an MLP. There is no second
+call of the kernel and no merge. Only a compiler can overlap these (`overlap_pass`): in eager mode, the projections are
+done before attention is called.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..comm.symmetric_gather import EVERYONE, GatherInFlight
 from ..comm.transport import SYMMETRIC
 from .block_attention import BlockAttention
 
-# Of H200s; what is decided by them is measured in docs/context_parallel.md.
+# Figures of H200s. docs/context_parallel.md has measurements of the decisions that follow from them.
 BYTES_PER_SECOND = 320e9
-"""that one GPU writes into another's memory."""
+"""Bytes per second that one GPU writes into the memory of another."""
 FLOPS = 650e12
-"""of products of matrices in half precision."""
+"""Floating-point operations per second of matrix products in half precision."""
 MEMORY_BYTES_PER_SECOND = 3.5e12
-"""read and written."""
+"""Bytes per second of the local memory, read and written."""
 SECONDS_OF_A_SECOND_CALL = 60e-6
-"""that attention takes longer in two calls: their last, half empty waves, and the merge."""
+"""Additional time of attention in two calls: a partly empty last wave in each, and the merge."""
 
 
 def allgather_kv_one_call_attention(
@@ -35,7 +35,7 @@ def allgather_kv_one_call_attention(
     rows: Tensor | None,
     call: BlockAttention,
 ) -> Tensor:
-    """As `kv_gather.allgather_kv_attention`, without gradients and through symmetric memory only."""
+    """As `allgather_kv_attention`, without gradients and only with the symmetric transport."""
     group, shards = call.group, call.key_shards
     push = GatherInFlight.start(
         query, key.contiguous(), value.contiguous(), shards.sizes, group, needs_grad=False, shift=EVERYONE
@@ -47,16 +47,16 @@ def allgather_kv_one_call_attention(
 
 
 def is_faster(query: Tensor, key: Tensor, value: Tensor, call: BlockAttention) -> bool:
-    """Whether, in the graph that is compiled, all keys should be awaited before attention begins.
+    """Whether one call is faster in the graph that is being compiled.
 
-    In place of a second call and a merge, it costs a copy of this rank's own keys and values to where the others'
-    arrive, and what of the exchange the projection of the queries does not hide, which is taken to be as wide as they
-    are. So it is for pictures rather than for videos. By what is the same on all ranks: in a graph for all lengths, by
-    whether all tokens are fewer than a number, on which side of which the graph then stays.
+    One call saves a second call and a merge. It costs a copy of the local keys and values to the receiving memory, and
+    the part of the exchange that the query projection does not hide. (The projection is assumed to be as wide as the
+    queries.) So it suits images rather than videos. The decision depends only on values that are equal on all ranks.
+    In a graph with dynamic lengths it becomes a guard on the number of tokens.
     """
     if call.kernel.needs_grad or call.transport != SYMMETRIC or not torch.compiler.is_compiling():
         return False
-    # All of it is proportional to the number of tokens.
+    # Times per token: all of them are proportional to the number of tokens.
     width = constant(query.shape[2]) * constant(query.shape[3])
     own = constant(key.shape[2]) * (constant(key.shape[3]) + constant(value.shape[3])) * key.element_size()
     arrival = (call.group.size - 1) * own / BYTES_PER_SECOND

@@ -1,4 +1,4 @@
-"""Queries that stay, and blocks of keys and values that come by: what `ring` and `allgather_kv` have in common."""
+"""Attention of the local queries to one block of keys and values after another, as `ring` and `allgather_kv` use it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .merge import merge
 from .partial_kernel import PartialKernel
 
 Block = list[Tensor]
-"""Key and value `[seq, batch, heads, head_dim]`, and where there is one the key mask `[seq, batch]`: the sequence
-first, as they travel."""
+"""Key and value `[seq, batch, heads, head_dim]` and, if there is one, the key mask `[seq, batch]`. The sequence comes
+first, as in an exchange."""
 
 
 def make_block(key: Tensor, value: Tensor, key_mask: Tensor | None, grad_out: Tensor | None = None) -> Block:
-    """This rank's own block, of `[batch, seq, ...]` tensors; to be sent once `grad_out` is there, if it is given."""
+    """This rank's own block, from `[batch, seq, ...]` tensors; depends on `grad_out` if it is given."""
     tensors = [key, value] if key_mask is None else [key, value, key_mask]
     return [depends_on(tensor, grad_out).transpose(0, 1).contiguous() for tensor in tensors]
 
 
 class BlockAttention(NamedTuple):
-    """The constants of one call of a ring strategy."""
+    """The constants of one call over a ring."""
 
     kernel: PartialKernel
     group: Group
@@ -38,9 +38,9 @@ class BlockAttention(NamedTuple):
     is_causal: bool = False
     convert_to_fp32: bool = True
     transport: str = COLLECTIVE
-    """how keys and values get to the other ranks: a kind of `Transport`."""
+    """Kind of the `Transport` that moves keys and values to other ranks."""
     seen: tuple[Rectangle, ...] | None = None
-    """which runs of queries see which runs of keys, where not all see all; without causality and masks."""
+    """Rectangles of queries and keys that see each other; None if all do. Excludes causality and masks."""
 
     def forward(
         self,
@@ -52,20 +52,23 @@ class BlockAttention(NamedTuple):
         *,
         last: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Output and lse of the keys `so_far` and those of `block`. The output is in the dtype in which partial results
-        merge, or in the query's where it is that of one call of the kernel, or the `last`.
+        """The output and lse over the keys of `so_far` and of `block`. The output has the dtype in which partial
+        results merge; or the query's dtype, if it comes from a single call of the kernel or `last` is True.
 
         Args:
             query: `[batch, query_len, heads, head_dim]`.
-            block: the keys that are at hand, and `runs`, where they are in the whole sequence.
-            rows: mask of this rank's queries and all keys, `[batch | 1, heads | 1, query_len, all keys]`; or of their
-                blocks, as large as the kernel's.
+            block: the keys and values of this step.
+            spans: positions of these keys in the full sequence.
+            rows: mask of the local queries over all keys, `[batch | 1, heads | 1, query_len, all keys]`; one entry per
+                block of tokens if the kernel has blocks.
+            so_far: output and lse over the earlier blocks, or None.
+            last: whether this is the last block.
         """
         plan = self._tiles(spans)
         mask = self._mask(block, rows, spans)
         dtype = self._merge_dtype(query)
         if _is_whole(plan, query, block):
-            part = self.kernel.forward(query, *_at_hand(block), mask, plan[0].is_causal)
+            part = self.kernel.forward(query, *_batch_first(block), mask, plan[0].is_causal)
             if so_far is None:
                 return part
             return merge(*so_far, *part, dtype=dtype, out_dtype=query.dtype if last else dtype)
@@ -96,12 +99,12 @@ class BlockAttention(NamedTuple):
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This block's share of the gradients: of the query, and of its own key and value (sequence first). In the
-        kernel's dtype, or in float32 at least where they are sums; what adds shares up widens them."""
+        """This block's share of the gradient of the query, and of the gradients of its key and value (sequence first).
+        The dtype is the kernel's; sums of several calls are float32 at least."""
         plan = self._tiles(spans)
         mask = self._mask(block, rows, spans)
         if _is_whole(plan, query, block):
-            grads = self.kernel.backward(grad_out, query, *_at_hand(block), mask, plan[0].is_causal, out, lse)
+            grads = self.kernel.backward(grad_out, query, *_batch_first(block), mask, plan[0].is_causal, out, lse)
             return grads[0], grads[1].transpose(0, 1), grads[2].transpose(0, 1)
         wide = torch.promote_types(query.dtype, torch.float32)
         totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (query, block[0], block[1])]
@@ -128,7 +131,7 @@ class BlockAttention(NamedTuple):
         return tiles(queries, spans, self.is_causal) if self.seen is None else tiles_within(self.seen, queries, spans)
 
     def _mask(self, block: Block, rows: Tensor | None, spans: tuple[Span, ...]) -> Tensor | None:
-        """What these keys' mask is: `[batch | 1, heads | 1, query_len | 1, keys at hand]`."""
+        """The mask over the keys of a block: `[batch | 1, heads | 1, query_len | 1, keys of the block]`."""
         if rows is not None:
             return take(rows, in_blocks(spans, self.kernel.block), dim=-1)
         return block[2].transpose(0, 1)[:, None, None, :] if len(block) == 3 else None
@@ -138,13 +141,13 @@ def _is_whole(plan: list[Tile], query: Tensor, block: Block) -> bool:
     return len(plan) == 1 and plan[0].query[1] == query.shape[1] and plan[0].key[1] == block[0].shape[0]
 
 
-def _at_hand(block: Block) -> tuple[Tensor, Tensor]:
+def _batch_first(block: Block) -> tuple[Tensor, Tensor]:
     return block[0].transpose(0, 1), block[1].transpose(0, 1)
 
 
 def _cut(tile: Tile, query: Tensor, block: Block, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Query, key, value and mask of one tile."""
-    key, value = (tensor.narrow(1, *tile.key) for tensor in _at_hand(block))
+    key, value = (tensor.narrow(1, *tile.key) for tensor in _batch_first(block))
     if mask is not None:
         mask = mask.narrow(-1, *tile.key)
         if mask.shape[2] > 1:

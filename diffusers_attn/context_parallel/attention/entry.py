@@ -1,6 +1,6 @@
-"""An attention call as a model makes it, where its tokens may be split: local, over the ranks, or refused.
+"""The entry of an attention call in a model whose tokens are split: local, over the ranks, or refused.
 
-This is what dispatch asks before it serves a call itself.
+Dispatch calls it before it serves a call itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .parallel_attention import parallel_attention
 from .partial_kernel import options_by_place
 
 _BY_PLACES = (BlockRowMask, RectangleMask)
-"""masks that say themselves what they are, and are of places in the whole sequences."""
+"""Mask types with positions in the full sequences of all ranks."""
 
 
 def split_attention(
@@ -45,17 +45,21 @@ def split_attention(
     options: tuple[tuple[str, object], ...] = (),
     mesh: ContextParallelMesh | None = None,
 ) -> Tensor | None:
-    """Attention over the ranks of a mesh, or None where the call is complete on each rank.
+    """Attention over the ranks of a mesh, or None if each rank serves the call by itself.
 
     Args:
-        sequences: of the model that makes the call.
-        mesh: the same groups as those of `sequences`, with settings of its own; None takes those of `sequences`.
-        query, key, value: `[batch, seq, heads, head_dim]` of this rank.
-        attn_mask: of up to four dimensions, `[batch, heads, queries, keys]` once broadcast. Over this rank's keys, or
-            all.
+        query: `[batch, local queries, heads, head_dim]`.
+        key, value: `[batch, local keys, kv_heads, head_dim]`.
+        attn_mask: one to four dimensions that broadcast to `[batch, heads, queries, keys]`, over the local keys or all
+            keys.
+        tracker: the sequences of the model that makes the call.
+        mesh: a mesh with the groups of `tracker.mesh` and its own settings; None uses `tracker.mesh`.
+
+    Returns:
+        `[batch, local queries, heads, value_head_dim]`, or None.
 
     Raises:
-        AttentionProviderError: a call that context parallelism does not serve exactly; nothing has been sent.
+        AttentionProviderError: context parallelism does not serve the call exactly. Nothing has been sent.
     """
     mesh = tracker.mesh if mesh is None else mesh
     if (mesh.ring, mesh.ulysses) != (tracker.mesh.ring, tracker.mesh.ulysses):
@@ -65,7 +69,7 @@ def split_attention(
             "attention_provider that apply_context_parallel was given."
         )
     if tracker.role is not None and tracker.role.key and tracker.is_split:
-        _check_tensor(attn_mask)  # before lengths are, which a model fills up to whole blocks
+        _check_tensor(attn_mask)  # before the lengths, which some models pad to whole blocks
     call = tracker.attention(query.shape[1], key.shape[1])
     by_place = options_by_place(provider, options) if options else ()
     if is_causal:
@@ -73,15 +77,16 @@ def split_attention(
     if call is None:
         if by_place and tracker.splits_queries(query.shape[1], key.shape[1]):
             raise AttentionProviderError(
-                f"{', '.join(by_place)} counts positions, and of this call's queries this rank has {query.shape[1]}, "
-                f"while its keys are whole ({tracker._known()}). Leave it out, or run this model on one device."
+                f"{', '.join(by_place)} counts positions, and this rank has only {query.shape[1]} of the queries of "
+                f"this call, while its keys are replicated ({tracker._known()}). Leave it out, or run this model on "
+                "one device."
             )
         return None
     _check_tensor(attn_mask)
     if dropout_p > 0.0:
         raise AttentionProviderError(
-            f"dropout_p={dropout_p} over several ranks: weights would be dropped independently of how the sequence is "
-            "split only with one shared state. Set dropout to 0, or disable context parallelism."
+            f"dropout_p={dropout_p} was given, and over several ranks only 0 is accepted: the ranks share no random "
+            "state, so the dropped weights would depend on the split. Set dropout to 0, or disable context parallelism."
         )
     if isinstance(attn_mask, Tensor):
         _check_broadcasts(attn_mask, query)
@@ -120,12 +125,12 @@ def split_attention(
 
 
 def _without(tensor: Tensor, kept: LocalTokens | None, dim: int) -> Tensor:
-    """`tensor` without placeholders, of which there hardly ever are any."""
+    """`tensor` without placeholder tokens. Most calls have none."""
     return tensor if kept is None else kept.take_out(tensor, dim)
 
 
 def _check_broadcasts(mask: Tensor, query: Tensor) -> None:
-    """Raises AttentionProviderError for a dtype, or for samples and heads, that one device does not take either."""
+    """Raises AttentionProviderError for a dtype, batch size or number of heads that one device refuses too."""
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise AttentionProviderError(
             f"attn_mask has dtype {mask.dtype}; torch.bool (True takes part) and floating types (added to the scores) "
@@ -145,7 +150,7 @@ def _check_tensor(mask: Any) -> None:
     if mask is not None and not isinstance(mask, (Tensor, *_BY_PLACES)):
         raise AttentionProviderError(
             f"attn_mask is a {type(mask).__name__}; over several ranks a torch.Tensor is accepted. A BlockMask counts "
-            "positions of the whole sequence: run this model on one device, or give it a processor that makes none."
+            "positions of the full sequence: run this model on one device, or give it a processor that makes none."
         )
 
 
@@ -158,10 +163,10 @@ def _mask(
     while mask.ndim < 4:
         mask = mask.unsqueeze(0)
     for dim in (1, 2):
-        if mask.shape[dim] > 1 and mask.stride(dim) == 0:  # made by expand: it says nothing of heads or queries
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:  # made by expand: equal for all heads or queries
             mask = mask.narrow(dim, 0, 1)
     if tracker.role is not None and tracker.role.outer_mask:
-        # On the diagonal each token's value meets itself, and of True, False, one and zero the square is the same.
+        # The diagonal holds the square of each token's value, which for True, False, one and zero is the value.
         tokens = mask[:, 0].diagonal(dim1=-2, dim2=-1)
         return OuterMask(_without(tokens, query_kept, 1), _without(tokens, key_kept, 1))
     if tracker.role is not None and tracker.role.key_mask:
@@ -176,21 +181,21 @@ def _mask(
 
 
 def _own_keys(mask: Tensor, call: SplitCall, rank: int) -> Tensor:
-    """One head's only row, of this rank's keys. Raises AttentionProviderError where it is not of all keys."""
+    """The single row of one head, over the local keys. Raises AttentionProviderError if it does not cover all keys."""
     if mask.shape[2] != 1 or mask.shape[-1] < call.keys.total:
         raise AttentionProviderError(
-            f"attn_mask has shape {list(mask.shape)} on rank {rank}; its plan says that it has one row, with columns "
-            f"for all {call.keys.total} keys. Leave the mask whole, or say something else of it in CPAttention."
+            f"attn_mask has shape {list(mask.shape)} on rank {rank}; according to its plan it has one row with columns "
+            f"for all {call.keys.total} keys. Do not split the mask, or describe it differently in CPAttention."
         )
     return take(mask[:, 0, 0], call.keys.spans[rank], dim=1)
 
 
 def _rows(mask: Tensor, call: SplitCall, rank: int) -> Tensor:
-    """One head's rows, over the keys alone. Raises AttentionProviderError where they are not of this rank's queries."""
+    """The rows of one head, over all keys. Raises AttentionProviderError if they do not match the local queries."""
     queries, keys = call.queries.sizes[rank], call.keys.total
     if mask.shape[2] != queries or mask.shape[-1] < keys:
         raise AttentionProviderError(
-            f"attn_mask has shape {list(mask.shape)} on rank {rank}; its plan says that it has rows for this rank's "
-            f"{queries} queries and columns for all {keys} keys. Split the rows of the whole mask, and no more."
+            f"attn_mask has shape {list(mask.shape)} on rank {rank}; according to its plan it has rows for this rank's "
+            f"{queries} queries and columns for all {keys} keys. Split only the rows of the mask."
         )
     return mask[:, :1, :, :keys]

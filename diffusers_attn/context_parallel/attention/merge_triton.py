@@ -1,4 +1,4 @@
-"""`merge` in one pass over memory. Imported only where it is used, since Triton is not on every machine."""
+"""`merge` in one pass over memory. Imported on first use, because not every machine has Triton."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 _ELEMENTS = 4096
-"""of each output that a program merges."""
+"""Elements of each output that one program merges."""
 _NARROW = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def merge_by_kernel(
     out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As `merge_by_formula`, for CUDA tensors with a float32 lse. The output is contiguous."""
+    """`merge_by_formula` for CUDA tensors with a float32 lse. The output is contiguous."""
     batch, seq, heads, head_dim = out.shape
     merged = out.new_empty(out.shape, dtype=out_dtype)
     merged_lse = lse.new_empty(lse.shape)
@@ -50,13 +50,13 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     rows, seq, heads, head_dim,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Rows are (batch, seq, head), of which each program takes some. NARROW: the half precision in which to merge, to
-    round where the formula rounds; None merges in float32."""
+    """Each program merges some rows; a row is one (batch, seq, head). NARROW is the half precision in which to merge,
+    with rounding in the same places as the formula; None merges in float32."""
     number = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
     valid = number < rows
     token = number // heads
-    # Elements may be more than 32 bits count, rows are not.
+    # The number of elements may exceed 32 bits, the number of rows does not.
     head = (number % heads).to(tl.int64)
     position = (token % seq).to(tl.int64)
     sample = (token // seq).to(tl.int64)
@@ -66,7 +66,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     second = tl.load(
         part_lse + sample * part_lse_batch + position * part_lse_seq + head * part_lse_head, mask=valid, other=0.0
     )
-    # Equal where both are -inf, too.
+    # The comparison also covers the case that both are -inf.
     difference = tl.where(first == second, 0.0, second - first)
     weight = 1.0 / (1.0 + tl.exp(difference))
     part_weight = 1.0 / (1.0 + tl.exp(-difference))

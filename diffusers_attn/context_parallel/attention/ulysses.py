@@ -1,10 +1,11 @@
 """Ulysses (Jacobs et al., arXiv 2309.14509): the ranks exchange parts of the sequence for heads.
 
-Before: every rank has all heads of its tokens. After: every rank has all tokens, for its heads, and attends to them by
-itself, with any kernel. Then back. Neither tokens nor heads need divide: each rank says how much it sends.
+Before the exchange every rank has all heads of its tokens. After it every rank has all tokens for its heads, and
+attends to them by itself with any kernel. A second exchange restores the first layout. Neither tokens nor heads need to
+divide evenly: every rank has its own sizes.
 
-To heads, a rank packs one copy (`[rank][seq, batch, heads of that rank, head_dim]`) and receives a tensor that is ready
-to use. Back, it sends the tensor as it is and makes one copy of what arrives.
+The exchange to heads packs one copy (`[rank][seq, batch, heads of that rank, head_dim]`), and the received tensor needs
+no further copy. The exchange back sends the tensor as it is and copies the received one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..comm.group import Group
 
 
 class HeadLayout(NamedTuple):
-    """Who has what, before (tokens) and after (heads): one number for each rank of `group`."""
+    """The numbers of tokens (before the exchange) and heads (after it) of each rank of `group`."""
 
     group: Group
     tokens: tuple[int, ...]
@@ -40,14 +41,14 @@ def ulysses_attention(
     """Attention of this rank's queries to the keys of all ranks of `group`.
 
     Args:
-        query: `[batch, this rank's queries, heads, head_dim]`.
-        key, value: `[batch, this rank's keys, kv_heads, head_dim]`.
-        query_sizes, key_sizes: tokens of every rank.
-        attention: given all tokens of some heads (tokens in the order of the ranks) and the first of these heads'
-            number, the output.
+        query: `[batch, local queries, heads, head_dim]`.
+        key, value: `[batch, local keys, kv_heads, head_dim]`.
+        query_sizes, key_sizes: number of tokens of every rank.
+        attention: computes the output from query, key and value with all tokens (in the order of the ranks) of this
+            rank's heads, and the index of the first of these heads.
 
     Returns:
-        `[batch, this rank's queries, heads, value_head_dim]`.
+        `[batch, local queries, heads, value_head_dim]`.
     """
     heads, kv_heads, repeats = split_heads(constant(query.shape[2]), constant(key.shape[2]), group.size)
     if repeats > 1:
@@ -59,10 +60,10 @@ def ulysses_attention(
 
 
 def split_heads(heads: int, kv_heads: int, ranks: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """How many query heads and key heads each rank takes, and how often key heads are repeated before.
+    """The numbers of query heads and of key heads of each rank, and the number of copies of each key head.
 
-    A rank's query heads must find their key heads on the same rank. So key heads are split, and query heads follow; and
-    where key heads do not divide among the ranks, as few copies of them are made as let them.
+    A query head and its key head must be on the same rank. So key heads are split, and query heads follow. If the key
+    heads do not divide among the ranks, they are repeated by the smallest factor that lets them divide.
     """
     groups = heads // kv_heads
     repeats = next((n for n in range(1, groups + 1) if groups % n == 0 and kv_heads * n % ranks == 0), groups)
@@ -71,7 +72,7 @@ def split_heads(heads: int, kv_heads: int, ranks: int) -> tuple[tuple[int, ...],
 
 
 class TokensToHeads(torch.autograd.Function):
-    """All tensors under way at once. Nothing is computed, only moved, so the adjoint is the way back."""
+    """Exchanges several tensors at once. It only moves data, so its adjoint is the exchange back."""
 
     @staticmethod
     def forward(ctx, layouts: tuple[HeadLayout, ...], *tensors):  # type: ignore[no-untyped-def]
@@ -95,15 +96,15 @@ class HeadsToTokens(torch.autograd.Function):
 
 
 def _move(start, finish, layouts, tensors):  # type: ignore[no-untyped-def]
-    coming = [start(tensor, layout) for tensor, layout in zip(tensors, layouts)]
+    in_flight = [start(tensor, layout) for tensor, layout in zip(tensors, layouts)]
     return tuple(
         finish(arrived, layout, tensor.shape[0], tensor.shape[-1])
-        for arrived, layout, tensor in zip(coming, layouts, tensors)
+        for arrived, layout, tensor in zip(in_flight, layouts, tensors)
     )
 
 
 def _start_to_heads(tensor: Tensor, layout: HeadLayout) -> Tensor:
-    """From `[batch, this rank's tokens, all heads, head_dim]`."""
+    """Sends `[batch, local tokens, all heads, head_dim]`."""
     group, (batch, tokens, _, head_dim) = layout.group, tensor.shape
     pieces = tensor.transpose(0, 1).split(layout.heads, dim=2)
     if len(set(layout.heads)) == 1:
@@ -116,13 +117,13 @@ def _start_to_heads(tensor: Tensor, layout: HeadLayout) -> Tensor:
 
 
 def _finish_to_heads(arrived: Tensor, layout: HeadLayout, batch: int, head_dim: int) -> Tensor:
-    """To `[batch, all tokens, this rank's heads, head_dim]`."""
+    """Returns `[batch, all tokens, local heads, head_dim]`."""
     arrived = collectives.wait(arrived, layout.group)
     return arrived.view(sum(layout.tokens), batch, layout.heads[layout.group.rank], head_dim).transpose(0, 1)
 
 
 def _start_to_tokens(tensor: Tensor, layout: HeadLayout) -> Tensor:
-    """From `[batch, all tokens, this rank's heads, head_dim]`."""
+    """Sends `[batch, all tokens, local heads, head_dim]`."""
     group, (batch, _, own_heads, head_dim) = layout.group, tensor.shape
     send = [tokens * batch * own_heads * head_dim for tokens in layout.tokens]
     receive = [layout.tokens[group.rank] * batch * heads * head_dim for heads in layout.heads]
@@ -130,7 +131,7 @@ def _start_to_tokens(tensor: Tensor, layout: HeadLayout) -> Tensor:
 
 
 def _finish_to_tokens(arrived: Tensor, layout: HeadLayout, batch: int, head_dim: int) -> Tensor:
-    """To `[batch, this rank's tokens, all heads, head_dim]`."""
+    """Returns `[batch, local tokens, all heads, head_dim]`."""
     tokens = layout.tokens[layout.group.rank]
     pieces = collectives.wait(arrived, layout.group).split(
         [tokens * batch * heads * head_dim for heads in layout.heads]

@@ -1,14 +1,14 @@
-"""How data moves between ranks: one collective, an all-to-all in which every rank says how much it sends to whom.
+"""Collectives. All of them are one all-to-all, in which every rank chooses how many rows it sends to each other rank.
 
-A gather is an all-to-all that sends the same to all, a ring step one that sends to the neighbour only, a reduction one
-that sends to each what it owns, followed by a local sum. All sizes may differ and may be zero, on NCCL as on gloo, and
-every form is a functional collective that `torch.compile` traces.
+A gather sends the same rows to all ranks. A step of a ring sends to the next rank only. A reduction sends to each rank
+the rows that it owns, and a local sum follows. All sizes may differ and may be zero, with NCCL as with gloo, and every
+form is a functional collective that `torch.compile` traces.
 
-On the wire the sequence comes first, `[sequence, batch, heads, head_dim]`: the collective then concatenates parts of
-different lengths itself, and what arrives is a tensor to attend to without another copy.
+Exchanged tensors have the sequence first, `[sequence, batch, heads, head_dim]`: the collective then concatenates parts
+of different lengths, and attention uses the received tensor without another copy.
 
-Every `start_...` returns a tensor that is still under way: `wait` for it before reading it, and compute something in
-between. Between GPUs that reach each other, keys and values have a faster way: `symmetric_gather`.
+Every `start_...` returns a tensor that is still in flight; `wait` for it before reading it, and compute meanwhile.
+Between GPUs that reach each other's memory, `symmetric_gather` is faster for keys and values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .group import Group
 
 def start_all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Sends the first `send[0]` rows of `tensor` to rank 0 of `group`, the next `send[1]` to rank 1, and so on;
-    `receive` is how many rows come from each. Rows come in the order of the ranks."""
+    `receive` is the number of rows from each rank. Received rows are in the order of the ranks."""
     if group.size == 1:
         return tensor
     if torch.compiler.is_compiling():
@@ -41,7 +41,7 @@ def start_all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int]
 
 
 def wait(tensor: Tensor, group: Group) -> Tensor:
-    """`tensor`, once it has arrived."""
+    """`tensor` after it has arrived."""
     if group.size == 1:
         return tensor
     if torch.compiler.is_compiling():
@@ -53,14 +53,13 @@ def wait(tensor: Tensor, group: Group) -> Tensor:
 
 
 def depends_on(tensor: Tensor, *others: Tensor | None) -> Tensor:
-    """`tensor`; in a compiled graph, one that depends on `others`.
+    """`tensor`, which in a compiled graph depends on `others`.
 
-    All ranks must make the same exchanges in the same order, and a compiler that sees the graph of one rank knows
-    nothing of that. It drops what nothing depends on: so the result of a rank that has no use for what it received
-    comes `depends_on` it. And it moves into the forward what does not depend on gradients, and makes one exchange of
-    two
-    that send the same, such as zeros: so what the backward sends comes `depends_on` them and after what it belongs to.
-    The dependency is a zero that an operator makes of `others`, into which no compiler looks.
+    All ranks must make the same exchanges in the same order, but a compiler sees the graph of one rank only. It removes
+    an exchange whose result is unused, so the result of a rank that does not need the received data depends on it. It
+    also moves an exchange that does not depend on gradients into the forward, and merges two exchanges that send the
+    same data, such as zeros. So the data that a backward sends depends on its gradients. The dependency is the addition
+    of a zero from an operator that is opaque to compilers.
     """
     if torch.compiler.is_compiling():
         given = [other.detach() for other in others if other is not None]
@@ -80,7 +79,7 @@ def _(others):  # type: ignore[no-untyped-def]
 
 
 def start_gather(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
-    """The rows of all ranks, in their order. `sizes` are the numbers of rows that the ranks have."""
+    """The rows of all ranks, in their order. `sizes` are the numbers of rows of the ranks."""
     if group.size == 1:
         return tensor
     send = [sizes[group.rank]] * group.size
@@ -88,7 +87,7 @@ def start_gather(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
 
 
 def start_gather_others(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
-    """The rows of all other ranks, in their order, without this rank's."""
+    """The rows of all other ranks, in their order."""
     copies = tensor.repeat(group.size - 1, *[1] * (tensor.ndim - 1)) if group.size > 2 else tensor
     send = [0 if rank == group.rank else sizes[group.rank] for rank in range(group.size)]
     receive = [0 if rank == group.rank else size for rank, size in enumerate(sizes)]
@@ -96,15 +95,15 @@ def start_gather_others(tensor: Tensor, sizes: Sequence[int], group: Group) -> T
 
 
 def start_return_to_owners(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
-    """The adjoint of `start_gather_others`, but for the sum: sends to each other rank the rows that are its. What
-    arrives, `[(ranks - 1) * own rows, ...]`, are the others' contributions to this rank's rows."""
+    """The adjoint of `start_gather_others` without its sum: sends to each other rank the rows that it owns. The result,
+    `[(ranks - 1) * own rows, ...]`, holds the contributions of the other ranks to this rank's rows."""
     send = [0 if rank == group.rank else size for rank, size in enumerate(sizes)]
     receive = [0 if rank == group.rank else sizes[group.rank] for rank in range(group.size)]
     return start_all_to_all(tensor, send, receive, group)
 
 
 def start_to_next(tensor: Tensor, rows_of_previous: int, group: Group) -> Tensor:
-    """One step around the ring: `tensor` goes to the next rank, the previous rank's comes."""
+    """One step of a ring: sends `tensor` to the next rank and receives `rows_of_previous` rows of the previous rank."""
     send, receive = [0] * group.size, [0] * group.size
     send[(group.rank + 1) % group.size] = tensor.shape[0]
     receive[(group.rank - 1) % group.size] = rows_of_previous
@@ -112,6 +111,6 @@ def start_to_next(tensor: Tensor, rows_of_previous: int, group: Group) -> Tensor
 
 
 def sum_of_parts(tensor: Tensor, parts: int) -> Tensor:
-    """The sum of `parts` tensors that lie behind each other in dimension 0, in float32 at least."""
+    """The sum of `parts` tensors that are concatenated in dimension 0, in float32 at least."""
     rows = tensor.shape[0] // parts
     return tensor.unflatten(0, (parts, rows)).sum(dim=0, dtype=torch.promote_types(tensor.dtype, torch.float32))

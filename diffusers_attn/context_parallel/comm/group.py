@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Group(NamedTuple):
-    """Plain values, which a compiled graph takes as constants."""
+    """Plain values, which a compiled graph treats as constants."""
 
     name: str
-    """what PyTorch's functional collectives know it by; of no meaning where size is 1."""
+    """Name of the group for PyTorch's functional collectives; unused if size is 1."""
     rank: int
     size: int
 
 
 ALONE = Group("", 0, 1)
-"""The group of a rank that shares nothing."""
+"""A group of one rank."""

@@ -1,4 +1,4 @@
-"""What ranks say of themselves, compared: for error messages."""
+"""Compares the properties of ranks, for error messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def differences(said: Sequence[tuple[int, Mapping[str, str]]]) -> list[str]:
-    """A line for every name of which ranks, given with their numbers, say different things."""
+    """A line for every name whose values differ between ranks, from (rank, values by name) pairs."""
     lines = []
     for name in dict.fromkeys(name for _, each in said for name in each):
         ranks: dict[str, list[int]] = {}

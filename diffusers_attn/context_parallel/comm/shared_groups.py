@@ -1,9 +1,8 @@
-"""The process groups that enabling context parallelism makes: shared by all that need the same, and ended with the
-last of them.
+"""The process groups of context parallelism. They are shared by their users and destroyed after the last one.
 
-A group costs threads, sockets and, on GPUs, a communicator with its buffers. Who needs one gets a `Lease`. Groups whose
-leases are all closed, or gone with the models that held them, are destroyed by `end_unused`, which is called where
-ranks are together anyway: never by the garbage collector, in the middle of an exchange.
+A group costs threads, sockets and, on GPUs, a communicator with its buffers. Each user of a group holds a `Lease`.
+`end_unused` destroys groups whose leases are all closed or were freed with their models. It is called where the ranks
+are synchronised anyway, and never by the garbage collector in the middle of an exchange.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ...errors import AttentionProviderError
 from . import one_thread, process_groups
 
 Agree = Callable[[Any], list[Any]]
-"""what all ranks concerned say, given what this one says."""
+"""Gathers a value of this rank from all ranks concerned."""
 
 
 class _Made:
@@ -31,8 +30,8 @@ class _Made:
         self.groups = list(groups)
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self.captured = False
-        """whether a CUDA graph of the user's own repeats exchanges of these groups: then they are never destroyed, for
-        NCCL would wait until the graph is."""
+        """Whether a user's CUDA graph repeats exchanges of these groups. Such groups are never destroyed, because NCCL
+        would wait until the graph is destroyed."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -40,7 +39,7 @@ class _Made:
 
 
 class Lease:
-    """The use of some groups, until it is closed. Without meaning in another process."""
+    """The right to use some groups until it is closed. In another process it is empty."""
 
     __slots__ = ("__weakref__", "_made")
 
@@ -51,7 +50,7 @@ class Lease:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """what functional collectives know the groups by."""
+        """The names of the groups for functional collectives."""
         return () if self._made is None else self._made.names
 
     def again(self) -> Lease:
@@ -73,16 +72,16 @@ class Lease:
 _latest: dict[Hashable, _Made] = {}
 _all: list[_Made] = []
 _numbers: dict[Hashable, int] = {}
-"""how often groups of a key were made."""
+"""Number of times that groups of a key were created."""
 
 
 def lease(key: Hashable, agree: Agree, make: Callable[[int], Sequence[dist.ProcessGroup]]) -> Lease:
-    """A lease of the groups of this `key`: those that all ranks have, or else new ones that `make` makes, given a
-    number that was never used for this key before. All ranks concerned must call this."""
+    """A lease of the groups of this `key`: existing groups, if all ranks have the same; otherwise new groups from
+    `make(number)`, with a number that was never used for this key. All ranks concerned must call this."""
     made = _latest.get(key)
     if made is not None and not all(map(process_groups.is_alive, made.groups)):
         made = None
-    # A rank may have lost its own with a model that was not disabled. Then all make new ones.
+    # A rank may have lost its groups with a model that was freed without being disabled. Then all ranks make new ones.
     said = agree((None if made is None else made.number, _numbers.get(key, 0)))
     if made is None or any(number != made.number for number, _ in said):
         _numbers[key] = number = 1 + max(used for _, used in said)
@@ -92,8 +91,8 @@ def lease(key: Hashable, agree: Agree, make: Callable[[int], Sequence[dist.Proce
 
 
 def control_group(ranks: Sequence[int], timeout: datetime.timedelta, agree: Agree) -> Lease:
-    """A lease of a gloo group of these ranks, in this order, for what they tell each other through the CPU's memory.
-    Nothing else is sent over it, so that what is said never takes the place of a tensor. Only these ranks call this."""
+    """A lease of a gloo group of these ranks, in this order, for control messages in CPU memory. It carries no other
+    data, so that a message is never received in place of a tensor. Only these ranks call this."""
     members = tuple(ranks)
 
     def make(number: int) -> list[dist.ProcessGroup]:
@@ -105,7 +104,7 @@ def control_group(ranks: Sequence[int], timeout: datetime.timedelta, agree: Agre
 
 
 def end_unused() -> None:
-    """Destroys the groups that nobody has a lease of any more."""
+    """Destroys the groups without a lease."""
     for made in [each for each in _all if not each.leases and not each.captured]:
         _all.remove(made)
         for key in [key for key, each in _latest.items() if each is made]:
@@ -117,7 +116,7 @@ def end_unused() -> None:
 
 
 def keep_if_captured(names: Sequence[str]) -> None:
-    """Notes that the current stream, if it is being captured, gets exchanges of these groups into a CUDA graph."""
+    """Marks these groups as captured if the current stream is being captured into a CUDA graph."""
     if torch.cuda.is_current_stream_capturing():
         for made in _all:
             if any(name in names for name in made.names):
@@ -125,10 +124,10 @@ def keep_if_captured(names: Sequence[str]) -> None:
 
 
 def as_timeout(timeout: datetime.timedelta | float | None, device_type: str) -> datetime.timedelta:
-    """`timeout`, or the job's own where it is None.
+    """`timeout` in seconds or as a timedelta; None is the timeout of the job.
 
     Raises:
-        AttentionProviderError: it is no length of time.
+        AttentionProviderError: `timeout` is no positive length of time.
     """
     if timeout is None:
         return process_groups.timeout_of(None, device_type)
@@ -143,14 +142,14 @@ def as_timeout(timeout: datetime.timedelta | float | None, device_type: str) -> 
 
 
 def of_device(timeout: datetime.timedelta, group: dist.ProcessGroup | None = None) -> datetime.timedelta:
-    """How long exchanges between devices wait. NCCL ends the process, without naming a rank: so it waits longer than
-    the ranks' hosts do, whose error names the missing one."""
+    """The timeout of exchanges between devices. With NCCL it is longer than that of the hosts: NCCL ends the process
+    without naming a rank, and the error of the hosts names the missing one."""
     nccl = "nccl" in dist.get_backend_config(group)
     return timeout + max(timeout / 4, datetime.timedelta(seconds=10)) if nccl else timeout
 
 
 def give_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta, device_type: str, always: bool) -> None:
-    """Has a group of the user's wait so long: `always`, or where it has the timeout that PyTorch gives when nobody says
-    anything. `init_device_mesh` has no argument for it."""
+    """Sets the timeout of a user's group: `always`, or only if it has PyTorch's default timeout. (`init_device_mesh`
+    has no argument for a timeout.)"""
     if always or process_groups.timeout_of(group, device_type) == process_groups.default_timeout(group):
         process_groups.set_timeout(group, of_device(timeout, group))

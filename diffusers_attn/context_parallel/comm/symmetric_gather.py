@@ -1,34 +1,33 @@
-"""Keys and values sent by copy engines: every rank writes them straight into the memory of the others, of all at once
-for a gather, or of one in each step of a ring.
+"""Keys and values sent by copy engines: every rank writes them directly into the memory of other ranks. A gather
+writes to all ranks at once, a ring to one rank in each step.
 
     this stream:   ... key, value | attention to the local keys        | attention to the others' ...
-    beside it:                    | copies to every other rank, barrier |
+    side stream:                  | copies to every other rank, barrier |
 
-The copies take no multiprocessor, and there is none at the receiver: attention reads what has arrived where it has
-arrived. Only in the order of the ranks is anything known of other ranks' progress, from one barrier a call, which comes
-after the copies. That suffices, for each rank has several slots to receive in and calls take turns in them:
+The copies occupy no multiprocessor, and the receiver copies nothing: attention reads the data where it arrived. The
+only cross-rank synchronisation is one barrier per call, after the copies. This suffices because each rank has several
+slots to receive in, and calls use them in turn:
 
-    A rank comes to the barrier of call n (on its side stream) only after all that its stream had been given before call
-    n. In a gather that is its attention of call n-1. A rank begins with the copies of call n+1 only after it has passed
-    the barrier of call n. So when these copies arrive, every rank is done with its attention of call n-1, which was the
-    last to read the slot that call n+1 writes, if there are two.
+    A rank reaches the barrier of call n (on its side stream) after all work that its main stream received before call
+    n. In a gather this includes the attention of call n-1. A rank starts the copies of call n+1 after the barrier of
+    call n. So when these copies arrive, every rank has finished its attention of call n-1, which was the last reader of
+    the slot that call n+1 writes, with two slots.
 
-    In a ring, call n starts before the attention to what call n-1 has brought, to be under way beside it. All is one
-    call later, and there are three slots.
+    In a ring, call n starts before the attention to the data of call n-1, and runs concurrently with it. Everything is
+    one call later, so there are three slots.
 
-A CUDA graph repeats its calls with the slots that they were captured with, however often and between whatever others.
-So calls that are captured, and all after them, begin with one more barrier, on the stream itself and before the local
-attention: after it every rank is done with all that it had received. Of calls that are known to be in one graph
-(`in_one_graph`) only the first does: the others have their predecessors in the graph with them.
+A CUDA graph repeats its calls with the captured slots, any number of times and between any other calls. So a captured
+call, and every later call, begins with one more barrier, on the main stream and before the local attention: after it
+every rank has finished reading all received data. In one graph (`in_one_graph`) only the first call needs this barrier,
+because the order of the other calls is part of the graph.
 
-Where gathers follow a ring or a ring gathers, whose slots are other places in the same memory, there is one such
-barrier, too.
+A gather after a ring, or a ring after a gather, begins with the same barrier, because their slots overlap in memory.
 
-A gather may bring what a rank has itself, too, for a call that is to have all keys in one piece. That copy goes on
-beside those to the others.
+A gather may include the rank's own rows, for a call that needs all keys in one tensor. That copy runs concurrently with
+the copies to other ranks.
 
-Memory, on each rank: the slots of what the largest call so far brings; in a gather two of the keys and values of all
-other ranks, or of all, in a ring three of those of one.
+Memory on each rank: the slots for the largest call so far. A gather has two slots for the keys and values of all other
+ranks, or of all ranks. A ring has three slots for those of one rank.
 """
 
 from __future__ import annotations
@@ -49,19 +48,19 @@ from .collectives import depends_on
 from .group import Group
 
 OTHERS, EVERYONE = 0, -1
-"""where a gather sends to, in the place of a ring's shift: to all other ranks, or to these and itself."""
+"""Targets of a gather, in place of the shift of a ring: all other ranks, or all ranks including this one."""
 _SLOTS, _SLOTS_OF_A_RING = 2, 3
 _ARRIVED, _READ = 0, 1
-"""channels of the barriers: all copies of this call have arrived; all that earlier calls brought has been read."""
+"""Channels of the barriers: all copies of this call have arrived; all data of earlier calls has been read."""
 _PLANS = 64
 _ODD = 61
-"""elements that nobody uses at the end of what is received; see `GatheredKV`."""
+"""Unused elements at the end of the received tensor; see `GatheredKV`."""
 _ALIGN = 128
-"""elements after which a value may begin."""
+"""The value begins at a multiple of this many elements."""
 
 
 class Memory(Protocol):
-    """What `symmetric.SymmetricMemory` is."""
+    """The interface of `symmetric_memory.SymmetricMemory`."""
 
     buffers: list[Tensor]
 
@@ -69,7 +68,7 @@ class Memory(Protocol):
 
 
 class Lane(Protocol):
-    """What `SideStream` is."""
+    """The interface of `SideStream`."""
 
     def is_captured(self) -> bool: ...
     def fork(self) -> None: ...
@@ -80,23 +79,22 @@ class Lane(Protocol):
 
 
 class GatheredKV(NamedTuple):
-    """Where keys and values of other ranks lie, in a flat tensor.
+    """The layout of received keys and values in a flat tensor.
 
-    A compiled graph sees this tensor as one of its own, which it may write to once it is read. It never does: a
-    compiler reuses memory for something of the same size, or almost, and keys and values are much smaller than the
-    whole, whose size nothing else has.
+    A compiled graph treats this tensor as its own and might reuse its memory after the last read. In practice it does
+    not: a compiler reuses memory for a tensor of about the same size, and no other tensor has the size of this one.
     """
 
     batch: int
     rows: int
     key_tail: tuple[int, ...]
-    """heads and head_dim."""
+    """Heads and head_dim of the key."""
     value_tail: tuple[int, ...]
 
     @staticmethod
     def of(key: Tensor, value: Tensor, sizes: Sequence[int], rank: int, shift: int = OTHERS) -> GatheredKV:
-        """On `rank`, where ranks have `sizes` rows, from any rank's `[batch, rows, heads, head_dim]`; of the rank that
-        is `shift` before, of all others, or of all."""
+        """The layout on `rank`, from any rank's `[batch, rows, heads, head_dim]` and the number of rows of every rank.
+        `shift` selects the rows of the rank that is `shift` before, of all other ranks, or of all ranks."""
         rows = sizes[(rank - shift) % len(sizes)] if shift > 0 else sum(sizes)
         rows -= sizes[rank] if shift == OTHERS else 0
         return GatheredKV(key.shape[0], rows, tuple(key.shape[2:]), tuple(value.shape[2:]))
@@ -127,7 +125,7 @@ class GatheredKV(NamedTuple):
 class _Copy(NamedTuple):
     is_value: bool
     sample: int | None
-    """which one; None for the whole batch, where it is one piece."""
+    """Index of the sample to copy; None copies the full batch, if it is contiguous in the target."""
     target: Tensor
 
     def make(self, key: Tensor, value: Tensor) -> None:
@@ -136,7 +134,7 @@ class _Copy(NamedTuple):
 
 
 class _CopyPlan(NamedTuple):
-    """For each slot, what a kind of call copies to other ranks, and to its own, and the tensor that it receives."""
+    """For each slot, the copies to other ranks and to this rank, and the received tensor, for one kind of call."""
 
     to_others: list[list[_Copy]]
     to_itself: list[list[_Copy]]
@@ -144,24 +142,24 @@ class _CopyPlan(NamedTuple):
 
 
 class _Coming(NamedTuple):
-    """A call that was started."""
+    """A call that has started."""
 
     call: int
-    """its number."""
+    """Number of the call."""
     slots: int
-    """between which such calls take turns."""
+    """Number of slots that such calls use in turn."""
     received: Tensor
     own_lane: Lane | None
-    """where a copy of this rank's own is under way."""
+    """The lane of the copy of this rank's own rows, if there is one."""
 
 
 class SymmetricGather:
     """Gathers over one group, one at a time, in the same order on every rank.
 
     Args:
-        allocate: memory of so many bytes on every rank; a collective.
-        lane: where copies to other ranks go on beside the work of the current stream.
-        own_lane: the same for what stays on this rank.
+        allocate: allocates memory of the given number of bytes on every rank; a collective.
+        lane: runs copies to other ranks concurrently with the current stream.
+        own_lane: runs copies to this rank concurrently with the current stream.
     """
 
     def __init__(self, group: Group, allocate: Callable[[int], Memory], lane: Lane, own_lane: Lane) -> None:
@@ -172,19 +170,19 @@ class SymmetricGather:
         self._memory: Memory | None = None
         self._nbytes = 0
         self._slots = _SLOTS
-        """of the latest call."""
+        """Number of slots of the latest call."""
         self._retired: list[Memory] = []
         self._plans: dict[object, _CopyPlan] = {}
         self._guarded = False
         self._in_one_graph: int | None = None
-        """while a graph is captured and it is known that this is one: how many of its calls there were."""
+        """Number of calls so far in the CUDA graph that is being captured; None outside of `in_one_graph`."""
         self._calls = 0
         self._coming: dict[int, _Coming] = {}
-        """what was started and is not finished, by ticket."""
+        """Calls that have started and not finished, by ticket."""
 
     @property
     def nbytes(self) -> int:
-        """Memory that this rank receives in."""
+        """Bytes of the memory in which this rank receives."""
         return self._nbytes
 
     def has_room(self, nbytes: int, most: int) -> bool:
@@ -196,13 +194,13 @@ class SymmetricGather:
         return needed <= (self._nbytes if self._lane.is_captured() else max(self._nbytes, most))
 
     def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0, shift: int = OTHERS) -> None:
-        """Sends this rank's `[batch, rows, heads, head_dim]`, contiguous, to others. They may not be written to, or
-        freed, before `finish`.
+        """Sends this rank's contiguous `[batch, rows, heads, head_dim]` tensors. They must not be written to or freed
+        before `finish`.
 
         Args:
-            sizes: rows of every rank.
-            ticket: for `finish`.
-            shift: to the rank that is so many further, in a ring; or OTHERS, or EVERYONE.
+            sizes: number of rows of every rank.
+            ticket: identifies the call for `finish`.
+            shift: in a ring, the distance to the receiving rank; or OTHERS, or EVERYONE.
         """
         signature = (key.shape, value.shape, key.dtype, key.device, tuple(sizes), shift)
         plan = self._plans.get(signature)
@@ -236,16 +234,16 @@ class SymmetricGather:
         self._coming[ticket] = _Coming(self._calls, slots, plan.received[slot], own_lane)
 
     def finish(self, ticket: int = 0) -> Tensor:
-        """What the others have sent, once it has arrived, as `GatheredKV` describes it. It is to be read by what is
-        given to the current stream before the next call starts, or in a ring the next but one, and not to be written
+        """Waits for the received data and returns it in the layout of `GatheredKV`. It may be read by work that the
+        current stream receives before the next call starts (in a ring, the next but one), and must not be written
         to."""
         coming = self._coming.pop(ticket)
         later = self._calls - coming.call
         if later >= coming.slots:
             raise RuntimeError(
-                f"{later} gathers of the same ranks have started since this one, which overwrite it. A "
-                "compiler that is given the whole model may move attentions that do not depend on each other: compile "
-                "the model block by block."
+                f"{later} gathers of the same ranks have started since this one and overwrite its data. A compiler "
+                "that compiles the full model may reorder attentions that do not depend on each other: compile the "
+                "model block by block."
             )
         self._lane.join()
         if coming.own_lane is not None:
@@ -254,7 +252,7 @@ class SymmetricGather:
 
     @contextlib.contextmanager
     def in_one_graph(self) -> Iterator[None]:
-        """Calls that are captured within are all in the same CUDA graph, and in this order."""
+        """Context in which all captured calls belong to one CUDA graph, in this order."""
         outer, self._in_one_graph = self._in_one_graph, 0
         try:
             yield
@@ -271,11 +269,11 @@ class SymmetricGather:
         memory: Any = self._memory
         if memory.buffers[self.group.rank].device != key.device or value.dtype != key.dtype:
             raise AttentionProviderError(
-                f"keys of {key.dtype} on {key.device} and values of {value.dtype} on {value.device} are to be sent "
-                f"from {memory.buffers[self.group.rank].device}: give both one dtype, and the model the device that "
-                "was current when context parallelism was applied."
+                f"keys are {key.dtype} on {key.device} and values {value.dtype} on {value.device}; one dtype on "
+                f"{memory.buffers[self.group.rank].device} is accepted, the device that was current when context "
+                "parallelism was applied. Move the model to it."
             )
-        # The next rank's first, so that no rank is everybody's first.
+        # Each rank begins with the next rank, so that no rank is the first target of all.
         steps = [shift] if shift > 0 else range(1, self.group.size)
         others = [(self.group.rank + step) % self.group.size for step in steps]
         itself = [self.group.rank] if shift == EVERYONE else []
@@ -312,19 +310,19 @@ class SymmetricGather:
         return found
 
     def _reserve(self, nbytes: int, slots: int) -> int:
-        """How far slots are apart, in memory for `slots` of `nbytes`. All ranks come to it in the same call, for all
-        know the sizes of all."""
+        """The distance of slots in bytes, in memory for `slots` slots of `nbytes`. All ranks allocate in the same call,
+        because every rank has the sizes of all ranks."""
         from .symmetric_memory import ALIGNMENT
 
         needed = slots * -(-nbytes // ALIGNMENT) * ALIGNMENT
         if needed > self._nbytes:
             if self._lane.is_captured():
                 raise AttentionProviderError(
-                    f"a CUDA graph is captured of a call that is larger than all before ({needed} bytes to receive in, "
-                    f"{self._nbytes} are there). Make the call once before it is captured, on every rank."
+                    f"a CUDA graph captures a call that receives {needed} bytes, and {self._nbytes} bytes are "
+                    "allocated. Make the call once on every rank before it is captured."
                 )
-            # All that others have sent here has arrived, since this rank has waited for it; nobody sends more before
-            # all have come here.
+            # All data sent to this rank has arrived, because this rank has waited for it. No rank sends more before all
+            # ranks have reached this allocation.
             self._lane.drain()
             if self._guarded and self._memory is not None:
                 self._retired.append(self._memory)  # graphs still use it
@@ -336,12 +334,12 @@ class SymmetricGather:
 
 
 class SideStream:
-    """A stream beside whichever is current. What is given to it inside `with` runs after what the current stream had
-    been given before, beside what that is given until `join`, and before what comes after."""
+    """A stream beside the current one. Work inside `with` runs after the earlier work of the current stream,
+    concurrently with its work until `join`, and before its work after `join`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Before kernels of the other stream: a barrier is one warp.
+        # High priority, before kernels of the main stream: a barrier is one warp.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._context = torch.cuda.stream(self._stream)
         self._begin, self._end = torch.cuda.Event(), torch.cuda.Event()
@@ -352,11 +350,11 @@ class SideStream:
 
     def fork(self) -> None:
         main = torch.cuda.current_stream(self._device)
-        # In this order: a stream says of None that it is not unequal to it.
+        # None is tested first, because a stream compares equal to None.
         if self._main is None:
             self._main = main
         elif main != self._main:
-            # What was received is read by what the earlier stream was given; a capture has waited for all of it.
+            # Work of the earlier stream still reads received data. (A capture has waited for all of it.)
             if not self.is_captured():
                 main.wait_stream(self._main)
             self._main = main
@@ -381,13 +379,13 @@ class SideStream:
 
 
 _gathers: weakref.WeakValueDictionary[str, SymmetricGather] = weakref.WeakValueDictionary()
-"""by the name of their group, as PyTorch knows groups: an operator in a compiled graph is given nothing but plain
-values. What applies context parallelism owns them."""
+"""Open gathers by the name of their group, because an operator in a compiled graph takes only plain values. The model's
+context parallelism owns them."""
 
 
 def open_gather(group: Group, make: Callable[[], SymmetricGather]) -> SymmetricGather:
-    """The gather of `group`: the one that is open, or else what `make` makes. It is open as long as somebody holds it.
-    Several models may share one."""
+    """The open gather of `group`, or a new one from `make`. It stays open as long as it is referenced. Several models
+    may share one."""
     gather = _gathers.get(group.name)
     if gather is None:
         gather = _gathers[group.name] = make()
@@ -404,16 +402,15 @@ def gather_of(group: str) -> SymmetricGather:
     if gather is None:
         raise AttentionProviderError(
             f"group '{group}' has no symmetric memory in this process: context parallelism was removed from the model "
-            "whose call this is, or the model was brought here from another process. Call apply_context_parallel."
+            "that makes this call, or the model comes from another process. Call apply_context_parallel."
         )
     return gather
 
 
-# Two operators for compiled graphs, so that attention to the local keys can be between them. They change none of the
-# tensors that they are given, and claim to change all: what reads these before, between and after an operator must run
-# before, between and after it, and the memory that is sent from is the same, and alive, until the copies are made. (Of
-# a tensor that is only read, a compiler may give each operator a copy of its own.) The ticket says which operators
-# belong together, and that two calls that send the same are two.
+# Two operators for compiled graphs, so that attention to the local keys can run between them. They declare that they
+# change their arguments, although they do not. So readers of these tensors keep their order relative to the operators,
+# and the memory that is sent stays allocated until the copies are made. (A compiler may give each operator its own copy
+# of a tensor that is only read.) The ticket pairs a start with its finish, and keeps two calls with equal data apart.
 _library = torch.library.Library("diffusers_attn", "FRAGMENT")
 _library.define("symmetric_gather_start(Tensor(a!)[] held, SymInt[] sizes, str group, int ticket, int shift) -> ()")
 _library.define(
@@ -455,7 +452,7 @@ class GatherInFlight(NamedTuple):
     """Key and value on their way to the other ranks of a group."""
 
     held: list[Tensor]
-    """key and value, to be used in their place by all that is computed meanwhile; and the query."""
+    """Key and value, which computation before `finish` must use in place of the originals; and the query."""
     sizes: tuple[int, ...]
     group: Group
     ticket: int = 0
@@ -475,14 +472,14 @@ class GatherInFlight(NamedTuple):
         """Sends `key` and `value`, `[batch, rows, heads, head_dim]` and contiguous, to other ranks of `group`.
 
         Args:
-            query: what attends to them.
-            sizes: rows of every rank.
-            needs_grad: whether they may be saved for a backward.
-            shift: to the rank that is so many further; or OTHERS, or EVERYONE.
+            query: the query that attends to them.
+            sizes: number of rows of every rank.
+            needs_grad: whether key and value may be saved for a backward.
+            shift: distance to the receiving rank; or OTHERS, or EVERYONE.
         """
         held = [key, value, query]
         if needs_grad and torch.compiler.is_compiling():
-            # What is saved must not seem to change: copies, which come after the query, as it would see to itself.
+            # Saved tensors must not be declared changed. So copies are sent; they depend on the query, as `held` does.
             held = [depends_on(key, query), depends_on(value, query)]
         return GatherInFlight(held, sizes, group)._begun(shift)
 
@@ -496,16 +493,16 @@ class GatherInFlight(NamedTuple):
             return self._replace(shift=shift)
         prepare_for_exchanges()
         ticket = _new_ticket()
-        # The overload, since of that the compiler knows that it changes an argument, and so must not be left out.
+        # The overload declares the mutation, so that the compiler does not remove the call.
         torch.ops.diffusers_attn.symmetric_gather_start.default(self.held, self.sizes, self.group.name, ticket, shift)
         return self._replace(shift=shift, ticket=ticket)
 
     def finish(self, meanwhile: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of the rank that is `shift` before, or of all others, or of all, in their order. They may be
-        read until the next call starts, or in a ring the next but one.
+        """Key and value of the rank that is `shift` before, of all other ranks, or of all ranks, in their order. They
+        may be read until the next call starts (in a ring, the next but one).
 
         Args:
-            meanwhile: a result of what was computed since the start.
+            meanwhile: a result that was computed since the start.
         """
         received = GatheredKV.of(self.held[0], self.held[1], self.sizes, self.group.rank, self.shift)
         if torch.compiler.is_compiling():

@@ -1,7 +1,7 @@
 """Memory on each GPU of a ring that the other GPUs can write to: PyTorch's symmetric memory.
 
-Its interface is private to PyTorch and is touched here and nowhere else; `missing_interface` says what of it is gone,
-should it move. Of its operations only plain copies and the barrier are used: no multicast.
+Its interface is private to PyTorch and used only in this file; `missing_interface` lists the names that a version of
+PyTorch lacks. Only plain copies and the barrier are used, no multicast.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from torch import Tensor
 from .group import Group
 
 ALIGNMENT = 2 * 1024 * 1024
-"""what the driver hands out at least."""
+"""Bytes of the smallest allocation of the driver."""
 BARRIER_TIMEOUT_MS = 10 * 60 * 1000
-"""as NCCL's own. Without one, a rank whose peer has died would wait for it forever."""
+"""Timeout of a barrier, equal to NCCL's default. Without a timeout, a rank would wait forever for a peer that died."""
 
 
 class SymmetricMemory:
-    """`nbytes` on this rank's current GPU, and the same of every rank of `group`, mapped into this process.
+    """`nbytes` on the current GPU of every rank of `group`, mapped into this process.
 
-    Making one is a collective: all ranks of the group must, with the same `nbytes`. It may not be made while a CUDA
-    graph is captured. The memory goes back to the driver with the object.
+    The constructor is a collective: all ranks of the group must call it with the same `nbytes`, and not while a CUDA
+    graph is captured. The memory returns to the driver when the object is freed.
     """
 
     def __init__(self, group: Group, nbytes: int, device: torch.device) -> None:
         from torch.distributed import _symmetric_memory
 
-        # What is made in inference mode could never be written to outside of it.
+        # Tensors that are created in inference mode cannot be written to outside of it.
         with torch.inference_mode(False):
-            # Not by `_symmetric_memory.empty`: what that allocates stays with its pool when it is freed.
+            # Not `_symmetric_memory.empty`: its pool keeps the memory after it is freed.
             self._local: Tensor = _interface().empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
             self._handle: Any = _symmetric_memory.rendezvous(self._local, group.name)  # type: ignore[arg-type]
             self.buffers: list[Tensor] = [
                 self._local if rank == group.rank else self._handle.get_buffer(rank, (nbytes,), torch.uint8)
                 for rank in range(group.size)
             ]
-        """each rank's memory as bytes; all of them look like tensors of this rank's device."""
+        """The memory of each rank as bytes; all are tensors of this rank's device."""
 
     def barrier(self, channel: int) -> None:
-        """On the current stream: waits until all ranks have come to their barrier of this `channel`. What they wrote
-        before theirs can be read after it. It leaves nothing behind, so that a CUDA graph can repeat it."""
+        """Waits, on the current stream, until all ranks have reached their barrier of this `channel`. Data that they
+        wrote before it can be read after it. A barrier leaves no state, so that a CUDA graph can repeat it."""
         self._handle.barrier(channel, BARRIER_TIMEOUT_MS)
 
 
@@ -53,7 +53,7 @@ def _interface() -> Any:
 
 
 def missing_interface() -> str | None:
-    """What this PyTorch lacks of what is used above; None where it has all."""
+    """The names used above that this PyTorch lacks; None if it has all."""
     try:
         from torch.distributed._symmetric_memory import rendezvous  # noqa: F401
 

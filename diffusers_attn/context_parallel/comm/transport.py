@@ -1,8 +1,8 @@
-"""How keys and values get to the other ranks of a ring: chosen once, when context parallelism is applied.
+"""The transport of keys and values to other ranks of a ring, chosen once, when context parallelism is applied.
 
-"symmetric" writes them into the other GPUs' memory by copy engines (`symmetric_gather`), beside all computation. It
-needs CUDA, NCCL to have made the group, and one machine whose GPUs reach each other. "collective" is a functional
-collective (`collectives`) and works everywhere. Results are the same.
+"symmetric" writes into the memory of the other GPUs with copy engines (`symmetric_gather`), concurrently with
+computation. It needs CUDA, a group of NCCL, and one machine whose GPUs reach each other. "collective" is a functional
+collective (`collectives`) and works everywhere. The results are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLLECTIVE = "collective"
 
 
 class Transport(NamedTuple):
-    """What was chosen. Plain values, which a compiled graph takes as constants."""
+    """The chosen transport. Plain values, which a compiled graph treats as constants."""
 
     kind: str = COLLECTIVE
     """"symmetric" or "collective"."""
@@ -32,12 +32,12 @@ class Transport(NamedTuple):
 
 
 def choose_transport(ring: Group, device_type: str) -> tuple[Transport, SymmetricGather | None]:
-    """The fastest transport that `ring` can use, and the owner of its memory: keep it as long as the transport is
-    used. On GPUs this is a collective: all ranks of the ring must call it, with their GPU as the current device, and
-    all get the same.
+    """The fastest transport that `ring` can use, and the owner of its memory, which must live as long as the transport
+    is used. On GPUs this is a collective: all ranks of the ring must call it with their GPU as the current device. All
+    ranks get the same transport.
 
     Args:
-        device_type: what the ranks compute on, "cuda" or "cpu".
+        device_type: device type of the ranks, "cuda" or "cpu".
     """
     if ring.size == 1:
         return Transport(COLLECTIVE, "a ring of one rank sends nothing"), None
@@ -70,7 +70,7 @@ def _make(group: Group) -> SymmetricGather:
 
 
 def _not_cuda(ring: Group, device_type: str) -> str | None:
-    """Why the ring is not one of GPUs; the same on every rank."""
+    """Why the ring cannot use CUDA with NCCL; None if it can. Equal on every rank."""
     import torch.distributed as dist
 
     if device_type != "cuda":
@@ -80,7 +80,7 @@ def _not_cuda(ring: Group, device_type: str) -> str | None:
 
 
 def _machine() -> str:
-    """What tells this machine from others, whatever their containers call themselves."""
+    """An identifier of this machine that does not depend on the names of containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -88,7 +88,7 @@ def _machine() -> str:
 
 
 def _try(gather: SymmetricGather) -> str | None:
-    """A gather of one row from every rank; why it went wrong, None if it did not."""
+    """Gathers one row from every rank. Returns the reason of a failure, or None."""
     group = gather.group
     device = torch.device("cuda", torch.cuda.current_device())
     for attempt in range(2):  # both slots

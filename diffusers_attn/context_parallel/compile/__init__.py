@@ -1,1 +1,1 @@
-"""What Inductor needs to compile exchanges, and the order in which it runs them."""
+"""Settings and a graph pass of Inductor for compiled exchanges."""

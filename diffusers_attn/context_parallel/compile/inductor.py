@@ -1,15 +1,15 @@
-"""What PyTorch's compiler is told where it compiles exchanges. This is private to Inductor, and touched here alone.
+"""Settings of Inductor for graphs with exchanges. They are private to Inductor, and set only in this file.
 
-Inductor leaves gaps between the rows of a tensor on a GPU where that makes them begin at round addresses
-(`comprehensive_padding`). Before PyTorch 2.13, where a tensor with gaps is read by a concatenation (as in the backward
-of rotary embeddings) and its order in memory is then decided by what it was computed from (as gradients of attention
-are, heads first), the one assumes another order than the other takes: gradients are wrong, without a word. There the
-gaps are turned off, for this process.
+On a GPU, Inductor may leave gaps between the rows of a tensor so that they begin at aligned addresses
+(`comprehensive_padding`). Before PyTorch 2.13 this silently gives wrong gradients when a concatenation reads a tensor
+with gaps (as in the backward of rotary embeddings) and the memory layout of the tensor follows from its inputs (as for
+gradients of attention, heads first): the two assume different layouts. For these versions the gaps are turned off in
+this process.
 
-And Inductor runs `overlap_pass.begin_early` over what it is given, which does nothing to graphs without an exchange of
-ours. A pass that somebody else has set runs before it.
+Inductor also runs `overlap_pass.begin_early` on each graph, which does not change graphs without our exchanges. A pass
+that is already set runs before it.
 
-Why both are set for the whole process, and not for one model: docs/design.md, "What changes for the whole process".
+docs/design.md, "What changes for the whole process", explains why both are set for the process and not for one model.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ ORDERS_AGREE = Version("2.13")
 
 @torch._dynamo.assume_constant_result
 def prepare_for_exchanges() -> bool:
-    """To be called where an exchange is traced, which is before Inductor sees it."""
+    """Called where an exchange is traced, which is before Inductor receives the graph."""
     return _prepare()
 
 
 @functools.cache
 def _prepare() -> bool:
-    from torch._inductor import config  # slow to import, and needed by compilers only
+    from torch._inductor import config  # slow to import, and needed only for compilation
 
     config.pre_grad_custom_pass = _make_pass(config.pre_grad_custom_pass)
     if Version(torch.__version__) < ORDERS_AGREE and config.comprehensive_padding:
@@ -51,7 +51,7 @@ def _prepare() -> bool:
 
 
 def _make_pass(others: Any) -> Any:
-    """`begin_early` as a pass of Inductor, behind what is set there already: None, a pass, or several."""
+    """`begin_early` as a pass of Inductor that first runs `others`: None, a pass, or several."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     passes = others if isinstance(others, (list, tuple)) else [] if others is None else [others]
@@ -63,12 +63,12 @@ def _make_pass(others: Any) -> Any:
             begin_early(graph)
 
         def uuid(self) -> Any:
-            """Inductor's cache keeps graphs by it; None is not to keep them, as where another pass has none."""
+            """Key of the pass in Inductor's cache. None disables caching, for example if another pass has no key."""
             known = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in passes]
             return None if None in known else (*known, get_hash_for_files((overlap_pass.__file__,)))
 
         def __reduce__(self) -> Any:
-            """PyTorch 2.11 pickles it for its cache."""
+            """PyTorch 2.11 pickles the pass for its cache."""
             return _make_pass, (others,)
 
     return BeginEarly()

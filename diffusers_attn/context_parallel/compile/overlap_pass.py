@@ -1,7 +1,7 @@
-"""In a compiled graph, keys and values are sent as soon as they are there, and what does not need them comes after.
+"""A pass that starts exchanges early: a compiled graph sends keys and values as soon as they are computed.
 
-A model computes query, key and value, and perhaps an MLP in parallel, before it asks for attention, which is where an
-exchange begins. By the graph one sees that neither the queries nor the MLP need to be there by then:
+A model computes query, key and value, and perhaps an MLP in parallel, before it calls attention, where an exchange
+begins. The exchange needs neither the queries nor the MLP:
 
     hidden -> query, key, value, mlp -> [send key, value] -> attention -> ...
 
@@ -9,17 +9,17 @@ becomes
 
     hidden -> key, value -> [send key, value] -> query, mlp -> attention -> ...
 
-so that products of matrices, and not only attention to the local keys, hide the exchange. The order of a graph binds no
-compiler; what the operators of `symmetric_gather` say of their arguments does. So the tensors that these products read
-become arguments of `symmetric_gather_start`, which claims to change them, and their results arguments of
-`symmetric_gather_finish`, which claims to read them.
+so that matrix products, and not only attention to the local keys, hide the exchange. A compiler may reorder a graph,
+but it respects the declared mutations of the operators of `symmetric_gather`. So the tensors that these products read
+become arguments of `symmetric_gather_start`, which declares that it changes them, and the results of the products
+become arguments of `symmetric_gather_finish`, which declares that it reads them.
 
-This is a pass over the graph that Dynamo traced, before anything is done to it. Only what is known to leave its
-arguments, the random state and the compiler's modes alone is moved, and nothing past another exchange.
+The pass runs on the graph that Dynamo traced, before all other passes. It moves only nodes that are known not to change
+their arguments, the random state or the modes of the compiler, and never past another exchange.
 
-Exchanges must stay in their order, which must be the same on all ranks, and what one has brought must be read before
-the next begins (`symmetric_gather`). Where nothing that an exchange sends sees to that, as where two attentions of a
-block do not depend on each other, what the one before has led to becomes an argument, too.
+Exchanges must keep their order, which must be equal on all ranks, and the data of one exchange must be read before the
+next begins (`symmetric_gather`). If the data that an exchange sends does not depend on the results of the exchange
+before, as with two independent attentions in a block, these results become arguments of its start as well.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 HELD, MEANWHILE, TICKET_OF_START, TICKET_OF_FINISH = 0, 1, 3, 4
-"""positions of arguments of `symmetric_gather_start` and `symmetric_gather_finish`."""
+"""Positions of arguments of `symmetric_gather_start` and `symmetric_gather_finish`."""
 _LONG = frozenset("linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d scaled_dot_product_attention".split())
-"""functions that take long enough to hide an exchange, and are kernels by themselves."""
+"""Functions that take long enough to hide an exchange and are kernels of their own."""
 _RANDOM = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal".split()
 )
@@ -44,13 +44,12 @@ _IN_PLACE = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem".split()
 )
 _MODULES = ("torch", "_operator", "math", "builtins")
-"""of functions of which it is known what their names say."""
+"""Modules whose functions are recognised by their names."""
 
 
 def begin_early(graph: Graph) -> None:
-    """Moves what neither keys nor values need behind the `symmetric_gather_start` that sends them, wherever there is
-    something that takes long, and ties each to what reads what the one before has brought. The graph computes the
-    same."""
+    """Moves nodes that keys and values do not need behind the `symmetric_gather_start` that sends them, if some of
+    these nodes take long. Makes every start depend on the readers of the exchange before. The results do not change."""
     finishes = {node.args[TICKET_OF_FINISH]: node for node in _calls(graph, "symmetric_gather_finish")}
     for start in _calls(graph, "symmetric_gather_start"):
         held: Any = start.args[HELD]
@@ -67,8 +66,8 @@ def _calls(graph: Graph, name: str) -> list[Node]:
 
 
 def _results_to_wait_for(start: Node, sent: Sequence[Node]) -> list[Node]:
-    """What comes, before `start`, of reading the memory that earlier exchanges have brought, where nothing `sent`
-    depends on it."""
+    """The results, before `start`, of nodes that read the memory of earlier exchanges, unless `sent` depends on
+    them."""
     received = {_memory(finish) for finish in _calls(start.graph, "symmetric_gather_finish")} - {None}
     before = dict.fromkeys(itertools.takewhile(lambda node: node is not start, start.graph.nodes))
     seen_to = _ancestors(sent, set(before))
@@ -76,20 +75,20 @@ def _results_to_wait_for(start: Node, sent: Sequence[Node]) -> list[Node]:
     for node in before:  # views of that memory do not read it
         reads = _memory(node) not in received and any(_memory(each) in received for each in node.all_input_nodes)
         if reads and node not in seen_to:
-            # Of an operator with several results, as attention with its lse, what takes one of them is a tensor.
+            # An operator with several results, such as attention with its lse, is no tensor; its users select one.
             results += [each for each in (node, *node.users) if each in before]
     return _own_tensors(results, sent, start.graph)
 
 
 def _begin_early(start: Node, finish: Node, tied: Sequence[Node]) -> None:
-    """`tied`: keys, values, and what else `start` must come after."""
+    """Moves nodes behind `start`. `tied` are keys, values and other nodes that `start` must come after."""
     before = _movable_before(start)
     needed = _ancestors([*tied, *_nodes(start.args[1:])], set(before))
     beside = [node for node in before if node not in needed]
     long, read = _long_and_what_they_read(beside)
     anchors = _own_tensors(read, tied, start.graph)
     if not anchors:
-        return  # nothing would keep a compiler from computing it before
+        return  # without a dependency, a compiler could compute the moved nodes earlier
     last = start
     for node in beside:
         last.append(node)
@@ -102,7 +101,7 @@ def _begin_early(start: Node, finish: Node, tied: Sequence[Node]) -> None:
 
 
 def _movable_before(start: Node) -> list[Node]:
-    """What comes before `start`, in its order, back to the first that must stay where it is."""
+    """The nodes before `start`, in order, from the last one that must stay where it is."""
     found: list[Node] = []
     node = start.prev
     while node.op in ("call_function", "call_method", "get_attr") and not _must_stay(node):
@@ -112,7 +111,7 @@ def _movable_before(start: Node) -> list[Node]:
 
 
 def _must_stay(node: Node) -> bool:
-    """Whether it may do anything but return a value: write to an argument, send, draw numbers, switch a mode."""
+    """Whether the node may have a side effect: write to an argument, send, draw random numbers, or switch a mode."""
     target: Any = node.target
     if node.op == "get_attr":
         return False
@@ -132,11 +131,11 @@ def _must_stay(node: Node) -> bool:
 
 
 def _long_and_what_they_read(beside: Sequence[Node]) -> tuple[list[Node], list[Node]]:
-    """What takes long, and what the first of it depends on outside of `beside`."""
+    """The nodes that take long, and the nodes outside of `beside` that the first of them depend on."""
     long: list[Node] = []
     read: dict[Node, None] = {}
     outside: dict[Node, dict[Node, None]] = {}
-    """for each node what it reads from outside; nothing behind one that takes long, which waits for it anyway."""
+    """For each node, the outside nodes it reads; none behind a node that takes long, which already depends on them."""
     for node in beside:
         inputs = [outside.get(each, {each: None}) for each in node.all_input_nodes]
         outside[node] = dict.fromkeys(itertools.chain(*inputs))
@@ -148,8 +147,8 @@ def _long_and_what_they_read(beside: Sequence[Node]) -> tuple[list[Node], list[N
 
 
 def _own_tensors(nodes: Iterable[Node], taken: Iterable[Node], graph: Graph) -> list[Node]:
-    """Those which the graph has made for itself, one of each memory: a compiler may be told that they are changed. Of
-    an input it would make a copy, and then copy it back."""
+    """The nodes whose memory the graph allocated, one for each memory. Only these may be declared as changed: a
+    compiler would copy a changed input, and copy it back."""
     others = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     memory = {_memory(node) for node in itertools.chain(others, taken)} | {None}
     found: list[Node] = []
@@ -161,13 +160,13 @@ def _own_tensors(nodes: Iterable[Node], taken: Iterable[Node], graph: Graph) -> 
 
 
 def _memory(node: Node) -> int | None:
-    """What tells its memory from others'; None of what is no tensor."""
+    """An identifier of the memory of the node's tensor; None if it is no tensor."""
     example = node.meta.get("example_value")
     return example.untyped_storage()._cdata if isinstance(example, Tensor) else None
 
 
 def _ancestors(nodes: Iterable[Node], within: set[Node]) -> set[Node]:
-    """Those of `within` that `nodes` depend on, and that they are."""
+    """The nodes in `within` among `nodes` and their ancestors."""
     found: set[Node] = set()
     waiting = list(nodes)
     while waiting:

@@ -109,7 +109,7 @@ def test_what_counts_positions_is_refused_where_a_rank_does_not_know_them(what):
             (Role(("image",), ("image",)), own, 40),
         ):
             tracker.role = role
-            with pytest.raises(AttentionProviderError, match=f"{what}=.* counts positions.*keys are whole"):
+            with pytest.raises(AttentionProviderError, match=f"{what}=.* counts positions.*keys are replicated"):
                 split_attention(*tensors(queries, keys), tracker=tracker, provider="_native_math", **asked)
         for role, queries, keys in ((REPLICATED, 40, 40), (None, 30, 40)):  # all of it is whole
             tracker.role = role
