@@ -143,7 +143,7 @@ def test_the_bias_gets_its_gradient(provider):
 def test_a_bias_gradient_that_nobody_would_compute_is_refused():
     query, key, value = torch.randn(3, 1, 2, 5, 8)
     bias = torch.randn(5, 5, requires_grad=True)
-    with attention_provider("flex"), pytest.raises(AttentionProviderError, match="no gradient for attn_mask.*native"):
+    with attention_provider("flex"), pytest.raises(AttentionProviderError, match="no gradient of attn_mask.*native"):
         attention_dispatch(query, key, value, bias)
 
 

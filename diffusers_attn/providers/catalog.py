@@ -1,4 +1,4 @@
-"""Every provider, as data: what it computes, what it needs, what may be set. The one table that all else reads."""
+"""The table of providers: capabilities, required packages and options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Capabilities, Option, ProviderSpec, Requirement
 
 
 class AttentionProvider(str, enum.Enum):
-    """The attention kernels, by the names they have had since finetrainers. Members equal their strings."""
+    """The attention providers, with the names of finetrainers. Members equal their strings."""
 
     AUTO = "auto"
     NATIVE = "native"
@@ -210,7 +210,7 @@ _SPECS = (
     ProviderSpec(
         "flash_4",
         "flash4:Flash4",
-        # Hopper alone would take head dims up to 256. On consumer Blackwell (12.x) its backward knows no mask.
+        # On Hopper the kernel takes head dims up to 256. On consumer Blackwell (12.x) its backward supports no mask.
         _with(
             _FLASH_2,
             masks=KEY_MASK | {MaskKind.DENSE},
@@ -310,11 +310,11 @@ _SPECS = (
 )
 
 SPECS: dict[str, ProviderSpec] = {spec.name: spec for spec in _SPECS}
-"""by name; `auto` is not among them, since it is a choice between these."""
+"""The providers by name, without `auto`, which chooses between these."""
 
 
 def options_by_place(provider: str, options: Iterable[tuple[str, object]]) -> tuple[str, ...]:
-    """Those of `options` that depend on places in the sequence, written as they were given: `window_size=(1, 1)`."""
+    """The options that depend on positions in the sequence and are on, as text: `window_size=(1, 1)`."""
     known = SPECS[provider].options if provider in SPECS else {}
     return tuple(
         f"{name}={value!r}"

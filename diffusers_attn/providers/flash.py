@@ -1,7 +1,8 @@
 """FlashAttention-2 (arXiv 2307.08691), from the package flash-attn.
 
-Its low-level functions are called: they return the lse, take another one in the backward, and since 2.7 are operators
-of PyTorch's library, which trace into one graph. Those of 2.6 take the window as one pair and return more.
+The adapter calls the low-level functions of the package. They return the lse and accept another lse in the backward.
+Since 2.7 they are registered operators, which trace into one graph. Those of 2.6 take the window as one pair and return
+more results.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _forward_constants(settings: Settings) -> tuple[Any, ...]:
 
 
 def _call(kernel: Callable[..., Any], *args: Any) -> Any:
-    """`kernel(...)`. What the installed build was compiled without is said in this library's words."""
+    """Calls `kernel`. Raises AttentionProviderError for a feature that the installed build was compiled without."""
     try:
         return kernel(*args)
     except RuntimeError as error:

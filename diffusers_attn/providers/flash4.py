@@ -1,11 +1,11 @@
-"""FlashAttention-4: written in CuTe DSL, compiled for each kind of call when it is first made.
+"""FlashAttention-4: written in CuTe DSL and compiled for each kind of call on first use.
 
-The package launches its kernels from Python, which Dynamo cannot trace: a compiled graph holds the operators below.
-An eager call goes to the package directly.
+The package launches its kernels from Python, which Dynamo cannot trace. So a compiled graph contains the operators
+below, and an eager call uses the package directly.
 
-A key mask becomes lengths, as for the other FlashAttentions, but with every sequence in its own place: the kernel then
-keeps the query dense, and blocks of dropped keys cost nothing. Any other bool mask is read entry by entry in the kernel
-(`mask_mod`), never expanded in memory.
+A key mask becomes lengths, as for the other FlashAttentions, but every sample keeps its own positions: the query stays
+dense, and blocks of dropped keys cost nothing. The kernel reads any other bool mask entry by entry (`mask_mod`), and
+does not expand it in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .flash_family import Gradients, Settings
 
 
 class Flash4(Adapter):
-    """Rows without keys come out as zeros with an lse of -inf by themselves, and that lse is good in the backward."""
+    """The kernel gives zeros and an lse of -inf in rows without keys, and its backward accepts that lse."""
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
@@ -67,11 +67,11 @@ class Flash4(Adapter):
 def _lower_mask(
     key: Tensor, value: Tensor, mask: Tensor | None, params: Params
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, varlen.KeyPacking | None]:
-    """Key, value, how many keys count, the mask to be read in the kernel, and how to undo the packing."""
+    """Key, value, the number of kept keys, the mask that the kernel reads, and the packing of the keys."""
     if mask is None:
         return key, value, None, None, None
     if params.mask_kind != MaskKind.KEY:
-        # As bytes, since CuTe has no bool in memory. (Inductor cannot view a bool as another dtype; it fuses the copy.)
+        # Bytes, because CuTe has no bool in memory. (Inductor cannot view a bool as another dtype; it fuses the copy.)
         (entries,) = varlen.rows_contiguous(mask)
         compiling = torch.compiler.is_compiling()
         return key, value, None, entries.to(torch.uint8) if compiling else entries.view(torch.uint8), None
@@ -90,7 +90,7 @@ def _constants(params: Params) -> tuple[float, bool, int, int, float]:
 def _entry_of_mask(batch, head, query, key, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
     """The kernel's `mask_mod`: whether `query` sees `key`. At module level: the package caches kernels by its source.
 
-    The last tile reaches past the sequences; its results are dropped, but what it reads must exist.
+    The last tile reaches past the sequences. Its results there are dropped, but the entries that it reads must exist.
     """
     query_index = cutlass.min(query[0], seqlen_info.seqlen_q - 1)
     key_index = cutlass.min(key[0], seqlen_info.seqlen_k - 1)

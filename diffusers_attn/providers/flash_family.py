@@ -1,4 +1,4 @@
-"""What FlashAttention-2 and -3 have in common: a dense kernel, and one for variable lengths that serves key masks."""
+"""The common part of FlashAttention-2 and -3: a dense kernel, and a variable-length kernel that serves key masks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Settings(NamedTuple):
-    """The constants of a call as the kernels take them."""
+    """The constants of a call in the form that the kernels take."""
 
     scale: float
     is_causal: bool
     window: tuple[int, int]
-    """keys to the left and right of a query's own position; -1 is unlimited."""
+    """Visible keys to the left and right of a query's position; -1 is unlimited."""
     softcap: float
     deterministic: bool
 
@@ -30,14 +30,14 @@ class Settings(NamedTuple):
         window = options.get("window_size", (-1, -1))
         if len(window) != 2 or not all(isinstance(limit, int) for limit in window):
             raise AttentionProviderError(
-                f"option window_size={window!r}: accepted are two whole numbers, (left, right), where -1 is unlimited."
+                f"option window_size={window!r}: two whole numbers, (left, right), are accepted; -1 is unlimited."
             )
         softcap = float(options.get("softcap", 0.0))
         return Settings(params.scale, params.is_causal, window, softcap, options.get("deterministic", False))
 
 
 class SequenceLengths(NamedTuple):
-    """What a variable-length kernel is told about a batch."""
+    """The cu_seqlens and maximal lengths of a batch for a variable-length kernel."""
 
     cu_query: Tensor
     cu_key: Tensor
@@ -46,7 +46,7 @@ class SequenceLengths(NamedTuple):
 
 
 class FlashAttention(Adapter):
-    """A subclass has the kernels, in pairs of forward and backward."""
+    """The adapter. A subclass adds the kernels, in pairs of forward and backward."""
 
     always_varlen: ClassVar[bool] = False
 
@@ -60,7 +60,7 @@ class FlashAttention(Adapter):
         batch, query_len, heads, _ = query.shape
         packed_key, packed_value, lengths, _ = pack(query, key, value, mask)
         out, lse = cls.varlen_forward(query.flatten(0, 1), packed_key, packed_value, lengths, settings)
-        # FlashAttention-2 says +inf where a sequence has no key.
+        # FlashAttention-2 returns +inf for a sequence without keys.
         lse = lse.masked_fill(lse == math.inf, -math.inf)
         return out.view(query.shape), lse.view(heads, batch, query_len).permute(1, 2, 0)
 
@@ -102,7 +102,7 @@ class FlashAttention(Adapter):
     def dense_backward(
         cls, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, settings: Settings
     ) -> Gradients:
-        """From what `dense_forward` returned."""
+        """The gradients, from the results of `dense_forward`."""
         raise NotImplementedError
 
     @classmethod
@@ -124,14 +124,14 @@ class FlashAttention(Adapter):
         lengths: SequenceLengths,
         settings: Settings,
     ) -> Gradients:
-        """From what `varlen_forward` returned. Places that no sequence uses are left as they were allocated."""
+        """The gradients, from the results of `varlen_forward`. Positions outside of all sequences are not written."""
         raise NotImplementedError
 
 
 def pack(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, SequenceLengths, varlen.KeyPacking | None]:
-    """Key and value with the batch flattened, the lengths, and where each key went."""
+    """Key and value with a flattened batch, the lengths, and the packing of the keys (None without a mask)."""
     batch, query_len = query.shape[:2]
     key_len = key.shape[1]
     cu_query = varlen.equal_lengths(batch, query_len, query.device)

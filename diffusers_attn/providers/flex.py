@@ -1,8 +1,7 @@
-"""torch.nn.attention.flex_attention: any mask, and the one kernel that takes a BlockMask.
+"""torch.nn.attention.flex_attention: any mask, and the only kernel that takes a BlockMask.
 
-On a GPU it must be compiled to be a kernel at all (uncompiled it forms every score), so an eager call goes through one
-compiled copy, kept per process as the compiler keeps its own caches. On a CPU the uncompiled form is the one that
-returns the lse.
+On a GPU it is a kernel only if it is compiled (uncompiled it computes every score in memory). So an eager call uses one
+compiled copy per process. On a CPU only the uncompiled form returns the lse.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ RECOMPILE_LIMIT = 256
 
 
 class Flex(Adapter):
-    """Programmable attention (arXiv 2412.05496). Fully masked rows give zeros and an lse of -inf by themselves."""
+    """Programmable attention (arXiv 2412.05496). The kernel gives zeros and an lse of -inf in fully masked rows."""
 
     layout: ClassVar[Layout] = "bhsd"
 
@@ -49,7 +48,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params, 
         "return_lse": return_lse,
     }
     if not torch.is_grad_enabled():
-        # Its CPU form refuses inputs that require a gradient even where none is recorded.
+        # The CPU form refuses inputs that require a gradient, even under no_grad.
         query, key, value = query.detach(), key.detach(), value.detach()
     if torch.compiler.is_compiling():
         return flex_attention(query, key, value, **arguments)
@@ -57,8 +56,8 @@ def _call(query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params, 
         with warnings.catch_warnings():  # it recommends torch.compile, which on a CPU cannot return the lse
             warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
             return flex_attention(query, key, value, **arguments)
-    # Every form of mask, and training beside inference, is a graph of its own. Past the compiler's limit for one
-    # function, the uncompiled form would be taken.
+    # Every form of mask needs its own graph, and so do training and inference. Beyond the compiler's limit for one
+    # function it would silently use the uncompiled form.
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         return _compiled()(query, key, value, **arguments)
 
@@ -69,9 +68,9 @@ def _compiled() -> Callable[..., Any]:
 
 
 def score_mod(mask: Tensor | None, is_causal: bool) -> Callable[..., Tensor] | None:
-    """What flex_attention applies to each score for a 4-D tensor mask and for causality; None for neither.
+    """The function that flex_attention applies to each score, for a 4-D mask and for causality; None without both.
 
-    Dimensions of size one are indexed with zero, so that a key mask is read as the `[B, 1, 1, Lk]` that it is.
+    Dimensions of size one are indexed with zero, so that a key mask `[B, 1, 1, Lk]` is not expanded.
     """
     if mask is None:
         return _causal if is_causal else None

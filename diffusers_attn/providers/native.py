@@ -1,8 +1,8 @@
-"""The kernels that PyTorch ships. Its private aten operators are called here and nowhere else.
+"""The kernels that PyTorch ships. PyTorch's private aten operators are called only in this file.
 
-The pinned variants call their operator directly rather than under `sdpa_kernel`: that gives the log-sum-exp, traces
-into one graph, leaves no process-wide switch behind, and an operator that cannot serve a call says so instead of
-another one being taken.
+The variants with a fixed kernel call its operator directly, without `sdpa_kernel`. A direct call returns the
+log-sum-exp, traces into one graph and sets no process-wide switch, and an operator that cannot serve a call raises
+instead of falling back to another one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .row_liveness import where_live
 from .varlen import rows_contiguous
 
 aten = torch.ops.aten
-# F.scaled_dot_product_attention may have been replaced by attention_dispatch; this is what it was.
+# The original function: F.scaled_dot_product_attention may have been replaced by attention_dispatch.
 scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
 
 
@@ -34,7 +34,7 @@ class AtenAdapter(Adapter):
 
 
 def clear_dead_rows(out: Tensor, lse: Tensor | None, dead: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Zero output (`[B, H, S, D]`) and -inf lse (`[B, S, H]`) where no key is left."""
+    """Sets the output (`[B, H, S, D]`) to zero and the lse (`[B, S, H]`) to -inf in `dead` rows, which have no key."""
     out = out.masked_fill(dead, 0.0)
     if lse is not None:
         lse = lse.masked_fill(dead.squeeze(-1).transpose(1, 2), -math.inf)
@@ -42,11 +42,11 @@ def clear_dead_rows(out: Tensor, lse: Tensor | None, dead: Tensor) -> tuple[Tens
 
 
 class Math(AtenAdapter):
-    """Matmul, softmax, matmul. Written out, since this is also the definition that the others are held to."""
+    """Matmul, softmax, matmul. It is also the reference with which tests compare the other kernels."""
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
-        # The composite operator: its pieces have their own derivatives, that of the bias among them.
+        # The composite operator: its parts have their own derivatives, including that of the bias.
         if mask is not None:
             mask = CpuFlash.bias(mask, query)
         return aten._scaled_dot_product_attention_math(
@@ -98,7 +98,7 @@ class Math(AtenAdapter):
 
 
 class CpuFlash(AtenAdapter):
-    """PyTorch's CPU kernel, by itself: forward with lse, and backward. What `native` is on a CPU."""
+    """PyTorch's CPU kernel: forward with lse, and backward. `native` uses it on a CPU."""
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
@@ -170,13 +170,14 @@ class Native(AtenAdapter):
     def _differentiable(
         cls, direct: Callable[..., Tensor], params: Params, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor
     ) -> Tensor:
-        """It may be cuDNN that is called, whose backward needs a gradient of one layout; see `_cudnn_backward`."""
+        """Calls `direct` for training. PyTorch may choose cuDNN, whose backward needs a gradient in one layout; see
+        `_cudnn_backward`."""
         out = direct(query, key, value, *mask)
         if not out.requires_grad:
             return out
         if torch.compiler.is_compiling() and cls._is_served_by_cudnn(query, value, mask, params):
-            # A compiler gives a gradient what layout it likes, except to an operator into which it does not look. (It
-            # drops the call above.)
+            # A compiler chooses the layout of a gradient itself, except for an opaque operator. (It removes the unused
+            # call above.)
             return super().attention(query, key, value, *mask, params=params)
         return (GradientLaidOutUnderTransforms if params.derived else GradientLaidOutAsOutput).apply(out)
 
@@ -189,18 +190,18 @@ class Native(AtenAdapter):
     def _in_query_dtype(
         masked: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     ) -> Tensor:
-        # Before it is asked whether a row has a key: float32's most negative number becomes minus infinity in bfloat16.
+        # Cast before the check for dead rows: the most negative float32 number becomes minus infinity in bfloat16.
         return masked(query, key, value, mask if mask.dtype == query.dtype else mask.to(query.dtype))
 
     @staticmethod
     def _cleared(direct: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        # Unlike the CPU's, PyTorch's GPU kernels give whatever they like where a row has no key (cuDNN: not even NaN).
+        # Unlike the CPU kernel, the GPU kernels give arbitrary values in a row without keys (cuDNN: not even NaN).
         dead = masks.dead_rows(mask)
         return direct(query, key, value, masks.without_dead_rows(mask, dead)).masked_fill(dead, 0.0)
 
     @classmethod
     def kernel(cls, query: Tensor, value: Tensor, mask: Any, params: Params) -> type[AtenAdapter]:
-        """The fastest kernel behind `F.scaled_dot_product_attention` that gives the lse of such a call."""
+        """The fastest kernel behind `F.scaled_dot_product_attention` that returns the lse for this call."""
         if query.device.type == "cpu":
             return CpuFlash if query.shape[-1] == value.shape[-1] else Math
         if query.device.type != "cuda":
@@ -253,7 +254,7 @@ class Native(AtenAdapter):
 
 
 def kernel_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A bias of the kernels' shape, and the rows to clear."""
+    """A bias in the shape that kernels take, and the rows to clear (None without any)."""
     if mask is None:
         return None, None
     bias, dead = aligned_bias(mask, query.dtype, key.shape[2])
@@ -261,9 +262,9 @@ def kernel_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor
 
 
 def _closed_backward(name: str, run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
-    """A backward as an operator that is closed to Inductor, which has its own mind about strides.
+    """A backward as an operator that is opaque to Inductor, which would choose other strides.
 
-    Its gradients are in memory as models' tensors are, `[batch, seq, heads, head_dim]`.
+    The memory layout of its gradients is `[batch, seq, heads, head_dim]`, as for the tensors of models.
     """
 
     def backward(
@@ -332,7 +333,7 @@ def _efficient_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, query, key, value = rows_contiguous(grad_out, query, key, value)
-    # The kernel takes no strides for the output: it reads it as it once wrote it, [batch, seq, heads, head_dim].
+    # The kernel takes no strides for the output. It assumes the layout that it wrote, [batch, seq, heads, head_dim].
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf).contiguous()
     seed = torch.empty((), dtype=torch.int64, device=query.device)
@@ -343,8 +344,8 @@ def _efficient_backward(
     return grad_query, grad_key, grad_value
 
 
-# Inductor gives an output that was merged from parts strides of its own choice, which its rule for attention lets pass,
-# and it takes a `contiguous` for done that was so when the graph was traced.
+# Inductor chooses the strides of an output that was merged from parts, its rule for attention accepts these strides,
+# and it removes a `contiguous` that had no effect when the graph was traced.
 efficient_backward_op = _closed_backward("efficient_backward", _efficient_backward)
 
 
@@ -372,7 +373,7 @@ class Flash(AtenAdapter):
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_out, query, key, value, out = rows_contiguous(grad_out, query, key, value, out)
-        # Without dropout the random state is not read. A cum_seq that is there, even empty, would mean nested tensors.
+        # Without dropout the random state is not read. Any cum_seq, even an empty one, would mean nested tensors.
         seed = torch.empty(2, dtype=torch.uint64, device=query.device)
         return aten._scaled_dot_product_flash_attention_backward(
             grad_out, query, key, value, out, lse.transpose(1, 2).contiguous(), None, None,
@@ -424,7 +425,7 @@ def _cudnn_forward(
 def cudnn_forward_op(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The forward that a backward follows, closed to Inductor as that is, so that both see the same layouts."""
+    """The forward for training, opaque to Inductor like the backward, so that both use the same layouts."""
     out, lse = _cudnn_forward(query, key, value, bias, is_causal, scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
@@ -449,9 +450,9 @@ def _cudnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = rows_contiguous(query, key, value)
     seed = torch.empty((), dtype=torch.int64, device=query.device)  # of dropout: not read
-    # PyTorch (2.11 at least) builds cuDNN's graph once for shapes and strides of query, key and value, and reads an
-    # output and its gradient with the strides that they had then. Those of the output follow from the query's where
-    # the forward made it; so do both here.
+    # PyTorch (2.11 at least) builds cuDNN's graph once for the shapes and strides of query, key and value, and reads
+    # the output and its gradient with the strides of that time. The forward takes the strides of the output from the
+    # query, and so does this function for both.
     grad_out, out = laid_out_as(grad_out, query), laid_out_as(out, query)
     return aten._scaled_dot_product_cudnn_attention_backward(
         grad_out, query, key, value, out, lse.contiguous().unsqueeze(-1), seed, seed, bias, None, None,
@@ -459,12 +460,13 @@ def _cudnn_backward(
     )  # fmt: skip
 
 
-# Inductor gives an lse that it computed itself strides that cuDNN refuses.
+# Inductor may give a computed lse strides that cuDNN refuses.
 cudnn_backward_op = _closed_backward("cudnn_backward", _cudnn_backward)
 
 
 def without_dead_rows(grad_out: Tensor, lse: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What makes a backward come out as zero for dead rows: the weights are exp(score - lse). `[B, H, S, ...]`."""
+    """grad_out and lse, `[B, H, S, ...]`, with which a backward gives zero in dead rows: the weights are
+    exp(score - lse)."""
     if dead is None:
         return grad_out, lse
     return grad_out.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), math.inf)

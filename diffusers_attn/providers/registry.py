@@ -1,7 +1,7 @@
-"""Which providers are usable here, and why the others are not.
+"""The providers that are available on this machine, and the reasons why others are not.
 
-Asking looks at the installed distributions' metadata and at the devices first, and imports a kernel package only if
-both fit: whether it imports is part of the answer.
+The check reads the metadata of installed distributions and the devices first. If both fit, it imports the kernel
+package, because a package that does not import is not available.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .base import Adapter, ProviderSpec, Requirement
 from .catalog import SPECS, AttentionProvider
 
 ADAPTERS: dict[str, type[Adapter]] = {}
-"""the adapters imported so far, by provider name: what compiled code looks them up in."""
+"""The adapters imported so far, by provider name. Compiled code looks adapters up here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProviderStatus:
-    """Whether a provider can be used on this machine. Prints as one line."""
+    """The availability of a provider on this machine. Prints as one line."""
 
     name: str
     available: bool
     reason: str
-    """why not; empty when available."""
+    """Why the provider is not available; empty if it is."""
     install: str | None
-    """the command that installs what is missing."""
+    """The command that installs the missing package; None if there is none."""
     version: str | None
-    """of the package, where it has one and is installed."""
+    """Version of the installed package; None without one."""
     summary: str
 
     def __str__(self) -> str:
@@ -44,10 +44,10 @@ class ProviderStatus:
 
 
 def provider_name(name: str | AttentionProvider) -> str:
-    """The plain string of a provider's name.
+    """The name of a provider as a plain string.
 
     Raises:
-        AttentionProviderError: no such provider; the message names those that are spelled alike, or else all.
+        AttentionProviderError: there is no such provider. The message names similar names, or all names.
     """
     try:
         return AttentionProvider(name).value
@@ -66,12 +66,12 @@ def _spelled_alike(name: str, known: list[str]) -> list[str]:
 
 
 def list_providers() -> list[ProviderStatus]:
-    """All providers with their status on this machine, usable ones first."""
+    """All providers with their status on this machine, available ones first."""
     return sorted((provider_status(name) for name in SPECS), key=lambda status: not status.available)
 
 
 def provider_status(name: str | AttentionProvider) -> ProviderStatus:
-    """Whether `name` is usable here, and if not: what is missing and the command that installs it.
+    """The status of a provider on this machine: its availability, or what is missing and the command to install it.
 
     Raises:
         AttentionProviderError: there is no provider of that name.
@@ -98,7 +98,7 @@ def _status(name: str) -> ProviderStatus:
 
 
 def _check_package(requirement: Requirement) -> tuple[str | None, str]:
-    """Installed version (None if unknown) and what is wrong with it (empty if nothing)."""
+    """The installed version (None if unknown), and the reason why it cannot be used (empty if it can)."""
     try:
         version = importlib.metadata.version(requirement.distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -162,7 +162,7 @@ def load(name: str) -> type[Adapter]:
 
 
 def unavailable(status: ProviderStatus) -> ProviderUnavailableError:
-    """The error for a provider that cannot be used here: what is missing, the remedy, what can be used instead."""
+    """The error for a provider that is not available here: what is missing, the remedy, and the alternatives."""
     remedy = f" Install it with {command(status.install)}." if status.install else ""
     usable = ", ".join(other.name for other in list_providers() if other.available)
     return ProviderUnavailableError(

@@ -1,12 +1,11 @@
-"""Masks that are known to leave every query a key.
+"""A cache of masks that have at least one key in every row (live rows).
 
-PyTorch's GPU kernels give garbage in a row without keys, so that a mask which may have such rows costs several small
-kernels in every layer. Almost none has them, and one mask serves many layers and steps. So the second time that a mask
-comes, the device is asked whether it has such rows; its answer is picked up when it is there, without waiting for it,
-and from then on the mask goes to the kernel as it is. A mask that was changed in place, as far as autograd would notice
-(`Tensor._version`), is a new one.
+PyTorch's GPU kernels give arbitrary values in a row without keys, and clearing such rows costs several small kernels
+in every layer. Almost no mask has such rows, and one mask serves many layers and steps. So on the second use of a mask,
+the device checks it for such rows. The result is read when it is ready, without waiting; from then on the mask goes to
+the kernel unchanged. A mask that was changed in place (by `Tensor._version`) counts as a new one.
 
-Nothing is taken as known in a graph, captured or compiled: it will run with other masks.
+In a captured or compiled graph no mask counts as known, because the graph will run with other masks.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .. import masks
 
-# By a tensor's id for as long as it lives: the one that owns a mask's memory, since a view may be made anew for every
-# layer; and views that turned out to be alive.
+# By the id of a living tensor: the tensor that owns the memory of a mask (a view may be new in every layer), and views
+# that are known to have only live rows.
 _owners: dict[int, _Owner] = {}
-# Looked up once: this is asked in every layer.
+# Looked up once, because they are used in every layer.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device by its index; not in a CPU build
 _LEGACY_STREAM = 0  # what CUDA calls the default stream: it cannot be captured
 
 
 class _Owner:
-    """What is known of a tensor, or of views of it, at one version."""
+    """The results for a tensor and its views, at one version of the tensor."""
 
     __slots__ = ("alive", "device_index", "tensor", "version", "views")
 
@@ -41,11 +40,11 @@ class _Owner:
         self.device_index = tensor.device.index
         self.views: dict[object, _Answer | None] = {}
         self.alive = False
-        """the tensor itself."""
+        """Whether all rows of the tensor itself are known to be live."""
 
 
 class _Answer:
-    """Whether a view of a mask leaves every row a key, asked of the device."""
+    """The check of one view of a mask, which runs on the device."""
 
     __slots__ = ("alive", "dead", "ready")
 
@@ -63,14 +62,15 @@ class _Answer:
 
 
 def where_live(attention: Callable[..., Tensor], otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of query, key, value and mask: `attention` with a mask that is known to leave every row a key, else `otherwise`.
+    """A function of query, key, value and mask: calls `attention` if all rows of the mask are known to be live, else
+    `otherwise`.
 
-    One function rather than a question and a call, because in almost every layer it is all that a mask costs.
+    It is one function, because in almost every layer this check is the only cost of a mask.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         if not _is_dynamo_compiling():
-            # An entry under a tensor's id is of this very tensor: it goes when the tensor does.
+            # An entry under the id of a tensor belongs to this tensor: it is removed when the tensor is freed.
             owner = _owners.get(id(mask))
             if (
                 owner is not None
@@ -85,9 +85,9 @@ def where_live(attention: Callable[..., Tensor], otherwise: Callable[..., Tensor
 
 
 def known_live(mask: Tensor) -> bool:
-    """Whether `mask`, a view from `masks.classify`, is known to leave every row a key. False also means: not known yet.
+    """Whether all rows of `mask`, a view from `masks.classify`, are known to be live. False also means not known yet.
 
-    On other devices than CUDA's nothing is ever asked.
+    On devices other than CUDA it is always False.
     """
     if (
         type(mask) is not Tensor
@@ -96,7 +96,7 @@ def known_live(mask: Tensor) -> bool:
         or torch.cuda.is_current_stream_capturing()
     ):
         return False
-    if mask.is_inference():  # has no version
+    if mask.is_inference():  # an inference tensor has no version
         return False
     tensor, view = mask, None
     if mask._base is not None:
@@ -106,7 +106,7 @@ def known_live(mask: Tensor) -> bool:
         owner = _owners[id(tensor)] = _Owner(tensor)
     answer = owner.views.get(view)
     if answer is None:
-        # A mask that comes but once is not worth a question; one in a torch.func transform stands for several.
+        # The first use of a mask starts no check. A mask in a torch.func transform stands for several masks.
         asks = view in owner.views and not is_functorch_wrapped_tensor(mask)
         owner.views[view] = _Answer(mask) if asks else None
         return False
@@ -114,14 +114,14 @@ def known_live(mask: Tensor) -> bool:
         return False
     if view is None:
         owner.alive = True
-    else:  # most models make a view once and give it to every layer
+    else:  # most models create a view once and pass it to every layer
         _owners[id(mask)] = own = _Owner(mask)
         own.alive = True
     return True
 
 
 def _forget(key: int, tensor: object, owners: dict[int, _Owner] = _owners) -> None:
-    # Another tensor may have been given the id since. (The dict is an argument, since the last tensors go when the
-    # interpreter has cleared the module's names.)
+    # Another tensor may have the id by now. (The dict is an argument, because the last tensors are freed after the
+    # interpreter has cleared the names of the module.)
     if key in owners and owners[key].tensor is tensor:
         del owners[key]

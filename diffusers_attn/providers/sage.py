@@ -1,11 +1,11 @@
 """SageAttention 2 (arXiv 2411.10958): int8 scores, fp8 or fp16 values. Lossy, and forward only.
 
-Its CUDA kernels are launched on the device's default stream, whatever stream is current. So a call made on another
-stream is moved to the default one, with both ordered around it (otherwise the kernels read inputs that are not there
-yet), and a CUDA graph capture, which would record everything but these kernels, is refused. The Triton variant
-launches on the current stream and can be captured.
+The package launches its CUDA kernels on the default stream of the device, whatever stream is current. So a call on
+another stream runs on the default stream, and both streams wait for each other; otherwise the kernels would read
+unfinished inputs. A CUDA graph capture would record everything except these kernels, so it is refused. The Triton
+variant launches on the current stream and can be captured.
 
-Scores are those of keys less their mean (`smooth_k`); the package adds back to its lse what that takes away.
+With `smooth_k` the package subtracts the mean of the keys, and corrects its lse for it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from . import varlen
 from .base import Adapter, Params
 
 TILE = 64
-"""keys that the fp16 CUDA kernel takes at a time."""
+"""Keys in one tile of the fp16 CUDA kernel."""
 
-# With this tag the compiler leaves an operator out of the CUDA graphs that it makes.
+# With this tag the compiler does not capture an operator into its CUDA graphs.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 
 class SageAttention(Adapter):
-    """The common form. A subclass names a function of the package."""
+    """The common part of the adapters. A subclass names a function of the package."""
 
     kernel: ClassVar[str]
     extensions: ClassVar[dict[tuple[int, int] | None, str]] = {}
-    """which of the package's compiled modules it needs, by compute capability; None stands for all others."""
+    """The compiled module of the package that is needed, by compute capability; None is for all others."""
 
     @classmethod
     def extension(cls, device: torch.device) -> str | None:
@@ -48,7 +48,7 @@ class SageAttention(Adapter):
     @classmethod
     def check_device(cls, device: torch.device) -> str | None:
         needed = cls.extension(device)
-        # The package imports without what it was not built with, and asserts when called.
+        # The package imports without its missing modules, and fails with an assertion when it is called.
         if needed is None or getattr(core, f"{needed}_ENABLED", True):
             return None
         return (
@@ -93,11 +93,11 @@ class SageAttention(Adapter):
 
 
 def filled_tile(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The same attention with keys and values for a whole tile: the fp16 CUDA kernel multiplies what lies in shared
-    memory behind the last key by weights of zero, and before a first tile is full that may be another kernel's NaN.
+    """Equivalent inputs with at least one full tile of keys. The fp16 CUDA kernel multiplies the shared memory behind
+    the last key by weights of zero, and before the first tile is full that memory may hold the NaN of another kernel.
 
-    Every key so often again, which leaves the output as it is and adds the logarithm of how often to the lse. Where
-    attention is causal (lengths are equal then), zeros at the end, which only queries at the end see.
+    The keys are repeated, which does not change the output and adds the logarithm of the number of copies to the lse.
+    In causal attention (with equal lengths) zeros are appended instead, which only appended queries see.
     """
     if is_causal:
         behind = (0, 0, 0, 0, 0, TILE - key.shape[1])
@@ -107,7 +107,7 @@ def filled_tile(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> t
 
 
 class Sage(SageAttention):
-    """The package's own choice for the GPU."""
+    """The function with which the package chooses a kernel for the GPU."""
 
     kernel = "sageattn"
     extensions = {(8, 0): "SM80", (8, 9): "SM89", (9, 0): "SM90", (12, 0): "SM89"}
@@ -129,13 +129,13 @@ class Fp16Cuda(SageAttention):
 
 
 class Fp16Triton(SageAttention):
-    """The one variant that takes a mask, read in the kernel."""
+    """The only variant that takes a mask, which the kernel reads."""
 
     kernel = "sageattn_qk_int8_pv_fp16_triton"
 
 
 class SageVarlen(Adapter):
-    """Key masks become lengths (`varlen.py`). Synchronises with the device: the package sizes its scales from them."""
+    """Key masks become lengths (`varlen.py`). A call synchronises with the device: the package allocates by lengths."""
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
@@ -185,7 +185,7 @@ def _dense(
         getattr(sageattention, kernel), query, key, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale,
         return_lse=return_lse, **given,
     )  # fmt: skip
-    # The package sets the current device, for good; this puts it back.
+    # The package changes the current device; this restores it.
     with torch.cuda.device(query.device):
         result = call() if kernel == Fp16Triton.kernel else _on_default_stream(call)
     return result if return_lse else (result, query.new_empty(0, dtype=torch.float32))

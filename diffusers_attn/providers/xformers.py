@@ -1,7 +1,7 @@
-"""xformers' memory_efficient_attention: it chooses between FlashAttention and CUTLASS by what a call needs.
+"""xformers' memory_efficient_attention, which chooses between FlashAttention and CUTLASS for each call.
 
-Masks reach its kernels as one additive bias. What is the same for all queries or heads stays a stride of zero: a key
-mask costs one row, not a matrix.
+Its kernels take a mask as one additive bias. Dimensions that are equal for all queries or heads have a stride of zero,
+so that a key mask costs one row, not a matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .flash_family import Gradients
 
 
 class Xformers(Adapter):
-    """A compiled graph holds the operators below, since xformers' choice of kernel does not trace."""
+    """The adapter. A compiled graph contains the operators below: xformers' choice of a kernel does not trace."""
 
     @classmethod
     def check_device(cls, device: torch.device) -> str | None:
@@ -29,7 +29,7 @@ class Xformers(Adapter):
         if limit is None or capability <= limit:
             return None
         return (
-            "the installed xformers has its kernel for masks and float32 up to compute capability "
+            "the kernel for masks and float32 of the installed xformers supports GPUs up to compute capability "
             "{}.{}; this GPU has {}.{}".format(*limit, *capability)
         )
 
@@ -92,7 +92,7 @@ def _backward(
 
 
 def _attn_bias(query: Tensor, key: Tensor, bias: Tensor | None, is_causal: bool) -> Any:
-    """xformers' `attn_bias`. Causality comes with a mask only as part of it: dispatch merges the two."""
+    """xformers' `attn_bias`. Dispatch has merged causality into the mask if there are both."""
     if bias is not None:
         return bias.expand(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     return fmha.attn_bias.LowerTriangularMask() if is_causal else None
@@ -126,7 +126,7 @@ def backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _backward(grad_out, query, key, value, bias, out, lse, is_causal, scale)
-    # xformers' gradients may share memory or follow the layout of the inputs; an operator's results may not.
+    # xformers' gradients may share memory or follow the layout of the inputs; the results of an operator must not.
     grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads)
     return grad_query, grad_key, grad_value
 

@@ -184,7 +184,7 @@ def _own_keys(mask: Tensor, call: SplitCall, rank: int) -> Tensor:
     """The single row of one head, over the local keys. Raises AttentionProviderError if it does not cover all keys."""
     if mask.shape[2] != 1 or mask.shape[-1] < call.keys.total:
         raise AttentionProviderError(
-            f"attn_mask has shape {list(mask.shape)} on rank {rank}; according to its plan it has one row with columns "
+            f"attn_mask has shape {list(mask.shape)} on rank {rank}; by its plan it has one row, with columns "
             f"for all {call.keys.total} keys. Do not split the mask, or describe it differently in CPAttention."
         )
     return take(mask[:, 0, 0], call.keys.spans[rank], dim=1)

@@ -319,7 +319,7 @@ class SymmetricGather:
             if self._lane.is_captured():
                 raise AttentionProviderError(
                     f"a CUDA graph captures a call that receives {needed} bytes, and {self._nbytes} bytes are "
-                    "allocated. Make the call once on every rank before it is captured."
+                    "allocated. Make the call once before it is captured, on every rank."
                 )
             # All data sent to this rank has arrived, because this rank has waited for it. No rank sends more before all
             # ranks have reached this allocation.
