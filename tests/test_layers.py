@@ -13,7 +13,7 @@ import diffusers_attn
 ROOT = Path(diffusers_attn.__file__).parent
 # From the bottom to the top. Folders and modules on one line do not import from each other.
 LAYERS = (
-    ("errors", "parent_process"),
+    ("errors", "parent_process", "atomic_files"),
     ("masks", "nested", "recompute", "shapes", "tensor_kinds", "tracing", "cp_plans"),
     ("providers", "call_cache"),
     ("context_parallel.config", "context_parallel.job", "context_parallel.compile"),

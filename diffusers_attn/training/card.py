@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
+from .data.disk import write_file
 from .errors import TrainingError
 from .families import Family
 from .lora import IN_DIFFUSERS_FORMAT
@@ -24,9 +24,7 @@ def write_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
     """
     text = model_card(config, family, samples, facts)
     path = config.output / "README.md"
-    scratch = path.with_name(".README.md.unfinished")
-    scratch.write_text(text)
-    os.replace(scratch, path)
+    write_file(path, lambda unfinished: unfinished.write_text(text), "the model card")
     return path
 
 
@@ -132,6 +130,6 @@ def push(config: TrainConfig) -> str:
         folder_path=config.output,
         commit_message="Adapter trained with diffusers_attn",
         allow_patterns=["README.md", "*.safetensors", "adapter_config.json", "samples/last/*"],
-        ignore_patterns=["cache/**", "checkpoints/**"],
+        ignore_patterns=["cache/**", "checkpoints/**", ".*", "*/.*"],
     )
     return str(repository)

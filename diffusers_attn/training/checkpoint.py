@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..atomic_files import flush_to_disk
 from .data.disk import writing
 from .errors import TrainingError
 from .manifest import damage, write_manifest
@@ -123,15 +124,15 @@ class Checkpoints:
                 write(scratch)
                 write_manifest(scratch)
                 for file in scratch.rglob("*"):
-                    _to_disk(file)
-                _to_disk(scratch)
+                    flush_to_disk(file)
+                flush_to_disk(scratch)
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)  # and leave others the room
                 raise
             if path.exists():  # of an earlier run that was resumed from before it
                 self._discard(path)
             os.rename(scratch, path)
-            _to_disk(self.folder)
+            flush_to_disk(self.folder)
             self.tidy()
         return path
 
@@ -154,11 +155,3 @@ class Checkpoints:
         leaving = self.folder / f"{_UNFINISHED}old-{path.name}"
         os.rename(path, leaving)
         shutil.rmtree(leaving)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -125,6 +125,7 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
         TrainingError: targets that no layer has; an adapter that these layers cannot have; sizes or lengths that the
             model or its pipeline does not take.
     """
+    config.check_effect(timestep_sampling=config.timestep_sampling or family.objective.sampling)
     if config.targets:
         check_targets(family.pipeline.transformer, config.targets)
     _check_adapter(config, family.pipeline.transformer, adapter)

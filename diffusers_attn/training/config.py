@@ -1,5 +1,6 @@
-# ruff: noqa: RUF009 (`_setting` makes a dataclass field, with what the command line needs)
-"""All settings of a training run, once: as a dataclass, as a command line, and checked before anything is loaded."""
+"""The settings of a training run, defined once: a dataclass, its command line, and checks that need no model."""
+
+# ruff: noqa: RUF009 (`_setting` returns a dataclass field)
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from .once import say_once
 from .optim import OPTIMIZERS, SCHEDULES, WITHOUT_WARMUP
 
 WARMUP_STEPS = 50
-"""where a user says nothing, for runs of at least ten times as many steps; in shorter ones, a tenth of them."""
+"""Default of `lr_warmup_steps`; a run of fewer than ten times as many steps warms up for a tenth of its steps."""
 
 
 def _setting(
@@ -29,166 +30,303 @@ def _setting(
     choices: Sequence[str] | None = None,
     bounds: Bounds | None = None,
     length: int | None = None,
+    needs: tuple[str, ...] = (),
 ) -> Any:
     """A field of `TrainConfig`.
 
     Args:
-        bounds: of a number, or of each of several. Every numeric setting has them.
-        length: how many numbers there are, where that is fixed.
+        help: the line of --help, without the default unless the default is None.
+        bounds: accepted values of the number, or of each number of a list. Every numeric setting has them.
+        length: how many numbers a list has, where that is fixed.
+        needs: the name of another setting without which this one has no effect, then its values that give it one. No
+            values: any that is not None, 0 or False.
     """
-    metadata = {"help": help, "choices": choices, "bounds": bounds, "length": length}
+    metadata = {"help": help, "choices": choices, "bounds": bounds, "length": length, "needs": needs}
     if isinstance(default, (list, tuple)):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 GROUPS = {
-    "model": "what is trained on what",
+    "model": "model, data and output",
     "cp_degree": "processes and attention",
-    "resolution": "data",
-    "adapter": "the adapter",
-    "steps": "training",
+    "resolution": "data preparation",
+    "adapter": "adapter",
+    "steps": "optimization",
     "timestep_sampling": "noise",
     "checkpoint_every": "checkpoints",
-    "log_every": "seeing it",
-    "push_to_hub": "publishing it",
+    "log_every": "logging, validation and evaluation",
+    "push_to_hub": "publishing",
 }
-"""the first setting of each group, and its heading in --help."""
+"""The first setting of each group, and the group's heading in --help."""
+
+REQUIRED = ("model", "data")
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    """The settings of a run. Each is an argument of `examples/train_lora.py` of the same name.
+    """The settings of a run. Each is an argument of `examples/train_lora.py` of the same name, described by its help.
 
     Raises:
-        TrainingError: a value that is not accepted, or values that do not go together; names the setting.
+        TrainingError: a value is not accepted, two values contradict each other, or a value has no effect because of
+            another one; the message names the settings.
     """
 
-    model: str = _setting("", "a folder or a name on the Hub: a pipeline of Flux, Wan, CogVideoX or CogView4")
-    data: str = _setting("", "a folder of pictures or videos with captions, or a Hugging Face dataset")
-    output_dir: str = _setting("outputs/lora", "where adapter, checkpoints, samples and card go")
-    overwrite: bool = _setting(False, "replace what an earlier run left in output_dir")
-    revision: str | None = _setting(None, "of the model on the Hub")
+    model: str = _setting(
+        "", "Pipeline to train: a folder or a name on the Hugging Face Hub (Flux, Wan, CogVideoX or CogView4)"
+    )
+    data: str = _setting("", "Training data: a folder of images or videos with captions, or a Hugging Face dataset")
+    output_dir: str = _setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")
+    overwrite: bool = _setting(False, "Replace the files of an earlier run in output_dir")
+    revision: str | None = _setting(None, "Branch, tag or commit of the model on the Hub (default: main)")
 
     cp_degree: int | None = _setting(
-        None, "processes that share each sequence (default: 1, or what Accelerate says)", bounds=COUNT
+        None,
+        "Number of processes that share each sequence, the context-parallel degree (default: from Accelerate's "
+        "configuration, else 1)",
+        bounds=COUNT,
     )
-    ulysses_degree: int | None = _setting(None, "of them, those that exchange heads (default: chosen)", bounds=COUNT)
+    ulysses_degree: int | None = _setting(
+        None,
+        "Number of those processes that exchange attention heads, as in Ulysses (default: automatic)",
+        bounds=COUNT,
+    )
     ring_degree: int | None = _setting(
-        None, "of them, those between which keys and values travel (default: chosen)", bounds=COUNT
+        None,
+        "Number of those processes that exchange keys and values, as in ring attention (default: automatic)",
+        bounds=COUNT,
     )
-    rotate_method: str | None = _setting(None, "how they travel (default: chosen)", ("allgather", "alltoall"))
-    attn_provider: str | None = _setting(None, "the attention kernel: flash_4, _native_cudnn, ... (default: chosen)")
-    cpu: bool = _setting(False, "train on CPUs though there are GPUs")
+    rotate_method: str | None = _setting(
+        None,
+        "How the ring's processes exchange keys and values: allgather collects them at once, alltoall passes them on "
+        "from rank to rank (default: automatic)",
+        ("allgather", "alltoall"),
+    )
+    attn_provider: str | None = _setting(
+        None, "Attention kernel by name, such as flash_4 or _native_cudnn (default: automatic)"
+    )
+    cpu: bool = _setting(False, "Train on CPUs even if GPUs are available")
     timeout: float | None = _setting(
         None,
-        "seconds that processes wait for one that does not come (default: 3600; of a job that is running, its own)",
+        "Seconds to wait for a process that does not respond (default: 3600, or the running process group's own)",
         bounds=POSITIVE,
     )
     mixed_precision: str | None = _setting(
         None,
-        "bf16: the base model in bfloat16, the adapter in float32 (default: as accelerate launch says)",
+        "bf16 keeps the base model in bfloat16 and the adapter in float32; no keeps both in float32 (default: from "
+        "accelerate launch, else no)",
         ("no", "bf16"),
     )
-    compile: bool = _setting(False, "compile the transformer's blocks")
-    gradient_checkpointing: bool = _setting(True, "recompute activations in the backward, to save memory")
-    find_unused_parameters: bool = _setting(False, "of DDP: for --targets of which some have no part in the loss")
+    compile: bool = _setting(False, "Compile the transformer's blocks with torch.compile")
+    gradient_checkpointing: bool = _setting(True, "Recompute activations in the backward pass to save memory")
+    find_unused_parameters: bool = _setting(
+        False, "DDP's find_unused_parameters, needed if some --targets do not contribute to the loss"
+    )
 
     resolution: list[int] = _setting(
-        [512], "buckets have about this many pixels squared; several are accepted", bounds=Bounds(1, 2**14)
+        [512],
+        "Side in pixels of a square with the same area as each bucket; several values make several sets of buckets",
+        bounds=Bounds(1, 2**14),
     )
     aspects: list[float] | None = _setting(
-        None, "width by height of buckets (default: the usual ones)", bounds=Bounds(1 / 32, 32)
+        None,
+        "Aspect ratios of the buckets, width / height (default: 11 common ratios from 1:2 to 2:1)",
+        bounds=Bounds(1 / 32, 32),
     )
     num_frames: list[int] | None = _setting(
         None,
-        "frames of buckets; several are accepted (default: 1 for pictures, 49 or the nearest below for videos)",
+        "Number of frames per bucket; several values make several sets of buckets (default: 1 for images; for videos "
+        "49, or the nearest number below that the model accepts)",
         bounds=COUNT,
     )
-    fps: float | None = _setting(None, "of videos, the rate that is trained (default: their own)", bounds=POSITIVE)
-    frame_pick: str = _setting("consecutive", "which frames of a video", ("consecutive", "spread"))
-    max_upscale: float = _setting(1.25, "how far examples may be enlarged for a bucket", bounds=POSITIVE)
-    crop: str = _setting("centre", "what stands over a bucket is cut", ("centre", "random"))
-    repeats: int = _setting(1, "how often an epoch has each example", bounds=COUNT)
-    incomplete_batches: str = _setting("fill", "what becomes of the rest of a bucket", ("fill", "drop"))
-    caption_column: str | None = _setting(None, "of the metadata or dataset (default: caption, text or prompt)")
-    caption_dropout: float = _setting(0.1, "share of captions that are left out, for guidance", bounds=PROBABILITY)
-    max_sequence_length: int | None = _setting(None, "tokens of text (default: the model's)", bounds=COUNT)
-    on_bad_data: str = _setting("refuse", "what cannot be read is named, and ...", ("refuse", "skip"))
-    cache_dir: str | None = _setting(None, "for latents and text embeddings (default: cache in output_dir)")
-    cache_batch_size: int = _setting(1, "examples that are encoded together", bounds=COUNT)
+    fps: float | None = _setting(
+        None, "Frames per second to which videos are resampled (default: each video's own rate)", bounds=POSITIVE
+    )
+    frame_pick: str = _setting(
+        "consecutive",
+        "Frames taken from a video: consecutive ones, or ones spread over its whole length",
+        ("consecutive", "spread"),
+    )
+    max_upscale: float = _setting(
+        1.25, "Largest factor by which an example may be enlarged to fill its bucket", bounds=POSITIVE
+    )
+    crop: str = _setting("centre", "Part of an example that is kept if it exceeds its bucket", ("centre", "random"))
+    repeats: int = _setting(1, "Number of times each example is used per epoch", bounds=COUNT)
+    incomplete_batches: str = _setting(
+        "fill", "Fill a bucket's last, incomplete batch with repeated examples, or drop it", ("fill", "drop")
+    )
+    caption_column: str | None = _setting(
+        None, "Column of the metadata or dataset that holds the captions (default: caption, text or prompt)"
+    )
+    caption_dropout: float = _setting(
+        0.1,
+        "Probability with which a caption is replaced by the empty one, for classifier-free guidance",
+        bounds=PROBABILITY,
+    )
+    max_sequence_length: int | None = _setting(
+        None, "Maximum number of text tokens per caption (default: the pipeline's)", bounds=COUNT
+    )
+    on_bad_data: str = _setting(
+        "refuse", "Stop before training if an example cannot be read, or skip it with a warning", ("refuse", "skip")
+    )
+    cache_dir: str | None = _setting(
+        None, "Folder for cached latents and text embeddings (default: the folder cache in output_dir)"
+    )
+    cache_batch_size: int = _setting(
+        1, "Number of examples that the VAE and the text encoders encode at once", bounds=COUNT
+    )
 
-    adapter: str = _setting("lora", "kind", KINDS)
-    rank: int = _setting(16, "of the adapter", bounds=COUNT)
-    alpha: float | None = _setting(None, "the adapter counts alpha / rank (default: rank)", bounds=POSITIVE)
-    targets: list[str] | None = _setting(None, "names of layers that get one (default: the attention's)")
+    adapter: str = _setting("lora", "Type of adapter to train", KINDS)
+    rank: int = _setting(16, "Rank of the adapter", bounds=COUNT)
+    alpha: float | None = _setting(
+        None, "Numerator of the adapter's scale, which is alpha / rank (default: the rank)", bounds=POSITIVE
+    )
+    targets: list[str] | None = _setting(
+        None,
+        "Names, or ends of names, of the layers that get an adapter, or one regular expression (default: the "
+        "attention's projections)",
+    )
     adapter_init: str = _setting(
-        "default", "how it starts; what olora trains is written as an adapter of twice the rank", INITIALISATIONS
+        "default",
+        "Initialization of the adapter's weights; an olora adapter is saved with twice the rank",
+        INITIALISATIONS,
     )
-    adapter_dropout: float = _setting(0.0, "of the adapter's input", bounds=BELOW_ONE)
+    adapter_dropout: float = _setting(0.0, "Dropout probability of the adapter's input", bounds=BELOW_ONE)
 
-    steps: int = _setting(1000, "optimizer steps", bounds=COUNT)
+    steps: int = _setting(1000, "Number of optimizer steps of the whole run", bounds=COUNT)
     batch_size: int = _setting(
-        1, "examples of one forward on one process, or group that shares sequences", bounds=COUNT
+        1,
+        "Number of examples per forward pass on each process, or on each group of processes that share sequences",
+        bounds=COUNT,
     )
-    gradient_accumulation_steps: int = _setting(1, "forwards of a step", bounds=COUNT)
-    optimizer: str = _setting("adamw", "by name", tuple(OPTIMIZERS))
+    gradient_accumulation_steps: int = _setting(1, "Number of forward passes per optimizer step", bounds=COUNT)
+    optimizer: str = _setting("adamw", "Optimizer", tuple(OPTIMIZERS))
     learning_rate: float | None = _setting(
-        None, "the peak (default: 1e-4; of prodigy 1.0)", bounds=Bounds(0, 100, low_is_in=False)
+        None, "Peak learning rate (default: 1e-4; 1.0 for prodigy)", bounds=Bounds(0, 100, low_is_in=False)
     )
-    adam_betas: list[float] = _setting([0.9, 0.999], "of the optimizer", bounds=BELOW_ONE, length=2)
-    weight_decay: float = _setting(0.01, "of the optimizer", bounds=NOT_NEGATIVE)
-    adam_eps: float = _setting(1e-8, "of the optimizer", bounds=Bounds(0, 1, low_is_in=False))
-    lr_schedule: str = _setting("constant_with_warmup", "of the learning rate", SCHEDULES)
+    adam_betas: list[float] = _setting(
+        [0.9, 0.999], "Optimizer's two decay rates of the moment estimates", bounds=BELOW_ONE, length=2
+    )
+    weight_decay: float = _setting(0.01, "Optimizer's decoupled weight decay", bounds=NOT_NEGATIVE)
+    adam_eps: float = _setting(
+        1e-8, "Number that the optimizer adds to its denominator", bounds=Bounds(0, 1, low_is_in=False)
+    )
+    lr_schedule: str = _setting("constant_with_warmup", "Learning-rate schedule", SCHEDULES)
     lr_warmup_steps: int | None = _setting(
-        None, f"steps in which it rises (default: {WARMUP_STEPS}, or a tenth of a short run)", bounds=NOT_NEGATIVE
+        None,
+        "Number of optimizer steps in which the learning rate rises to its peak "
+        f"(default: {WARMUP_STEPS}, or a tenth of --steps if that is fewer)",
+        bounds=NOT_NEGATIVE,
     )
-    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm; 0 does not clip", bounds=NOT_NEGATIVE)
+    max_grad_norm: float = _setting(
+        1.0, "Norm to which gradients are clipped; 0 turns clipping off", bounds=NOT_NEGATIVE
+    )
     ema_decay: float | None = _setting(
         None,
-        "average the adapter over steps with this decay, for instance 0.999",
+        "Decay per step of an exponential moving average of the adapter, such as 0.999, which is saved in its place "
+        "(default: no average)",
         bounds=Bounds(0, 1, low_is_in=False, high_is_in=False),
     )
-    seed: int = _setting(0, "of everything that is random", bounds=Bounds(0, 2**63 - 1))
+    seed: int = _setting(0, "Seed of all random numbers", bounds=Bounds(0, 2**63 - 1))
 
     timestep_sampling: str | None = _setting(
-        None, "how much noise (default: logit_normal; uniform for v-prediction)", SAMPLINGS
+        None,
+        "Distribution of the noise levels (default: logit_normal; uniform for models that predict v)",
+        SAMPLINGS,
     )
-    logit_mean: float = _setting(0.0, "of logit_normal", bounds=Bounds(-10, 10))
-    logit_std: float = _setting(1.0, "of logit_normal", bounds=Bounds(0, 10, low_is_in=False))
-    mode_scale: float = _setting(1.29, "of mode", bounds=Bounds(-1, 1.75))
-    shift: float | None = _setting(None, "towards noise (default: as the model's sampler does)", bounds=POSITIVE)
+    logit_mean: float = _setting(
+        0.0,
+        "Mean of the normal distribution of logit_normal, in logits",
+        bounds=Bounds(-10, 10),
+        needs=("timestep_sampling", "logit_normal"),
+    )
+    logit_std: float = _setting(
+        1.0,
+        "Standard deviation of the normal distribution of logit_normal, in logits",
+        bounds=Bounds(0, 10, low_is_in=False),
+        needs=("timestep_sampling", "logit_normal"),
+    )
+    mode_scale: float = _setting(
+        1.29,
+        "Scale of the mode distribution; 0 is uniform, more prefers the middle noise levels",
+        bounds=Bounds(-1, 1.75),
+        needs=("timestep_sampling", "mode"),
+    )
+    shift: float | None = _setting(
+        None,
+        "Timestep shift; above 1 moves noise levels towards pure noise (default: that of the pipeline's scheduler)",
+        bounds=POSITIVE,
+    )
     guidance: float | None = _setting(
-        None, "what a model that was distilled from guidance is told in training (default: 1)", bounds=NOT_NEGATIVE
+        None, "Guidance scale that a guidance-distilled model gets as its input (default: 1)", bounds=NOT_NEGATIVE
     )
 
-    checkpoint_every: int = _setting(250, "steps; 0 is only at the end", bounds=NOT_NEGATIVE)
-    checkpoints_kept: int = _setting(2, "the newest; 0 keeps all", bounds=NOT_NEGATIVE)
-    resume: str | None = _setting(None, "from 'latest', a step, or a checkpoint's folder")
+    checkpoint_every: int = _setting(
+        250, "Number of steps between checkpoints; 0 saves one at the end only", bounds=NOT_NEGATIVE
+    )
+    checkpoints_kept: int = _setting(2, "Number of newest checkpoints to keep; 0 keeps all", bounds=NOT_NEGATIVE)
+    resume: str | None = _setting(
+        None, "Checkpoint to resume from: latest, the number of its step, or its folder (default: start a new run)"
+    )
 
-    log_every: int = _setting(1, "steps", bounds=COUNT)
-    metrics: bool = _setting(True, "write what is logged to metrics.jsonl in output_dir, a line of JSON for each entry")
-    trackers: list[str] | None = _setting(None, "of Accelerate: tensorboard, wandb, ...")
-    tracker_project: str = _setting("diffusers_attn", "name of the project at a tracker")
-    validation_prompts: list[str] | None = _setting(None, "are drawn as training goes on, and for the card at its end")
-    validation_every: int = _setting(250, "steps; 0 is only at the end", bounds=NOT_NEGATIVE)
-    validation_steps: int = _setting(28, "of the sampler", bounds=Bounds(1, 1000))
-    validation_guidance: float | None = _setting(None, "guidance scale (default: the pipeline's)", bounds=NOT_NEGATIVE)
+    log_every: int = _setting(1, "Number of steps between log entries", bounds=COUNT)
+    metrics: bool = _setting(True, "Write log entries to metrics.jsonl in output_dir, one JSON object per line")
+    trackers: list[str] | None = _setting(
+        None, "Accelerate's experiment trackers to log to, such as tensorboard or wandb (default: none)"
+    )
+    tracker_project: str = _setting("diffusers_attn", "Project name at the trackers", needs=("trackers",))
+    validation_prompts: list[str] | None = _setting(
+        None, "Prompts from which samples are generated during training and for the model card (default: none)"
+    )
+    validation_every: int = _setting(
+        250,
+        "Number of steps between samples; 0 generates them at the end only",
+        bounds=NOT_NEGATIVE,
+        needs=("validation_prompts",),
+    )
+    validation_steps: int = _setting(
+        28, "Number of denoising steps per sample", bounds=Bounds(1, 1000), needs=("validation_prompts",)
+    )
+    validation_guidance: float | None = _setting(
+        None,
+        "Guidance scale of the samples (default: the pipeline's)",
+        bounds=NOT_NEGATIVE,
+        needs=("validation_prompts",),
+    )
     validation_size: list[int] | None = _setting(
-        None, "height and width (default: of the first bucket)", bounds=COUNT, length=2
+        None,
+        "Height and width of the samples in pixels (default: those of the first example's bucket)",
+        bounds=COUNT,
+        length=2,
+        needs=("validation_prompts",),
     )
-    validation_frames: int | None = _setting(None, "of videos (default: of the first bucket)", bounds=COUNT)
-    evaluation_every: int = _setting(0, "steps between losses at fixed noise levels; 0 is never", bounds=NOT_NEGATIVE)
-    evaluation_data: str | None = _setting(None, "for these (default: the first examples of --data)")
-    evaluation_examples: int = _setting(4, "how many", bounds=COUNT)
+    validation_frames: int | None = _setting(
+        None,
+        "Number of frames of video samples (default: that of the first example's bucket)",
+        bounds=COUNT,
+        needs=("validation_prompts",),
+    )
+    evaluation_every: int = _setting(
+        0, "Number of steps between evaluations of the loss at fixed noise levels; 0 is never", bounds=NOT_NEGATIVE
+    )
+    evaluation_data: str | None = _setting(
+        None,
+        "Data for evaluations, in the form of --data (default: the first examples of --data)",
+        needs=("evaluation_every",),
+    )
+    evaluation_examples: int = _setting(
+        4, "Number of examples per evaluation", bounds=COUNT, needs=("evaluation_every",)
+    )
 
-    push_to_hub: bool = _setting(False, "upload the adapter and its card when done")
-    hub_model_id: str | None = _setting(None, "name of the repository (default: that of output_dir)")
+    push_to_hub: bool = _setting(False, "Upload the adapter and its model card to the Hugging Face Hub at the end")
+    hub_model_id: str | None = _setting(
+        None, "Name of the repository on the Hub (default: the name of output_dir)", needs=("push_to_hub",)
+    )
 
     def __post_init__(self) -> None:
-        for name in ("model", "data"):
+        for name in REQUIRED:
             if not getattr(self, name):
-                raise TrainingError(f"--{name} is missing: it is {_fields()[name].metadata['help']}.")
+                raise TrainingError(f"--{name} is missing. {_fields()[name].metadata['help']}.")
         hints = typing.get_type_hints(TrainConfig)
         for name, field in _fields().items():
             self._check_choice(name, field.metadata["choices"])
@@ -197,7 +335,7 @@ class TrainConfig:
         if self.lr_warmup_steps is not None and self.lr_warmup_steps > self.steps:
             raise TrainingError(
                 f"{option('lr_warmup_steps', self.lr_warmup_steps)} with {option('steps', self.steps)}: the learning "
-                "rate would never come to its peak. Give fewer steps of warm-up, or leave --lr_warmup_steps out."
+                "rate would never reach its peak. Give fewer warm-up steps, or leave --lr_warmup_steps out."
             )
         if self.lr_warmup_steps and self.lr_schedule in WITHOUT_WARMUP:
             raise TrainingError(
@@ -206,26 +344,40 @@ class TrainConfig:
             )
         if self.rate * self.weight_decay >= 1:
             raise TrainingError(
-                f"{option('weight_decay', self.weight_decay)} with a learning rate of {self.rate:g}: each step would "
-                "take more than all of the weights away. Their product must be below 1."
+                f"{option('weight_decay', self.weight_decay)} with a learning rate of {self.rate:g}: weights would "
+                "change their sign in each step. The product of the two must be below 1."
             )
         if self.adapter not in IN_DIFFUSERS_FORMAT and self.adapter_init != "default":
             raise TrainingError(
-                f"{option('adapter_init', self.adapter_init)} is for --adapter {', '.join(IN_DIFFUSERS_FORMAT)}, not "
-                f"for {option('adapter', self.adapter)}. Leave it out."
+                f"{option('adapter_init', self.adapter_init)} is accepted for --adapter "
+                f"{', '.join(IN_DIFFUSERS_FORMAT)}, not for {option('adapter', self.adapter)}. Leave it out."
             )
         if self.adapter_init == "orthogonal" and self.rank % 2:
             raise TrainingError(
                 f"{option('adapter_init', 'orthogonal')} with {option('rank', self.rank)}: it needs an even rank."
             )
-        if self.hub_model_id is not None and not self.push_to_hub:
-            raise TrainingError(
-                f"{option('hub_model_id', self.hub_model_id)} without --push_to_hub. Add it, or leave both out."
-            )
-        if self.evaluation_data is not None and not self.evaluation_every:
-            raise TrainingError(
-                f"{option('evaluation_data', self.evaluation_data)} without --evaluation_every. Set it to a number."
-            )
+        self.check_effect()
+
+    def check_effect(self, **resolved: Any) -> None:
+        """Raises TrainingError for a setting that was changed although another setting leaves it without effect.
+
+        Args:
+            resolved: values of settings that are None until the model is loaded, such as `timestep_sampling`.
+        """
+        for name, field in _fields().items():
+            value = getattr(self, name)
+            if not field.metadata["needs"] or value == _default(field):
+                continue
+            other, *values = field.metadata["needs"]
+            found = resolved.get(other) or getattr(self, other)
+            if values and found is None:  # depends on the model
+                continue
+            if found not in values if values else not found:
+                with_other = f"with {option(other, found)}" if found else f"without --{other}"
+                needed = " or ".join(option(other, each) for each in values) or f"--{other}"
+                raise TrainingError(
+                    f"{option(name, value)} has no effect {with_other}. Leave it out, or give {needed}."
+                )
 
     def _check_choice(self, name: str, choices: Sequence[str] | None) -> None:
         value = getattr(self, name)
@@ -233,7 +385,7 @@ class TrainConfig:
             raise TrainingError(f"{option(name, value)}: accepted are {', '.join(choices)}.")
 
     def _check_numbers(self, name: str, hint: Any, field: dataclasses.Field[Any]) -> None:
-        """Against the type, the bounds and the length of the setting."""
+        """Checks a value against the type, the bounds and the length of its setting."""
         value, bounds, length = getattr(self, name), field.metadata["bounds"], field.metadata["length"]
         if value is None and type(None) in typing.get_args(hint):
             return
@@ -241,19 +393,19 @@ class TrainConfig:
         kind = "whole numbers" if whole else "numbers"
         if several and (not isinstance(value, (list, tuple)) or len(value) != (length or len(value) or 1)):
             count = f"{length} {kind}" if length else f"one or more {kind}"
-            raise TrainingError(f"{option(name, value)}: {count} are accepted, {field.metadata['help']}.")
+            raise TrainingError(f"{option(name, value)}: {count} are accepted. {field.metadata['help']}.")
         for each in value if several else [value]:
             if each not in bounds or (whole and not isinstance(each, int)):
                 raise TrainingError(f"{option(name, value)}: {kind} {bounds} are accepted.")
 
     @property
     def rate(self) -> float:
-        """The peak of the learning rate."""
+        """The peak learning rate."""
         return OPTIMIZERS[self.optimizer].learning_rate if self.learning_rate is None else self.learning_rate
 
     @property
     def warmup_steps(self) -> int:
-        """Steps in which the learning rate rises; 0 for a schedule without."""
+        """Number of steps in which the learning rate rises; 0 for a schedule without warm-up."""
         if self.lr_schedule in WITHOUT_WARMUP:
             return 0
         return min(WARMUP_STEPS, self.steps // 10) if self.lr_warmup_steps is None else self.lr_warmup_steps
@@ -265,16 +417,16 @@ class TrainConfig:
 
     @property
     def cache(self) -> Path:
-        """Where latents and embeddings are kept."""
+        """The folder of cached latents and text embeddings."""
         return Path(self.cache_dir) if self.cache_dir else self.output / "cache"
 
     def as_dict(self) -> dict[str, Any]:
-        """Names and values, as JSON takes them."""
+        """All settings by name, with values that JSON can store."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def parser(**settings: Any) -> argparse.ArgumentParser:
-        """A command line with an argument for every setting. `settings` are argparse's own, such as description."""
+        """A command line with an argument for every setting. `settings` go to `argparse.ArgumentParser`."""
         parser = _Parser(formatter_class=_Help, allow_abbrev=False, **settings)
         group: Any = parser
         hints = typing.get_type_hints(TrainConfig)
@@ -286,7 +438,7 @@ class TrainConfig:
 
     @staticmethod
     def from_arguments(arguments: Sequence[str] | None = None, **settings: Any) -> TrainConfig:
-        """The settings of a command line; None is this process's. What is not accepted ends it with a message."""
+        """Parses a command line (None: that of this process). Exits with a message if a value is not accepted."""
         parser = TrainConfig.parser(**settings)
         try:
             return TrainConfig(**vars(parser.parse_args(arguments)))
@@ -304,7 +456,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _not_none(hint: Any) -> Any:
-    """The type of a setting that may be left out."""
+    """The type of a setting without `| None`."""
     if isinstance(hint, types.UnionType):
         return next(each for each in typing.get_args(hint) if each is not type(None))
     return hint
@@ -315,14 +467,14 @@ def _several(hint: Any) -> bool:
 
 
 def _number(hint: Any) -> Any:
-    """The type of a setting's value, or of each of its values."""
+    """The type of a setting's value, or of each value of a list."""
     hint = _not_none(hint)
     return typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Without the usage, whose many lines would hide the message, and by one process of a job."""
+        """Prints the message without the long usage, on one process of the job, and exits."""
         say_once(f"{self.prog}: {message}\nAll settings: {self.prog} --help")
         self.exit(2)
 
@@ -333,29 +485,32 @@ class _Help(argparse.HelpFormatter):
 
 
 def _add(group: Any, name: str, hint: Any, field: dataclasses.Field[Any]) -> None:
-    """An argument of the setting's type."""
+    """Adds the argument of a setting to an argparse group."""
     default, help = _default(field), field.metadata["help"]
     hint = _not_none(hint)
-    told = default not in (None, "", []) and not isinstance(default, bool)
-    shown = " ".join(map(str, default)) if isinstance(default, list) else default
-    common: dict[str, Any] = {"default": default, "help": f"{help} ({shown})" if told else help}
+    if default not in (None, ""):
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        help = f"{help} (default: {shown})"
+    if name in REQUIRED:
+        help = f"{help} (required)"
+    common: dict[str, Any] = {"default": default, "help": help}
     if hint is bool:
-        common["help"] = f"{help} ({'on' if default else 'off'})"
+        common["help"] = f"{field.metadata['help']} (default: {'on' if default else 'off'})"
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **common)
     elif typing.get_origin(hint) is list:
-        group.add_argument(f"--{name}", nargs="+", type=typing.get_args(hint)[0], metavar=_metavar(name), **common)
+        group.add_argument(f"--{name}", nargs="+", type=_number(hint), metavar=_metavar(name, hint), **common)
     else:
         choices = field.metadata["choices"]
-        required = default == ""
         group.add_argument(
             f"--{name}",
             type=hint,
             choices=choices,
-            required=required,
-            metavar=None if choices else _metavar(name),
+            required=name in REQUIRED,
+            metavar=None if choices else _metavar(name, hint),
             **common,
         )
 
 
-def _metavar(name: str) -> str:
-    return name.rsplit("_", 1)[-1].upper()
+def _metavar(name: str, hint: Any) -> str:
+    """ "N" for a whole number, "X" for another number, else the last word of the name, such as "DIR"."""
+    return {int: "N", float: "X"}.get(_number(hint)) or name.rsplit("_", 1)[-1].upper()

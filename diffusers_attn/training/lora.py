@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .data.disk import write_file
 from .errors import TrainingError
 from .flag_names import option
 from .randomness import derived_seed
@@ -228,22 +227,28 @@ def save_adapter(
         config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the same scaling for twice the rank
     if kind in IN_DIFFUSERS_FORMAT:
         config.init_lora_weights = True  # who loads it needs no beginning, and must not move the base
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as scratch:
-        if kind in IN_DIFFUSERS_FORMAT:
-            name = "pytorch_lora_weights.safetensors"
+    about = _plain(config.to_dict())
+    if kind in IN_DIFFUSERS_FORMAT:
+        file = folder / "pytorch_lora_weights.safetensors"
+
+        def write(unfinished: Path) -> None:
             type(pipeline).save_lora_weights(
-                scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=_plain(config.to_dict())
+                unfinished.parent,
+                weight_name=unfinished.name,
+                transformer_lora_layers=layers,
+                transformer_lora_adapter_metadata=about,
             )
-        else:
+    else:
+        file = folder / "adapter_model.safetensors"
+        write_file(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(about, indent=2)))
+
+        def write(unfinished: Path) -> None:
             from safetensors.torch import save_file
 
-            name = "adapter_model.safetensors"
-            save_file({key: each.contiguous() for key, each in layers.items()}, Path(scratch) / name)
-            (Path(scratch) / "adapter_config.json").write_text(json.dumps(_plain(config.to_dict()), indent=2))
-            os.replace(Path(scratch) / "adapter_config.json", folder / "adapter_config.json")
-        os.replace(Path(scratch) / name, folder / name)
-    return folder / name
+            save_file({key: each.contiguous() for key, each in layers.items()}, unfinished)
+
+    write_file(file, write, "the adapter")
+    return file
 
 
 def _difference(layers: Mapping[str, Tensor], began: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -44,8 +44,8 @@ from ..processors import set_attention_provider
 from ..providers.catalog import SPECS
 from ..providers.registry import provider_name
 from .errors import TrainingError
+from .job_ranks import JobRanks
 from .randomness import generator
-from .ranks import Ranks
 
 SUPPORTED = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")
 """names of Accelerate's distributed types under which gradients are known to be right."""
@@ -70,7 +70,7 @@ class TrainingParallel:
         rotate_method: str | None,
     ) -> None:
         world, rank = accelerator.num_processes, accelerator.process_index
-        self.ranks = Ranks(accelerator)
+        self.ranks = JobRanks(accelerator)
         self.cp_degree, self.cp_rank = cp_degree, rank % cp_degree
         self.dp_degree, self.dp_rank = world // cp_degree, rank // cp_degree
         self.mesh: DeviceMesh | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .data.atomic import write_atomically
+from .data.disk import write_file
 
 
 class MetricsFile:
@@ -33,7 +33,7 @@ class MetricsFile:
         def write(unfinished: Path) -> None:
             unfinished.write_text(text)
 
-        write_atomically(path, write)
+        write_file(path, write)
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

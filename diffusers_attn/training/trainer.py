@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic_files import remove_unfinished
 from ..context_parallel.comm.process_groups import set_timeout
 from .card import push, write_card
 from .checkpoint import Checkpoints
@@ -244,6 +245,7 @@ class Trainer:
             elif self.config.overwrite:
                 self.checkpoints.discard_after(-1)
             self.checkpoints.tidy()
+            remove_unfinished(self.config.output)
 
     def _start_trackers(self) -> None:
         if self.config.trackers:

@@ -4,7 +4,6 @@ part in every forward, and a process that drew alone would wait for the others f
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .data.disk import writing
+from .data.disk import write_file
 from .families import Family
 from .models import decoding_in_its_dtype, placed, text_encoders
 from .parallel import TrainingParallel
@@ -114,20 +113,21 @@ class Validation:
 
 
 def _save(drawn: Any, path: Path, fps: float) -> Path:
-    """A picture, `[height, width, 3]` in [0, 1], or frames of them, as a file that is there whole or not at all."""
+    """Writes an image, [height, width, 3] in [0, 1], as PNG, or a video, [frames, height, width, 3], as MP4."""
     import numpy as np
     from PIL import Image
 
     pixels = (np.asarray(drawn).clip(0, 1) * 255).round().astype(np.uint8)
     suffix = ".mp4" if pixels.ndim == 4 else ".png"
-    target, scratch = (path.with_name(name + suffix) for name in (path.name, f".{path.name}.unfinished"))
-    with writing("a sample", target):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    target = path.with_name(path.name + suffix)
+
+    def write(unfinished: Path) -> None:
         if pixels.ndim == 4:
-            write_video(pixels, scratch, fps)
+            write_video(pixels, unfinished, fps)
         else:
-            Image.fromarray(pixels).save(scratch)
-        os.replace(scratch, target)
+            Image.fromarray(pixels).save(unfinished)
+
+    write_file(target, write, "a sample")
     return target
 
 

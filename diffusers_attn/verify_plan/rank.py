@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..atomic_files import write_atomically
 from ..context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
 from ..context_parallel.hooks.submodules import submodules
 from ..context_parallel.mesh import ContextParallelMesh
@@ -184,10 +185,8 @@ def _gradient_error(
 
 
 def _write(folder: Path, name: str, rank: int, value: Any) -> None:
-    """Whole or not at all, as the starting process looks for it all the while."""
-    path = folder / f"{name}-{rank}"
-    path.with_suffix(".tmp").write_bytes(pickle.dumps(value))
-    os.replace(path.with_suffix(".tmp"), path)
+    """Writes a file atomically, because the starting process polls for it."""
+    write_atomically(folder / f"{name}-{rank}", lambda path: path.write_bytes(pickle.dumps(value)))
 
 
 @functools.cache

@@ -77,6 +77,36 @@ def test_settings_that_do_not_go_together(settings, message):
         TrainConfig(**MUST, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"timestep_sampling": "uniform", "logit_mean": 0.5},
+            "--logit_mean 0.5 has no effect with --timestep_sampling",
+        ),
+        (
+            {"timestep_sampling": "uniform", "logit_std": 2.0},
+            ".*Leave it out, or give --timestep_sampling logit_normal",
+        ),
+        ({"timestep_sampling": "logit_normal", "mode_scale": 1.0}, "--mode_scale 1.0 has no effect with --timestep_s"),
+        ({"tracker_project": "p"}, "--tracker_project p has no effect without --trackers. Leave it out, or give --tra"),
+        ({"validation_size": [64, 64]}, "--validation_size 64 64 has no effect without --validation_prompts"),
+        ({"evaluation_examples": 8}, "--evaluation_examples 8 has no effect without --evaluation_every"),
+        ({"hub_model_id": "me/it"}, "--hub_model_id me/it has no effect without --push_to_hub"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(TrainingError, match=message):
+        TrainConfig(**MUST, **settings)
+
+
+def test_settings_that_have_an_effect_with_the_model_only():
+    config = TrainConfig(**MUST, logit_mean=0.5)  # the model decides what is sampled from
+    config.check_effect(timestep_sampling="logit_normal")
+    with pytest.raises(TrainingError, match="--logit_mean 0.5 has no effect with --timestep_sampling uniform"):
+        config.check_effect(timestep_sampling="uniform")
+
+
 def test_warm_up_where_nothing_is_said():
     steps = {"steps": 1000}, {"steps": 100}, {"steps": 4}, {"steps": 100, "lr_schedule": "constant"}
     assert [TrainConfig(**MUST, **each).warmup_steps for each in steps] == [50, 10, 0, 0]

@@ -29,6 +29,9 @@ def _afterwards():
     GradientState._reset_state()
 
 
+DRAW = {"validation_prompts": ["a cat"]}
+
+
 @pytest.mark.parametrize(
     ("family", "others", "message"),
     [
@@ -38,15 +41,16 @@ def _afterwards():
         ("cogview4", {"targets": ["to_q("]}, "--targets .* is no regular expression"),
         ("cogview4", {"targets": [".*to_x"]}, "--targets .*to_x.*to_out.0, to_q"),
         ("cogview4", {"adapter_init": "olora", "rank": 128}, "--adapter_init olora with --rank 128: transf"),
-        ("cogview4", {"validation_size": [40, 48]}, "--validation_size 40 48: .* multiples of 16 .*such as 32 48"),
-        ("cogview4", {"validation_frames": 9}, "--validation_frames 9: CogView4Pipeline draws pictures"),
+        ("cogview4", {"validation_size": [40, 48], **DRAW}, "--validation_size 40 48: .* multiples of 16 .*as 32 48"),
+        ("cogview4", {"validation_frames": 9, **DRAW}, "--validation_frames 9: CogView4Pipeline draws pictures"),
         ("cogview4", {"num_frames": [9]}, "--num_frames 9: CogView4Pipeline draws pictures"),
         ("cogview4", {"resolution": [15]}, "--resolution 15: this model takes from 16 pixels"),
-        ("wan", {"validation_frames": 10}, "--validation_frames 10: .*4n .* 1 of them: 9 or 13"),
+        ("wan", {"validation_frames": 10, **DRAW}, "--validation_frames 10: .*4n .* 1 of them: 9 or 13"),
         ("wan", {"num_frames": [9, 10]}, "--num_frames 10: .*9 or 13"),
         ("flux", {"max_sequence_length": 600}, "--max_sequence_length 600 is not taken by FluxPipeline: .*512"),
         ("flux", {"guidance": 3.5}, r"--guidance 3\.5: .*not told any guidance"),
         ("cogvideox", {"shift": 3.0}, "shift"),
+        ("cogvideox", {"logit_mean": 0.5}, "--logit_mean 0.5 has no effect with --timestep_sampling uniform"),
     ],
 )  # fmt: skip
 def test_refused_before_anything_is_encoded(settings_of, family, others, message):

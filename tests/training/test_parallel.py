@@ -105,7 +105,7 @@ def test_flex_has_no_backward_of_parts():
             "--adapter_init gaussian is for --adapter lora, rslora, dora, not for --adapter loha",
         ),
         ({"resume": "7"}, "resume='7'"),
-        ({"hub_model_id": "me/lora"}, "--hub_model_id me/lora without --push_to_hub"),
+        ({"hub_model_id": "me/lora"}, "--hub_model_id me/lora has no effect without --push_to_hub"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16: accepted are no, bf16"),
         ({"data": ""}, "data is missing"),
         ({"validation_size": [64]}, "--validation_size 64: 2 whole numbers are accepted, height and width"),

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from . import decode
-from .atomic import write_atomically
 from .buckets import Bucket, Buckets
 from .digests import content_digests
+from .disk import write_file
 from .errors import Problem, TrainingDataError, check_on_bad_data, settle
 from .examples import Example
 from .lock import alone_in
@@ -225,7 +225,7 @@ class LatentCache:
         return cached
 
     def _note(self, key: str, reason: str) -> None:
-        write_atomically(self._mark(key), lambda path: _write_text(path, json.dumps({"reason": reason})))
+        write_file(self._mark(key), lambda path: path.write_text(json.dumps({"reason": reason})))
 
     def _mark(self, key: str) -> Path:
         """Where it is noted that something cannot be decoded: so all ranks know. It is tried again every time."""
@@ -371,7 +371,3 @@ def _reason(mark: Path) -> str:
         return str(json.loads(mark.read_text())["reason"])
     except (ValueError, KeyError, TypeError):  # a damaged note
         return "it cannot be decoded"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .atomic import write_atomically
+from .disk import write_file
 from .errors import TrainingDataError
 from .ranks import Ranks, in_step
 from .source import Source, content_digest
@@ -37,7 +37,7 @@ def content_digests(sources: Sequence[Source], folder: Path, ranks: Ranks) -> li
         found = {stamp: content_digest(sources[i]) for stamp, i in part}
         text = json.dumps(found, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()
-        write_atomically(folder / f"{name}.json", lambda path: _write_text(path, text))
+        write_file(folder / f"{name}.json", lambda path: path.write_text(text))
 
     parts = [mine[i : i + _FILES_PER_STEP] for i in range(0, len(mine), _FILES_PER_STEP)]
     in_step(ranks, parts, read, "reading the training data")
@@ -62,7 +62,3 @@ def _known(folder: Path) -> dict[str, str]:
         if isinstance(said, dict):
             known.update(said)
     return known
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from ...atomic_files import write_atomically
 
 _BLOCK = 1 << 20
 
@@ -42,6 +44,20 @@ def writing(what: str, path: Path, size: int | None = None, left: str = "") -> I
             reason = "no space is left"  # what torch.save says of it is about its own code
         message = f"{what} could not be written to {path}: {reason}.{needs}{free}"
         raise WritingError(f"{message} {left}".rstrip()) from error
+
+
+def write_file(path: Path, write: Callable[[Path], object], what: str = "a file") -> None:
+    """`write_atomically`, with every failure to write as a `WritingError`.
+
+    Args:
+        path, write: as in `write_atomically`.
+        what: the content's name for the message, such as "the model card".
+
+    Raises:
+        WritingError: the file cannot be written, for example because the disk is full.
+    """
+    with writing(what, path):
+        write_atomically(path, write)
 
 
 def _says_so(error: Exception) -> bool:

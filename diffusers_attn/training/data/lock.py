@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .atomic import write_atomically
+from .disk import write_file
 from .ranks import OtherRankError, Ranks
 from .walk import RUN_MARK
 
@@ -46,7 +46,7 @@ class FolderLock:
             return False
         now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         said = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
-        write_atomically(self._mark, lambda path: _write_text(path, said))
+        write_file(self._mark, lambda path: path.write_text(said))
         return True
 
     def release(self) -> None:
@@ -94,7 +94,3 @@ def alone_in(folder: Path, ranks: Ranks, what: str) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

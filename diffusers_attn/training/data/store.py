@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic import remove_unfinished, write_atomically
-from .disk import checksum
+from ...atomic_files import remove_unfinished
+from .disk import checksum, write_file
 from .errors import TrainingDataError
 
 _ABOUT = "diffusers_attn"
@@ -71,7 +71,7 @@ class TensorStore:
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # One entry: of several, the order in the file would vary.
         metadata = {_ABOUT: _json({"key": key, "made_from": made_from, "crc32": _checksum(own)})}
-        write_atomically(self.path(key), lambda path: save_file(own, path, metadata))
+        write_file(self.path(key), lambda path: save_file(own, path, metadata))
 
     def remove_unfinished(self) -> None:
         """Removes what processes that were killed have left."""

@@ -1,4 +1,4 @@
-"""All processes of a job as those see it that only divide work among them and wait for each other."""
+"""All processes of a job, for code that only divides work among them and synchronises them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
+from ..context_parallel import job
 from ..context_parallel.comm import rank_progress
 
 
-class Ranks:
-    """The processes of an `accelerate.Accelerator`. Every method is to be called on all of them.
+class JobRanks:
+    """The processes of an `accelerate.Accelerator`. Every method is collective: all processes must call it.
 
     Attributes:
-        rank: of this process.
+        rank: rank of this process, from 0.
         size: number of processes.
     """
 
@@ -24,31 +25,29 @@ class Ranks:
         self.size: int = accelerator.num_processes
 
     def barrier(self) -> None:
-        """Returns when all are here."""
+        """Waits until all processes have called this."""
         with self._waiting():
             self._accelerator.wait_for_everyone()
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on one of them: the same answer on all."""
+        """Returns whether `flag` is true on at least one process."""
         return self.sum([float(flag)])[0] > 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """The sums over all of them of numbers of which each has as many. Waits for the device."""
+        """The element-wise sums of `values` over all processes, in float32. Waits for the device."""
         if self.size == 1:
             return values
         mine = torch.tensor(values, dtype=torch.float32, device=self._accelerator.device)
         with self._waiting():
             return self._accelerator.reduce(mine, reduction="sum").tolist()
 
-    def everyone(self, said: Any) -> list[Any]:
-        """What every process says, in their order: anything that pickles."""
+    def everyone(self, value: Any) -> list[Any]:
+        """The `value` of every process in rank order. Values must be picklable."""
         if self.size == 1:
-            return [said]
-        answers: list[Any] = [None] * self.size
+            return [value]
         with self._waiting():
-            torch.distributed.all_gather_object(answers, said)
-        return answers
+            return job.everyone(value, [None])
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Within, an error because a process does not come names it."""
+        """Within this context, an error caused by a missing process names that process."""
         return rank_progress.waiting_for(range(self.size))
