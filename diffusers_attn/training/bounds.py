@@ -1,4 +1,4 @@
-"""The numbers that a setting accepts, as data beside the setting."""
+"""Intervals of numbers that settings accept."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from typing import Any, NamedTuple
 
 _STORED = 2**31 - 1
-"""more than any setting needs, and every library can store it."""
+"""Upper bound of counts: more than any setting needs, and every library can store it."""
 
 
 class Bounds(NamedTuple):
-    """An interval. Infinity and NaN are in none."""
+    """An interval of finite numbers. Infinity and NaN are never contained."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -25,7 +25,7 @@ class Bounds(NamedTuple):
         return low and high
 
     def __str__(self) -> str:
-        """In words: "from 0", "above 0, up to 10", "from 0, below 1"."""
+        """Describes the interval: "from 0", "above 0, up to 10", "from 0, below 1"."""
         words = []
         if self.low > -math.inf:
             words.append(f"{'from' if self.low_is_in else 'above'} {self.low}")

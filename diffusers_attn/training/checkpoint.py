@@ -1,9 +1,8 @@
-"""Checkpoints that are there whole or not at all.
+"""Atomic checkpoints.
 
-A checkpoint is written to a folder beside the others whose name says that it is unfinished, brought to the disk, and
-then renamed, which a file system does as one thing. So a kill at any moment leaves the checkpoints that were there, and
-every folder that has a checkpoint's name is one. Old ones are renamed before they are taken apart, for the same reason.
-Every file has a checksum, by which damage is found before anything is resumed from it.
+A checkpoint is written to a folder named as unfinished, flushed to disk, and renamed, which is atomic. A kill at any
+moment leaves the earlier checkpoints intact, and every folder with a checkpoint's name is complete. Old checkpoints are
+renamed before they are deleted, for the same reason. Checksums of all files detect damage before a run is resumed.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ class Checkpoints:
     """The checkpoints of a run, in a folder of their own.
 
     Args:
-        folder: is made when the first is saved.
-        keep: how many of the newest stay; None keeps all.
+        folder: created when the first checkpoint is saved.
+        keep: number of newest checkpoints to keep; None keeps all.
     """
 
     def __init__(self, folder: Path, keep: int | None) -> None:
@@ -36,28 +35,28 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, rising."""
+        """Steps that have a checkpoint, in ascending order."""
         if not self.folder.is_dir():
             return []
         matches = (_NAME.fullmatch(each.name) for each in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def path(self, step: int) -> Path:
-        """Of the checkpoint of `step`."""
+        """Folder of the checkpoint of `step`, which need not exist."""
         return self.folder / f"step-{step:08d}"
 
     def owns(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of these, however its path is written."""
+        """Whether the path `checkpoint` lies in this folder, also through links or relative paths."""
         return checkpoint.resolve().parent == self.folder.resolve()
 
     def newest(self) -> Path | None:
-        """The newest checkpoint; None where there is none."""
+        """The newest checkpoint; None if there is none."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
     @staticmethod
     def step_of(path: Path) -> int:
-        """Of the checkpoint at `path`, by its name."""
+        """Step of the checkpoint at `path`, from its name."""
         name = _NAME.fullmatch(path.name)
         assert name is not None
         return int(name[1])
@@ -66,7 +65,7 @@ class Checkpoints:
         """The checkpoint to resume from.
 
         Args:
-            wanted: "latest" is the newest, or none where there is none yet; a step's number; a folder; None is none.
+            wanted: "latest" (None is returned if there is no checkpoint yet), the number of a step, a folder, or None.
 
         Raises:
             TrainingError: there is no such checkpoint, or one of its files is damaged.
@@ -86,7 +85,7 @@ class Checkpoints:
         return self._whole(path)
 
     def _whole(self, path: Path) -> Path:
-        """The checkpoint at `path`, if none of its files is damaged."""
+        """Returns `path` if none of the checkpoint's files is damaged, else raises TrainingError."""
         problem = damage(path)
         if problem is None:
             return path
@@ -104,14 +103,14 @@ class Checkpoints:
         """Saves the checkpoint of `step`. On one process only.
 
         Args:
-            write: is given an empty folder and writes files into it.
-            size: bytes that it needs, for a message where there is no room.
+            write: writes the files into the empty folder that it gets.
+            size: size of the checkpoint in bytes, for the message if the disk is full.
 
         Returns:
-            Where it is.
+            The checkpoint's folder.
 
         Raises:
-            WritingError: it cannot be written. The checkpoints of before stay.
+            WritingError: the checkpoint cannot be written. Earlier checkpoints stay.
         """
         path, newest = self.path(step), self.newest()
         scratch = self.folder / f"{_UNFINISHED}{step:08d}"
@@ -127,7 +126,7 @@ class Checkpoints:
                     flush_to_disk(file)
                 flush_to_disk(scratch)
             except BaseException:
-                shutil.rmtree(scratch, ignore_errors=True)  # and leave others the room
+                shutil.rmtree(scratch, ignore_errors=True)  # frees the space
                 raise
             if path.exists():  # of an earlier run that was resumed from before it
                 self._discard(path)
@@ -137,13 +136,13 @@ class Checkpoints:
         return path
 
     def discard_after(self, step: int) -> None:
-        """Takes checkpoints of later steps away: those of a run that is given up by resuming from `step`."""
+        """Deletes checkpoints of steps after `step`, which a run resumed from `step` replaces."""
         for later in self.steps():
             if later > step:
                 self._discard(self.path(later))
 
     def tidy(self) -> None:
-        """Takes away what a kill left behind, and all but the newest. On one process only."""
+        """Deletes unfinished checkpoints and all but the newest complete ones. On one process only."""
         if self.folder.is_dir():
             for each in self.folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(each)

@@ -1,4 +1,4 @@
-"""An average of the adapter over steps, by diffusers' EMAModel, in a form that any number of processes can load."""
+"""An exponential moving average of the adapter (diffusers' EMAModel) that any number of processes can load."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .lora import sharded_like, trained_parameters, whole
 
 
 class AdapterAverage:
-    """The average of what is trained in a model.
+    """The moving average of a model's trained parameters.
 
     Args:
-        transformer: with an adapter; prepared by Accelerate.
-        decay: of the average; it is smaller in the first steps.
+        transformer: a model with an adapter, prepared by Accelerate.
+        decay: decay per step; EMAModel uses a smaller one in the first steps.
     """
 
     def __init__(self, transformer: nn.Module, decay: float) -> None:
@@ -26,20 +26,20 @@ class AdapterAverage:
         self._average = EMAModel(self._parameters.values(), decay=decay)
 
     def step(self) -> None:
-        """Takes the parameters as they are into the average."""
+        """Updates the average with the current parameters."""
         self._average.step(self._parameters.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """The average by name, whole, on the CPU. With FSDP2 every process must call this."""
+        """The average by parameter name, replicated, on the CPU. With FSDP2 every process must call this."""
         return {name: whole(each) for name, each in zip(self._parameters, self._average.shadow_params)}
 
     @property
     def steps(self) -> int:
-        """How many are in the average."""
+        """Number of updates so far."""
         return self._average.optimization_step
 
     def load(self, weights: Mapping[str, Tensor], steps: int) -> None:
-        """Sets what `weights` and `steps` returned."""
+        """Restores values that `weights` and `steps` returned."""
         with torch.no_grad():
             for (name, parameter), average in zip(self._parameters.items(), self._average.shadow_params):
                 average.copy_(sharded_like(weights[name].to(average.dtype), parameter))
@@ -47,7 +47,7 @@ class AdapterAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model has the average in place of its parameters."""
+        """Replaces the model's parameters by the average within this context."""
         own = [parameter.data.clone() for parameter in self._parameters.values()]
         self._average.copy_to(self._parameters.values())
         try:

@@ -1,4 +1,4 @@
-"""What goes wrong in training before anything is trained, by name."""
+"""Errors of the trainer."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from signal import SIGTERM
 
 
 class TrainingError(ValueError):
-    """Settings that cannot be served exactly as given. The message names the setting, what is accepted and what to do.
+    """A setting cannot be used exactly as given. The message names the setting, accepted values and what to do.
 
-    What is wrong with the data is a `TrainingDataError` (see `data.errors`), with attention an
+    Problems with the data raise `TrainingDataError` (see `data.errors`); problems with attention raise
     `AttentionProviderError`.
     """
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) or SIGTERM came while training.
+    """SIGINT (Ctrl-C) or SIGTERM arrived during training.
 
     Attributes:
-        signal: which of them, on any of the processes.
-        checkpoint: what was saved behind the last step; None where a second signal left no time for that.
+        signal: number of the signal that arrived on any of the processes.
+        checkpoint: checkpoint saved after the last step; None if a second signal prevented it.
     """
 
     def __init__(self, signal: int, checkpoint: Path | None) -> None:
@@ -31,5 +31,5 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 130 of SIGINT, 143 of SIGTERM."""
+        """Exit status by shell convention: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signal

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM end a run behind the step that is under way, with a checkpoint."""
+"""SIGINT (Ctrl-C) and SIGTERM end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .errors import TrainingInterrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FORWARDED = 2.0
-"""seconds: a terminal sends Ctrl-C to a launcher and to its processes, and the launcher passes it on to them. A signal
-that comes so soon behind the first is the same one."""
+"""Seconds within which a second signal counts as the first. A terminal sends Ctrl-C to a launcher and to its processes,
+and the launcher forwards it to them."""
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], int]]:
-    """Within, a first SIGINT or SIGTERM is only noted. Gives a function that says which came, 0 for none.
+    """Records the first SIGINT or SIGTERM within this context. Yields a function that returns its number, or 0.
 
     Raises:
-        TrainingInterrupted: a second one came, which leaves at once.
+        TrainingInterrupted: a second signal arrived; it ends the run at once.
     """
     came: list[int] = []
     at = 0.0

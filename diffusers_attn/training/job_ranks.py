@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..context_parallel import job
 from ..context_parallel.comm import rank_progress
+from ..context_parallel.comm.everyone import everyone
 
 
 class JobRanks:
@@ -43,10 +43,7 @@ class JobRanks:
 
     def everyone(self, value: Any) -> list[Any]:
         """The `value` of every process in rank order. Values must be picklable."""
-        if self.size == 1:
-            return [value]
-        with self._waiting():
-            return job.everyone(value, [None])
+        return [value] if self.size == 1 else everyone(value, [None])
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
         """Within this context, an error caused by a missing process names that process."""

@@ -1,4 +1,4 @@
-"""The checksums of a checkpoint's files, in a file beside them, so that a damaged one is found before it is used."""
+"""A file with the checksums of a checkpoint's files, so that damage is detected before the checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ MANIFEST = "checksums.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Notes size and checksum of every file in `folder`."""
+    """Writes the size and checksum of every file in `folder`."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     said = {path.name: {"bytes": path.stat().st_size, "crc32": file_checksum(path)} for path in files}
     (folder / MANIFEST).write_text(json.dumps(said, indent=2) + "\n")
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, naming the first that is damaged; None where nothing is."""
+    """Describes the first damaged file of a checkpoint; None if all files are intact."""
     manifest = folder / MANIFEST
     try:
         said = json.loads(manifest.read_text())

@@ -12,10 +12,10 @@ _SECONDS = 10.0
 
 
 def say_once(message: str, about: str | None = None) -> None:
-    """Prints to stderr, unless another process of the job has said the same.
+    """Prints to stderr, unless another process of the job has printed the same message.
 
     Args:
-        about: what makes two messages the same, if it is not their text.
+        about: messages with equal `about` count as the same; None compares their text.
     """
     store = _store()
     if store is None:
@@ -25,12 +25,12 @@ def say_once(message: str, about: str | None = None) -> None:
     key = f"diffusers_attn/said/{attempt}/{hashlib.sha256((about or message).encode()).hexdigest()}"
     try:
         if store.add(key, 1) > 1:
-            # A launcher ends all processes when the first one ends: not before the message is out.
+            # A launcher ends all processes when one ends, so wait until the message is printed.
             store.wait([f"{key}/out"], datetime.timedelta(seconds=_SECONDS))
             return
         _say(message)
         store.set(f"{key}/out", "1")
-    except RuntimeError:  # the store went away; better twice than not at all
+    except RuntimeError:  # the store is gone; printing twice is better than not at all
         _say(message)
 
 
@@ -39,8 +39,8 @@ def _say(message: str) -> None:
 
 
 def _store() -> Any:
-    """Where processes of a job can leave notes for each other, before they are connected as well; None for a single
-    one, or where a launcher offers none."""
+    """The launcher's key-value store, which works before process groups exist; None for a single process or without
+    such a store."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_PORT" not in os.environ:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Drawn videos as files: at the rate at which they were trained, and with all of their colours."""
+"""Generated videos as MP4 files, with the frame rate of the training data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def write_video(frames: Any, path: Path, fps: float) -> None:
-    """Writes an MP4 that browsers, cards and trackers show.
+    """Writes an MP4 that browsers, model cards and trackers play.
 
     Args:
         frames: uint8 [frames, height, width, 3].
-        path: ends in ".mp4".
+        path: a file name that ends in ".mp4".
         fps: frames per second.
     """
     import av
@@ -21,7 +21,7 @@ def write_video(frames: Any, path: Path, fps: float) -> None:
     codec, options = ("libx264", {"crf": "10"}) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "2"})
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        # Half as many values of colour in each direction, which all players show, go with even sizes only.
+        # All players support 4:2:0 chroma subsampling, which needs even sizes.
         stream.pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
         stream.height, stream.width = height, width
         for each in frames:
@@ -30,7 +30,7 @@ def write_video(frames: Any, path: Path, fps: float) -> None:
 
 
 def first_frame(path: Path) -> Any:
-    """Of a video: uint8 [height, width, 3]."""
+    """The first frame of a video, uint8 [height, width, 3]."""
     import av
 
     with av.open(str(path)) as container:

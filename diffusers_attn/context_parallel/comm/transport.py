@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..job import everyone
 from . import symmetric_memory
 from .everyone import everyone
 from .group import Group

@@ -1,4 +1,4 @@
-"""What goes wrong between memory and disk: a disk that is full, a file that came back other than it was written."""
+"""Writing to disk with clear errors, and checksums that detect damaged files."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _BLOCK = 1 << 20
 
 
 class WritingError(OSError):
-    """Something could not be written. The message says what, where, how large it is and how much room there is."""
+    """Data could not be written. The message names the data, the path, the size and the free space."""
 
 
 @contextlib.contextmanager
 def writing(what: str, path: Path, size: int | None = None, left: str = "") -> Iterator[None]:
-    """Whatever writing raises within becomes a `WritingError`.
+    """Raises every failure to write within this context as a `WritingError`.
 
-    safetensors and torch.save report a full disk in errors and words of their own.
+    safetensors and torch.save report a full disk with error types of their own.
 
     Args:
-        what: for the message: "the checkpoint of step 5".
-        path: where it is written to.
-        size: bytes that it needs, where that is known.
-        left: what the user still has, as a sentence.
+        what: name of the data for the message, such as "the checkpoint of step 5".
+        path: file or folder to write to.
+        size: size of the data in bytes, if known.
+        left: a sentence for the message about earlier files that remain usable.
     """
     try:
         yield
@@ -41,7 +41,7 @@ def writing(what: str, path: Path, size: int | None = None, left: str = "") -> I
         free = "" if room is None else f" {human_size(room)} are free there."
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not isinstance(error, OSError) and room is not None and room < (size or 0):
-            reason = "no space is left"  # what torch.save says of it is about its own code
+            reason = "no space is left"  # torch.save only reports an internal position
         message = f"{what} could not be written to {path}: {reason}.{needs}{free}"
         raise WritingError(f"{message} {left}".rstrip()) from error
 
@@ -61,13 +61,13 @@ def write_file(path: Path, write: Callable[[Path], object], what: str = "a file"
 
 
 def _says_so(error: Exception) -> bool:
-    """Whether an error that is no OSError is about writing: of safetensors or of torch.save."""
+    """Whether an error of safetensors or torch.save that is not an OSError reports a failure to write."""
     text = str(error)
     return "os error" in text or "PytorchStreamWriter" in text or "unexpected pos" in text
 
 
 def free_space(path: Path) -> int | None:
-    """Bytes that are free where `path` is or would be; None where that cannot be found out."""
+    """Free bytes on the disk of `path`, which need not exist yet; None if unknown."""
     for each in (path, *path.parents):
         if each.exists():
             with contextlib.suppress(OSError):
@@ -77,7 +77,7 @@ def free_space(path: Path) -> int | None:
 
 
 def human_size(size: float) -> str:
-    """Of bytes: "12.3 MB"."""
+    """A number of bytes with its unit, such as "12.3 MB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -86,7 +86,7 @@ def human_size(size: float) -> str:
 
 
 def checksum(blocks: Iterable[bytes | memoryview]) -> str:
-    """The CRC-32 of all blocks, eight hexadecimal digits. It finds damage, and is not meant against forgery."""
+    """The CRC-32 of all blocks, eight hexadecimal digits. It detects damage, not tampering."""
     total = 0
     for block in blocks:
         total = zlib.crc32(block, total)
@@ -94,7 +94,7 @@ def checksum(blocks: Iterable[bytes | memoryview]) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """The checksum of a file's content."""
+    """`checksum` of a file's content."""
 
     def blocks() -> Iterator[bytes]:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""One job at a time in a folder. The operating system gives a lock back when its process ends, however it ends."""
+"""A lock that admits one job at a time to a folder. The operating system releases it when its process ends."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SECONDS_BETWEEN = 1.0
 
 
 class FolderLock:
-    """A lock on a folder, which is made where there is none. A file in it says who has it, or had it last.
+    """A lock on a folder. A file in the folder names its current or last holder.
 
     Args:
-        folder: the folder.
+        folder: created if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class FolderLock:
         self._lock = FileLock(folder / _LOCK)
 
     def acquire(self) -> bool:
-        """Takes the lock, and returns whether it was free."""
+        """Acquires the lock if it is free, and returns whether it was."""
         from filelock import Timeout
 
         try:
@@ -50,25 +50,26 @@ class FolderLock:
         return True
 
     def release(self) -> None:
-        """Gives it back."""
+        """Releases the lock."""
         self._lock.release()
 
     def holder(self) -> str:
-        """Who has it: "process 123 on host a, since 2026-01-01 12:00:00+00:00"."""
+        """Describes the holder: "process 123 on host a, since 2026-01-01 12:00:00+00:00"."""
         try:
             said = json.loads(self._mark.read_text())
             return f"process {said['process']} on host {said['host']}, since {said['since']}"
-        except (OSError, ValueError, KeyError, TypeError):  # just being written
+        except (OSError, ValueError, KeyError, TypeError):  # the file is being written
             return "another process"
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path, ranks: Ranks, what: str) -> Iterator[None]:
-    """Within, no other job is in `folder`. Waits for one that is, and says for whom. All ranks must call this.
+    """Holds the lock of `folder` within this context. Waits for another holder and logs its name. All ranks must
+    call this.
 
     Args:
-        folder: one that all ranks see; the first of them has the lock for all.
-        ranks: of this job.
+        folder: a folder that all ranks can access; rank 0 holds the lock for all.
+        ranks: the ranks of this job.
         what: the folder's name for the message.
     """
     lock: FolderLock | None = None
@@ -81,7 +82,7 @@ def alone_in(folder: Path, ranks: Ranks, what: str) -> Iterator[None]:
                 held = lock.acquire()
         except OSError as error:
             failed = error
-        if ranks.any(failed is not None):  # together, so that none waits for one that has given up
+        if ranks.any(failed is not None):  # all ranks raise together, so that none waits for a failed one
             raise failed or OtherRankError(f"locking {folder} failed on another process; see its message.")
         if ranks.any(held):
             break

@@ -1,4 +1,4 @@
-"""Work done in threads a little before it is asked for: decoding and reading, while a device computes."""
+"""Prefetching in threads: examples are decoded and read while the device computes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ R = TypeVar("R")
 
 
 def ahead(do: Callable[[T], R], items: Iterable[T], *, threads: int, depth: int) -> Generator[R, None, None]:
-    """`map(do, items)`, in this order, by `threads` threads that are up to `depth` items ahead.
+    """`map(do, items)`, in this order, computed by `threads` threads up to `depth` items ahead.
 
-    `items` may be endless. What `do` raises is raised in its turn. Threads end with the iterator.
+    `items` may be endless. An exception of `do` is raised when its item is due. The threads end with the iterator.
     """
     source = iter(items)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="training-data")

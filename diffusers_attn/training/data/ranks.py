@@ -1,5 +1,4 @@
-"""The processes that share a piece of work, as little of them as is needed: so a cache can be filled by one process,
-by threads, or by the ranks of a job, and knows nothing of how they talk."""
+"""The interface through which processes share work: a cache can be filled by one process, threads or a job's ranks."""
 
 from __future__ import annotations
 
@@ -14,35 +13,35 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """Processes that do the same work together, each its share."""
+    """Processes that divide work among them. Every method is collective."""
 
     @property
     def rank(self) -> int:
-        """Which of them this is, from 0."""
+        """Rank of this process, from 0."""
         ...
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of processes."""
         ...
 
     def barrier(self) -> None:
-        """Waits until all have come here."""
+        """Waits until all processes have called this."""
         ...
 
     def any(self, flag: bool) -> bool:
-        """Whether any of them says True; all must ask."""
+        """Returns whether `flag` is true on at least one process."""
         ...
 
 
 class OneRank:
-    """A process by itself."""
+    """A single process."""
 
     rank = 0
     size = 1
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Returns at once."""
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -52,8 +51,8 @@ class GroupRanks:
     """The ranks of a process group.
 
     Args:
-        group: of torch.distributed; None is all ranks of the job.
-        device: where the group's backend takes tensors from, as "cuda" for NCCL.
+        group: a torch.distributed process group; None is all ranks of the job.
+        device: device of the tensors that the group's backend accepts, such as "cuda" for NCCL.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
@@ -76,23 +75,24 @@ class GroupRanks:
 
 
 class OtherRankError(RuntimeError):
-    """Work that was shared has failed on another process, whose own error says why."""
+    """Shared work failed on another process, which raised the original error."""
 
 
 def in_step(ranks: Ranks, shares: Iterable[T], do: Callable[[T], None], what: str) -> None:
-    """Calls `do` for each of this rank's `shares`, one for every call on the other ranks.
+    """Calls `do` for each of this rank's `shares`, and synchronises the ranks after every call.
 
-    The ranks meet after every one, so that none waits for the others longer than one takes (process groups give up
-    after minutes), and an error on one ends the work of all.
+    So no rank waits longer than one call takes (process groups time out after minutes), and an error on one rank
+    stops all of them.
 
     Args:
-        ranks: those that work together; each with shares of its own.
-        shares: this rank's.
-        do: the work.
-        what: names the work, for the error on other ranks.
+        ranks: the ranks that divide the work.
+        shares: the shares of this rank; ranks may have different numbers of them.
+        do: processes one share.
+        what: name of the work for the error on the other ranks.
 
     Raises:
-        OtherRankError: it failed on another rank. What `do` raises here goes on, after the others know.
+        OtherRankError: `do` failed on another rank. An exception of `do` on this rank propagates after the others
+            have been informed.
     """
     own: Iterator[T] = iter(shares)
     while True:
