@@ -1,0 +1,122 @@
+"""Splitting one model between ranks (`attach`), and undoing it (`detach`)."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..context_parallel.comm import one_thread, rank_progress, shared_groups, stalls
+from ..context_parallel.hooks import copies
+from ..context_parallel.hooks.apply import apply_context_parallel, names_of_groups, remove_context_parallel
+from ..context_parallel.mesh import ContextParallelMesh
+from ..cp_plans.plan import CPCache, ParamId, Plan, entries
+from ..processors.binding import attention_modules_of, change_processor, install, is_noted
+from ..processors.bound import BoundProcessor, bind, obstacle, unbind
+from .choices import Choices
+from .forward_count import Forwards, NoteForward
+from .input_sync import InputSync, Links
+from .targets import Target
+
+
+class _Enabled(NamedTuple):
+    """What was done to a model. Without a reference to it, so that it is not kept alive."""
+
+    hooks: list[RemovableHandle | stalls.Watch]
+    leases: list[shared_groups.Lease]
+    """of the process groups that it uses."""
+    forwards: list[Forwards]
+    processors: list[tuple[weakref.ref[nn.Module], Any]]
+    """the modules that were bound, with what they had before."""
+
+
+_enabled: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    target: Target,
+    sharing: ContextParallelMesh,
+    lease: shared_groups.Lease,
+    sharers: list[int],
+    chosen: Choices,
+) -> None:
+    """Changes one model. Each step is recorded as it is taken, so that `detach` can undo a half-done change.
+
+    Args:
+        target: the model and its plan.
+        sharing: the ranks that share a sequence.
+        lease: holds the process groups of `sharing`.
+        sharers: numbers of these ranks in the job.
+        chosen: the choices of all ranks.
+    """
+    install()  # also where nothing is bound: a model that is split refuses enable_parallelism
+    model = target.model
+    enabled = _enabled[model] = _Enabled([], [lease.again()], [], [])
+    apply_context_parallel(model, sharing, target.plan)
+    if chosen.inputs != "trust":
+        links = Links.of(sharing, chosen.timeout)
+        enabled.leases.append(links.lease)
+        hook = InputSync(model, links, chosen.inputs, _caches(target.plan), target.name)
+        enabled.forwards.append(hook.forwards)
+        enabled.hooks.append(model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+    else:
+        enabled.forwards.append(Forwards(model, target.name))
+        enabled.hooks.append(model.register_forward_pre_hook(NoteForward(enabled.forwards[0]), prepend=True))
+    for _, module in attention_modules_of(model):
+        processor = module.processor
+        if obstacle(processor) is None and (chosen.rebind or not isinstance(processor, BoundProcessor)):
+            enabled.processors.append((weakref.ref(module), processor))
+            module.set_processor(chosen.request)
+            copies.change_copies(
+                module, functools.partial(change_processor, change=functools.partial(_as_before, before=processor))
+            )
+    if sharing.device_type != "cpu":  # on other devices exchanges hang rather than fail
+        enabled.hooks.append(stalls.Watch(sharers, chosen.timeout))
+
+
+def _caches(plan: Plan) -> list[str]:
+    """The model's arguments that a plan calls caches."""
+    of_model = [spec for path, spec in entries(plan) if not path and isinstance(spec, Mapping)]
+    named = [(key, word) for spec in of_model for key, word in spec.items() if isinstance(word, CPCache)]
+    names = [key.name if isinstance(key, ParamId) else key for key, _ in named]
+    return [name for name in names if isinstance(name, str)]
+
+
+def detach(model: nn.Module) -> None:
+    copies.check_not_shallow(model)
+    enabled = _enabled.get(model)
+    if enabled is None:
+        return
+    one_thread.check_idle([*names_of_groups(model), *(name for lease in enabled.leases for name in lease.names)], model)
+    del _enabled[model]
+    for forwards in enabled.forwards:
+        rank_progress.note(f"disable_context_parallel, after {forwards.latest()}")
+    for reference, before in enabled.processors:
+        module: Any = reference()
+        if module is not None:
+            module.set_processor(_as_before(module.processor, before) if is_noted(module) else before)
+    for hook in enabled.hooks:
+        hook.remove()
+    remove_context_parallel(model)
+    for reference, _ in enabled.processors:
+        module = reference()
+        if module is not None:
+            copies.keep_hooks(module)
+    recorded = getattr(vars(model).get("forward"), "forget", None)
+    if recorded is not None:  # NCCL would not end a group that a CUDA graph still uses
+        recorded()
+    for lease in enabled.leases:
+        lease.close()
+
+
+def _as_before(now: Any, before: Any) -> Any:
+    """The processor to put back: `before`, unless diffusers put another kind in its place meanwhile (fused projections,
+    IP-Adapters): then that kind, bound as `before` is. Such a kind is bound; what a user puts in place is not."""
+    by_diffusers = isinstance(now, BoundProcessor) or type(now).__module__.startswith("diffusers.")
+    if unbind(now) is unbind(before) or not by_diffusers:
+        return before
+    return bind(now, before.choice) if isinstance(before, BoundProcessor) else unbind(now)

@@ -1,0 +1,278 @@
+"""The choices of `enable_context_parallel`: models, plans, provider and degrees, equal on all ranks.
+
+Nothing changes here: every argument is checked, and the ranks compare their choices, before the first model is changed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from ..context_parallel import job
+from ..context_parallel.comm import shared_groups
+from ..context_parallel.comm.everyone import everyone
+from ..context_parallel.comm.rank_differences import differences
+from ..context_parallel.config import ContextParallelConfig
+from ..context_parallel.mesh import ContextParallelMesh
+from ..cp_plans.plan import Plan
+from ..errors import AttentionProviderError
+from ..processors.binding import attention_modules_of
+from ..processors.bound import BoundProcessor
+from ..processors.dispatch import DispatchProcessor
+from ..providers.catalog import SPECS, AttentionProvider, options_by_place
+from ..scope import ProviderChoice
+from .degrees import Degrees, Topology, complete_degrees
+from .input_sync import MODES
+from .model_sync import Adapters, described_model, described_plan, versions
+from .targets import Target, find_targets, split_heads
+
+
+class Choices(NamedTuple):
+    """All decisions, before anything changes."""
+
+    targets: list[Target]
+    """The models to split."""
+    without_plan: list[str]
+    """Names of the pipeline's other transformers, which every rank runs in full."""
+    request: DispatchProcessor
+    """The provider that attention is bound to."""
+    rebind: bool
+    """Whether attention that is bound already is bound to `request` as well."""
+    providers: list[str]
+    """Names of the providers that attention will use; "scope" for those of `attention_provider`."""
+    degrees: Degrees
+    config: ContextParallelConfig
+    inputs: str
+    """"broadcast", "check" or "trust"."""
+    timeout: datetime.timedelta
+    facts: dict[str, str]
+    """Properties that must be equal on all ranks, by name."""
+
+
+def choose(
+    pipeline_or_model: Any,
+    device: str,
+    sharing: ContextParallelMesh | None,
+    *,
+    plan: Plan | None,
+    ulysses_degree: int | None,
+    ring_degree: int | None,
+    rotate_method: str | None,
+    convert_to_fp32: bool,
+    provider: str | AttentionProvider | None,
+    provider_options: dict[str, object],
+    inputs: str,
+    timeout: datetime.timedelta | float | None,
+    check_weights: bool,
+) -> Choices:
+    """This rank's choices. Changes nothing and exchanges nothing.
+
+    Args:
+        pipeline_or_model: see `enable_context_parallel`, like all arguments by name.
+        device: device type of the model, such as "cuda".
+        sharing: the mesh that the user gave; None for all ranks of the job.
+
+    Raises:
+        AttentionProviderError: context parallelism cannot be enabled with these arguments.
+    """
+    if inputs not in MODES:
+        raise AttentionProviderError(f"inputs={inputs!r}: accepted are {', '.join(map(repr, MODES))}.")
+    targets, without_plan = find_targets(pipeline_or_model, plan)
+    rebind = provider is not None
+    request = _request(provider, provider_options, device)
+    names = _provider_names(targets, request, rebind)
+    by_place = _options_by_place(targets, request, rebind)
+    topology = _topology(targets, names, device, sharing, rotate_method, by_place)
+    degrees = _degrees(topology, names, sharing, ulysses_degree, ring_degree, by_place)
+    return Choices(
+        targets,
+        without_plan,
+        request,
+        rebind,
+        names,
+        degrees,
+        _config(degrees, convert_to_fp32),
+        inputs,
+        shared_groups.as_timeout(timeout, device),
+        _facts(targets, request, check_weights),
+    )
+
+
+def _facts(targets: Sequence[Target], request: DispatchProcessor, check_weights: bool) -> dict[str, str]:
+    facts = versions() | {"provider": repr(request.choice), "check_weights": repr(check_weights)}
+    for target in targets:
+        found = described_plan(target.plan) | Adapters(target.model).said(in_training=True)
+        found |= described_model(target.model, check_weights)
+        facts |= {f"{target.name}: {name}": value for name, value in found.items()}
+    return facts
+
+
+def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.ProcessGroup | None]) -> Choices:
+    """Calls `choose_here` on every rank, and returns its result if all ranks made the same choices.
+
+    Args:
+        choose_here: makes this rank's choices.
+        axes: groups of the ranks that share a sequence, the ring's first; None is all ranks of the job.
+
+    Raises:
+        AttentionProviderError: it failed on some rank, or the ranks chose differently. On all ranks.
+    """
+    problem: Exception | None = None
+    try:
+        chosen = choose_here()
+        found = (
+            [target.name for target in chosen.targets],
+            chosen.providers,
+            chosen.degrees,
+            chosen.config,
+            chosen.inputs,
+        )
+        said = ", ".join(map(str, (*found, chosen.timeout)))
+        digest = hashlib.sha256(repr(sorted(chosen.facts.items())).encode()).hexdigest()
+    except Exception as error:  # of any kind: the others must not wait for this rank
+        problem, said, digest = error, f"{type(error).__name__}: {error}", ""
+    answers = everyone((dist.get_rank(), problem is None, said, digest), axes)
+    if problem is not None:
+        raise problem
+    for rank, succeeded, answer, _ in answers:
+        if not succeeded:
+            raise AttentionProviderError(f"context parallelism cannot be enabled on rank {rank}: {answer}")
+    if len({answer for _, _, answer, _ in answers}) > 1:
+        listed = "; ".join(f"rank {rank}: {answer}" for rank, _, answer, _ in answers)
+        raise AttentionProviderError(
+            f"ranks that are to share a sequence enable context parallelism in different ways. {listed}. Give the same "
+            "arguments and the same models on all of them."
+        )
+    if len({digest for *_, digest in answers}) > 1:
+        lines = differences(everyone((dist.get_rank(), chosen.facts), axes))
+        more = f". And {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise AttentionProviderError(
+            f"ranks that are to share a sequence are not alike. {'. '.join(lines[:8])}{more}. Load the same model with "
+            "the same adapters, and use the same plan, provider and versions on all of them."
+        )
+    return chosen
+
+
+def _request(provider: str | AttentionProvider | None, options: dict[str, object], device: str) -> DispatchProcessor:
+    """What attention is bound to, where it is to be bound."""
+    if provider is None:
+        if options:
+            raise AttentionProviderError(
+                f"{', '.join(f'{name}={value!r}' for name, value in options.items())} is neither an argument of "
+                "enable_context_parallel nor, since none is named, an option of a provider. Name the provider whose "
+                "option it is: provider='flash'."
+            )
+        return DispatchProcessor("auto" if device == "cuda" else "native")
+    request = DispatchProcessor(provider, **options)
+    name = request.choice.provider if request.choice else "auto"
+    if name != "auto" and device not in SPECS[name].capabilities.devices:
+        raise AttentionProviderError(
+            f"attention provider '{name}' runs on {', '.join(sorted(SPECS[name].capabilities.devices))}, and the model "
+            f"is on {device}. Move the model there before this call, or name another provider."
+        )
+    return request
+
+
+def _provider_names(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> list[str]:
+    """To whom attention of these models will go; "scope" to whoever is active."""
+    choices = _choices(targets, request, rebind)
+    return sorted({"scope" if choice is None else choice.provider for choice in choices})
+
+
+def _options_by_place(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> list[str]:
+    """Options of these providers that count positions of a sequence, which a ring gives to no kernel whole."""
+    choices = [choice for choice in _choices(targets, request, rebind) if choice is not None]
+    return sorted({each for choice in choices for each in options_by_place(choice.provider, choice.options)})
+
+
+def _choices(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> set[ProviderChoice | None]:
+    """Of these models' attention, as it will be."""
+    processors = [module.processor for target in targets for _, module in attention_modules_of(target.model)]
+    return {each.choice if isinstance(each, BoundProcessor) and not rebind else request.choice for each in processors}
+
+
+def _lacking_lse(names: Sequence[str]) -> list[str]:
+    """Those that cannot take part in a ring. "auto" takes only who can; of "scope" nothing is known before a call."""
+    return [name for name in names if name in SPECS and not SPECS[name].capabilities.lse]
+
+
+def _topology(
+    targets: Sequence[Target],
+    names: Sequence[str],
+    device: str,
+    sharing: ContextParallelMesh | None,
+    rotate_method: str | None,
+    by_place: Sequence[str],
+) -> Topology:
+    per_node = job.ranks_per_node()
+    return Topology(
+        ranks=dist.get_world_size() if sharing is None else sharing.size,
+        device_type=device,
+        heads=tuple(sorted({heads for target in targets for heads in split_heads(target)})),
+        ranks_per_node=per_node,
+        peer_access=job.peer_access(device),
+        lse=not _lacking_lse(names),
+        by_place=bool(by_place),
+        rotate_method=rotate_method,
+    )
+
+
+def _degrees(
+    topology: Topology,
+    names: Sequence[str],
+    sharing: ContextParallelMesh | None,
+    ulysses_degree: int | None,
+    ring_degree: int | None,
+    by_place: Sequence[str],
+) -> Degrees:
+    """As the mesh says, as asked for, or chosen."""
+    for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
+        if degree is not None:
+            ContextParallelConfig(**{name: degree})  # type: ignore[arg-type]  # raises where it is no degree
+    if sharing is not None:
+        if sharing.size == 1:
+            raise AttentionProviderError(
+                f"the mesh has one rank, which has nobody to share a sequence with. {job.HOW_TO_LAUNCH}, or make the "
+                "mesh's dimension for context parallelism larger."
+            )
+        for name, asked, has in (
+            ("ulysses_degree", ulysses_degree, sharing.ulysses.size),
+            ("ring_degree", ring_degree, sharing.ring.size),
+        ):
+            if asked not in (None, has):
+                raise AttentionProviderError(
+                    f"{name}={asked}, and the mesh has {has}. Leave it out, or give another mesh: one dimension is a "
+                    'ring (or Ulysses, if it is named "ulysses"), two are named "ring" and "ulysses".'
+                )
+        ulysses_degree, ring_degree = sharing.ulysses.size, sharing.ring.size
+    degrees = complete_degrees(topology, ulysses_degree, ring_degree)
+    lacking = _lacking_lse(names)
+    if degrees.ring_degree > 1 and lacking:
+        able = ", ".join(name for name, spec in SPECS.items() if spec.capabilities.lse)
+        raise AttentionProviderError(
+            f"attention provider {', '.join(map(repr, lacking))} gives no log-sum-exp, without which partial results "
+            f"over a ring (ring_degree={degrees.ring_degree}) cannot merge. Set "
+            f"ulysses_degree={topology.ranks}, ring_degree=1, which takes any provider, or one of: {able}."
+        )
+    if degrees.ring_degree > 1 and by_place:
+        raise AttentionProviderError(
+            f"{', '.join(by_place)} counts positions of the whole sequence, of which a ring (ring_degree="
+            f"{degrees.ring_degree}) gives a kernel parts. Set ulysses_degree={topology.ranks}, ring_degree=1, or "
+            "leave the option out."
+        )
+    return degrees if sharing is None else degrees._replace(reason="as the mesh says")
+
+
+def _config(degrees: Degrees, convert_to_fp32: bool) -> ContextParallelConfig:
+    if degrees.ring_degree == 1 and convert_to_fp32 is not True:
+        raise AttentionProviderError(
+            f"convert_to_fp32={convert_to_fp32!r} says how partial results of a ring merge, and there is no ring "
+            f"(ulysses_degree={degrees.ulysses_degree}, ring_degree=1). Leave it out, or set ring_degree."
+        )
+    return ContextParallelConfig(
+        degrees.ring_degree, degrees.ulysses_degree, degrees.rotate_method or "allgather", convert_to_fp32
+    )
