@@ -24,14 +24,14 @@ from .targets import Target
 
 
 class _Enabled(NamedTuple):
-    """What was done to a model. Without a reference to it, so that it is not kept alive."""
+    """The changes made to one model. Holds no reference to the model, which would keep it alive."""
 
     hooks: list[RemovableHandle | stalls.Watch]
     leases: list[shared_groups.Lease]
-    """of the process groups that it uses."""
+    """Leases of the process groups that the model uses."""
     forwards: list[Forwards]
     processors: list[tuple[weakref.ref[nn.Module], Any]]
-    """the modules that were bound, with what they had before."""
+    """The modules that were bound, each with its former processor."""
 
 
 _enabled: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictionary()
@@ -79,7 +79,7 @@ def attach(
 
 
 def _caches(plan: Plan) -> list[str]:
-    """The model's arguments that a plan calls caches."""
+    """Names of the model's arguments that the plan declares as caches (`CPCache`)."""
     of_model = [spec for path, spec in entries(plan) if not path and isinstance(spec, Mapping)]
     named = [(key, word) for spec in of_model for key, word in spec.items() if isinstance(word, CPCache)]
     names = [key.name if isinstance(key, ParamId) else key for key, _ in named]
@@ -114,8 +114,8 @@ def detach(model: nn.Module) -> None:
 
 
 def _as_before(now: Any, before: Any) -> Any:
-    """The processor to put back: `before`, unless diffusers put another kind in its place meanwhile (fused projections,
-    IP-Adapters): then that kind, bound as `before` is. Such a kind is bound; what a user puts in place is not."""
+    """The processor to restore: `before`, or, if diffusers has replaced it since (fused projections, IP-Adapters), the
+    replacement with the binding of `before`."""
     by_diffusers = isinstance(now, BoundProcessor) or type(now).__module__.startswith("diffusers.")
     if unbind(now) is unbind(before) or not by_diffusers:
         return before

@@ -158,7 +158,7 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
 
 
 def _request(provider: str | AttentionProvider | None, options: dict[str, object], device: str) -> DispatchProcessor:
-    """What attention is bound to, where it is to be bound."""
+    """The provider that attention is bound to, with its options checked."""
     if provider is None:
         if options:
             raise AttentionProviderError(
@@ -178,25 +178,26 @@ def _request(provider: str | AttentionProvider | None, options: dict[str, object
 
 
 def _provider_names(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> list[str]:
-    """To whom attention of these models will go; "scope" to whoever is active."""
+    """Names of the providers that these models' attention will use; "scope" for those of `attention_provider`."""
     choices = _choices(targets, request, rebind)
     return sorted({"scope" if choice is None else choice.provider for choice in choices})
 
 
 def _options_by_place(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> list[str]:
-    """Options of these providers that count positions of a sequence, which a ring gives to no kernel whole."""
+    """Options in use that count positions of the full sequence. In a ring, a kernel sees only a part of it."""
     choices = [choice for choice in _choices(targets, request, rebind) if choice is not None]
     return sorted({each for choice in choices for each in options_by_place(choice.provider, choice.options)})
 
 
 def _choices(targets: Sequence[Target], request: DispatchProcessor, rebind: bool) -> set[ProviderChoice | None]:
-    """Of these models' attention, as it will be."""
+    """The provider choices of these models' attention after enabling; None follows the scope."""
     processors = [module.processor for target in targets for _, module in attention_modules_of(target.model)]
     return {each.choice if isinstance(each, BoundProcessor) and not rebind else request.choice for each in processors}
 
 
 def _lacking_lse(names: Sequence[str]) -> list[str]:
-    """Those that cannot take part in a ring. "auto" takes only who can; of "scope" nothing is known before a call."""
+    """Providers without a log-sum-exp, which a ring needs. "auto" takes only providers that have one, and "scope" is
+    checked at each call."""
     return [name for name in names if name in SPECS and not SPECS[name].capabilities.lse]
 
 
@@ -229,7 +230,8 @@ def _degrees(
     ring_degree: int | None,
     by_place: Sequence[str],
 ) -> Degrees:
-    """As the mesh says, as asked for, or chosen."""
+    """The degrees of the mesh, those asked for, or those chosen by the rules. Raises AttentionProviderError where they
+    contradict each other or the provider."""
     for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
         if degree is not None:
             ContextParallelConfig(**{name: degree})  # type: ignore[arg-type]  # raises where it is no degree

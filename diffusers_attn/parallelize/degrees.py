@@ -1,7 +1,6 @@
-"""Which strategy a job is given where its user names none: rules, read from the top, with a reason each.
+"""Chooses Ulysses and ring degrees when the user names none, by a table of rules. The first that applies decides.
 
-Pure: facts in, degrees out. What a rule says about speed was measured (docs/context_parallel.md), or it says that it
-was not.
+Degrees depend on the `Topology` alone. Statements about speed are measured in docs/context_parallel.md.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ from ..errors import AttentionProviderError
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """What the choice depends on. The same on every rank."""
+    """The properties of a job that decide its degrees. Equal on every rank."""
 
     ranks: int
-    """that share a sequence, two or more."""
+    """Number of ranks that share a sequence, two or more."""
     device_type: str
-    """"cpu", "cuda", ..."""
+    """Device type of the ranks, such as "cuda"."""
     heads: tuple[int, ...] = ()
-    """of every kind of attention that is split; with fewer key heads than query heads, the number of key heads."""
+    """Distinct numbers of heads of the attention that is split; with grouped heads, numbers of key heads."""
     ranks_per_node: int | None = None
-    """None: all are in one node."""
+    """Number of ranks in each node. None: all ranks are in one node."""
     peer_access: bool = True
-    """whether the devices of a node read each other's memory."""
+    """Whether the devices of a node can read each other's memory."""
     lse: bool = True
-    """whether every provider concerned returns the log-sum-exp, and in training a backward of parts."""
+    """Whether every provider in use returns the log-sum-exp, and in training has a backward of partial results."""
     by_place: bool = False
-    """whether an option of a provider counts positions of the whole sequence."""
+    """Whether an option of a provider counts positions of the full sequence."""
     rotate_method: str | None = None
-    """what the user asked for."""
+    """The rotate_method that the user gave; None if none was given."""
 
     @property
     def heads_divide(self) -> bool:
-        """Whether Ulysses over all ranks gives each of them as many heads."""
+        """Whether Ulysses over all ranks gives every rank the same number of heads."""
         return self._divide(self.ranks)
 
     def _divide(self, ranks: int) -> bool:
@@ -45,27 +44,27 @@ class Topology:
 
     @property
     def nodes(self) -> int:
-        """One where the ranks do not fill whole nodes."""
+        """Number of nodes; 1 if the ranks do not fill complete nodes."""
         per_node = self.ranks_per_node or self.ranks
         return self.ranks // per_node if self.ranks % per_node == 0 else 1
 
 
 class Degrees(NamedTuple):
-    """How to split, and why."""
+    """The chosen degrees, with the reason."""
 
     ulysses_degree: int
     ring_degree: int
     rotate_method: str | None
-    """None where there is no ring."""
+    """How keys and values travel in the ring; None without a ring."""
     reason: str
 
 
 class _Rule(NamedTuple):
     applies: Callable[[Topology], bool]
     ulysses_degree: Callable[[Topology], int]
-    """the ring has the rest."""
+    """Computes the Ulysses degree; the ring has the remaining factor."""
     rotate_method: str
-    """of the ring, where there is one."""
+    """The rotate_method of the ring, if there is one."""
     reason: str
 
 
@@ -140,17 +139,18 @@ RULES = (
 
 
 def choose_degrees(job: Topology) -> Degrees:
-    """The degrees for a job whose user named none: those of the first of `RULES` that applies."""
+    """The degrees for a job whose user named none, by the first rule in `RULES` that applies."""
     rule = next(rule for rule in RULES if rule.applies(job))
     ulysses = rule.ulysses_degree(job)
     return _with_method(job, ulysses, job.ranks // ulysses, rule.rotate_method, rule.reason)
 
 
 def complete_degrees(job: Topology, ulysses_degree: int | None, ring_degree: int | None) -> Degrees:
-    """The degrees for a job whose user named some, all or none.
+    """The degrees for a job whose user named both, one or none.
 
     Raises:
-        AttentionProviderError: they do not multiply to the number of ranks.
+        AttentionProviderError: the product of the degrees is not the number of ranks, or a rotate_method is given
+            without a ring.
     """
     if ulysses_degree is None and ring_degree is None:
         return choose_degrees(job)
@@ -173,7 +173,7 @@ def complete_degrees(job: Topology, ulysses_degree: int | None, ring_degree: int
 
 
 def _with_method(job: Topology, ulysses: int, ring: int, rotate_method: str, reason: str) -> Degrees:
-    """Raises AttentionProviderError where a method is asked for that has no ring to be used on."""
+    """The degrees with a rotate_method. Raises AttentionProviderError if one was asked for without a ring."""
     if ring == 1 and job.rotate_method is not None:
         raise AttentionProviderError(
             f"rotate_method={job.rotate_method!r} says how keys and values travel around a ring, and there is none "

@@ -1,7 +1,7 @@
-"""Context parallelism for a pipeline or a model, in one call, and off again.
+"""Enables context parallelism for a pipeline or a model, and disables it.
 
-Everything is looked up and checked first, on every rank; the ranks tell each other what they found, so that all of them
-enable it or none does; and only then are models changed.
+Every rank first checks everything and makes its choices (`choices.py`). The ranks compare them, so that all ranks enable
+it or none does. Only then do models change (`attach.py`).
 """
 
 from __future__ import annotations
@@ -44,40 +44,43 @@ def enable_context_parallel(
     verbose: bool = True,
     **provider_options: object,
 ) -> ContextParallelReport:
-    """Shares every sequence of a pipeline's transformers, or of a model, between ranks. All of these must call it.
+    """Splits the sequences of a pipeline's transformers, or of one model, between ranks. All these ranks must call it.
 
     Args:
-        pipeline_or_model: a diffusers pipeline: every component that has a plan is meant; or such a model by itself,
-            also compiled or within a PEFT model. On its device already.
-        ulysses_degree, ring_degree: ranks that exchange heads, and ranks between which keys and values travel. Their
-            product is the number of ranks; what is None follows, or is chosen by the rules in `degrees.py`.
-        provider: the attention kernel, by name. None leaves attention that a `DispatchProcessor` is bound to as it is,
-            and gives the rest to "auto" on CUDA devices and to "native" elsewhere.
-        rotate_method: of a ring: "allgather" or "alltoall"; see `ContextParallelConfig`.
-        convert_to_fp32: whether partial results of a ring merge in float32; otherwise in the dtype of the query.
-        plan: what is split, see `diffusers_attn.cp_plans.plan`; None takes the one registered for a model's class.
-        mesh: the ranks that share a sequence, as a DeviceMesh of one dimension (a ring; or Ulysses, if it is named
-            "ulysses") or two, named "ring" and "ulysses"; it may be a part of a larger one. None is all ranks.
-        inputs: what becomes of inputs that differ between these ranks. "broadcast": all use those of the first rank;
-            "check": an error names them, at the price of waiting for the device in every forward; "trust": nothing
-            looks in a forward. In the first two, differing shapes and differing arguments that are no tensors are
-            errors, and so are another number of calls, and adapters or processors that are not alike.
-        timeout: how long a rank waits for the others, in seconds or as a timedelta; None is the job's own
-            (`init_process_group(timeout=...)`). Groups of `mesh` are given it too, where it is named here or they have
-            PyTorch's default. Then the error of those that waited names the rank that is missing. NCCL,
-            whose errors name none, waits a quarter longer; where hosts do not meet (inputs="trust", or in the last
-            forward) the rank is named in an error that is logged before.
-        check_weights: whether values of all weights are compared once, now, which reads them all. (Names and shapes of
-            weights are compared in any case, and so are values of adapters.)
-        verbose: whether rank 0 prints the report.
+        pipeline_or_model: a diffusers pipeline, of which every component with a plan is split; or one such model, which
+            may be compiled or inside a PEFT model. It must be on its device already.
+        ulysses_degree: number of ranks that exchange heads. `ulysses_degree * ring_degree` must be the number of ranks.
+            None: it follows from the other degree, or the rules in `degrees.py` choose both.
+        ring_degree: number of ranks that pass keys and values around; None as for `ulysses_degree`.
+        provider: name of the attention kernel. None: attention bound to a `DispatchProcessor` keeps its provider, and
+            all other attention uses "auto" on CUDA devices and "native" elsewhere.
+        rotate_method: how keys and values travel in a ring: "allgather" or "alltoall". None: chosen by the rules.
+        convert_to_fp32: merges partial results of a ring in float32 if True, in the query's dtype if False.
+        plan: where tensors are split and gathered, see `diffusers_attn.cp_plans.plan`. None: the plan registered for
+            the model's class.
+        mesh: the ranks that share a sequence, as a DeviceMesh. One dimension is a ring, or Ulysses if it is named
+            "ulysses"; two dimensions must be named "ring" and "ulysses". It may be part of a larger mesh. None: all
+            ranks of the job.
+        inputs: what happens when the ranks' inputs differ. "broadcast": all ranks use the first rank's tensors.
+            "check": an error names the inputs that differ; every forward then waits for the device. "trust": inputs are
+            not compared. Under "broadcast" and "check", these differences are errors: shapes, arguments that are not
+            tensors, the number of calls, adapters and processors.
+        timeout: how long a rank waits for the others, in seconds or as a timedelta. None: the timeout of
+            `init_process_group`. Groups of `mesh` get this timeout if it is given here, or if they have PyTorch's
+            default. The error after a timeout names the missing rank. NCCL's own errors name no rank, so NCCL waits a
+            quarter longer; where hosts do not meet (inputs="trust", or in the last forward), an error that names the
+            rank is logged first.
+        check_weights: compares the values of all weights once, in this call, which reads them all. Names and shapes of
+            weights and the values of adapters are always compared.
+        verbose: rank 0 prints the report.
         provider_options: options of the provider's kernel.
 
     Returns:
-        What was done, and why.
+        A report of the models, degrees and provider chosen, with the reason. It prints as one line.
 
     Raises:
-        ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
-        AttentionProviderError: anything else that cannot be done, with the remedy. Then nothing changed, on any rank.
+        ProviderUnavailableError: the provider cannot be used on this machine; the message says how to install it.
+        AttentionProviderError: context parallelism cannot be enabled; the message says what to do. No rank is changed.
     """
     device = device_type(pipeline_or_model)
     job.join(device)
@@ -129,9 +132,9 @@ def enable_context_parallel(
     names = [group.name for group in (sharing.ring, sharing.ulysses) if group.size > 1]
     sharers = everyone(dist.get_rank(), [resolve(name) for name in names])
     rank_progress.belongs_to(names, sharers)
-    lease = sharing.lease or shared_groups.Lease()  # each model has one of its own
+    lease = sharing.lease or shared_groups.Lease()  # `attach` gives each model its own
     sharing = dataclasses.replace(sharing, lease=None)
-    with contextlib.ExitStack() as undo_all:  # whatever fails after all, nothing stays
+    with contextlib.ExitStack() as undo_all:  # an error restores every model
         for target in chosen.targets:
             undo_all.callback(detach, target.model)
             attach(target, sharing, lease, sharers, chosen)
@@ -155,14 +158,17 @@ def enable_context_parallel(
 
 
 def disable_context_parallel(pipeline_or_model: Any) -> None:
-    """Takes off what `enable_context_parallel` put on, and puts back the processors that were there: models are then
-    as they were. Without effect where it is not enabled.
+    """Undoes `enable_context_parallel`: removes its hooks and restores the former processors. Does nothing where
+    context parallelism is not enabled.
 
-    Copies of a model that is split (`copy.deepcopy`, pickle, `torch.save`) are not: they come without its hooks, with
-    the processors that are put back here.
+    Copies of a split model (`copy.deepcopy`, pickle, `torch.save`) are not split: they have the former processors and
+    no hooks, so they need no call of this function.
+
+    Args:
+        pipeline_or_model: a diffusers pipeline or a model, as for `enable_context_parallel`.
 
     Raises:
-        AttentionProviderError: neither a model nor a pipeline was given; or a shallow copy of a model that is split.
+        AttentionProviderError: the argument is neither a model nor a pipeline, or is a shallow copy of a split model.
     """
     for model in models_of(pipeline_or_model):
         detach(model)
@@ -170,6 +176,6 @@ def disable_context_parallel(pipeline_or_model: Any) -> None:
 
 
 def _dims(mesh: DeviceMesh) -> list[int]:
-    """The dimensions of a mesh, the ring's first, as shards are counted."""
+    """Indices of the mesh's dimensions, the ring's first: the order in which shards are numbered."""
     names = mesh.mesh_dim_names or ()
     return [names.index(axis) for axis in AXES] if mesh.ndim == 2 else [0]

@@ -1,4 +1,4 @@
-"""What was done, for a user to read."""
+"""The report that `enable_context_parallel` returns."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class ContextParallelReport:
-    """What `enable_context_parallel` did. Prints as one line."""
+    """The choices of `enable_context_parallel`. Prints as one line."""
 
     models: tuple[str, ...]
-    """what is split: the names of a pipeline's components, with their classes."""
+    """The split models: names of the pipeline's components, with their classes."""
     whole: tuple[str, ...]
-    """denoising models of the pipeline that have no plan, which every rank runs whole."""
+    """Transformers of the pipeline without a plan, which every rank runs in full."""
     ulysses_degree: int
     ring_degree: int
     rotate_method: str | None
-    """None where there is no ring."""
+    """How keys and values travel in the ring, "allgather" or "alltoall"; None without a ring."""
     reason: str
-    """why these degrees."""
+    """Why these degrees were chosen."""
     provider: str
-    """of the attention of these models; several are joined by commas, and "scope" is whatever scope they run in."""
+    """Attention providers of the split models, joined by commas; "scope" is the scope of `attention_provider`."""
     inputs: str
-    """how inputs are kept the same: "broadcast", "check" or "trust"."""
+    """How inputs are kept equal on all ranks: "broadcast", "check" or "trust"."""
     ranks: tuple[int, ...]
-    """those that share a sequence with this one, this one included."""
+    """The ranks that share a sequence with this one, including this one."""
     world_size: int
-    """ranks of the whole job."""
+    """Number of ranks in the job."""
 
     @property
     def strategy(self) -> str:

@@ -1,4 +1,4 @@
-"""The models that are meant, in whatever they are wrapped, and what of them matters to a choice."""
+"""Finds the models to split in a pipeline or under wrappers, checks them, and counts their heads."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ class Target(NamedTuple):
     """A model that is to be split."""
 
     name: str
-    """of a pipeline's component, with the class; of a model by itself, the class."""
+    """Name of the pipeline's component and its class; for a model given by itself, its class."""
     model: nn.Module
     plan: Plan
 
 
 def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target], list[str]]:
-    """The models to split, and the names of a pipeline's other transformers, which have no plan.
+    """The models to split, and the names of the pipeline's transformers without a plan.
 
     Raises:
-        AttentionProviderError: there is nothing to split, or it is split already, or its attention goes other ways.
+        AttentionProviderError: there is nothing to split, a model is split already, or attention of a model cannot be
+            bound to a provider.
     """
     whole: list[str] = []
     if isinstance(pipeline_or_model, nn.Module):
@@ -57,10 +58,10 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
 
 
 def models_of(pipeline_or_model: Any) -> list[nn.Module]:
-    """The model, or those of a pipeline, each once and without its wrappers.
+    """The model, or the models of the pipeline, each once and without wrappers.
 
     Raises:
-        AttentionProviderError: it is neither.
+        AttentionProviderError: the argument is neither a model nor a pipeline.
     """
     if isinstance(pipeline_or_model, nn.Module):
         return [unwrapped(pipeline_or_model)]
@@ -69,7 +70,7 @@ def models_of(pipeline_or_model: Any) -> list[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """`model` without what torch.compile, PEFT and data parallelism wrap around it. Its hooks run within them."""
+    """`model` without the wrappers of torch.compile, PEFT and data parallelism. Its own hooks still run inside them."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -82,7 +83,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def device_type(pipeline_or_model: Any) -> str:
-    """Where it computes, which with offloading is not where its weights are."""
+    """Device type of the computation, such as "cuda". With offloading, the weights may be elsewhere."""
     if isinstance(pipeline_or_model, nn.Module):
         hook = getattr(pipeline_or_model, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
@@ -95,7 +96,7 @@ def device_type(pipeline_or_model: Any) -> str:
 
 
 def split_heads(target: Target) -> tuple[int, ...]:
-    """The different numbers of heads, or of key heads where there are fewer, of attention that is split."""
+    """The distinct numbers of heads of the attention that is split; with grouped heads, numbers of key heads."""
     local = _local(target)
     found = {spec.heads for _, spec in entries(target.plan) if isinstance(spec, CPHeads)}
     for _, module in attention_modules_of(target.model):
@@ -159,7 +160,7 @@ def _registered(model: nn.Module) -> Plan | None:
 
 
 def _local(target: Target) -> set[int]:
-    """Attention modules whose keys every rank has whole, by id."""
+    """Ids of the attention modules whose keys are replicated on every rank."""
     return {
         id(module)
         for path, spec in entries(target.plan)
@@ -169,7 +170,7 @@ def _local(target: Target) -> set[int]:
 
 
 def _check_routed(target: Target) -> None:
-    """Raises AttentionProviderError where attention would see one rank's tokens and take them for all."""
+    """Raises AttentionProviderError if some attention would see only one rank's tokens."""
     local = _local(target)
     for name, module in attention_modules_of(target.model):
         reason = obstacle(module.processor)

@@ -14,20 +14,20 @@ SCOPES = ("regional", "full")
 def apply_compile(
     model: nn.Module, compile_scope: Literal["regional", "full"] = "regional", **compile_kwargs: Any
 ) -> nn.Module:
-    """Compiles `model` in place, when it is next called; with context parallelism enabled before or after.
+    """Compiles `model` in place; compilation runs at the next call. Context parallelism may be enabled before or after.
 
     Args:
-        model: a diffusers model, or any module; also within a PEFT model.
-        compile_scope: "regional": each of its repeated blocks, which share what is compiled for the first of them, so
-            that it takes seconds; "full": the model as one graph.
-        compile_kwargs: of `torch.compile`. `fullgraph` is True unless it is given: a part that does not compile is an
-            error, rather than left out.
+        model: a diffusers model or any other module, also inside a PEFT model.
+        compile_scope: "regional" compiles each repeated block; all blocks share the graph of the first, so compilation
+            takes seconds. "full" compiles the model as one graph.
+        compile_kwargs: arguments of `torch.compile`. `fullgraph` defaults to True: a part that cannot be compiled is an
+            error and does not run uncompiled.
 
     Returns:
         `model`.
 
     Raises:
-        AttentionProviderError: not a module, another scope, or no repeated blocks.
+        AttentionProviderError: `model` is not a module, the scope is unknown, or the model has no repeated blocks.
     """
     if not isinstance(model, nn.Module):
         raise AttentionProviderError(
@@ -51,8 +51,8 @@ def apply_compile(
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of which `model` is mostly made: those of the classes that it names, as diffusers' models do in
-    `_repeated_blocks`; or, where it names none, the entries of its outermost lists that have attention in them."""
+    """The repeated blocks of `model`: modules of the classes in its `_repeated_blocks` (a diffusers attribute), or, if
+    it has none, the entries with attention in its outermost `nn.ModuleList`s."""
     for module in model.modules():  # within a wrapper, such as PEFT's
         names = getattr(type(module), "_repeated_blocks", None)
         if names:

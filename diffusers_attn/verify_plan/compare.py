@@ -1,9 +1,8 @@
-"""A model's modules, call by call, in one process and on one of several ranks: what each gave, and the first that
-differs.
+"""Compares a model's modules, call by call, on one of several ranks and in one process, and finds the first difference.
 
-What a module is given and gives on a rank is compared as what it is by its shape: whole, or this rank's shard of one
-sequence or of several that are joined. Inputs are compared when a module begins, outputs when it ends. So what differs
-first is either a module that made a wrong output of right inputs, or the code of the module around it.
+The shape of a tensor on a rank tells what it is compared with: the full tensor, or this rank's shard of one sequence
+or of several joined ones. Inputs are compared when a module begins, outputs when it ends. So the first difference is
+either in a module with right inputs and a wrong output, or in the code of the module that called it.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from ..errors import AttentionProviderError
 from .report import Argument, Parting
 
 MIXES = ("GroupNorm", "InstanceNorm", "BatchNorm", "Conv", "Pool")
-"""parts of names of classes that look beyond a token."""
+"""Parts of the names of classes that compute across tokens."""
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors of what a module was given or gave, in order, however they are nested."""
+    """All tensors in a module's inputs or outputs, in order, from any nesting of containers and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -41,7 +40,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Of a tensor, in the Euclidean norm; infinite where it is not finite."""
+    """`|found - expected| / |expected|` in the Euclidean norm; infinite if it is NaN."""
     if expected.numel() == 0:
         return 0.0
     found, expected = found.detach().double(), expected.detach().double()
@@ -53,17 +52,17 @@ class ModuleCall(NamedTuple):
     """A call of a module in one process."""
 
     inputs: dict[str, Tensor]
-    """its tensors, by name."""
+    """Input tensors by name."""
     outputs: list[Tensor]
 
 
 class Watch:
-    """Hooks on all modules of a model. On leaving, they are taken off.
+    """Context manager that has hooks on all modules of a model while it is entered.
 
     Args:
-        model: whose modules.
-        ended: called with (name, number of the call, inputs by name, output) whenever one has ended.
-        began: called with (name, number of the call, inputs by name) whenever one begins.
+        model: the model.
+        ended: called with (name, number of the call, inputs by name, output) when a module ends.
+        began: called with (name, number of the call, inputs by name) when a module begins.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Watch:
         self._ended = ended
         self._began = began
         self.running: list[tuple[str, int, dict[str, Tensor]]] = []
-        """the modules that are running, the innermost last; where one raises, it stays."""
+        """The running modules, innermost last. A module that raises stays in the list."""
 
     def __enter__(self) -> Watch:
         self._calls: dict[str, int] = {}
@@ -119,7 +118,7 @@ def _named(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def record(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[tuple[str, int], ModuleCall], Any]:
-    """What every module gave in one process, and what `run` returned."""
+    """The inputs and outputs of every module call in one process, and the result of `run`."""
     calls: dict[tuple[str, int], ModuleCall] = {}
 
     def ended(name: str, number: int, inputs: dict[str, Tensor], output: Any) -> None:
@@ -141,13 +140,19 @@ def compare(
     attention: frozenset[str],
     tolerance: float,
 ) -> tuple[Any, tuple[int, Parting] | None, Exception | None]:
-    """What `run` returned under a plan; after how many calls the model first parts from what it did `alone`, and where;
-    and the error that it raised.
+    """Runs the model under a plan and compares it with one process.
 
     Args:
-        alone: what `record` gave.
-        sequences: of the plan that is applied.
-        attention: the names of attention modules.
+        model: the model, with the plan applied.
+        run: calls the model.
+        alone: the calls in one process, from `record`.
+        tracker: tracks the sequences of the applied plan.
+        attention: names of the attention modules.
+        tolerance: largest relative error at which tensors count as equal.
+
+    Returns:
+        The result of `run`; the first difference, with the number of module calls that ended before it; and the error
+        that `run` raised. Each is None if there is none.
     """
     found: list[tuple[int, Parting]] = []
     rank, ended_count, last, reached = tracker.mesh.rank, 0, "", [0]
@@ -170,7 +175,7 @@ def compare(
         return Parting(name, cls.__name__, number, rank, problem, arguments, last, hint)
 
     def began(name: str, number: int, inputs: dict[str, Tensor]) -> None:
-        """The code of the module around this one made what it is given."""
+        """Compares the inputs of a module, which were computed by the module that calls it."""
         if found or not watch.running or (name, number) not in alone:
             return
         for each, tensor in inputs.items():
@@ -210,7 +215,7 @@ def compare(
 def _difference(
     name: str, found: list[Tensor], alone: ModuleCall | None, tracker: SequenceTracker, tolerance: float
 ) -> str:
-    """In words; empty where there is none, or where shapes do not tell what a tensor is a part of."""
+    """Describes the difference; "" if there is none, or if shapes do not tell which part of the full tensor it is."""
     if alone is None:
         return "it ran more often than in one process"
     if len(found) != len(alone.outputs):
@@ -229,12 +234,12 @@ def _difference(
 
 
 def _error(here: Tensor, whole: Tensor, tracker: SequenceTracker) -> float:
-    """The relative error of this rank's tensor; 0.0 where its shape does not tell which part of the whole it is."""
+    """Relative error of this rank's tensor; 0.0 if its shape does not tell which part of the full tensor it is."""
     return min((relative_error(here, part) for part in _parts(here, whole, tracker)), default=0.0)
 
 
 def _parts(here: Tensor, whole: Tensor, tracker: SequenceTracker) -> Iterator[Tensor]:
-    """What this rank's tensor may be: all of the whole, or a shard along the one dimension that is shorter."""
+    """Candidates for this rank's tensor: the full tensor, or a shard along the one dimension that is shorter."""
     if here.shape == whole.shape:
         yield whole
         return
@@ -267,7 +272,7 @@ def _parts(here: Tensor, whole: Tensor, tracker: SequenceTracker) -> Iterator[Te
 
 
 def _joins(total: int, known: list[int]) -> Iterator[tuple[int, ...]]:
-    """Sequences that are `total` long together, in any order; or one of that length."""
+    """Combinations of sequences, in every order, whose lengths add up to `total`; and one sequence of that length."""
     yield (total,)
     for count in (2, 3):
         yield from (each for each in itertools.product(known, repeat=count) if sum(each) == total)
@@ -282,8 +287,8 @@ def _hint(
     routed: bool | None,
     raised: Exception | None,
 ) -> str:
-    """What it looks like. Only shapes are known, so this names what to look at first. Empty where an error of this
-    library says what to do, and no input that is whole explains it."""
+    """A guess at the cause from the shapes alone: what to check first. "" if an error of this library already says what
+    to do and no replicated input explains it."""
     shards = [each for each in inputs if each.whole is not None and each.whole != each.here]
     lengths = set(tracker.lengths.values())
     lengths |= {whole for each in shards for whole, here in zip(each.whole or (), each.here) if whole != here}

@@ -1,7 +1,7 @@
 """One of the processes that `verify_cp_plan` starts: python -m diffusers_attn.verify_plan.rank FOLDER RANK.
 
-It reads its job in the folder and leaves what it found there, one file for each strategy, so that what was found before
-a failure is not lost.
+It reads its job from the folder, and writes one file of results there for each strategy, so that a failure loses none
+of the earlier results.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ STRATEGIES = {"ulysses": ("ulysses", "allgather"), "gather": ("ring", "allgather
 """name -> (dimension of the mesh, rotate_method)."""
 UNEXCHANGED = "unexchanged"
 IN_RANK = "DIFFUSERS_ATTN_VERIFYING"
-"""set in the environment of these processes, which run the user's script again if it has the model's class."""
+"""Environment variable set in these processes, which run the user's script again if it defines the model's class."""
 
 
 class Job(NamedTuple):
-    """What all ranks do."""
+    """The work of all ranks."""
 
     plan: Plan
     world_size: int
@@ -56,7 +56,7 @@ class Job(NamedTuple):
     tolerance: float
     timeout: float
     main: str | None
-    """the script that has the model's class, where it is in `__main__`."""
+    """Path of the script that defines the model's class, if the class is in `__main__`."""
 
 
 def _inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -71,7 +71,7 @@ def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
-    """Of a loss that every element of the outputs takes part in."""
+    """Gradients of a loss that depends on every element of the outputs, by parameter."""
     named = {name: each for name, each in model.named_parameters() if each.requires_grad}
     loss = torch.stack([output.square().mean() for output in outputs if output.is_floating_point()]).sum()
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
@@ -95,7 +95,7 @@ def _routed(job: Job) -> Iterator[None]:
 
 
 def _bind(model: nn.Module, provider: str) -> None:
-    """Only where there is something to bind: other models call attention_dispatch themselves, or are found out."""
+    """Binds the attention of `model`, if it can be bound. Other models call attention_dispatch, or the check fails."""
     from ..processors import set_attention_provider
 
     with contextlib.suppress(AttentionProviderError):
@@ -103,7 +103,7 @@ def _bind(model: nn.Module, provider: str) -> None:
 
 
 def attention_names(model: nn.Module, plan: Plan) -> frozenset[str]:
-    """Names of the modules that attend: those with a processor, and those that the plan says it of."""
+    """Names of the attention modules: those with a processor, and those that the plan names in a `CPAttention`."""
     attention = {id(module) for module in model.modules() if hasattr(module, "processor")}
     for path, spec in entries(plan):
         if isinstance(spec, CPAttention):

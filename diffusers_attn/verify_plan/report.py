@@ -1,4 +1,4 @@
-"""What a verification of a plan found, in words."""
+"""The report of `verify_cp_plan`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..errors import AttentionProviderError
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """A tensor that a module was given, or gave."""
+    """The shape of an input tensor of a module, in one process and on a rank."""
 
     name: str
     whole: tuple[int, ...] | None
-    """its shape in one process; None where it had no such tensor there."""
+    """Shape in one process; None if the module had no such input there."""
     here: tuple[int, ...]
-    """on this rank."""
+    """Shape on this rank."""
 
     def __str__(self) -> str:
         if self.whole is None:
@@ -27,21 +27,21 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Parting:
-    """Where a model under its plan first parts from the same model in one process, in the order of execution."""
+    """The first difference between a model under its plan and the same model in one process, in order of execution."""
 
     module: str
-    """its name; "" is the model itself."""
+    """Name of the module; "" is the model itself."""
     cls: str
     call: int
-    """which of its calls, from 0."""
+    """Number of the module's call, from 0."""
     rank: int
     problem: str
-    """what differs, or the error that was raised."""
+    """The difference, or the error that was raised."""
     inputs: tuple[Argument, ...]
     after: str
-    """the module that ended last before; "" for none."""
+    """Name of the last module that ended before; "" for none."""
     hint: str
-    """what to look at first; "" where the problem says it."""
+    """What to check first; "" where `problem` says it already."""
 
     def __str__(self) -> str:
         name = f"'{self.module}' ({self.cls})" if self.module else f"the model's own forward ({self.cls})"
@@ -54,46 +54,46 @@ class Parting:
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """One way of sharing attention between the ranks."""
+    """The results of one strategy."""
 
     name: str
     """"ulysses", "gather" (a ring with rotate_method="allgather") or "ring" (with "alltoall")."""
     error: float | None = None
-    """of the outputs, relative to one process; None where the run did not come so far."""
+    """Relative error of the outputs against one process; None if the run ended before."""
     gradient_error: float | None = None
-    """of the mean of gradients over the ranks; None where they were not compared."""
+    """Relative error of the gradients averaged over the ranks; None if they were not compared."""
     gradient: str = ""
-    """the parameter whose gradient differs most."""
+    """Name of the parameter whose gradient differs most."""
     parting: Parting | None = None
     failure: str = ""
-    """why there is nothing to compare: an error outside of the model, or an end without a word."""
+    """Why there are no outputs to compare: an error outside the model, or a process that ended without one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CPPlanReport:
-    """What `verify_cp_plan` returns; prints as a short report."""
+    """The result of `verify_cp_plan`. Prints as a short report."""
 
     model: str
     world_size: int
     tolerance: float
     strategies: tuple[Strategy, ...]
     unexchanged: float | None
-    """the error of the output where no attention went over the ranks, which a good verification notices; infinite where
-    the model did not even run so, None where it was not tried."""
+    """Relative error of the output when attention exchanges nothing between ranks. It must exceed the tolerance, or the
+    comparison proves nothing. Infinite if the model does not run that way, None if this was not tried."""
 
     def right(self, strategy: Strategy) -> bool:
-        """Whether this strategy gave the results of one process."""
+        """Whether this strategy gives the results of one process, within the tolerance."""
         errors = [error for error in (strategy.error, strategy.gradient_error) if error is not None]
         return strategy.error is not None and all(error <= self.tolerance for error in errors)
 
     @property
     def insensitive(self) -> bool:
-        """Whether the output is the same without any exchange, so that it says nothing about attention."""
+        """Whether the output is the same without any exchange, and so does not depend on attention."""
         return self.unexchanged is not None and self.unexchanged <= self.tolerance
 
     @property
     def ok(self) -> bool:
-        """Whether every strategy was tried and is right, and the comparison would have noticed if it were not."""
+        """Whether every strategy ran and is right, and the output depends on attention."""
         return bool(self.strategies) and all(map(self.right, self.strategies)) and not self.insensitive
 
     @property

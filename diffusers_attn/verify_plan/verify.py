@@ -1,4 +1,4 @@
-"""Is a plan right for this model? Asked of a few CPU processes, which compare with one."""
+"""Verifies a plan: runs a model under it on a few CPU processes, and compares with one process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .rank import IN_RANK, STRATEGIES, UNEXCHANGED, Job
 from .report import CPPlanReport, Strategy
 
 _GRACE = 10.0
-"""seconds that the other ranks have when one has ended early: most fail alike, and say so."""
+"""Seconds that the other ranks get to end by themselves when one has ended early."""
 
 
 def verify_cp_plan(
@@ -53,33 +53,33 @@ def verify_cp_plan(
     tolerance: float = 1e-4,
     timeout: float = 600.0,
 ) -> CPPlanReport:
-    """Runs `model` under a plan on several CPU processes, and says whether it gives what it gives in one, and if not,
-    at which of its modules the two first part.
+    """Runs `model` under a plan on several CPU processes, compares outputs with one process, and names the first module
+    that differs.
 
-    Works from scripts and interactive sessions, and leaves `model` as it is: copies run, in float32 and in eval mode.
-    Take a small model of the class, with random weights and not with zeros, and inputs with lengths that `world_size`
-    does not divide, padded texts, two samples: what is wrong shows there.
+    Works in scripts and interactive sessions. `model` is not changed: copies of it run, in float32 and eval mode. Use a
+    small model of the class with random, nonzero weights. Inputs show most errors if `world_size` does not divide their
+    lengths, texts are padded, and the batch has two samples.
 
     Args:
-        model: any module that pickles, without a plan applied to it.
-        inputs: of its forward, by name or in order. Tensors, and whatever else pickles.
-        plan: see `diffusers_attn.cp_plans.plan`; None takes the one that is registered for the model's class.
-        world_size: how many processes, of which each has a part of the sequences.
-        gradients: whether the mean of the gradients over the processes is compared as well.
-        provider: to which attention is sent: of all attention modules that can be bound, and of what the model sends
-            through `attention_dispatch` itself. It must run on a CPU, in float32.
-        replace_sdpa: whether `attention_dispatch` takes the place of F.scaled_dot_product_attention, for a model whose
-            code calls that and has no processors.
-        strategies: of "ulysses", "gather" (a ring with rotate_method="allgather") and "ring" (with "alltoall").
-        tolerance: relative error up to which results are the same.
-        timeout: seconds after which everything is ended.
+        model: any module that can be pickled and has no plan applied.
+        inputs: arguments of its forward, by name or in order: tensors and other objects that can be pickled.
+        plan: see `diffusers_attn.cp_plans.plan`. None: the plan registered for the model's class.
+        world_size: number of processes among which the sequences are split; 2 or more.
+        gradients: compares the gradients, averaged over the processes, as well.
+        provider: name of the provider for all attention modules that can be bound, and for the model's own calls of
+            `attention_dispatch`. It must run on a CPU in float32.
+        replace_sdpa: replaces F.scaled_dot_product_attention by `attention_dispatch`, for a model that calls it
+            without processors.
+        strategies: some of "ulysses", "gather" (a ring with rotate_method="allgather") and "ring" (with "alltoall").
+        tolerance: largest relative error (Euclidean norm) at which results count as equal.
+        timeout: seconds after which all processes are ended.
 
     Returns:
-        A report: print it, or look at `ok`, `parting` and `strategies`; `raise_if_wrong()` raises.
+        A report to print, with the attributes `ok`, `parting` and `strategies`, and `raise_if_wrong()`.
 
     Raises:
-        AttentionProviderError: the model has no plan, or a plan applied to it, or cannot be sent to other processes; a
-            plan that does not fit the model; an argument that is not accepted. Before any process starts.
+        AttentionProviderError: the model has no plan, has one applied, or cannot be pickled; the plan does not fit the
+            model; or an argument is not accepted. No process has started then.
     """
     if IN_RANK in os.environ:
         raise AttentionProviderError(
@@ -115,8 +115,8 @@ def verify_cp_plan(
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raises AttentionProviderError where `plan` names modules or arguments that the model does not have, or sequences
-    that nothing splits, or has something that is no word of a plan."""
+    """Raises AttentionProviderError if `plan` names modules or arguments that the model lacks, names sequences that
+    nothing splits, or contains an object that is not a plan entry."""
     if not isinstance(plan, Mapping):
         raise AttentionProviderError(
             f"plan is a {type(plan).__name__}; a dict is accepted, from names of modules to what happens there: "
@@ -130,7 +130,7 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def _on_cpu(value: Any) -> Any:
-    """Inputs as a float32 model on a CPU takes them."""
+    """The inputs on the CPU, with floating-point tensors in float32."""
     if isinstance(value, torch.Tensor):
         low = value.dtype in (torch.float16, torch.bfloat16, torch.float64)
         return value.detach().to("cpu", torch.float32 if low else value.dtype)
@@ -142,8 +142,8 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _save(path: Path, model: nn.Module, inputs: Any) -> str | None:
-    """Writes both. Returns the script to run first in the processes that read them, if they need one: a class that was
-    defined in `__main__` is found nowhere else."""
+    """Writes model and inputs. Returns the script that the reading processes must run first, if the model uses a class
+    defined in `__main__`; None if they need none."""
     try:
         torch.save((model, inputs), path)
     except Exception as error:
@@ -165,7 +165,7 @@ def _save(path: Path, model: nn.Module, inputs: Any) -> str | None:
 
 
 def _by_value() -> ModuleType | None:
-    """A pickle that writes classes down where they cannot be imported."""
+    """cloudpickle, which stores the code of classes that cannot be imported; None if it is not installed."""
     return importlib.import_module("cloudpickle") if importlib.util.find_spec("cloudpickle") else None
 
 
@@ -182,8 +182,8 @@ def _unsendable(model: nn.Module, why: str) -> AttentionProviderError:
 
 
 def _run(folder: Path, job: Job) -> list[int | None]:
-    """Starts the ranks and waits until they have ended, or one has failed and the others had time to say what they
-    know. Returns how they ended; None for those that had to be stopped."""
+    """Starts the ranks and waits until all have ended, the timeout has passed, or one has ended and `_GRACE` seconds
+    have passed. Returns their exit codes; None for those that were killed."""
     environment = {
         **os.environ, IN_RANK: "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)
     }  # fmt: skip
@@ -239,7 +239,7 @@ def _answers(folder: Path, name: str, ranks: int) -> dict[int, Any]:
 
 
 def _together(name: str, found: list[tuple[int, Strategy]], complete: bool) -> Strategy:
-    """What the ranks say as one: the largest errors, and the earliest parting."""
+    """Combines the ranks' results: the largest errors, and the earliest difference."""
     strategies = [strategy for _, strategy in found]
     parted = [(order, i) for i, (order, strategy) in enumerate(found) if strategy.parting is not None]
     parting = strategies[min(parted)[1]].parting if parted else None
@@ -252,7 +252,7 @@ def _together(name: str, found: list[tuple[int, Strategy]], complete: bool) -> S
 
 
 def _why(folder: Path, job: Job, codes: list[int | None]) -> str:
-    """What is known of an end without an answer."""
+    """Explains why ranks ended without a result: a traceback, exit codes, or the timeout."""
     crashes = _answers(folder, "crash", job.world_size)
     if crashes:
         rank, text = min(crashes.items())

@@ -1,8 +1,8 @@
-"""CUDA graphs under a model's forward, put on and taken off.
+"""Records a model's forward as CUDA graphs, and stops doing so.
 
-Between two kernels a GPU waits for the host whenever its work is smaller than what the host needs to launch it. With
-the sequence shared between GPUs, work gets smaller and launches do not get fewer; and ranks that meet in every layer
-each wait for the slowest host. A graph launches a whole step at once.
+A GPU idles between two kernels when a kernel takes less time than its launch by the host. Context parallelism makes
+kernels shorter and launches no fewer, and ranks that exchange data in every layer wait for the slowest host. A graph
+launches a complete step at once.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ logger = logging.getLogger(__name__)
 
 
 def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
-    """Has `model` record its forward as a CUDA graph and replay it, wherever the same call comes again.
+    """Records the forward of `model` as CUDA graphs and replays them when the same kind of call comes again.
 
-    Of each kind of call (shapes, dtypes, arguments that are no tensors, provider in scope), the first runs as before,
-    the second is recorded, and from then on it is replayed with the values of the tensors that are given. Results are
-    those of the forward, bit for bit, and the caller's own. (In every call, tensors are first brought to the device,
-    and into the order of their dimensions.) What changes in the model between two calls is noticed (adapters,
-    processors, weights that moved, context parallelism), and the forward recorded anew. Ranks that share a sequence
-    must make such changes alike; unless their inputs are trusted, it is an error if not.
+    A kind of call is given by shapes, dtypes, arguments that are not tensors, and the provider in scope. The first call
+    of a kind runs normally, the second is recorded, and later ones are replayed with the values of their tensors.
+    Tensors are moved to the device and made contiguous first, in every call. Outputs equal those of the forward bit for
+    bit, and belong to the caller. Changes in the model between two calls (adapters, processors, moved weights, context
+    parallelism) are detected, and the forward is recorded again. Ranks that share a sequence must make the same
+    changes; unless inputs="trust", a difference is an error.
 
-    Beside `apply_compile(model, "regional")` and `enable_context_parallel`, in any order. The model's own hooks, and
-    with them the comparison of ranks' inputs, run in every call; hooks on modules within it, and Python in its forward,
-    do not run in a replay.
+    May be combined with `apply_compile(model, "regional")` and `enable_context_parallel`, in any order. The model's own
+    hooks run in every call, and so does the comparison of the ranks' inputs. Hooks on its submodules and Python code in
+    its forward do not run in a replay.
 
     Args:
-        model: a diffusers model on a CUDA device, in inference. Of a pipeline, the one that runs at every step.
-        max_graphs: how many kinds of calls are kept; the one that was used longest ago makes room. All compute in the
-            same memory, which is as large as the largest needs, beside what the model needs without.
+        model: a diffusers model on a CUDA device, for inference. In a pipeline, the model that runs at every step.
+        max_graphs: number of kinds of calls to keep; the least recently used is dropped first. All graphs share one
+            memory pool, as large as the largest graph needs, in addition to the model's own memory.
 
     Returns:
         `model`.
 
     Raises:
-        AttentionProviderError: not a module, not on a CUDA device, compiled as a whole, its forward replaced by
-            another tool (offloading), or applied already. And from then on in a call: gradients are enabled, an
-            argument that is no tensor, plain value, list or dict, or a forward that cannot be recorded.
+        AttentionProviderError: `model` is not a module, is not on a CUDA device, is compiled as one graph, has a
+            forward replaced by another tool (offloading), or records graphs already. In a later call: gradients are
+            enabled, an argument is not a tensor, plain value, list or dict, or the forward cannot be recorded.
     """
     if not isinstance(model, nn.Module):
         raise AttentionProviderError(
@@ -90,7 +90,7 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
 
 
 def remove_cuda_graphs(model: nn.Module) -> None:
-    """Takes off what `apply_cuda_graphs` put on, and frees the graphs' memory. Without effect where it is not on."""
+    """Undoes `apply_cuda_graphs` and frees the memory of the graphs. Does nothing if it was not applied."""
     if _applied.pop(model, None) is not None:
         if isinstance(vars(model).get("forward"), GraphedForward):
             del model.forward
@@ -99,8 +99,7 @@ def remove_cuda_graphs(model: nn.Module) -> None:
 
 
 class _Graphs:
-    """What is recorded of one model. Nothing in it refers to the model itself, which is so freed when it is not used
-    any more."""
+    """The recordings of one model. Holds no reference to the model, which would keep it alive."""
 
     def __init__(self, device: torch.device, max_graphs: int) -> None:
         self.device = device
@@ -108,10 +107,10 @@ class _Graphs:
         self.pool: Any = None
         self.snapshot: Snapshot | None = None
         self.recordings: OrderedDict[object, Recording | None] = OrderedDict()
-        """by kind of call, the latest used last; None for one that has run once."""
+        """Recordings by kind of call, most recently used last; None for a kind that has run only once."""
 
     def check(self) -> None:
-        """Forgets all graphs if anything in the model is not as it was when they were recorded."""
+        """Drops all graphs if the model has changed since they were recorded."""
         if self.snapshot is not None and not self.snapshot.holds():
             self.recordings.clear()
             self.snapshot = None
@@ -154,8 +153,8 @@ class GraphedForward:
             return _run(model, name, forward, graphs, GraphCall(args, kwargs))
 
     def standing(self) -> str:
-        """What ranks that share a sequence must have alike, so that all record, replay or run a call: what of all that
-        was recorded still holds, and what a thread adds to a call."""
+        """The state that must be equal on all ranks that share a sequence, so that all of them run, record or replay a
+        call: the valid recordings, and the settings of the thread."""
         model = self._model()
         graphs = None if model is None else _applied.get(model)
         if graphs is None:
@@ -166,7 +165,7 @@ class GraphedForward:
         return f"{recorded} of {len(graphs.recordings)} kinds of calls; now called in {choice!r}, {rest}"
 
     def forget(self) -> None:
-        """Drops all that was recorded: it is recorded anew when it comes again."""
+        """Drops all recordings. Calls are recorded again as they come."""
         graphs = _applied.get(self._model())  # type: ignore[arg-type]
         if graphs is not None:
             graphs.recordings.clear()
@@ -201,16 +200,14 @@ def _check_mode(name: str) -> None:
 def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: GraphCall) -> Any:
     said, tensors = call.taken_apart(name)
     if not all(tensor.device == graphs.device and tensor.is_contiguous() for tensor in tensors):
-        # In every call, so that all compute alike: where a tensor is, and in which order it lies there, decides how
-        # what is computed from it is rounded.
+        # In every call, also one that is not recorded: device and memory layout of an input can change rounding.
         tensors = [tensor.to(graphs.device, non_blocking=True).contiguous() for tensor in tensors]
         call = call.with_tensors(tensors)
         said, tensors = call.taken_apart(name)
     tracker = applied_tracker(model)
     if tracker is not None and not tracker.is_running:
         raise not_called(tracker, "its forward")
-    # Of a sequence that was split before the forward, ranks may have a shard of the same shape at another length: and
-    # all ranks must record in the same call.
+    # Two lengths of a sequence can give a rank shards of the same shape, and all ranks must record in the same call.
     lengths = () if tracker is None else tuple(sorted(tracker.lengths.items()))
     kind = said, lengths, surroundings()
     graphs.check()
@@ -218,7 +215,7 @@ def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: Graph
         output = forward(*call.args, **call.kwargs)
         graphs.recordings[kind] = None
         graphs.make_room(name)
-        graphs.snapshot = Snapshot(model)  # after it, since a forward may keep something in the model
+        graphs.snapshot = Snapshot(model)  # after the forward, which may store something in the model
         return output
     graphs.recordings.move_to_end(kind)
     recording = graphs.recordings[kind]
@@ -226,11 +223,11 @@ def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: Graph
         if graphs.pool is None:
             graphs.pool = torch.cuda.graph_pool_handle()
         gather = applied_gather(model)
-        meanwhile = contextlib.nullcontext() if gather is None else gather.in_one_graph()
+        during = contextlib.nullcontext() if gather is None else gather.in_one_graph()
         try:
-            recording = Recording(forward, call, tensors, graphs.pool, tracker, meanwhile, name)
+            recording = Recording(forward, call, tensors, graphs.pool, tracker, during, name)
         except AttentionProviderError:
-            graphs.pool = None  # it is left as it was in the middle of the recording
+            graphs.pool = None  # a failed recording leaves the pool in an undefined state
             raise
         graphs.recordings[kind] = recording
         graphs.snapshot = Snapshot(model)

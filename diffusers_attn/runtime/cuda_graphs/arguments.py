@@ -1,4 +1,4 @@
-"""A call's arguments taken apart: tensors, whose values a graph can be given anew, and all else, which it keeps."""
+"""Separates a call's tensors, whose values change from replay to replay, from the rest, which a graph fixes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
 class GraphCall(NamedTuple):
-    """What a model is called with."""
+    """The arguments of a model's call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def taken_apart(self, model: str) -> tuple[tuple[object, ...], list[Tensor]]:
-        """Everything but the values of tensors, to compare and hash; and the tensors, in an order that the first part
-        decides.
+        """A hashable description of everything but the values of tensors, and the tensors. Calls with equal
+        descriptions have their tensors in the same order.
+
+        Args:
+            model: name of the model, for messages.
 
         Raises:
-            AttentionProviderError: an argument of a kind that has neither. `model` is what it was given to.
+            AttentionProviderError: an argument is neither a tensor, a plain value, nor a list or dict of these.
         """
         said: list[object] = []
         tensors: list[Tensor] = []
@@ -36,7 +39,7 @@ class GraphCall(NamedTuple):
         return tuple(said), tensors
 
     def with_tensors(self, tensors: list[Tensor]) -> GraphCall:
-        """The same call with others in their place."""
+        """The same call with these tensors in place of its own."""
         rest = iter(tensors)
         args = tuple(replaced(value, rest) for value in self.args)
         kwargs = {name: replaced(self.kwargs[name], rest) for name in sorted(self.kwargs)}
@@ -66,7 +69,7 @@ def _take_apart(name: str, value: Any, said: list[object], tensors: list[Tensor]
 
 
 def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with the next of `tensors` for every tensor in it."""
+    """`value` with each of its tensors replaced by the next of `tensors`."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, (list, tuple)):
@@ -77,7 +80,7 @@ def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in `value`, in the order in which `replaced` takes them."""
+    """All tensors in `value`, in the order of `replaced`."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""One recorded forward: its inputs' memory, its graph, its outputs' memory."""
+"""One recorded forward: the memory of its inputs, its graph, and the memory of its outputs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .arguments import GraphCall, replaced, tensors_of
 
 
 class Recording:
-    """A forward, recorded.
+    """Records a forward as a CUDA graph.
 
     Args:
-        forward: of the model. It has run once with a call like this one, so that nothing is left to be compiled or
-            chosen.
-        call: its arguments.
-        tensors: those in it, on the model's device.
-        pool: whose memory the forward computes in. Recordings that share one may not run at the same time.
-        streams: of the model's context parallelism, if it has any.
-        meanwhile: what is to be held while it is recorded.
+        forward: the model's forward. It has run once with such a call, so that compilation and autotuning are done.
+        call: the arguments.
+        tensors: the tensors in `call`, contiguous and on the model's device.
+        pool: memory pool of the graph. Recordings that share a pool must not run at the same time.
+        tracker: tracks the model's sequences; None without context parallelism.
+        during: context manager that is entered while recording.
+        model: name of the model, for messages.
 
     Raises:
-        AttentionProviderError: it does something that a graph cannot have, such as waiting for the device.
+        AttentionProviderError: the forward does something that a graph cannot contain, such as waiting for the device.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Recording:
         tensors: list[Tensor],
         pool: Any,
         tracker: SequenceTracker | None,
-        meanwhile: contextlib.AbstractContextManager[Any],
+        during: contextlib.AbstractContextManager[Any],
         model: str,
     ) -> None:
         self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
@@ -46,11 +46,11 @@ class Recording:
         self._graph = torch.cuda.CUDAGraph()
         failure: Exception | None = None
         try:
-            # Other threads, such as NCCL's watchdog, go on asking the device meanwhile.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"), meanwhile:
+            # "thread_local": other threads, such as NCCL's watchdog, may use the device while this one records.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"), during:
                 try:
                     self._output = forward(*args, **kwargs)
-                except Exception as error:  # what ends the recording hides it behind an error of its own
+                except Exception as error:  # ending the capture raises another error, which would hide this one
                     failure = error
                     raise
         except Exception as error:
@@ -68,10 +68,10 @@ class Recording:
             own.copy_(given)
 
     def replay(self, tensors: list[Tensor], tracker: SequenceTracker | None) -> Any:
-        """The output for other `tensors`, as the forward would return it."""
+        """The output of the forward for the values of `tensors`."""
         self._copy(tensors)
         self._graph.replay()
         if tracker is not None and self._tracker is not None:
-            tracker.restore(self._tracker)  # for what the model's own hooks still do
-        # Of its own: the next replay writes to the recorded ones.
+            tracker.restore(self._tracker)  # the model's own hooks run after the replay and read it
+        # Clones, since the next replay overwrites the recorded outputs.
         return replaced(self._output, iter([tensor.clone() for tensor in tensors_of(self._output)]))

@@ -1,9 +1,9 @@
-"""What a recorded graph relies on beside its call's arguments, and whether it still holds.
+"""Detects changes in a model that make its recorded graphs invalid.
 
-A graph has the addresses of weights, the kernels that processors chose and the scales of adapters in it. A user may
-change each of these between two steps: load a LoRA, scale it, fuse projections, bind another provider, move the model.
-So before each replay all modules are looked at. That is a comparison of object identities, about a millisecond of
-Python for a model of a thousand modules, in which the device works on what it was given before.
+A graph contains the addresses of weights, the kernels that processors chose, and the scales of adapters. A user may
+change each of these between two steps: load or scale a LoRA, fuse projections, bind another provider, move the model.
+So all modules are compared by object identity before each replay. This takes about a millisecond of Python for a model
+of a thousand modules, while the device still works on earlier launches.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _NO_MATTER = frozenset(
         "load_state_dict_pre_hooks load_state_dict_post_hooks"
     ).split()
 )
-"""of what every module has: what says nothing of its forward."""
+"""Attributes of `nn.Module` that do not affect its forward."""
 
 
 class Snapshot:
-    """The attributes of a model's modules and of their processors, and where its weights lie.
+    """The attributes of a model's modules and processors, and the addresses of its weights.
 
     Args:
-        model: to look at. The snapshot refers to what is within it, and not to the model itself.
+        model: the model. The snapshot refers to its contents, and not to the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._held: list[tuple[Any, tuple[Any, ...]]] = []
         self._empty: list[Any] = []
-        """containers, by far the most: dicts of hooks that nobody has set."""
+        """Empty containers: most are the dicts of hooks that every module has."""
         self._addresses: list[tuple[Tensor, int]] = []
         for module in model.modules():
             self._hold(vars(module))
@@ -60,7 +60,7 @@ class Snapshot:
                     self._empty.append(value)
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Whether nothing has changed since the snapshot was taken."""
         if any(self._empty):
             return False
         for container, before in self._held:
@@ -76,7 +76,7 @@ def _contents(container: Any) -> Iterable[Any]:
 
 
 def _same(now: Any, before: Any) -> bool:
-    """The same object, or another one of the same plain value."""
+    """Whether both are the same object, or plain values of the same type that are equal."""
     if now is before:
         return True
     if type(now) is not type(before):
@@ -87,7 +87,7 @@ def _same(now: Any, before: Any) -> bool:
 
 
 def surroundings() -> tuple[object, ...]:
-    """What a forward takes from its thread and process, to compare and hash."""
+    """The settings of this thread and process that a forward depends on. Hashable."""
     return (
         scope.choice,
         scope.parallel,
