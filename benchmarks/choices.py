@@ -15,7 +15,7 @@ class Choice(NamedTuple):
 
 
 def extra_choices(extras: Sequence[str], names: Sequence[str], compiled: bool) -> list[Choice]:
-    """Those that `--extra` names, of strategies `names`; where it does not say how, `compiled` or not."""
+    """The variants named by `--extra`, with strategies from `names`. `compiled` is their default for compilation."""
     choices = []
     for extra in extras:
         name, provider, how = (*extra.split(":"), "", "")[:3]
@@ -29,7 +29,7 @@ def extra_choices(extras: Sequence[str], names: Sequence[str], compiled: bool) -
 
 
 def blocks(result: dict[str, Any]) -> str:
-    """What was done with them, for a table."""
+    """The variants' settings, in words, for a table."""
     return "compiled" if result["compiled"] else "eager"
 
 

@@ -289,31 +289,60 @@ def markdown(report: dict[str, Any]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--models", nargs="+", choices=REAL, default=real_shapes.USUAL, help=f"({' '.join(real_shapes.USUAL)})"
+        "--models",
+        nargs="+",
+        choices=REAL,
+        default=real_shapes.USUAL,
+        help=f"models to run (default: {' '.join(real_shapes.USUAL)})",
     )
     parser.add_argument(
         "--strategies",
         nargs="+",
         choices=STRATEGIES,
         metavar="STRATEGY",
-        help=f"of {', '.join(STRATEGIES)} ({', '.join(USUAL)}; the unified ones on four ranks)",
+        help=f"strategies to run, of {', '.join(STRATEGIES)} (default: {', '.join(USUAL)}; unified only on 4 ranks)",
     )
-    parser.add_argument("--providers", nargs="+", help="of ours and of one GPU (_native_cudnn; on a CPU native)")
-    parser.add_argument("--diffusers_backends", nargs="+", help="of diffusers' strategies (the same)")
     parser.add_argument(
-        "--extra", nargs="+", default=[], metavar="STRATEGY:PROVIDER", help="beside these: ulysses:sage"
+        "--providers",
+        nargs="+",
+        help="providers of this library's strategies and of one GPU (default: _native_cudnn; on a CPU native)",
     )
-    parser.add_argument("--compile", action="store_true", help="each block, on both sides")
-    parser.add_argument("--warm_up", type=int, default=2, help="steps before any that is timed (%(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="and record what the GPU does in one step of each")
-    parser.add_argument("--timeout", type=float, default=90.0, help="of an exchange, in seconds (%(default)s)")
+    parser.add_argument(
+        "--diffusers_backends", nargs="+", help="backends of diffusers' strategies (default: those of --providers)"
+    )
+    parser.add_argument(
+        "--extra",
+        nargs="+",
+        default=[],
+        metavar="STRATEGY:PROVIDER",
+        help="further variants to run, such as ulysses:sage (default: none)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile each block, also under diffusers (default: off)"
+    )
+    parser.add_argument(
+        "--warm_up", type=int, default=2, help="number of untimed steps at the start (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=3, help="number of timed steps per turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile the GPU in one step of each variant as well (default: off)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=90.0,
+        help="seconds that a rank waits for the others in an exchange (default: %(default)s)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="the same classes at a size for trying this script out")
-    parser.add_argument("--output", type=Path, help="JSON, written whole after each variant")
-    parser.add_argument("--markdown", type=Path, metavar="RESULTS", help="print the tables of an earlier run")
-    parser.add_argument("--commit", help="what was measured, where git cannot say")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use tiny models of the same classes, to try this script out (default: off)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each variant")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="RESULTS", help="print the tables of these earlier results, and run nothing"
+    )
+    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
     args = parser.parse_args()
     if args.markdown is None:
         if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) < 2:

@@ -104,11 +104,11 @@ def measure(calls: dict[str, AttentionCall], device: str, rounds: int, calls_per
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=400)
-    parser.add_argument("--calls", type=int, default=100, help="calls a block")
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
-    parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
+    parser.add_argument("--device", default="cpu", help="device of the tensors (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=400, help="number of blocks of calls (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=100, help="number of calls per block (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # with its checks on, theirs logs every call to flash

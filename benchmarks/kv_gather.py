@@ -185,12 +185,19 @@ def bench(shape: Shape, mesh: ContextParallelMesh, args: argparse.Namespace) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--provider", default="_native_cudnn")
-    parser.add_argument("--shapes", type=int, nargs="*", help=f"some of {dict(enumerate(s.name for s in SHAPES))}")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each variant in each mode")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", help="to be recorded, where there is no git repository")
+    parser.add_argument("--provider", default="_native_cudnn", help="attention provider (default: %(default)s)")
+    parser.add_argument(
+        "--shapes",
+        type=int,
+        nargs="*",
+        help=f"numbers of the shapes, of {dict(enumerate(s.name for s in SHAPES))} (default: all)",
+    )
+    parser.add_argument("--rounds", type=int, default=6, help="number of turns of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="seconds to measure each variant in each mode (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""Time and memory of steps, and the file in which they are kept."""
+"""Measures time and memory of steps, and writes the file of results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def step_milliseconds(step: Callable[[], Any], steps: int, device: torch.device)
 
 
 def memory_taken(device: torch.device) -> tuple[int, int]:
-    """Bytes that tensors take, and bytes that the device has lost to anything but PyTorch's allocator."""
+    """Bytes allocated to tensors, and bytes of the device in use outside PyTorch's allocator."""
     if device.type == "cpu":
         return 0, 0
     torch.cuda.synchronize()
@@ -49,7 +49,7 @@ def memory_taken(device: torch.device) -> tuple[int, int]:
 
 
 def reserved(device: torch.device) -> int:
-    """Bytes that PyTorch's allocator keeps for what it gave away, and for graphs."""
+    """Bytes reserved by PyTorch's allocator, including those of CUDA graphs."""
     memory_taken(device)
     return torch.cuda.memory_reserved() if device.type == "cuda" else 0
 
@@ -83,7 +83,7 @@ class Report:
     def __init__(self, path: Path | None, ranks: Job, args: argparse.Namespace) -> None:
         self.path = path if ranks.rank == 0 else None
         self.variants: list[Any] = []
-        """whatever has a `result`."""
+        """Objects with a `result`."""
         self.environment: dict[str, Any] = {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -315,14 +315,30 @@ def _cell(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="measure, and write the results here")
-    parser.add_argument("--markdown", type=Path, metavar="RESULTS", help="print the tables of an earlier run")
-    parser.add_argument("--providers", nargs="+", help="only these (default: all that are usable here)")
-    parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), help="only these, by number")
+    parser.add_argument("--output", type=Path, help="JSON file for the results; required to measure")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="of measuring for each provider, shape and direction"
+        "--markdown",
+        type=Path,
+        metavar="RESULTS",
+        help="print the tables of these earlier results, and measure nothing",
     )
-    parser.add_argument("--commit", default="", help="what was measured, where git cannot say")
+    parser.add_argument("--providers", nargs="+", help="providers to measure (default: all that are usable here)")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=int,
+        choices=range(len(SHAPES)),
+        help="numbers of the shapes to measure (default: all)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="seconds to measure each provider, shape and direction (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--commit", default="", help="commit to record in the results (default: the one that git reports)"
+    )
     args = parser.parse_args()
     if args.markdown:
         print(markdown(json.loads(args.markdown.read_text())), end="")

@@ -1,4 +1,4 @@
-"""The processes of a benchmark, and how they agree."""
+"""The processes of a benchmark, and how they exchange results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusers_attn.parent_process import end_with_parent
 
 
 class Ranks:
-    """The process groups, and how ranks agree. What they agree on goes over gloo: it works when NCCL does not."""
+    """The process groups of a benchmark. Ranks exchange results over gloo, which works when NCCL does not."""
 
     def __init__(self, device_type: str, timeout: float) -> None:
         end_with_parent()  # a launcher that is killed leaves its processes behind
@@ -30,12 +30,12 @@ class Ranks:
             dist.init_process_group("nccl", timeout=limit, device_id=self.device)
         else:
             dist.init_process_group("gloo", timeout=limit)
-        # Ranks compile at their own pace, and meet here.
+        # A long timeout, since ranks compile at different speeds.
         self.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=10))
         self._meshes: dict[tuple[int, int], DeviceMesh] = {}
 
     def mesh(self, strategy: Strategy) -> DeviceMesh:
-        """One mesh for each pair of degrees, whoever uses it: communicators take memory."""
+        """The mesh of a strategy. Strategies with equal degrees share one, since communicators take memory."""
         shape = strategy.ring or self.size, strategy.ulysses or self.size
         if shape[0] * shape[1] != self.size:
             raise ValueError(f"{shape[0]} x {shape[1]} ranks are not the {self.size} of this job")
@@ -54,7 +54,7 @@ class Ranks:
             torch.cuda.synchronize()
 
     def attempt(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives on every rank.
+        """The results of `work` on all ranks.
 
         Raises:
             VariantError: it failed on all ranks.

@@ -6,21 +6,22 @@ from typing import NamedTuple
 
 
 class Strategy(NamedTuple):
-    """What a variant does; degrees of 0 are the number of ranks."""
+    """A strategy. A degree of 0 stands for the number of ranks."""
 
     side: str
-    """single: on each rank alone; diffusers; ours; auto: ours, as `enable_context_parallel` chooses."""
+    """"single" (each rank alone), "diffusers", "ours", or "auto" (ours, with the degrees that
+    `enable_context_parallel` chooses)."""
     ring: int = 1
     ulysses: int = 1
     rotate_method: str = "allgather"
     in_graph: bool = False
-    """whether the step is recorded as a CUDA graph."""
+    """Whether the step is recorded as a CUDA graph."""
     allgather_kv_one_call: bool | None = None
-    """whether compiled attention awaits all keys, where that is not left to the library."""
+    """Whether compiled attention waits for all keys; None leaves the choice to the library."""
     inputs: str = "trust"
-    """of `auto`: what `enable_context_parallel` does about inputs that differ between ranks."""
+    """The `inputs` argument of `enable_context_parallel`, for "auto"."""
     sends: bool = True
-    """False: by copy engines nothing is sent and nobody waits. Results are wrong; it tells what an exchange costs."""
+    """False: copy engines send nothing and no rank waits. Results are wrong; the time shows the cost of an exchange."""
 
 
 STRATEGIES = {

@@ -61,16 +61,16 @@ LAST_LINES = 20
 
 
 class Way(NamedTuple):
-    """How a job is started."""
+    """How a job is launched."""
 
     config: str
-    """the file for `accelerate launch`."""
+    """Configuration file for `accelerate launch`."""
     options: str = ""
-    """of the script, where {} is the number of processes."""
+    """Arguments of the script; {} stands for the number of processes."""
     alone: bool = False
-    """whether it is one process, however many the others are."""
+    """Whether the job has one process, whatever --processes is."""
     shared: bool = True
-    """whether all processes share each sequence."""
+    """Whether all processes share each sequence."""
 
 
 WAYS = {
@@ -86,11 +86,11 @@ DEFAULT = ("one", "gather", "gather+resume", "fsdp2", "dp", "ulysses")
 
 
 class JobError(Exception):
-    """A job did not do what it should; says what, and what it said last."""
+    """A job failed. The message has the reason and the end of its log."""
 
 
 class Bench:
-    """What all variants have in common: folders, and how the script is started."""
+    """The folders and the command that all variants share."""
 
     rank = 0
 
@@ -103,7 +103,7 @@ class Bench:
         self._pipeline: Any = None
 
     def prepare(self) -> None:
-        """Makes model and data."""
+        """Writes the model and the data."""
         kind = "tiny" if self.args.tiny else "real"
         self.model = wan_folder.make_pipeline(self.model_size, self.scratch / f"wan-{kind}", self.device)
         self.data = wan_folder.make_videos(self.model_size, self.scratch / f"videos-{kind}", self.args.videos)
@@ -178,7 +178,7 @@ class Bench:
             raise JobError("it was done before it could be killed")
 
     def shorter(self, text: str) -> str:
-        """Without where this machine has its folders."""
+        """The command without paths of this machine."""
         return text.replace(str(self.scratch), "SCRATCH").replace(f"{ROOT}/", "")
 
     def encoded(self) -> set[tuple[str, int]]:
@@ -216,7 +216,7 @@ class Bench:
 
 
 class Variant:
-    """A job, and what was measured."""
+    """A job and its measurements."""
 
     def __init__(self, choice: Choice, bench: Bench) -> None:
         self.choice, self.bench = choice, bench
@@ -327,8 +327,8 @@ def compare(variant: Variant, done: list[Variant], tolerance: list[float]) -> No
 
 
 def reference(result: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """With what a result is compared: where the job was killed, what the one does that was not, if it is there; what
-    one process does, if possible with the same provider, and compiled or not as this one."""
+    """The result to compare with. For a killed job: the same job without the kill, if it ran. Otherwise: one process,
+    preferably with the same provider and compilation."""
 
     def choice(of: dict[str, Any], **other: Any) -> Choice:
         return Choice(**{name: (of | other)[name] for name in Choice._fields})
@@ -341,7 +341,7 @@ def reference(result: dict[str, Any], measured: list[dict[str, Any]]) -> dict[st
 
 
 def choose(args: argparse.Namespace) -> list[Choice]:
-    """Of each provider all strategies, and extras."""
+    """All strategies with each provider, and the extra variants."""
     choices = [Choice(name, each, args.compile) for each in args.providers for name in args.strategies]
     return list(dict.fromkeys(choices + extra_choices(args.extra, NAMES, args.compile)))
 
@@ -433,33 +433,75 @@ def _resumption(result: dict[str, Any]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategies", nargs="+", choices=NAMES, help=f"({' '.join(DEFAULT)}; fsdp2 not on a CPU)")
-    parser.add_argument("--providers", nargs="+", help="(_native_cudnn; on a CPU native)")
     parser.add_argument(
-        "--extra", nargs="+", default=[], metavar="STRATEGY:PROVIDER[:eager]", help="beside these: gather:flash_4"
+        "--strategies",
+        nargs="+",
+        choices=NAMES,
+        help=f"strategies to run (default: {' '.join(DEFAULT)}; on a CPU without fsdp2)",
     )
-    parser.add_argument("--compile", action="store_true", help="each block")
-    parser.add_argument("--processes", type=int, default=2, help="of all strategies but one (%(default)s)")
-    parser.add_argument("--batch", type=int, help="videos of a step (as many as processes)")
-    parser.add_argument("--videos", type=int, default=3, help="that there are (%(default)s)")
-    parser.add_argument("--rank", type=int, default=32, help="of the adapter (%(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="of the optimizer (%(default)s)")
-    parser.add_argument("--warm_up", type=int, default=2, help="of them, whose time does not count (%(default)s)")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="(bf16; on a CPU no)")
     parser.add_argument(
-        "--tolerance", type=float, nargs=2, metavar=("LOSS", "NORM"), help="shares (bf16: 2e-3 1e-2; no: 1e-5 1e-4)"
+        "--providers", nargs="+", help="attention providers to run (default: _native_cudnn; on a CPU native)"
     )
-    parser.add_argument("--seconds", type=float, help="after which no further job is started")
-    parser.add_argument("--timeout", type=float, default=240.0, help="of a job, in seconds (%(default)s)")
+    parser.add_argument(
+        "--extra",
+        nargs="+",
+        default=[],
+        metavar="STRATEGY:PROVIDER[:eager]",
+        help="further variants to run, such as gather:flash_4 (default: none)",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile each block (default: off)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=2,
+        help="number of processes of each job, except that of one process (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=int, help="number of videos per step, over all processes (default: the number of processes)"
+    )
+    parser.add_argument("--videos", type=int, default=3, help="number of videos in the data set (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the LoRA adapter (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="number of optimizer steps of each job (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warm_up", type=int, default=2, help="number of first steps whose time is not counted (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "bf16"), help="mixed precision of the trainer (default: bf16; on a CPU no)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        nargs=2,
+        metavar=("LOSS", "NORM"),
+        help="largest relative differences of losses and of gradient norms (default: bf16 2e-3 1e-2; no 1e-5 1e-4)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="seconds after which no further job is started (default: no limit)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=240.0, help="seconds after which a job is ended (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a model for trying this script out")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to try this script out (default: off)")
     parser.add_argument(
-        "--scratch", type=Path, help="folder for model, videos, latents and runs, kept (a temporary one)"
+        "--scratch",
+        type=Path,
+        help="folder for model, videos, latents and runs, which is kept (default: a temporary one)",
     )
-    parser.add_argument("--logs", type=Path, help="folder for what jobs say (in the scratch folder)")
-    parser.add_argument("--output", type=Path, help="JSON, written whole after each job")
-    parser.add_argument("--markdown", type=Path, nargs="+", metavar="RESULTS", help="print the tables of earlier runs")
-    parser.add_argument("--commit", help="what was measured, where git cannot say")
+    parser.add_argument(
+        "--logs", type=Path, help="folder for the logs of the jobs (default: inside the scratch folder)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each job")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="print the tables of these earlier results, and run nothing",
+    )
+    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
     args.strategies = args.strategies or [name for name in DEFAULT if not (on_cpu and name.startswith("fsdp2"))]

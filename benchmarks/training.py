@@ -364,26 +364,60 @@ def _alone(result: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategies", nargs="+", choices=NAMES, default=list(NAMES), help="(all)")
     parser.add_argument(
-        "--providers", nargs="+", help="of ours and of one GPU (_native_cudnn flash_4; on a CPU native)"
+        "--strategies", nargs="+", choices=NAMES, default=list(NAMES), help="strategies to run (default: all)"
     )
-    parser.add_argument("--diffusers_backends", nargs="+", help="of diffusers' (_native_cudnn; on a CPU native)")
     parser.add_argument(
-        "--extra", nargs="+", default=[], metavar="STRATEGY:PROVIDER[:eager]", help="beside these: ring:flash:compiled"
+        "--providers",
+        nargs="+",
+        help="providers of this library's strategies and of one GPU (default: _native_cudnn flash_4; on a CPU native)",
     )
-    parser.add_argument("--compile", action="store_true", help="each block, on both sides")
-    parser.add_argument("--rank", type=int, default=32, help="of the adapter (%(default)s)")
-    parser.add_argument("--warm_up", type=int, default=2, help="steps after the first that are not timed (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (%(default)s)")
-    parser.add_argument("--seconds", type=float, help="after which no further variant or round is started")
-    parser.add_argument("--timeout", type=float, default=90.0, help="of an exchange, in seconds (%(default)s)")
+    parser.add_argument(
+        "--diffusers_backends",
+        nargs="+",
+        help="backends of diffusers' strategies (default: _native_cudnn; on a CPU native)",
+    )
+    parser.add_argument(
+        "--extra",
+        nargs="+",
+        default=[],
+        metavar="STRATEGY:PROVIDER[:eager]",
+        help="further variants to run, such as ring:flash:compiled (default: none)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile each block, also under diffusers (default: off)"
+    )
+    parser.add_argument("--rank", type=int, default=32, help="rank of the LoRA adapter (default: %(default)s)")
+    parser.add_argument(
+        "--warm_up", type=int, default=2, help="number of untimed steps after the first (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=2, help="number of timed steps per turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, help="seconds after which no further variant or round is started (default: no limit)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=90.0,
+        help="seconds that a rank waits for the others in an exchange (default: %(default)s)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: for trying this script out")
-    parser.add_argument("--output", type=Path, help="JSON, written whole after each variant")
-    parser.add_argument("--markdown", type=Path, nargs="+", metavar="RESULTS", help="print the tables of earlier runs")
-    parser.add_argument("--commit", help="what was measured, where git cannot say")
+    parser.add_argument(
+        "--size",
+        choices=("full", "tiny"),
+        default="full",
+        help="size of the model; tiny is for trying this script out (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each variant")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="print the tables of these earlier results, and run nothing",
+    )
+    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
     args = parser.parse_args()
     if args.markdown is None:
         if "WORLD_SIZE" not in os.environ:

@@ -1,7 +1,7 @@
 """Enables context parallelism for a pipeline or a model, and disables it.
 
-Every rank first checks everything and makes its choices (`choices.py`). The ranks compare them, so that all ranks enable
-it or none does. Only then do models change (`attach.py`).
+Every rank first checks everything and makes its choices (`choices.py`). The ranks compare them, so that all ranks
+enable it or none does. Only then do models change (`attach.py`).
 """
 
 from __future__ import annotations

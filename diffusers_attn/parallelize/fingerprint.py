@@ -1,4 +1,4 @@
-"""Short numbers that tell whether tensors of two ranks are equal, bit for bit."""
+"""64-bit fingerprints of tensors, to compare them between ranks bit for bit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """Of every bit and its place. Waits for the tensor's device."""
+    """A fingerprint of all bits and their positions. Waits for the tensor's device."""
     return "none" if tensor.numel() == 0 else _text(int(_mixed(tensor)))
 
 
 def fingerprint_of_all(tensors: Sequence[Tensor]) -> str:
-    """One for several tensors, in their order. Waits once for each device."""
+    """One fingerprint of several tensors, in their order. Waits once for each device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
@@ -24,7 +24,7 @@ def fingerprint_of_all(tensors: Sequence[Tensor]) -> str:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Its elements as a flat tensor of bytes."""
+    """The elements of `tensor` as a flat tensor of dtype uint8."""
     # A dimension of size one has any stride, 0 where it was expanded, and a view as bytes wants 1.
     return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 

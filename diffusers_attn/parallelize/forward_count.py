@@ -1,7 +1,6 @@
-"""The forwards of a model, counted: so that a rank that skips one, or has failed in one and goes on, is not taken to be
-in step with the others.
+"""Counts the forwards of a model, so that ranks detect that one of them skipped a forward or went on after an error.
 
-An operator in a compiled graph is given plain values, and finds these by a token.
+Operators in a compiled graph take only plain values, so they find a model's counter by an integer token.
 """
 
 from __future__ import annotations
@@ -20,30 +19,31 @@ from ..errors import AttentionProviderError
 from .model_sync import Adapters
 
 CALL = "call"
-"""what an entry is named that tells which forward this is."""
+"""Name of the entry that holds the number of the forward."""
 
 
 class State(NamedTuple):
-    """What all ranks must have alike when a forward begins, besides its inputs."""
+    """The state that must be equal on all ranks when a forward begins, in addition to its inputs."""
 
     at: str
-    """which forward it is, in words."""
+    """The number of the forward, in words."""
     adapters: dict[str, str]
-    """of the model, and its processors, by name."""
+    """Descriptions of the model's adapters and processors, by name."""
     digest: str
-    """of `adapters`."""
+    """Digest of `adapters`."""
 
 
 def digest_of(said: dict[str, str]) -> str:
-    """The same text on ranks that say the same."""
+    """A short digest, equal on ranks with equal `said`."""
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 class Forwards:
-    """Those of one model since it was enabled. Holds no reference to it.
+    """The forwards of one model since context parallelism was enabled. Holds no reference to the model.
 
     Args:
-        name: of the model, for messages; the same on all ranks.
+        model: the model.
+        name: name of the model, for messages; the same on all ranks.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -61,10 +61,10 @@ class Forwards:
         return self._model()
 
     def begin(self, in_training: bool) -> State:
-        """The next one begins.
+        """Counts a forward that begins, and describes the model.
 
         Args:
-            in_training: whether gradients are recorded, and weights therefore expected to change.
+            in_training: whether gradients are recorded, so that weights may change in every step.
         """
         adapters = self._adapters.said(in_training)
         if adapters is not self._said:  # which stays the same object until something changes
@@ -72,14 +72,14 @@ class Forwards:
         return State(self.count(), adapters, self._digest)
 
     def count(self) -> str:
-        """Which one begins, in words. Notes that this rank is there."""
+        """Counts a forward that begins, reports it as this rank's progress, and returns its number in words."""
         self._count += 1
         at = self.latest()
         rank_progress.note_begin(at)
         return at
 
     def latest(self) -> str:
-        """Which one was the last to begin, in words."""
+        """The number of the latest forward, in words."""
         return f"forward {self._count} of {self.name}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -94,7 +94,7 @@ _by_token: weakref.WeakValueDictionary[int, Forwards] = weakref.WeakValueDiction
 
 
 def forwards_of(token: int) -> Forwards:
-    """Those that have this token. Raises AttentionProviderError where there are none in this process."""
+    """The forwards with this token. Raises AttentionProviderError if this process has none."""
     found = _by_token.get(token)
     if found is None:
         raise AttentionProviderError(
@@ -105,7 +105,7 @@ def forwards_of(token: int) -> Forwards:
 
 
 class NoteForward:
-    """A forward pre-hook that notes where this rank is, for models whose ranks compare nothing."""
+    """A forward pre-hook that reports this rank's progress, for models with inputs="trust"."""
 
     def __init__(self, forwards: Forwards) -> None:
         self.forwards = forwards

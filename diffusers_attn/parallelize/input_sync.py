@@ -1,25 +1,25 @@
-"""Every rank's inputs of a model, kept the same.
+"""Keeps a model's inputs equal on all ranks that share a sequence.
 
-Context parallelism computes one forward on several ranks, so each must be given the same inputs. The classic failure is
-noise that every rank drew by itself, which gives a picture made of pieces of several. Before tensors are split:
+Context parallelism computes one forward on several ranks, so all ranks need the same inputs. The most common error is
+noise that each rank drew by itself; the result is a picture made of pieces of several pictures. Before tensors are
+split:
 
-1. Every rank makes a digest of its call: names, shapes and dtypes of tensors, and values of numbers, flags and strings.
-   Digests are exchanged between hosts, through the CPU's memory: devices go on computing meanwhile and nothing waits
-   for them. So shapes are known to be equal before an exchange depends on them, and no rank goes a way of its own.
-2. Where digests differ, the ranks exchange what they were made of, and all raise the same error, naming arguments.
-3. Otherwise the first rank's tensors go to the others, in one message ("broadcast"). Or fingerprints of their values
-   were in the digests already ("check"); reading those is the one thing for which a host waits for its device.
-   The first rank, and every rank in "check", goes on with the tensor objects that it was given. The others are given
-   the same memory for the same input every time (`received.py`), since caches know an input by its address.
+1. Every rank computes a digest of its call: names, shapes and dtypes of tensors, and values of numbers, flags and
+   strings. Hosts exchange the digests through CPU memory, while devices go on computing. So shapes are known to be
+   equal before any exchange depends on them.
+2. If digests differ, the ranks exchange the full descriptions, and all raise the same error, which names the arguments.
+3. Otherwise the first rank sends its tensors to the others in one message ("broadcast"). In "check", the digests
+   contain fingerprints of the values instead; only reading these makes a host wait for its device. The first rank, and
+   every rank in "check", keeps its own tensor objects. Other ranks get the same memory for the same input every time
+   (`received.py`), since some caches identify an input by its address.
 
-The digest also has how many forwards this model has had, and its adapters with their scales and its processors
-(`forward_count.py`, `model_sync.py`): so a rank that left out a call, or has another LoRA, is found in the same
-exchange.
+The digest also contains the number of the forward, the adapters with their scales, and the processors
+(`forward_count.py`, `model_sync.py`). So the same exchange detects a rank that skipped a call or has another LoRA. If
+the forward is recorded as CUDA graphs, it contains the state of the recordings, too.
 
-Where a model's forward is recorded as CUDA graphs, ranks also agree on what is.
-
-A tensor that requires a gradient is never replaced, since its graph is this rank's own: it is checked in both modes.
-What a plan calls a cache is left alone in all: the model writes into it, and it may be larger than all else together.
+A tensor that requires a gradient is never replaced, since its autograd graph belongs to this rank: its values are
+compared in both modes. An argument that the plan declares as a cache (`CPCache`) is neither compared nor replaced: the
+model writes into it, and it may be larger than all other inputs together.
 """
 
 from __future__ import annotations
@@ -60,24 +60,25 @@ log = logging.getLogger(__name__)
 
 
 class Links(NamedTuple):
-    """How the ranks that share a sequence reach each other."""
+    """The process groups of the ranks that share a sequence."""
 
     device: tuple[Group, ...]
-    """groups for tensors on the model's device: along the ring, then along Ulysses. What the ring's first ranks have
-    goes along the ring, then from the first of each Ulysses group to the others: all have rank 0's."""
+    """Groups for tensors on the model's device, the ring's first. Sending from the first rank of each ring, and then
+    from the first rank of each Ulysses group, gives all ranks the tensors of rank 0."""
     host: Group
-    """a group of all of them, in the order of their shards, for tensors in the CPU's memory."""
+    """A group of all these ranks, in the order of their shards, for tensors in CPU memory."""
     members: tuple[int, ...]
-    """their numbers in the job, in that order."""
+    """The ranks' numbers in the job, in that order."""
     lease: shared_groups.Lease
-    """of the host's group."""
+    """Lease of the `host` group."""
 
     @staticmethod
     def of(mesh: ContextParallelMesh, timeout: datetime.timedelta | None = None) -> Links:
-        """Those of `mesh`. All its ranks must call this: the host's group is made, unless the same ranks have one.
+        """The groups of `mesh`. All its ranks must call this, as it makes the host group unless they have one already.
 
         Args:
-            timeout: how long hosts wait for each other; None is the job's own.
+            mesh: the ranks that share a sequence.
+            timeout: how long hosts wait for each other; None is the timeout of the job.
         """
         device = tuple(group for group in (mesh.ring, mesh.ulysses) if group.size > 1)
         of_device = [resolve(group.name) for group in device]
@@ -94,11 +95,11 @@ class InputSync:
     """A forward pre-hook (with kwargs) that runs before a model's inputs are split.
 
     Args:
-        module: the model; the signature of its forward gives names to arguments.
-        links: of the ranks that share a sequence.
-        mode: "broadcast": all are given the first rank's tensors; "check": an error where tensors differ.
-        caches: names of arguments that are each rank's own; that they are given is all that ranks agree on.
-        name: of the model, for messages; None is its class.
+        module: the model; the signature of its forward names the arguments.
+        links: process groups of the ranks that share a sequence.
+        mode: "broadcast": all ranks use the first rank's tensors; "check": tensors that differ are an error.
+        caches: names of arguments whose contents each rank keeps for itself. Ranks compare only whether they are given.
+        name: name of the model, for messages; None is its class.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class InputSync:
         self.caches = frozenset(caches)
         self.names = list(inspect.signature(module.forward).parameters)
         self.compared = False
-        """whether tensors that are about to be replaced were compared: once, to tell the user of unseeded noise."""
+        """Whether values were compared before replacing them: once, to warn the user of unseeded noise."""
         self.received = ReceivedInputs()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,34 +145,34 @@ class InputSync:
         )  # fmt: skip
         if torch.compiler.is_compiling():
             zero, *sent = torch.ops.diffusers_attn.agree(*call)
-            # The compiler drops what nothing depends on. What is kept as it is comes after the answer, so to speak.
+            # Adding the operator's zero makes these tensors depend on it: the compiler drops unused results.
             watched = [tensor + zero for tensor in found.watched]
         else:
             sent, watched = self._kept(found.sent, _values(*call)), found.watched
-        # The same order again: each takes the place of one that was found.
+        # In the order in which `_find` found them.
         places = iter(sent), iter(watched)
         new = {name: value if name in self.caches else _replaced(value, *places) for name, value in given}
         new_args = [new[name] for name, _ in given[: len(args)]]
         return tuple(new_args), {name: new[name] for name in kwargs}
 
     def _kept(self, own: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-        """Tensors with these values: the very ones that this rank has, where the values are its own."""
+        """Tensors with these values: this rank's own tensor objects if the values are its own."""
         self.received.forget()
         return [mine if mine is each else self.received.keep(mine, each) for mine, each in zip(own, values)]
 
 
 class _Found(NamedTuple):
-    """What is in a call, with a name for everything."""
+    """The contents of a call, with a name for each."""
 
     sent: list[Tensor]
     names: list[str]
     watched: list[Tensor]
-    """tensors that are compared in any mode, and kept."""
+    """Tensors that are compared in both modes and never replaced."""
     watched_names: list[str]
     integers: list[int]
     floats: list[float]
     said: list[tuple[str, str]]
-    """names of the numbers, and names and values of all else."""
+    """Names of the numbers, and names and values of everything else that is not a tensor."""
 
 
 _GRADIENTS = "gradients are recorded"
@@ -179,18 +180,18 @@ _BETWEEN = "\x1e"
 
 
 def _joined(parts: list[str]) -> str:
-    """Any strings as one, since an operator takes no list of them."""
+    """The strings as one, since an operator takes no list of strings."""
     return _BETWEEN.join([part.replace(_BETWEEN, "\\x1e") for part in parts])
 
 
 def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Arguments with their names; those that were given by name in an order that is every rank's."""
+    """The arguments with their names; keyword arguments are sorted, so that the order is equal on all ranks."""
     placed = [(names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(args)]
     return placed + [(name, kwargs[name]) for name in sorted(kwargs)]
 
 
 def _items(value: Any) -> list[tuple[Any, Any]] | None:
-    """What is in a container, in an order that is every rank's; None for what is none."""
+    """The items of a container, in an order that is equal on all ranks; None if `value` is no container."""
     if isinstance(value, (list, tuple)):
         return list(enumerate(value))
     if isinstance(value, Mapping):
@@ -235,7 +236,8 @@ def _is_watched(tensor: Tensor) -> bool:
 
 
 def _replaced(value: Any, sent: Iterator[Tensor], watched: Iterator[Tensor]) -> Any:
-    """`value` with other tensors; what holds none stays the object that it is, as a model may write into it."""
+    """`value` with its tensors replaced. Containers without replaced tensors stay the same objects, since a model may
+    write into them."""
     if isinstance(value, Tensor):
         return next(watched) if _is_watched(value) else next(sent)
     items = _items(value)
@@ -259,10 +261,10 @@ def _values(
     check: bool,
     compare: bool,
 ) -> list[Tensor]:
-    """The first rank's `sent`. Where that is known to be this rank's, or is to be checked and is, its own tensors.
+    """The first rank's values of `sent`; this rank's own tensors on the first rank and in "check".
 
     Raises:
-        AttentionProviderError: the ranks were given different inputs. On all of them.
+        AttentionProviderError: the ranks were given different inputs. It is raised on all ranks.
     """
     axes, host, members, token = _links(links)
     forwards = forwards_of(token)
@@ -283,7 +285,7 @@ def _links(links: str) -> tuple[list[Group], Group, list[int], int]:
     return [Group(*group) for group in device], Group(*host), members, token
 
 
-# One operator, opaque to the compiler: all that depends on other ranks happens within it.
+# One operator that the compiler does not look into contains everything that depends on other ranks.
 @torch.library.custom_op("diffusers_attn::agree", mutates_args=())
 def _agree(
     sent: Sequence[Tensor],
@@ -297,7 +299,7 @@ def _agree(
     check: bool,
     compare: bool,
 ) -> list[Tensor]:
-    """A zero, for others to depend on, and copies of what `_values` returns."""
+    """A zero, on which other tensors can depend, and copies of the results of `_values`."""
     values = _values(sent, watched, integers, floats, names, watched_names, said, links, check, compare)
     diffusers_hooks.check_in_graph(forwards_of(_links(links)[3]).model)
     return [torch.zeros(()), *(torch.empty_like(mine).copy_(each) for mine, each in zip(sent, values))]
@@ -309,10 +311,10 @@ def _(sent, watched, integers, floats, names, watched_names, said, links, check,
 
 
 class _Described(NamedTuple):
-    """All that ranks must agree on."""
+    """The description of a call that must be equal on all ranks."""
 
     call: dict[str, str]
-    """by argument."""
+    """Descriptions by argument."""
     digest: str
 
 
@@ -339,7 +341,7 @@ def _described(
     )
 
 
-@functools.lru_cache(maxsize=256)  # most forwards are called as the one before, but for values of tensors
+@functools.lru_cache(maxsize=256)  # most calls differ from the one before only in values of tensors
 def _in_words(
     layouts: tuple[tuple[torch.Size, torch.dtype, str], ...],
     values: tuple[str | None, ...],
@@ -361,7 +363,7 @@ def _in_words(
     ]
     call: dict[str, str] = {}
     for name, value in lines:
-        while name in call:  # keys of a dict that print alike
+        while name in call:  # different keys of a dict can have the same repr
             name += "'"
         call[name] = value
     return _Described(call, digest_of(call))
@@ -372,7 +374,7 @@ def _layout(shape: torch.Size, dtype: torch.dtype, device: str) -> str:
 
 
 def _differ(said: str, host: Group) -> bool:
-    """Whether ranks have different ones: every rank has the same answer."""
+    """Whether the ranks' values of `said` differ. The result is equal on all ranks."""
     digest = hashlib.blake2b(said.encode(), digest_size=8).digest()
     digests = _gathered(torch.frombuffer(bytearray(digest), dtype=torch.int64), host)
     return len(set(digests.tolist())) > 1
@@ -386,7 +388,7 @@ def _gathered(tensor: Tensor, host: Group) -> Tensor:
 
 
 def _everyone(said: Any, host: Group) -> list[tuple[int, Any]]:
-    """What all ranks have, each with its number."""
+    """The values of `said` on all ranks, with the ranks' numbers."""
     raw = json.dumps([dist.get_rank(), said]).encode()
     sizes = _gathered(torch.tensor([len(raw)]), host).tolist()
     padded = torch.frombuffer(bytearray(raw.ljust(max(sizes))), dtype=torch.uint8)
@@ -420,7 +422,7 @@ def _different(said: list[tuple[int, Any]]) -> AttentionProviderError:
 
 
 def _report(fingerprints: dict[str, str], host: Group) -> None:
-    """Tells the first rank's user where tensors that are replaced were not the same."""
+    """Logs a warning on the first rank if the values that are about to be replaced differ between ranks."""
     if _differ(digest_of(fingerprints), host):
         calls = _everyone(fingerprints, host)
         if dist.get_rank() == calls[0][0]:
@@ -434,8 +436,8 @@ def _report(fingerprints: dict[str, str], host: Group) -> None:
 
 
 def _of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Group) -> list[Tensor]:
-    """The first rank's tensors, of the same shapes and dtypes, in one message for each kind of memory. On the first
-    rank, and where there is nothing to send, they are `tensors` themselves."""
+    """The first rank's tensors, which have the same shapes and dtypes, sent in one message for each kind of memory. On
+    the first rank, and for empty tensors, the tensors in `tensors` themselves."""
     values = list(tensors)
     for on_device in (False, True):
         # A host's memory is the device of a model on CPUs.

@@ -1,14 +1,14 @@
-"""What the models of ranks that share a sequence must have alike, besides what they are given.
+"""Describes models, so that ranks that share a sequence can check that their models are equal.
 
-Two ranks with another LoRA, another scale or another provider compute a mixture of two models, and nothing in shapes
-tells. So models are described: in full when context parallelism is enabled, and in every forward as far as it can
-change from one to the next and costs next to nothing to look at: adapters with their scales, and processors.
+Two ranks with different LoRAs, scales or providers compute a mixture of two models, which no shape reveals. So models
+are described in full when context parallelism is enabled. In every forward, only adapters with their scales and
+processors are described again: they can change between forwards, and reading them is cheap.
 
-Values of weights are not looked at in every forward, for the host would wait for its device. Those of adapters are
-when adapters come or go, and outside of training when they were written to. What is written through `tensor.data`
-leaves no trace on a tensor, and is not noticed: PEFT's `hotswap_adapter` may write so. Then, and to compare adapters
-that are being trained, call `disable_context_parallel(model)` and `enable_context_parallel(model)` on all ranks, which
-compares the values of all adapters.
+Values of weights are not read in every forward, since the host would wait for its device. Values of adapters are read
+when adapters come or go, and outside of training when they were written to. Writes through `tensor.data` are not
+detected, because they do not change a tensor's version; PEFT's `hotswap_adapter` may write so. After such a write, and
+to compare adapters in training, call `disable_context_parallel(model)` and `enable_context_parallel(model)` on all
+ranks, which compares the values of all adapters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that decide what is computed and what is exchanged."""
+    """Versions of the libraries that affect results and exchanges."""
     import diffusers
 
     from .. import __version__
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def described_plan(plan: Plan) -> dict[str, str]:
-    """Each entry of a plan, with what it says."""
+    """The entries of a plan, in words, by name."""
     found: dict[str, str] = {}
     for path, spec in entries(plan):
         name = f"plan entry {path!r}"
@@ -50,7 +50,8 @@ def described_plan(plan: Plan) -> dict[str, str]:
 
 
 def described_model(model: nn.Module, weights: bool) -> dict[str, str]:
-    """Names, shapes and dtypes of parameters and buffers; with `weights` their values, for which it waits."""
+    """Names, shapes and dtypes of parameters and buffers. With `weights`, also fingerprints of their values, for
+    which the host waits."""
     found = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
     buffers = ((name, each) for name, each in model.named_buffers())
     for name, tensor in (*model.named_parameters(), *buffers):
@@ -60,37 +61,36 @@ def described_model(model: nn.Module, weights: bool) -> dict[str, str]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether this rank has its values: not a shard of them (FSDP2), nor a place for some that are elsewhere."""
+    """Whether this rank has all values of `tensor`: it is neither a shard (FSDP2) nor on the meta device."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
 
 
 class Adapters:
-    """The adapters and processors of a model as they are now, in words. Holds no reference to the model."""
+    """Describes the current adapters and processors of a model. Holds no reference to the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._configs: list[Any] | None = None
-        """names and configurations of the adapters that were there when layers were looked up."""
+        """Names and configurations of the adapters at the last look-up of layers."""
         self._layers: list[tuple[str, Any]] = []
-        """those of PEFT."""
+        """PEFT's layers, by name."""
         self._attention: list[tuple[str, Any]] = []
-        """modules with a processor."""
+        """Modules with a processor, by name."""
         self._state: list[Any] = []
-        """what can change in these, as it was when it was last put in words."""
+        """Their state at the last description."""
         self._scalings: list[dict[str, Any]] = []
-        """of the layers."""
+        """The scales of each layer, by adapter."""
         self._weights: list[Tensor] = []
-        """of the adapters, when they were last put in words; without tensors of the inference mode, which do not tell
-        whether they were written to."""
+        """Weights of the adapters at the last description, without tensors of inference mode, which have no version."""
         self._versions: list[int] = []
         self._checksums: dict[str, str] = {}
         self._said: dict[str, str] = {}
 
     def said(self, in_training: bool) -> dict[str, str]:
-        """What all ranks must have alike, by name. Made anew only where something has changed.
+        """The properties that must be equal on all ranks, by name. The same object until one of them changes.
 
         Args:
-            in_training: whether values of weights change in every step, which is then not looked at.
+            in_training: ignores changes of the weights' values, which come with every step.
         """
         model: Any = self._model()
         if model is None:
@@ -110,10 +110,10 @@ class Adapters:
         return self._said
 
     def _now(self) -> list[Any]:
-        """All that can change, as plain values that are compared quickly."""
+        """The current state, as plain values that compare quickly."""
         processors = [module.processor for _, module in self._attention]
         return [
-            # A tensor is not read, for which the host would wait.
+            # Tensors are compared by version: reading their values would make the host wait.
             [
                 (name, id(scale), scale._version) if scale.__class__ is Tensor else (name, scale)
                 for scaling in self._scalings
@@ -126,7 +126,7 @@ class Adapters:
         ]
 
     def _find_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of adapters, with the names of these."""
+        """The weights of adapters, with the adapters' names."""
         for _, layer in self._layers:
             for name in layer.adapter_layer_names:
                 for adapter, part in (getattr(layer, name, None) or {}).items():

@@ -1,8 +1,8 @@
-"""Where a rank keeps what it receives of the first rank's inputs: for the same input, always the same memory.
+"""Stores the values that a rank receives from the first rank. The same input always gets the same memory.
 
-Some code recognises an input by its address. diffusers' TextKVCache does: it keeps the keys of a prompt, and looks them
-up by the address of the prompt's embeddings. A fresh tensor in every forward would often get the address of an earlier
-one, and the keys of another prompt with it. So received values live exactly as long as the input that they replace.
+Some code identifies an input by its address. diffusers' TextKVCache stores the keys of a prompt by the address of the
+prompt's embeddings. New tensors in every forward would often get the address of an earlier one, and with it the keys of
+another prompt. So received values live exactly as long as the input that they replace.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 class _Kept(NamedTuple):
     memory: StorageWeakRef
-    """of this rank's own input. It does not keep the memory alive, but keeps its number from being given to another."""
+    """The storage of this rank's own input, weakly: its memory is freed, but its identity is not reused."""
     received: Tensor
     version: int | None
-    """how often the input had been written into when values were last received."""
+    """Version of the input when values were last received; None for tensors of inference mode."""
 
 
 class ReceivedInputs:
@@ -29,11 +29,11 @@ class ReceivedInputs:
         self._kept: dict[tuple[Any, ...], _Kept] = {}
 
     def forget(self) -> None:
-        """Frees what was received for inputs that are gone."""
+        """Frees the values of inputs that no longer exist."""
         self._kept = {place: kept for place, kept in self._kept.items() if not kept.memory.expired()}
 
     def keep(self, own: Tensor, values: Tensor) -> Tensor:
-        """A tensor like `own` with these values: the one of an earlier forward if `own` is the same memory."""
+        """A tensor like `own` with these values; the tensor of an earlier forward if `own` has the same memory."""
         storage = own.untyped_storage()
         place = storage._cdata, own.storage_offset(), own.dtype, tuple(own.shape), own.stride()
         version = None if own.is_inference() else own._version
@@ -42,7 +42,7 @@ class ReceivedInputs:
             if kept is None or kept.received.is_inference() != torch.is_inference_mode_enabled():
                 received = torch.empty_like(own, requires_grad=False).copy_(values)
             elif kept.version == version:
-                # The same values once more. Autograd may have saved them, and need not hear of it.
+                # Equal values. `.data` keeps the version, since autograd may have saved this tensor.
                 received = kept.received
                 received.data.copy_(values)
             else:

@@ -1,8 +1,9 @@
 """diffusers' `with attention_backend(...)` around a call of a model that is bound to a provider.
 
-The scope names a backend for whatever attends within it. A bound model does not ask diffusers, and would ignore it. So
-the scopes that are open are noted here, and calls compare the innermost one with their provider. The backend that
-diffusers has noted itself does not tell: `model.set_attention_backend(...)` changes it as well, for good.
+The scope sets diffusers' backend for all attention inside it. A bound model does not use diffusers' dispatcher and
+would ignore the scope. So open scopes are recorded here, and calls compare the innermost one with their provider.
+diffusers' own record of the active backend does not suffice: `model.set_attention_backend(...)` changes it permanently
+as well.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from ..scope import ProviderChoice, active_choice
 from ..tracing.errors import raise_error
 
 backends: list[str] = []
-"""what the scopes that are open name, the innermost last."""
+"""Backends of the open scopes, innermost last."""
 _scopes: list[FrameType] = []
-"""their calls of `attention_backend`."""
+"""Frames of these scopes' calls of `attention_backend`."""
 
 
 def install() -> None:
-    """Notes the scopes that are open, and has those noted that are opened from now on."""
+    """Records the scopes that are open now, and patches diffusers so that later ones are recorded."""
     code = attention_dispatch.attention_backend.__wrapped__.__code__  # type: ignore[attr-defined]
     upstream = _AttentionBackendRegistry.set_active_backend.__func__  # type: ignore[attr-defined]
 
@@ -56,8 +57,8 @@ def install() -> None:
 
 
 def check_scope(bound: ProviderChoice | None) -> None:
-    """Raises AttentionProviderError for a call that is bound to `bound` (None: to the scope of `attention_provider`) if
-    the innermost scope of diffusers names another backend. Only to be called where there is one."""
+    """Raises AttentionProviderError if the innermost scope of diffusers names another backend than the provider of a
+    call bound to `bound` (None: the provider of the active scope). Requires an open scope."""
     provider = active_choice(bound).provider
     if backends[-1] != provider:
         raise_error(_refused, backends[-1], provider)

@@ -27,12 +27,12 @@ from .requests import BACKEND, check_notes, is_flex
 
 ATTENTION_CLASSES = (Attention, AttentionModuleMixin, MochiAttention)
 
-# Where a module notes the choice that it is bound to. Its processor is not note enough: it may be one that cannot be
-# bound, for a while (attention slicing), or be swapped without our knowing (perturbed attention guidance assigns to
-# `module.processor`); and what diffusers sets after that is to be bound again.
+# Attribute of a module with the choice that it is bound to. The processor alone does not suffice: it may be temporarily
+# one that cannot be bound (attention slicing), or be assigned to `module.processor` directly (perturbed attention
+# guidance), and the next processor that diffusers sets must be bound again.
 _CHOICE = "_attention_provider_choice"
 
-# The functions through which a processor comes from whoever sets it.
+# Functions between `set_processor` and the caller that sets a processor.
 _SETTERS = {"set_attn_processor", "fn_recursive_attn_processor", "set_processor"}
 
 
@@ -73,7 +73,7 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 
 def _adopt(cls: type) -> None:
-    """Teach a model class of diffusers that has a set_attn_processor of its own. What others write is theirs."""
+    """Patches the set_attn_processor that a model class of diffusers defines. Those of other libraries stay."""
     own = vars(cls).get("set_attn_processor")
     if own is not None and cls.__module__.startswith("diffusers."):
         _patch(cls, set_attn_processor=_requesting(own))
@@ -93,11 +93,11 @@ def _binding(upstream: Callable[..., None]) -> Callable[..., None]:
 
 
 def _placed(module: nn.Module, processor: Any) -> Any:
-    """What to put into `module` where `processor` is set on it.
+    """The processor to store in `module` when `processor` is set on it.
 
-    A plain processor that is set by diffusers does attention in another way (fused projections, IP-Adapter, KV cache,
-    and back), which says nothing about the provider: a bound module stays bound, an unbound one unbound. One that is
-    set by anyone else is what they want, and ends the binding.
+    When diffusers sets a plain processor, attention changes its form (fused projections, IP-Adapter, KV cache, and
+    back) but not its provider: a bound module stays bound, an unbound one unbound. A processor set by other code ends
+    the binding.
     """
     notes = vars(module)
     if isinstance(processor, DispatchProcessor):
@@ -126,12 +126,12 @@ def _placed(module: nn.Module, processor: Any) -> Any:
 
 
 def is_noted(module: nn.Module) -> bool:
-    """Whether `module` is bound, perhaps with a processor of diffusers that cannot be; what a user sets ends it."""
+    """Whether `module` is bound, even if diffusers has set a processor on it that cannot be bound."""
     return _CHOICE in vars(module)
 
 
 def change_processor(state: dict[str, Any], change: Callable[[Any], Any]) -> None:
-    """Puts another processor, `change(processor)`, into what copy and pickle are given of an attention module."""
+    """Replaces the processor by `change(processor)` in an attention module's state for copy and pickle."""
     if "processor" not in state:  # it is a module itself
         state["_modules"] = dict(state["_modules"])
     holder = state if "processor" in state else state["_modules"]
@@ -142,10 +142,10 @@ def change_processor(state: dict[str, Any], change: Callable[[Any], Any]) -> Non
 
 
 def _set_by_diffusers() -> bool:
-    """Whether the processor that is being set comes from diffusers' own code.
+    """Whether diffusers' own code sets the processor, judged by the calling frame.
 
-    This looks at the caller. The alternative is to patch all that sets processors, in all model classes, loaders and
-    pipelines, and to miss the next one. `set_default_attn_processor` is how a user gets rid of other processors.
+    The alternative is to patch every function of diffusers that sets processors, and to miss new ones.
+    `set_default_attn_processor` counts as the user, who calls it to remove other processors.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and (frame.f_globals is globals() or frame.f_code.co_name in _SETTERS):
@@ -168,7 +168,7 @@ def _requesting(upstream: Callable[..., None]) -> Callable[..., None]:
 
 
 def _without_obstacles(model: Any, processors: dict[str, Any]) -> dict[str, Any]:
-    """`processors`, leaving alone the modules that they would bind and that cannot be. A copy: upstream empties it."""
+    """A copy of `processors` in which modules that cannot be bound keep their own. (Upstream empties the dict.)"""
     # Not by `attn_processors` alone: that of a class of its own (HunyuanDiT2DControlNetModel) gives nothing but None.
     current: dict[str, Any] = dict(model.attn_processors)
     current |= {f"{name}.processor": module.processor for name, module in attention_modules_of(model)}
@@ -182,10 +182,9 @@ def _without_obstacles(model: Any, processors: dict[str, Any]) -> dict[str, Any]
 def _checking(upstream: Callable[..., None]) -> Callable[..., None]:
     """`set_attention_backend`, refused at once on a bound model.
 
-    diffusers notes a backend in those processors that know backends: some of a model's, or none, and the others would
-    go on with the provider. One that was set before is found when the model is called (`entry_points.py`). Only "flex"
-    is not
-    in the way where every processor knows it: its calls come with it, and go to the provider of that name.
+    diffusers stores a backend only in processors that support backends, and the others would go on with the provider. A
+    backend that was set before is refused when the model is called (`entry_points.py`). Only "flex" is accepted, if
+    every processor supports backends: their calls name it, and go to the provider of that name.
     """
 
     @functools.wraps(upstream)
@@ -233,8 +232,8 @@ def attention_modules_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def check_bindable(model: nn.Module, choice: ProviderChoice | None = None) -> None:
-    """Raises AttentionProviderError if no attention module of `model` can be bound; or if something was asked of
-    diffusers' own attention that a provider (`choice`, None: the active one) cannot meet."""
+    """Raises AttentionProviderError if no attention module of `model` can be bound, or if diffusers' own attention was
+    configured in a way that the provider (`choice`; None: the active one) cannot follow."""
     processors = [module.processor for _, module in attention_modules_of(model)]
     if all(map(obstacle, processors)):
         raise _nothing_to_bind(model, processors)

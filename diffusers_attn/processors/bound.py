@@ -1,8 +1,8 @@
-"""A processor bound to a provider: a view of the original, with the same attributes and another attention call.
+"""A processor bound to a provider: a view of the original with the same attributes and another attention call.
 
-The view is an instance of a subclass of the original's class and shares its `__dict__`. A weight that is moved, a scale
-that is set or a hook that is added through the one is there in the other; so nothing has to be carried back when the
-view goes, and the original is then what it would have been without it.
+The view is an instance of a subclass of the original's class and shares its `__dict__`. Moving a weight, setting a
+scale or adding a hook on one of them affects both. So unbinding copies nothing back, and leaves the original as it
+would be without the view.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .requests import check_note
 _lock = threading.RLock()
 _before_first_binding: list[Callable[[], None]] = []
 
-# What processors that cannot be bound call, and what to say about it.
+# Functions called by processors that cannot be bound, with the reason for the message.
 _INSTEAD = {
     "get_attention_scores": "it computes the scores itself, with get_attention_scores",
     "memory_efficient_attention": "it calls xformers itself",
@@ -32,14 +32,14 @@ _INSTEAD = {
     "torch.nn.functional as F` and F.scaled_dot_product_attention(...)",
 }
 
-# Processors that do more than their code does with another attention call: what they call instead, by class.
+# Processors for which another attention call is not enough, with the methods that replace theirs, by class.
 _OWN = {each.PROCESSOR: each.methods for each in (ace_step, anyflow_far, mochi, wan_animate2)} | dict.fromkeys(
     nabla.PROCESSORS, nabla.methods
 )
 
 
 class BoundProcessor:
-    """The common base of bound processors' classes. Without state of its own beyond these two."""
+    """The common base of bound processors' classes. Its only state is these two attributes."""
 
     __slots__ = ()
     original: Any
@@ -68,9 +68,9 @@ def before_first_binding(function: Callable[[], None]) -> None:
 
 
 def bind(processor: Any, choice: ProviderChoice | None) -> Any:
-    """`processor` with its attention calls going to `choice` (None: wherever the scope says).
+    """`processor` with its attention calls going to `choice` (None: the provider of the active scope).
 
-    A bound processor is bound anew. One for which there is an `obstacle` is returned as it is.
+    A bound processor is bound again. A processor with an `obstacle` is returned unbound.
     """
     original = unbind(processor)
     cls: type = type(original)
@@ -81,7 +81,7 @@ def bind(processor: Any, choice: ProviderChoice | None) -> Any:
     if type(processor) is bound_class:
         return processor
     view: Any = object.__new__(bound_class)
-    # Not by plain assignment, which nn.Module would take for a submodule.
+    # Plain assignment would register an nn.Module as a submodule.
     object.__setattr__(view, "__dict__", original.__dict__)
     object.__setattr__(view, "original", original)
     return view

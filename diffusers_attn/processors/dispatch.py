@@ -1,4 +1,4 @@
-"""The processor that users set."""
+"""`DispatchProcessor`, the object that users set to choose a provider."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from ..scope import ProviderChoice
 
 
 class DispatchProcessor:
-    """Sends the attention of the modules it is set on through a provider.
+    """Routes the attention of the modules on which it is set through a provider.
 
         pipe.transformer.set_attn_processor(DispatchProcessor("flash"))
         pipe.transformer.set_attn_processor(DispatchProcessor("flash", deterministic=True))
 
-    It is a request, not a processor: each module keeps the processor that it has, which goes on with what its model
-    needs around attention (projections, norms, rotary embeddings); only the attention call inside goes elsewhere. So
-    one object may be set on any number of modules and models.
+    It does not replace a module's processor. Each module keeps its own, which still computes projections, norms and
+    rotary embeddings; only the attention call inside goes to the provider. One object may be set on any number of
+    modules and models.
 
-    A binding stays through what diffusers itself does to processors (`fuse_qkv_projections` and back, IP-Adapters,
-    KV caches). Setting any other processor ends it, as does `set_default_attn_processor`; to get back exactly what was
-    there, use `set_attention_provider(model, None)`.
+    A binding persists when diffusers itself changes processors (`fuse_qkv_projections` and back, IP-Adapters, KV
+    caches). Setting any other processor ends it, and so does `set_default_attn_processor`. To restore the former
+    processors exactly, use `set_attention_provider(model, None)`.
 
     Args:
-        provider: a name of `AttentionProvider`. Without one, calls go where the `attention_provider` scope says, or
-            else to `native`; a scope also overrides the provider that is named here.
+        provider: a name of `AttentionProvider`. None: the provider of the active `attention_provider` scope, or
+            `native` outside of any scope. A scope also overrides the provider that is named here.
         options: options of the provider's kernel.
 
     Raises:
-        ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
-        AttentionProviderError: no such provider or option.
+        ProviderUnavailableError: the provider cannot be used on this machine; the message says how to install it.
+        AttentionProviderError: the provider or an option is unknown.
     """
 
     def __init__(self, provider: str | AttentionProvider | None = None, **options: object) -> None:

@@ -1,8 +1,8 @@
-"""The two functions by which diffusers' processors call attention, leading to a provider.
+"""Replacements for the two functions by which diffusers' processors call attention. Both call a provider.
 
-Most processors call `dispatch_attention_fn`, with tensors `[batch, seq, heads, head_dim]`; the others call
-`F.scaled_dot_product_attention`, `[batch, heads, seq, head_dim]`. Every attention call passes here, so whatever is rare
-is told apart by a cheap test and handled out of line.
+Most processors call `dispatch_attention_fn` with tensors `[batch, seq, heads, head_dim]`; the others call
+`F.scaled_dot_product_attention` with `[batch, heads, seq, head_dim]`. Every attention call passes through here, so rare
+cases are detected by a cheap test and handled in functions of their own.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def dispatch_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
 
 
 def _is_of_keys(mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    """Whether `mask` `[batch, keys]` is of these keys or, where they are this rank's, of those of all ranks."""
+    """Whether `mask` has shape `[batch, keys]`, for these keys or, if they are split, for the keys of all ranks."""
     if mask.shape[0] != query.shape[0]:
         return False
     tracker = active.tracker
@@ -109,10 +109,10 @@ def _requested(
     parallel_config: object,
     attention_kwargs: Mapping[str, Any] | None,
 ) -> ProviderChoice:
-    """The choice for a call that brings requests of its own.
+    """The choice for a call with a backend, a parallel_config or attention_kwargs of its own.
 
     Raises:
-        AttentionProviderError: one that cannot be met; the message says what to do instead.
+        AttentionProviderError: a provider cannot follow the request; the message says what to do instead.
     """
     choice = active_choice(bound)
     if parallel_config is not None:
@@ -127,7 +127,7 @@ def _requested(
 
 
 def backend_refused(backend: str, choice: ProviderChoice) -> AttentionProviderError:
-    """What to raise where a backend of diffusers and a provider are asked for at once."""
+    """The error for a backend of diffusers and a provider on one model."""
     name = getattr(backend, "value", backend)
     return AttentionProviderError(
         f"set_attention_backend('{name}') was called on a model whose attention goes through provider "
@@ -138,7 +138,7 @@ def backend_refused(backend: str, choice: ProviderChoice) -> AttentionProviderEr
 
 
 def parallelism_refused(choice: ProviderChoice) -> AttentionProviderError:
-    """What to raise where diffusers' own parallelism and a provider are asked for at once."""
+    """The error for diffusers' own parallelism and a provider on one model."""
     return AttentionProviderError(
         f"enable_parallelism() was called on a model whose attention goes through provider '{choice.provider}'. It "
         "relies on diffusers' own attention to exchange keys and values between devices, which does not run here. "
@@ -148,9 +148,9 @@ def parallelism_refused(choice: ProviderChoice) -> AttentionProviderError:
 
 
 def _modes_listen() -> bool:
-    """Whether a torch function mode is active that may care about attention.
+    """Whether a torch function mode is active that may handle attention calls.
 
-    The one behind `torch.set_default_device` and `with torch.device(...)` is about creating tensors only.
+    The mode of `torch.set_default_device` and `with torch.device(...)` affects only the creation of tensors.
     """
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
@@ -166,9 +166,9 @@ def _through_modes(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """Call `F.scaled_dot_product_attention` for the active torch function modes to see, and serve what they pass on.
+    """Calls `F.scaled_dot_product_attention` under the active torch function modes, and handles the calls they pass on.
 
-    diffusers' guidance by skipping attention scores is such a mode: it knows the call by that function, and answers it.
+    diffusers' guidance that skips attention scores is such a mode: it recognises that function and replaces its result.
     """
     with _below_active_modes(_Serve(bound)):
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -186,7 +186,7 @@ class _Serve(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _below_active_modes(mode: TorchFunctionMode) -> Iterator[None]:
-    """Enter `mode` as if before all others: the last to be asked."""
+    """Enters `mode` below all other modes, so that it handles a call last."""
     active = _pop_all_modes()
     for each in (mode, *active):
         _push_mode(each)

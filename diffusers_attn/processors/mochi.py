@@ -2,8 +2,9 @@
 
 diffusers' processor picks the valid text tokens of each sample and calls attention once per sample. This synchronises
 with the device in every layer, breaks a compiled graph, and over several ranks gives every rank keys of another length.
-Here valid tokens are moved to the front, where diffusers puts them too, and the others are masked; their queries give
-zeros, as in diffusers. A provider that takes no key mask is served in diffusers' way, sample by sample.
+Here valid tokens are moved to the front, where diffusers puts them too, and the others are masked; the output for
+masked queries is zero, as in diffusers. With a provider that takes no key mask, attention runs sample by sample, as in
+diffusers.
 """
 
 from __future__ import annotations

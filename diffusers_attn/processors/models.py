@@ -1,4 +1,4 @@
-"""Whole models and pipelines at once."""
+"""Binds or unbinds all attention of a model or pipeline at once, and lists a model's attention modules."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .binding import attention_modules_of, bind_model, check_bindable, unbind_mo
 from .bound import BoundProcessor, obstacle, unbind
 from .dispatch import DispatchProcessor
 
-# Where diffusers keeps the models that a pipeline runs at every step. What it runs once (text and image encoders,
-# autoencoders, connectors) takes little of the time, and often has heads or masks that a fast kernel refuses.
+# Modules of diffusers with the models that a pipeline runs at every step. Models that run once (text and image
+# encoders, autoencoders, connectors) take little time, and often have heads or masks that a fast kernel refuses.
 _DENOISERS = ("diffusers.models.transformers.", "diffusers.models.unets.", "diffusers.models.controlnets.")
 
 
 def set_attention_provider(target: Any, provider: str | AttentionProvider | None, **options: object) -> None:
-    """Send all attention of a model, or of a pipeline's denoising models, through a provider.
+    """Routes all attention of a model, or of a pipeline's denoising models, through a provider.
 
     Args:
-        target: a diffusers model (also compiled, or inside of a PEFT model), or a pipeline: then its transformers,
-            UNets and ControlNets are meant, and not its autoencoders and encoders, which can be given by themselves.
-        provider: a name of `AttentionProvider`; None takes back what this function and `DispatchProcessor` did, and
-            leaves the processor objects in place that would be there without it.
+        target: a diffusers model, which may be compiled or inside a PEFT model; or a pipeline, of which the
+            transformers, UNets and ControlNets are bound. Autoencoders and encoders must be given by themselves.
+        provider: a name of `AttentionProvider`. None undoes this function and `DispatchProcessor`, and restores the
+            modules' own processors.
         options: options of the provider's kernel.
 
     Raises:
-        ProviderUnavailableError: the provider cannot be used on this machine; says how to install it.
-        AttentionProviderError: no such provider or option; or nothing in `target` can be bound. Then nothing changed.
+        ProviderUnavailableError: the provider cannot be used on this machine; the message says how to install it.
+        AttentionProviderError: the provider or an option is unknown, or nothing in `target` can be bound. Nothing has
+            changed then.
     """
     models = [target] if isinstance(target, nn.Module) else _denoisers(target)
     if provider is None:
@@ -47,7 +48,7 @@ def set_attention_provider(target: Any, provider: str | AttentionProvider | None
 
 
 def _check_unbindable(model: nn.Module) -> None:
-    """Raises AttentionProviderError where a plan splits the model's tokens: attention of diffusers would not know."""
+    """Raises AttentionProviderError if a plan splits the model's tokens, which diffusers' attention would ignore."""
     from ..context_parallel.hooks.apply import applied_tracker
 
     if any(applied_tracker(each) is not None for each in model.modules()):
@@ -87,21 +88,21 @@ def _denoises(name: str, model: nn.Module) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionModule:
-    """An attention module of a model, and where its attention goes."""
+    """An attention module of a model, and the provider of its attention."""
 
     name: str
     processor: str
-    """The class of its processor."""
+    """Name of its processor's class."""
     provider: str | None
-    """What it is bound to; "scope" where it follows the scope, None where it is not bound."""
+    """Name of the provider it is bound to; "scope" if it follows the scope, None if it is not bound."""
     obstacle: str | None
-    """Why it cannot be bound, None where it can."""
+    """Why it cannot be bound; None if it can."""
 
 
 def attention_modules(model: nn.Module) -> list[AttentionModule]:
-    """Every attention module of `model`, in its order: which go through a provider, and why others cannot.
+    """Lists the attention modules of `model` in order, with their providers, or the reason why one cannot be bound.
 
-    Attention without a processor, which some models have in a few places (attention pooling), is not among them.
+    Attention without a processor, which a few models have (attention pooling), is not listed.
     """
     return [
         AttentionModule(

@@ -1,8 +1,8 @@
-"""Run a function's own code with another attention call, by rebuilding it in a copy of its module.
+"""Runs a function's own code with another attention call, by rebuilding it in a copy of its module.
 
-What a function calls is decided by the globals that it looks names up in. So diffusers' processors need not be copied
-to make them call something else: their code objects run unchanged (upstream's fixes, signatures and line numbers
-included) in an overlay, a copy of their module in which the attention functions are replaced.
+A function looks up the names that it calls in its globals. So diffusers' processors need not be copied to call another
+attention function: their code objects run unchanged, with upstream's fixes, signatures and line numbers, in an overlay.
+An overlay is a copy of their module in which the attention functions are replaced.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _serial = itertools.count()
 
 
 class Overlay:
-    """Modules as they would be with other attention functions, each copied when a function of it is first rebuilt.
+    """Copies of modules with other attention functions. A module is copied when a function of it is first rebuilt.
 
-    The copies are snapshots: what is assigned to a module's globals later does not reach them.
+    The copies are snapshots: later assignments to a module's globals do not change them.
 
     Args:
         dispatch: takes the place of diffusers' `dispatch_attention_fn`.
@@ -80,7 +80,7 @@ class Overlay:
         return value is F or value is dispatch_attention_fn or value is sdpa or calls_attention(value)
 
     def _instead_of(self, value: Any) -> Any:
-        """What takes the place of a global, or of what a closure holds."""
+        """The replacement for the value of a global or closure variable."""
         if value is F:
             return self._functional
         if value is dispatch_attention_fn:

@@ -1,8 +1,8 @@
-"""Whether calling a method ends in attention, as far as code tells: followed through what it names.
+"""Finds out from code whether calling a method reaches an attention function.
 
-That is functions (globals, or held by a closure, as a decorator holds what it decorates), methods of a class that it
-names (`Base.__call__(self, ...)`), and methods of the next class (`super().__call__(...)`). What is called through
-objects (`self.inner(...)`) code does not tell.
+Three kinds of calls are followed: functions (globals, and closure variables, as in decorators), methods of a class that
+the code names (`Base.__call__(self, ...)`), and methods of the next class (`super().__call__(...)`). Calls through
+objects (`self.inner(...)`) cannot be followed.
 """
 
 from __future__ import annotations
