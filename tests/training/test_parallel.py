@@ -102,7 +102,7 @@ def test_flex_has_no_backward_of_parts():
         ({"caption_dropout": 2.0}, "--caption_dropout 2.0: numbers from 0, up to 1 "),
         (
             {"adapter": "loha", "adapter_init": "gaussian"},
-            "--adapter_init gaussian is for --adapter lora, rslora, dora, not for --adapter loha",
+            "--adapter_init gaussian is accepted for --adapter lora, rslora, dora, not for --adapter loha",
         ),
         ({"resume": "7"}, "resume='7'"),
         ({"hub_model_id": "me/lora"}, "--hub_model_id me/lora has no effect without --push_to_hub"),
