@@ -28,6 +28,10 @@ class ReceivedInputs:
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], _Kept] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy starts empty: two copies of a StorageWeakRef would free one reference twice and end the process.
+        return ReceivedInputs, ()
+
     def forget(self) -> None:
         """Frees the values of inputs that no longer exist."""
         self._kept = {place: kept for place, kept in self._kept.items() if not kept.memory.expired()}

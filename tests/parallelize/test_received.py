@@ -1,5 +1,8 @@
 """Where received values are kept: as long as the input that they replace, and at the same address."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -55,3 +58,13 @@ def test_inference_mode_and_back():
         with torch.inference_mode():
             assert received.keep(prompt, torch.ones(3)).tolist() == [1.0] * 3
         assert received.keep(prompt, torch.ones(3)).tolist() == [1.0] * 3
+
+
+def test_a_copy_starts_empty():
+    """A StorageWeakRef that is copied frees its reference twice, which ends the process."""
+    received = ReceivedInputs()
+    own = torch.zeros(3)
+    received.keep(own, torch.arange(3.0))
+    copied = copy.deepcopy(received)
+    assert copied._kept == {} and pickle.loads(pickle.dumps(received))._kept == {}
+    assert copied.keep(own, torch.ones(3)).tolist() == [1, 1, 1]
