@@ -108,7 +108,7 @@ def test_flex_has_no_backward_of_parts():
         ({"hub_model_id": "me/lora"}, "--hub_model_id me/lora has no effect without --push_to_hub"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16: accepted are no, bf16"),
         ({"data": ""}, "data is missing"),
-        ({"validation_size": [64]}, "--validation_size 64: 2 whole numbers are accepted, height and width"),
+        ({"validation_size": [64]}, "--validation_size 64: 2 whole numbers are accepted. Height and width"),
     ],
 )
 def test_settings_that_are_refused(settings, message, tmp_path):
