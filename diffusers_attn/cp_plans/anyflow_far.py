@@ -5,11 +5,12 @@ every rank has whole. `processors/anyflow_far.py` does what depends on places. B
 by the times of all tokens and picks frames, so that it gathers there.
 """
 
-from .plan import CPAttention, CPCache, CPInput, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "AnyFlowFARTransformer3DModel": {
-        "": {ParamId("kv_cache"): CPCache()},
+        "": {ParamId("kv_cache"): advanced.CPCache()},
         "condition_embedder": {ParamId(index=1): CPInput(1, 3, split_output=True, sequence="video")},
         "blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="video")},
         "blocks.*": {

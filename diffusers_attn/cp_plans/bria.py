@@ -4,15 +4,16 @@ Fibo joins every block's text with a layer of the text encoder, and is given a m
 queries.
 """
 
+from . import advanced
 from .flux import BLOCKS, INPUTS, MASK
-from .plan import CPForbidden, CPInput, ParamId, Plan
+from .plan import CPInput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "BriaTransformer2DModel": {
         "": {
             **INPUTS,
             ParamId("controlnet_block_samples"): CPInput(1, 3, sequence="image"),
-            ParamId("controlnet_single_block_samples"): CPForbidden(
+            ParamId("controlnet_single_block_samples"): advanced.CPForbidden(
                 "the model takes the image's tokens for text and image, and adds them to what is behind as many as the "
                 "text has. Give controlnet_block_samples only."
             ),

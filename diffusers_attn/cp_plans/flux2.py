@@ -3,12 +3,13 @@
 The single blocks' attention is another class, which computes the MLP beside it: per token as well.
 """
 
-from .plan import CPAttention, CPForbidden, CPInput, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "Flux2Transformer2DModel": {
         "": {
-            ParamId("kv_cache_mode"): CPForbidden(
+            ParamId("kv_cache_mode"): advanced.CPForbidden(
                 "the tokens of reference images then attend to themselves only, or come from a cache, and neither is "
                 "split. Leave kv_cache_mode out and give the reference images with every step, or run on one device."
             ),

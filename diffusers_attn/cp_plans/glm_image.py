@@ -4,7 +4,8 @@ The keys of images to edit are made by a forward of each, split as any, and kept
 drawn, and every rank then has all of them.
 """
 
-from .plan import CPAttention, CPInput, CPOutput, CPStore, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 _JOINED = ("text", "image")
 
@@ -18,7 +19,7 @@ PLANS: dict[str, Plan] = {
             # cos and sin, of the image's tokens alone.
             ParamId("image_rotary_emb"): CPInput(0, 2, sequence="image"),
             ParamId("attention_mask"): CPInput(1, 2, sequence="text"),
-            ParamId("kv_cache"): CPStore("store", 1, sequence=_JOINED),
+            ParamId("kv_cache"): advanced.CPStore("store", 1, sequence=_JOINED),
         },
         "transformer_blocks.*.attn1": CPAttention(_JOINED, prefix="cache", outer_mask=True),
         "proj_out": CPOutput(1, 3, sequence="image"),

@@ -5,7 +5,8 @@ order, and what the blocks do by the video's length (cross-attention of the vide
 output) is right with the length of this rank's video.
 """
 
-from .plan import CPAttention, CPInput, CPLength, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 _JOINED = ("history", "video")
 
@@ -13,7 +14,7 @@ PLANS: dict[str, Plan] = {
     "HeliosTransformer3DModel": {
         # Before the first block's hidden states: the history's length is what the video's leaves.
         "blocks.*": {
-            ParamId("original_context_length"): CPLength("video"),
+            ParamId("original_context_length"): advanced.CPLength("video"),
             ParamId("temb"): CPInput(1, 4, sequence=_JOINED),
             ParamId("rotary_emb"): CPInput(1, 3, sequence=_JOINED),
         },
@@ -21,7 +22,7 @@ PLANS: dict[str, Plan] = {
         "blocks.*.attn1": CPAttention(_JOINED),
         "blocks.*.attn2": CPAttention(("video",), key=()),
         "norm_out": {
-            ParamId("original_context_length"): CPLength("video"),
+            ParamId("original_context_length"): advanced.CPLength("video"),
             ParamId("temb"): CPInput(1, 3, sequence=_JOINED),
         },
         "proj_out": CPOutput(1, 3, sequence="video"),

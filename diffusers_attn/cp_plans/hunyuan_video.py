@@ -6,7 +6,8 @@ is given, and modulated otherwise: its tokens are a sequence of their own, so th
 
 from typing import Any
 
-from .plan import CPAttention, CPInput, CPLength, CPOutput, InputPlan, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
 
 def joined(*video: str) -> Plan:
@@ -35,7 +36,7 @@ def rotated(*video: str, lengths: InputPlan | None = None) -> Plan:
 def _plan(model: Any) -> Plan:
     if model.config.image_condition_type == "token_replace":
         video = ("first_frame", "video")
-        plan = rotated(*video, lengths={ParamId("num_tokens"): CPLength("first_frame")})
+        plan = rotated(*video, lengths={ParamId("num_tokens"): advanced.CPLength("first_frame")})
         return {**plan, **joined(*video), "proj_out": CPOutput(1, 3, sequence=video)}
     rotary = CPInput(0, 2, split_output=True, sequence="video")
     return {

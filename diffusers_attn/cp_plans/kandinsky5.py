@@ -4,11 +4,12 @@ With `sparse_params` each self-attention chooses which blocks of 64 tokens see e
 blocks. `processors/nabla.py` makes each rank's rows of that choice.
 """
 
-from .plan import CPAttention, CPBlocks, CPInput, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "Kandinsky5Transformer3DModel": {
-        "": {ParamId("sparse_params"): CPBlocks("video", 64)},
+        "": {ParamId("sparse_params"): advanced.CPBlocks("video", 64)},
         "text_transformer_blocks.*.self_attention": CPAttention(query=()),
         "visual_transformer_blocks.0": {ParamId("visual_embed"): CPInput(1, 3, sequence="video")},
         "visual_transformer_blocks.*": {ParamId("rope"): CPInput(1, sequence="video")},

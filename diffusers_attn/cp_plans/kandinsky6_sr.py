@@ -3,11 +3,12 @@
 Ranks have whole blocks. `processors/nabla.py` makes each rank's rows of that choice.
 """
 
-from .plan import CPAttention, CPBlocks, CPInput, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "Kandinsky6SRTransformer3DModel": {
-        "": {ParamId("hidden_states"): CPBlocks("video", 64)},
+        "": {ParamId("hidden_states"): advanced.CPBlocks("video", 64)},
         "visual_transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="video")},
         "visual_transformer_blocks.*": {ParamId("rotary_emb"): CPInput(0, sequence="video")},
         "visual_transformer_blocks.*.self_attention": CPAttention(("video",)),

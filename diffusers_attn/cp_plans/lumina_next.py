@@ -5,14 +5,15 @@ to the base of how many there were (`base_sequence_length`, which the pipeline g
 that it is given another base.
 """
 
-from .plan import CPAttention, CPInput, CPLogBase, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "LuminaNextDiT2DModel": {
         "layers.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="image")},
         "layers.*": {
             ParamId("image_rotary_emb"): CPInput(1, 3, sequence="image"),
-            ParamId("cross_attention_kwargs"): {"base_sequence_length": CPLogBase("image")},
+            ParamId("cross_attention_kwargs"): {"base_sequence_length": advanced.CPLogBase("image")},
         },
         "layers.*.attn1": CPAttention(("image",), key_mask=True),
         "layers.*.attn2": CPAttention(("image",), key=()),

@@ -7,7 +7,8 @@ last blocks, if there are such, decode: video from the start, joined with what b
 
 from typing import Any
 
-from .plan import CPAttention, CPInput, CPLength, CPOutput, Entry, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, Entry, ParamId, Plan
 
 _CONDITION = ("image", "text")
 _JOINED = ("video", *_CONDITION)
@@ -17,7 +18,7 @@ def _plan(model: Any) -> Plan:
     single, decoders = model.config.num_single_layers, model.config.num_decoder_layers
     # Behind "rope", which gives the video's length.
     blocks: Entry = {
-        ParamId("image_embed_seq_len"): CPLength("image"),
+        ParamId("image_embed_seq_len"): advanced.CPLength("image"),
         ParamId("attention_mask"): CPInput(3, 4, sequence=_JOINED),
     }
     plan: dict[str, Any] = {

@@ -6,9 +6,10 @@ nothing from several ranks, the others do.
 
 from typing import Any
 
-from .plan import CPAttention, CPGatherInput, CPInput, CPOutput, InputPlan, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
-_GATHERED = CPGatherInput(1, 3, sequence="image")
+_GATHERED = advanced.CPGatherInput(1, 3, sequence="image")
 _EXPERTS: InputPlan = {
     ParamId("hidden_states"): _GATHERED,
     ParamId("hidden_states_unmodulated"): _GATHERED,

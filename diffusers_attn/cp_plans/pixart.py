@@ -4,14 +4,15 @@ ranks have whole, with its mask: local. A mask of the image is of all keys.
 
 from typing import Any
 
-from .plan import CPAttention, CPForbidden, CPInput, CPOutput, CPRequired, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 _SPLIT: Plan = {"transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="image")}}
 _SELF = CPAttention(("image",), key_mask=True)
 _CROSS = CPAttention(("image",), key=())
 # A block of this kind attends to the image where it is given no text, and to text where it is given one.
-_TEXT = CPRequired("its cross-attention then attends to the image, which is split. Give it a text.")
-_NO_TEXT = CPForbidden(
+_TEXT = advanced.CPRequired("its cross-attention then attends to the image, which is split. Give it a text.")
+_NO_TEXT = advanced.CPForbidden(
     "with double_self_attention its second attention then attends to the text instead. Leave it out."
 )
 

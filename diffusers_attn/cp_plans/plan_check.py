@@ -1,4 +1,4 @@
-"""SequenceTracker that a plan mentions and nothing splits: a name that was mistyped."""
+"""Finds sequence names in a plan that no entry splits, such as mistyped ones."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import AttentionProviderError
-from .plan import CPAttention, CPInput, CPLength, Plan, entries
+from . import advanced
+from .plan import CPAttention, CPInput, Plan, entries
 
 
 def check_sequences(plan: Plan) -> None:
-    """Raises AttentionProviderError where a plan mentions a sequence by a name that nothing splits."""
+    """Raises AttentionProviderError if a plan mentions a sequence name that no entry splits."""
     split: set[str] = set()
     mentioned: list[tuple[str, str, Any]] = []
     for path, spec in entries(plan):
         for word in _words(spec):
-            names = _tracker(word)
-            makes = isinstance(word, CPLength) or (isinstance(word, CPInput) and not (word.flattened or word.grouped))
-            if makes:
+            names = _sequences(word)
+            if _sets_length(word):
                 split.update(names)
             mentioned += [(path, name, word) for name in names]
     for path, name, word in mentioned:
@@ -26,14 +26,21 @@ def check_sequences(plan: Plan) -> None:
             close = difflib.get_close_matches(name, sorted(split), 1)
             raise AttentionProviderError(
                 f"the plan mentions a sequence {name!r} for '{path}', in {word}, and no CPInput splits one of that "
-                f"name. "
+                "name. "
                 + (f"Did you mean {close[0]!r}? " if close else "")
-                + f"SequenceTracker that it splits: {', '.join(map(repr, sorted(split))) or 'none that has a name'}."
+                + f"Sequences that it splits: {', '.join(map(repr, sorted(split))) or 'none that has a name'}."
             )
 
 
+def _sets_length(word: Any) -> bool:
+    """Whether a word makes a sequence's length known, so that other words may mention it."""
+    if isinstance(word, CPInput):
+        return not (word.flattened or word.grouped)
+    return isinstance(word, advanced.CPLength)
+
+
 def _words(spec: Any) -> Iterator[Any]:
-    """All words in one entry, however they are nested."""
+    """Yields all words in one entry, however they are nested."""
     if isinstance(spec, Mapping):
         for each in spec.values():
             yield from _words(each)
@@ -44,8 +51,8 @@ def _words(spec: Any) -> Iterator[Any]:
         yield spec
 
 
-def _tracker(word: Any) -> tuple[str, ...]:
-    """The sequences that a word mentions by name. What comes before keys (`prefix`) may also be a cache."""
+def _sequences(word: Any) -> tuple[str, ...]:
+    """The sequence names in a word. `CPAttention.prefix` is left out, because it may also name a cache."""
     if isinstance(word, CPAttention):
         return word.query + (word.key or ())
     named = getattr(word, "sequence", None)

@@ -10,7 +10,8 @@ before those of the rank.
 import math
 from typing import Any
 
-from .plan import CPAttention, CPInput, CPLength, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 _JOINED = ("before", "image")
 
@@ -22,7 +23,7 @@ def _image_tokens(img_shapes: Any) -> int:
 
 PLANS: dict[str, Plan] = {
     "QwenImage21Transformer2DModel": {
-        "": {ParamId("img_shapes"): CPLength("image", of=_image_tokens)},
+        "": {ParamId("img_shapes"): advanced.CPLength("image", of=_image_tokens)},
         "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence=_JOINED)},
         "transformer_blocks.*": {
             ParamId("rotary_emb"): CPInput(0, 2, sequence=_JOINED),

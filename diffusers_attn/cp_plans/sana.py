@@ -8,7 +8,8 @@ looks one row up and down.
 import functools
 from typing import Any
 
-from .plan import CPAttention, CPHalo, CPInput, CPLength, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 
 def _patches(size: int, latents: Any) -> int:
@@ -21,16 +22,16 @@ def _plan(model: Any) -> Plan:
     rows = CPInput(1, 3, sequence="rows", grouped=True)
     return {
         "": {
-            ParamId("hidden_states"): CPLength("rows", of=functools.partial(_patches, patch)),
+            ParamId("hidden_states"): advanced.CPLength("rows", of=functools.partial(_patches, patch)),
             ParamId("controlnet_block_samples"): rows,
         },
         "transformer_blocks.0": {ParamId("hidden_states"): rows},
-        "transformer_blocks.*": {ParamId("height"): CPLength("rows")},
+        "transformer_blocks.*": {ParamId("height"): advanced.CPLength("rows")},
         "transformer_blocks.*.attn1": CPAttention(("rows",), key=()),
         "transformer_blocks.*.attn1.to_k": CPOutput(1, 3, sequence="rows", grouped=True),
         "transformer_blocks.*.attn1.to_v": CPOutput(1, 3, sequence="rows", grouped=True),
         "transformer_blocks.*.attn2?": CPAttention(("rows",), key=()),
-        "transformer_blocks.*.ff.conv_depth": CPHalo(2, 1, sequence="rows"),
+        "transformer_blocks.*.ff.conv_depth": advanced.CPHalo(2, 1, sequence="rows"),
         "proj_out": CPOutput(1, 3, sequence="rows", grouped=True),
     }
 

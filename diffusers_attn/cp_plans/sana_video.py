@@ -10,7 +10,8 @@ last projection. Every rank makes all of the sum, which is little work beside th
 import functools
 from typing import Any
 
-from .plan import CPAttention, CPHalo, CPInput, CPLength, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 
 def _patches(size: int, latents: Any) -> int:
@@ -26,18 +27,18 @@ def _plan(model: Any) -> Plan:
     times = CPInput(1, 3, sequence="frames", grouped=True, leave_other_dims=True)
     return {
         "": {
-            ParamId("hidden_states"): CPLength("frames", of=functools.partial(_patches, patch)),
+            ParamId("hidden_states"): advanced.CPLength("frames", of=functools.partial(_patches, patch)),
             ParamId("controlnet_block_samples"): frames,
         },
         "transformer_blocks.0": {ParamId("hidden_states"): frames},
-        "transformer_blocks.*": {ParamId("timestep"): times, ParamId("frames"): CPLength("frames")},
+        "transformer_blocks.*": {ParamId("timestep"): times, ParamId("frames"): advanced.CPLength("frames")},
         "transformer_blocks.*.attn1": CPAttention(("frames",), key=()),
         "transformer_blocks.*.attn1.to_q": gathered,
         "transformer_blocks.*.attn1.to_k": gathered,
         "transformer_blocks.*.attn1.to_v": gathered,
         "transformer_blocks.*.attn1.to_out.0": {ParamId(index=0): frames},
         "transformer_blocks.*.attn2": CPAttention(("frames",), key=()),
-        "transformer_blocks.*.ff.conv_temp": CPHalo(2, 1, sequence="frames"),
+        "transformer_blocks.*.ff.conv_temp": advanced.CPHalo(2, 1, sequence="frames"),
         "norm_out": {ParamId("temb"): times},
         "proj_out": gathered,
     }

@@ -13,7 +13,8 @@ Rotary embeddings and the rays of the camera, which are read there only, stay wh
 
 from typing import Any
 
-from .plan import CPAttention, CPGatherInput, CPHalo, CPHeads, CPInput, CPLength, CPOutput, Entry, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, Entry, ParamId, Plan
 
 _FRAMES = CPInput(1, 3, sequence="frames", grouped=True)
 _TIMES = CPInput(2, 4, sequence="frames", leave_other_dims=True)  # one for all frames, or for each its own
@@ -28,12 +29,12 @@ def _number_of_frames(latents: Any) -> int:
 
 def _plan(model: Any) -> Plan:
     plan: dict[str, Any] = {
-        "": {ParamId("hidden_states"): CPLength("frames", of=_number_of_frames)},
+        "": {ParamId("hidden_states"): advanced.CPLength("frames", of=_number_of_frames)},
         "blocks.0": {ParamId("x"): _FRAMES},
         "blocks.*": [
             {
                 ParamId("t"): _TIMES,
-                ParamId("THW"): [CPLength("frames"), None, None],
+                ParamId("THW"): [advanced.CPLength("frames"), None, None],
                 ParamId("plucker_emb"): _FRAMES,
                 ParamId("frame_valid_mask"): CPInput(2, 5, sequence="frames", leave_other_dims=True),
             },
@@ -42,11 +43,11 @@ def _plan(model: Any) -> Plan:
             {ParamId("frame_valid_mask"): CPInput(1, 2, sequence="frames", leave_other_dims=True)},
         ],
         "blocks.*.cross_attn": CPAttention(("frames",), key=()),
-        "blocks.*.mlp?.t_conv?": CPHalo(2, model.config.t_kernel_size // 2, sequence="frames"),
+        "blocks.*.mlp?.t_conv?": advanced.CPHalo(2, model.config.t_kernel_size // 2, sequence="frames"),
         "final_layer": [{ParamId("t"): _TIMES}, CPOutput(1, 3, sequence="frames", grouped=True)],
     }
     # A short convolution is run once forwards and once backwards.
-    in_time = CPHalo(1, max(model.config.conv_kernel_size - 1, 0), "frames", grouped=True, length="num_frames")
+    in_time = advanced.CPHalo(1, max(model.config.conv_kernel_size - 1, 0), "frames", grouped=True, length="num_frames")
     for of in ("q", "k", "v"):
         plan |= {f"blocks.*.attn.conv_{of}{camera}?": in_time for camera in ("", "_cam")}
     for index, block in enumerate(model.blocks):
@@ -59,16 +60,16 @@ def _plan(model: Any) -> Plan:
 def _by_heads(block: Any, recurrent: bool) -> list[Entry]:
     """Of a branch of a layer."""
     whole: dict[ParamId | str | int, Any] = {
-        ParamId("token_valid_mask"): CPGatherInput(1, 2, sequence="frames", grouped=True),
+        ParamId("token_valid_mask"): advanced.CPGatherInput(1, 2, sequence="frames", grouped=True),
     }
     if recurrent:
         whole |= {
-            ParamId("num_frames"): CPLength("frames", whole=True),
-            ParamId("beta_valid_mask"): CPGatherInput(2, 4, sequence="frames"),
-            ParamId("decay_valid_mask"): CPGatherInput(2, 3, sequence="frames"),
+            ParamId("num_frames"): advanced.CPLength("frames", full=True),
+            ParamId("beta_valid_mask"): advanced.CPGatherInput(2, 4, sequence="frames"),
+            ParamId("decay_valid_mask"): advanced.CPGatherInput(2, 3, sequence="frames"),
         }
     arguments = _BY_TOKEN | _BY_FRAME if recurrent else _BY_TOKEN
-    return [whole, CPHeads("frames", block.attn.heads, arguments, output=(1, 2))]
+    return [whole, advanced.CPHeads("frames", block.attn.heads, arguments, output=(1, 2))]
 
 
 PLANS = {"SanaWMTransformer3DModel": _plan}

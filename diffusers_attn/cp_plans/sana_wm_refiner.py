@@ -3,7 +3,8 @@
 It refines window after window. The keys of one are kept for later ones, where they come first, whole on every rank.
 """
 
-from .plan import CPAttention, CPInput, CPOutput, CPStore, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "SanaWMLTX2RefinerTransformer3DModel": {
@@ -15,8 +16,8 @@ PLANS: dict[str, Plan] = {
             ParamId("video_rotary_emb"): CPInput(-2, sequence="video"),
         },
         "transformer_blocks.*": [
-            {ParamId("kv_cache"): CPStore("store_captured_pre_rope", 1, sequence="video")},
-            {ParamId("kv_cache"): CPStore("store_captured_post_rope", 1, sequence="video")},
+            {ParamId("kv_cache"): advanced.CPStore("store_captured_pre_rope", 1, sequence="video")},
+            {ParamId("kv_cache"): advanced.CPStore("store_captured_post_rope", 1, sequence="video")},
         ],
         "transformer_blocks.*.attn1": CPAttention(("video",), prefix="cache"),
         "transformer_blocks.*.attn2": CPAttention(("video",), key=()),

@@ -3,9 +3,10 @@
 They are split where they are embedded rather than before the first block, which guidance may skip.
 """
 
-from .plan import CPAttention, CPForbidden, CPInput, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
-_ADAPTER = CPForbidden(
+_ADAPTER = advanced.CPForbidden(
     "an IP-Adapter joins its image's keys, which every rank has whole, with those of the picture, which are split. "
     "Take the adapter off (pipe.unload_ip_adapter()), or run on one device."
 )

@@ -5,7 +5,8 @@ What is known of audio that is kept (`local_add_cond`) is added in every block b
 those are: they are a sequence of their own, so that their number on a rank is right there.
 """
 
-from .plan import CPAttention, CPInput, CPLength, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 _JOINED = ("memory", "audio")
 
@@ -13,7 +14,7 @@ PLANS: dict[str, Plan] = {
     "StableAudio3DiTModel": {
         # The number first: the audio's length is what it leaves.
         "transformer_blocks.*": {
-            ParamId("num_memory_tokens"): CPLength("memory"),
+            ParamId("num_memory_tokens"): advanced.CPLength("memory"),
             ParamId("rope"): CPInput(0, 2, sequence=_JOINED),
             ParamId("local_seq"): CPInput(1, 3, sequence="audio"),
         },

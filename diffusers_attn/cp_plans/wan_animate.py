@@ -4,14 +4,14 @@ An adapter divides the sequence into frames, so that it needs it whole: all rank
 few keys for every token.
 """
 
-from . import wan
-from .plan import CPAttention, CPGatherInput, CPInput, ParamId, Plan
+from . import advanced, wan
+from .plan import CPAttention, CPInput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "WanAnimateTransformer3DModel": {
         **wan.PLANS["WanTransformer3DModel"],
         "face_adapter.*": [
-            {ParamId("hidden_states"): CPGatherInput(1, 3, sequence="video")},
+            {ParamId("hidden_states"): advanced.CPGatherInput(1, 3, sequence="video")},
             CPAttention(query=()),
             {ParamId(index=0): CPInput(1, 3, split_output=True, sequence="video")},
         ],

@@ -6,7 +6,8 @@ What is split is what a pass computes. Of the cache every rank has its shard, as
 
 from typing import Any
 
-from .plan import CPAttention, CPInput, CPLength, CPOutput, ParamId, Plan
+from . import advanced
+from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 
 def _tokens(grid_sizes: Any) -> int:
@@ -19,7 +20,7 @@ PLANS: dict[str, Plan] = {
     "WanAnimate2Transformer3DModel": {
         "blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
-            ParamId("reference_grid_sizes"): CPLength("reference", of=_tokens),
+            ParamId("reference_grid_sizes"): advanced.CPLength("reference", of=_tokens),
         },
         "blocks.*.self_attn": CPAttention(("video",), key=("video", "reference"), prefix="nothing", bound=True),
         "blocks.*.cross_attn": CPAttention(("video",), key=()),

@@ -14,7 +14,8 @@ from ..context_parallel.comm import one_thread, rank_progress, shared_groups, st
 from ..context_parallel.hooks import copies
 from ..context_parallel.hooks.apply import apply_context_parallel, names_of_groups, remove_context_parallel
 from ..context_parallel.mesh import ContextParallelMesh
-from ..cp_plans.plan import CPCache, ParamId, Plan, entries
+from ..cp_plans.advanced import CPCache
+from ..cp_plans.plan import ParamId, Plan, entries
 from ..processors.binding import attention_modules_of, change_processor, install, is_noted
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
 from .choices import Choices

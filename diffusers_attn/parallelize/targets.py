@@ -10,7 +10,8 @@ from torch import nn
 from ..context_parallel.hooks import copies, diffusers_hooks
 from ..context_parallel.hooks.apply import applied_tracker
 from ..context_parallel.hooks.submodules import submodules
-from ..cp_plans.plan import CPAttention, CPHeads, Plan, entries
+from ..cp_plans.advanced import CPHeads
+from ..cp_plans.plan import CPAttention, Plan, entries
 from ..cp_plans.registry import get_cp_plan, list_cp_plans, uncovered
 from ..errors import AttentionProviderError
 from ..processors.binding import attention_modules_of, check_bindable

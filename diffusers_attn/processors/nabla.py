@@ -67,7 +67,8 @@ def _rows(query: Tensor, key: Tensor, near: Tensor, threshold: float) -> Any:
     if any(length % BLOCK for length in lengths):
         raise AttentionProviderError(
             f"attention chooses among blocks of {BLOCK} tokens, and the ranks hold {split.queries.sizes} queries and "
-            f"{split.keys.sizes} keys. Split the sequence between blocks: CPBlocks(sequence, {BLOCK}) in its plan."
+            f"{split.keys.sizes} keys. Split the sequence between blocks: "
+            f"advanced.CPBlocks(sequence, {BLOCK}) in its plan."
         )
     queries, keys = split.queries.in_blocks(BLOCK), split.keys.in_blocks(BLOCK)
     if near.shape[-2:] != (queries.total, keys.total):

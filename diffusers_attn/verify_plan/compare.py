@@ -343,7 +343,7 @@ def _hint(
     return (
         "hint: it mixes tokens of which this rank has a part: attention that is not called through a provider, a "
         "statistic, or places in the sequence that it counts itself. Split behind it, gather before it, or give it the "
-        "length with CPLength."
+        "length with advanced.CPLength."
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.models.transformers import transformer_kandinsky, transformer_kandinsky6_sr
 
-from diffusers_attn import AttentionProviderError, CPBlocks
+from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
@@ -19,6 +19,7 @@ from diffusers_attn.context_parallel.sequences.block_masks import block_mask
 from diffusers_attn.context_parallel.sequences.sharded_masks import BlockRowMask
 from diffusers_attn.context_parallel.sequences.sharding import Shards
 from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
+from diffusers_attn.cp_plans import advanced
 from diffusers_attn.processors import nabla
 
 from ..context_parallel.models import MESHES
@@ -110,7 +111,7 @@ def test_what_is_no_blocks_is_refused():
     with pytest.raises(AttentionProviderError, match="was split before that was said"):
         tracker.keep_blocks("video", 64)
     with pytest.raises(ValueError, match="size=0"):
-        CPBlocks("video", 0)
+        advanced.CPBlocks("video", 0)
 
 
 def call(mask, **options):

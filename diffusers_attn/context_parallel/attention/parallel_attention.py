@@ -251,7 +251,7 @@ def _check_blocks(mask: BlockRowMask, mesh: ContextParallelMesh, query_shards: S
         raise AttentionProviderError(
             f"the mask has blocks of {mask.block} tokens, and the ranks hold {query_shards.sizes} queries and "
             f"{key_shards.sizes} keys, which are not whole blocks. Split the sequence between blocks: "
-            f"CPBlocks(sequence, {mask.block}) in its plan."
+            f"advanced.CPBlocks(sequence, {mask.block}) in its plan."
         )
     if mask.values.dtype != torch.bool or [size * mask.block for size in found] != wanted:
         raise AttentionProviderError(

@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from ...cp_plans.plan import CPAttention, CPHeads, Plan
+from ...cp_plans.advanced import CPHeads
+from ...cp_plans.plan import CPAttention, Plan
 from ...cp_plans.plan import entries as entries_of
 from ...cp_plans.registry import get_cp_plan
 from ...errors import AttentionProviderError

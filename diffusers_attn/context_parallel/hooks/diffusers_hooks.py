@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...cp_plans.plan import CPAttention, CPBlocks, CPCache, CPForbidden, CPInput, CPLength, CPRequired, Plan, entries
+from ...cp_plans.advanced import CPBlocks, CPCache, CPForbidden, CPLength, CPRequired
+from ...cp_plans.plan import CPAttention, CPInput, Plan, entries
 from ...errors import AttentionProviderError
 from ..comm.group import Group
 from ..sequences import sharding

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...cp_plans.plan import CPHalo
+from ...cp_plans.advanced import CPHalo
 from ...errors import AttentionProviderError
 from ..comm import collectives
 from ..comm.group import Group

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...cp_plans.plan import CPHeads
+from ...cp_plans.advanced import CPHeads
 from ...errors import AttentionProviderError
 from ...nested import describe
 from ..attention.ulysses import HeadLayout, HeadsToTokens, TokensToHeads

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...cp_plans.plan import CPStore
+from ...cp_plans.advanced import CPStore
 from ..sequences.tracker import SequenceTracker
 
 

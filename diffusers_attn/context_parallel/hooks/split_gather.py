@@ -13,22 +13,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...cp_plans.plan import (
-    CPAttention,
+from ...cp_plans.advanced import (
     CPBlocks,
     CPCache,
     CPForbidden,
     CPGatherInput,
     CPHalo,
     CPHeads,
-    CPInput,
     CPLength,
     CPLogBase,
-    CPOutput,
     CPRequired,
     CPStore,
-    ParamId,
 )
+from ...cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
 from ...errors import AttentionProviderError
 from ...nested import describe, like, updated
 from ...tracing.errors import raise_error
@@ -182,7 +179,7 @@ class _PlanHook:
             self.tracker.keep_blocks(spec.sequence, spec.size)
             return value
         if isinstance(spec, CPLength) and (spec.of is not None or isinstance(value, int)):
-            if spec.whole:
+            if spec.full:
                 return self.tracker.global_length(spec.sequence, value)
             length = self.tracker.shard_length(spec.sequence, value if spec.of is None else spec.of(value))
             return length if spec.of is None else value

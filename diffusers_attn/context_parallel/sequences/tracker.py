@@ -378,7 +378,7 @@ class SequenceTracker:
         if name in self.lengths and self.blocks.get(name, 1) != size:
             raise AttentionProviderError(
                 f"'{name}' is to be split between blocks of {size} tokens, and was split before that was said. Give "
-                'CPBlocks for an argument of the model, "", or of a module that runs before.'
+                'advanced.CPBlocks for an argument of the model, "", or of a module that runs before.'
             )
         self.check_in_order(name, "attention by blocks")
         self.blocks[name] = size

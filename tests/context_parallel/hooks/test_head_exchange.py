@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_attn import AttentionProviderError, CPGatherInput, CPHalo, CPHeads, CPInput, CPLength, CPOutput, ParamId
+from diffusers_attn import AttentionProviderError, CPInput, CPOutput, ParamId
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.hooks.halo import with_neighbours
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
+from diffusers_attn.cp_plans import advanced
 from diffusers_attn.cp_plans.registry import get_cp_plan
 from diffusers_attn.parallelize.targets import Target, split_heads
 from tests.zoo import CASES
@@ -52,10 +53,13 @@ class Model(nn.Module):
 def plan_of(heads):
     frames = CPInput(1, 3, sequence="frames", grouped=True)
     return {
-        "": {ParamId("frames"): CPLength("frames"), "x": frames, "added": CPInput(1, 2, sequence="frames")},
+        "": {ParamId("frames"): advanced.CPLength("frames"), "x": frames, "added": CPInput(1, 2, sequence="frames")},
         "recurrence": [
-            {"frames": CPLength("frames", whole=True), "added": CPGatherInput(1, 2, sequence="frames")},
-            CPHeads("frames", heads, {"values": (1, 2), "gates": (-1, 1)}, output=(1, 2)),
+            {
+                "frames": advanced.CPLength("frames", full=True),
+                "added": advanced.CPGatherInput(1, 2, sequence="frames"),
+            },
+            advanced.CPHeads("frames", heads, {"values": (1, 2), "gates": (-1, 1)}, output=(1, 2)),
         ],
         "last": CPOutput(1, 3, sequence="frames", grouped=True),
     }
@@ -101,7 +105,7 @@ def beside(meshes, ring, ulysses, lengths):
     """Errors of what a rank sees of its neighbours and of gradients, and how many entries it saw."""
     mesh, answers = meshes(ring, ulysses), []
     for length, reach, grouped in lengths:
-        tracker, spec = SequenceTracker(mesh), CPHalo(1, reach, "frames", grouped)
+        tracker, spec = SequenceTracker(mesh), advanced.CPHalo(1, reach, "frames", grouped)
         tracker.shard_length("frames", length)
         whole = torch.randn(2, length * (3 if grouped else 1), 2, generator=torch.Generator().manual_seed(0)).double()
         weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1)).double()
@@ -135,7 +139,7 @@ def test_what_is_not_split_has_no_neighbours():
     tracker.shard_length("rows", 5)  # 2, 2, 1
     for grouped, size in ((False, 5), (True, 7)):
         with pytest.raises(AttentionProviderError, match=f"1, {size}.* part of 'rows' .* it has 2. Was it split"):
-            with_neighbours(tracker, CPHalo(1, 1, "rows", grouped), torch.zeros(1, size))
+            with_neighbours(tracker, advanced.CPHalo(1, 1, "rows", grouped), torch.zeros(1, size))
 
 
 GIVEN = {"values": torch.zeros(1, 6, 4, 2), "gates": torch.zeros(1, 4, 2), "frames": 2}  # two of five frames
@@ -162,17 +166,20 @@ def test_what_cannot_be_exchanged_is_refused(length, changes, reason):
 def test_a_length_is_made_whole_again():
     module = Recurrence()
     module.forward = lambda values, frames: frames
-    tracker = apply_context_parallel(module, mesh_of(1), {"": {"frames": CPLength("frames", whole=True)}})
+    tracker = apply_context_parallel(module, mesh_of(1), {"": {"frames": advanced.CPLength("frames", full=True)}})
     tracker.begin = lambda: tracker.shard_length("frames", 5)
     assert module(None, 2) == 5
     with pytest.raises(AttentionProviderError, match="a number of 5 .* part of 'frames', which is 2; .* frames: 5"):
         module(None, 5)
-    with pytest.raises(ValueError, match="one of them is accepted"):
-        CPLength("frames", of=len, whole=True)
+    with pytest.raises(ValueError, match="set one of them"):
+        advanced.CPLength("frames", of=len, full=True)
 
 
 def test_words_name_arguments_that_there_are():
-    for spec in (CPHeads("frames", 4, {"query": (1, 2)}, (1, 2)), CPHalo(1, 1, "frames", length="count")):
+    for spec in (
+        advanced.CPHeads("frames", 4, {"query": (1, 2)}, (1, 2)),
+        advanced.CPHalo(1, 1, "frames", length="count"),
+    ):
         with pytest.raises(AttentionProviderError, match="'(query|count)' of '', and the forward of Recurrence has"):
             apply_context_parallel(Recurrence(), mesh_of(1), {"": spec})
 

@@ -18,8 +18,8 @@ from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Gro
 from diffusers_attn.context_parallel.sequences.placeholders import LocalTokens
 from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sequences.tracker import Role, SequenceTracker
-from diffusers_attn.cp_plans import registry
-from diffusers_attn.cp_plans.plan import CPAttention, CPForbidden, CPHalo, CPInput, CPLength, ParamId
+from diffusers_attn.cp_plans import advanced, registry
+from diffusers_attn.cp_plans.plan import CPAttention, CPInput, ParamId
 from diffusers_attn.cp_plans.registry import get_cp_plan, list_cp_plans
 from tests.zoo import CASES
 
@@ -55,7 +55,9 @@ def test_joined_sequences_are_split_each_on_its_own():
 
 def test_a_module_is_given_the_length_of_its_shard():
     module = Recorder()
-    plan = {"": {ParamId("length"): CPLength("video"), "hidden_states": CPInput(1, sequence=("history", "video"))}}
+    plan = {
+        "": {ParamId("length"): advanced.CPLength("video"), "hidden_states": CPInput(1, sequence=("history", "video"))}
+    }
     apply_context_parallel(module, mesh_of(2), plan)
     hidden_states, length, _ = module(torch.arange(11)[None], length=7)
     assert hidden_states.tolist() == [[3, 9, 10]] and length == 2
@@ -128,7 +130,7 @@ def test_rows_of_pixels_are_split_and_every_rank_needs_one():
 
 def test_neighbours_are_of_an_argument_by_position():
     with pytest.raises(AttentionProviderError, match="first argument of 'conv'.*by position"):
-        AddHalo(tracker_of(1), "conv", CPHalo(2, 1, "rows"))(nn.Identity(), (), {})
+        AddHalo(tracker_of(1), "conv", advanced.CPHalo(2, 1, "rows"))(nn.Identity(), (), {})
 
 
 def test_a_whole_mask_of_keys_is_cut_to_those_of_this_rank():
@@ -148,13 +150,13 @@ def test_a_whole_mask_of_keys_is_cut_to_those_of_this_rank():
 
 def test_a_plan_may_depend_on_the_model(monkeypatch):
     monkeypatch.setattr(registry, "_plans", {})
-    registry.register_cp_plan("Recorder", lambda model: {"": {"mode": CPForbidden(f"of {model.training}")}})
+    registry.register_cp_plan("Recorder", lambda model: {"": {"mode": advanced.CPForbidden(f"of {model.training}")}})
     assert get_cp_plan(Recorder().eval())[""]["mode"].reason == "of False"
 
 
 def test_what_a_plan_cannot_serve_is_refused_first():
     module = Recorder()
-    plan = {"": {"hidden_states": CPInput(1), "mode": CPForbidden("it caches. Leave it out.")}}
+    plan = {"": {"hidden_states": CPInput(1), "mode": advanced.CPForbidden("it caches. Leave it out.")}}
     apply_context_parallel(module, mesh_of(0), plan)
     assert module(torch.zeros(1, 6), mode=None)[0].shape == (1, 2)
     with pytest.raises(AttentionProviderError, match=r"mode='extract', which .* cannot serve: it caches. Leave it out"):
@@ -198,7 +200,7 @@ def test_a_rank_without_a_token_is_given_one():
     assert tracker.split(("text", "image"), torch.arange(7)[None], 1).tolist() == [[0, 6]]
     tracker.begin()
     assert tracker.split("text", text[:, :0], 1).shape == (1, 0)  # nothing can stand in
-    with pytest.raises(ValueError, match="name it"):
+    with pytest.raises(ValueError, match="needs the name of its sequence"):
         CPInput(1, balanced=True)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_attn import AttentionProviderError, CPRequired
+from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
+from diffusers_attn.cp_plans import advanced
 
 from ..models import build, inputs
 from .test_plan_words import mesh_of
@@ -19,7 +20,9 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("name", ["text", "of_kwargs"])
 def test_a_forward_without_it_is_refused_first(name):
     module = Recorder()
-    apply_context_parallel(module, mesh_of(0), {"": {name: CPRequired("it attends to itself. Give it a text.")}})
+    apply_context_parallel(
+        module, mesh_of(0), {"": {name: advanced.CPRequired("it attends to itself. Give it a text.")}}
+    )
     module.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     for given in ({}, {name: None}):
         with pytest.raises(AttentionProviderError, match=f"no {name}, .* it attends to itself. Give it a text"):
@@ -28,7 +31,7 @@ def test_a_forward_without_it_is_refused_first(name):
 
 def test_with_it_nothing_is_changed():
     module = Recorder()
-    apply_context_parallel(module, mesh_of(0), {"": {"text": CPRequired("...")}})
+    apply_context_parallel(module, mesh_of(0), {"": {"text": advanced.CPRequired("...")}})
     text = torch.zeros(1, 5)
     assert module(torch.zeros(1, 6), text) is text and module(torch.zeros(1, 6), text=text) is text
 

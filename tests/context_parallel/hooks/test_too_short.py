@@ -9,7 +9,6 @@ from torch import nn
 from diffusers_attn import (
     AttentionProviderError,
     CPInput,
-    CPLength,
     CPOutput,
     ParamId,
     attention_provider,
@@ -18,6 +17,7 @@ from diffusers_attn import (
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
+from diffusers_attn.cp_plans import advanced
 from tests.zoo import CASES
 
 # The plan of finetrainers for Wan, whose rotary values were one tensor, [batch, 1, seq, channels].
@@ -101,7 +101,7 @@ def test_the_length_of_a_named_sequence_is_known():
     (message,) = refusals(plan, torch.ones(1, 9), torch.ones(9, 16, 3), size=4)
     assert "along dimension 2, which has 3 entries for 4 ranks, and 'video' has 9: its shape is [9, 16, 3]" in message
     assert "Dimension 0, with 9 entries, fits: CPInput(0, 3, sequence='video')" in message
-    plan = {"": {"length": CPLength("video", of=int), "tokens": CPInput(1, 2, sequence="video")}}
+    plan = {"": {"length": advanced.CPLength("video", of=int), "tokens": CPInput(1, 2, sequence="video")}}
     (message,) = refusals(plan, torch.ones(1, 1), None, length=8)
     assert "and 'video' has 8: its shape is [1, 1]. None of its dimensions can be split over 2 ranks" in message
 

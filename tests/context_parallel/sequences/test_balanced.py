@@ -9,7 +9,8 @@ from torch import nn
 from diffusers_attn import AttentionProviderError, attention_dispatch, verify_cp_plan
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
-from diffusers_attn.cp_plans.plan import CPAttention, CPHalo, CPHeads, CPInput, CPOutput
+from diffusers_attn.cp_plans import advanced
+from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput
 
 from ..hooks.test_plan_words import mesh_of, tracker_of
 from ..models import MESHES, without_exchange
@@ -109,11 +110,11 @@ def test_what_needs_the_order_is_refused():
     tracker.balanced.add("tokens")
     with pytest.raises(AttentionProviderError, match="attention by blocks needs it in order. Leave balanced out"):
         tracker.keep_blocks("tokens", 4)
-    heads = CPHeads("tokens", 3, {"input": (1, 2)}, output=(1, 2))
-    for spec, name in ((CPHalo(1, 1, sequence="tokens"), "a CPHalo"), (heads, "a CPHeads")):
+    heads = advanced.CPHeads("tokens", 3, {"input": (1, 2)}, output=(1, 2))
+    for spec, name in ((advanced.CPHalo(1, 1, sequence="tokens"), "a CPHalo"), (heads, "a CPHeads")):
         model = nn.Sequential(nn.Identity())
         apply_context_parallel(model, mesh_of(0), {"": {"input": PLAN[""]["tokens"]}, "0": spec})
         with pytest.raises(AttentionProviderError, match=f"{name} needs it in order"):
             model(torch.zeros(1, 7, 3))
-    with pytest.raises(ValueError, match="name it"):
+    with pytest.raises(ValueError, match="needs the name of its sequence"):
         CPInput(1, balanced=True)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_attn import AttentionProviderError, CPInput, CPLength, CPLogBase, ParamId
+from diffusers_attn import AttentionProviderError, CPInput, ParamId
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh
+from diffusers_attn.cp_plans import advanced
 from diffusers_attn.parallelize.targets import find_targets, split_heads
 from tests.zoo import CASES
 
@@ -27,7 +28,7 @@ def test_an_argument_may_tell_a_length():
     """The first sequence is then what the other leaves."""
     plan = {
         "": {
-            "shapes": CPLength("image", of=lambda shapes: math.prod(shapes[-1])),
+            "shapes": advanced.CPLength("image", of=lambda shapes: math.prod(shapes[-1])),
             "tokens": CPInput(1, sequence=("text", "image")),
         }
     }
@@ -50,7 +51,7 @@ def test_all_tensors_of_a_dict_are_split():
 def test_a_logarithm_of_the_shard_is_that_of_the_whole(base):
     for rank, own in enumerate((12, 12, 11)):
         module = Recorder()
-        plan = {"": {"tokens": CPInput(1, sequence="image"), ParamId("base"): CPLogBase("image")}}
+        plan = {"": {"tokens": CPInput(1, sequence="image"), ParamId("base"): advanced.CPLogBase("image")}}
         apply_context_parallel(module, mesh_of(rank), plan)
         tokens, _, given = module(torch.arange(35)[None], base=base)
         assert tokens.shape[1] == own
@@ -63,7 +64,9 @@ def test_a_logarithm_of_the_shard_is_that_of_the_whole(base):
 def test_without_other_ranks_the_base_is_as_it_was():
     module = Recorder()
     mesh = ContextParallelMesh(ContextParallelConfig(), ALONE, ALONE)
-    apply_context_parallel(module, mesh, {"": {"tokens": CPInput(1, sequence="image"), "base": CPLogBase("image")}})
+    apply_context_parallel(
+        module, mesh, {"": {"tokens": CPInput(1, sequence="image"), "base": advanced.CPLogBase("image")}}
+    )
     assert module(torch.arange(1)[None], base=9)[2] == 9
 
 

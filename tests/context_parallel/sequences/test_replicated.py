@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_attn import AttentionProviderError, CPGatherInput
+from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
+from diffusers_attn.cp_plans import advanced
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
 
 
@@ -46,8 +47,8 @@ def plan(sequence):
         "first": {ParamId(index=0): split},
         "choice": [
             {
-                ParamId("x"): CPGatherInput(1, 3, sequence=sequence),
-                ParamId("others"): CPGatherInput(1, 3, sequence=sequence),
+                ParamId("x"): advanced.CPGatherInput(1, 3, sequence=sequence),
+                ParamId("others"): advanced.CPGatherInput(1, 3, sequence=sequence),
                 ParamId(index=0): CPInput(1, 3, split_output=True, sequence=sequence),
             },
             CPAttention(query=()),
@@ -116,6 +117,11 @@ def test_of_a_dict_what_is_there_is_split():
 
 
 def test_entries_that_are_not_understood():
-    for entry in ({"x": CPGatherInput}, [{"x": CPInput(1)}, "x"], [CPAttention(("x",)), CPInput(1)], CPGatherInput(1)):
+    for entry in (
+        {"x": advanced.CPGatherInput},
+        [{"x": CPInput(1)}, "x"],
+        [CPAttention(("x",)), CPInput(1)],
+        advanced.CPGatherInput(1),
+    ):
         with pytest.raises(AttentionProviderError, match="Accepted are"):
             apply_context_parallel(Choice(), MESH, {"": entry})
