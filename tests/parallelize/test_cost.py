@@ -12,7 +12,7 @@ from diffusers_attn.context_parallel.comm.gather_rows import first_ranks_rows, g
 from diffusers_attn.context_parallel.comm.symmetric_gather import gather_of
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
-from .shared_memory import open_shared
+from ..context_parallel.shared_memory import open_shared
 from .test_enable import build, inputs, output
 
 
