@@ -337,8 +337,7 @@ def _hint(
     if routed:
         return (
             "hint: its attention went over the ranks. Look at what it joins, in the plan's CPAttention: the sequences "
-            "of "
-            "queries and keys, their order, and its masks."
+            "of queries and keys, their order, and its masks."
         )
     return (
         "hint: it mixes tokens of which this rank has a part: attention that is not called through a provider, a "

@@ -86,9 +86,9 @@ def with_neighbours(tracker: SequenceTracker, spec: CPHalo, tensor: Tensor) -> T
     ((start, own),) = shards.spans[mesh.rank]
     if tensor.shape[dim] % own if spec.grouped and own else tensor.shape[dim] != own:
         raise AttentionProviderError(
-            f"a tensor {list(tensor.shape)} is to be this rank's part of '{spec.sequence}' in dimension {dim}, of "
-            f"which "
-            f"it has {own}. Was it split?"
+            f"Expected {'a multiple of ' if spec.grouped else ''}{own} entries of '{spec.sequence}' in dimension {dim} "
+            "on this rank, got a tensor of shape "
+            f"{list(tensor.shape)}. Split it before this module: CPInput(..., sequence='{spec.sequence}')."
         )
     if spec.grouped:
         tensor = tensor.unflatten(dim, (own, -1))

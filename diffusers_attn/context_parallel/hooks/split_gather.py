@@ -215,8 +215,7 @@ class _PlanHook:
             )
         raise AttentionProviderError(
             f"{what} of '{self.path}' is {describe(value)}, and its plan says {spec}. A CPInput or CPGatherInput is "
-            f"for a "
-            "tensor, or for all tensors of a list or dict; a list of as many for one each; a dict for a dict; a "
+            "for a tensor, or for all tensors of a list or dict; a list of as many for one each; a dict for a dict; a "
             "CPLength for an int."
         )
 

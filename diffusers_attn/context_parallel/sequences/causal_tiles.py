@@ -1,7 +1,7 @@
 """Causal attention between pieces of a sequence, as calls that kernels know: everything visible, or square and causal.
 
-Which key a query sees depends on their places in the whole sequence. Between two runs the visible keys are a trapezoid,
-and any trapezoid is at most two rectangles and a triangle, so that no mask is ever made.
+Which key a query sees depends on their places in the whole sequence. Between two spans the visible keys are a
+trapezoid, and any trapezoid is at most two rectangles and a triangle, so that no mask is ever made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .sharding import Span
 
 
 class Tile(NamedTuple):
-    """Some of the queries at hand attending to some of the keys at hand. Runs count from the first one at hand."""
+    """Some of the queries at hand attending to some of the keys at hand. Spans count from the first token at hand."""
 
     query: Span
     key: Span
@@ -39,7 +39,7 @@ def tiles(query_spans: tuple[Span, ...], key_spans: tuple[Span, ...], is_causal:
 
 
 def with_offsets(spans: tuple[Span, ...]) -> list[tuple[Span, int]]:
-    """Each run, and where its tokens begin among those at hand."""
+    """Each span, with the place of its first token among those at hand."""
     return [(span, sum(length for _, length in spans[:index])) for index, span in enumerate(spans)]
 
 

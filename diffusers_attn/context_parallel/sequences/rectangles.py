@@ -1,4 +1,4 @@
-"""Masks that are rectangles: runs of queries that see all of a run of keys. Each is a call without a mask.
+"""Masks made of rectangles: a span of queries sees all of a span of keys. Each rectangle is a call without a mask.
 
 So no mask is ever made, what nobody sees is never computed, and any kernel that gives its log-sum-exp serves.
 """
@@ -32,6 +32,7 @@ def tiles_within(
 
 
 def _common(span: Span, other: Span, offset: int) -> Span:
-    """What both have, counted from the start of `run`, which is at `offset`. Negative lengths are nothing."""
+    """The overlap of both spans, counted from the start of `span`, which lies at `offset`. A length below 0 means that
+    they do not overlap."""
     start = max(span[0], other[0])
     return start - span[0] + offset, min(sum(span), sum(other)) - start

@@ -25,8 +25,8 @@ Span = tuple[int, int]
 
 
 class Shards(NamedTuple):
-    """For every rank, the runs that it holds, in the order in which it holds them. Every rank knows all of it, so no
-    sizes are ever exchanged."""
+    """The spans that each rank holds, in the order in which it holds them. Every rank knows those of all ranks, so no
+    sizes are exchanged."""
 
     spans: tuple[tuple[Span, ...], ...]
 
@@ -71,7 +71,7 @@ class Shards(NamedTuple):
         return Shards(tuple(sum(self.spans[start : start + neighbours], ()) for start in starts))
 
     def in_blocks(self, block: int) -> Shards:
-        """The same, counted in blocks of so many tokens, which all runs must begin and end with."""
+        """The same shards, counted in blocks of `block` tokens. Every span must start and end at a block."""
         return Shards(tuple(in_blocks(spans, block) for spans in self.spans))
 
     def sorted(self) -> Shards:
@@ -79,7 +79,7 @@ class Shards(NamedTuple):
         return Shards(tuple(tuple(sort(spans)) for spans in self.spans))
 
     def without(self, rank: int) -> tuple[Span, ...]:
-        """The runs of all other ranks, in their order."""
+        """The spans of all ranks but `rank`, in the order of the ranks."""
         return sum(self.spans[:rank] + self.spans[rank + 1 :], ())
 
 
@@ -89,25 +89,25 @@ def _cut(length: int, parts: int) -> list[Span]:
 
 
 def in_blocks(spans: tuple[Span, ...], block: int) -> tuple[Span, ...]:
-    """`runs`, which begin and end with blocks of so many tokens, counted in these."""
+    """`spans`, which start and end at blocks of `block` tokens, counted in blocks."""
     return spans if block == 1 else tuple((start // block, length // block) for start, length in spans)
 
 
 def take(tensor: Tensor, spans: tuple[Span, ...], dim: int) -> Tensor:
-    """The tokens of `runs` along `dim`, in that order; a view where they are one piece."""
+    """The tokens of `spans` along `dim`, in that order; a view if they are one piece."""
     spans = _joined(spans)
     pieces = [tensor.narrow(dim, start, length) for start, length in spans]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
 
 
 def in_order(tensor: Tensor, spans: tuple[Span, ...], dim: int) -> Tensor:
-    """A tensor whose tokens along `dim` are those of `runs`, sorted as they are in the sequence."""
+    """Sorts a tensor whose tokens along `dim` are those of `spans` into the order of the sequence."""
     pieces = sort((*span, offset) for span, offset in zip(spans, _offsets(spans)))
     return take(tensor, tuple((offset, length) for _, length, offset in pieces), dim)
 
 
 def out_of_order(tensor: Tensor, spans: tuple[Span, ...], dim: int) -> Tensor:
-    """The inverse of `in_order`: tokens in the order of `runs` again."""
+    """The inverse of `in_order`: returns tokens to the order of `spans`."""
     places = sort((*span, index) for index, span in enumerate(spans))
     offsets = _offsets(tuple((start, length) for start, length, _ in places))
     pieces = sort((index, offset, length) for (_, length, index), offset in zip(places, offsets))
@@ -119,7 +119,7 @@ def _offsets(spans: tuple[Span, ...]) -> list[int]:
 
 
 def _joined(spans: tuple[Span, ...]) -> tuple[Span, ...]:
-    """The same tokens in fewer runs."""
+    """The same tokens in as few spans as possible."""
     joined: list[Span] = []
     for start, length in spans:
         if joined and (length == 0 or sum(joined[-1]) == start):

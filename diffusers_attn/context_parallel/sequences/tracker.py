@@ -506,8 +506,7 @@ class SequenceTracker:
         if replicated:
             raise AttentionProviderError(
                 f"every rank has all of '{replicated[0]}', and the plan does not say which sequences {what} is of. "
-                f"Name "
-                "them: CPOutput(sequence=...), CPAttention((...))."
+                "Name them: CPOutput(sequence=...), CPAttention((...))."
             )
         short = [name for name in self.lengths if self._stands_in(name, self.mesh.size - 1)]
         if short:
@@ -619,8 +618,7 @@ class SequenceTracker:
                 raise AttentionProviderError(
                     f"{what}, {length} tokens on rank {self.mesh.rank}, could be shards of {sum(known)} tokens or "
                     f"of {sum(sizes)} ({self._known()}). Say in the plan which: name the sequences (sequence='text') "
-                    f"of "
-                    "CPInput and CPOutput, and give the attention modules' with CPAttention."
+                    "of CPInput and CPOutput, and give the attention modules' with CPAttention."
                 )
         return found[-1]
 

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from diffusers_attn import AttentionProviderError, DispatchProcessor, apply_context_parallel, attention_provider
 from diffusers_attn.context_parallel.attention import parallel_attention
@@ -38,7 +37,7 @@ def in_scopes(meshes):
     case = CASES["flux"]
     model = case.build(dtype=torch.float64).double()
     (expected,) = outputs(model(**case.inputs(dtype=torch.float64)))
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    mesh = meshes.lines[2]
     apply_context_parallel(model, mesh)
     model.set_attn_processor(DispatchProcessor("native"))
     errors, strategies = [], []

@@ -188,14 +188,14 @@ def test_a_rank_that_leaves_out_a_call(pool):
 
 def gone(meshes, how, inputs_are):
     """What is said where rank 1 does not come; None where it is not to wait. Afterwards all is well again."""
-    rank_progress.GRACE = 3.0
+    rank_progress.GRACE = 1.0
     odd = dist.get_rank() == 1
     model, given = build("flux"), inputs("flux")
     enable_context_parallel(model, ulysses_degree=2, ring_degree=2, inputs=inputs_are, verbose=False)
     output(model, given)
     dist.barrier()
     for group in [group for made in shared_groups._all for group in made.groups]:
-        process_groups.set_timeout(group, datetime.timedelta(seconds=10))
+        process_groups.set_timeout(group, datetime.timedelta(seconds=3))
     said = None
     if how == "stays away":
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
@@ -293,7 +293,7 @@ def test_a_hang_without_an_error_names_the_rank_that_is_behind(pool):
 
 def missing_when_enabled(meshes):
     """What is said where rank 1 does not come to be enabled, though the timeout of the job is 3 s."""
-    rank_progress.GRACE = 3.0
+    rank_progress.GRACE = 1.0
     job = process_groups.timeout_of(None, "cpu")
     process_groups.set_timeout(None, datetime.timedelta(seconds=3))
     said = None
