@@ -12,7 +12,8 @@ to an unmodified, uncompiled model on one GPU. Memory is the allocator's peak in
 variant was made (that is, beyond weights), and beside it what the device lost to others since: symmetric memory, and
 NCCL's buffers, which the first variant that uses a group pays for. Of a step in a CUDA graph, what it keeps counts.
 
-"+graph" behind a strategy, also one of diffusers', records the whole step (`apply_cuda_graphs`).
+"+graph" behind a strategy, also one of diffusers', records the whole step (`apply_cuda_graphs`). "gather-late" and the
+like switch a mechanism of the library off (`mechanisms.py`).
 
 A variant that fails is recorded and the others go on, if it failed on all ranks. If not, those that did not fail wait
 in an exchange that nobody joins: all ranks end. What was measured until then is in the file.
@@ -24,15 +25,12 @@ import argparse
 import contextlib
 import copy
 import json
-import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -43,13 +41,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import real_shapes
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, reserved, step_milliseconds
+from mechanisms import switched
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
 from strategies import STRATEGIES, USUAL
 
 import diffusers_attn
-from diffusers_attn.context_parallel.attention import allgather_kv_one_call
-from diffusers_attn.context_parallel.comm import symmetric_gather, symmetric_memory
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 
 
@@ -82,10 +79,7 @@ class Variant:
             self.graph_bytes += reserved(self.ranks.device)
 
     def step(self, inputs: dict[str, Any]) -> Tensor:
-        with (
-            calls_of_attention(self.strategy.allgather_kv_one_call),
-            contextlib.nullcontext() if self.strategy.sends else silence(),
-        ):
+        with switched(self.strategy.switches):
             return self.model(**inputs)[0]
 
     def measure(self, inputs: dict[str, Any], reference: Tensor) -> dict[str, Any]:
@@ -163,27 +157,6 @@ class Variant:
         own = self.ranks.attempt(lambda: step_milliseconds(lambda: self.step(inputs), steps, self.ranks.device))
         self.steps += [max(times) for times in zip(*own)]
         self.result |= {"ms": round(statistics.median(self.steps), 3), "steps": [round(ms, 3) for ms in self.steps]}
-
-
-@contextlib.contextmanager
-def calls_of_attention(one: bool | None) -> Iterator[None]:
-    """Has compiled attention await all keys and be one call, or not; None leaves it to the library. Dynamo guards on
-    what is patched, so that variants do not share what is compiled for others."""
-    if one is None:
-        yield
-    else:
-        with mock.patch.object(allgather_kv_one_call, "SECONDS_OF_A_SECOND_CALL", math.inf if one else 0.0):
-            yield
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Has copy engines send nothing, and nobody wait for what they would."""
-    with (
-        mock.patch.object(symmetric_gather._Copy, "make", lambda *_: None),
-        mock.patch.object(symmetric_memory.SymmetricMemory, "barrier", lambda *_: None),
-    ):
-        yield
 
 
 def choose(args: argparse.Namespace, ranks: int) -> list[tuple[str, str]]:
