@@ -9,10 +9,12 @@ becomes
 
     hidden -> key, value -> [send key, value] -> query, mlp -> attention -> ...
 
-so that matrix products, and not only attention to the local keys, hide the exchange. A compiler may reorder a graph,
-but it respects the declared mutations of the operators of `symmetric_gather`. So the tensors that these products read
-become arguments of `symmetric_gather_start`, which declares that it changes them, and the results of the products
-become arguments of `symmetric_gather_finish`, which declares that it reads them.
+so that matrix products, and not only attention to the local keys, hide the exchange. A step of Flux on four H200 takes
+41.0 ms with the pass and 46.0 without (docs/design.md).
+
+A compiler may reorder a graph, but it respects the declared mutations of the operators of `symmetric_gather`. So the
+tensors that these products read become arguments of `symmetric_gather_start`, which declares that it changes them, and
+the results of the products become arguments of `symmetric_gather_finish`, which declares that it reads them.
 
 The pass runs on the graph that Dynamo traced, before all other passes. It moves only nodes that are known not to change
 their arguments, the random state or the modes of the compiler, and never past another exchange.
