@@ -22,7 +22,7 @@ from torch import nn
 from ..context_parallel.comm.group import ALONE
 from ..context_parallel.config import ContextParallelConfig
 from ..context_parallel.hooks.apply import applied_tracker
-from ..context_parallel.hooks.split_gather import hooks_of
+from ..context_parallel.hooks.plan_entry import hooks_of
 from ..context_parallel.hooks.submodules import submodules
 from ..context_parallel.mesh import ContextParallelMesh
 from ..context_parallel.sequences.tracker import SequenceTracker

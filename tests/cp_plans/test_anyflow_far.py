@@ -70,7 +70,7 @@ def test_who_does_not_take_the_mask_leaves_it_to_flex(pool):
 @pytest.mark.parametrize(
     ("provider", "change", "reason"),
     [
-        (None, None, "AnyFlowCausalAttnProcessor, knows of this rank's alone. Bind it"),
+        (None, None, "AnyFlowCausalAttnProcessor, sees only this rank's. Bind the module"),
         ("native", "mask with clean frames", r"BlockMask of shape .*128, 128\] is accepted, for 88 tokens"),
         ("native", "mask of all pairs", r"is a Tensor of shape .*model.build_attention_mask"),
     ],

@@ -72,8 +72,8 @@ def test_compiles_without_breaks(pool, name, provider):
 @pytest.mark.parametrize(
     ("name", "provider", "frames", "reason"),
     [
-        ("kandinsky5", None, 5, "Kandinsky5AttnProcessor, knows of this rank's alone. Bind it"),
-        ("kandinsky6_sr", None, 5, "Kandinsky6SRAttnProcessor, knows of this rank's alone. Bind it"),
+        ("kandinsky5", None, 5, "Kandinsky5AttnProcessor, sees only this rank's. Bind the module"),
+        ("kandinsky6_sr", None, 5, "Kandinsky6SRAttnProcessor, sees only this rank's. Bind the module"),
         ("kandinsky5", "native", 1, "'video' has 128 tokens, .* blocks of 64, of which every one of 3"),
         ("kandinsky6_sr", "native", 5, "'flex' cannot serve this call: .*no backward on cpu"),
     ],

@@ -83,7 +83,7 @@ def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, whole):
 @pytest.mark.parametrize(
     ("provider", "name", "change", "reason"),
     [
-        (None, "smaller", None, "WanAnimate2AttnProcessor, knows of this rank's alone. Bind it"),
+        (None, "smaller", None, "WanAnimate2AttnProcessor, sees only this rank's. Bind the module"),
         ("native", "two samples", "another reference", r"holds 15 .*; accepted are its 10 of the 30 .* Fill it anew"),
         ("native", "too long", None, "5 frames of 15 tokens .* do not fit origin_len .* room for 4 and 3 frames of 15"),
     ],

@@ -1,6 +1,6 @@
 """Applying a plan to a module, and taking it off again.
 
-Splits and gathers are forward hooks (`plan_hooks`) on the modules that the plan names. Modules that are replaced later,
+Splits and gathers are forward hooks (`plan_entry`) on the modules that the plan names. Modules that are replaced later,
 as LoRA does, are followed at the start of the next forward.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
-from ...cp_plans.advanced import CPHeads
 from ...cp_plans.plan import CPAttention, Plan
 from ...cp_plans.plan import entries as entries_of
 from ...cp_plans.registry import get_cp_plan
@@ -29,23 +28,31 @@ from ..comm.transport import choose_transport
 from ..mesh import ContextParallelMesh
 from ..sequences.active import keep_active
 from ..sequences.tracker import SequenceTracker
-from . import copies, diffusers_hooks
+from . import copies, diffusers_hooks, within
 from .attention_modules import attention_elsewhere, is_attention
 from .dynamic_sizes import DynamicSizes
-from .split_gather import hooks_of
+from .plan_entry import hooks_of
+from .plan_words import attends
 from .submodules import original, submodules
-from .within import CheckCalled
+from .words.base import SetHook
 
 
 class _Entry:
     """One entry of a plan, and the hooks that are set for it."""
 
     def __init__(
-        self, path: str, spec: Any, modules: list[nn.Module], tracker: SequenceTracker, names: Mapping[int, str]
+        self,
+        path: str,
+        spec: Any,
+        modules: list[nn.Module],
+        tracker: SequenceTracker,
+        names: Mapping[int, str],
+        hooks_of: Callable[..., Iterable[SetHook]] = hooks_of,
     ) -> None:
         self.path = path
         self.spec = spec
         self.tracker = tracker
+        self.hooks_of = hooks_of
         self.handles: list[RemovableHandle] = []
         # Blocks, and attention modules as a whole, are not what adapters take the place of; and there are many.
         self._is_followed = bool(path) and (
@@ -58,7 +65,7 @@ class _Entry:
         self.hooks = [
             hook
             for module in modules
-            for hook in hooks_of(module, self.path, self.spec, self.tracker, names.get(id(module), self.path))
+            for hook in self.hooks_of(module, self.path, self.spec, self.tracker, names.get(id(module), self.path))
         ]
 
     def set(self) -> None:
@@ -134,13 +141,13 @@ def apply_context_parallel(
     entries = [_Entry(path, spec, list(submodules(module, path)), tracker, names) for path, spec in entries_of(plan)]
     diffusers_hooks.check(module, plan)
     # Attention modules that the plan says nothing of must be known to be this model's all the same.
-    of_attention = [entry for entry in entries if isinstance(entry.spec, (CPAttention, CPHeads))]
+    of_attention = [entry for entry in entries if attends(entry.spec)]
     named = {id(then()) for entry in of_attention for then in entry.modules}
     others = [each for each in module.modules() if id(each) not in named and is_attention(each)]
     entries += [_Entry("", None, [each], tracker, names) for each in others]
     if all(each() is module for entry in entries for each in entry.modules):
         parts = [each for each in module.modules() if each is not module]
-        entries += [_Entry("", CheckCalled, [each], tracker, names) for each in parts]
+        entries += [_Entry("", None, [each], tracker, names, within.hooks_of) for each in parts]
     tracker.transport, gather = choose_transport(mesh.ring, mesh.device_type)
     install()
     _forget_graphs()

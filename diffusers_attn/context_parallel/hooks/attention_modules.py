@@ -1,9 +1,9 @@
 """Which modules compute attention, by what their code names.
 
-A module that attends is watched while it runs over split tokens: a call of it must come through this library, or else
-it would take this rank's tokens for all (`plan_hooks`). One with a `processor` is known by that. Others are known by
-their `forward`, with the methods and functions that it names: an attention kernel, or a softmax beside a product of
-matrices. Attention that is neither, as one that is linear in the tokens, is not seen.
+A module that computes attention is watched while it runs over split tokens: its calls must come through this library,
+or else they would attend to this rank's tokens only (`words/attention.py`). A module with a `processor` is an attention
+module. Others are recognised by their `forward`, and the methods and functions that it names: an attention kernel, or a
+softmax beside a matrix product. Attention of other kinds, such as one that is linear in the tokens, is not recognised.
 """
 
 from __future__ import annotations

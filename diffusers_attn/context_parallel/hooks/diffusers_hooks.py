@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...cp_plans.advanced import CPBlocks, CPCache, CPForbidden, CPLength, CPRequired
-from ...cp_plans.plan import CPAttention, CPInput, Plan, entries
+from ...cp_plans.plan import CPAttention, Plan, entries
 from ...errors import AttentionProviderError
 from ..comm.group import Group
 from ..sequences import sharding
 from ..sequences.tracker import SequenceTracker
-from .split_gather import argument_of, as_param, words_in
+from .find_argument import argument_of, as_param
+from .plan_words import ARGUMENTS, find, words_in
 from .submodules import original
 
 _DECLARED = "exact_over_ranks"
@@ -68,20 +68,14 @@ class Split(NamedTuple):
                 continue
             for key, nested in spec.items():
                 param = as_param(key)
-                changing = [word for word in words_in(nested) if _changes(word)]
-                if any(isinstance(word, CPInput) and word.split_output for word in changing):
+                words = [(find(ARGUMENTS, word), word) for word in words_in(nested)]
+                changing = [(kind, word) for kind, word in words if kind is not None and kind.changes_value(word)]
+                if any(kind.is_for_output(word) for kind, word in changing):
                     output = True
                 elif changing:
                     name, index = argument_of(model, path, param)
                     arguments.add(name or f"argument {index}")
         return Split(frozenset(arguments), output)
-
-
-def _changes(word: Any) -> bool:
-    """Whether a word of a plan changes the argument that it is said of."""
-    if isinstance(word, CPLength):
-        return word.of is None
-    return not isinstance(word, (CPForbidden, CPRequired, CPCache, CPBlocks))
 
 
 class _Watched(NamedTuple):

@@ -7,10 +7,13 @@ these hooks look first, and raise before anything is sent.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ...errors import AttentionProviderError
 from ...recompute import in_backward_id
@@ -57,8 +60,15 @@ def not_called(tracker: SequenceTracker, part: str) -> AttentionProviderError:
     )
 
 
+def hooks_of(
+    module: nn.Module, path: str, spec: None, tracker: SequenceTracker, name: str
+) -> Iterator[Callable[[], RemovableHandle]]:
+    """A hook that makes this check alone, for models whose plan sets no hook on a module within them."""
+    yield functools.partial(module.register_forward_pre_hook, CheckCalled(tracker, name))
+
+
 class CheckCalled:
-    """A forward pre-hook that does this alone, for models with no other hook on a module within them."""
+    """A forward pre-hook that makes this check."""
 
     def __init__(self, tracker: SequenceTracker, path: str) -> None:
         self.tracker, self.path = tracker, path

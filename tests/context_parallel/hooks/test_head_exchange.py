@@ -7,7 +7,7 @@ from torch import nn
 
 from diffusers_attn import AttentionProviderError, CPInput, CPOutput, ParamId
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
-from diffusers_attn.context_parallel.hooks.halo import with_neighbours
+from diffusers_attn.context_parallel.hooks.words.halo import with_neighbours
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.cp_plans import advanced

@@ -11,14 +11,16 @@ from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.attention import entry as call_module
 from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks import split_gather
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
-from diffusers_attn.context_parallel.hooks.halo import AddHalo
+from diffusers_attn.context_parallel.hooks.plan_words import ARGUMENTS, ENTRIES
+from diffusers_attn.context_parallel.hooks.words import attention
+from diffusers_attn.context_parallel.hooks.words.halo import AddHalo
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.sequences.placeholders import LocalTokens
 from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sequences.tracker import Role, SequenceTracker
 from diffusers_attn.cp_plans import advanced, registry
+from diffusers_attn.cp_plans import plan as plan_module
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, ParamId
 from diffusers_attn.cp_plans.registry import get_cp_plan, list_cp_plans
 from tests.zoo import CASES
@@ -31,6 +33,11 @@ def tracker_of(rank, ranks=3):
 
 def mesh_of(rank, ranks=3):
     return ContextParallelMesh(ContextParallelConfig(ranks), Group("none", rank, ranks), ALONE)
+
+
+def test_every_plan_word_has_a_hook():
+    words = [each for module in (plan_module, advanced) for name, each in vars(module).items() if name[:2] == "CP"]
+    assert set(words) == {*ARGUMENTS, *ENTRIES} - {type(None)}
 
 
 class Recorder(nn.Module):
@@ -61,7 +68,7 @@ def test_a_module_is_given_the_length_of_its_shard():
     apply_context_parallel(module, mesh_of(2), plan)
     hidden_states, length, _ = module(torch.arange(11)[None], length=7)
     assert hidden_states.tolist() == [[3, 9, 10]] and length == 2
-    with pytest.raises(AttentionProviderError, match="a CPLength for an int"):
+    with pytest.raises(AttentionProviderError, match=r"length of .. is a tensor.*CPLength.*which accepts an int"):
         module(length=torch.tensor(7))
 
 
@@ -226,7 +233,7 @@ def test_a_model_may_have_no_block_of_a_kind():
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model_class in list_cp_plans()])
 def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
     """Lengths would tell most of the time, and not where a text happens to be as long as a shard."""
-    monkeypatch.setattr(split_gather, "_check_bound", lambda *_: None)
+    monkeypatch.setattr(attention, "_check_bound", lambda *_: None)
     case = CASES[name]
     model = case.build()
     tracker = apply_context_parallel(model, mesh_of(0))
@@ -234,7 +241,7 @@ def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
     for path, module in model.named_modules():
         if hasattr(module, "processor") and not any(fnmatch.fnmatch(path, silent) for silent in case.silent):
             (enter,) = [
-                each for each in module._forward_pre_hooks.values() if isinstance(each, split_gather._EnterAttention)
+                each for each in module._forward_pre_hooks.values() if isinstance(each, attention.EnterAttention)
             ]
             tracker.role = None
             enter(module, ())

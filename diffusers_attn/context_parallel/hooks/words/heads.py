@@ -8,22 +8,37 @@ mesh.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...cp_plans.advanced import CPHeads
-from ...errors import AttentionProviderError
-from ...nested import describe
-from ..attention.ulysses import HeadLayout, HeadsToTokens, TokensToHeads
-from ..comm.group import Group
-from ..mesh import ContextParallelMesh
-from ..sequences.sharding import Shards
-from ..sequences.tracker import SequenceTracker
+from ....cp_plans.advanced import CPHeads
+from ....cp_plans.plan import ParamId
+from ....errors import AttentionProviderError
+from ....nested import describe
+from ...attention.ulysses import HeadLayout, HeadsToTokens, TokensToHeads
+from ...comm.group import Group
+from ...mesh import ContextParallelMesh
+from ...sequences.sharding import Shards
+from ...sequences.tracker import SequenceTracker
+from ..find_argument import argument_of
+from .attention import hooks_with_all_tokens
+from .base import Place, SetHook
 
-Place = tuple[str, int | None, tuple[int, int]]
+Argument = tuple[str, int | None, tuple[int, int]]
+"""Name and position of an argument with heads, and its dimensions of sequence and heads."""
+
+
+def hooks(place: Place, spec: CPHeads) -> Iterator[SetHook]:
+    """The hooks of a module that computes each head separately."""
+    module, tracker, path = place.module, place.tracker, place.path
+    arguments = [(name, argument_of(module, path, ParamId(name))[1], dims) for name, dims in spec.arguments.items()]
+    yield functools.partial(module.register_forward_pre_hook, ToHeads(tracker, path, spec, arguments), with_kwargs=True)
+    yield functools.partial(module.register_forward_hook, ToTokens(tracker, path, spec))
+    yield from hooks_with_all_tokens(place)
 
 
 class _HeadHook:
@@ -74,12 +89,12 @@ class ToHeads(_HeadHook):
     """Gives a module all tokens of this rank's heads.
 
     Args:
-        places: name and place of each argument with heads, and its dimensions of sequence and heads.
+        arguments: name and position of each argument with heads, and its dimensions of sequence and heads.
     """
 
-    def __init__(self, tracker: SequenceTracker, path: str, spec: CPHeads, places: Sequence[Place]) -> None:
+    def __init__(self, tracker: SequenceTracker, path: str, spec: CPHeads, arguments: Sequence[Argument]) -> None:
         super().__init__(tracker, path, spec)
-        self.places = places
+        self.arguments = arguments
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rank = self.tracker.mesh.rank
@@ -88,13 +103,13 @@ class ToHeads(_HeadHook):
         new_args, new_kwargs = list(args), dict(kwargs)
         shares = self.shares()
         tensors, inners = [], []
-        for name, index, dims in self.places:
+        for name, index, dims in self.arguments:
             value = kwargs.get(name) if index is None or index >= len(args) else args[index]
             tensor, inner = self.by_heads(value, dims, shares.sizes[rank], self.spec.heads, name)
             tensors.append(tensor)
             inners.append(inner)
         tensors = list(shares.to_heads(tensors))
-        for (name, index, dims), inner, tensor in zip(self.places, inners, tensors):
+        for (name, index, dims), inner, tensor in zip(self.arguments, inners, tensors):
             if not self.tracker.others_seen:
                 tensor = _own_tokens(tensor, shares.sizes, rank)
             if shares.heads == 0:  # it computes one of zeros, as code that counts does not run without

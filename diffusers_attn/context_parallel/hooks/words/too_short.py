@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...cp_plans.plan import CPInput
+from ....cp_plans.plan import CPInput
 
 if TYPE_CHECKING:
-    from ..sequences.tracker import SequenceTracker
+    from ...sequences.tracker import SequenceTracker
 
 
 def has_entries(tensor: Tensor, dim: int, ranks: int) -> bool:

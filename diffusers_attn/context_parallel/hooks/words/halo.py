@@ -6,19 +6,33 @@ where no exchange is between all ranks, their edges are gathered, or, where thes
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...cp_plans.advanced import CPHalo
-from ...errors import AttentionProviderError
-from ..comm import collectives
-from ..comm.group import Group
-from ..sequences import sharding
-from ..sequences.sharding import Shards, Span
-from ..sequences.tracker import SequenceTracker
-from .within import check_called
+from ....cp_plans.advanced import CPHalo
+from ....cp_plans.plan import ParamId
+from ....errors import AttentionProviderError
+from ...comm import collectives
+from ...comm.group import Group
+from ...sequences import sharding
+from ...sequences.sharding import Shards, Span
+from ...sequences.tracker import SequenceTracker
+from ..find_argument import argument_of
+from ..within import check_called
+from .base import Place, SetHook
+
+
+def hooks(place: Place, spec: CPHalo) -> Iterator[SetHook]:
+    """The hooks of a module with a halo."""
+    module, tracker = place.module, place.tracker
+    length = None if spec.length is None else argument_of(module, place.path, ParamId(spec.length))
+    add = AddHalo(tracker, place.path, spec, length)
+    yield functools.partial(module.register_forward_pre_hook, add, with_kwargs=True)
+    yield functools.partial(module.register_forward_hook, CutHalo(tracker, spec))
 
 
 class AddHalo:
