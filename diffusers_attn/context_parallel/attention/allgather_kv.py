@@ -44,7 +44,8 @@ class _AllGatherKV(torch.autograd.Function):
         query, key, value, key_mask, rows, out, lse = ctx.saved_tensors
         call: BlockAttention = ctx.call
         group, shards = call.group, call.key_shards
-        key, value = depends_on(key, grad_out), depends_on(value, grad_out)
+        key = depends_on(key, grad_out, sent_over=group)
+        value = depends_on(value, grad_out)
         fetch = FETCHES[call.transport].start(query, key, value, key_mask, call)
         local = call.backward(grad_out, query, fetch.block, shards.spans[group.rank], rows, out, lse)
         others = fetch.finish(local[0])

@@ -44,7 +44,7 @@ class CollectiveRing(NamedTuple):
     ) -> CollectiveRing:
         """Holds and sends this rank's own block, from `[batch, seq, ...]` tensors. In a compiled graph the send comes
         after `grad_out`, if it is given."""
-        return CollectiveRing.send(call, 0, make_block(key, value, key_mask, grad_out))
+        return CollectiveRing.send(call, 0, make_block(key, value, key_mask, grad_out, call.group))
 
     @staticmethod
     def send(call: BlockAttention, step: int, block: Block) -> CollectiveRing:
@@ -80,7 +80,7 @@ class SymmetricRing(NamedTuple):
         grad_out: Tensor | None = None,
     ) -> SymmetricRing:
         """As `CollectiveRing.start`."""
-        key, value = (depends_on(tensor, grad_out).contiguous() for tensor in (key, value))
+        key, value = (depends_on(tensor, grad_out, sent_over=call.group).contiguous() for tensor in (key, value))
         push = GatherInFlight.start(
             query, key, value, call.key_shards.sizes, call.group, needs_grad=call.kernel.needs_grad, shift=1
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...tracing.symbolic import ceil_div, constant
 from ..comm import collectives
+from ..comm.collectives import depends_on
 from ..comm.group import Group
 
 
@@ -81,7 +82,7 @@ class TokensToHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        return None, *_move(_start_to_tokens, _finish_to_tokens, ctx.layouts, grads)
+        return None, *_move_back(_start_to_tokens, _finish_to_tokens, ctx.layouts, grads)
 
 
 class HeadsToTokens(torch.autograd.Function):
@@ -92,7 +93,12 @@ class HeadsToTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        return None, *_move(_start_to_heads, _finish_to_heads, ctx.layouts, grads)
+        return None, *_move_back(_start_to_heads, _finish_to_heads, ctx.layouts, grads)
+
+
+def _move_back(start, finish, layouts, grads):  # type: ignore[no-untyped-def]
+    first, *others = grads
+    return _move(start, finish, layouts, [depends_on(first, first, sent_over=layouts[0].group), *others])
 
 
 def _move(start, finish, layouts, tensors):  # type: ignore[no-untyped-def]

@@ -4,7 +4,8 @@ of two threads alike on all of them.
 A thread that begins a forward takes the turn of its model's groups, and so does one whose backward begins to exchange.
 It need not give it back: another thread that comes looks whether the first is still within a forward that uses them, or
 within that backward, on its stack. Forwards within forwards, and what a backward recomputes in autograd's threads, take
-no turn away from anyone. (The backward of a compiled graph exchanges without coming here, and is not seen.)
+no turn away from anyone. The backward of a compiled graph comes here through an operator in the graph
+(`collectives.depends_on`). What is not seen: a model that is compiled as a whole with `inputs="trust"`.
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ import torch
 from torch import Tensor
 
 from ...errors import AttentionProviderError
+from ...recompute import in_backward_id
 from ..compile.inductor import prepare_for_exchanges
+from . import one_thread
 from .collectives import depends_on
 from .group import Group
 
@@ -480,7 +482,7 @@ class GatherInFlight(NamedTuple):
         held = [key, value, query]
         if needs_grad and torch.compiler.is_compiling():
             # Saved tensors must not be declared changed. So copies are sent; they depend on the query, as `held` does.
-            held = [depends_on(key, query), depends_on(value, query)]
+            held = [depends_on(key, query, sent_over=group), depends_on(value, query)]
         return GatherInFlight(held, sizes, group)._begun(shift)
 
     def again(self, shift: int) -> GatherInFlight:
@@ -489,6 +491,8 @@ class GatherInFlight(NamedTuple):
 
     def _begun(self, shift: int) -> GatherInFlight:
         if not torch.compiler.is_compiling():
+            if in_backward_id() != -1:
+                one_thread.take_in_backward(self.group.name)
             gather_of(self.group.name).start(self.held[0], self.held[1], self.sizes, shift=shift)
             return self._replace(shift=shift)
         prepare_for_exchanges()

@@ -169,6 +169,7 @@ class _Gather(torch.autograd.Function):
         if group.size == 1:
             return grad, None, None, None
         rows = ctx.sizes[group.rank]
+        grad = collectives.depends_on(grad, grad, sent_over=group)
         parts = collectives.start_all_to_all(grad.movedim(ctx.dim, 0), ctx.sizes, [rows] * group.size, group)
         total = collectives.sum_of_parts(collectives.wait(parts, group), group.size)
         return total.to(grad.dtype).movedim(0, ctx.dim), None, None, None

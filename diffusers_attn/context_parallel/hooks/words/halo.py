@@ -163,6 +163,7 @@ class _WithOthers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad = collectives.depends_on(grad, grad, sent_over=ctx.group)
         rows, lengths = grad.movedim(ctx.dim, 0), [length for _, length in ctx.looked_at.sent]
         of_others = torch.cat([rows.narrow(0, 0, ctx.before), rows[ctx.before + ctx.own :]])
         arrived = collectives.start_all_to_all(of_others, ctx.looked_at.received, lengths, ctx.group)

@@ -1,0 +1,67 @@
+"""A compiled backward and a forward over the same ranks, in two threads, are refused as eager ones are
+(`test_rank_progress.py`)."""
+
+import threading
+
+import pytest
+import torch
+
+from diffusers_attn import AttentionProviderError, apply_compile, apply_context_parallel, remove_context_parallel
+
+from ..models import MESHES
+from .sized import Model, inputs, plan
+
+
+def message(call):
+    try:
+        call()
+    except AttentionProviderError as error:
+        return str(error)
+    return "no error"
+
+
+def beside(register, work, other):
+    """What is said to `other` while a thread is where `register` hooks, in `work`."""
+    inside, free = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        assert free.wait(60)
+
+    handle = register(wait)
+    thread = threading.Thread(target=work, name="one")
+    thread.start()
+    assert inside.wait(60)
+    said = message(other)
+    free.set()
+    thread.join()
+    handle.remove()
+    return said
+
+
+def backwards(meshes, mesh):
+    torch.manual_seed(0)
+    model, given = Model(blocks=2).double(), inputs(8, 12, masked=False)
+    ring, ulysses, method = MESHES[mesh]
+    # The output is not gathered: the first exchange of the backward is one of a compiled block.
+    entries = {path: spec for path, spec in plan().items() if path != "out"}
+    apply_context_parallel(model, meshes(ring, ulysses, rotate_method=method), entries)
+    apply_compile(model, backend="aot_eager")
+    loss = model(**given).square().mean()
+    weight = model.blocks[0].attn.to_qkv.weight
+    forward = beside(weight.register_hook, loss.backward, lambda: model(**given))
+    loss = model(**given).square().mean()
+    backward = beside(model.out.register_forward_pre_hook, lambda: model(**given), loss.backward)
+    model(**given).square().mean().backward()  # one after the other
+    remove_context_parallel(model)
+    torch._dynamo.reset()
+    return forward, backward
+
+
+@pytest.mark.parametrize("mesh", ["gather 2", "ring 2", "ulysses 2"])
+def test_a_compiled_backward_beside_another_threads_forward_is_refused(pool, mesh):
+    for forward, backward in pool.run(2, backwards, mesh=mesh):
+        assert "thread 'MainThread' calls a Model" in forward
+        assert "while thread 'one' is within a backward of a Model over the same ranks" in forward
+        assert "thread 'MainThread' runs a backward of a model" in backward
+        assert "while thread 'one' is within a forward of a Model over the same ranks" in backward
