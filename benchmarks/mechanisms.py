@@ -13,7 +13,6 @@ from unittest import mock
 
 import torch
 
-from diffusers_attn import dispatch
 from diffusers_attn.context_parallel.attention import allgather_kv_one_call, merge
 from diffusers_attn.context_parallel.comm import symmetric_gather, symmetric_memory
 from diffusers_attn.context_parallel.compile import inductor
@@ -59,13 +58,6 @@ def no_merge_kernel() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_call_cache() -> Iterator[None]:
-    """Every call takes the ordinary path of dispatch (no `call_cache`)."""
-    with mock.patch.object(dispatch, "remembered", lambda cached, *_: cached):
-        yield
-
-
-@contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Copy engines send nothing, and no rank waits. Results are wrong; the time shows the cost of the exchange."""
     with (
@@ -80,7 +72,6 @@ SWITCHES = {
     "two-calls": two_calls,
     "late": late,
     "no-merge-kernel": no_merge_kernel,
-    "no-call-cache": no_call_cache,
     "nothing-sent": silence,
 }
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import masks, shapes, tensor_kinds
-from .call_cache import PreparedCall, remembered
 from .context_parallel.sequences.active import active
 from .errors import AttentionProviderError
 from .providers import lowering, registry
@@ -21,13 +19,15 @@ from .providers.serving import AttentionCall, Serving
 from .recompute import in_backward_id
 from .scope import NATIVE, ProviderChoice, active_choice, active_parallel, scope, scope_in_backward
 from .shapes import Layout
-from .tensor_kinds import Kind, Way
+from .tensor_kinds import Kind, Way, no_transform
 
 if TYPE_CHECKING:
     from .context_parallel.sequences.tracker import SequenceTracker
 
 # Looked up once: the overhead of a call is a few microseconds, and every attribute lookup counts.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -107,79 +107,82 @@ def attend(
     if choice is None:
         choice = (scoped and not tracing and in_backward_id() != -1 and scope_in_backward()[0]) or bound or NATIVE
     tracker = active.tracker  # not None in a model whose tokens are split over ranks
-    nested = False
-    if not tracing:
+    found = sizes = None
+    if tracing:
+        found = tensor_kinds.traced(query, key, value, attn_mask)
+    else:
         if not ((is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)):
             is_causal, enable_gqa = _flag("is_causal", is_causal), _flag("enable_gqa", enable_gqa)
-        # The guards of the cached calls abort the process on a nested tensor of type torch.Tensor.
-        nested = (
-            (type(query) is Tensor and query.is_nested)
-            or (type(key) is Tensor and key.is_nested)
-            or (type(value) is Tensor and value.is_nested)
-            or (type(attn_mask) is Tensor and attn_mask.is_nested)
+        # Almost all calls have plain tensors, and need no closer look.
+        if (
+            type(query) is type(key) is type(value) is Tensor
+            and query.layout is key.layout is value.layout is _strided
+            and (attn_mask is None or (type(attn_mask) is Tensor and attn_mask.layout is _strided))
+            and no_transform()
+        ):
+            try:
+                sizes = query.shape, key.shape, value.shape, None if attn_mask is None else attn_mask.shape
+            except RuntimeError:  # a nested tensor of type torch.Tensor has no shape
+                pass
+        if sizes is None:
+            found = tensor_kinds.of(query, key, value, attn_mask)
+            if found is None:
+                sizes = query.shape, key.shape, value.shape, getattr(attn_mask, "shape", None)
+    if found is not None and found[1].way not in (Way.ANY, Way.DERIVED):
+        return _attend_unusual(
+            choice, found, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, tracker
         )
-    if tracker is None and not tracing and not nested and forward_ad._current_level < 0:
-        # The fast path of almost all calls, inlined: a call like a recent one needs no check and no decision.
-        if attn_mask is None:
-            for matches, arguments, attention, transpose, _ in choice.cached:
-                if matches(query, key, value) and arguments == (layout, dropout_p, is_causal, scale, enable_gqa):
-                    if not transpose:
-                        return attention(query, key, value)
-                    return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
-        else:
-            for matches, arguments, attention, transpose, view in choice.cached_masked:
-                if matches(query, key, value, attn_mask) and arguments == (
-                    layout, dropout_p, is_causal, scale, enable_gqa
-                ):  # fmt: skip
-                    if view is not None:
-                        attn_mask = view(attn_mask)
-                    if not transpose:
-                        return attention(query, key, value, attn_mask)
-                    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-                    return attention(query, key, value, attn_mask).transpose(1, 2)
-    rest = dropout_p, is_causal, scale, enable_gqa
-    if tracing:
-        kind = tensor_kinds.traced(query, key, value, attn_mask)
-    else:
-        kind = tensor_kinds.of(query, key, value, attn_mask, nested)
-    if kind is not None and kind[1].way not in (Way.ANY, Way.DERIVED):
-        return _attend_unusual(choice, kind, query, key, value, attn_mask, *rest, layout, tracker)
-    autocast = _any_autocast_enabled()
-    if autocast:
+    if _any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     if tracker is not None:
-        out = _attend_split(choice, query, key, value, attn_mask, *rest, layout, tracker, kind)
+        out = _attend_split(
+            choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, tracker, found
+        )
         if out is not None:
             return out
-    grad_enabled = torch.is_grad_enabled()
+    grad_enabled = _is_grad_enabled()
     needs_grad = grad_enabled and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if tracing or kind is not None or torch.compiler.is_compiling():
-        derived = kind is not None and kind[1].way == Way.DERIVED
-        prepared = _prepare(choice, query, key, value, attn_mask, *rest, layout, needs_grad, derived)
-    else:
-        # Everything that a decision or a check can depend on.
-        signature = (
-            choice, layout, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
-            query.device, key.device, value.device, *rest, needs_grad,
-            None if attn_mask is None else _mask_signature(attn_mask, grad_enabled),
-        )  # fmt: skip
-        known = _prepared.get(signature)
-        if known is None:
-            prepared = _prepare(choice, query, key, value, attn_mask, *rest, layout, needs_grad)
+    prepared = signature = None
+    if sizes is not None:
+        dtype, device = query.dtype, query.device
+        if dtype is key.dtype is value.dtype and device == key.device == value.device:
+            # Everything that a decision or a check can depend on.
+            mask: object = type(attn_mask)
+            if isinstance(attn_mask, Tensor):
+                requires_grad = grad_enabled and attn_mask.requires_grad
+                mask = attn_mask.dtype, attn_mask.device, attn_mask.stride(), requires_grad
+            signature = (
+                choice, layout, sizes, dtype, device, dropout_p, is_causal, scale, enable_gqa, needs_grad, mask
+            )  # fmt: skip
+            prepared = _prepared.get(signature)
+    if prepared is None:
+        derived = found is not None and found[1].way == Way.DERIVED
+        prepared = _prepare(
+            choice, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout, needs_grad, derived
+        )
+        if signature is not None:
             if len(_prepared) >= _PREPARED_MAX:
                 _prepared.clear()
             _prepared[signature] = prepared
-        else:
-            prepared = known
-            if not autocast and tracker is None:
-                # One assignment, so that another thread sees either the old tuple or the new one.
-                if attn_mask is None:
-                    tensors = query, key, value
-                    choice.cached = remembered(choice.cached, tensors, (layout, *rest), prepared)
-                else:
-                    masked = query, key, value, attn_mask
-                    choice.cached_masked = remembered(choice.cached_masked, masked, (layout, *rest), prepared)
-    return _serve(prepared, query, key, value, attn_mask)
+    attention, transpose, view = prepared
+    if transpose:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if attn_mask is None:
+        out = attention(query, key, value)
+    else:
+        out = attention(query, key, value, attn_mask if view is None else view(attn_mask))
+    return out.transpose(1, 2) if transpose else out
+
+
+class PreparedCall(NamedTuple):
+    """How to serve a kind of call."""
+
+    attention: Callable[..., Tensor]
+    """Called with query, key, value and, if there is one, the mask."""
+    transpose: bool
+    """Whether the kernel takes the other layout."""
+    mask_view: Callable[[Any], Any] | None
+    """Gives the mask the four dimensions that adapters expect; None if it has them."""
 
 
 def _serve(prepared: PreparedCall, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None) -> Tensor:
@@ -301,17 +304,6 @@ def _attend_split(
 
 _PREPARED_MAX = 4096
 _prepared: dict[tuple[object, ...], PreparedCall] = {}
-
-
-def _mask_signature(mask: Any, grad_enabled: bool) -> object:
-    """What `masks.classify` reads of the mask, its device, and whether it requires a gradient."""
-    if not isinstance(mask, Tensor):
-        return type(mask)
-    shape = mask.shape
-    requires_grad = grad_enabled and mask.requires_grad
-    if len(shape) == 4 and shape[1] == shape[2] == 1:  # a key mask, whatever its strides
-        return shape, mask.dtype, mask.device, requires_grad
-    return shape, mask.dtype, mask.device, requires_grad, mask.stride()
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -445,7 +437,7 @@ def explain(
         AttentionProviderError: no available provider serves the call. The message says why for each.
     """
     shapes.check(query, key, value, enable_gqa, layout)
-    found = tensor_kinds.of(query, key, value, attn_mask, nested=False)
+    found = tensor_kinds.of(query, key, value, attn_mask)
     if found is not None and found[1].way == Way.CAUSAL:
         attn_mask = tensor_kinds.causal(attn_mask, is_causal, query.device)
         is_causal = attn_mask is None

@@ -22,7 +22,6 @@ from .providers.catalog import SPECS, AttentionProvider
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .call_cache import CachedCall
     from .context_parallel.mesh import ContextParallelMesh
 
 AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, ...) that it may choose")}
@@ -31,13 +30,9 @@ AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, .
 class ProviderChoice:
     """A provider with its options. There is one object per value, so that comparing and hashing are cheap."""
 
-    __slots__ = ("cached", "cached_masked", "options", "provider")
+    __slots__ = ("options", "provider")
     provider: str
     options: tuple[tuple[str, object], ...]
-    cached: tuple[CachedCall, ...]
-    """The latest kinds of calls without a mask that this choice served; see `call_cache.py`."""
-    cached_masked: tuple[CachedCall, ...]
-    """The latest kinds of calls with a mask."""
 
     @staticmethod
     def of(provider: str | AttentionProvider, **options: object) -> ProviderChoice:
@@ -95,7 +90,6 @@ class ProviderChoice:
 def _intern_choice(provider: str, options: tuple[tuple[str, object], ...]) -> ProviderChoice:
     choice = ProviderChoice.__new__(ProviderChoice)
     choice.provider, choice.options = provider, options
-    choice.cached = choice.cached_masked = ()
     return choice
 
 

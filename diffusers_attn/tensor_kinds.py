@@ -2,8 +2,8 @@
 
 Kernels read memory, and decisions read shapes. Some tensors have neither in the usual sense: nested and sparse tensors,
 subclasses that represent other data, and tensors inside a `torch.func` transform. This file has the table of how each
-kind is served. It is the only file that asks PyTorch (partly through private names) for the kind of a tensor. The
-fast path of `call_cache.py` comes first and only accepts plain tensors.
+kind is served. It is the only file that asks PyTorch (partly through private names) for the kind of a tensor.
+Dispatch looks for plain tensors first, and asks here about all others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .errors import AttentionProviderError
 class Way:
     """How a kind of tensors is served. Plain strings, which compilers treat as constants."""
 
-    ANY = "like plain tensors, without caching"
+    ANY = "like plain tensors, with a decision for each call"
     DERIVED = "by providers made of PyTorch's operators, which have every derivative"
     TORCH = "by PyTorch's own function, unchanged"
     STRIPPED = "as the plain tensors that they hold"
@@ -67,26 +67,17 @@ _BY_CLASS = {
 }
 
 
-def of(query: Any, key: Any, value: Any, mask: Any, nested: bool) -> tuple[str, Kind] | None:
-    """The name of the first argument that is not a plain tensor, with its kind; None if all are plain.
+def no_transform() -> bool:
+    """Whether the call is outside torch.func transforms and forward-mode differentiation."""
+    return forward_ad._current_level < 0 and peek_interpreter_stack() is None
 
-    Args:
-        nested: whether one of type `torch.Tensor` is nested, which the caller has already checked.
+
+def of(query: Any, key: Any, value: Any, mask: Any) -> tuple[str, Kind] | None:
+    """The name of the first argument that is not a plain tensor, with its kind; None if all are plain.
 
     Raises:
         AttentionProviderError: query, key or value is no tensor.
     """
-    if (
-        type(query) is Tensor
-        and type(key) is Tensor
-        and type(value) is Tensor
-        and (mask is None or (type(mask) is Tensor and mask.layout is torch.strided))
-        and query.layout is key.layout is value.layout is torch.strided
-        and not nested
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    ):
-        return None
     found = None
     for argument, tensor in {"query": query, "key": key, "value": value, "attn_mask": mask}.items():
         if isinstance(tensor, Tensor):
@@ -107,7 +98,7 @@ _FIRST = (Way.REFUSED, Way.CAUSAL, Way.STRIPPED, Way.TORCH, Way.DERIVED, Way.ANY
 
 
 def check_quantised(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises AttentionProviderError if one is quantised. (`of` skips this check: no cached call is quantised.)"""
+    """Raises AttentionProviderError if one is quantised."""
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.is_quantized:
             raise refused(argument, QUANTISED, NOBODY)

@@ -15,7 +15,7 @@ ROOT = Path(diffusers_attn.__file__).parent
 LAYERS = (
     ("errors", "parent_process", "atomic_files"),
     ("masks", "nested", "recompute", "shapes", "tensor_kinds", "tracing", "cp_plans"),
-    ("providers", "call_cache"),
+    ("providers",),
     ("context_parallel.config", "context_parallel.job", "context_parallel.compile"),
     ("context_parallel.comm",),
     ("context_parallel.mesh",),
