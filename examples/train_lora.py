@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a LoRA for Flux, Wan, CogVideoX or CogView4, on one device or on several that share each sequence.
+"""Train a LoRA for Flux, Wan, CogVideoX or CogView4, on one device or with each sequence shared by several.
 
     python examples/train_lora.py --model black-forest-labs/FLUX.1-dev --data photos/ --mixed_precision bf16
     accelerate launch --num_processes 4 examples/train_lora.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
@@ -7,9 +7,9 @@
     accelerate launch --config_file examples/accelerate_configs/fsdp2_cp2.yaml examples/train_lora.py ...
     torchrun --nproc_per_node 2 examples/train_lora.py --cpu ...    # CPUs; or as in the README, with Accelerate
 
---data is a folder with captions: metadata.jsonl, .csv or .parquet (file_name, caption), or a .txt beside each file.
-What text encoders and VAE make of it is computed once. The run can be killed at any time and goes on with --resume
-latest, also on another number of processes. `make demo-train` shows it with a toy on a CPU.
+--data is a folder of images or videos with captions: metadata.jsonl, .csv or .parquet (columns file_name, caption), or
+a .txt file per image. Latents and text embeddings are computed once and cached. The run can be killed at any time and
+resumed with --resume latest, also on another number of processes. `make demo-train` runs it with a toy model on a CPU.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from __future__ import annotations
 import os
 import sys
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice about vision packages is of no use here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about vision packages
 
 import diffusers
 import transformers
 
 from diffusers_attn.training import TrainConfig, Trainer
-from diffusers_attn.training.commandline import log_in_words, report
+from diffusers_attn.training.commandline import log_warnings, report
 from diffusers_attn.training.errors import TrainingInterrupted
 
 
 def main() -> None:
-    log_in_words()
+    log_warnings()
     config = TrainConfig.from_arguments(description=__doc__.split("\n")[0])
-    if os.environ.get("RANK", "0") != "0":  # one process's bars are enough
+    if os.environ.get("RANK", "0") != "0":  # only rank 0 shows progress bars
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
     trainer = Trainer(config)
@@ -40,8 +40,8 @@ def main() -> None:
 
 
 def leave(code: int) -> None:
-    """Ends the process at once. Behind a failure the others may wait in an exchange, and behind success gloo's threads
-    may abort a process that tears down beside others."""
+    """Ends the process without destroying process groups. After a failure, other processes may be waiting in a
+    collective; after success, gloo's threads may abort a process that destroys its groups."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -57,7 +57,7 @@ if __name__ == "__main__":
         leave(interruption.exit_code)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("train_lora.py: interrupted before training began, or behind its end.", file=sys.stderr)
+            print("train_lora.py: interrupted before training began, or after its end.", file=sys.stderr)
         leave(130)
     except Exception as error:
         report(error, "train_lora.py")

@@ -1,11 +1,11 @@
-"""Training LoRA adapters, on one device or with each sequence shared by several.
+"""Training of LoRA adapters, on one device or with each sequence shared by several.
 
-Two things are for users: `TrainingParallel`, three lines that give a loop of one's own data parallelism times context
-parallelism under Accelerate; and `Trainer`, a whole loop, which `examples/train_lora.py` starts from a command line.
+The public classes are `TrainingParallel`, which adds data and context parallelism to your own loop under Accelerate;
+and `Trainer` with `TrainConfig`, a complete training loop, which `examples/train_lora.py` starts from a command line.
 
-Read in this order: `parallel` and `randomness` say which rank trains on what; `families` what differs from model to
-model, and `loss` what they have in common; `lora`, `optim` and `ema` what is trained, and how; `checkpoint` what is
-kept; `data` where examples come from; `trainer` puts them together, with settings from `config`.
+Modules: `parallel` (groups of processes) and `randomness`; `families` (one file per model family) and `loss`; `lora`,
+`optim` and `ema` (the trained weights); `data` (examples, cache, batches); `checkpoint`, `state` and `resuming`;
+`config` (settings); and `trainer`, which uses all of these.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["TrainConfig", "Trainer", "TrainingError", "TrainingParallel"]
 
-# Diffusers, Accelerate and PEFT are imported when they are needed.
+# Imported at first use, since they import diffusers, Accelerate and PEFT.
 _LAZY = {
     "TrainConfig": "config",
     "Trainer": "trainer",

@@ -1,4 +1,4 @@
-"""The card that says what an adapter is and how to use it, and the upload of both."""
+"""The adapter's model card, and the upload of adapter and card to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ def write_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
     """Writes README.md into the output folder.
 
     Args:
-        samples: files in or below that folder.
-        facts: about the run: names and values.
+        config: the settings.
+        family: the family with its pipeline.
+        samples: generated files in or below that folder.
+        facts: further rows of the card's table, by name.
+
+    Returns:
+        The card's path.
     """
     text = model_card(config, family, samples, facts)
     path = config.output / "README.md"
@@ -29,18 +34,18 @@ def write_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
 
 
 def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], facts: Mapping[str, Any]) -> str:
-    """The card's text, with the metadata that the Hub reads."""
+    """The card's text, with the YAML metadata that the Hub reads."""
     kind = "text-to-image" if family.kind == "image" else "text-to-video"
     files = [(each.prompt, each.path.relative_to(config.output).as_posix()) for each in samples]
     widget = "".join(
         f"- text: {json.dumps(prompt)}\n  output:\n    url: {json.dumps(file)}\n" for prompt, file in files
     )
     gallery = "\n".join(f"| {prompt} | {_shown(prompt, file)} |" for prompt, file in files)
-    told = {
+    table = {
         "data": Path(config.data).name, "adapter": f"{config.adapter}, rank {config.rank}", "steps": config.steps,
         "optimizer": config.optimizer, "seed": config.seed, **facts,
     }  # fmt: skip
-    rows = "\n".join(f"| {name} | {value} |" for name, value in told.items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     pipeline = type(family.pipeline).__name__
     if config.adapter in IN_DIFFUSERS_FORMAT:
         load = f'pipe.load_lora_weights("{config.hub_model_id or config.output.name}")'
@@ -75,13 +80,13 @@ pipe = {pipeline}.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 | | |
 | --- | --- |
 {rows}
-{f"{chr(10)}| prompt | drawn |{chr(10)}| --- | --- |{chr(10)}{gallery}{chr(10)}" if gallery else ""}"""
+{f"{chr(10)}| prompt | sample |{chr(10)}| --- | --- |{chr(10)}{gallery}{chr(10)}" if gallery else ""}"""
 
 
 def check_push(config: TrainConfig) -> None:
-    """Raises TrainingError where an upload would be refused: no token, a wrong one, or a name that the Hub has not.
+    """Raises TrainingError if an upload would be refused: no token, an invalid one, or an invalid repository name.
 
-    A Hub that does not answer now may answer when training is done, and is not asked twice.
+    A network failure is ignored, since the network may work at the end of the run.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -92,33 +97,36 @@ def check_push(config: TrainConfig) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise TrainingError(
-            f"--push_to_hub: {name!r} is no name of a repository. {error} Give --hub_model_id."
+            f"--push_to_hub: {name!r} is not a valid repository name. {error} Give --hub_model_id."
         ) from error
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise TrainingError("--push_to_hub with HF_HUB_OFFLINE=1: nothing could be uploaded. Leave one of them out.")
+        raise TrainingError("--push_to_hub with HF_HUB_OFFLINE=1: nothing can be uploaded. Leave one of them out.")
     if huggingface_hub.get_token() is None:
-        raise TrainingError("--push_to_hub without a token: log in, `hf auth login`, or set HF_TOKEN.")
+        raise TrainingError("--push_to_hub without a token: log in with `hf auth login`, or set HF_TOKEN.")
     try:
         huggingface_hub.HfApi().whoami()
     except HfHubHTTPError as error:
         if error.response.status_code == 401:
             raise TrainingError(
-                "--push_to_hub: the Hub refuses the token. Log in anew, `hf auth login`, or set another HF_TOKEN."
+                "--push_to_hub: the Hub refuses the token. Log in again with `hf auth login`, or set another HF_TOKEN."
             ) from error
-    except Exception:  # of the network
+    except Exception:  # network failures have many types
         return
 
 
 def _shown(prompt: str, file: str) -> str:
-    """A picture or video within a card."""
+    """Markdown or HTML that shows an image or video in a card."""
     return f'<video controls loop src="{file}"></video>' if file.endswith(".mp4") else f"![{prompt}]({file})"
 
 
 def push(config: TrainConfig) -> str:
-    """Uploads adapter, card and the last samples. Returns the address.
+    """Uploads the adapter, the card and the last samples to the Hub.
+
+    Returns:
+        URL of the repository.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: as the Hub says, for instance without a token (`hf auth login`).
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses the upload.
     """
     from huggingface_hub import HfApi
 

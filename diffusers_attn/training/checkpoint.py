@@ -74,7 +74,7 @@ class Checkpoints:
             return None
         if wanted == "latest":
             newest = self.newest()
-            return None if newest is None else self._whole(newest)
+            return None if newest is None else self._undamaged(newest)
         path = self.path(int(wanted)) if wanted.isdigit() else Path(wanted)
         if not path.is_dir() or not _NAME.fullmatch(path.name):
             there = ", ".join(map(str, self.steps())) or "none"
@@ -82,21 +82,21 @@ class Checkpoints:
                 f"resume={wanted!r}: there is no checkpoint at {path}. Accepted are 'latest', a step (in "
                 f"{self.folder}: {there}), or a checkpoint's folder."
             )
-        return self._whole(path)
+        return self._undamaged(path)
 
-    def _whole(self, path: Path) -> Path:
+    def _undamaged(self, path: Path) -> Path:
         """Returns `path` if none of the checkpoint's files is damaged, else raises TrainingError."""
         problem = damage(path)
         if problem is None:
             return path
-        beside = Checkpoints(path.parent, None)  # which may be those of another run
-        others = (beside.path(step) for step in reversed(beside.steps()) if beside.path(step) != path)
-        whole = next((each for each in others if damage(each) is None), None)
-        if whole is None:
-            advice = f"{path.parent} has no other checkpoint that is whole: start anew with another --output_dir."
+        folder = Checkpoints(path.parent, None)  # may be the folder of another run
+        others = (folder.path(step) for step in reversed(folder.steps()) if folder.path(step) != path)
+        newest = next((each for each in others if damage(each) is None), None)
+        if newest is None:
+            advice = f"{path.parent} has no other undamaged checkpoint: start anew with another --output_dir."
         else:
-            wanted = self.step_of(whole) if whole.parent == self.folder else whole
-            advice = f"Go on from the newest that is whole: --resume {wanted}."
+            wanted = self.step_of(newest) if newest.parent == self.folder else newest
+            advice = f"Resume from the newest undamaged one: --resume {wanted}."
         raise TrainingError(f"the checkpoint {path} is damaged: {problem}. {advice}")
 
     def save(self, step: int, write: Callable[[Path], None], size: int | None = None) -> Path:
@@ -114,7 +114,7 @@ class Checkpoints:
         """
         path, newest = self.path(step), self.newest()
         scratch = self.folder / f"{_UNFINISHED}{step:08d}"
-        left = "" if newest is None else f"The checkpoint before, {newest}, is whole."
+        left = "" if newest is None else f"The previous checkpoint, {newest}, is complete."
         with writing(f"the checkpoint of step {step}", path, size, left):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.tidy()

@@ -1,5 +1,4 @@
-"""What can be refused in seconds, before hours of encoding and training: with nothing but the settings, and with the
-model as soon as it is loaded."""
+"""Checks that take seconds, made before hours of encoding and training: of the settings, and with the loaded model."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ from .prepare import buckets_of
 
 
 def check_trackers(names: Sequence[str] | None) -> None:
-    """Raises TrainingError for a tracker that Accelerate does not have, or whose package is missing. (Accelerate itself
-    leaves out the latter, silently.)"""
+    """Raises TrainingError for an unknown tracker, or one whose package is not installed (which Accelerate ignores)."""
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -45,16 +43,15 @@ def check_trackers(names: Sequence[str] | None) -> None:
 
 
 def _is_registered(tracker: type) -> bool:
-    """By a user, and not one of Accelerate's own."""
+    """Whether a tracker class was registered by a user, rather than being one of Accelerate's."""
     return not tracker.__module__.startswith("accelerate.")
 
 
 def check_optimizing(config: TrainConfig, device: torch.device) -> None:
-    """Takes one step with the optimizer, and looks at the learning rate over the run, on a parameter that counts for
-    nothing.
+    """Tries one optimizer step on a small parameter, and evaluates the learning-rate schedule at a few steps.
 
     Raises:
-        TrainingError: they do not take these settings, or do not work on this device.
+        TrainingError: the optimizer or the schedule does not accept the settings, or does not work on this device.
     """
     parameter = nn.Parameter(torch.zeros(64, 64, device=device))
     try:
@@ -79,14 +76,13 @@ def check_optimizing(config: TrainConfig, device: torch.device) -> None:
                 rate(step)
     except (ValueError, ArithmeticError) as error:
         raise TrainingError(
-            f"{option('lr_schedule', config.lr_schedule)} does not go with a learning rate of {config.rate:g}, "
+            f"{option('lr_schedule', config.lr_schedule)} does not work with a learning rate of {config.rate:g}, "
             f"{option('lr_warmup_steps', config.warmup_steps)} and {option('steps', config.steps)}: {error}"
         ) from error
 
 
 def check_folders(config: TrainConfig) -> None:
-    """Raises TrainingError where the output folder or that of the cache cannot be written. To be called on one
-    process."""
+    """Raises TrainingError if the output folder or the cache folder cannot be written. Call it on one process."""
     for name, folder in (("output_dir", config.output), ("cache_dir", config.cache)):
         if name == "output_dir" or config.cache_dir:
             _check_writable(name, folder)
@@ -100,13 +96,13 @@ def _check_writable(name: str, folder: Path) -> None:
             file.flush()
     except OSError as error:
         raise TrainingError(
-            f"{option(name, str(folder))} cannot be written: {error.strerror or error}. Give another folder, or "
-            "make room and rights for this one."
+            f"{option(name, str(folder))} cannot be written: {error.strerror or error}. Give another folder, or check "
+            "this one's permissions and free space."
         ) from error
 
 
 def check_settings(config: TrainConfig) -> None:
-    """What only one process needs to find out: whether files can be written and uploaded."""
+    """Checks on one process that files can be written and uploaded. Raises TrainingError."""
     if config.push_to_hub:
         check_push(config)
     check_folders(config)
@@ -116,47 +112,51 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
-    """Compares settings with a model that was just loaded.
+    """Checks settings against the loaded model.
 
     Args:
+        config: the settings.
+        family: the family with its pipeline.
         adapter: from `adapter_config`.
 
     Raises:
-        TrainingError: targets that no layer has; an adapter that these layers cannot have; sizes or lengths that the
-            model or its pipeline does not take.
+        TrainingError: no layer matches the targets; the layers do not support the adapter; or the model or its
+            pipeline does not accept a size or length.
     """
     config.check_effect(timestep_sampling=config.timestep_sampling or family.objective.sampling)
     if config.targets:
         check_targets(family.pipeline.transformer, config.targets)
     _check_adapter(config, family.pipeline.transformer, adapter)
     _check_buckets(config, family)
-    _check_drawing(config, family)
+    _check_samples(config, family)
 
 
 def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
-    """Raises TrainingError where one of `targets` is no layer's name, or end of one. (PEFT takes all if one is.)"""
+    """Raises TrainingError if one of `targets` matches no layer. (PEFT only raises if none of them does.)"""
     if is_expression(targets):
         try:
             re.compile(targets[0])
         except re.error as error:
-            raise TrainingError(f"{option('targets', targets)} is no regular expression: {error}.") from error
-        return  # PEFT says where it matches nothing
+            raise TrainingError(f"{option('targets', targets)} is not a regular expression: {error}.") from error
+        return  # PEFT raises if it matches nothing
     names = [name for name, _ in transformer.named_modules() if name]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             ends = linear_layers(transformer)
             near = difflib.get_close_matches(target, ends, 1)
             raise TrainingError(
-                f"{option('targets', targets)}: no layer's name is {target!r} or ends in it. "
+                f"{option('targets', targets)}: no layer has the name {target!r} or a name that ends in it. "
                 + (f"Did you mean {near[0]!r}? " if near else "")
-                + f"Its linear layers end in {', '.join(ends)}. (A regular expression stands alone, for whole "
-                "names.)"
+                + f"Its linear layers end in {', '.join(ends)}. (A regular expression must be the only value, and "
+                "match entire names.)"
             )
 
 
 def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) -> None:
-    """Puts the adapter on a copy without weights. Some initialisations need weights; what they need of layers is looked
-    up."""
+    """Adds the adapter to a copy of the model without weights.
+
+    Initialisations that need weights are not run; the shapes that they need are compared instead.
+    """
     adapter = copy.deepcopy(adapter)
     if hasattr(adapter, "init_lora_weights"):
         adapter.init_lora_weights = True
@@ -171,14 +171,14 @@ def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) ->
         least = min(shape) if len(shape) == 2 else 0
         if (config.adapter_init == "olora" and config.rank > least) or not least:
             raise TrainingError(
-                f"{option('adapter_init', config.adapter_init)} with {option('rank', config.rank)}: {name} has weights "
-                f"of shape {list(shape)}, and it needs matrices with at least as many rows and columns as the rank. "
-                "Give another --adapter_init, a smaller --rank or other --targets."
+                f"{option('adapter_init', config.adapter_init)} with {option('rank', config.rank)} needs matrices with "
+                f"at least as many rows and columns as the rank, but {name} has weights of shape {list(shape)}. Give "
+                "another --adapter_init, a smaller --rank or other --targets."
             )
 
 
 def without_weights(module: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and nothing else, made in a moment."""
+    """A copy of a module with tensors on the meta device, which takes no memory."""
     memo: dict[int, Any] = {
         id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=each.requires_grad)
         for each in module.parameters()
@@ -191,7 +191,9 @@ def _check_buckets(config: TrainConfig, family: Family) -> None:
     least = family.size_multiple
     for side in config.resolution:
         if side < least:
-            raise TrainingError(f"{option('resolution', config.resolution)}: this model takes from {least} pixels.")
+            raise TrainingError(
+                f"{option('resolution', config.resolution)}: this model needs a side of at least {least} pixels."
+            )
     for number in config.num_frames or []:
         _check_frames("num_frames", number, family)
     buckets_of(config, family)
@@ -199,15 +201,15 @@ def _check_buckets(config: TrainConfig, family: Family) -> None:
 
 def _check_frames(name: str, number: int, family: Family) -> None:
     if family.kind == "image" and number != 1:
-        raise TrainingError(f"{option(name, number)}: {type(family.pipeline).__name__} draws pictures. Leave it out.")
+        raise TrainingError(f"{option(name, number)}: {type(family.pipeline).__name__} generates images. Leave it out.")
     try:
         check_frames(number, family.frame_rule)
     except TrainingDataError as error:
         raise TrainingError(f"{option(name, number)}: {error}") from error
 
 
-def _check_drawing(config: TrainConfig, family: Family) -> None:
-    """The size of validation pictures: by the family's rules, and as the pipeline checks it when it is called."""
+def _check_samples(config: TrainConfig, family: Family) -> None:
+    """Checks the size of validation samples by the family's rules, and with the pipeline's own `check_inputs`."""
     if config.validation_frames is not None:
         _check_frames("validation_frames", config.validation_frames, family)
     size = {}
@@ -217,8 +219,8 @@ def _check_drawing(config: TrainConfig, family: Family) -> None:
         if height % multiple or width % multiple:
             near = " ".join(str(max(1, round(each / multiple)) * multiple) for each in (height, width))
             raise TrainingError(
-                f"{option('validation_size', config.validation_size)}: height and width are multiples of {multiple} "
-                f"for this model, such as {near}."
+                f"{option('validation_size', config.validation_size)}: height and width must be multiples of "
+                f"{multiple} for this model, such as {near}."
             )
         size = {"height": height, "width": width}
     check = getattr(family.pipeline, "check_inputs", None)
@@ -234,5 +236,5 @@ def _check_drawing(config: TrainConfig, family: Family) -> None:
         settings = [option("validation_size", config.validation_size)] if size else []
         settings.append(option("max_sequence_length", family.max_sequence_length))
         raise TrainingError(
-            f"{' or '.join(settings)} is not taken by {type(family.pipeline).__name__}: {error}"
+            f"{' or '.join(settings)} is not accepted by {type(family.pipeline).__name__}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""What goes wrong, told to those who started training from a command line: in its words, and once for all processes."""
+"""Errors and warnings for users of the command line: settings appear as options, and one process prints a message."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .data.errors import TrainingDataError
 from .data.ranks import OtherRankError
 from .errors import TrainingError
 from .flag_names import option
-from .once import say_once
+from .once import print_once
 
 EXPECTED = (TrainingError, TrainingDataError, AttentionProviderError, WritingError, MissingDecoderError)
-"""errors whose message says all; a traceback would only hide it."""
+"""Errors with a message for users, which are printed without a traceback."""
 
 OTHER_NAMES = {
     "frames": "num_frames",
@@ -29,14 +29,16 @@ OTHER_NAMES = {
     "micro_batch_size": "batch_size",
     "provider": "attn_provider",
 }
-"""what functions of the library call a setting that has another name on the command line."""
+"""Arguments of the library's functions whose setting has another name on the command line."""
 
 _VALUE = r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|\[[^\]]*\]|\([^)]*\)|\.\.\.|-?\d[\w.+-]*\w|-?\d|True|False|None"
 
 
-def in_words(message: str) -> str:
-    """A message of the library in the words of the command line: `on_bad_data='skip'` becomes "--on_bad_data skip", and
-    the name of a setting alone, in backticks or with an underscore in it, "--max_upscale"."""
+def with_options(message: str) -> str:
+    """Replaces settings in a message by their options: `on_bad_data='skip'` becomes "--on_bad_data skip".
+
+    A name without a value, such as max_upscale, becomes "--max_upscale" if it is in backticks or has an underscore.
+    """
     with_value, alone = _patterns()
     message = with_value.sub(lambda found: _given(found[1], found[2]), message)
     return alone.sub(lambda found: f"--{_setting(found[1] or found[2])}", message)
@@ -48,7 +50,7 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
 
     names = {field.name for field in dataclasses.fields(TrainConfig)} | set(OTHER_NAMES)
     every, long = "|".join(sorted(names)), "|".join(sorted(each for each in names if "_" in each))
-    before = r"(?<![\w.\-/`'\"])"  # no part of a path, of another word, of an option or of what someone wrote
+    before = r"(?<![\w.\-/`'\"])"  # excludes parts of paths, words and options, and quoted text
     return (
         re.compile(rf"{before}`?({every})=({_VALUE})`?"),
         re.compile(rf"`({every})`|{before}({long})(?![\w/=`'\"]|\.\w)"),
@@ -68,38 +70,39 @@ def _given(name: str, value: str) -> str:
         return f"--{_setting(name)} {value}"
 
 
-class _Words(logging.Formatter):
+class _OptionsFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return in_words(super().format(record))
+        return with_options(super().format(record))
 
 
-def log_in_words() -> None:
-    """Shows warnings of this process, in the words of the command line and apart from a bar."""
-    handler = _BesideBars()
-    handler.setFormatter(_Words("%(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-
-
-class _BesideBars(logging.StreamHandler):
+class _AboveBars(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        with tqdm.external_write_mode(file=sys.stderr):  # takes bars away, and draws them again
+        with tqdm.external_write_mode(file=sys.stderr):  # clears progress bars and draws them again
             super().emit(record)
 
 
-def report(error: BaseException, program: str) -> None:
-    """Prints what ended a run.
+def log_warnings() -> None:
+    """Prints this process's warnings above progress bars, with settings as options."""
+    handler = _AboveBars()
+    handler.setFormatter(_OptionsFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
-    What all processes found is printed by the first of them, and what one of them found by that one; the others, which
-    only know that another process failed, say nothing.
+
+def report(error: BaseException, program: str) -> None:
+    """Prints the error that ended a run.
+
+    An error of all processes is printed once. An error of one process is printed by that process; the others, which
+    raise `OtherRankError`, print nothing.
 
     Args:
-        program: its name, before the message.
+        error: the exception.
+        program: name of the program, printed before the message.
     """
     if isinstance(error, OtherRankError):
         return
     if isinstance(error, EXPECTED):
-        say_once(f"{program}: {in_words(str(error))}")
+        print_once(f"{program}: {with_options(str(error))}")
     else:
-        say_once("".join(traceback.format_exception(error)).rstrip(), about=f"{type(error).__name__}: {error}")
+        print_once("".join(traceback.format_exception(error)).rstrip(), key=f"{type(error).__name__}: {error}")

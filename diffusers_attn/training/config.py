@@ -1,51 +1,27 @@
-"""The settings of a training run, defined once: a dataclass, its command line, and checks that need no model."""
+"""The settings of a training run with their help texts, and the checks that need no model."""
 
-# ruff: noqa: RUF009 (`_setting` returns a dataclass field)
+# ruff: noqa: RUF009 (`setting` returns a dataclass field)
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from .arguments import make_parser
 from .bounds import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
 from .errors import TrainingError
 from .flag_names import option
 from .lora import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 from .loss import SAMPLINGS
-from .once import say_once
 from .optim import OPTIMIZERS, SCHEDULES, WITHOUT_WARMUP
+from .settings import check_value, default_of, metadata_of, setting
 
 WARMUP_STEPS = 50
 """Default of `lr_warmup_steps`; a run of fewer than ten times as many steps warms up for a tenth of its steps."""
-
-
-def _setting(
-    default: Any,
-    help: str,
-    choices: Sequence[str] | None = None,
-    bounds: Bounds | None = None,
-    length: int | None = None,
-    needs: tuple[str, ...] = (),
-) -> Any:
-    """A field of `TrainConfig`.
-
-    Args:
-        help: the line of --help, without the default unless the default is None.
-        bounds: accepted values of the number, or of each number of a list. Every numeric setting has them.
-        length: how many numbers a list has, where that is fixed.
-        needs: the name of another setting without which this one has no effect, then its values that give it one. No
-            values: any that is not None, 0 or False.
-    """
-    metadata = {"help": help, "choices": choices, "bounds": bounds, "length": length, "needs": needs}
-    if isinstance(default, (list, tuple)):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
 
 GROUPS = {
     "model": "model, data and output",
@@ -72,266 +48,264 @@ class TrainConfig:
             another one; the message names the settings.
     """
 
-    model: str = _setting(
+    model: str = setting(
         "", "Pipeline to train: a folder or a name on the Hugging Face Hub (Flux, Wan, CogVideoX or CogView4)"
     )
-    data: str = _setting("", "Training data: a folder of images or videos with captions, or a Hugging Face dataset")
-    output_dir: str = _setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")
-    overwrite: bool = _setting(False, "Replace the files of an earlier run in output_dir")
-    revision: str | None = _setting(None, "Branch, tag or commit of the model on the Hub (default: main)")
+    data: str = setting("", "Training data: a folder of images or videos with captions, or a Hugging Face dataset")
+    output_dir: str = setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")
+    overwrite: bool = setting(False, "Replace the files of an earlier run in output_dir")
+    revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub (default: main)")
 
-    cp_degree: int | None = _setting(
+    cp_degree: int | None = setting(
         None,
         "Number of processes that share each sequence, the context-parallel degree (default: from Accelerate's "
         "configuration, else 1)",
         bounds=COUNT,
     )
-    ulysses_degree: int | None = _setting(
+    ulysses_degree: int | None = setting(
         None,
         "Number of those processes that exchange attention heads, as in Ulysses (default: automatic)",
         bounds=COUNT,
     )
-    ring_degree: int | None = _setting(
+    ring_degree: int | None = setting(
         None,
         "Number of those processes that exchange keys and values, as in ring attention (default: automatic)",
         bounds=COUNT,
     )
-    rotate_method: str | None = _setting(
+    rotate_method: str | None = setting(
         None,
         "How the ring's processes exchange keys and values: allgather collects them at once, alltoall passes them on "
         "from rank to rank (default: automatic)",
         ("allgather", "alltoall"),
     )
-    attn_provider: str | None = _setting(
+    attn_provider: str | None = setting(
         None, "Attention kernel by name, such as flash_4 or _native_cudnn (default: automatic)"
     )
-    cpu: bool = _setting(False, "Train on CPUs even if GPUs are available")
-    timeout: float | None = _setting(
+    cpu: bool = setting(False, "Train on CPUs even if GPUs are available")
+    timeout: float | None = setting(
         None,
         "Seconds to wait for a process that does not respond (default: 3600, or the running process group's own)",
         bounds=POSITIVE,
     )
-    mixed_precision: str | None = _setting(
+    mixed_precision: str | None = setting(
         None,
         "bf16 keeps the base model in bfloat16 and the adapter in float32; no keeps both in float32 (default: from "
         "accelerate launch, else no)",
         ("no", "bf16"),
     )
-    compile: bool = _setting(False, "Compile the transformer's blocks with torch.compile")
-    gradient_checkpointing: bool = _setting(True, "Recompute activations in the backward pass to save memory")
-    find_unused_parameters: bool = _setting(
+    compile: bool = setting(False, "Compile the transformer's blocks with torch.compile")
+    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass to save memory")
+    find_unused_parameters: bool = setting(
         False, "DDP's find_unused_parameters, needed if some --targets do not contribute to the loss"
     )
 
-    resolution: list[int] = _setting(
+    resolution: list[int] = setting(
         [512],
         "Side in pixels of a square with the same area as each bucket; several values make several sets of buckets",
         bounds=Bounds(1, 2**14),
     )
-    aspects: list[float] | None = _setting(
+    aspects: list[float] | None = setting(
         None,
         "Aspect ratios of the buckets, width / height (default: 11 common ratios from 1:2 to 2:1)",
         bounds=Bounds(1 / 32, 32),
     )
-    num_frames: list[int] | None = _setting(
+    num_frames: list[int] | None = setting(
         None,
         "Number of frames per bucket; several values make several sets of buckets (default: 1 for images; for videos "
         "49, or the nearest number below that the model accepts)",
         bounds=COUNT,
     )
-    fps: float | None = _setting(
+    fps: float | None = setting(
         None, "Frames per second to which videos are resampled (default: each video's own rate)", bounds=POSITIVE
     )
-    frame_pick: str = _setting(
+    frame_pick: str = setting(
         "consecutive",
         "Frames taken from a video: consecutive ones, or ones spread over its whole length",
         ("consecutive", "spread"),
     )
-    max_upscale: float = _setting(
+    max_upscale: float = setting(
         1.25, "Largest factor by which an example may be enlarged to fill its bucket", bounds=POSITIVE
     )
-    crop: str = _setting("centre", "Part of an example that is kept if it exceeds its bucket", ("centre", "random"))
-    repeats: int = _setting(1, "Number of times each example is used per epoch", bounds=COUNT)
-    incomplete_batches: str = _setting(
+    crop: str = setting("centre", "Part of an example that is kept if it exceeds its bucket", ("centre", "random"))
+    repeats: int = setting(1, "Number of times each example is used per epoch", bounds=COUNT)
+    incomplete_batches: str = setting(
         "fill", "Fill a bucket's last, incomplete batch with repeated examples, or drop it", ("fill", "drop")
     )
-    caption_column: str | None = _setting(
+    caption_column: str | None = setting(
         None, "Column of the metadata or dataset that holds the captions (default: caption, text or prompt)"
     )
-    caption_dropout: float = _setting(
+    caption_dropout: float = setting(
         0.1,
         "Probability with which a caption is replaced by the empty one, for classifier-free guidance",
         bounds=PROBABILITY,
     )
-    max_sequence_length: int | None = _setting(
+    max_sequence_length: int | None = setting(
         None, "Maximum number of text tokens per caption (default: the pipeline's)", bounds=COUNT
     )
-    on_bad_data: str = _setting(
+    on_bad_data: str = setting(
         "refuse", "Stop before training if an example cannot be read, or skip it with a warning", ("refuse", "skip")
     )
-    cache_dir: str | None = _setting(
+    cache_dir: str | None = setting(
         None, "Folder for cached latents and text embeddings (default: the folder cache in output_dir)"
     )
-    cache_batch_size: int = _setting(
+    cache_batch_size: int = setting(
         1, "Number of examples that the VAE and the text encoders encode at once", bounds=COUNT
     )
 
-    adapter: str = _setting("lora", "Type of adapter to train", KINDS)
-    rank: int = _setting(16, "Rank of the adapter", bounds=COUNT)
-    alpha: float | None = _setting(
+    adapter: str = setting("lora", "Type of adapter to train", KINDS)
+    rank: int = setting(16, "Rank of the adapter", bounds=COUNT)
+    alpha: float | None = setting(
         None, "Numerator of the adapter's scale, which is alpha / rank (default: the rank)", bounds=POSITIVE
     )
-    targets: list[str] | None = _setting(
+    targets: list[str] | None = setting(
         None,
         "Names, or ends of names, of the layers that get an adapter, or one regular expression (default: the "
         "attention's projections)",
     )
-    adapter_init: str = _setting(
+    adapter_init: str = setting(
         "default",
         "Initialization of the adapter's weights; an olora adapter is saved with twice the rank",
         INITIALISATIONS,
     )
-    adapter_dropout: float = _setting(0.0, "Dropout probability of the adapter's input", bounds=BELOW_ONE)
+    adapter_dropout: float = setting(0.0, "Dropout probability of the adapter's input", bounds=BELOW_ONE)
 
-    steps: int = _setting(1000, "Number of optimizer steps of the whole run", bounds=COUNT)
-    batch_size: int = _setting(
+    steps: int = setting(1000, "Number of optimizer steps of the whole run", bounds=COUNT)
+    batch_size: int = setting(
         1,
         "Number of examples per forward pass on each process, or on each group of processes that share sequences",
         bounds=COUNT,
     )
-    gradient_accumulation_steps: int = _setting(1, "Number of forward passes per optimizer step", bounds=COUNT)
-    optimizer: str = _setting("adamw", "Optimizer", tuple(OPTIMIZERS))
-    learning_rate: float | None = _setting(
+    gradient_accumulation_steps: int = setting(1, "Number of forward passes per optimizer step", bounds=COUNT)
+    optimizer: str = setting("adamw", "Optimizer", tuple(OPTIMIZERS))
+    learning_rate: float | None = setting(
         None, "Peak learning rate (default: 1e-4; 1.0 for prodigy)", bounds=Bounds(0, 100, low_is_in=False)
     )
-    adam_betas: list[float] = _setting(
+    adam_betas: list[float] = setting(
         [0.9, 0.999], "Optimizer's two decay rates of the moment estimates", bounds=BELOW_ONE, length=2
     )
-    weight_decay: float = _setting(0.01, "Optimizer's decoupled weight decay", bounds=NOT_NEGATIVE)
-    adam_eps: float = _setting(
+    weight_decay: float = setting(0.01, "Optimizer's decoupled weight decay", bounds=NOT_NEGATIVE)
+    adam_eps: float = setting(
         1e-8, "Number that the optimizer adds to its denominator", bounds=Bounds(0, 1, low_is_in=False)
     )
-    lr_schedule: str = _setting("constant_with_warmup", "Learning-rate schedule", SCHEDULES)
-    lr_warmup_steps: int | None = _setting(
+    lr_schedule: str = setting("constant_with_warmup", "Learning-rate schedule", SCHEDULES)
+    lr_warmup_steps: int | None = setting(
         None,
         "Number of optimizer steps in which the learning rate rises to its peak "
         f"(default: {WARMUP_STEPS}, or a tenth of --steps if that is fewer)",
         bounds=NOT_NEGATIVE,
     )
-    max_grad_norm: float = _setting(
+    max_grad_norm: float = setting(
         1.0, "Norm to which gradients are clipped; 0 turns clipping off", bounds=NOT_NEGATIVE
     )
-    ema_decay: float | None = _setting(
+    ema_decay: float | None = setting(
         None,
         "Decay per step of an exponential moving average of the adapter, such as 0.999, which is saved in its place "
         "(default: no average)",
         bounds=Bounds(0, 1, low_is_in=False, high_is_in=False),
     )
-    seed: int = _setting(0, "Seed of all random numbers", bounds=Bounds(0, 2**63 - 1))
+    seed: int = setting(0, "Seed of all random numbers", bounds=Bounds(0, 2**63 - 1))
 
-    timestep_sampling: str | None = _setting(
+    timestep_sampling: str | None = setting(
         None,
         "Distribution of the noise levels (default: logit_normal; uniform for models that predict v)",
         SAMPLINGS,
     )
-    logit_mean: float = _setting(
+    logit_mean: float = setting(
         0.0,
         "Mean of the normal distribution of logit_normal, in logits",
         bounds=Bounds(-10, 10),
         needs=("timestep_sampling", "logit_normal"),
     )
-    logit_std: float = _setting(
+    logit_std: float = setting(
         1.0,
         "Standard deviation of the normal distribution of logit_normal, in logits",
         bounds=Bounds(0, 10, low_is_in=False),
         needs=("timestep_sampling", "logit_normal"),
     )
-    mode_scale: float = _setting(
+    mode_scale: float = setting(
         1.29,
         "Scale of the mode distribution; 0 is uniform, more prefers the middle noise levels",
         bounds=Bounds(-1, 1.75),
         needs=("timestep_sampling", "mode"),
     )
-    shift: float | None = _setting(
+    shift: float | None = setting(
         None,
         "Timestep shift; above 1 moves noise levels towards pure noise (default: that of the pipeline's scheduler)",
         bounds=POSITIVE,
     )
-    guidance: float | None = _setting(
+    guidance: float | None = setting(
         None, "Guidance scale that a guidance-distilled model gets as its input (default: 1)", bounds=NOT_NEGATIVE
     )
 
-    checkpoint_every: int = _setting(
+    checkpoint_every: int = setting(
         250, "Number of steps between checkpoints; 0 saves one at the end only", bounds=NOT_NEGATIVE
     )
-    checkpoints_kept: int = _setting(2, "Number of newest checkpoints to keep; 0 keeps all", bounds=NOT_NEGATIVE)
-    resume: str | None = _setting(
+    checkpoints_kept: int = setting(2, "Number of newest checkpoints to keep; 0 keeps all", bounds=NOT_NEGATIVE)
+    resume: str | None = setting(
         None, "Checkpoint to resume from: latest, the number of its step, or its folder (default: start a new run)"
     )
 
-    log_every: int = _setting(1, "Number of steps between log entries", bounds=COUNT)
-    metrics: bool = _setting(True, "Write log entries to metrics.jsonl in output_dir, one JSON object per line")
-    trackers: list[str] | None = _setting(
+    log_every: int = setting(1, "Number of steps between log entries", bounds=COUNT)
+    metrics: bool = setting(True, "Write log entries to metrics.jsonl in output_dir, one JSON object per line")
+    trackers: list[str] | None = setting(
         None, "Accelerate's experiment trackers to log to, such as tensorboard or wandb (default: none)"
     )
-    tracker_project: str = _setting("diffusers_attn", "Project name at the trackers", needs=("trackers",))
-    validation_prompts: list[str] | None = _setting(
+    tracker_project: str = setting("diffusers_attn", "Project name at the trackers", needs=("trackers",))
+    validation_prompts: list[str] | None = setting(
         None, "Prompts from which samples are generated during training and for the model card (default: none)"
     )
-    validation_every: int = _setting(
+    validation_every: int = setting(
         250,
         "Number of steps between samples; 0 generates them at the end only",
         bounds=NOT_NEGATIVE,
         needs=("validation_prompts",),
     )
-    validation_steps: int = _setting(
+    validation_steps: int = setting(
         28, "Number of denoising steps per sample", bounds=Bounds(1, 1000), needs=("validation_prompts",)
     )
-    validation_guidance: float | None = _setting(
+    validation_guidance: float | None = setting(
         None,
         "Guidance scale of the samples (default: the pipeline's)",
         bounds=NOT_NEGATIVE,
         needs=("validation_prompts",),
     )
-    validation_size: list[int] | None = _setting(
+    validation_size: list[int] | None = setting(
         None,
         "Height and width of the samples in pixels (default: those of the first example's bucket)",
         bounds=COUNT,
         length=2,
         needs=("validation_prompts",),
     )
-    validation_frames: int | None = _setting(
+    validation_frames: int | None = setting(
         None,
         "Number of frames of video samples (default: that of the first example's bucket)",
         bounds=COUNT,
         needs=("validation_prompts",),
     )
-    evaluation_every: int = _setting(
+    evaluation_every: int = setting(
         0, "Number of steps between evaluations of the loss at fixed noise levels; 0 is never", bounds=NOT_NEGATIVE
     )
-    evaluation_data: str | None = _setting(
+    evaluation_data: str | None = setting(
         None,
         "Data for evaluations, in the form of --data (default: the first examples of --data)",
         needs=("evaluation_every",),
     )
-    evaluation_examples: int = _setting(
+    evaluation_examples: int = setting(
         4, "Number of examples per evaluation", bounds=COUNT, needs=("evaluation_every",)
     )
 
-    push_to_hub: bool = _setting(False, "Upload the adapter and its model card to the Hugging Face Hub at the end")
-    hub_model_id: str | None = _setting(
+    push_to_hub: bool = setting(False, "Upload the adapter and its model card to the Hugging Face Hub at the end")
+    hub_model_id: str | None = setting(
         None, "Name of the repository on the Hub (default: the name of output_dir)", needs=("push_to_hub",)
     )
 
     def __post_init__(self) -> None:
         for name in REQUIRED:
             if not getattr(self, name):
-                raise TrainingError(f"--{name} is missing. {_fields()[name].metadata['help']}.")
+                raise TrainingError(f"--{name} is missing. {metadata_of(_fields()[name]).help}.")
         hints = typing.get_type_hints(TrainConfig)
         for name, field in _fields().items():
-            self._check_choice(name, field.metadata["choices"])
-            if field.metadata["bounds"] is not None:
-                self._check_numbers(name, hints[name], field)
+            check_value(name, getattr(self, name), hints[name], metadata_of(field))
         if self.lr_warmup_steps is not None and self.lr_warmup_steps > self.steps:
             raise TrainingError(
                 f"{option('lr_warmup_steps', self.lr_warmup_steps)} with {option('steps', self.steps)}: the learning "
@@ -365,10 +339,10 @@ class TrainConfig:
             resolved: values of settings that are None until the model is loaded, such as `timestep_sampling`.
         """
         for name, field in _fields().items():
-            value = getattr(self, name)
-            if not field.metadata["needs"] or value == _default(field):
+            value, needs = getattr(self, name), metadata_of(field).needs
+            if not needs or value == default_of(field):
                 continue
-            other, *values = field.metadata["needs"]
+            other, *values = needs
             found = resolved.get(other) or getattr(self, other)
             if values and found is None:  # depends on the model
                 continue
@@ -378,25 +352,6 @@ class TrainConfig:
                 raise TrainingError(
                     f"{option(name, value)} has no effect {with_other}. Leave it out, or give {needed}."
                 )
-
-    def _check_choice(self, name: str, choices: Sequence[str] | None) -> None:
-        value = getattr(self, name)
-        if choices is not None and value is not None and value not in choices:
-            raise TrainingError(f"{option(name, value)}: accepted are {', '.join(choices)}.")
-
-    def _check_numbers(self, name: str, hint: Any, field: dataclasses.Field[Any]) -> None:
-        """Checks a value against the type, the bounds and the length of its setting."""
-        value, bounds, length = getattr(self, name), field.metadata["bounds"], field.metadata["length"]
-        if value is None and type(None) in typing.get_args(hint):
-            return
-        several, whole = _several(hint), _number(hint) is int
-        kind = "whole numbers" if whole else "numbers"
-        if several and (not isinstance(value, (list, tuple)) or len(value) != (length or len(value) or 1)):
-            count = f"{length} {kind}" if length else f"one or more {kind}"
-            raise TrainingError(f"{option(name, value)}: {count} are accepted. {field.metadata['help']}.")
-        for each in value if several else [value]:
-            if each not in bounds or (whole and not isinstance(each, int)):
-                raise TrainingError(f"{option(name, value)}: {kind} {bounds} are accepted.")
 
     @property
     def rate(self) -> float:
@@ -427,14 +382,7 @@ class TrainConfig:
     @staticmethod
     def parser(**settings: Any) -> argparse.ArgumentParser:
         """A command line with an argument for every setting. `settings` go to `argparse.ArgumentParser`."""
-        parser = _Parser(formatter_class=_Help, allow_abbrev=False, **settings)
-        group: Any = parser
-        hints = typing.get_type_hints(TrainConfig)
-        for name, field in _fields().items():
-            if name in GROUPS:
-                group = parser.add_argument_group(GROUPS[name])
-            _add(group, name, hints[name], field)
-        return parser
+        return make_parser(TrainConfig, GROUPS, REQUIRED, **settings)
 
     @staticmethod
     def from_arguments(arguments: Sequence[str] | None = None, **settings: Any) -> TrainConfig:
@@ -448,69 +396,3 @@ class TrainConfig:
 
 def _fields() -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(TrainConfig)}
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    factory: Any = field.default_factory
-    return factory() if field.default is dataclasses.MISSING else field.default
-
-
-def _not_none(hint: Any) -> Any:
-    """The type of a setting without `| None`."""
-    if isinstance(hint, types.UnionType):
-        return next(each for each in typing.get_args(hint) if each is not type(None))
-    return hint
-
-
-def _several(hint: Any) -> bool:
-    return typing.get_origin(_not_none(hint)) is list
-
-
-def _number(hint: Any) -> Any:
-    """The type of a setting's value, or of each value of a list."""
-    hint = _not_none(hint)
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Prints the message without the long usage, on one process of the job, and exits."""
-        say_once(f"{self.prog}: {message}\nAll settings: {self.prog} --help")
-        self.exit(2)
-
-
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=120)
-
-
-def _add(group: Any, name: str, hint: Any, field: dataclasses.Field[Any]) -> None:
-    """Adds the argument of a setting to an argparse group."""
-    default, help = _default(field), field.metadata["help"]
-    hint = _not_none(hint)
-    if default not in (None, ""):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        help = f"{help} (default: {shown})"
-    if name in REQUIRED:
-        help = f"{help} (required)"
-    common: dict[str, Any] = {"default": default, "help": help}
-    if hint is bool:
-        common["help"] = f"{field.metadata['help']} (default: {'on' if default else 'off'})"
-        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **common)
-    elif typing.get_origin(hint) is list:
-        group.add_argument(f"--{name}", nargs="+", type=_number(hint), metavar=_metavar(name, hint), **common)
-    else:
-        choices = field.metadata["choices"]
-        group.add_argument(
-            f"--{name}",
-            type=hint,
-            choices=choices,
-            required=name in REQUIRED,
-            metavar=None if choices else _metavar(name, hint),
-            **common,
-        )
-
-
-def _metavar(name: str, hint: Any) -> str:
-    """ "N" for a whole number, "X" for another number, else the last word of the name, such as "DIR"."""
-    return {int: "N", float: "X"}.get(_number(hint)) or name.rsplit("_", 1)[-1].upper()

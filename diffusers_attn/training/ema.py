@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .lora import sharded_like, trained_parameters, whole
+from .lora import full_copy, sharded_like, trained_parameters
 
 
 class AdapterAverage:
@@ -30,8 +30,8 @@ class AdapterAverage:
         self._average.step(self._parameters.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """The average by parameter name, replicated, on the CPU. With FSDP2 every process must call this."""
-        return {name: whole(each) for name, each in zip(self._parameters, self._average.shadow_params)}
+        """The full average by parameter name, on the CPU. With FSDP2 every process must call this."""
+        return {name: full_copy(each) for name, each in zip(self._parameters, self._average.shadow_params)}
 
     @property
     def steps(self) -> int:

@@ -26,7 +26,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.signal = signal
         self.checkpoint = checkpoint
         name = "SIGTERM" if signal == SIGTERM else "SIGINT"
-        saved = f"go on with --resume latest, from {checkpoint}" if checkpoint else "nothing was saved in the last step"
+        saved = f"resume from {checkpoint} with --resume latest" if checkpoint else "the last step was not saved"
         super().__init__(f"interrupted by {name}; {saved}.")
 
     @property

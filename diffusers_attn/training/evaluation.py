@@ -1,4 +1,4 @@
-"""A loss that can be compared from step to step: the same examples, the same noise, the same noise levels."""
+"""Evaluation losses that can be compared between steps: fixed examples, noise and noise levels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .prepare import PreparedData, evaluation_batches
 from .randomness import SampleRandomness
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""shares of noise, before the shift."""
+"""Noise levels `u`, before the shift."""
 
 
 @torch.no_grad()
 def evaluate(
     family: Family, prepared: PreparedData, parallel: TrainingParallel, seed: int, device: torch.device
 ) -> dict[str, float]:
-    """The mean loss over the examples, at each level and over all. To be called on all processes.
+    """The mean loss over the evaluation examples, at each noise level and over all. All processes must call this.
 
     Returns:
         "evaluation/loss" and "evaluation/loss at 0.1", ..., the same on all processes.
@@ -31,7 +31,7 @@ def evaluate(
     was_training = transformer.training
     transformer.eval()
     for turn in range(rounds):
-        # All processes take part in every round, as FSDP2 needs it; what is beyond the end counts nothing.
+        # FSDP2 needs all processes in every round. Losses beyond the last pair are computed but not added.
         number = turn * parallel.dp_degree + parallel.dp_rank
         example, level = pairs[number % len(pairs)]
         batch = {name: each.to(device) for name, each in evaluation_batches(prepared, [example])[0].items()}
@@ -47,7 +47,7 @@ def evaluate(
 def loss_of(
     family: Family, transformer: Any, batch: dict[str, Any], random: SampleRandomness, u: float
 ) -> torch.Tensor:
-    """The mean loss of a batch at one noise level."""
+    """The mean loss of a batch at noise level `u`, a scalar on the device."""
     mean = batch["latents_mean"]
     clean = family.clean(batch, random.normal("posterior", mean.shape[1:]).to(mean.device))
     noise = random.normal("noise", clean.shape[1:]).to(mean.device)

@@ -23,31 +23,31 @@ def interruptible() -> Iterator[Callable[[], int]]:
     Raises:
         TrainingInterrupted: a second signal arrived; it ends the run at once.
     """
-    came: list[int] = []
-    at = 0.0
+    received: list[int] = []
+    received_at = 0.0
     launched = "TORCHELASTIC_RUN_ID" in os.environ
 
-    def note(number: int, frame: object) -> None:
-        nonlocal at
+    def handle(number: int, frame: object) -> None:
+        nonlocal received_at
         now = time.monotonic()
-        if came:
-            if launched and now - at < FORWARDED:
+        if received:
+            if launched and now - received_at < FORWARDED:
                 return
             raise TrainingInterrupted(number, None)
-        came.append(number)
-        at = now
-        if os.environ.get("RANK", "0") == "0":  # and not print, which this may have interrupted
-            os.write(2, b"\ninterrupted: a checkpoint is saved behind this step. Again, to leave at once.\n")
+        received.append(number)
+        received_at = now
+        if os.environ.get("RANK", "0") == "0":  # os.write, since the signal may have interrupted a print
+            os.write(2, b"\ninterrupted: saving a checkpoint after this step. Interrupt again to exit at once.\n")
 
-    before = {}
+    handlers = {}
     try:
         for number in SIGNALS:
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread, which alone may do this
+            handlers[number] = signal.signal(number, handle)
+    except ValueError:  # only the main thread can set handlers
         yield lambda: 0
         return
     try:
-        yield lambda: came[0] if came else 0
+        yield lambda: received[0] if received else 0
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

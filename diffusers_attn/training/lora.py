@@ -1,4 +1,4 @@
-"""The adapter that is trained: put on, taken out of whatever wraps the model, and written for diffusers to load."""
+"""The trained adapter: adding it to a model, reading its weights from a wrapped model, and saving it for diffusers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ KINDS = ("lora", "rslora", "dora", "loha", "lokr")
 IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
 INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
 MOVES_BASE = ("olora",)
-"""initialisations that do not begin with nothing, and take it off the base model's weights instead."""
+"""Initialisations with a nonzero adapter, which is subtracted from the base model's weights."""
 OF_MATRICES = ("orthogonal", "olora")
-"""initialisations for linear layers only."""
+"""Initialisations for linear layers only."""
 
 
 def adapter_config(
@@ -34,18 +34,22 @@ def adapter_config(
     init: str = "default",
     dropout: float = 0.0,
 ) -> Any:
-    """The configuration of an adapter, in PEFT's words.
+    """The PEFT configuration of an adapter.
 
     Args:
         kind: one of `KINDS`.
-        rank: of the matrices that are trained.
-        alpha: the adapter counts `alpha / rank` (of "rslora", `alpha / sqrt(rank)`); None is `rank`.
-        targets: names of layers, or ends of them: "to_q", "attn.to_out.0"; or one regular expression for whole names.
-        init: how the first matrix starts, one of `INITIALISATIONS`; only for "lora", "rslora" and "dora".
-        dropout: of the adapter's input.
+        rank: rank of the trained matrices.
+        alpha: numerator of the adapter's scale, `alpha / rank` ("rslora": `alpha / sqrt(rank)`). None: `rank`.
+        targets: names of layers or ends of names, such as "to_q" or "attn.to_out.0"; or one regular expression that
+            matches entire names.
+        init: initialisation of the weights, one of `INITIALISATIONS`; only for "lora", "rslora" and "dora".
+        dropout: dropout probability of the adapter's input.
+
+    Returns:
+        A `peft.PeftConfig`.
 
     Raises:
-        TrainingError: a kind or initialisation that is none of these, or that do not go together.
+        TrainingError: an unknown kind or initialisation, or a combination that does not exist.
     """
     import peft
 
@@ -58,7 +62,7 @@ def adapter_config(
     if kind in IN_DIFFUSERS_FORMAT:
         return peft.LoraConfig(
             r=rank,
-            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # what files usually have
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # files usually have an int
             target_modules=names,
             init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
             lora_dropout=dropout,
@@ -72,21 +76,21 @@ def adapter_config(
 
 
 def is_expression(targets: Sequence[str]) -> bool:
-    """Whether `targets` is one regular expression for whole names, and not names or ends of them."""
+    """Whether `targets` is one regular expression rather than names or ends of names."""
     return len(targets) == 1 and bool(set(targets[0]) & set("*+?()|[]{}^$\\"))
 
 
 def move_base(transformer: nn.Module, initial: Mapping[str, Tensor]) -> None:
-    """Takes an adapter's beginning off the base model's weights, as an initialisation of `MOVES_BASE` does: for a run
-    that is resumed, whose own beginning it must be, to the last bit.
+    """Subtracts an adapter's initial weights from the base model, as an initialisation of `MOVES_BASE` does.
+
+    A resumed run needs the same base weights to the last bit, so it takes the initial weights from the checkpoint.
 
     Args:
-        transformer: with an adapter whose beginning changed nothing.
-        initial: what `adapter_weights` was behind the initialisation.
+        transformer: a model whose adapter was initialised without changing the base.
+        initial: `adapter_weights` of the original run right after initialisation.
     """
     for name, layer in transformer.named_modules():
-        beginning = f"{name}.lora_A.{ADAPTER}.weight"
-        if beginning in initial:
+        if f"{name}.lora_A.{ADAPTER}.weight" in initial:
             weight: Tensor = layer.get_base_layer().weight
             down, up = (initial[f"{name}.lora_{part}.{ADAPTER}.weight"].to(weight.device) for part in "AB")
             scaling = layer.scaling[ADAPTER]
@@ -96,28 +100,29 @@ def move_base(transformer: nn.Module, initial: Mapping[str, Tensor]) -> None:
 
 
 def linear_layers(transformer: nn.Module) -> list[str]:
-    """The ends of their names, as targets are given: "to_q", "to_out.0"."""
+    """The last parts of the names of all linear layers, in the form of targets: "to_q", "to_out.0"."""
     names = (name.split(".") for name, each in transformer.named_modules() if isinstance(each, nn.Linear))
     return sorted({".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1] for parts in names})
 
 
 def add_adapter(transformer: nn.Module, config: Any, seed: int) -> list[nn.Parameter]:
-    """Freezes a model and adds an adapter in float32, whatever the model's own dtype is.
+    """Freezes a model and adds an adapter in float32, independent of the model's dtype.
 
     Args:
+        transformer: the model.
         config: from `adapter_config`.
-        seed: of the adapter's first weights, which are the same on every process.
+        seed: seed of the adapter's initial weights, which are the same on every process.
 
     Returns:
-        The adapter's parameters, which are all that is trained.
+        The adapter's parameters, the only ones with `requires_grad`.
 
     Raises:
-        TrainingError: no layer has such a name.
+        TrainingError: no layer matches the targets.
     """
     transformer.requires_grad_(False)
     init = getattr(config, "init_lora_weights", None)
     if init in MOVES_BASE:
-        config.init_lora_weights = True  # at first: PEFT rounds what it makes here to the dtype of the base
+        config.init_lora_weights = True  # olora_init runs below, since PEFT would round its result to the base's dtype
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed, "adapter"))
         try:
@@ -141,25 +146,24 @@ def add_adapter(transformer: nn.Module, config: Any, seed: int) -> list[nn.Param
 
 
 def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Of a model that may be wrapped: those that are trained, by the names that they have without wrappers."""
-    prefix = "module."  # of DDP
+    """The trained parameters by name. DDP's, compile's and checkpointing's wrappers are left out of the names."""
     found = {}
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad:
-            name = name.removeprefix(prefix).replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+            name = name.removeprefix("module.").replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
             found[name] = parameter
     return found
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, of all parts where FSDP2 sharded it: then every process must call this."""
+def full_copy(tensor: Tensor) -> Tensor:
+    """A copy of the full tensor on the CPU. If FSDP2 sharded it, every process must call this."""
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """The whole `tensor` as `like` is: on its device, and this process's part of it where FSDP2 sharded it."""
+    """Puts a full tensor on the device of `like`, and shards it if FSDP2 sharded `like`."""
     if not hasattr(like, "full_tensor"):
         return tensor.to(like.device)
     from torch.distributed.tensor import distribute_tensor
@@ -169,27 +173,27 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def adapter_weights(transformer: nn.Module) -> dict[str, Tensor]:
-    """The adapter's parameters by name, whole, on the CPU. With FSDP2 every process must call this."""
-    return {name: whole(parameter.data) for name, parameter in trained_parameters(transformer).items()}
+    """The adapter's full parameters by name, on the CPU. With FSDP2 every process must call this."""
+    return {name: full_copy(parameter.data) for name, parameter in trained_parameters(transformer).items()}
 
 
 def load_adapter_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Sets what `adapter_weights` returned.
+    """Loads weights that `adapter_weights` returned.
 
     Raises:
-        TrainingError: they are of another adapter.
+        TrainingError: names or shapes are those of another adapter.
     """
     parameters = trained_parameters(transformer)
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))
         raise TrainingError(
-            f"the checkpoint is of another adapter: {len(odd)} of its {len(weights)} tensors are missing here or "
-            f"there, for instance {odd[0]}. Give the same --adapter, --rank and --targets, or another --output_dir."
+            f"the checkpoint is from another adapter: {len(odd)} names of tensors differ, for example {odd[0]}. Give "
+            "the same --adapter, --rank and --targets, or another --output_dir."
         )
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tuple(weights[name].shape):
             raise TrainingError(
-                f"the checkpoint has {name} as {list(weights[name].shape)}, and here it is {list(parameter.shape)}. "
+                f"{name} has shape {list(weights[name].shape)} in the checkpoint and {list(parameter.shape)} here. "
                 "Give the same --rank, or another --output_dir."
             )
         with torch.no_grad():
@@ -199,21 +203,21 @@ def load_adapter_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) 
 def save_adapter(
     pipeline: Any, weights: Mapping[str, Tensor], folder: Path, kind: str, initial: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Writes an adapter, there whole or not at all.
+    """Saves an adapter atomically.
 
-    Those that diffusers knows are written by the pipeline's own `save_lora_weights`, for `load_lora_weights`; "loha"
-    and "lokr" in PEFT's format, for `load_adapter`.
+    "lora", "rslora" and "dora" are written by the pipeline's `save_lora_weights` and can be loaded with its
+    `load_lora_weights`. "loha" and "lokr" are written in PEFT's format for `load_adapter`.
 
     Args:
-        pipeline: its transformer has the adapter's configuration.
+        pipeline: a pipeline whose transformer has the adapter.
         weights: from `adapter_weights`.
-        folder: is made.
-        kind: of the adapter.
-        initial: of an initialisation of `MOVES_BASE`, what `adapter_weights` was behind it. What is written is then the
-            difference to the original base model, an adapter of twice the rank.
+        folder: folder for the file; created if missing.
+        kind: type of the adapter, one of `KINDS`.
+        initial: `adapter_weights` right after an initialisation of `MOVES_BASE`. The saved adapter then has twice the
+            rank and applies to the original base model.
 
     Returns:
-        The file.
+        The adapter's file.
     """
     from peft import get_peft_model_state_dict
 
@@ -221,13 +225,13 @@ def save_adapter(
     config = copy.deepcopy(transformer.peft_config[ADAPTER])
     layers = get_peft_model_state_dict(transformer, state_dict=dict(weights), adapter_name=ADAPTER)
     if initial is not None:
-        began = get_peft_model_state_dict(transformer, state_dict=dict(initial), adapter_name=ADAPTER)
-        layers = _difference(layers, began)
+        initial_layers = get_peft_model_state_dict(transformer, state_dict=dict(initial), adapter_name=ADAPTER)
+        layers = _difference(layers, initial_layers)
         config.r *= 2
         config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the same scaling for twice the rank
     if kind in IN_DIFFUSERS_FORMAT:
-        config.init_lora_weights = True  # who loads it needs no beginning, and must not move the base
-    about = _plain(config.to_dict())
+        config.init_lora_weights = True  # loading must not run the initialisation, which may change the base
+    metadata = _json_values(config.to_dict())
     if kind in IN_DIFFUSERS_FORMAT:
         file = folder / "pytorch_lora_weights.safetensors"
 
@@ -236,11 +240,11 @@ def save_adapter(
                 unfinished.parent,
                 weight_name=unfinished.name,
                 transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=about,
+                transformer_lora_adapter_metadata=metadata,
             )
     else:
         file = folder / "adapter_model.safetensors"
-        write_file(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(about, indent=2)))
+        write_file(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(metadata, indent=2)))
 
         def write(unfinished: Path) -> None:
             from safetensors.torch import save_file
@@ -251,20 +255,25 @@ def save_adapter(
     return file
 
 
-def _difference(layers: Mapping[str, Tensor], began: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter whose product is that of `layers` less that of `began`: `[B, -B0] [A; A0]` is `B A - B0 A0`."""
+def _difference(layers: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter for the difference of two adapters' products: `[B, -B0] [A; A0] = B A - B0 A0`."""
     joined = {}
     for name, each in layers.items():
         if ".lora_A." in name:
-            each = torch.cat([each, began[name]], dim=0)
+            each = torch.cat([each, initial[name]], dim=0)
         elif ".lora_B." in name:
-            each = torch.cat([each, -began[name]], dim=1)
+            each = torch.cat([each, -initial[name]], dim=1)
         joined[name] = each.contiguous()
     return joined
 
 
 def load_adapter(transformer: nn.Module, folder: str | Path) -> None:
-    """Puts an adapter on a model that `save_adapter` wrote in PEFT's format ("loha", "lokr")."""
+    """Adds a saved adapter in PEFT's format ("loha" or "lokr") to a model.
+
+    Args:
+        transformer: the base model.
+        folder: folder with `adapter_config.json` and `adapter_model.safetensors`, as `save_adapter` wrote them.
+    """
     from peft import PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -273,8 +282,8 @@ def load_adapter(transformer: nn.Module, folder: str | Path) -> None:
     set_peft_model_state_dict(transformer, weights, adapter_name=ADAPTER)
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON takes it: sets sorted, enumerations as their values."""
+def _json_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with sets as sorted lists and enumerations as their values."""
     plain = {}
     for key, value in config.items():
         if isinstance(value, (set, frozenset)):

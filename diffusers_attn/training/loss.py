@@ -1,7 +1,6 @@
-"""What a model is asked to predict, from what, and how far off it was.
+"""Training objectives: noise levels, noisy samples and losses, for each sample by itself and in float32.
 
-An objective makes a noisy sample from a clean one, noise and a number `u` in [0, 1] that says how much of it (1: noise
-only), and measures a prediction. All of it in float32, each sample by itself.
+A noise level is given as a number `u` in [0, 1]; 1 is pure noise.
 """
 
 from __future__ import annotations
@@ -15,29 +14,31 @@ from torch import Tensor
 from .errors import TrainingError
 
 SAMPLINGS = ("uniform", "logit_normal", "mode")
+NUM_TRAIN_TIMESTEPS = 1000
+"""Timestep of pure noise for the models of rectified flow."""
 
 
 class Level(NamedTuple):
-    """How noisy each sample of a batch is."""
+    """The noise level of each sample of a batch."""
 
     sigma: Tensor
-    """float32 [batch]: the share of noise; of the v-prediction, its amount."""
+    """Weight of the noise, float32 [batch]."""
     timestep: Tensor
-    """[batch]: what the model is told."""
+    """Timestep for the model, [batch]."""
 
 
 class Objective(Protocol):
-    """What a family trains for."""
+    """The training objective of a family."""
 
     sampling: str
-    """how `u` is drawn where a user says nothing."""
+    """Default distribution of `u`, one of `SAMPLINGS`."""
 
     def level(self, u: Tensor, tokens: int) -> Level:
-        """The noise levels for `u`, float32 [batch], of samples with so many tokens."""
+        """The noise levels for `u`, float32 [batch], of samples with `tokens` tokens each."""
         ...
 
     def noisy(self, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
-        """What the model is shown."""
+        """The noisy sample, which is the model's input."""
         ...
 
     def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
@@ -46,31 +47,29 @@ class Objective(Protocol):
 
 
 class Shift(Protocol):
-    """How much more of a sampler's time is spent at high noise, by the number of tokens."""
+    """The timestep shift as a function of the number of tokens. Above 1, it moves noise levels towards pure noise."""
 
     def __call__(self, tokens: int) -> float: ...
 
 
 class RectifiedFlow:
-    """The model is shown `(1 - sigma) * clean + sigma * noise` and names the velocity, `noise - clean`.
+    """Rectified flow: from `(1 - sigma) * clean + sigma * noise`, the model predicts the velocity `noise - clean`.
 
     Args:
-        shift: 1 leaves `u` as it is; more moves it towards noise, as the model's sampler does.
-        shifted_timestep: whether the model is told the noise level as it is, or the one before the shift.
-        num_train_timesteps: what the model calls 1.
+        shift: timestep shift of the model's sampler; 1 leaves `u` unchanged.
+        shifted_timestep: whether the timestep is computed from the noise level after the shift, or before it.
     """
 
     sampling = "logit_normal"
 
-    def __init__(self, shift: Shift, shifted_timestep: bool = True, num_train_timesteps: int = 1000) -> None:
+    def __init__(self, shift: Shift, shifted_timestep: bool = True) -> None:
         self.shift = shift
         self.shifted_timestep = shifted_timestep
-        self.num_train_timesteps = num_train_timesteps
 
     def level(self, u: Tensor, tokens: int) -> Level:
         shift = self.shift(tokens)
         sigma = shift * u / (1 + (shift - 1) * u)
-        return Level(sigma, (sigma if self.shifted_timestep else u) * self.num_train_timesteps)
+        return Level(sigma, (sigma if self.shifted_timestep else u) * NUM_TRAIN_TIMESTEPS)
 
     def noisy(self, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
         return torch.lerp(clean, noise, _per_sample(level.sigma, clean))
@@ -80,13 +79,13 @@ class RectifiedFlow:
 
 
 class VPrediction:
-    """The model names the velocity of a variance-preserving process, `alpha * noise - sigma * clean`.
+    """V-prediction: from `alpha * clean + sigma * noise`, the model predicts `alpha * noise - sigma * clean`.
 
-    Comparing the clean samples that follow from it, weighted by `1 / sigma ** 2`, is the same number: an error of the
-    velocity is one of the clean sample times sigma. Written as it is here, nothing is divided by a sigma near zero.
+    The loss is the squared error of this velocity. It equals the squared error of the clean sample, weighted by
+    `1 / sigma ** 2`, but has no division by a sigma near zero.
 
     Args:
-        alphas_cumprod: of the scheduler, [num_train_timesteps]: the share of the clean sample's variance, alpha ** 2.
+        alphas_cumprod: the scheduler's `alpha ** 2` for each timestep, [num_train_timesteps].
     """
 
     sampling = "uniform"
@@ -114,10 +113,10 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def scheduler_shift(config: Mapping[str, Any]) -> Shift:
-    """The shift that a flow-matching scheduler's configuration says: a number, or one that grows with the resolution.
+    """The shift in a flow-matching scheduler's configuration, either constant or growing with the number of tokens.
 
     Raises:
-        TrainingError: it grows in a way that is not known.
+        TrainingError: an unknown `time_shift_type`.
     """
     if not config.get("use_dynamic_shifting", False):
         fixed = float(config.get("flow_shift") or config.get("shift") or 1.0)
@@ -132,14 +131,14 @@ def scheduler_shift(config: Mapping[str, Any]) -> Shift:
 
 
 def dynamic_shift(mu: Shift, time_shift_type: str) -> Shift:
-    """The shift that a scheduler with a resolution-dependent `mu` applies. Raises TrainingError for an unknown type."""
+    """The shift of a scheduler whose `mu` depends on the number of tokens. Raises TrainingError for an unknown type."""
     if time_shift_type == "exponential":
         return lambda tokens: float(torch.tensor(mu(tokens), dtype=torch.float64).exp())
     if time_shift_type == "linear":
         return mu
     raise TrainingError(
-        f"the scheduler's time_shift_type is {time_shift_type!r}; known are 'exponential' and 'linear'. Give the "
-        "shift as a number: --shift."
+        f"the scheduler's time_shift_type is {time_shift_type!r}; accepted are 'exponential' and 'linear'. Give the "
+        "shift as a number with --shift."
     )
 
 
@@ -150,16 +149,20 @@ def sample_u(
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
 ) -> Tensor:
-    """How much noise each sample gets, float32 [samples] in [0, 1], before any shift.
+    """Draws the noise level `u` of each sample, before any shift.
 
     Args:
-        sampling: "uniform"; "logit_normal", mostly in the middle; or "mode", with a heavy middle and no light ends.
-        generators: one for each sample.
-        logit_mean, logit_std: of "logit_normal".
-        mode_scale: of "mode".
+        sampling: "uniform"; "logit_normal", which prefers middle levels; or "mode", which prefers middle levels but
+            also draws the ends (https://arxiv.org/abs/2403.03206).
+        generators: a generator for each sample.
+        logit_mean, logit_std: mean and standard deviation of the normal distribution of "logit_normal".
+        mode_scale: scale of "mode"; 0 is uniform.
+
+    Returns:
+        float32 [samples] in [0, 1].
 
     Raises:
-        TrainingError: another sampling.
+        TrainingError: an unknown sampling.
     """
     from diffusers.training_utils import compute_density_for_timestep_sampling
 

@@ -13,16 +13,16 @@ MANIFEST = "checksums.json"
 def write_manifest(folder: Path) -> None:
     """Writes the size and checksum of every file in `folder`."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    said = {path.name: {"bytes": path.stat().st_size, "crc32": file_checksum(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps(said, indent=2) + "\n")
+    entries = {path.name: {"bytes": path.stat().st_size, "crc32": file_checksum(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def damage(folder: Path) -> str | None:
     """Describes the first damaged file of a checkpoint; None if all files are intact."""
     manifest = folder / MANIFEST
     try:
-        said = json.loads(manifest.read_text())
-        expected = {str(name): (int(each["bytes"]), str(each["crc32"])) for name, each in said.items()}
+        entries = json.loads(manifest.read_text())
+        expected = {str(name): (int(each["bytes"]), str(each["crc32"])) for name, each in entries.items()}
     except FileNotFoundError:
         return f"{manifest} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -33,9 +33,9 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         try:
             if path.stat().st_size != size:
-                return f"{path} has {path.stat().st_size} bytes, and {size} were written"
+                return f"{path} has {path.stat().st_size} bytes, but {size} were written"
             if file_checksum(path) != crc:
-                return f"{path} is not what was written: its checksum is another one"
+                return f"{path} has another checksum than when it was written"
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:

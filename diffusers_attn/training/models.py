@@ -1,4 +1,4 @@
-"""The pipeline: loaded, and its parts put where they are needed and taken away where not."""
+"""Loading the pipeline, and moving its models between devices."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from .flag_names import option
 
 
 def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks: Any, local_main: bool) -> Any:
-    """A pipeline of diffusers, on the CPU, in evaluation mode. The VAE is float32 always: it runs once per example.
+    """Loads a diffusers pipeline on the CPU, frozen and in evaluation mode. The VAE is always in float32.
 
     Args:
         model: a folder, or a name on the Hub.
-        dtype: of transformer and text encoders.
-        ranks: all processes; of each machine's, the one with `local_main` downloads first.
+        revision: branch, tag or commit on the Hub. None: main.
+        dtype: dtype of the transformer and the text encoders.
+        ranks: all processes of the job.
+        local_main: whether this process is the first of its machine, which downloads before the others load.
 
     Raises:
-        TrainingError: it cannot be loaded, has no transformer, or is of a class that is not trained; the last before
-            any weights are read.
+        TrainingError: the pipeline cannot be loaded, has no transformer, or its class is not supported. An unsupported
+            class is detected before weights are read.
     """
     from diffusers import DiffusionPipeline
 
@@ -40,13 +42,13 @@ def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks
         if turn == local_main:
             try:
                 pipeline = load()
-            except (OSError, ValueError) as error:  # of which TrainingError is one
+            except (OSError, ValueError) as error:  # TrainingError is a ValueError
                 problem = error
-        if ranks.any(problem is not None):  # and nobody waits for one that is not coming
+        if ranks.any(problem is not None):  # all processes raise together, so that none waits for a failed one
             if isinstance(problem, TrainingError):
                 raise problem
             raise TrainingError(
-                f"{option('model', model)} cannot be loaded: {problem or 'see the other processes'}"
+                f"{option('model', model)} cannot be loaded: {problem or 'see the message of another process'}"
             ) from problem
     assert pipeline is not None
     if not isinstance(getattr(pipeline, "transformer", None), nn.Module):
@@ -61,7 +63,7 @@ def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks
 
 
 def _check_class(model: str, revision: str | None) -> None:
-    """Raises TrainingError where the pipeline's index names classes that are not trained. Reads no weights."""
+    """Raises TrainingError if the pipeline's model_index.json names unsupported classes. Reads no weights."""
     import diffusers
 
     index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(model, revision=revision)
@@ -74,7 +76,7 @@ def _check_class(model: str, revision: str | None) -> None:
 
 
 def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
-    """Those of a pipeline, by the names of its components."""
+    """The text encoders of a pipeline by component name."""
     return {
         name: each
         for name, each in pipeline.components.items()
@@ -83,14 +85,14 @@ def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def drop_text_encoders(pipeline: Any) -> None:
-    """Frees their memory. The pipeline is called with embeddings from then on."""
+    """Removes the text encoders to free memory. Afterwards the pipeline must be called with embeddings."""
     for name in text_encoders(pipeline):
         setattr(pipeline, name, None)
 
 
 @contextmanager
 def placed(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within, they are on `device`; then on the CPU again."""
+    """Moves modules to `device` within this context, and to the CPU afterwards."""
     try:
         for module in modules:
             module.to(device)
@@ -104,7 +106,7 @@ def placed(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def decoding_in_its_dtype(vae: Any) -> Iterator[None]:
-    """Within, a VAE decodes latents of another dtype in its own: not all pipelines see to that."""
+    """Casts latents to the VAE's dtype before decoding within this context, as not all pipelines do."""
     decode = vae.decode
     vae.decode = lambda latents, *args, **kwargs: decode(latents.to(vae.dtype), *args, **kwargs)
     try:
@@ -114,10 +116,15 @@ def decoding_in_its_dtype(vae: Any) -> Iterator[None]:
 
 
 def fingerprint(module: nn.Module, rounded: bool = False) -> str:
-    """Of a model's weights: of the beginning of each tensor, which another model or a fine-tuned one has otherwise.
+    """A fingerprint of a model's weights, from the first 256 values of each tensor. Fine-tuning changes it.
 
     Args:
-        rounded: to bfloat16, so that the same weights in float32 and in bfloat16 have one fingerprint.
+        module: the model.
+        rounded: whether to round values to bfloat16 first. Weights in float32 and the same weights in bfloat16 then
+            have equal fingerprints.
+
+    Returns:
+        16 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

@@ -1,8 +1,8 @@
-"""What is random about a micro-batch, drawn by the threads that read it.
+"""The random tensors of a micro-batch, drawn by the loader's threads.
 
-A video's noise takes a CPU as long as many of a GPU's kernels. Drawn a little ahead, and put where a copy to a GPU does
-not keep the CPU waiting, it costs a step nothing. It comes from the generators that it always comes from (see
-`randomness`), so that who draws it, and when, does not matter.
+Drawing a video's noise on the CPU takes as long as many kernels of a GPU. The threads draw it ahead of time and put it
+into page-locked memory, from which copies to the GPU are asynchronous. The generators depend only on seed, step and
+sample (see `randomness`), so the values do not depend on which thread draws them, or when.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from .randomness import SampleRandomness
 
 
 class Noise:
-    """For `LatentLoader`: gives a batch "drawn", a dict of what is drawn for it, float32: "posterior" and "noise", of
-    the latents' shape, and "u", `[batch]`.
+    """Adds the random tensors to a batch of `LatentLoader`, as its argument `finish`.
+
+    The batch gets an entry "drawn": a dict of "posterior" and "noise", float32 with the latents' shape, and the noise
+    levels "u", float32 [batch].
 
     Args:
-        config: the seed, and how `u` is distributed.
-        sampling: of `u`, one of `SAMPLINGS`.
-        pin: whether all tensors are put into page-locked memory.
+        config: settings with the seed and the parameters of the distribution of `u`.
+        sampling: distribution of `u`, one of `SAMPLINGS`.
+        pin: whether to copy all tensors of the batch to page-locked memory.
     """
 
     def __init__(self, config: TrainConfig, sampling: str, pin: bool) -> None:

@@ -11,30 +11,31 @@ from typing import Any
 _SECONDS = 10.0
 
 
-def say_once(message: str, about: str | None = None) -> None:
+def print_once(message: str, key: str | None = None) -> None:
     """Prints to stderr, unless another process of the job has printed the same message.
 
     Args:
-        about: messages with equal `about` count as the same; None compares their text.
+        message: the text.
+        key: messages with equal keys count as the same. None: the text is the key.
     """
     store = _store()
     if store is None:
-        _say(message)
+        _print(message)
         return
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"diffusers_attn/said/{attempt}/{hashlib.sha256((about or message).encode()).hexdigest()}"
+    entry = f"diffusers_attn/printed/{attempt}/{hashlib.sha256((key or message).encode()).hexdigest()}"
     try:
-        if store.add(key, 1) > 1:
+        if store.add(entry, 1) > 1:
             # A launcher ends all processes when one ends, so wait until the message is printed.
-            store.wait([f"{key}/out"], datetime.timedelta(seconds=_SECONDS))
+            store.wait([f"{entry}/done"], datetime.timedelta(seconds=_SECONDS))
             return
-        _say(message)
-        store.set(f"{key}/out", "1")
+        _print(message)
+        store.set(f"{entry}/done", "1")
     except RuntimeError:  # the store is gone; printing twice is better than not at all
-        _say(message)
+        _print(message)
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 

@@ -16,12 +16,13 @@ WITHOUT_WARMUP = ("constant",)
 
 class _Optimizer(NamedTuple):
     package: str
-    """that has it."""
+    """Python package with the optimizer."""
     install: str
+    """Command that installs the package."""
     learning_rate: float
-    """where a user gives none."""
-    moving: tuple[str, ...] = ()
-    """entries of its parameter groups that are state: it changes them itself. All others are settings."""
+    """Default learning rate."""
+    state_entries: tuple[str, ...] = ()
+    """Entries of the parameter groups that the optimizer updates itself. All others are settings."""
 
 
 OPTIMIZERS = {
@@ -32,14 +33,14 @@ OPTIMIZERS = {
 
 
 def check_optimizer(name: str) -> None:
-    """Raises TrainingError where there is no such optimizer, or its package is missing."""
+    """Raises TrainingError for an unknown optimizer or one whose package is not installed."""
     import importlib.util
 
     if name not in OPTIMIZERS:
         raise TrainingError(f"optimizer={name!r}: accepted are {', '.join(map(repr, OPTIMIZERS))}.")
     spec = OPTIMIZERS[name]
     if importlib.util.find_spec(spec.package) is None:
-        raise TrainingError(f"optimizer={name!r} is in a package that is not installed: {command(spec.install)}.")
+        raise TrainingError(f"optimizer={name!r} needs a package that is not installed: {command(spec.install)}.")
 
 
 def make_optimizer(
@@ -52,17 +53,19 @@ def make_optimizer(
     eps: float = 1e-8,
     fused: bool = False,
 ) -> torch.optim.Optimizer:
-    """An optimizer.
+    """Creates an optimizer.
 
     Args:
-        name: "adamw"; "adamw8bit", whose state is small; "prodigy", which finds its own step size.
-        parameters: to train.
-        learning_rate: None is 1e-4, of "prodigy" 1.0.
-        betas, weight_decay, eps: of Adam.
-        fused: whether "adamw" may run as one kernel.
+        name: "adamw"; "adamw8bit", with 8-bit state; or "prodigy", which estimates its step size.
+        parameters: the parameters to train.
+        learning_rate: peak learning rate. None: 1e-4; 1.0 for "prodigy".
+        betas: decay rates of Adam's two moment estimates.
+        weight_decay: decoupled weight decay.
+        eps: number added to Adam's denominator.
+        fused: whether "adamw" uses PyTorch's fused kernel.
 
     Raises:
-        TrainingError: no such optimizer, or its package is missing.
+        TrainingError: an unknown optimizer, or its package is not installed.
     """
     check_optimizer(name)
     common: dict[str, Any] = {
@@ -79,56 +82,56 @@ def make_optimizer(
         return bitsandbytes.optim.AdamW8bit(parameters, **common)
     import prodigyopt
 
-    # Of both, what its authors advise for diffusion models.
+    # The authors of Prodigy recommend both options for diffusion models.
     return prodigyopt.Prodigy(parameters, **common, use_bias_correction=True, safeguard_warmup=True)
 
 
-def make_schedule(
-    name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, steps: int, cycles: int = 1, power: float = 1.0
-) -> Any:
-    """The learning rate over a run of `steps`, from diffusers. To be stepped once after each step of the optimizer.
+def make_schedule(name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, steps: int) -> Any:
+    """Creates a learning-rate schedule of diffusers. Call its `step` once after each optimizer step.
 
-    It must not be given to `accelerator.prepare`, which would step it once for every process.
+    Do not pass it to `accelerator.prepare`, which would step it once per process.
+
+    Args:
+        name: one of `SCHEDULES`.
+        optimizer: the optimizer whose learning rate is set.
+        warmup_steps: number of steps in which the learning rate rises from 0 to its peak.
+        steps: number of optimizer steps of the whole run.
 
     Raises:
-        TrainingError: no such schedule.
+        TrainingError: an unknown schedule.
     """
     from diffusers.optimization import get_scheduler
 
     if name not in SCHEDULES:
         raise TrainingError(f"lr_schedule={name!r}: accepted are {', '.join(map(repr, SCHEDULES))}.")
-    return get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=steps,
-        num_cycles=cycles,
-        power=power,
-    )
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer with whole tensors, on the CPU: the same for any number of processes. With FSDP2 every
-    process must call this."""
+    """The optimizer's state with full tensors on the CPU, which is the same for any number of processes.
+
+    With FSDP2 every process must call this.
+    """
     state = optimizer.state_dict()
-    return {"state": _whole(state["state"]), "param_groups": state["param_groups"]}
+    return {"state": _full_copies(state["state"]), "param_groups": state["param_groups"]}
 
 
-def _whole(state: Any) -> Any:
-    """With all tensors in it whole and on the CPU. (bitsandbytes has dicts of its own in a parameter's state.)"""
-    from .lora import whole
+def _full_copies(state: Any) -> Any:
+    """The state with a full copy of every tensor. (bitsandbytes has nested dicts in a parameter's state.)"""
+    from .lora import full_copy
 
     if isinstance(state, dict):
-        return {name: _whole(each) for name, each in state.items()}
-    return whole(state) if isinstance(state, torch.Tensor) else state
+        return {name: _full_copies(each) for name, each in state.items()}
+    return full_copy(state) if isinstance(state, torch.Tensor) else state
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any], name: str) -> None:
-    """Sets what `optimizer_state` returned. Settings, such as learning rate, betas and weight decay, stay those of
-    `optimizer`.
+    """Loads a state that `optimizer_state` returned. Settings such as the learning rate stay those of `optimizer`.
 
     Args:
-        name: of the optimizer, one of `OPTIMIZERS`.
+        optimizer: the optimizer.
+        state: from `optimizer_state`.
+        name: name of the optimizer, one of `OPTIMIZERS`.
     """
     from .lora import sharded_like
 
@@ -144,14 +147,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             for name, each in entries.items()
         }
     groups = [
-        {**ours, **{key: theirs[key] for key in OPTIMIZERS[name].moving}, "params": theirs["params"]}
+        {**ours, **{key: theirs[key] for key in OPTIMIZERS[name].state_entries}, "params": theirs["params"]}
         for ours, theirs in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": placed, "param_groups": groups})
 
 
 def resume_schedule(schedule: Any, step: int) -> None:
-    """Moves a schedule from `make_schedule` to where it is behind `step`, and sets the learning rate that it has there.
-    What it goes on with is its own: the peak, the warm-up and the number of steps."""
+    """Moves a schedule to its state after `step`, and sets the learning rate of that step.
+
+    The peak, the warm-up and the number of steps stay those that `make_schedule` was given.
+    """
     schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step + 1})
     schedule.step()

@@ -1,4 +1,4 @@
-"""The folder that a run writes to: its own while it runs, and what was there before is not lost."""
+"""The output folder of a run. It is locked during the run, and an earlier run's files are not replaced unasked."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .errors import TrainingError
 from .flag_names import option
 
 RESULTS = ("README.md", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
-"""files that a run writes at its end."""
+"""Files that a run writes at its end."""
 ALONG_THE_WAY = ("metrics.jsonl", "samples")
-"""and what it writes before; an earlier run that came to no checkpoint leaves nothing else."""
+"""Files that a run writes before its end, besides checkpoints."""
 
 
 def check_output(folder: Path, own: bool, overwrite: bool) -> None:
-    """Raises TrainingError where a run would replace files that are not its own.
+    """Raises TrainingError if a run would replace files of others.
 
     Args:
         folder: `output_dir`.
-        own: whether a run is resumed that wrote there.
-        overwrite: whether they may be replaced.
+        own: whether this run resumes one that wrote to this folder.
+        overwrite: whether files may be replaced.
     """
     if own or overwrite:
         return
@@ -32,17 +32,17 @@ def check_output(folder: Path, own: bool, overwrite: bool) -> None:
     there = [name for name in names if (folder / name).exists()]
     if there:
         raise TrainingError(
-            f"{option('output_dir', str(folder))} has {', '.join(there)} of before, which this run would replace. Give "
+            f"{option('output_dir', str(folder))} already has {', '.join(there)}, which this run would replace. Give "
             "another folder, or --overwrite."
         )
 
 
 @contextlib.contextmanager
 def output_of_this_run(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Within, no other run writes to `folder`. All ranks must call this.
+    """Holds a lock on `folder` within this context. All ranks must call this.
 
     Raises:
-        TrainingError: another one does; says which.
+        TrainingError: another run holds the lock; the message names its process.
     """
     locks = []
 
@@ -59,7 +59,7 @@ def output_of_this_run(folder: Path, ranks: Ranks) -> Iterator[None]:
             )
         locks.append(lock)
 
-    in_step(ranks, [None] if ranks.rank == 0 else [], take, "taking the output folder")
+    in_step(ranks, [None] if ranks.rank == 0 else [], take, "locking the output folder")
     try:
         yield
     finally:

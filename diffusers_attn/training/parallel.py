@@ -1,25 +1,25 @@
-"""Data parallelism times context parallelism under Accelerate, for a training loop of one's own.
+"""Data parallelism times context parallelism under Accelerate, for your own training loop.
 
     accelerator = Accelerator()
-    parallel = TrainingParallel.of(accelerator, cp_degree=2)   # 1: which processes share a sequence
+    parallel = TrainingParallel.of(accelerator, cp_degree=2)   # 1: two neighbouring processes share a sequence
     transformer.add_adapter(lora_config)
     parallel.enable(transformer, provider="flash_4")           # 2: after adapters were added, before prepare
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     for step, batch in enumerate(loader):
-        noise = torch.randn(shape, generator=parallel.generator(seed, step))   # 3: alike where a sequence is shared
+        noise = torch.randn(shape, generator=parallel.generator(seed, step))   # 3: the same for a shared sequence
         if step == 0:
             parallel.check({**batch, "noise": noise})
 
-Nothing else in the loop changes, and nothing is to be scaled: all collectives of context parallelism have their true
-adjoints, so that the mean of gradients over all processes, which DDP and FSDP2 take, is the gradient of one process on
+Nothing else in the loop changes, and no gradient needs scaling. All collectives of context parallelism have their true
+adjoints. So the mean of gradients over all processes, as DDP and FSDP2 compute it, is the gradient of one process on
 the global batch.
 
-Where `apply_compile` compiles the blocks, set `torch._dynamo.config.optimize_ddp = False`: DDP otherwise cuts each of
-them in two where its buckets of gradients end. (`Trainer` does so for its own run.)
+If `apply_compile` compiles the blocks, set `torch._dynamo.config.optimize_ddp = False`. DDP otherwise splits each block
+where one of its gradient buckets ends. (`Trainer` sets it for its own run.)
 
-Processes that are neighbours share a sequence. A plain `Accelerator()` wraps the model with DDP over all processes.
-With FSDP2, parameters are sharded over data and context parallelism together, which Accelerate must be told as well
-(`parallelism_config_cp_size` of its configuration, the same number).
+Neighbouring ranks share a sequence. A plain `Accelerator()` wraps the model with DDP over all processes. FSDP2 shards
+parameters over data and context parallelism together; for this, Accelerate's configuration needs the same degree as
+`parallelism_config_cp_size`.
 """
 
 from __future__ import annotations
@@ -48,17 +48,20 @@ from .job_ranks import JobRanks
 from .randomness import generator
 
 SUPPORTED = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")
-"""names of Accelerate's distributed types under which gradients are known to be right."""
+"""Accelerate's distributed types for which gradients are tested."""
 
 
 class TrainingParallel:
-    """Who shares a sequence with whom. Make one with `of`.
+    """The groups of processes that share sequences. Create it with `TrainingParallel.of`.
 
     Attributes:
-        cp_degree, cp_rank: how many processes share each sequence, and which of them this is.
-        dp_degree, dp_rank: how many groups of them there are, each with data of its own, and which this is.
-        mesh: dimensions "dp", "ring" and "ulysses", once `enable` made it; None without context parallelism.
-        ranks: all processes.
+        cp_degree: number of processes that share each sequence.
+        cp_rank: index of this process in its group, from 0.
+        dp_degree: number of groups. Each trains on data of its own.
+        dp_rank: index of this process's group, from 0.
+        mesh: device mesh with dimensions "dp", "ring" and "ulysses", created by `enable`; None before, and without
+            context parallelism.
+        ranks: all processes of the job.
     """
 
     def __init__(
@@ -87,21 +90,26 @@ class TrainingParallel:
         ring_degree: int | None = None,
         rotate_method: str | None = None,
     ) -> TrainingParallel:
-        """Settles who shares a sequence. To be called on all processes.
+        """Divides the processes into groups that share sequences. All processes must call this.
 
-        From then on loaders that this accelerator prepares give the processes of a group the same batches, and
+        Afterwards, loaders prepared by this accelerator give all processes of a group the same batches.
         `accelerator.maybe_context_parallel`, which would split sequences a second time, raises.
 
         Args:
-            accelerator: an `accelerate.Accelerator`: of one process, with DDP, or with FSDP2.
-            cp_degree: processes that share a sequence; None is the product of the next two, or else what Accelerate's
-                ParallelismConfig says, or else 1.
-            ulysses_degree, ring_degree: see `enable_context_parallel`. What is None follows, or is chosen.
-            rotate_method: of a ring: "allgather" or "alltoall".
+            accelerator: an `accelerate.Accelerator` for one process, DDP or FSDP2.
+            cp_degree: number of processes that share a sequence. None: `ulysses_degree * ring_degree` if either is
+                given, else the size in Accelerate's ParallelismConfig, else 1.
+            ulysses_degree, ring_degree: see `enable_context_parallel`. None: derived from `cp_degree` and the other,
+                or chosen automatically.
+            rotate_method: exchange of keys and values in a ring: "allgather" or "alltoall". None: automatic.
+
+        Returns:
+            The groups.
 
         Raises:
-            TrainingError: settings of Accelerate's that this does not go with, or degrees that do not fit; names them.
-            AttentionProviderError: a value that is no degree.
+            TrainingError: a degree is not a positive integer, the degrees do not fit together or do not divide the
+                number of processes, or Accelerate's configuration cannot be combined with them.
+            AttentionProviderError: an unknown `rotate_method`.
         """
         for name, degree in (
             ("cp_degree", cp_degree),
@@ -109,29 +117,30 @@ class TrainingParallel:
             ("ring_degree", ring_degree),
         ):
             if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
-                raise TrainingError(f"{name}={degree!r}: a whole number from 1 is accepted, where 1 switches it off.")
+                raise TrainingError(f"{name}={degree!r}: a whole number from 1 is accepted; 1 turns it off.")
         if rotate_method is not None:
-            ContextParallelConfig(rotate_method=rotate_method)  # raises where it is none
+            ContextParallelConfig(rotate_method=rotate_method)  # raises for an unknown name
         _check_accelerator(accelerator)
         cp = _degree(accelerator, cp_degree, ulysses_degree, ring_degree)
         _check_degree(accelerator, cp)
         if cp == 1 and rotate_method is not None:
             raise TrainingError(
-                f"rotate_method={rotate_method!r} says how keys and values travel between processes that share a "
-                "sequence, and none do (cp_degree=1). Leave it out, or set cp_degree."
+                f"rotate_method={rotate_method!r} has no effect with cp_degree=1: no processes share a sequence. Leave "
+                "it out, or set cp_degree."
             )
         parallel = TrainingParallel(accelerator, cp, ulysses_degree, ring_degree, rotate_method)
         if cp > 1:
-            parallel._tell_accelerator()
+            parallel._configure_accelerator()
         return parallel
 
-    def _tell_accelerator(self) -> None:
+    def _configure_accelerator(self) -> None:
+        """Sets up the accelerator so that its loaders give a group's processes the same batches."""
         accelerator = self._accelerator
         accelerator.maybe_context_parallel = _refuse_second_split
-        # A loader of an IterableDataset is otherwise read by the first process, which deals out its batches to all.
+        # By default, rank 0 reads an IterableDataset and distributes its batches among all processes.
         accelerator.dataloader_config.dispatch_batches = False
-        if accelerator.distributed_type != "FSDP":  # there the mesh is Accelerate's own
-            # Accelerate's loaders look here for who has the same data, and know no other names.
+        if accelerator.distributed_type != "FSDP":  # FSDP uses Accelerate's own mesh
+            # Accelerate's loaders read this mesh to find processes with the same data. The names are Accelerate's.
             shape = (self.dp_degree, self.cp_degree)
             accelerator.state.device_mesh = _mesh(accelerator.device.type, shape, ("dp_replicate", "cp"))
 
@@ -145,28 +154,29 @@ class TrainingParallel:
         check_weights: bool = False,
         **provider_options: Any,
     ) -> ContextParallelReport | None:
-        """Splits every sequence of a model, or of a pipeline's transformers, within this process's group.
+        """Splits every sequence of a model, or of a pipeline's transformers, over this process's group.
 
-        To be called on all processes, after adapters were added and before `accelerator.prepare`. With cp_degree=1 it
-        only binds attention to `provider`, if one is named. With FSDP2, mixed precision becomes autocast, as without.
+        All processes must call this, after adapters were added and before `accelerator.prepare`. With cp_degree=1 it
+        only binds attention to `provider`, if given. With FSDP2, mixed precision is computed by autocast, as without.
 
         Args:
-            pipeline_or_model: as in `enable_context_parallel`; on its device already.
-            provider: the attention kernel, by name; it needs a backward. None leaves the choice to
-                `enable_context_parallel`, or without context parallelism attention as it is.
-            inputs: see `enable_context_parallel`. "check" makes differing inputs an error and waits for the device in
-                every forward; "trust" is for loops that call `check` themselves. ("broadcast" would hide differing
-                noise from the model, and not from the loss.)
-            timeout: how long a process waits for the others in its group, in seconds; None is the job's own.
-            check_weights: whether values of all weights are compared once, now.
+            pipeline_or_model: as in `enable_context_parallel`; already on its device.
+            provider: name of an attention kernel with a backward. None: chosen by `enable_context_parallel`; with
+                cp_degree=1, attention stays as it is.
+            inputs: see `enable_context_parallel`. "check" raises if inputs differ, and waits for the device in every
+                forward. "trust" is for loops that call `check` themselves. ("broadcast" corrects differing noise in
+                the model's input, but not in your loss.)
+            timeout: seconds that a process waits for the others of its group. None: the process group's timeout.
+            check_weights: whether to compare the values of all weights once, now.
             provider_options: options of the provider's kernel.
 
         Returns:
-            What was done; None without context parallelism.
+            A report of the chosen degrees and what they apply to; None with cp_degree=1.
 
         Raises:
-            TrainingError: the provider has no backward, or FSDP2 would hook the model's attention.
-            AttentionProviderError: as `enable_context_parallel` does.
+            TrainingError: the provider has no backward, options are given without a provider, or FSDP2 would drop the
+                model's attention masks.
+            AttentionProviderError: as in `enable_context_parallel`.
         """
         device = self._accelerator.device.type
         if provider is not None:
@@ -195,8 +205,8 @@ class TrainingParallel:
             set_attention_provider(pipeline_or_model, provider, **provider_options)
         elif provider_options:
             raise TrainingError(
-                f"{', '.join(map(repr, provider_options))} are options of a provider, and none is named. Name "
-                "the one whose options they are: provider='flash'."
+                f"options {', '.join(map(repr, provider_options))} belong to a provider, but no provider is given. "
+                "Name it, for example provider='flash'."
             )
         if sharded:
             _autocast_instead(self._accelerator, pipeline_or_model)
@@ -217,20 +227,25 @@ class TrainingParallel:
         return complete_degrees(topology, self._ulysses_degree, self._ring_degree)
 
     def generator(self, seed: int, step: int) -> torch.Generator:
-        """On the CPU, for all that is random in a step: noise, timesteps, dropout of captions, samples of a posterior.
-        The same on the processes that share a sequence, another one in every other group and step."""
+        """A generator on the CPU for everything random in a step: noise, timesteps, caption dropout, posterior samples.
+
+        Processes that share a sequence get the same generator. Other groups and other steps get different ones.
+
+        Args:
+            seed: seed of the run.
+            step: number of the optimizer step or micro-batch.
+        """
         return generator(seed, "step", step, self.dp_rank)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compares what the processes are about to train on. Waits for the device: for a first step. To be called on
-        all processes.
+        """Compares the processes' batches. Call it in the first step, on all processes; it waits for the device.
 
         Args:
-            tensors: by name, the batch and all that was drawn for it.
+            tensors: the batch and all random tensors drawn for it, by name.
 
         Raises:
-            TrainingError: processes that share a sequence have different ones, or two groups have the same ones of
-                all. On all processes; names the tensors and ranks.
+            TrainingError: processes that share a sequence have different tensors, or two groups have equal ones. It
+                is raised on all processes, and names the tensors and ranks.
         """
         mine = {name: f"{list(tensor.shape)} {tensor.dtype} {fingerprint(tensor)}" for name, tensor in tensors.items()}
         everyone = self.ranks.everyone(mine)
@@ -242,10 +257,10 @@ class TrainingParallel:
             if differing:
                 first = number * self.cp_degree
                 raise TrainingError(
-                    f"ranks {first} to {first + self.cp_degree - 1} share every sequence and were given different "
-                    f"{', '.join(differing)}. Draw with parallel.generator(seed, step), not from the global generator; "
-                    "give loaders the same seed on all processes (no set_seed(..., device_specific=True)); or let "
-                    "dp_rank and dp_degree say who reads what."
+                    f"ranks {first} to {first + self.cp_degree - 1} share every sequence but have different "
+                    f"{', '.join(differing)}. Draw with parallel.generator(seed, step), not from the global generator. "
+                    "Give loaders the same seed on all processes (no set_seed(..., device_specific=True)), or select "
+                    "each process's data by dp_rank and dp_degree."
                 )
         seen: dict[str, int] = {}
         for number, group in enumerate(groups if mine else []):
@@ -253,14 +268,14 @@ class TrainingParallel:
             if other != number:
                 raise TrainingError(
                     f"ranks {other * self.cp_degree} and {number * self.cp_degree} are in different data-parallel "
-                    f"groups and were given the same {', '.join(sorted(mine))}, as if the batch were "
-                    f"{self.dp_degree} times smaller. Let dp_rank and dp_degree say who reads what, and draw with "
-                    "parallel.generator(seed, step)."
+                    f"groups but have the same {', '.join(sorted(mine))}, as if the batch were "
+                    f"{self.dp_degree} times smaller. Select each process's data by dp_rank and dp_degree, and draw "
+                    "with parallel.generator(seed, step)."
                 )
 
 
 def _mesh(device: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """A new mesh of all processes, whose groups wait as long as those of the job do."""
+    """A mesh of all processes. Its process groups have the timeout of the default group."""
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     for group in mesh.get_all_groups():
         shared_groups.give_timeout(group, shared_groups.as_timeout(None, device), device, always=False)
@@ -268,37 +283,37 @@ def _mesh(device: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Device
 
 
 def check_trainable(provider: str, device_type: str, parts: bool = False) -> None:
-    """Raises TrainingError where a provider cannot compute gradients.
+    """Raises TrainingError if a provider cannot compute gradients.
 
     Args:
-        provider: a name of `AttentionProvider`. ("auto" takes only providers that can.)
-        device_type: where the model is.
-        parts: whether attention goes over several devices, for which a backward of parts is needed.
+        provider: name of a provider. ("auto" only selects providers that can.)
+        device_type: device type of the model, such as "cuda".
+        parts: whether attention is split over several devices, which needs a backward for partial results.
     """
     name = provider_name(provider)
     if name not in SPECS:
         return
 
-    def able(name: str) -> bool:
+    def trainable(name: str) -> bool:
         has = SPECS[name].capabilities
         return has.backward and device_type not in has.without_backward_on and (has.backward_of_parts or not parts)
 
-    if not able(name):
-        others = ", ".join(other for other in SPECS if able(other) and device_type in SPECS[other].capabilities.devices)
+    if not trainable(name):
+        others = [each for each in SPECS if trainable(each) and device_type in SPECS[each].capabilities.devices]
         where = " over several devices" if parts and SPECS[name].capabilities.backward else ""
         raise TrainingError(
-            f"attention provider '{name}' has no backward{where} on {device_type}, which training needs. Those that "
-            f"have one: {others}."
+            f"attention provider '{name}' has no backward{where} on {device_type}, which training needs. Providers "
+            f"with one: {', '.join(others)}."
         )
 
 
 def _check_accelerator(accelerator: Any) -> None:
-    """Raises TrainingError for what gradients would be wrong under, with or without context parallelism."""
+    """Raises TrainingError for configurations of Accelerate under which gradients would be wrong."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind not in SUPPORTED:
         raise TrainingError(
             f"Accelerate's distributed_type is {kind}; accepted are one process, DDP (MULTI_GPU, MULTI_CPU) and FSDP2. "
-            "Choose one of these with `accelerate config`, or take a file of examples/accelerate_configs."
+            "Choose one of these with `accelerate config`, or use a file from examples/accelerate_configs."
         )
     if kind == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise TrainingError(
@@ -315,11 +330,11 @@ def _check_accelerator(accelerator: Any) -> None:
 
 
 def _autocast_instead(accelerator: Any, pipeline_or_model: Any) -> None:
-    """Gives models under FSDP2 the mixed precision that Accelerate gives them without it, unless the user set a policy.
+    """Replaces FSDP2's mixed-precision policy by autocast, as Accelerate uses it without FSDP2.
 
-    Accelerate leaves it to a policy of FSDP2's, which rounds all that blocks and the model are given, such as timesteps
-    and rotary frequencies, weights that diffusers keeps in float32 for a reason, and gradients before they are reduced:
-    losses are off by percents. Autocast does what is needed, and FSDP2 then only shards.
+    A policy that the user set stays. Accelerate's own policy casts every input of the blocks, such as timesteps and
+    rotary frequencies, weights that diffusers keeps in float32, and gradients before they are reduced; losses are off
+    by percents. With autocast, FSDP2 only shards.
     """
     from accelerate.utils import convert_outputs_to_fp32
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -343,8 +358,8 @@ def _degree(accelerator: Any, cp_degree: int | None, ulysses_degree: int | None,
         return named if ulysses_degree or ring_degree else configured
     if cp_degree % named or (both and named != cp_degree):
         raise TrainingError(
-            f"ulysses_degree={ulysses_degree} and ring_degree={ring_degree} for cp_degree={cp_degree}: their product "
-            "must be cp_degree. Leave one or two of the three out, and they follow."
+            f"ulysses_degree={ulysses_degree} and ring_degree={ring_degree} with cp_degree={cp_degree}: their product "
+            "must be cp_degree. Leave out one or two of the three, and they are derived."
         )
     return cp_degree
 
@@ -354,13 +369,13 @@ def _check_degree(accelerator: Any, cp: int) -> None:
     configured = getattr(accelerator.parallelism_config, "cp_size", 1) or 1
     if configured not in (1, cp):
         raise TrainingError(
-            f"cp_degree={cp}, and Accelerate's configuration has parallelism_config_cp_size={configured}. Give both "
+            f"cp_degree={cp}, but Accelerate's configuration has parallelism_config_cp_size={configured}. Give both "
             "the same number."
         )
     if cp == 1:
         return
     if world == 1:
-        raise TrainingError(f"cp_degree={cp}, and this job has one process. {jobs.HOW_TO_LAUNCH}.")
+        raise TrainingError(f"cp_degree={cp}, but this job has one process. {jobs.HOW_TO_LAUNCH}.")
     if world % cp:
         raise TrainingError(
             f"cp_degree={cp} does not divide the {world} processes (--num_processes). Accepted are "
@@ -368,36 +383,36 @@ def _check_degree(accelerator: Any, cp: int) -> None:
         )
     if accelerator.distributed_type == "FSDP" and configured != cp:
         raise TrainingError(
-            f"cp_degree={cp} with FSDP2: parameters must be sharded over the processes that share a sequence too. "
+            f"cp_degree={cp} with FSDP2: parameters must also be sharded over processes that share a sequence. "
             f"Set parallelism_config_cp_size: {cp} in Accelerate's parallelism_config (or pass "
             f"--use_parallelism_config --parallelism_config_cp_size {cp} to accelerate launch)."
         )
     loaders = accelerator.dataloader_config
     if loaders.split_batches:
         raise TrainingError(
-            f"split_batches=True with cp_degree={cp}: batches would be split among processes that need the same one. "
+            f"split_batches=True with cp_degree={cp}: it splits a batch among processes that need the same batch. "
             "Leave it out of Accelerate's DataLoaderConfiguration."
         )
     if loaders.dispatch_batches:
         raise TrainingError(
-            f"dispatch_batches=True with cp_degree={cp}: the first process would deal out parts of a batch to "
-            "processes that need the same one. Set dispatch_batches=False in Accelerate's DataLoaderConfiguration."
+            f"dispatch_batches=True with cp_degree={cp}: rank 0 distributes parts of a batch to processes that need "
+            "the same batch. Set dispatch_batches=False in Accelerate's DataLoaderConfiguration."
         )
 
 
 def _check_no_self_attn(pipeline_or_model: Any) -> None:
-    # Accelerate hooks modules of this name when it prepares a model with FSDP2 and a cp_size: it drops their masks.
+    # With FSDP2 and a cp_size, Accelerate's `prepare` hooks modules of this name and drops their masks.
     for model in models_of(pipeline_or_model):
         for name, _ in model.named_modules():
             if name.split(".")[-1].endswith("self_attn") and type(model).__module__.startswith("diffusers"):
                 raise TrainingError(
-                    f"{type(model).__name__} has '{name}', whose masks Accelerate drops where FSDP2 has a "
+                    f"{type(model).__name__} has '{name}', whose attention masks Accelerate drops with FSDP2 and "
                     "parallelism_config_cp_size. Train this model with DDP."
                 )
 
 
 def _refuse_second_split(*args: Any, **kwargs: Any) -> Any:
     raise TrainingError(
-        "accelerator.maybe_context_parallel() would split sequences a second time, which diffusers_attn split already. "
-        "Leave it out: nothing takes its place."
+        "accelerator.maybe_context_parallel() would split sequences that diffusers_attn has split already. Remove the "
+        "call; nothing replaces it."
     )

@@ -1,4 +1,4 @@
-"""From a folder of examples to a loader of latents and embeddings, as a family wants them."""
+"""Encodes the training data with a pipeline's VAE and text encoders, and makes the loader of the results."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from .parallel import TrainingParallel
 from .randomness import generator
 
 VIDEO_FRAMES = 49
-"""of buckets for videos, where a user says nothing."""
+"""Default number of frames of a video bucket."""
 
 
 class PreparedData:
-    """Everything encoded that training needs.
+    """The encoded training data.
 
     Attributes:
-        latents, text: for `LatentLoader`.
-        evaluation: those of `latents` or of data of their own that are evaluated on.
+        latents: cached latents of the training examples.
+        text: file of the embeddings of each caption.
+        evaluation: cached latents of the examples for evaluations.
         bucket: (frames, height, width) of the first example.
-        fps: of videos, the rate in the middle of those that are trained; None where none is known.
+        fps: median frame rate of the training videos; None if unknown or without videos.
     """
 
     def __init__(
@@ -57,15 +58,15 @@ class PreparedData:
 
     @functools.cached_property
     def padded(self) -> frozenset[str]:
-        """Names of the text's tensors whose lengths vary, which batches have with a mask."""
+        """Names of the text tensors whose length varies; batches pad them and have a mask for each."""
         return varying(read_shapes(path) for path in dict.fromkeys(self.text.values()))
 
 
 def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel, device: torch.device) -> PreparedData:
-    """Reads the examples and encodes what is not encoded yet. All processes divide that work.
+    """Reads the examples, and encodes those that are not in the cache. The processes divide the work.
 
     Raises:
-        TrainingDataError: the data cannot be used, or there are no buckets for them.
+        TrainingDataError: the data cannot be used, or fit no bucket.
     """
     main = parallel.ranks.rank == 0
     reading: dict[str, Any] = {
@@ -98,13 +99,13 @@ def make_loader(
     parallel: TrainingParallel,
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> LatentLoader:
-    """The batches of this process's data-parallel group, the same on all processes that share sequences.
+    """A loader of the batches of this process's data-parallel group. Processes that share sequences get the same.
 
     Args:
-        finish: what is still done with each by the threads that read it.
+        finish: applied to each micro-batch in the threads that read it, such as `Noise`.
 
     Raises:
-        TrainingDataError: they do not come out even.
+        TrainingDataError: the global batch cannot be divided among the processes.
     """
     global_batch = config.batch_size * config.gradient_accumulation_steps * parallel.dp_degree
     sampler = LatentLoader.sampler_for(
@@ -126,7 +127,7 @@ def make_loader(
 
 
 def buckets_of(config: TrainConfig, family: Family) -> Buckets:
-    """The sizes that settings and family agree on."""
+    """The buckets given by the settings, with sizes and numbers of frames that the family accepts."""
     step, offset = family.frame_rule
     default = [1] if family.kind == "image" else [(VIDEO_FRAMES - offset) // step * step + offset]
     return Buckets.of(
@@ -158,7 +159,7 @@ def _text_cache(config: TrainConfig, family: Family) -> TextCache:
 
 
 def evaluation_batches(prepared: PreparedData, wanted: Sequence[int]) -> list[dict[str, Any]]:
-    """The examples `wanted` of those to evaluate on, one by one, as `LatentLoader` gives batches."""
+    """Batches of one evaluation example each, in the form of `LatentLoader`, for the indices `wanted`."""
     batches = []
     for number in wanted:
         each = prepared.evaluation[number]

@@ -1,4 +1,4 @@
-"""What is said while training goes on: a line for the eye, numbers for trackers and in a file."""
+"""Progress of a run: a bar on the terminal, and log entries in a file and for experiment trackers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .data.disk import write_file
 
 
 class MetricsFile:
-    """A line of JSON for each entry: its step, and numbers by name. It can be read while it grows.
+    """A file of log entries, one JSON object per line, with the step and numbers by name.
 
-    A run that is resumed goes on in it as if it had never ended: entries of steps behind the checkpoint, which come
-    again, are taken out, and so is a line that a kill cut off.
+    When a run is resumed, entries of steps after the checkpoint are removed, since these steps run again. An incomplete
+    last line is removed too.
 
     Args:
-        path: is made anew where the run begins with the first step.
-        first: the step from which it goes on.
+        path: the file; overwritten if `first` is 0.
+        first: step of the checkpoint, 0 for a new run.
     """
 
     def __init__(self, path: Path, first: int) -> None:
@@ -37,17 +37,17 @@ class MetricsFile:
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """An entry."""
+        """Appends an entry."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Closes the file."""
         self._file.close()
 
 
 def _step(line: str) -> float:
-    """Of an entry; of one that is cut off, a step that never comes."""
+    """The step of an entry; infinity for an incomplete line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -55,15 +55,14 @@ def _step(line: str) -> float:
 
 
 class Progress:
-    """A bar with loss, learning rate, tokens per second, memory and time left, on one process; trackers through
-    Accelerate; a file.
+    """A progress bar on rank 0 with loss, learning rate, tokens per second, memory and remaining time; and log entries.
 
     Args:
-        accelerator: whose trackers were started.
-        steps: of the whole run.
-        first: the step from which it goes on.
-        every: steps between lines and entries.
-        metrics: a `MetricsFile` to be made there, by one process; None is none.
+        accelerator: an `accelerate.Accelerator` with started trackers.
+        steps: number of steps of the whole run.
+        first: step of the checkpoint, 0 for a new run.
+        every: number of steps between log entries.
+        metrics: path of the `MetricsFile`, which rank 0 writes. None: no file.
     """
 
     def __init__(self, accelerator: Any, steps: int, first: int, every: int, metrics: Path | None = None) -> None:
@@ -72,7 +71,7 @@ class Progress:
         self.every = every
         self._accelerator = accelerator
         self._metrics = MetricsFile(metrics, first) if metrics is not None and accelerator.is_main_process else None
-        if accelerator.device.type == "cuda":  # what encoding took is not what training takes
+        if accelerator.device.type == "cuda":  # leaves out the memory of encoding
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         self._bar = tqdm(
             total=steps,
@@ -87,11 +86,12 @@ class Progress:
         self._tokens = self._steps = 0
 
     def step(self, number: int, numbers: Mapping[str, float], tokens: int) -> None:
-        """Behind step `number`, counted from 1.
+        """Updates the bar after a step, and writes a log entry if one is due.
 
         Args:
-            numbers: "loss", "learning rate", "gradient norm".
-            tokens: that all processes trained on in this step.
+            number: number of the step, from 1.
+            numbers: "loss", "learning rate" and "gradient norm".
+            tokens: number of tokens that all processes trained on in this step.
         """
         self._tokens += tokens
         self._steps += 1
@@ -116,32 +116,32 @@ class Progress:
         self.log(number, values)
 
     def log(self, number: int, values: Mapping[str, float]) -> None:
-        """An entry for trackers and the file."""
+        """Writes an entry to the trackers and the file."""
         self._accelerator.log(values, step=number)
         if self._metrics is not None:
             self._metrics.write(number, values)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done within is no part of any step's time."""
+        """Leaves the time within this context out of the time per step."""
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
 
-    def say(self, message: str) -> None:
-        """A line above the bar, on one process."""
+    def print(self, message: str) -> None:
+        """Prints a line above the bar on rank 0."""
         if self._accelerator.is_main_process:
             self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
-        """Ends the line and the file."""
+        """Closes the bar and the file."""
         self._bar.close()
         if self._metrics is not None:
             self._metrics.close()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of a GPU, the most that tensors took since training began; otherwise, of this process."""
+    """Peak memory in bytes: on a GPU, of its tensors since training began; on a CPU, of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

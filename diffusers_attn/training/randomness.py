@@ -1,9 +1,8 @@
-"""Random numbers that depend on what they are for, and on nothing else.
+"""Random numbers that depend only on the seed, the step and the sample, not on the process that draws them.
 
-Every draw comes from a generator of its own on the CPU, whose seed is made of the run's seed and of numbers that say
-where in the run the draw belongs: the step, and the place of the sample in that step's global batch. So the ranks that
-share a sequence draw the same; ranks with other samples draw something else; one process and many draw the same for the
-same global batch; and a resumed run needs no state of any generator.
+Each draw has its own generator on the CPU. Its seed is derived from the run's seed, the step, and the sample's position
+in the step's global batch. So ranks that share a sequence draw the same values; ranks with other samples draw others; a
+global batch gets the same values on any number of processes; and a resumed run needs no generator state.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from torch import Tensor
 
 
 def derived_seed(seed: int, *labels: int | str) -> int:
-    """A seed from `seed` and what it is for: 63 bits, the same on every machine and in every version."""
-    said = "/".join(map(str, (seed, *labels))).encode()
-    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big") >> 1
+    """A seed of 63 bits for the purpose named by `labels`, the same on every machine and in every version."""
+    text = "/".join(map(str, (seed, *labels))).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, *labels: int | str) -> torch.Generator:
-    """A generator on the CPU that is seeded with `derived_seed`."""
+    """A generator on the CPU, seeded with `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(seed, *labels))
 
 
 class SampleRandomness:
-    """The draws of one micro-batch, each sample by itself.
+    """The random numbers of one micro-batch, with a generator for each sample.
 
     Args:
-        seed: of the run.
-        step: the optimizer step.
-        positions: the place of each sample in the step's global batch.
-        purpose: sets apart draws that have all of this in common, such as those of an evaluation.
+        seed: seed of the run.
+        step: number of the optimizer step.
+        positions: position of each sample in the step's global batch.
+        purpose: label that separates draws with equal seed, step and position, such as "evaluate".
     """
 
     def __init__(self, seed: int, step: int, positions: Sequence[int], purpose: str = "train") -> None:
@@ -43,7 +42,7 @@ class SampleRandomness:
         self.purpose = purpose
 
     def generators(self, what: str) -> list[torch.Generator]:
-        """One for each sample, for `what`: draws for one thing do not move those for another."""
+        """A generator for each sample. Draws with one name `what` do not affect draws with another."""
         return [generator(self.seed, self.purpose, what, self.step, position) for position in self.positions]
 
     def normal(self, what: str, shape: Sequence[int]) -> Tensor:

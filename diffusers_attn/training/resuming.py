@@ -1,4 +1,4 @@
-"""What becomes of each setting when a run is resumed, as a table, and the comparison with the run of before."""
+"""A table with the policy of each setting when a run is resumed, and the comparison with the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from .models import fingerprint
 from .prepare import buckets_of
 
 FILE = "settings.json"
-"""of a checkpoint: the settings of its run."""
+"""File of a checkpoint with the settings of its run."""
 
 
 class Resumed(enum.Enum):
-    """What becomes of a setting that is not the checkpoint's."""
+    """Policy for a setting whose value differs from the checkpoint's."""
 
-    KEPT = "the checkpoint's counts"
-    GIVEN = "the command line's counts"
-    REFUSED = "both must be the same"
+    KEPT = "the checkpoint's value is used"
+    GIVEN = "the command line's value is used"
+    REFUSED = "the values must be equal"
 
 
 SETTINGS = {
-    # What the adapter's weights and the optimizer's state are of.
+    # The shapes and the meaning of the adapter's weights and the optimizer's state depend on these.
     "adapter": Resumed.REFUSED,
     "rank": Resumed.REFUSED,
     "alpha": Resumed.REFUSED,
     "targets": Resumed.REFUSED,
-    "adapter_init": Resumed.KEPT,  # its weights have moved on; what it did to the base model still holds
+    "adapter_init": Resumed.KEPT,  # "olora" also changed the base model, which the checkpoint restores
     "optimizer": Resumed.REFUSED,
-    "ema_decay": Resumed.GIVEN,  # but whether there is an average at all must be the same
-    # What decides which examples a step has.
+    "ema_decay": Resumed.GIVEN,  # but an average cannot be added or removed
+    # The examples of a step depend on these.
     "seed": Resumed.REFUSED,
     "resolution": Resumed.REFUSED,
     "aspects": Resumed.REFUSED,
     "num_frames": Resumed.REFUSED,
     "repeats": Resumed.REFUSED,
     "incomplete_batches": Resumed.REFUSED,
-    # Names and folders may move. What is in them is compared: the base model's weights below, the data by the loader.
+    # Names and folders may change. Their content is compared: the base model's weights below, the data by the loader.
     "model": Resumed.GIVEN,
     "revision": Resumed.GIVEN,
     "data": Resumed.GIVEN,
     "output_dir": Resumed.GIVEN,
     "cache_dir": Resumed.GIVEN,
     "overwrite": Resumed.GIVEN,
-    # Another machine has other processes. All of them together must have the same number of examples in a step.
+    # Another machine may have other processes. Only the number of examples per step must be the same.
     "batch_size": Resumed.GIVEN,
     "gradient_accumulation_steps": Resumed.GIVEN,
     "cp_degree": Resumed.GIVEN,
@@ -66,7 +66,7 @@ SETTINGS = {
     "compile": Resumed.GIVEN,
     "gradient_checkpointing": Resumed.GIVEN,
     "find_unused_parameters": Resumed.GIVEN,
-    # How training goes on.
+    # Optimization and noise.
     "steps": Resumed.GIVEN,
     "learning_rate": Resumed.GIVEN,
     "adam_betas": Resumed.GIVEN,
@@ -82,7 +82,7 @@ SETTINGS = {
     "mode_scale": Resumed.GIVEN,
     "shift": Resumed.GIVEN,
     "guidance": Resumed.GIVEN,
-    # What is made of the examples.
+    # Preparation of the examples.
     "fps": Resumed.GIVEN,
     "frame_pick": Resumed.GIVEN,
     "max_upscale": Resumed.GIVEN,
@@ -92,7 +92,7 @@ SETTINGS = {
     "max_sequence_length": Resumed.GIVEN,
     "on_bad_data": Resumed.GIVEN,
     "cache_batch_size": Resumed.GIVEN,
-    # What is written and said.
+    # Output.
     "checkpoint_every": Resumed.GIVEN,
     "checkpoints_kept": Resumed.GIVEN,
     "resume": Resumed.GIVEN,
@@ -112,38 +112,39 @@ SETTINGS = {
     "push_to_hub": Resumed.GIVEN,
     "hub_model_id": Resumed.GIVEN,
 }
-"""every setting of `TrainConfig`."""
+"""Policy of every setting of `TrainConfig`."""
 
 _WITH_MODEL = ("targets", "num_frames")
-"""settings whose default is the model's: compared when it is loaded."""
+"""Settings whose default depends on the model; they are compared after it is loaded."""
 _FACTS = {
     "family": "The model is of another family.",
     "base": "The base model has other weights.",
 }
-"""of a model, what must be the same; and what to say where it is not."""
+"""Fields of `Facts` that must be equal, with the message if they are not."""
 
-ANEW = "begin anew with another --output_dir"
+ANEW = "start anew with another --output_dir"
 
 
 class Facts(NamedTuple):
-    """What is known once the model is loaded."""
+    """Properties of the loaded model, stored in a checkpoint."""
 
     family: str
+    """Class name of the family."""
     base: str
-    """of the transformer's weights, a fingerprint."""
+    """Fingerprint of the transformer's weights without the adapter."""
     targets: list[str]
     num_frames: list[int]
 
 
 def facts_of(config: TrainConfig, family: Family) -> Facts:
-    """Of a model without its adapter."""
+    """The facts about a model. Call it before the adapter is added."""
     targets = sorted(config.targets or family.lora_targets)
     base = fingerprint(family.pipeline.transformer, rounded=True)
     return Facts(type(family).__name__, base, targets, list(buckets_of(config, family).frames))
 
 
 def settings_of(config: TrainConfig, dp_degree: int) -> dict[str, Any]:
-    """What a checkpoint says of its run's settings. Values that follow from others are there as what they come to."""
+    """The settings as a checkpoint stores them: JSON values, with defaults that depend on other settings resolved."""
     examples = config.batch_size * config.gradient_accumulation_steps * dp_degree
     resolved = {
         "alpha": config.alpha or float(config.rank),
@@ -158,51 +159,52 @@ def settings_of(config: TrainConfig, dp_degree: int) -> dict[str, Any]:
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any], facts: Facts) -> None:
-    """Into a checkpoint's folder."""
+    """Writes the settings and facts into a checkpoint's folder."""
     (folder / FILE).write_text(json.dumps({**settings, "facts": facts._asdict()}, indent=2) + "\n")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What `write_settings` wrote.
+    """Reads the settings that `write_settings` wrote.
 
     Raises:
-        TrainingError: there is no such file, or it cannot be read.
+        TrainingError: the file is missing or cannot be read.
     """
     try:
-        said = json.loads((folder / FILE).read_text())
-        if not isinstance(said, dict) or not isinstance(said["facts"], dict):
+        settings = json.loads((folder / FILE).read_text())
+        if not isinstance(settings, dict) or not isinstance(settings["facts"], dict):
             raise ValueError("no settings")
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(
-            f"--resume: {folder / FILE} cannot be read ({type(error).__name__}: {error}). Go on from another "
+            f"--resume: {folder / FILE} cannot be read ({type(error).__name__}: {error}). Resume from another "
             f"checkpoint, or {ANEW}."
         ) from error
-    return said
+    return settings
 
 
 def resume_settings(config: TrainConfig, before: Mapping[str, Any], dp_degree: int) -> tuple[TrainConfig, list[str]]:
     """Compares settings with those of a checkpoint.
 
     Args:
-        before: from `read_settings`.
-        dp_degree: groups of processes that share sequences.
+        config: the settings of this run.
+        before: the checkpoint's settings, from `read_settings`.
+        dp_degree: number of data-parallel groups.
 
     Returns:
-        The settings to go on with, and a line for each that differs.
+        The settings to resume with, and a line for each that differs.
 
     Raises:
-        TrainingError: for one that must be the same. It names all of these.
+        TrainingError: settings differ that must be equal. The message names all of them.
     """
     now = settings_of(config, dp_degree)
     kept, lines, refused = {}, [], []
     for name, policy in SETTINGS.items():
         if name not in before or name in _WITH_MODEL or now[name] == before[name]:
-            continue  # (a checkpoint of an older version may lack one)
+            continue  # (a checkpoint of an older version may lack a setting)
         if policy is Resumed.KEPT:
             kept[name] = before[name]
-            lines.append(f"{option(name, before[name])}, as the checkpoint has it, and not {_value(now[name])}")
+            lines.append(f"{option(name, before[name])} from the checkpoint, instead of {_value(now[name])}")
         elif policy is Resumed.GIVEN:
-            lines.append(f"{option(name, now[name])}; until now {_value(before[name])}")
+            lines.append(f"{option(name, now[name])}, until now {_value(before[name])}")
         else:
             refused.append((name, now[name], before[name]))
     if refused:
@@ -210,9 +212,9 @@ def resume_settings(config: TrainConfig, before: Mapping[str, Any], dp_degree: i
         raise _refusal(here, there)
     if (now["ema_decay"] is None) != (before.get("ema_decay") is None):
         raise TrainingError(
-            f"{option('ema_decay', now['ema_decay'])}: the checkpoint is of a run with "
-            f"{option('ema_decay', before.get('ema_decay'))}, and there is an average of all steps or none. Give it as "
-            f"it was, or {ANEW}."
+            f"{option('ema_decay', now['ema_decay'])}: the checkpoint is from a run with "
+            f"{option('ema_decay', before.get('ema_decay'))}. An average cannot be added or removed later. Give the "
+            f"same as before, or {ANEW}."
         )
     _check_examples(config, before.get("examples of a step"), dp_degree)
     return dataclasses.replace(config, **kept), lines
@@ -220,8 +222,8 @@ def resume_settings(config: TrainConfig, before: Mapping[str, Any], dp_degree: i
 
 def _refusal(here: list[str], there: list[str]) -> TrainingError:
     return TrainingError(
-        f"{', '.join(here)}: the checkpoint is of {', '.join(there)}, and goes on with that only. Give "
-        f"{' '.join(there)}, or {ANEW}."
+        f"{', '.join(here)}: the checkpoint is from a run with {', '.join(there)}, and can only be resumed with that. "
+        f"Give {' '.join(there)}, or {ANEW}."
     )
 
 
@@ -238,22 +240,26 @@ def _check_examples(config: TrainConfig, before: int | None, dp_degree: int) -> 
     groups = "process" if dp_degree == 1 else "processes, or groups of them that share sequences"
     raise TrainingError(
         f"--batch_size {config.batch_size}, --gradient_accumulation_steps {config.gradient_accumulation_steps} and "
-        f"{dp_degree} {groups} are {now} examples in a step, and the checkpoint is of a run with {before}. "
+        f"{dp_degree} {groups} are {now} examples per step, but the checkpoint is from a run with {before}. "
         f"{advice}, or {ANEW}."
     )
 
 
 def check_facts(facts: Facts, before: Mapping[str, Any]) -> None:
-    """Compares a model with that of a checkpoint.
+    """Compares the loaded model with the checkpoint's.
+
+    Args:
+        facts: from `facts_of`.
+        before: the checkpoint's settings, from `read_settings`.
 
     Raises:
-        TrainingError: it is another one, or its adapter goes on other layers.
+        TrainingError: the model differs, or its adapter is for other layers.
     """
     kept = before["facts"]
     for name, what in _FACTS.items():
         if name in kept and getattr(facts, name) != kept[name]:
             raise TrainingError(
-                f"{what} The checkpoint is of a run with {option('model', before.get('model'))}: give that one, or "
+                f"{what} The checkpoint is from a run with {option('model', before.get('model'))}. Give that model, or "
                 f"{ANEW}."
             )
     for name in _WITH_MODEL:
@@ -263,20 +269,20 @@ def check_facts(facts: Facts, before: Mapping[str, Any]) -> None:
 
 
 def check_steps(steps: int, step: int, others: list[int]) -> None:
-    """Raises TrainingError where a checkpoint has more steps than the run is to have.
+    """Raises TrainingError if a checkpoint has more steps than the run.
 
     Args:
-        steps: of the run.
-        step: of the checkpoint.
-        others: steps of which there are checkpoints.
+        steps: number of steps of the run.
+        step: step of the checkpoint.
+        others: steps of all checkpoints, ascending.
     """
     if steps >= step:
         return
     before = [each for each in others if each <= steps]
-    earlier = f", or go on from an earlier checkpoint: --resume {before[-1]}" if before else ""
+    earlier = f", or resume from an earlier checkpoint: --resume {before[-1]}" if before else ""
     raise TrainingError(
-        f"--steps {steps}: the checkpoint has {step} steps already. Give --steps {step} to write its adapter, or more "
-        f"to go on{earlier}."
+        f"--steps {steps}: the checkpoint has {step} steps already. Give --steps {step} to write its adapter, a larger "
+        f"number to continue{earlier}."
     )
 
 

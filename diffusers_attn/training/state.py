@@ -1,7 +1,7 @@
-"""What a checkpoint has in it: gathered from all processes, written by one, and set again on any number of them.
+"""The content of a checkpoint: gathered from all processes, written by one, and loaded by any number of them.
 
-Tensors are whole in a checkpoint, however they were sharded, and generators have no state that would have to be kept
-(see `randomness`). So a run goes on exactly where it was, and with FSDP2 or on other numbers of processes as well.
+A checkpoint has full tensors, also if FSDP2 sharded them, and no state of random generators (see `randomness`). So a
+run can be resumed exactly, also on another number of processes or with another sharding.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ INITIAL = "initial.safetensors"
 
 
 class Training(NamedTuple):
-    """What changes from step to step."""
+    """The objects whose state a checkpoint stores."""
 
     transformer: nn.Module
-    """prepared by Accelerate."""
+    """The model, prepared by Accelerate."""
     optimizer: torch.optim.Optimizer
     schedule: Any
     average: AdapterAverage | None
     loader: LatentLoader
     settings: dict[str, Any]
-    """from `resuming.settings_of`."""
+    """Settings from `resuming.settings_of`."""
     facts: Facts
     initial: dict[str, Tensor] | None = None
-    """the adapter's beginning, where it moved the base model's weights; see `lora.MOVES_BASE`."""
+    """Initial weights of the adapter if they changed the base model; see `lora.MOVES_BASE`."""
 
 
 class TrainingSnapshot(NamedTuple):
@@ -55,7 +55,7 @@ class TrainingSnapshot(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of its tensors."""
+        """Size of all tensors in bytes."""
         return _bytes([self.adapter, self.average, self.initial, self.optimizer])
 
 
@@ -68,7 +68,7 @@ def _bytes(value: Any) -> int:
 
 
 def snapshot(training: Training, step: int) -> TrainingSnapshot:
-    """The state behind `step`. With FSDP2 every process must call this."""
+    """Copies the state after `step` to memory. With FSDP2 every process must call this."""
     average = training.average
     return TrainingSnapshot(
         step,
@@ -84,7 +84,7 @@ def snapshot(training: Training, step: int) -> TrainingSnapshot:
 
 
 def write(taken: TrainingSnapshot, folder: Path) -> None:
-    """Into an empty folder."""
+    """Writes a snapshot into an empty folder."""
     from safetensors.torch import save_file
 
     save_file(taken.adapter, folder / "adapter.safetensors")
@@ -94,69 +94,69 @@ def write(taken: TrainingSnapshot, folder: Path) -> None:
         save_file(taken.initial, folder / INITIAL)
     torch.save({"optimizer": taken.optimizer}, folder / "optimizer.pt")
     write_settings(folder, taken.settings, taken.facts)
-    said = {"format": _FORMAT, "step": taken.step, "loader": taken.loader, "average_steps": taken.average_steps}
-    (folder / "state.json").write_text(json.dumps(said, indent=2) + "\n")
+    state = {"format": _FORMAT, "step": taken.step, "loader": taken.loader, "average_steps": taken.average_steps}
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
 def read_initial(folder: Path) -> dict[str, Tensor] | None:
-    """The beginning of a checkpoint's adapter, where it moved the base model's weights."""
+    """The adapter's initial weights in a checkpoint; None if they did not change the base model."""
     from safetensors.torch import load_file
 
     return load_file(folder / INITIAL) if (folder / INITIAL).is_file() else None
 
 
 def restore(training: Training, folder: Path) -> int:
-    """Sets what `write` wrote. To be called on all processes.
+    """Loads the state that `write` wrote. All processes must call this.
 
     Returns:
-        The step behind which it was taken.
+        The step of the checkpoint.
 
     Raises:
-        TrainingError: it is of another adapter, has no average where one is wanted, or is of another version.
-        TrainingDataError: it is of other data.
+        TrainingError: the checkpoint is from another adapter or another version, or is damaged.
+        TrainingDataError: the checkpoint is from other data.
     """
     from safetensors.torch import load_file
 
-    said = _read_state(folder / "state.json")
-    training.loader.load_state_dict(said["loader"])
+    state = _read_state(folder / "state.json")
+    training.loader.load_state_dict(state["loader"])
     load_adapter_weights(training.transformer, load_file(folder / "adapter.safetensors"))
     if training.average is not None:
-        training.average.load(load_file(folder / "average.safetensors"), said["average_steps"])
-    kept = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    load_optimizer_state(training.optimizer, kept["optimizer"], training.settings["optimizer"])
-    resume_schedule(training.schedule, int(said["step"]))
-    return int(said["step"])
+        training.average.load(load_file(folder / "average.safetensors"), state["average_steps"])
+    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    load_optimizer_state(training.optimizer, saved["optimizer"], training.settings["optimizer"])
+    resume_schedule(training.schedule, int(state["step"]))
+    return int(state["step"])
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """What state.json says, if it can be meant."""
+    """Reads and checks state.json."""
     try:
-        said = json.loads(path.read_text())
-        written = said["format"]
+        state = json.loads(path.read_text())
+        written = state["format"]
         counts = {
-            "step": said["step"],
-            "average_steps": said["average_steps"],
-            **{f"loader.{name}": said["loader"][name] for name in ("epoch", "position")},
+            "step": state["step"],
+            "average_steps": state["average_steps"],
+            **{f"loader.{name}": state["loader"][name] for name in ("epoch", "position")},
         }
-        if not isinstance(said["loader"]["batches"], str):
+        if not isinstance(state["loader"]["batches"], str):
             raise ValueError("loader.batches is not a string")
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise TrainingError(f"--resume: {path} is damaged: {what}. Go on from another checkpoint.") from error
+        raise TrainingError(f"--resume: {path} is damaged: {what}. Resume from another checkpoint.") from error
     if written != _FORMAT:
         raise TrainingError(
-            f"--resume: {path} has format {written}, and this version writes and reads {_FORMAT}. Go on with the "
-            "version that wrote it."
+            f"--resume: {path} has format {written}, but this version reads format {_FORMAT}. Resume with the version "
+            "that wrote it."
         )
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise TrainingError(
-                f"--resume: {path} is damaged: {name} is {value!r}, and a whole number from 0 is expected. Go on from "
+                f"--resume: {path} is damaged: {name} is {value!r}, but a whole number from 0 is expected. Resume from "
                 "another checkpoint."
             )
-    if path.parent.name != f"step-{said['step']:08d}":
+    if path.parent.name != f"step-{state['step']:08d}":
         raise TrainingError(
-            f"--resume: {path} is of step {said['step']}, and its folder has another step's name. Rename the folder to "
-            f"step-{said['step']:08d}, or go on from another checkpoint."
+            f"--resume: {path} is from step {state['step']}, but its folder is named for another step. Rename the "
+            f"folder to step-{state['step']:08d}, or resume from another checkpoint."
         )
-    return said
+    return state

@@ -1,11 +1,9 @@
-"""The loop: what is done at the start, at every step, at some of them, and at the end."""
+"""The training loop: set-up, optimizer steps, periodic work such as checkpoints, and the final adapter."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..atomic_files import remove_unfinished
-from ..context_parallel.comm.process_groups import set_timeout
+from .accelerator import make_accelerator
 from .card import push, write_card
 from .checkpoint import Checkpoints
-from .checks import check_optimizing, check_settings, check_trackers, check_with_model
+from .checks import check_optimizing, check_settings, check_with_model
 from .config import TrainConfig
 from .data.ranks import in_step
 from .ema import AdapterAverage
@@ -50,12 +48,16 @@ from .validation import Sample, Validation, log_samples
 
 
 class Trainer:
-    """One run. All processes of the job make one, with the same settings, and call `run`.
+    """One training run. All processes of the job create a `Trainer` with the same settings and call `run`.
 
     Args:
         config: the settings.
-        on_step: is told of every step, on every process: its number from 1, and "loss", "gradient norm" and
-            "learning rate", which are the same on all.
+        on_step: called after every optimizer step on every process, with the number of the step, from 1, and a dict
+            of "loss", "gradient norm" and "learning rate". The values are the same on all processes.
+
+    Raises:
+        TrainingError: settings that cannot be used, or a checkpoint that cannot be resumed. The model is not loaded
+            yet.
     """
 
     def __init__(self, config: TrainConfig, on_step: Callable[[int, dict[str, float]], None] | None = None) -> None:
@@ -74,17 +76,17 @@ class Trainer:
         self.main = self.ranks.rank == 0
         self.checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoints_kept or None)
         self.step = 0
-        self._asked: Callable[[], int] = lambda: 0
+        self._received_signal: Callable[[], int] = lambda: 0
         self.checked = False
-        """whether processes have compared what they train on."""
+        """Whether the processes have compared their first batch."""
         self.checkpoint: Path | None = None
-        """to resume from; None begins anew"""
-        self.before: dict[str, Any] | None = None
-        """the settings of the run that is resumed"""
+        """Checkpoint to resume from; None for a new run."""
+        self.resumed_settings: dict[str, Any] | None = None
+        """Settings of the checkpoint's run; None for a new run."""
         self._check()
 
     def _check(self) -> None:
-        """All that can be refused before a model is loaded."""
+        """Makes all checks that need no model."""
         config = self.config
         check_optimizing(config, self.device)
         if config.attn_provider is not None:
@@ -92,53 +94,59 @@ class Trainer:
         if config.adapter_dropout and self.parallel.cp_degree > 1:
             raise TrainingError(
                 f"adapter_dropout={config.adapter_dropout} with cp_degree={self.parallel.cp_degree}: processes that "
-                "share a sequence would drop different parts of what all of them hold. Set one of them to 0 or 1."
+                "share a sequence would apply different dropout masks to tensors that all of them have. Set "
+                "adapter_dropout=0 or cp_degree=1."
             )
         in_step(self.ranks, [None] if self.main else [], lambda _: check_settings(config), "checking the settings")
         self._check_resuming()
         if config.resume is None and self.checkpoints.steps() and not config.overwrite:
             raise TrainingError(
-                f"output_dir={config.output_dir!r} has checkpoints of an earlier run. Go on with it, --resume latest, "
-                "take another folder, or start anew in it, --overwrite."
+                f"output_dir={config.output_dir!r} has checkpoints of an earlier run. Resume it with --resume latest, "
+                "give another folder, or replace it with --overwrite."
             )
         own = self.checkpoint is not None and self.checkpoints.owns(self.checkpoint)
         check_output(config.output, own, config.overwrite)
 
     def _check_resuming(self) -> None:
-        """Settles what to go on from, and with which settings, and says what differs."""
+        """Finds the checkpoint to resume from, merges its settings, and prints those that differ."""
         config = self.config
         self.checkpoint = checkpoint = self.checkpoints.find(config.resume)
         if checkpoint is None:
             if config.resume is not None:
-                self._say(
-                    f"--resume {config.resume}: {self.checkpoints.folder} has no checkpoint yet. A new run begins."
+                self._print(
+                    f"--resume {config.resume}: {self.checkpoints.folder} has no checkpoint yet. Starting a new run."
                 )
             return
         step = self.checkpoints.step_of(checkpoint)
         own = self.checkpoints.owns(checkpoint)
         check_steps(config.steps, step, self.checkpoints.steps() if own else [])
-        self.before = read_settings(checkpoint)
-        self.config, differences = resume_settings(config, self.before, self.parallel.dp_degree)
-        self._say("\n  ".join([f"going on from {checkpoint}", *differences]))
+        self.resumed_settings = read_settings(checkpoint)
+        self.config, differences = resume_settings(config, self.resumed_settings, self.parallel.dp_degree)
+        self._print("\n  ".join([f"resuming from {checkpoint}", *differences]))
 
-    def _say(self, message: str) -> None:
-        """On one process, before there is a bar."""
+    def _print(self, message: str) -> None:
+        """Prints on rank 0, before the progress bar exists."""
         if self.main:
             print(message, file=sys.stderr, flush=True)
 
     # ---- The run
 
     def run(self) -> Path:
-        """Trains. Returns the adapter's file.
+        """Trains. All processes must call this.
+
+        Returns:
+            The adapter's file; on processes other than rank 0, the output folder.
 
         Raises:
-            TrainingError, TrainingDataError, AttentionProviderError: what cannot be served as asked.
-            TrainingInterrupted: SIGINT or SIGTERM came on one of the processes. A checkpoint is saved.
+            TrainingError: a setting cannot be used with this model, another run uses the output folder, or the loss,
+                the gradient norm or the adapter's weights are not finite.
+            TrainingDataError: the data cannot be used.
+            AttentionProviderError: attention cannot be computed as requested.
+            TrainingInterrupted: SIGINT or SIGTERM arrived on one of the processes. A checkpoint is saved.
         """
-        # Blocks are compiled one by one. DDP's way to overlap the backward of one large graph with its exchanges would
-        # only cut each of them in two.
-        whole_blocks = torch._dynamo.config.patch(optimize_ddp=False)
-        with whole_blocks if self.config.compile else contextlib.nullcontext():
+        # Blocks are compiled one by one. DDPOptimizer, made for one graph of the entire model, would split each block.
+        unsplit_blocks = torch._dynamo.config.patch(optimize_ddp=False)
+        with unsplit_blocks if self.config.compile else contextlib.nullcontext():
             with output_of_this_run(self.config.output, self.ranks):
                 return self._run()
 
@@ -149,7 +157,7 @@ class Trainer:
         metrics = config.output / "metrics.jsonl" if config.metrics else None
         progress = Progress(self.accelerator, config.steps, self.step, config.log_every, metrics)
         stop = 0
-        with interruptible() as self._asked, contextlib.closing(progress):
+        with interruptible() as self._received_signal, contextlib.closing(progress):
             with contextlib.closing(iter(self.training.loader)) as micros:  # type: ignore[type-var]
                 while self.step < config.steps and not stop:
                     numbers, tokens, stop = self._train_step(micros)
@@ -157,7 +165,7 @@ class Trainer:
                     if self.on_step is not None:
                         self.on_step(self.step, numbers)
                     with progress.paused():
-                        stop = self._now_and_then(progress, stop)
+                        stop = self._periodic_work(progress, stop)
         if stop:
             raise TrainingInterrupted(stop, self.checkpoints.path(self.step))
         return self._finish()
@@ -178,17 +186,17 @@ class Trainer:
         self.sampling = config.timestep_sampling or self.family.objective.sampling
         check_with_model(config, self.family, self._adapter_config())
         facts = facts_of(config, self.family)
-        if self.before is not None:
-            check_facts(facts, self.before)
+        if self.resumed_settings is not None:
+            check_facts(facts, self.resumed_settings)
         self._start_trackers()
         self.prepared = prepare_data(config, self.family, self.parallel, self.device)
         self.validation = Validation(config, self.family, self.prepared.bucket, self.device, self.prepared.fps)
         drop_text_encoders(pipeline)
-        draws = Noise(config, self.sampling, pin=self.device.type == "cuda")
-        loader = make_loader(config, self.prepared, self.parallel, draws)
+        noise = Noise(config, self.sampling, pin=self.device.type == "cuda")
+        loader = make_loader(config, self.prepared, self.parallel, noise)
 
         transformer = pipeline.transformer.to(self.device)
-        # Adapters first: they put modules in the place of others, to which the plan's hooks then go.
+        # The adapter is added first: PEFT replaces modules, and the plan's hooks belong on the new ones.
         initial = read_initial(self.checkpoint) if self.checkpoint is not None else None
         adapter = self._adapter_config()
         if initial is not None:
@@ -238,7 +246,7 @@ class Trainer:
         checkpoint = self.checkpoint
         if checkpoint is not None:
             self.step = restore(self.training, checkpoint)
-        self.ranks.barrier()  # all have read before one changes anything
+        self.ranks.barrier()  # rank 0 deletes files only after all ranks have read theirs
         if self.main:
             if checkpoint is not None and self.checkpoints.owns(checkpoint):
                 self.checkpoints.discard_after(self.step)
@@ -255,15 +263,19 @@ class Trainer:
             }
             try:
                 self.accelerator.init_trackers(self.config.tracker_project, plain)
-            except Exception as error:  # of their own kinds
+            except Exception as error:  # each tracker has its own error types
                 trackers = option("trackers", self.config.trackers)
                 raise TrainingError(f"{trackers} cannot be started: {error}") from error
 
     # ---- A step
 
     def _train_step(self, micros: Iterator[dict[str, Any]]) -> tuple[dict[str, float], int, int]:
-        """One step of the optimizer. Returns its numbers, how many tokens it had, and the signal by which to stop, 0
-        for none."""
+        """Trains one optimizer step.
+
+        Returns:
+            "loss", "gradient norm" and "learning rate"; the number of tokens on all processes; and the signal that
+            ends the run, 0 for none.
+        """
         accelerator, config = self.accelerator, self.config
         total = torch.zeros((), device=self.device)
         tokens = 0
@@ -288,8 +300,7 @@ class Trainer:
             self.training.average.step()
         self.step += 1
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # One exchange for all that processes have to agree on.
-        loss_sum, stop = self._agreed(float(total))
+        loss_sum, stop = self._sum_and_signal(float(total))
         numbers = {"loss": loss_sum / self.ranks.size, "gradient norm": float(norm), "learning rate": rate}
         for name in ("loss", "gradient norm"):
             if not math.isfinite(numbers[name]):
@@ -297,23 +308,24 @@ class Trainer:
         return numbers, tokens, stop
 
     def _diverged(self, what: str) -> TrainingError:
-        """Numbers that are not finite, in this step. No checkpoint has them, so that one can go on from the last."""
+        """An error for values of this step that are not finite. The last checkpoint was saved before they occurred."""
         smaller = option("learning_rate", float(f"{self.config.rate / 10:.1e}"))
         newest = self.checkpoints.newest()
         if newest is None:
-            advice = f"There is no checkpoint: begin anew with a smaller learning rate, such as {smaller}"
+            advice = f"There is no checkpoint: start anew with a smaller learning rate, such as {smaller}"
         else:
-            advice = f"Go on from the last checkpoint with a smaller learning rate, such as --resume latest {smaller}"
+            advice = f"Resume from the last checkpoint with a smaller learning rate: --resume latest {smaller}"
         return TrainingError(f"{what} in step {self.step}. {advice}, or look at the data of this step.")
 
-    def _agreed(self, number: float = 0.0) -> tuple[float, int]:
-        """The sum of a number over all processes, and the signal that came on any of them, 0 for none."""
-        asked = self._asked()
-        total, *came = self.ranks.sum([number, *(float(asked == each) for each in SIGNALS)])
-        return total, next((each for each, count in zip(SIGNALS, came) if count), 0)
+    def _sum_and_signal(self, number: float = 0.0) -> tuple[float, int]:
+        """The sum of `number` over all processes, and the signal received on any of them, 0 for none, in one
+        collective."""
+        signal = self._received_signal()
+        total, *counts = self.ranks.sum([number, *(float(signal == each) for each in SIGNALS)])
+        return total, next((each for each, count in zip(SIGNALS, counts) if count), 0)
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
-        """The mean loss of a micro-batch."""
+        """The mean loss of a micro-batch, a scalar on the device."""
         config, family, objective = self.config, self.family, self.family.objective
         on_device, drawn = (
             {name: each.to(self.device, non_blocking=True) for name, each in these.items() if isinstance(each, Tensor)}
@@ -333,8 +345,12 @@ class Trainer:
 
     # ---- At some steps, and at the end
 
-    def _now_and_then(self, progress: Progress, stop: int) -> int:
-        """Returns by which signal to stop, 0 for none: drawing takes long enough for one to come."""
+    def _periodic_work(self, progress: Progress, stop: int) -> int:
+        """Saves a checkpoint, evaluates and generates samples where this step is due.
+
+        Returns:
+            The signal that ends the run, 0 for none; it may arrive while samples are generated.
+        """
         config, step = self.config, self.step
         last = bool(stop) or step == config.steps
         save = last or _due(step, config.checkpoint_every)
@@ -343,15 +359,14 @@ class Trainer:
         if _due(step, config.evaluation_every):
             found = evaluate(self.family, self.prepared, self.parallel, config.seed, self.device)
             progress.log(step, found)
-            progress.say(f"step {step}: evaluation loss {found['evaluation/loss']:.5f}")
+            progress.print(f"step {step}: evaluation loss {found['evaluation/loss']:.5f}")
         if not last and _due(step, config.validation_every):
-            samples = self._draw(f"step-{step:08d}", stop=lambda: self._agreed()[1] > 0)
-            _, stop = self._agreed()
+            samples = self._generate(f"step-{step:08d}", stop=lambda: self._sum_and_signal()[1] > 0)
+            _, stop = self._sum_and_signal()
             if stop and not save:
                 self._save()
             if samples:
-                progress.say(f"step {step}: drew {', '.join(str(each.path) for each in samples)}")
-
+                progress.print(f"step {step}: generated {', '.join(str(each.path) for each in samples)}")
         return stop
 
     def _save(self) -> None:
@@ -364,16 +379,17 @@ class Trainer:
 
         in_step(self.ranks, [None] if self.main else [], save, "saving a checkpoint")
 
-    def _draw(self, name: str, stop: Callable[[], bool] = lambda: False) -> list[Sample]:
+    def _generate(self, name: str, stop: Callable[[], bool] = lambda: False) -> list[Sample]:
+        """Generates the validation samples, with the averaged adapter if there is one."""
         if not self.validation.prompts:
             return []
         average = self.training.average
         with contextlib.nullcontext() if average is None else average.in_place():
-            samples = self.validation.draw(
+            samples = self.validation.generate(
                 self.config.output / "samples" / name,
                 self.parallel,
                 self.device,
-                together=self.accelerator.distributed_type == "FSDP",
+                on_all_ranks=self.accelerator.distributed_type == "FSDP",
                 stop=stop,
             )
         if self.main:
@@ -381,11 +397,11 @@ class Trainer:
         return samples
 
     def _finish(self) -> Path:
-        """Writes adapter and card, and uploads them if asked to."""
+        """Writes the adapter and the model card, and uploads them with `push_to_hub`. Returns the adapter's file."""
         config, average = self.config, self.training.average
         own = adapter_weights(self.model)
         averaged = own if average is None else average.weights()
-        samples = self._draw("last")
+        samples = self._generate("last")
         found: list[Path] = []
 
         def save(_: None) -> None:
@@ -399,53 +415,11 @@ class Trainer:
                 push(config)
 
         in_step(self.ranks, [None] if self.main else [], save, "saving the adapter")
+        # accelerator.end_training() would also destroy the process group, which may be the caller's.
         for tracker in self.accelerator.trackers:
-            tracker.finish()  # and not accelerator.end_training(), which leaves the process group, the caller's own
+            tracker.finish()
         return found[0] if found else config.output
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-DEFAULT_TIMEOUT = 3600.0
-"""seconds: encoding a video or drawing one may keep other processes waiting."""
-
-
-def make_accelerator(config: TrainConfig) -> Any:
-    """This process's `accelerate.Accelerator`, connected with the others.
-
-    Raises:
-        TrainingError: several processes were started and each found itself alone; or fp16.
-    """
-    check_trackers(config.trackers)
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    accelerator = Accelerator(
-        cpu=config.cpu or not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.trackers,
-        project_dir=config.output_dir,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
-            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.timeout or DEFAULT_TIMEOUT)),
-        ],
-    )
-    if config.timeout is not None and torch.distributed.is_initialized():  # by the caller, with a timeout of its own
-        set_timeout(torch.distributed.group.WORLD, datetime.timedelta(seconds=config.timeout))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise TrainingError(
-            f"{launched} processes were started, and each found itself alone. On CPUs start them with torchrun, or "
-            "with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu`."
-        )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise TrainingError(f"mixed_precision={accelerator.mixed_precision!r}: accepted are 'no' and 'bf16'.")
-    if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
-        raise TrainingError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps}, and accelerate launch says "
-            f"{accelerator.gradient_accumulation_steps}. Give the same number."
-        )
-    return accelerator

@@ -1,5 +1,8 @@
-"""Pictures and videos drawn with the adapter as it is, on all processes: in a group that shares sequences, all take
-part in every forward, and a process that drew alone would wait for the others for ever."""
+"""Validation samples: images and videos generated during training.
+
+All processes must take part. Processes that share sequences run every forward together, so a process that generated a
+sample alone would wait for the others forever.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,21 @@ from .video import first_frame, write_video
 
 
 class Sample(NamedTuple):
-    """What was drawn for a prompt."""
+    """A generated image or video."""
 
     prompt: str
     path: Path
 
 
 class Validation:
-    """Prompts, encoded once, and how they are drawn.
+    """The encoded validation prompts and the arguments of the pipeline's call.
 
     Args:
         config: the settings.
-        family: whose pipeline draws; with text encoders, still.
-        bucket: (frames, height, width) to draw in, where settings say nothing.
-        device: where text encoders run.
-        fps: of videos, the rate that is trained; None is the family's.
+        family: family whose pipeline generates samples and still has its text encoders.
+        bucket: default (frames, height, width) of the samples.
+        device: device on which the text encoders run.
+        fps: frame rate of video samples. None: the family's.
     """
 
     def __init__(
@@ -68,56 +71,59 @@ class Validation:
             with placed(list(text_encoders(family.pipeline).values()), device):
                 self.encoded = [family.prompt_arguments(each, None, guided=scale > 1) for each in self.prompts]
 
-    def draw(
+    def generate(
         self,
         folder: Path,
         parallel: TrainingParallel,
         device: torch.device,
-        together: bool,
+        on_all_ranks: bool,
         stop: Callable[[], bool] = lambda: False,
     ) -> list[Sample]:
-        """Draws every prompt, always from the same noise. To be called on all processes.
+        """Generates a sample for every prompt, each time from the same noise. All processes must call this.
 
         Args:
-            folder: for the files; all processes see it.
-            together: whether all processes draw every prompt, as FSDP2 needs it; otherwise groups divide them.
-            stop: is asked before each prompt, on all processes at once, whether to leave it and the rest out.
+            folder: folder for the files, which all processes can access.
+            parallel: the groups of processes that share sequences.
+            device: device on which the VAE decodes.
+            on_all_ranks: whether all processes generate every sample, as FSDP2 needs it. Otherwise the data-parallel
+                groups divide the prompts.
+            stop: called before each prompt on all processes; True skips this prompt and the rest.
 
         Returns:
-            What was drawn, the same on all processes.
+            The samples in the order of the prompts, the same on all processes.
         """
         pipeline = self.family.pipeline
         transformer = pipeline.transformer
         was_training = transformer.training
         transformer.eval()
-        first, step = (0, 1) if together else (parallel.dp_rank, parallel.dp_degree)
-        writes = parallel.cp_rank == 0 and (not together or parallel.dp_rank == 0)
+        first, step = (0, 1) if on_all_ranks else (parallel.dp_rank, parallel.dp_degree)
+        writes = parallel.cp_rank == 0 and (not on_all_ranks or parallel.dp_rank == 0)
         samples = []
         with placed([pipeline.vae], device), decoding_in_its_dtype(pipeline.vae), torch.no_grad():
             for turn in range(-(-len(self.prompts) // step)):
                 number = turn * step + first
                 if stop():
                     break
-                if number >= len(self.prompts):  # others have one more
+                if number >= len(self.prompts):  # other groups have one more prompt
                     continue
                 generator = torch.Generator().manual_seed(derived_seed(self.seed, "validate", number))
                 encoded = {name: each.to(device) for name, each in self.encoded[number].items()}
                 output = pipeline(**self.call, **encoded, generator=generator, output_type="np")
                 if writes:
-                    drawn = output.images[0] if hasattr(output, "images") else output.frames[0]
+                    pixels = output.images[0] if hasattr(output, "images") else output.frames[0]
                     name = f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', self.prompts[number].lower())[:40].strip('-')}"
-                    samples.append((number, str(_save(drawn, folder / name, self.fps))))
+                    samples.append((number, str(_save(pixels, folder / name, self.fps))))
         transformer.train(was_training)
         found = sorted(each for several in parallel.ranks.everyone(samples) for each in several)
         return [Sample(self.prompts[number], Path(path)) for number, path in found]
 
 
-def _save(drawn: Any, path: Path, fps: float) -> Path:
+def _save(output: Any, path: Path, fps: float) -> Path:
     """Writes an image, [height, width, 3] in [0, 1], as PNG, or a video, [frames, height, width, 3], as MP4."""
     import numpy as np
     from PIL import Image
 
-    pixels = (np.asarray(drawn).clip(0, 1) * 255).round().astype(np.uint8)
+    pixels = (np.asarray(output).clip(0, 1) * 255).round().astype(np.uint8)
     suffix = ".mp4" if pixels.ndim == 4 else ".png"
     target = path.with_name(path.name + suffix)
 
@@ -132,7 +138,7 @@ def _save(drawn: Any, path: Path, fps: float) -> Path:
 
 
 def log_samples(accelerator: Any, samples: Sequence[Sample], step: int) -> None:
-    """Gives pictures and videos to the trackers that show them. On one process."""
+    """Logs samples to TensorBoard (of a video, its first frame) and Weights & Biases. Call it on one process."""
     import numpy as np
     from PIL import Image
 

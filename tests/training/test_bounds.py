@@ -13,6 +13,7 @@ import pytest
 from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.bounds import BELOW_ONE, COUNT, Bounds
 from diffusers_attn.training.flag_names import option
+from diffusers_attn.training.settings import metadata_of
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 HINTS = typing.get_type_hints(TrainConfig)
@@ -30,7 +31,7 @@ NUMBERS = {name: kind for name, hint in HINTS.items() if (kind := number_of(hint
 
 def test_every_number_has_bounds():
     assert len(NUMBERS) > 40
-    assert {name for name, field in FIELDS.items() if field.metadata["bounds"] is not None} == set(NUMBERS)
+    assert {name for name, field in FIELDS.items() if metadata_of(field).bounds is not None} == set(NUMBERS)
 
 
 def outside(bounds):
@@ -46,11 +47,11 @@ def outside(bounds):
 @pytest.mark.parametrize("name", NUMBERS)
 def test_what_is_out_of_bounds_is_refused(name):
     field = FIELDS[name]
-    wrong = [*outside(field.metadata["bounds"]), math.nan, math.inf, -math.inf, "1", True]
+    wrong = [*outside(metadata_of(field).bounds), math.nan, math.inf, -math.inf, "1", True]
     if NUMBERS[name] is int:
         wrong.append(1.5)
     for each in wrong:
-        value = [each] * (field.metadata["length"] or 1) if "list" in str(HINTS[name]) else each
+        value = [each] * (metadata_of(field).length or 1) if "list" in str(HINTS[name]) else each
         with pytest.raises(TrainingError, match=f"--{name}"):
             TrainConfig(**MUST, **{name: value})
 
@@ -58,7 +59,7 @@ def test_what_is_out_of_bounds_is_refused(name):
 @pytest.mark.parametrize("name", [name for name in NUMBERS if "list" in str(HINTS[name])])
 def test_so_are_other_numbers_of_numbers(name):
     field = FIELDS[name]
-    for length in (0, 3) if field.metadata["length"] else (0,):
+    for length in (0, 3) if metadata_of(field).length else (0,):
         with pytest.raises(TrainingError, match=f"--{name}"):
             TrainConfig(**MUST, **{name: [0.5] * length})
 

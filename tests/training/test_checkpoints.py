@@ -128,21 +128,21 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(tmp_path, damage):
         Checkpoints(tmp_path / "own", keep=None).find(str(checkpoints.path(2)))
     assert checkpoints.find("1") == checkpoints.path(1)
     (checkpoints.path(1) / "state.json").write_text("")
-    with pytest.raises(TrainingError, match="no other checkpoint that is whole: start anew"):
+    with pytest.raises(TrainingError, match="no other undamaged checkpoint: start anew"):
         checkpoints.find("latest")
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"step": -1}, "step is -1, and a whole number from 0"),
+        ({"step": -1}, "step is -1, but a whole number from 0"),
         ({"step": "2"}, "step is '2'"),
-        ({"step": 3}, "is of step 3, and its folder has another step's name"),
+        ({"step": 3}, "is from step 3, but its folder is named for another step"),
         ({"step": True}, "step is True"),
         ({"average_steps": 0.5}, "average_steps is 0.5"),
         ({"loader": {"epoch": 0, "position": -4, "batches": "a"}}, "loader.position is -4"),
         ({"loader": []}, "is damaged: "),
-        ({"format": 1}, "has format 1, and this version"),
+        ({"format": 1}, "has format 1, but this version"),
         (None, "'step' is missing"),
     ],
 )
@@ -186,4 +186,4 @@ def test_a_disk_that_will_not_have_it(tmp_path, what):
     said = str(error.value)
     assert f"the checkpoint of step 2 could not be written to {checkpoints.path(2)}: " in said
     assert re.search(r"It needs \S+ (bytes|kB)\. \S+ [kMGT]B are free there\.", said)
-    assert f"The checkpoint before, {checkpoints.path(1)}, is whole" in said
+    assert f"The previous checkpoint, {checkpoints.path(1)}, is complete" in said

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from diffusers_attn.training.commandline import in_words, report
+from diffusers_attn.training.commandline import report, with_options
 from diffusers_attn.training.config import TrainConfig
 from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.data.ranks import OtherRankError
@@ -22,9 +22,9 @@ from .runs import ROOT, TINY_FLUX
     "message, told",
     [
         ("pass on_bad_data='skip' to train", "pass --on_bad_data skip to train"),
-        ("Say which with caption_column=...", "Say which with --caption_column ..."),
+        ("Name the column with caption_column=...", "Name the column with --caption_column ..."),
         ("resolution=[512, 768] is", "--resolution 512 768 is"),
-        ("enlarged 2.00 times, and max_upscale is 1.25", "enlarged 2.00 times, and --max_upscale is 1.25"),
+        ("enlarged 2.00 times, but max_upscale is 1.25", "enlarged 2.00 times, but --max_upscale is 1.25"),
         ("Add 1 to `frames` to train on both", "Add 1 to --num_frames to train on both"),
         (
             "pick='spread' takes; then fps=24.0 cannot be kept.",
@@ -43,15 +43,15 @@ from .runs import ROOT, TINY_FLUX
     ],
 )
 def test_words(message, told):
-    assert in_words(message) == told
+    assert with_options(message) == told
 
 
 def test_warnings_are_in_these_words_and_beside_bars(tmp_path):
     script = """
 import logging, sys, time
 from tqdm import tqdm
-from diffusers_attn.training.commandline import log_in_words
-log_in_words()
+from diffusers_attn.training.commandline import log_warnings
+log_warnings()
 with tqdm(total=3, file=sys.stderr, desc="training") as bar:
     bar.update(1)
     logging.getLogger("any").warning("takes larger `frames`")

@@ -194,5 +194,5 @@ def test_a_model_that_is_not_known():
     class Unknown:
         transformer = torch.nn.Linear(1, 1)
 
-    with pytest.raises(TrainingError, match="class Linear, and training is known for.*WanTransformer3DModel"):
+    with pytest.raises(TrainingError, match="class Linear. Training supports.*WanTransformer3DModel"):
         family_of(Unknown())

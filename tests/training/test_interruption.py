@@ -31,14 +31,14 @@ def test_the_script_saves_and_says_how_to_go_on(settings_of, forked, tmp_path, n
     said = (tmp_path / "said").read_text()
     [step] = steps_of(settings)
     assert 1 <= step < 400
-    assert "Again, to leave at once" in said
-    assert f"interrupted by {number.name}; go on with --resume latest, from {settings['output_dir']}" in said
+    assert "Interrupt again to exit at once" in said
+    assert f"interrupted by {number.name}; resume from {settings['output_dir']}" in said
     assert "Traceback" not in said
     again = {**settings, "steps": step, "resume": "latest"}
     assert forked(run_script, command_line(again), str(tmp_path)) == 0
     said = (tmp_path / "said").read_text()
-    assert said.count(f"going on from {settings['output_dir']}/checkpoints/step-{step:08d}") == 1
-    assert said.count(f"--steps {step}; until now 400") == 1
+    assert said.count(f"resuming from {settings['output_dir']}/checkpoints/step-{step:08d}") == 1
+    assert said.count(f"--steps {step}, until now 400") == 1
     assert Path(settings["output_dir"], "pytorch_lora_weights.safetensors").is_file()
 
 

@@ -105,7 +105,7 @@ def test_a_folder_that_cannot_be_locked_fails_on_all_ranks(tmp_path):
 @pytest.mark.parametrize("name", ["README.md", "pytorch_lora_weights.safetensors", "adapter_config.json", "samples"])
 def test_files_of_before_are_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(TrainingError, match=f"{name} of before, .*--overwrite"):
+    with pytest.raises(TrainingError, match=f"already has {name}, .*--overwrite"):
         check_output(tmp_path, own=False, overwrite=False)
     check_output(tmp_path, own=True, overwrite=False)
     check_output(tmp_path, own=False, overwrite=True)
@@ -122,7 +122,7 @@ def test_a_run_over_what_was_there(settings_of):
     output = Path(settings["output_dir"])
     output.mkdir()
     (output / "README.md").write_text("mine")
-    with pytest.raises(TrainingError, match="README.md of before"):
+    with pytest.raises(TrainingError, match="already has README.md"):
         Trainer(TrainConfig(**settings))
     _reset()
     Trainer(TrainConfig(**settings, overwrite=True)).run()

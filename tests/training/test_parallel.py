@@ -36,19 +36,19 @@ def test_one_process(accelerator):
     parallel.enable(model, provider="_native_math")
     assert {module.provider for module in attention_modules(model)} == {"_native_math"}
     parallel.check({"noise": torch.zeros(2)})
-    with pytest.raises(TrainingError, match=r"'deterministic'.*none is named"):
+    with pytest.raises(TrainingError, match=r"'deterministic'.*no provider is given"):
         parallel.enable(model, deterministic=True)
 
 
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"cp_degree": 2}, "cp_degree=2, and this job has one process"),
+        ({"cp_degree": 2}, "cp_degree=2, but this job has one process"),
         ({"cp_degree": 0}, "cp_degree=0: a whole number"),
         ({"ring_degree": True}, "ring_degree=True"),
-        ({"cp_degree": 4, "ulysses_degree": 3}, "ulysses_degree=3 and ring_degree=None for cp_degree=4"),
+        ({"cp_degree": 4, "ulysses_degree": 3}, "ulysses_degree=3 and ring_degree=None with cp_degree=4"),
         ({"cp_degree": 4, "ulysses_degree": 2, "ring_degree": 1}, "their product must be cp_degree"),
-        ({"rotate_method": "alltoall"}, "rotate_method='alltoall' .* none do"),
+        ({"rotate_method": "alltoall"}, "rotate_method='alltoall' .* no processes share"),
     ],
 )
 def test_degrees_that_do_not_fit(accelerator, degrees, message):
@@ -148,7 +148,7 @@ def _in_a_loop_of_ones_own():
             TrainingParallel.of(accelerator, **degrees)
     accelerator.dataloader_config = DataLoaderConfiguration()
     parallel = TrainingParallel.of(accelerator, cp_degree=2)
-    with pytest.raises(TrainingError, match="second time"):
+    with pytest.raises(TrainingError, match="split already"):
         accelerator.maybe_context_parallel()
     loader = torch.utils.data.DataLoader(list(range(8)), batch_size=2)
     seen["data"] = [batch.tolist() for batch in accelerator.prepare(loader)]

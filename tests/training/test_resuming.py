@@ -24,6 +24,7 @@ from diffusers_attn.training.optim import (
     resume_schedule,
 )
 from diffusers_attn.training.resuming import SETTINGS, Resumed, read_settings, resume_settings, settings_of
+from diffusers_attn.training.settings import metadata_of
 
 from ..tiny_pipelines import make
 from .runs import make_data, train
@@ -58,9 +59,9 @@ def other_value(name):
     field = FIELDS[name]
     if name in OTHERS:
         return OTHERS[name]
-    if field.metadata["choices"]:
-        return field.metadata["choices"][-1]
-    bounds = field.metadata["bounds"]
+    if metadata_of(field).choices:
+        return metadata_of(field).choices[-1]
+    bounds = metadata_of(field).bounds
     if bounds is not None:
         return (max(bounds.low, 0) if field.default is None else field.default) + 1
     return not field.default if isinstance(field.default, bool) else "other"
@@ -73,8 +74,8 @@ def test_every_setting_is_in_the_table():
 @pytest.mark.parametrize("name", FIELDS)
 def test_each_is_what_the_table_says(name):
     settings = dict(MUST)
-    if FIELDS[name].metadata["needs"]:  # a setting that it has no effect without
-        other, *values = FIELDS[name].metadata["needs"]
+    if metadata_of(FIELDS[name]).needs:  # a setting that it has no effect without
+        other, *values = metadata_of(FIELDS[name]).needs
         settings[other] = values[0] if values else other_value(other)
     config = TrainConfig(**settings)
     now = TrainConfig(**{**settings, name: other_value(name)})
@@ -83,10 +84,10 @@ def test_each_is_what_the_table_says(name):
     assert getattr(now, name) != getattr(config, name)
     policy = SETTINGS[name]
     if name in ("batch_size", "gradient_accumulation_steps"):  # of which the product counts
-        with pytest.raises(TrainingError, match="are 2 examples in a step, and the checkpoint is of a run with 1"):
+        with pytest.raises(TrainingError, match="are 2 examples per step, but the checkpoint is from a run with 1"):
             resume_settings(now, before, 1)
     elif name == "ema_decay" or (policy is Resumed.REFUSED and name not in ("targets", "num_frames")):
-        with pytest.raises(TrainingError, match=f"--{name} .*: the checkpoint is of .*--{name}.*--output_dir"):
+        with pytest.raises(TrainingError, match=f"--{name} .*: the checkpoint is from .*--{name}.*--output_dir"):
             resume_settings(now, before, 1)
     elif policy is Resumed.KEPT:
         kept, [line] = resume_settings(now, before, 1)
@@ -95,7 +96,7 @@ def test_each_is_what_the_table_says(name):
         given, lines = resume_settings(now, before, 1)
         assert given == now
         assert name in ("resume", "overwrite", "targets", "num_frames") or any(
-            line.split()[0].rstrip(";") in (f"--{name}", f"--no-{name}") for line in lines
+            line.split()[0].rstrip(",") in (f"--{name}", f"--no-{name}") for line in lines
         )
 
 
@@ -104,9 +105,9 @@ def test_a_message_names_all_that_must_be_the_same():
     with pytest.raises(TrainingError) as refused:
         resume_settings(TrainConfig(**MUST, rank=8, optimizer="prodigy"), before, 1)
     assert str(refused.value) == (
-        "--rank 8, --alpha 8.0, --optimizer prodigy: the checkpoint is of --rank 16, --alpha 16.0, --optimizer adamw, "
-        "and goes on with that only. Give --rank 16 --alpha 16.0 --optimizer adamw, or begin anew with another "
-        "--output_dir."
+        "--rank 8, --alpha 8.0, --optimizer prodigy: the checkpoint is from a run with --rank 16, --alpha 16.0, "
+        "--optimizer adamw, and can only be resumed with that. Give --rank 16 --alpha 16.0 --optimizer adamw, or start "
+        "anew with another --output_dir."
     )
 
 
@@ -152,11 +153,11 @@ def test_the_command_line_counts_for_learning_rate_betas_and_weight_decay(again,
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (7e-5, (0.5, 0.9), 0.25, 1e-6)
     said = capfd.readouterr().err
     for line in (
-        f"going on from {again['output_dir']}/checkpoints/step-00000004\n",
-        "  --learning_rate 7e-05; until now 0.001\n",
-        "  --adam_betas 0.5 0.9; until now 0.9 0.999\n",
-        "  --weight_decay 0.25; until now 0.01\n",
-        "  --steps 6; until now 4\n",
+        f"resuming from {again['output_dir']}/checkpoints/step-00000004\n",
+        "  --learning_rate 7e-05, until now 0.001\n",
+        "  --adam_betas 0.5 0.9, until now 0.9 0.999\n",
+        "  --weight_decay 0.25, until now 0.01\n",
+        "  --steps 6, until now 4\n",
     ):
         assert said.count(line) == 1, said
     assert read_settings(Path(again["output_dir"], "checkpoints", "step-00000006"))["learning_rate"] == 7e-5
@@ -170,7 +171,7 @@ def test_what_is_the_same_goes_on_as_if_it_had_never_ended(run, again):
 def test_the_beginning_of_an_adapter_is_the_checkpoints(again, capfd):
     trainer = Trainer(TrainConfig(**{**again, "adapter_init": "gaussian"}))
     assert trainer.config.adapter_init == "default"
-    assert "--adapter_init default, as the checkpoint has it, and not gaussian" in capfd.readouterr().err
+    assert "--adapter_init default from the checkpoint, instead of gaussian" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
@@ -197,9 +198,9 @@ def test_an_adapter_that_moved_the_base_goes_on_and_loads(settings_of, mixed_pre
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"optimizer": "prodigy"}, "--optimizer prodigy: the checkpoint is of --optimizer adamw"),
-        ({"alpha": 1.0}, r"--alpha 1\.0: the checkpoint is of --alpha 4\.0"),
-        ({"targets": ["to_q"]}, "--targets to_q: the checkpoint is of --targets to_k to_out.0 to_q to_v"),
+        ({"optimizer": "prodigy"}, "--optimizer prodigy: the checkpoint is from a run with --optimizer adamw"),
+        ({"alpha": 1.0}, r"--alpha 1\.0: the checkpoint is from a run with --alpha 4\.0"),
+        ({"targets": ["to_q"]}, "--targets to_q: the checkpoint is from a run with --targets to_k to_out.0 to_q to_v"),
         ({"steps": 3}, r"--steps 3: the checkpoint has 4 steps already.*--resume 3\."),
     ],
 )
@@ -266,7 +267,7 @@ def test_nothing_to_resume_is_said(settings_of, capfd):
     settings = settings_of("cogview4", steps=1, resume="latest")
     assert len(train(settings)["steps"]) == 1
     folder = f"{settings['output_dir']}/checkpoints"
-    assert f"--resume latest: {folder} has no checkpoint yet. A new run begins." in capfd.readouterr().err
+    assert f"--resume latest: {folder} has no checkpoint yet. Starting a new run." in capfd.readouterr().err
 
 
 # ---- The optimizer and its schedule
@@ -313,7 +314,7 @@ def test_only_known_entries_of_groups_move(name):
             each.grad = torch.ones_like(each)
         optimizer.step()
     moved = {key for key, value in before.items() if optimizer.param_groups[0][key] != value}
-    assert moved == set(OPTIMIZERS[name].moving)
+    assert moved == set(OPTIMIZERS[name].state_entries)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

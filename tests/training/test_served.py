@@ -45,7 +45,7 @@ def test_only_pipelines_that_draw_from_text_are_served(transformer):
         with pytest.raises(TrainingError) as refused:
             family_class(getattr(diffusers, name), transformer)
         said = str(refused.value)
-        assert f"is a {name}. " in said and f"serves {served.__name__} only" in said
+        assert f"is a {name}. " in said and f"supports only {served.__name__}, " in said
         assert all(each in said for each in SERVED.values())
 
 
@@ -79,11 +79,11 @@ def _transformer(name, **others):
 @pytest.mark.parametrize(
     ("name", "others", "message"),
     [
-        ("wan", {"in_channels": 36}, "takes 36 channels, and training feeds it 16"),
-        ("wan", {"image_dim": 8, "added_kv_proj_dim": 64}, "takes the embedding of a picture"),
-        ("cogvideox", {"in_channels": 32}, "takes 32 channels, and training feeds it 16"),
-        ("cogvideox", {"ofs_embed_dim": 16}, "takes an offset"),
-        ("cogview4", {"in_channels": 32}, "takes 32 channels, and training feeds it 16"),
+        ("wan", {"in_channels": 36}, "has 36 input channels, but the VAE's latents have 16"),
+        ("wan", {"image_dim": 8, "added_kv_proj_dim": 64}, "needs an image embedding"),
+        ("cogvideox", {"in_channels": 32}, "has 32 input channels, but the VAE's latents have 16"),
+        ("cogvideox", {"ofs_embed_dim": 16}, "needs an offset"),
+        ("cogview4", {"in_channels": 32}, "has 32 input channels, but the VAE's latents have 16"),
     ],
 )
 def test_what_the_transformer_expects_is_compared_with_what_is_fed(name, others, message):
@@ -106,7 +106,7 @@ def test_every_name_of_a_further_input_is_one_of_a_configuration():
 def test_guidance_is_told_to_models_that_take_it_only():
     pipeline = diffusers.FluxPipeline.from_pretrained(TINY_FLUX, dtype=torch.float32)
     assert family_of(pipeline).guidance == 1.0
-    with pytest.raises(TrainingError, match=r"--guidance 3\.5: this FluxTransformer2DModel is not told any"):
+    with pytest.raises(TrainingError, match=r"--guidance 3\.5: this FluxTransformer2DModel has no guidance"):
         family_of(pipeline, guidance=3.5)
     pipeline.transformer.register_to_config(guidance_embeds=True)
     assert family_of(pipeline, guidance=3.5).guidance == 3.5
@@ -115,14 +115,14 @@ def test_guidance_is_told_to_models_that_take_it_only():
 def test_a_scheduler_for_another_prediction():
     pipeline = make("cogvideox")
     pipeline.scheduler.register_to_config(prediction_type="epsilon")
-    with pytest.raises(TrainingError, match="prediction_type is 'epsilon', and CogVideoX trains for 'v_prediction'"):
+    with pytest.raises(TrainingError, match="is 'epsilon', but CogVideoX is trained with 'v_prediction'"):
         family_of(pipeline)
 
 
 def test_more_text_than_the_model_takes():
     pipeline = make("cogvideox")
     assert family_of(pipeline).max_sequence_length == 21
-    with pytest.raises(TrainingError, match="--max_sequence_length 22: this CogVideoX.* takes up to 21 tokens"):
+    with pytest.raises(TrainingError, match="--max_sequence_length 22: this CogVideoX.* accepts up to 21 text tokens"):
         family_of(pipeline, max_sequence_length=22)
 
 
@@ -133,7 +133,7 @@ def test_a_family_of_ones_own_says_what_it_serves():
     try:
         register_family("FluxTransformer2DModel", Kontext)
         assert family_class(diffusers.FluxKontextPipeline, "FluxTransformer2DModel") is Kontext
-        with pytest.raises(TrainingError, match="serves FluxKontextPipeline only"):
+        with pytest.raises(TrainingError, match="supports only FluxKontextPipeline"):
             family_class(diffusers.FluxPipeline, "FluxTransformer2DModel")
     finally:
         registered.pop("FluxTransformer2DModel", None)

@@ -1,4 +1,4 @@
-"""Data for training: from a folder or a data set to batches of latents and text embeddings.
+"""Training data: from a folder or a Hugging Face dataset to batches of latents and text embeddings.
 
 examples = read_examples("photographs/", on_bad_data="skip")
 latents = LatentCache("cache/", settings, Buckets.of(512 * 512)).fill(examples, encode, ranks=ranks)

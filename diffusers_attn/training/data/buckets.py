@@ -1,7 +1,7 @@
-"""Sizes to which examples are brought, so that those of a batch are of one size: by aspect, area and frames.
+"""Buckets: the sizes to which examples are resized, so that all examples of a batch have one size.
 
-What diffusers' training_utils has for this knows pictures of square areas only, may exceed the area, and compares
-aspects in a way that favours small buckets; with frames and several areas there would be little left of it.
+The buckets of diffusers' training_utils are not used: they support images of one square area only, may exceed that
+area, and compare aspect ratios in a way that prefers small buckets.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .examples import Example
 
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
-"""Width by height: what cameras and screens have, upright and lying."""
+"""Default aspect ratios, width / height: those of cameras and screens, upright and landscape."""
 
 
 class Bucket(NamedTuple):
-    """A size of examples."""
+    """A size in frames and pixels."""
 
     frames: int
     height: int
@@ -37,11 +37,11 @@ class Buckets:
     """The sizes that a model is trained on.
 
     Attributes:
-        sizes: (height, width) in pixels; larger areas are preferred where an example is large enough for them. Areas
-            that differ by less than 30 % count as one.
-        frames: numbers of frames. Pictures go to 1; videos to the largest number that they have.
-        max_upscale: how far an example may be enlarged for its bucket: 1.25 is by a quarter, 1.0 not at all.
-        picking: which frames of a video are taken.
+        sizes: (height, width) in pixels. An example gets the largest area that it need not be enlarged for beyond
+            `max_upscale`. Areas that differ by less than 30 % count as equal.
+        frames: numbers of frames. Images go to 1, videos to the largest number that they have.
+        max_upscale: largest factor by which an example may be enlarged; 1.0 means not at all.
+        picking: rule by which frames of a video are picked.
 
     Raises:
         TrainingDataError: there are no sizes or frames, or they are not positive.
@@ -54,11 +54,15 @@ class Buckets:
 
     def __post_init__(self) -> None:
         if not self.sizes or any(len(size) != 2 or min(size) < 1 for size in self.sizes):
-            raise TrainingDataError(f"sizes={self.sizes!r}; they are pairs (height, width) in pixels, one at least.")
+            raise TrainingDataError(
+                f"sizes={self.sizes!r}: one or more pairs (height, width) in pixels, from 1, are accepted."
+            )
         if not self.frames or min(self.frames) < 1:
-            raise TrainingDataError(f"frames={self.frames!r}; they are numbers of frames, one at least.")
+            raise TrainingDataError(f"frames={self.frames!r}: one or more numbers from 1 are accepted.")
         if not self.max_upscale > 0:
-            raise TrainingDataError(f"max_upscale={self.max_upscale!r}; it is a factor above 0, 1.0 for no enlarging.")
+            raise TrainingDataError(
+                f"max_upscale={self.max_upscale!r}: a factor above 0 is accepted; 1.0 allows no enlarging."
+            )
 
     @staticmethod
     def of(
@@ -71,45 +75,51 @@ class Buckets:
         max_upscale: float = 1.25,
         picking: FramePicking | None = None,
     ) -> Buckets:
-        """Buckets of these areas and aspects.
+        """Buckets for all combinations of areas and aspect ratios.
 
         Args:
-            area: pixels of a frame, or several such numbers. What comes out has about as many.
-            multiple: what height and width are multiples of: the VAE's factor times the model's patch.
-            aspects: width by height.
+            area: number of pixels of a frame, or several such numbers. Buckets have approximately this area.
+            multiple: number that heights and widths are multiples of: the VAE's scale factor times the patch size.
+            aspects: aspect ratios, width / height.
             frames: numbers of frames.
-            frame_rule: (step, offset): frames are a multiple of step, plus offset; (4, 1) is 4n + 1.
-            max_upscale: how far an example may be enlarged.
-            picking: which frames of a video are taken.
+            frame_rule: (step, offset): numbers of frames must be a multiple of step, plus offset; (4, 1) is 4n + 1.
+            max_upscale: largest factor by which an example may be enlarged.
+            picking: rule by which frames of a video are picked. None: consecutive frames at the video's own rate.
 
         Raises:
-            TrainingDataError: frames that break the rule, with those near them that do not; or senseless numbers.
+            TrainingDataError: a number of frames does not follow the rule (the message has the nearest that do), or
+                another value is not accepted.
         """
         areas = (area,) if isinstance(area, int) else tuple(area)
         if multiple < 1 or not areas or min(areas) < multiple**2:
             raise TrainingDataError(
-                f"area={area!r}, multiple={multiple}: an area is that of {multiple}x{multiple} pixels at least."
+                f"area={area!r}, multiple={multiple}: one or more areas of at least {multiple}x{multiple} pixels are "
+                "accepted."
             )
         if not aspects or min(aspects) <= 0:
-            raise TrainingDataError(f"aspects={tuple(aspects)!r}; they are widths by heights above 0, one at least.")
+            raise TrainingDataError(
+                f"aspects={tuple(aspects)!r}: one or more ratios width / height above 0 are accepted."
+            )
         for number in frames:
             check_frames(number, frame_rule)
         sizes = dict.fromkeys(_size(each, aspect, multiple) for each in areas for aspect in aspects)
         return Buckets(tuple(sizes), tuple(frames), max_upscale, picking or FramePicking())
 
     def bucket(self, example: Example) -> Bucket:
-        """Where `example` belongs: the largest area for which it need not be enlarged too far; there, the aspect that
-        is nearest; and the most frames that it has.
+        """The bucket of an example.
+
+        It has the largest area that needs no enlarging beyond `max_upscale`, the nearest aspect ratio of that area,
+        and the largest number of frames that the example has.
 
         Raises:
-            TrainingDataError: it is too small or too short for all, or a video where there are only pictures or the
-                other way round.
+            TrainingDataError: the example is too small or too short for all buckets, or there are no buckets for
+                images or for videos.
         """
         frames = self._frames(example)
         by_area = sorted(self.sizes, key=lambda size: (-size[0] * size[1], size))
         needed = math.inf
         while by_area:
-            # Rounding to a multiple makes areas that are meant to be one differ; by a sixth for small ones.
+            # Rounding to a multiple makes areas differ that are meant to be equal, small ones by a sixth.
             least = by_area[0][0] * by_area[0][1] * 0.7
             group = [size for size in by_area if size[0] * size[1] >= least]
             by_area = by_area[len(group) :]
@@ -121,58 +131,58 @@ class Buckets:
                 return Bucket(frames, *size)
             needed = min(needed, scale)
         raise TrainingDataError(
-            f"{example.width}x{example.height} pixels would have to be enlarged {needed:.2f} times, and max_upscale is "
+            f"{example.width}x{example.height} pixels would have to be enlarged {needed:.2f} times, but max_upscale is "
             f"{self.max_upscale:g}"
         )
 
     def numbers(self, example: Example, bucket: Bucket) -> list[int]:
-        """The numbers of the frames of `example` that it has in `bucket`."""
+        """The numbers of the frames of `example` that are used in `bucket`."""
         if example.kind == "image":
             return [0]
         return self.picking.numbers(example.frames, example.fps, bucket.frames, example.times)
 
     def _frames(self, example: Example) -> int:
-        have = ", ".join(map(str, sorted(self.frames)))
+        accepted = ", ".join(map(str, sorted(self.frames)))
         if example.kind == "image":
             if 1 not in self.frames:
                 raise TrainingDataError(
-                    f"a picture, and buckets are of {have} frames. Add 1 to `frames` to train on both, or leave it out"
+                    f"an image, but buckets have {accepted} frames. Add 1 to `frames` to train on both, or leave it out"
                 )
             return 1
-        moving = [number for number in self.frames if number > 1]
-        if not moving:
+        video_lengths = [number for number in self.frames if number > 1]
+        if not video_lengths:
             raise TrainingDataError(
-                "a video, and buckets are of single frames. Leave it out, or save one of its frames as a picture; a "
-                "model of videos also takes larger `frames`"
+                "a video, but buckets have single frames. Leave it out, save one of its frames as an image, or, for a "
+                "video model, set larger `frames`"
             )
         usable = self.picking.usable(example.frames, example.fps, example.times)
-        fitting = [number for number in moving if number <= usable]
+        fitting = [number for number in video_lengths if number <= usable]
         if not fitting:
             at = f" at {self.picking.fps:g} per second" if self.picking.fps else ""
-            raise TrainingDataError(f"it gives {usable} frames{at}, and buckets are of {have} frames")
+            raise TrainingDataError(f"it has {usable} usable frames{at}, but buckets have {accepted} frames")
         return max(fitting)
 
 
 def check_frames(frames: int, frame_rule: tuple[int, int]) -> None:
-    """Raises a `TrainingDataError` where `frames` is not a multiple of the rule's step plus its offset."""
+    """Raises a `TrainingDataError` unless `frames` is a multiple of the rule's step, plus its offset."""
     step, offset = frame_rule
     if step < 1:
-        raise TrainingDataError(f"frame_rule={frame_rule!r}; it is (step, offset) with a step of 1 at least.")
+        raise TrainingDataError(f"frame_rule={frame_rule!r}: (step, offset) with a step from 1 is accepted.")
     if frames >= 1 and (frames - offset) % step == 0:
         return
     below = (frames - offset) // step * step + offset
     near = " or ".join(str(number) for number in (below, below + step) if number >= 1)
-    raise TrainingDataError(f"frames={frames}; the model takes {step}n + {offset} of them: {near}.")
+    raise TrainingDataError(f"frames={frames}: the model accepts {step}n + {offset} frames, such as {near}.")
 
 
 def cover_scale(height: int, width: int, to_height: int, to_width: int) -> float:
-    """By how much something of `height` x `width` is enlarged where it is to cover another size."""
+    """Factor by which `height` x `width` is enlarged to cover `to_height` x `to_width`."""
     return max(to_height / height, to_width / width)
 
 
 def _size(area: int, aspect: float, multiple: int) -> tuple[int, int]:
-    """Of the sizes of such multiples around the exact one, that whose aspect and area are nearest."""
-    if aspect < 1:  # upright sizes are those that lie, turned
+    """The (height, width) in multiples of `multiple` whose aspect ratio and area are nearest to the given ones."""
+    if aspect < 1:  # an upright size is a landscape size, transposed
         width, height = _size(area, 1 / aspect, multiple)
         return height, width
     exact = (math.sqrt(area / aspect), math.sqrt(area * aspect))
@@ -181,8 +191,8 @@ def _size(area: int, aspect: float, multiple: int) -> tuple[int, int]:
     )
 
     def distance(size: tuple[int, int]) -> tuple[float, tuple[int, int]]:
-        # A wrong aspect cuts off a part of every example; a wrong area costs nothing but time.
-        wrong_aspect, wrong_area = math.log(size[1] / size[0] / aspect), math.log(size[0] * size[1] / area)
-        return 2 * abs(wrong_aspect) + abs(wrong_area), size
+        # Another aspect ratio crops a part of every example; another area only costs time.
+        aspect_error, area_error = math.log(size[1] / size[0] / aspect), math.log(size[0] * size[1] / area)
+        return 2 * abs(aspect_error) + abs(area_error), size
 
     return min(((height, width) for height in heights for width in widths), key=distance)

@@ -1,9 +1,8 @@
-"""Latents and text embeddings, computed once.
+"""Caches of latents and text embeddings.
 
-The VAE and the text encoders need not be in memory while the transformer is trained, and nothing is encoded twice:
-what is computed is kept in safetensors files named by a hash of what it was computed from, that is the content of the
-picture or video (or the caption) and the settings of whatever encodes. Several processes divide the work; several jobs
-that share a cache fill it one after the other.
+Nothing is encoded twice, and the VAE and the text encoders take no memory during training. Results are kept in
+safetensors files named by a hash of the content of the image or video (or of the caption) and the encoder's settings.
+The processes of a job divide the work. Jobs that share a cache fill it one after the other.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from . import decode
 from .buckets import Bucket, Buckets
 from .digests import content_digests
 from .disk import write_file
-from .errors import Problem, TrainingDataError, check_on_bad_data, settle
+from .errors import Problem, TrainingDataError, check_on_bad_data, report_problems
 from .examples import Example
 from .lock import alone_in
-from .prefetch import ahead
+from .prefetch import prefetch
 from .ranks import OneRank, Ranks, in_step
-from .resize_crop import fit
+from .resize_crop import resize_crop
 from .store import TensorStore, hash_of
 
 _FORMAT = 1
-"""Changes when the same settings give other pixels; files of before are then made again."""
+"""Version of the preprocessing. Increase it if the same settings give other pixels; files are then computed again."""
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
-"""Pixels float32 [batch, 3, frames, height, width] in [-1, 1] to tensors [batch, ...], by name."""
+"""Encodes pixels, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors [batch, ...] by name."""
 EncodeText = Callable[[list[str]], Mapping[str, Tensor]]
-"""Captions to tensors [batch, ...], by name."""
+"""Encodes captions to tensors [batch, ...] by name."""
 
 
 class CachedLatents(NamedTuple):
-    """An example whose latents are there."""
+    """An example with its bucket and the file of its latents."""
 
     example: Example
     bucket: Bucket
@@ -55,18 +54,18 @@ class _Work(NamedTuple):
 
 
 class LatentCache:
-    """What a VAE makes of examples.
+    """A cache of examples' latents.
 
     Args:
-        folder: of the cache; one that all ranks see.
-        settings: what decides the latents apart from pixels: model, revision, the VAE's configuration, dtype. JSON
-            must be able to say it. Other settings are other files.
-        buckets: the sizes to which examples are brought.
-        crop: "centre", or "random": a part of each example that depends on its content and on `seed` only.
-        seed: of random crops.
+        folder: folder of the cache, which all ranks can access.
+        settings: JSON values that determine the latents besides the pixels: model, revision, the VAE's configuration,
+            dtype. Other settings have other files.
+        buckets: sizes to which examples are resized.
+        crop: "centre", or "random" for a part of each example that depends only on its content and on `seed`.
+        seed: seed of random crops.
 
     Raises:
-        TrainingDataError: settings that JSON cannot say.
+        TrainingDataError: settings that cannot be stored as JSON.
     """
 
     def __init__(
@@ -94,24 +93,24 @@ class LatentCache:
         batch_size: int = 1,
         decoding_threads: int = 2,
     ) -> list[CachedLatents]:
-        """Computes what is not there yet. All ranks must call this, with the same examples.
+        """Encodes the examples that are not in the cache. All ranks must call this with the same examples.
 
         Args:
-            examples: what to train on.
-            encode: float32 pixels [batch, 3, frames, height, width] in [-1, 1], on the CPU, to tensors [batch, ...] by
-                name. A latent distribution is best kept as `latents_mean` and `latents_logvar`, so that training can
-                draw from it each time.
-            ranks: the processes that divide the work; None is this one by itself.
-            on_bad_data: for what cannot be decoded or fits no bucket, "refuse" or "skip".
-            batch_size: how many are encoded together. One by one, results do not depend on what else there is.
-            decoding_threads: threads that decode while others are encoded.
+            examples: the examples.
+            encode: encodes pixels on the CPU, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors
+                [batch, ...] by name. Return a distribution as `latents_mean` and `latents_logvar`, so that training
+                can draw a new sample each time.
+            ranks: the processes that divide the work. None: this process alone.
+            on_bad_data: "refuse" or "skip" examples that cannot be decoded or fit no bucket.
+            batch_size: number of examples encoded at once. With 1, results do not depend on the other examples.
+            decoding_threads: number of threads that decode ahead of the encoder.
 
         Returns:
-            The examples that can be trained on, in their order, with buckets and files.
+            The usable examples in their order.
 
         Raises:
-            TrainingDataError: bad data that is refused; or none is left; or `encode` gave what is no number, or
-                tensors of another batch size; or ranks do not see the same folder.
+            TrainingDataError: there are problems and `on_bad_data` is "refuse"; no example is usable; `encode` returned
+                NaN, infinity or another batch size; or the ranks do not share the folder.
             OtherRankError: encoding failed on another rank.
         """
         check_on_bad_data(on_bad_data)
@@ -133,8 +132,8 @@ class LatentCache:
         distinct = sorted({each.key: each for each in work.values()}.values(), key=lambda each: (each.bucket, each.key))
         mine = [each for each in distinct[ranks.rank :: ranks.size] if not self.store.has(each.key)]
         for each in mine:
-            self._mark(each.key).unlink(missing_ok=True)
-            # A damaged file must not pass for a good one, should it turn out that it cannot be made again.
+            self._problem_file(each.key).unlink(missing_ok=True)
+            # A damaged file must not stay in case the example cannot be encoded again.
             self.store.path(each.key).unlink(missing_ok=True)
         refusing = on_bad_data == "refuse" and bool(problems)
 
@@ -145,21 +144,21 @@ class LatentCache:
                 if isinstance(pixels, Tensor):
                     good.append((item, pixels))
                     continue
-                self._note(item.key, str(pixels))
+                self._record_problem(item.key, str(pixels))
                 refusing = refusing or on_bad_data == "refuse"
-            if good and not refusing:  # else there will be no training, and the rest is only looked at
+            if good and not refusing:  # after a refused problem, the rest is only checked
                 self._encode(good, encode)
 
         def pixels_of(batch: list[_Work]) -> list[tuple[_Work, Tensor | TrainingDataError]]:
             return [(each, self._pixels(each)) for each in batch]
 
-        decoded = ahead(pixels_of, _batches(mine, batch_size), threads=decoding_threads, depth=decoding_threads)
+        decoded = prefetch(pixels_of, _batches(mine, batch_size), threads=decoding_threads, depth=decoding_threads)
         with contextlib.closing(decoded):
-            in_step(ranks, decoded, encode_batch, "encoding pictures and videos")
+            in_step(ranks, decoded, encode_batch, "encoding images and videos")
         return self._outcome(examples, work, problems, on_bad_data, ranks)
 
     def _work(self, examples: Sequence[Example], ranks: Ranks) -> tuple[dict[int, _Work], dict[int, str]]:
-        """What is to be made of which example, and what is wrong with the others."""
+        """The work for each example by its index, and the problem of each that has no bucket."""
         self.store.remove_unfinished()
         digests = content_digests([example.source for example in examples], self.folder / "digests", ranks)
         work: dict[int, _Work] = {}
@@ -183,10 +182,10 @@ class LatentCache:
         return work, problems
 
     def _pixels(self, work: _Work) -> Tensor | TrainingDataError:
-        # A seed of its own for each, that no other example moves.
+        # The seed depends on the content, not on the example's position in the data.
         seed = self.seed ^ int(work.made_from["content"][:12], 16)
         try:
-            return fit(decode.read(work.example, work.numbers), work.bucket, crop=self.crop, seed=seed)
+            return resize_crop(decode.read(work.example, work.numbers), work.bucket, crop=self.crop, seed=seed)
         except TrainingDataError as error:
             return error
 
@@ -210,38 +209,37 @@ class LatentCache:
         cached = []
         missing = []
         for i, each in work.items():
-            path, mark = self.store.path(each.key), self._mark(each.key)
+            path, problem = self.store.path(each.key), self._problem_file(each.key)
             if path.is_file():
                 cached.append(CachedLatents(examples[i], each.bucket, path))
-            elif mark.is_file():
-                problems[i] = _reason(mark)
+            elif problem.is_file():
+                problems[i] = _reason(problem)
             else:
                 missing.append(examples[i].name)
         named = [Problem(examples[i].name, reason) for i, reason in sorted(problems.items())]
-        # Where bad data is refused, nothing was encoded after it was found.
+        # After a refused problem nothing was encoded, so files may be missing.
         _check_shared([] if named and on_bad_data == "refuse" else missing, self.folder, ranks)
-        left = len(examples) - len(named)
-        settle(named, left, f"{len(examples)} examples", on_bad_data, main_process=ranks.rank == 0)
+        usable = len(examples) - len(named)
+        report_problems(named, usable, f"{len(examples)} examples", on_bad_data, main_process=ranks.rank == 0)
         return cached
 
-    def _note(self, key: str, reason: str) -> None:
-        write_file(self._mark(key), lambda path: path.write_text(json.dumps({"reason": reason})))
+    def _record_problem(self, key: str, reason: str) -> None:
+        write_file(self._problem_file(key), lambda path: path.write_text(json.dumps({"reason": reason})))
 
-    def _mark(self, key: str) -> Path:
-        """Where it is noted that something cannot be decoded: so all ranks know. It is tried again every time."""
+    def _problem_file(self, key: str) -> Path:
+        """A file that tells the other ranks why an example cannot be decoded. Later runs try to decode it again."""
         return self.folder / "problems" / f"{key}.json"
 
 
 class TextCache:
-    """What text encoders make of captions.
+    """A cache of captions' embeddings.
 
     Args:
-        folder: of the cache; one that all ranks see.
-        settings: what decides the embeddings apart from captions: model, revision, lengths, dtype. JSON must be able
-            to say it.
+        folder: folder of the cache, which all ranks can access.
+        settings: JSON values that determine the embeddings besides the caption: model, revision, lengths, dtype.
 
     Raises:
-        TrainingDataError: settings that JSON cannot say.
+        TrainingDataError: settings that cannot be stored as JSON.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
@@ -251,7 +249,7 @@ class TextCache:
         hash_of(self.settings)
 
     def path(self, caption: str) -> Path:
-        """Where the embeddings of `caption` are, or would be."""
+        """Path of the embeddings of `caption`, which need not exist."""
         return self.store.path(hash_of(self._made_from(caption)))
 
     def fill(
@@ -262,21 +260,21 @@ class TextCache:
         ranks: Ranks | None = None,
         batch_size: int = 1,
     ) -> dict[str, Path]:
-        """Computes what is not there yet. All ranks must call this, with the same captions.
+        """Encodes the captions that are not in the cache. All ranks must call this with the same captions.
 
         Args:
-            captions: each is encoded once, and the empty one, which dropped captions become, always.
-            encode_text: captions to tensors [batch, ...] by name.
-            ranks: the processes that divide the work; None is this one by itself.
-            batch_size: how many are encoded together. An encoder that pads to the longest of a batch gives embeddings
-                that depend on the others, and wants 1.
+            captions: the captions. The empty caption, which replaces dropped ones, is always added.
+            encode_text: encodes captions to tensors [batch, ...] by name.
+            ranks: the processes that divide the work. None: this process alone.
+            batch_size: number of captions encoded at once. An encoder that pads to the longest caption of a batch
+                needs 1, for embeddings that do not depend on the other captions.
 
         Returns:
-            The file of each caption, that of "" among them.
+            The file of each caption, including "".
 
         Raises:
-            TrainingDataError: `encode_text` gave what is no number, or tensors of another batch size; or ranks do not
-                see the same folder.
+            TrainingDataError: `encode_text` returned NaN, infinity or another batch size, or the ranks do not share the
+                folder.
             OtherRankError: encoding failed on another rank.
         """
         _check_positive(batch_size=batch_size)
@@ -311,7 +309,7 @@ class TextCache:
 
 
 def _batches(work: Sequence[_Work], batch_size: int) -> list[list[_Work]]:
-    """In batches of one bucket each."""
+    """Divides work, sorted by bucket, into batches of one bucket each."""
     batches: list[list[_Work]] = []
     for each in work:
         if batches and batches[-1][0].bucket == each.bucket and len(batches[-1]) < batch_size:
@@ -322,28 +320,28 @@ def _batches(work: Sequence[_Work], batch_size: int) -> list[list[_Work]]:
 
 
 def _rows(tensors: Mapping[str, Tensor], names: list[str]) -> list[dict[str, Tensor]]:
-    """Tensors [batch, ...] as one dict for each of `names`."""
-    of = ", ".join(names)
+    """Splits tensors [batch, ...] into a dict of tensors for each of `names`. Raises TrainingDataError."""
+    listed = ", ".join(names)
     if not tensors:
-        raise TrainingDataError(f"the encoder gave no tensors for {of}.")
+        raise TrainingDataError(f"the encoder returned no tensors for {listed}.")
     for name, tensor in tensors.items():
         if tensor.ndim < 1 or tensor.shape[0] != len(names):
             raise TrainingDataError(
-                f"the encoder gave {name!r} of shape {list(tensor.shape)} for {of}; the first dimension must be "
-                f"{len(names)}, one for each."
+                f"the encoder returned {name!r} of shape {list(tensor.shape)} for {listed}; the first dimension must "
+                f"be {len(names)}, one for each."
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise TrainingDataError(
-                f"the encoder gave {name!r} with NaN or infinity for {of}. Some VAEs and text encoders overflow in "
-                "half precision; compute in float32, mixed_precision='no'."
+                f"the encoder returned {name!r} with NaN or infinity for {listed}. Some VAEs and text encoders "
+                "overflow in half precision; compute in float32 with mixed_precision='no'."
             )
-    # Copies, since a view would be written with all that it is a view of.
+    # Copies, since safetensors would write a view with its entire storage.
     return [{name: tensor[i].detach().cpu().clone() for name, tensor in tensors.items()} for i in range(len(names))]
 
 
 @contextlib.contextmanager
 def _naming(what: str, names: Sequence[str]) -> Iterator[None]:
-    """What is raised within says what it was about, below its traceback."""
+    """Adds a note with `what` and `names` to every exception raised within this context."""
     try:
         yield
     except Exception as error:
@@ -354,20 +352,20 @@ def _naming(what: str, names: Sequence[str]) -> Iterator[None]:
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
-            raise TrainingDataError(f"{name}={number}; it is 1 or more.")
+            raise TrainingDataError(f"{name}={number}: a number from 1 is accepted.")
 
 
 def _check_shared(missing: Sequence[str], folder: Path, ranks: Ranks) -> None:
     if ranks.any(bool(missing)):
-        here = f" Not there: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}." if missing else ""
+        here = f" Missing: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}." if missing else ""
         raise TrainingDataError(
-            f"{folder} lacks what other processes have just written. The cache must be in a folder that all processes "
-            f"of the job see.{here}"
+            f"{folder} lacks files that other processes have just written. The cache must be in a folder that all "
+            f"processes of the job share.{here}"
         )
 
 
-def _reason(mark: Path) -> str:
+def _reason(problem: Path) -> str:
     try:
-        return str(json.loads(mark.read_text())["reason"])
-    except (ValueError, KeyError, TypeError):  # a damaged note
+        return str(json.loads(problem.read_text())["reason"])
+    except (ValueError, KeyError, TypeError):  # the file is damaged
         return "it cannot be decoded"

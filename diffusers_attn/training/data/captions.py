@@ -1,5 +1,7 @@
-"""Which caption belongs to which file of a folder: from `metadata.jsonl`, `.csv` or `.parquet`, or from a `.txt` beside
-the file. Each file must get exactly one, and each caption must go to a file; all else is a problem with a name."""
+"""Captions of a folder's files, from `metadata.jsonl`, `.csv` or `.parquet`, or from a `.txt` file with the same name.
+
+Each file needs exactly one caption, and each caption exactly one file; everything else is reported as a problem.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,17 @@ _PLACES_NAMED = 5
 def captions_of_folder(
     root: Path, caption_column: str | None = None, excluded: Iterable[Path] = ()
 ) -> tuple[dict[str, str], list[Problem]]:
-    """The captions of pictures and videos in `root` and the folders in it, by their path within `root`.
+    """The captions of the images and videos in a folder and its subfolders.
 
-    Files and folders whose names begin with a dot are not looked at. A metadata file is about its own folder and what
-    is in it.
+    Files and folders whose names begin with a dot are ignored. A metadata file applies to its folder and subfolders.
 
     Args:
         root: the folder.
-        caption_column: the column of captions in metadata; None is the one of `CAPTION_COLUMNS` that is there.
-        excluded: folders that are not looked at.
+        caption_column: column of the captions in metadata. None: the one of `CAPTION_COLUMNS` that exists.
+        excluded: folders that are ignored.
 
     Returns:
-        Captions by path, and what is wrong.
+        Captions by path relative to `root`, and the problems.
     """
     files, problems = files_of(root, excluded)
     media = {
@@ -47,30 +48,30 @@ def captions_of_folder(
     }
     names = {path.relative_to(root).as_posix() for path in files}
     problems += [
-        Problem(path.relative_to(root).as_posix(), f"{path.suffix} is not read. Save it as PNG, JPEG or WebP")
+        Problem(path.relative_to(root).as_posix(), f"{path.suffix} files cannot be read. Save it as PNG, JPEG or WebP")
         for path in files
         if path.suffix.lower() in UNREAD_SUFFIXES
     ]
-    told: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    """for each file, where a caption for it is and what it says"""
-    blamed: set[str] = set()
-    """files with a problem that says why they have no caption"""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    """For each file, the place and the text of every caption."""
+    explained: set[str] = set()
+    """Files without a caption for a reason that is among the problems already."""
     for path in files:
         if path.name.lower() in METADATA:
-            _from_metadata(path, root, caption_column, media, names, told, blamed, problems)
-    _from_text_files(files, root, media, told, blamed, problems)
+            _from_metadata(path, root, caption_column, media, names, found, explained, problems)
+    _from_text_files(files, root, media, found, explained, problems)
 
     captions = {}
     for name in media:
-        places = told.get(name, [])
+        places = found.get(name, [])
         if len(places) == 1:
             captions[name] = places[0][1]
         elif places:
             where = ", ".join(place for place, _ in places[:_PLACES_NAMED])
             more = ", ..." if len(places) > _PLACES_NAMED else ""
             problems.append(Problem(name, f"captioned {len(places)} times: {where}{more}"))
-        elif name not in blamed:
-            problems.append(Problem(name, "no caption: it is in no metadata file and has no .txt beside it"))
+        elif name not in explained:
+            problems.append(Problem(name, "no caption: no metadata file names it, and it has no .txt file"))
     return captions, problems
 
 
@@ -80,8 +81,8 @@ def _from_metadata(
     caption_column: str | None,
     media: dict[str, Path],
     names: set[str],
-    told: dict[str, list[tuple[str, str]]],
-    blamed: set[str],
+    found: dict[str, list[tuple[str, str]]],
+    explained: set[str],
     problems: list[Problem],
 ) -> None:
     metadata = path.relative_to(root).as_posix()
@@ -95,7 +96,8 @@ def _from_metadata(
             continue
         given = row.get(FILE_COLUMN)
         if not isinstance(given, str) or not given.strip():
-            problems.append(Problem(place, f"no {FILE_COLUMN!r}; it has {', '.join(map(str, row)) or 'nothing'}"))
+            columns = ", ".join(map(str, row)) or "none"
+            problems.append(Problem(place, f"no value for {FILE_COLUMN!r}; its columns: {columns}"))
             continue
         name = posixpath.normpath(posixpath.join(folder, given.strip()))
         if os.path.isabs(name):
@@ -104,62 +106,64 @@ def _from_metadata(
             if name.startswith("../"):
                 why = f"{given} is outside of the folder"
             else:
-                why = f"{given} is neither picture nor video" if name in names else f"there is no file {given}"
+                why = f"{given} is neither image nor video" if name in names else f"there is no file {given}"
             problems.append(Problem(place, why))
             continue
-        columns = [each for each in wanted if row.get(each)]
-        if len(columns) > 1:
-            problems.append(Problem(place, f"{' and '.join(columns)} are there for {given}; say caption_column=..."))
-            blamed.add(name)
+        filled = [each for each in wanted if row.get(each)]
+        if len(filled) > 1:
+            problems.append(Problem(place, f"{given} has {' and '.join(filled)}; choose one with caption_column=..."))
+            explained.add(name)
             continue
-        caption = row[columns[0]] if columns else None
+        caption = row[filled[0]] if filled else None
         if not isinstance(caption, str) or not caption.strip():
             expected = caption_column or ", ".join(CAPTION_COLUMNS)
             problems.append(Problem(place, f"no caption for {given}: nothing in {expected}"))
-            blamed.add(name)
+            explained.add(name)
             continue
-        told[name].append((place, caption.strip()))
+        found[name].append((place, caption.strip()))
 
 
 def _from_text_files(
     files: list[Path],
     root: Path,
     media: dict[str, Path],
-    told: dict[str, list[tuple[str, str]]],
-    blamed: set[str],
+    found: dict[str, list[tuple[str, str]]],
+    explained: set[str],
     problems: list[Problem],
 ) -> None:
-    beside: dict[Path, list[str]] = defaultdict(list)
+    media_of: dict[Path, list[str]] = defaultdict(list)
     for name, path in media.items():
-        beside[path.with_suffix(".txt")].append(name)
+        media_of[path.with_suffix(".txt")].append(name)
     for path in files:
         if path.suffix.lower() != ".txt":
             continue
         text = path.relative_to(root).as_posix()
-        names = beside.get(path.with_suffix(".txt"), [])
+        names = media_of.get(path.with_suffix(".txt"), [])
         if not names:
-            problems.append(Problem(text, "a caption for no file: no picture or video has this name"))
+            problems.append(Problem(text, "a caption for no file: no image or video has this name"))
             continue
         if len(names) > 1:
             problems.append(Problem(text, f"a caption for several files: {', '.join(names)}"))
-            blamed.update(names)
+            explained.update(names)
             continue
         try:
             caption = path.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
             problems.append(Problem(text, f"not UTF-8: {error}"))
-            blamed.update(names)
+            explained.update(names)
             continue
         if caption:
-            told[names[0]].append((text, caption))
+            found[names[0]].append((text, caption))
         else:
             problems.append(Problem(text, f"no caption for {names[0]}: the file is empty"))
-            blamed.update(names)
+            explained.update(names)
 
 
 def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The lines with their numbers, counted from 1, or 0 for the file itself; for one that cannot be read, what is
-    wrong with it. Of a table in Parquet, `columns` are read, and the names of the others where these are missing."""
+    """Yields the rows of a metadata file, or a reason why a row cannot be read, each with the number of its line.
+
+    Lines are counted from 1; 0 is the file itself. Only `columns` of a Parquet file are read.
+    """
     if path.suffix.lower() == ".parquet":
         yield from _parquet_rows(path, columns)
         return
@@ -179,7 +183,7 @@ def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] 
                 yield reader.line_num, f"not CSV: {error}"
                 return
             if "" in row:
-                yield reader.line_num, "more values than columns; a caption with commas needs quotes around it"
+                yield reader.line_num, "more values than columns; put captions with commas in quotes"
             else:
                 yield reader.line_num, dict(row)
     for number, line in enumerate(text.split("\n"), 1):
@@ -190,7 +194,7 @@ def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] 
         except ValueError as error:
             yield number, f"not JSON: {error}"
             continue
-        yield number, value if isinstance(value, dict) else f"not a JSON object but {type(value).__name__}"
+        yield number, value if isinstance(value, dict) else f"a JSON object is expected, got {type(value).__name__}"
 
 
 def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -201,16 +205,17 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[st
         return
     try:
         with parquet.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            wanted = [each for each in columns if each in there]
+            names = file.schema_arrow.names
+            wanted = [each for each in columns if each in names]
             if FILE_COLUMN not in wanted or len(wanted) == 1:
-                yield 0, f"it has the columns {', '.join(there)}, and {FILE_COLUMN} and one of {columns[1:]} are needed"
+                needed = f"{FILE_COLUMN} and one of {', '.join(columns[1:])}"
+                yield 0, f"it has the columns {', '.join(names)}, but needs {needed}"
                 return
             number = 0
             for batch in file.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except Exception as error:  # pyarrow has many kinds
+    except Exception as error:  # pyarrow has many error types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        yield 0, f"not Parquet that can be read: {reason}"
+        yield 0, f"it cannot be read as Parquet: {reason}"

@@ -1,4 +1,4 @@
-"""Tensors of several examples as one batch; those of varying lengths padded to the longest, with a mask."""
+"""Collates examples' tensors to a batch; tensors of varying length are padded and get a mask."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from .errors import TrainingDataError
 
 
 def varying(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> frozenset[str]:
-    """Names of tensors whose first dimension is not the same in all examples of the data.
+    """Names of the tensors whose first dimension varies.
 
-    Known from all of the data, and not from one batch, so that all batches and all ranks have the same tensors.
+    Args:
+        shapes: shapes by name of every example in the data, not only of a batch, so that all batches and all ranks
+            have the same tensors.
 
     Raises:
-        TrainingDataError: examples have other names, or differ in other dimensions than the first.
+        TrainingDataError: examples have different names, or differ in another dimension than the first.
     """
     found: set[str] = set()
     first: Mapping[str, tuple[int, ...]] | None = None
@@ -26,13 +28,13 @@ def varying(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> frozenset[str]:
             continue
         if each.keys() != first.keys():
             raise TrainingDataError(
-                f"an example has the tensors {', '.join(sorted(each))}, and another one {', '.join(sorted(first))}. "
-                "The encoder must give the same names for all."
+                f"one example has the tensors {', '.join(sorted(each))}, another one {', '.join(sorted(first))}. The "
+                "encoder must return the same names for all examples."
             )
         for name, shape in each.items():
             if len(shape) != len(first[name]) or shape[1:] != first[name][1:]:
                 raise TrainingDataError(
-                    f"{name!r} has the shape {list(first[name])} in one example and {list(shape)} in another; only the "
+                    f"{name!r} has shape {list(first[name])} in one example and {list(shape)} in another; only the "
                     "first dimension may vary."
                 )
             if shape != first[name]:
@@ -41,12 +43,12 @@ def varying(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> frozenset[str]:
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]], padded: frozenset[str] = frozenset()) -> dict[str, Tensor]:
-    """One batch of `rows`.
+    """Makes a batch of examples.
 
     Args:
-        rows: tensors by name, the same names in each.
-        padded: names of tensors [length, ...] whose lengths vary. They get zeros at the end, and unless `rows` have a
-            `<name>_mask` of their own, there is one in the batch: bool [batch, length], True for what was there.
+        rows: each example's tensors by name, with the same names.
+        padded: names of tensors [length, ...] whose lengths vary. They are padded with zeros at the end. The batch
+            gets a `<name>_mask`, bool [batch, length], False for padding, unless `rows` have one.
 
     Returns:
         Tensors [batch, ...].

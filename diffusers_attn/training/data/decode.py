@@ -1,7 +1,7 @@
-"""Pictures and videos into pixels: PIL for pictures, PyAV for videos.
+"""Decodes images with PIL and videos with PyAV. Both packages are imported at first use.
 
-Frames come one after the other as bytes, so that they can be made smaller before the next one is there: a clip in the
-size that a camera gives it takes gigabytes as floats. Both packages are imported when first needed.
+Frames are yielded one at a time as uint8, so that each can be resized before the next is decoded. A whole clip in a
+camera's resolution takes gigabytes as float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import TrainingDataError
-from .integrity import check_picture, check_pixels, check_video
+from .integrity import check_image, check_pixels, check_video
 from .source import Source
 
 if TYPE_CHECKING:
@@ -27,48 +27,53 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".gif"}
 )
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".nef", ".arw"})
-"""pictures that are not read here."""
-HOW_TO_INSTALL_PIL = "pictures are read with PIL; `pip install pillow`."
-HOW_TO_INSTALL_VIDEO = "videos are read with PyAV; `pip install av`, which brings FFmpeg's libraries along"
+"""Suffixes of image formats that cannot be read."""
+HOW_TO_INSTALL_PIL = "images are read with PIL; `pip install pillow`."
+HOW_TO_INSTALL_VIDEO = "videos are read with PyAV; `pip install av`, which includes FFmpeg's libraries"
+_BACKGROUND = (255, 255, 255)
+"""Colour behind transparent parts of an image."""
 
 
 class MissingDecoderError(ImportError):
-    """No package that reads this kind of data can be used here; says what to install. Not the data's fault."""
+    """The package that reads this kind of data is not installed. The message has the command that installs it."""
 
 
 class Media(NamedTuple):
-    """What the header of a picture or video says."""
+    """Properties of an image or video."""
 
     width: int
-    """as it is seen, after the rotation that a camera noted."""
+    """Width in pixels, after the rotation in the file's metadata."""
     height: int
+    """Height in pixels, after the rotation."""
     frames: int
     fps: float | None
-    """of a video, on average; None for a picture."""
+    """Average frame rate of a video; None for an image or if unknown."""
     times: tuple[float, ...] | None = None
-    """of a video whose rate varies: when each frame is shown, in seconds from the first."""
+    """Time of each frame in seconds from the first, for a video with a variable frame rate."""
 
 
 def probe_image(source: Source) -> Media:
-    """What the header of a picture or of a GIF says; of a GIF, all about its frames but their times.
+    """Reads the properties of an image, or of a GIF, from its header. The frame rate of a GIF is not read.
 
     Raises:
-        TrainingDataError: it cannot be read.
+        TrainingDataError: the image cannot be read.
         MissingDecoderError: PIL is not installed.
     """
     image_module, _ = _pil()
-    with _broken("picture"), source.open() as file, image_module.open(file) as image:
+    with _broken("image"), source.open() as file, image_module.open(file) as image:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # the orientations that lie on their side
+        if image.getexif().get(0x0112, 1) >= 5:  # orientations rotated by 90 degrees
             width, height = height, width
         frames = _pages(image)
         if frames > 1 and image.format != "GIF":
-            raise ValueError(f"it has {frames} frames or pages, and a picture has one. Save them as a video, or one")
+            raise ValueError(
+                f"it has {frames} frames or pages, but an image has one. Save them as a video, or save one"
+            )
         return Media(width, height, frames, None)
 
 
 def _pages(image: Any) -> int:
-    """How many frames or pages a file has, without thumbnails and the second views that cameras add to JPEGs."""
+    """Number of frames or pages, without thumbnails and the secondary images that cameras add to JPEGs."""
     if image.format in ("GIF", "WEBP", "PNG", "AVIF"):
         return int(getattr(image, "n_frames", 1))
     if image.format != "TIFF":
@@ -81,32 +86,32 @@ def _pages(image: Any) -> int:
     return max(pages, 1)
 
 
-def read_image(source: Source, background: tuple[int, int, int] = (255, 255, 255)) -> Tensor:
-    """A picture as it is seen: turned as the camera noted, its palette looked up, on `background` where transparent.
+def read_image(source: Source) -> Tensor:
+    """Decodes an image to RGB, rotated as its metadata says, and on white where it is transparent.
 
     Returns:
         uint8 [3, height, width].
 
     Raises:
-        TrainingDataError: it cannot be read.
+        TrainingDataError: the image cannot be read.
         MissingDecoderError: PIL is not installed.
     """
     image_module, ops = _pil()
-    with _broken("picture"), source.open() as file:
+    with _broken("image"), source.open() as file:
         data = file.read()
-    with _broken("picture"), image_module.open(io.BytesIO(data)) as opened:
-        check_picture(data)
+    with _broken("image"), image_module.open(io.BytesIO(data)) as opened:
+        check_image(data)
         if opened.format in ("BMP", "DIB", "TIFF"):
             import numpy as np
 
             check_pixels(np.asarray(opened))
         image = ops.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):
-            # PIL cuts more than 8 bits off at 255; as shares of the whole range they keep their picture.
+            # PIL clips values above 255; scaling them to 8 bits keeps the image.
             image = _eight_bits(image, image_module)
         if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
-            canvas = image_module.new("RGBA", image.size, (*background, 255))
+            canvas = image_module.new("RGBA", image.size, (*_BACKGROUND, 255))
             image = image_module.alpha_composite(canvas, image)
         image = image.convert("RGB")
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -121,20 +126,20 @@ def _eight_bits(image: Any, image_module: Any) -> Any:
         raise ValueError("it has NaN or infinity")
     low, high = float(values.min(initial=0.0)), float(values.max(initial=0.0))
     if image.mode.startswith("I"):
-        whole = 65535.0  # what 16-bit PNGs and TIFFs open as
+        largest = 65535.0  # the mode of 16-bit PNGs and TIFFs
     else:
-        whole = 1.0 if high <= 1.0 else 255.0
-    if low < 0 or high > whole:
+        largest = 1.0 if high <= 1.0 else 255.0
+    if low < 0 or high > largest:
         accepted = "0 to 65535" if image.mode.startswith("I") else "0 to 1, or 0 to 255,"
-        raise ValueError(f"its values go from {low:g} to {high:g}, and {accepted} are accepted")
-    return image_module.fromarray((values / whole * 255.0).round().astype(np.uint8))
+        raise ValueError(f"its values go from {low:g} to {high:g}; {accepted} are accepted")
+    return image_module.fromarray((values / largest * 255.0).round().astype(np.uint8))
 
 
 def probe_video(source: Source) -> Media:
-    """What the header of a video says, and how many frames it has; where no header has that, they are counted.
+    """Reads the properties of a video from its header. Frames are counted if the header has no number.
 
     Raises:
-        TrainingDataError: it cannot be read, or ends before its header says.
+        TrainingDataError: the video cannot be read, or is shorter than its header states.
         MissingDecoderError: PyAV is not installed.
     """
     av = _av()
@@ -147,13 +152,17 @@ def probe_video(source: Source) -> Media:
 
 
 def read_video(source: Source, picked: Sequence[int]) -> Iterator[Tensor]:
-    """The frames of a video with these numbers, which rise or stay the same.
+    """Decodes frames of a video.
+
+    Args:
+        source: the video.
+        picked: numbers of the frames, from 0, in ascending order; a number may repeat.
 
     Yields:
-        uint8 [3, height, width] each.
+        A frame, uint8 [3, height, width].
 
     Raises:
-        TrainingDataError: it cannot be read, or ends before the last of `picked`.
+        TrainingDataError: the video cannot be read, or ends before the last of `picked`.
         MissingDecoderError: PyAV is not installed.
     """
     av = _av()
@@ -162,13 +171,13 @@ def read_video(source: Source, picked: Sequence[int]) -> Iterator[Tensor]:
 
 
 def read(example: Example, picked: Sequence[int]) -> Iterator[Tensor]:
-    """The frames of `example` with these numbers, uint8 [3, height, width] each. Raises as `read_video` does."""
+    """Decodes frames of an image or video, uint8 [3, height, width] each. Raises as `read_video` does."""
     return read_video(example.source, picked) if example.kind == "video" else iter([read_image(example.source)])
 
 
 @contextlib.contextmanager
 def _broken(what: str) -> Iterator[None]:
-    """Decoders raise whatever they like; here it is one error, and it is the data's."""
+    """Turns every error of a decoder into a TrainingDataError."""
     try:
         yield
     except (MissingDecoderError, TrainingDataError, MemoryError, GeneratorExit):
@@ -196,12 +205,12 @@ def _av() -> Any:
 
 def _stream(container: Any) -> Any:
     if not container.streams.video:
-        raise ValueError("it has no stream of pictures")
+        raise ValueError("it has no video stream")
     return container.streams.video[0]
 
 
 def _upright(frame: Any) -> Any:
-    """The frame as an array [height, width, 3], turned as the camera noted."""
+    """A frame as an array [height, width, 3], rotated as its metadata says."""
     import numpy as np
 
     return np.rot90(frame.to_ndarray(format="rgb24"), round((getattr(frame, "rotation", 0) or 0) / 90))
@@ -211,18 +220,18 @@ def _probe(av: Any, file: Any) -> Media:
     with av.open(file) as container:
         stream = _stream(container)
         fps = float(stream.average_rate or 0) or None
-        # An index that was in the header says where frames are; demuxing would find that out by reading all.
+        # The header's index has the position of each frame. Without it, the entire file is demuxed below.
         index = [entry for entry in stream.index_entries if not entry.is_discard]
         ends = [entry.pos + entry.size for entry in index]
         if ends and max(ends) > container.size:
-            there = sum(end <= container.size for end in ends)
-            raise ValueError(f"its header promises {len(ends)} frames, and {there} are there")
+            present = sum(end <= container.size for end in ends)
+            raise ValueError(f"its header states {len(ends)} frames, but it has {present}")
         frame = next(container.decode(stream), None)
         if frame is None:
             raise ValueError("no frame in it can be decoded")
         height, width = _upright(frame).shape[:2]
         complete = bool(index) and len(stream.index_entries) == stream.frames
-        shown = [entry.timestamp * float(stream.time_base or 0) for entry in index]  # in the order of decoding
+        shown = [entry.timestamp * float(stream.time_base or 0) for entry in index]  # in decoding order
     if complete and _regular(shown):
         return Media(width, height, len(index), fps)
     file.seek(0)
@@ -234,7 +243,7 @@ def _probe(av: Any, file: Any) -> Media:
 
 
 def _demuxed(container: Any, stream: Any) -> tuple[int, tuple[float, ...] | None]:
-    """How many frames there are, and when they are shown, in seconds from the first; None where nothing says it."""
+    """Counts the frames by reading the file. Also returns their times in seconds from the first; None if unknown."""
     shown, ends = [], []
     for packet in container.demux():
         if not packet.size:
@@ -252,12 +261,12 @@ def _demuxed(container: Any, stream: Any) -> tuple[int, tuple[float, ...] | None
         longest = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
         promised, there = container.duration / 1e6, max(ends)
         if promised - there > max(0.25, 2 * longest):
-            raise ValueError(f"its header promises {promised:.2f} s, and it ends after {there:.2f} s")
+            raise ValueError(f"its header states {promised:.2f} s, but it ends after {there:.2f} s")
     return len(shown), times
 
 
 def _regular(times: Sequence[float]) -> bool:
-    """Whether frames follow each other at one rate, but for what a container rounds."""
+    """Whether the frame rate is constant, up to the container's rounding of times."""
     if len(times) < 3:
         return True
     mean = (times[-1] - times[0]) / (len(times) - 1)
@@ -283,4 +292,4 @@ def _read(av: Any, file: Any, picked: list[int]) -> Iterator[Tensor]:
                     number = next(wanted, None)
             seen += 1
     if number is not None:
-        raise ValueError(f"it ends after {seen} frames, and number {number} is needed")
+        raise ValueError(f"it ends after {seen} frames, but number {number} is needed")

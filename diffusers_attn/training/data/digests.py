@@ -1,4 +1,4 @@
-"""Digests of the contents of all files, each file read by one process and, while it does not change, only once."""
+"""Digests of all files' contents. One process reads each file, and reads it again only after it has changed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _FILES_PER_STEP = 16
 
 
 def content_digests(sources: Sequence[Source], folder: Path, ranks: Ranks) -> list[str]:
-    """The digests of `sources`, in their order; all ranks must call this with the same.
+    """The digests of `sources`, in their order. All ranks must call this with the same sources.
 
     Args:
-        sources: pictures or videos.
-        folder: where digests are kept, by the stamps of their files; one that all ranks see.
-        ranks: divide the reading.
+        sources: images or videos.
+        folder: folder that stores digests by the stamp of their file. All ranks must be able to access it.
+        ranks: the processes that divide the reading.
 
     Raises:
-        TrainingDataError: the folder is not the same one for all ranks, or a file changes meanwhile.
+        TrainingDataError: the ranks do not share the folder, or a file has changed during the call.
         OtherRankError: reading failed on another rank.
     """
     stamps = [source.stamp() for source in sources]
     known = _known(folder)
-    ranks.barrier()  # before anyone writes: all know the same, and so divide the same
+    ranks.barrier()  # no rank writes until all have read, so that all divide the same list
     unknown = sorted({stamp: i for i, stamp in enumerate(stamps) if stamp not in known}.items())
     mine = unknown[ranks.rank :: ranks.size]
 
@@ -46,8 +46,8 @@ def content_digests(sources: Sequence[Source], folder: Path, ranks: Ranks) -> li
     missing = [sources[i] for i, stamp in enumerate(stamps) if stamp not in known]
     if ranks.any(bool(missing)):
         raise TrainingDataError(
-            f"{folder} lacks what other processes have just written there, or files of the data have changed. The data "
-            "and the cache must be in folders that all processes of the job see and leave alone."
+            f"{folder} lacks files that other processes have just written there, or the data have changed. Put data "
+            "and cache into folders that all processes share, and do not change the data during the run."
         )
     return [known[stamp] for stamp in stamps]
 
@@ -56,9 +56,9 @@ def _known(folder: Path) -> dict[str, str]:
     known: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            said = json.loads(path.read_text())
-        except ValueError:  # someone else's, or damaged: what it said is found out again
+            digests = json.loads(path.read_text())
+        except ValueError:  # another program's file, or damaged; its digests are computed again
             continue
-        if isinstance(said, dict):
-            known.update(said)
+        if isinstance(digests, dict):
+            known.update(digests)
     return known

@@ -1,7 +1,7 @@
-"""What there is to train on: pictures or videos with captions, from a folder or a Hugging Face dataset.
+"""Training examples: images or videos with captions, from a folder or a Hugging Face dataset.
 
-All of it is looked at before the first step, and what cannot be used is reported by name; a broken file found in the
-middle of a training costs hours, and one that is left out silently is never found.
+Every file is opened before the first step, and every unusable one is reported by name. A broken file that is found
+during training costs hours, and one that is skipped silently is never found.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import decode
 from .captions import CAPTION_COLUMNS, captions_of_folder
-from .errors import Problem, TrainingDataError, check_on_bad_data, settle
+from .errors import Problem, TrainingDataError, check_on_bad_data, report_problems
 from .source import FileSource, RowSource, Source
 from .walk import files_of
 
@@ -24,22 +24,23 @@ _PROBING_THREADS = 8
 
 @dataclass(frozen=True)
 class Example:
-    """One picture or video with its caption."""
+    """An image or video with its caption."""
 
     name: str
-    """the path within the folder, or the row: what messages call it."""
+    """Path within the folder, or the row of the dataset."""
     caption: str
     kind: Literal["image", "video"]
     width: int
-    """as it is seen, after the rotation that a camera noted."""
+    """Width in pixels, after the rotation in the file's metadata."""
     height: int
+    """Height in pixels, after the rotation."""
     frames: int
-    """1 for a picture."""
+    """Number of frames; 1 for an image."""
     fps: float | None
-    """of a video whose header says it; on average, where it varies."""
+    """Average frame rate of a video; None if unknown."""
     source: Source
     times: tuple[float, ...] | None = None
-    """of a video whose rate varies: when each frame is shown, in seconds from the first."""
+    """Time of each frame in seconds from the first, for a video with a variable frame rate."""
 
 
 class _Candidate(NamedTuple):
@@ -58,26 +59,27 @@ def read_examples(
     main_process: bool = True,
     excluded: Sequence[str | Path] = (),
 ) -> list[Example]:
-    """The examples of a folder of media, of a dataset saved by `datasets`, or of one by its name.
+    """Reads the examples of a folder of media files, or of a Hugging Face dataset.
 
     Args:
-        data: a folder of pictures or videos, with `metadata.jsonl`, `.csv` or `.parquet` (columns `file_name`
-            and `caption`, `text` or `prompt`) or a `.txt` file beside each; or a folder that `Dataset.save_to_disk`
-            wrote or that has Parquet or Arrow files; or, where there is no such path, the name of a Hugging Face
-            dataset.
-        on_bad_data: "refuse" raises for the first data set with anything wrong in it, and names all that is wrong;
-            "skip" leaves that out and names it in one warning.
-        caption_column: the column with captions, where it has another name or several could be meant.
-        split: of a Hugging Face dataset.
+        data: a folder of images or videos with captions in `metadata.jsonl`, `.csv` or `.parquet` (columns `file_name`
+            and `caption`, `text` or `prompt`) or in a `.txt` file per media file; or a folder that
+            `Dataset.save_to_disk` wrote or that has Parquet or Arrow files; or, if no such path exists, the name of a
+            Hugging Face dataset.
+        on_bad_data: "refuse" raises an error that names all problems; "skip" leaves these examples out and logs one
+            warning.
+        caption_column: column with the captions. None: the one of `caption`, `text` and `prompt` that exists.
+        split: split of a Hugging Face dataset.
         main_process: whether this process logs the warning.
-        excluded: folders that are no data though they may be within `data`: where a run writes to.
+        excluded: folders, possibly within `data`, that are not read because the run writes to them.
 
     Returns:
-        The examples, in an order that is the same on every machine.
+        The examples, in the same order on every machine.
 
     Raises:
-        TrainingDataError: bad data that is refused; or no data; or `data` is one of `excluded`.
-        MissingDecoderError: a package that reads this kind of data is missing.
+        TrainingDataError: there are problems and `on_bad_data` is "refuse", there are no examples, or `data` is one of
+            `excluded`.
+        MissingDecoderError: the package that reads this kind of data is not installed.
     """
     check_on_bad_data(on_bad_data)
     path = Path(data).expanduser()
@@ -93,10 +95,10 @@ def read_examples(
             )
         within = [each for each in excluded if Path(each).resolve().is_relative_to(path.resolve())]
         if within:
-            raise TrainingDataError(f"{data} is a dataset, and {within[0]} is within it. Write to another folder.")
+            raise TrainingDataError(f"{within[0]} lies within the dataset {data}. Give an output folder outside of it.")
         dataset = _load(str(path), split, saved=saved)
     elif path.exists():
-        raise TrainingDataError(f"{data} is a file; what is needed is the folder with the pictures or videos.")
+        raise TrainingDataError(f"{data} is a file. Give the folder with the images or videos.")
     elif os.path.isabs(path) or str(data).startswith((".", "~")) or str(data).count("/") > 1:
         raise TrainingDataError(f"there is no folder {data}.")
     else:
@@ -114,13 +116,13 @@ def read_folder(
     main_process: bool = True,
     excluded: Sequence[str | Path] = (),
 ) -> list[Example]:
-    """The examples of a folder of pictures or videos, its folders included. Arguments and errors: `read_examples`."""
+    """Reads the examples of a folder of images or videos and its subfolders. For arguments see `read_examples`."""
     check_on_bad_data(on_bad_data)
     root = Path(folder).absolute()
     if not root.is_dir():
         raise TrainingDataError(f"there is no folder {folder}.")
     if any(Path(each).resolve() == root.resolve() for each in excluded):
-        raise TrainingDataError(f"{folder} has the data, and a run would write into it. Write to another folder.")
+        raise TrainingDataError(f"{folder} holds the data, and the run would write to it. Give another output folder.")
     captioned, problems = captions_of_folder(root, caption_column, map(Path, excluded))
     candidates = [
         _Candidate(
@@ -142,11 +144,11 @@ def read_dataset(
     caption_column: str | None = None,
     main_process: bool = True,
 ) -> list[Example]:
-    """The examples of a `datasets.Dataset` with a column of `Image` or `Video` and one of captions.
+    """Reads the examples of a `datasets.Dataset` with one column of `Image` or `Video` and one of captions.
 
     Args:
-        dataset: the dataset; it stays as it is.
-        name: what messages call it.
+        dataset: the dataset, which is not changed.
+        name: name of the dataset for messages.
 
     The other arguments and the errors are those of `read_examples`.
     """
@@ -155,7 +157,7 @@ def read_dataset(
 
     if not isinstance(dataset, datasets.Dataset):
         raise TrainingDataError(
-            f"{name} is a {type(dataset).__name__}; what is needed is a datasets.Dataset: one split, not streamed."
+            f"{name} is a {type(dataset).__name__}; accepted is a datasets.Dataset, one split and not streamed."
         )
     kinds: dict[str, tuple[Literal["image", "video"], Any]] = {}
     for column, feature in dataset.features.items():
@@ -165,9 +167,9 @@ def read_dataset(
             kinds[column] = ("video", datasets.Video(decode=False))
     if len(kinds) != 1:
         raise TrainingDataError(
-            f"{name} has {len(kinds)} columns of pictures or videos ({', '.join(kinds) or 'none'}) and must have one; "
-            f"its columns are {', '.join(dataset.column_names)}. Change that with its `remove_columns` or "
-            "`cast_column`, save it with `save_to_disk`, and give that folder."
+            f"{name} must have one column of images or videos, but has {len(kinds)} ({', '.join(kinds) or 'none'}). "
+            f"Its columns are {', '.join(dataset.column_names)}. Change them with `Dataset.remove_columns` or "
+            "`Dataset.cast_column`, save the result with `save_to_disk`, and give that folder."
         )
     captions = _caption_column(dataset.column_names, name, caption_column)
     column, (kind, undecoded) = next(iter(kinds.items()))
@@ -199,23 +201,23 @@ def _probed(
         found = list(pool.map(probe, candidates))
     examples = [each for each in found if isinstance(each, Example)]
     problems = problems + [each for each in found if isinstance(each, Problem)]
-    settle(problems, len(examples), where, on_bad_data, main_process)
+    report_problems(problems, len(examples), where, on_bad_data, main_process)
     return examples
 
 
 def _caption_column(columns: Sequence[str], name: str, asked: str | None) -> str:
-    there = [column for column in ((asked,) if asked else CAPTION_COLUMNS) if column in columns]
-    if len(there) == 1:
-        return there[0]
+    found = [column for column in ((asked,) if asked else CAPTION_COLUMNS) if column in columns]
+    if len(found) == 1:
+        return found[0]
+    expected = f"a column {asked!r}" if asked else f"exactly one of the columns {', '.join(CAPTION_COLUMNS)}"
     raise TrainingDataError(
-        f"{name} has the columns {', '.join(columns)}; captions are looked for in "
-        f"{f'caption_column={asked!r}' if asked else ', '.join(CAPTION_COLUMNS)}, and {len(there) or 'none'} of them "
-        f"{'are' if there else 'is'} there. Say which with caption_column=..."
+        f"{name} has the columns {', '.join(columns)}; {expected} is expected for captions. Name the column with "
+        "caption_column=..."
     )
 
 
 def _saved_by_datasets(path: Path, excluded: Sequence[str | Path]) -> tuple[bool, bool]:
-    """Whether `Dataset.save_to_disk` wrote it, and whether it has tables and nothing else that is data."""
+    """Whether `Dataset.save_to_disk` wrote a folder, and whether it has Parquet or Arrow files but no media files."""
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     suffixes = {file.suffix.lower() for file in files_of(path, map(Path, excluded))[0]}
     media = suffixes & (decode.IMAGE_SUFFIXES | decode.VIDEO_SUFFIXES)
@@ -227,20 +229,20 @@ def _load(name: str, split: str, *, saved: bool) -> Any:
         import datasets
     except ImportError as error:
         raise TrainingDataError(
-            f"{name} is no folder of pictures or videos; reading it as a Hugging Face dataset needs `pip install "
+            f"{name} is not a folder of images or videos; reading it as a Hugging Face dataset needs `pip install "
             "datasets`."
         ) from error
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
     except Exception as error:
         raise TrainingDataError(
-            f"{name} is no folder here, and as a Hugging Face dataset (split {split!r}) it cannot be loaded: {error}"
+            f"{name} is not a folder, and cannot be loaded as a Hugging Face dataset (split {split!r}): {error}"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise TrainingDataError(
-                f"{name} has no split {split!r}; it has {', '.join(map(repr, loaded))}. Save the "
-                "one that you want with `save_to_disk`, and give that folder."
+                f"{name} has no split {split!r}; it has {', '.join(map(repr, loaded))}. Save one of them with "
+                "`save_to_disk`, and give that folder."
             )
         loaded = loaded[split]
     return loaded

@@ -1,7 +1,4 @@
-"""Which frames of a video are taken: as many as its bucket has, at a rate of frames that the model knows.
-
-Frames of a video whose rate varies are picked by the times at which they are shown, those of others by their numbers.
-"""
+"""Picks the frames of a video that are used, by their number, or by their time if the frame rate is variable."""
 
 from __future__ import annotations
 
@@ -17,16 +14,16 @@ PICKS = ("consecutive", "spread")
 
 @dataclass(frozen=True)
 class FramePicking:
-    """How frames are picked.
+    """The rule by which frames are picked.
 
     Attributes:
-        fps: the rate at which they follow each other in what is trained on. None takes the video's own, on average
-            where it varies. A video that has fewer repeats some.
-        pick: "consecutive" takes frames that follow each other (at `fps`), from the middle of the video; "spread"
-            takes them evenly from all of it, whatever its length, and `fps` must be None.
+        fps: frame rate to which videos are resampled. A video with a lower rate repeats frames. None: each video's own
+            rate, on average if it is variable.
+        pick: "consecutive" picks frames that follow each other at `fps`, from the middle of the video; "spread" picks
+            frames evenly spaced over the entire video, and needs `fps=None`.
 
     Raises:
-        TrainingDataError: not one of these.
+        TrainingDataError: a value is not accepted.
     """
 
     fps: float | None = None
@@ -34,25 +31,25 @@ class FramePicking:
 
     def __post_init__(self) -> None:
         if self.pick not in PICKS:
-            raise TrainingDataError(f"pick={self.pick!r}; it is one of {', '.join(map(repr, PICKS))}.")
+            raise TrainingDataError(f"pick={self.pick!r}: accepted are {', '.join(map(repr, PICKS))}.")
         if self.fps is not None and not (self.fps > 0 and math.isfinite(self.fps)):
-            raise TrainingDataError(f"fps={self.fps!r}; it is a positive number, or None for the video's own rate.")
+            raise TrainingDataError(f"fps={self.fps!r}: a positive number is accepted, or None for the video's rate.")
         if self.fps is not None and self.pick == "spread":
             raise TrainingDataError(
-                f"pick='spread' takes frames from all of the video, and then fps={self.fps} cannot be kept. Leave one "
+                f"pick='spread' spreads the frames over the entire video, so fps={self.fps} has no effect. Leave one "
                 "of them out."
             )
 
     def usable(self, frames: int, fps: float | None, times: Sequence[float] | None = None) -> int:
-        """How many frames a video gives at most.
+        """The largest number of frames that can be picked from a video.
 
         Args:
-            frames: that it has.
-            fps: of them per second.
-            times: where its rate varies, when each is shown, in seconds.
+            frames: number of frames of the video.
+            fps: its frame rate; None if unknown.
+            times: time of each frame in seconds if the frame rate is variable, else None.
 
         Raises:
-            TrainingDataError: a rate is asked for and the video's own is not known.
+            TrainingDataError: `self.fps` is set and the video's rate is unknown.
         """
         if frames < 1:
             return 0
@@ -64,11 +61,11 @@ class FramePicking:
         """The numbers of `wanted` frames, counted from 0. The other arguments are those of `usable`.
 
         Raises:
-            TrainingDataError: it has fewer than that.
+            TrainingDataError: the video has too few frames.
         """
         usable = self.usable(frames, fps, times)
         if wanted > usable:
-            raise TrainingDataError(f"it gives {usable} frames{self._at()}, and {wanted} are wanted")
+            raise TrainingDataError(f"it has {usable} usable frames{self._at()}, but {wanted} are needed")
         if times is not None:
             length = times[-1] - times[0]
             if self.pick == "spread":
@@ -78,14 +75,14 @@ class FramePicking:
             first = times[0] + (length - (wanted - 1) * gap) / 2
             return [_nearest(times, first + i * gap) for i in range(wanted)]
         if self.pick == "spread":
-            # From the first to the last; of one, the middle.
+            # From the first frame to the last; a single frame is the middle one.
             return [round(i * (frames - 1) / (wanted - 1)) for i in range(wanted)] if wanted > 1 else [frames // 2]
         step = self._step(fps)
         first = (frames - 1 - (wanted - 1) * step) / 2
         return [min(max(math.floor(first + i * step + 1e-6), 0), frames - 1) for i in range(wanted)]
 
     def rate(self, frames: int, fps: float | None, wanted: int) -> float | None:
-        """Of what `numbers` picks, the frames per second; None where it is not known."""
+        """Frame rate of the frames that `numbers` picks; None if unknown."""
         if self.fps is not None:
             return self.fps
         if self.pick == "spread" and fps and frames > 1:
@@ -96,7 +93,7 @@ class FramePicking:
         if self.fps is None:
             return 1.0
         if not fps:
-            raise TrainingDataError(f"{self.fps:g} frames per second are asked for, and its own rate is not known")
+            raise TrainingDataError(f"its frame rate is unknown, so it cannot be resampled to {self.fps:g} per second")
         return fps / self.fps
 
     def _at(self) -> str:
@@ -104,7 +101,7 @@ class FramePicking:
 
 
 def _nearest(times: Sequence[float], moment: float) -> int:
-    """The number of the frame that is shown nearest to this moment; of two, the earlier."""
+    """The number of the frame whose time is nearest to `moment`; the earlier one of two."""
     after = min(bisect.bisect_left(times, moment - 1e-6), len(times) - 1)
     before = max(after - 1, 0)
     return before if moment - times[before] <= times[after] - moment + 1e-6 else after

@@ -1,10 +1,9 @@
-"""Whether a picture or video is as long and as whole as its own format says.
+"""Detects truncated and damaged images and videos by the lengths, end marks and checksums in their file formats.
 
-Decoders fill what is missing with grey or stop early, and say nothing. Formats keep lengths, end marks or checksums,
-and those are compared here; what is wrong is raised as a ValueError with the reason.
+Decoders fill missing data with grey or stop early, without an error. Here, damage raises a ValueError with the reason.
 
-What cannot be found so: damage within the compressed data of JPEG, WebP and AVIF that is no run of zeros, since these
-formats have no checksum; and zeros in BMP and uncompressed TIFF that begin with a row, or where the picture is black.
+Not detected: damage within the compressed data of JPEG, WebP and AVIF other than a run of zeros, since these formats
+have no checksum; and zeros in BMP and uncompressed TIFF that start at the beginning of a row or in a black area.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 _BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"pnot"}
-"""types of the box with which an MP4, MOV or AVIF file may begin."""
+"""Types of the first box in MP4, MOV and AVIF files."""
 
 
-def check_picture(data: bytes) -> None:
-    """Raises a ValueError where the bytes of a picture are not whole. Formats that are not known pass."""
+def check_image(data: bytes) -> None:
+    """Raises a ValueError if an image file is truncated or damaged. Unknown formats pass."""
     try:
-        _check_picture(data)
+        _check_image(data)
     except (IndexError, struct.error) as error:
-        raise ValueError("its segments do not end where it ends") from error
+        raise ValueError("its segments do not match the length of the file") from error
 
 
-def _check_picture(data: bytes) -> None:
+def _check_image(data: bytes) -> None:
     if data[:2] == b"\xff\xd8":
         _check_jpeg(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -43,25 +42,27 @@ def _check_picture(data: bytes) -> None:
 
 
 def check_pixels(pixels: Any) -> None:
-    """Raises a ValueError where a picture of uncompressed values is cut off: from the middle of a row on there are only
-    zeros, and in the same row of columns the row above had none.
+    """Raises a ValueError if uncompressed pixels are truncated.
+
+    They count as truncated if only zeros follow from the middle of a row, and the row above has no zeros in these
+    columns.
 
     Args:
         pixels: array [height, width] or [height, width, channels].
     """
     black = (pixels == 0) if pixels.ndim == 2 else (pixels == 0).all(-1)
-    for each in (black, black[::-1]):  # BMP has its last row first
+    for each in (black, black[::-1]):  # BMP stores the last row first
         filled = (~each).any(1).nonzero()[0]
         if not len(filled) or filled[-1] < 1 or len(each) - 1 - filled[-1] < len(each) // 16:
             continue
         row = int(filled[-1])
         column = int((~each[row]).nonzero()[0][-1]) + 1
         if column < each.shape[1] and not each[row - 1, column:].any() and not each[row - 1 : row + 1, :column].any():
-            raise ValueError(f"from row {row if each is black else len(each) - 1 - row} on it is zeros")
+            raise ValueError(f"only zeros follow from row {row if each is black else len(each) - 1 - row}")
 
 
 def check_video(file: BinaryIO) -> None:
-    """Raises a ValueError where the file of a video ends before its format says. Formats that are not known pass."""
+    """Raises a ValueError if a video file is shorter than its format states. Unknown formats pass."""
     file.seek(0, 2)
     size = file.tell()
     file.seek(0)
@@ -78,27 +79,27 @@ def check_video(file: BinaryIO) -> None:
 
 
 def _short(promised: int, there: int) -> ValueError:
-    return ValueError(f"it is cut off: by its header it has {promised} bytes, and {there} are there")
+    return ValueError(f"it is cut off: its header states {promised} bytes, but it has {there}")
 
 
 def _check_zeros(data: bytes, start: int, end: int, most: int) -> None:
-    """Compressed data look like noise, so that a long run of zeros is none of them."""
+    """Raises a ValueError for `most` zero bytes in a row, which compressed data do not have."""
     at = data.find(b"\0" * most, start, end)
     if at >= 0:
-        raise ValueError(f"from byte {at} on there are zeros in place of its data")
+        raise ValueError(f"zeros replace its data from byte {at}")
 
 
 # ---- JPEG
 
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-"""neither a stuffed byte nor a restart, which are parts of a scan, nor padding."""
+"""Start of a segment: excludes stuffed bytes and restart marks, which are parts of a scan, and padding."""
 
 
 def _check_jpeg(data: bytes) -> None:
     at = 2
     first_symbol: dict[int, int] = {}
     while True:
-        mark = _MARKER.search(data, at)  # decoders skip what is between segments
+        mark = _MARKER.search(data, at)  # decoders skip bytes between segments
         if mark is None:
             raise ValueError("it is cut off: its end mark is missing")
         at = mark.start()
@@ -113,7 +114,7 @@ def _check_jpeg(data: bytes) -> None:
         if kind == 0xDA:
             mark = _MARKER.search(data, at)
             end = len(data) if mark is None else mark.start()
-            if not _zeros_have_a_meaning(segment, first_symbol):
+            if not _zeros_are_valid(segment, first_symbol):
                 _check_zeros(data, at, end, 32)
             if mark is None:
                 raise ValueError("it is cut off: its end mark is missing")
@@ -121,7 +122,7 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _first_symbols(segment: bytes) -> Iterator[tuple[int, int]]:
-    """Of each Huffman table: its number, and the symbol whose code is zeros only."""
+    """The number of each Huffman table, and its symbol whose code has only zeros."""
     at = 0
     while at + 17 < len(segment):
         count = sum(segment[at + 1 : at + 17])
@@ -129,12 +130,12 @@ def _first_symbols(segment: bytes) -> Iterator[tuple[int, int]]:
         at += 17 + count
 
 
-def _zeros_have_a_meaning(scan: bytes, first_symbol: dict[int, int]) -> bool:
-    """Whether zeros in this scan can be a flat part of the picture. With the tables that most pictures have they mean
-    coefficients that no encoder writes."""
+def _zeros_are_valid(scan: bytes, first_symbol: dict[int, int]) -> bool:
+    """Whether a run of zeros in this scan can encode a flat area. With usual Huffman tables it encodes coefficients
+    that no encoder writes."""
     number = scan[0]
     first, _, approximation = scan[1 + 2 * number : 4 + 2 * number]
-    if approximation >> 4:  # a refinement: bits without a code
+    if approximation >> 4:  # a refinement scan, with bits outside of Huffman codes
         return True
     for component in range(number):
         tables = scan[2 + 2 * component]
@@ -157,7 +158,7 @@ def _check_png(data: bytes) -> None:
             raise _short(end, len(data))
         name = data[at + 4 : at + 8]
         if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
-            raise ValueError(f"the checksum of its part {name.decode('latin-1')!r} at byte {at} is wrong")
+            raise ValueError(f"the checksum of its chunk {name.decode('latin-1')!r} at byte {at} is wrong")
         if name == b"IEND":
             return
         at = end
@@ -168,7 +169,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Of an AVIF file: name, first byte and end of what is in each box."""
+    """Name, first byte and end of the content of each box in an AVIF file."""
     at = 0
     while at + 8 <= len(data):
         size, name = struct.unpack_from(">I4s", data, at)
@@ -201,7 +202,7 @@ def _check_boxes(file: BinaryIO, size: int) -> None:
 
 def _check_matroska(file: BinaryIO, size: int) -> None:
     at = 0
-    for _ in range(2):  # the header, and the segment, which is all the rest
+    for _ in range(2):  # the header, and the segment, which is the rest of the file
         file.seek(at)
         head = file.read(12)
         identifier = _vint_length(head[0]) if head else 1
@@ -209,7 +210,7 @@ def _check_matroska(file: BinaryIO, size: int) -> None:
         if len(head) < identifier + length:
             raise _short(at + identifier + length, size)
         value = int.from_bytes(head[identifier : identifier + length], "big") & ((1 << 7 * length) - 1)
-        if value == (1 << 7 * length) - 1:  # a stream, which does not know its length
+        if value == (1 << 7 * length) - 1:  # a stream of unknown length
             return
         at += identifier + length + value
     if at > size:
@@ -258,7 +259,7 @@ def _check_gif(file: BinaryIO, size: int) -> None:
         elif kind == 0x2C and at + 9 < size:
             at += 11 + _palette(data[at + 9])
         else:
-            raise ValueError(f"at byte {at} there is no block of a GIF")
+            raise ValueError(f"byte {at} does not start a GIF block")
         while at < size and data[at]:
             at += 1 + data[at]
         at += 1

@@ -1,6 +1,6 @@
-"""Batches of latents and text embeddings, read a little ahead by threads.
+"""Batches of latents and text embeddings, which threads read ahead of time.
 
-The files are small and mapped into memory, so that processes of their own for loading would cost more than they give.
+The files are small and memory-mapped, so worker processes would cost more than they gain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from .cache import CachedLatents
 from .collate import collate, varying
 from .errors import TrainingDataError
-from .prefetch import ahead
+from .prefetch import prefetch
 from .sampler import BatchSampler, Position, Share, Step
 from .store import read_shapes, read_tensors
 
@@ -29,34 +29,33 @@ class _Micro(NamedTuple):
 
 
 class LatentLoader:
-    """This rank's micro-batches, one after the other and without an end.
+    """An endless iterable of this rank's micro-batches.
 
-    Each is a dict of
+    A micro-batch is a dict with
 
-    - the latents' tensors [batch, ...], by the names that the encoder gave (`latents_mean`, `latents_logvar`);
-    - the text's tensors [batch, ...]. Where lengths vary within the data, they are padded with zeros to the longest
-      of the batch, and there is a `<name>_mask`, bool [batch, length], unless the encoder gave one itself;
+    - the latents' tensors [batch, ...], by the names that the encoder returned (`latents_mean`, `latents_logvar`);
+    - the text's tensors [batch, ...]. If lengths vary within the data, they are padded with zeros to the longest of
+      the batch, with a mask `<name>_mask`, bool [batch, length], unless the encoder returned one itself;
     - `captions`, `names` and `bucket` of its examples; a dropped caption is "";
-    - `step`, counted from 0, `epoch`, and `positions`: the place of each example in the step's global batch. What is
-      random about an example belongs to its step and position; then it does not matter on how many processes it is
-      drawn;
+    - `step`, from 0, `epoch`, and `positions`: the position of each example in the step's global batch. Seed random
+      numbers by step and position, and they do not depend on the number of processes;
     - `last`: whether it is the rank's last micro-batch of this step.
 
     Args:
-        latents: what `LatentCache.fill` returned.
-        text: what `TextCache.fill` returned.
-        sampler: made for the buckets of `latents`, in their order; `LatentLoader.sampler_for` makes one.
-        share: the part of this data-parallel rank.
-        caption_dropout: the probability that an example is given the empty caption's text.
-        generator: for a step and a position in its global batch, a new generator on the CPU, which decides about the
-            caption there. It must be the same on all ranks of a context-parallel group.
-        finish: what the threads that read a batch still do with it; what it returns is given.
-        threads: that read.
-        depth: how many micro-batches are read ahead.
+        latents: from `LatentCache.fill`.
+        text: from `TextCache.fill`.
+        sampler: a sampler for the buckets of `latents` in their order, from `LatentLoader.sampler_for`.
+        share: this data-parallel rank's share of the global batches. None: all.
+        caption_dropout: probability that an example gets the embeddings of the empty caption.
+        generator: returns a new generator on the CPU for a step and a position in its global batch, which decides
+            whether the caption is dropped. It must be the same on all ranks of a context-parallel group.
+        finish: applied to each micro-batch in the threads that read it.
+        threads: number of threads.
+        depth: number of micro-batches to read ahead.
 
     Raises:
-        TrainingDataError: a caption is not in `text`; shapes or names differ where they must not; the global batch
-            cannot be divided; a probability outside of 0 to 1, or one without a generator.
+        TrainingDataError: a caption has no embeddings; examples have different tensor names or shapes; the global
+            batch cannot be divided; or `caption_dropout` is not a probability or has no generator.
     """
 
     def __init__(
@@ -76,11 +75,11 @@ class LatentLoader:
         self._positions = self.share.positions(sampler.global_batch_size)
         self.accumulation_steps = len(self._positions)
         if not 0 <= caption_dropout <= 1:
-            raise TrainingDataError(f"caption_dropout={caption_dropout}; it is a probability, from 0 to 1.")
+            raise TrainingDataError(f"caption_dropout={caption_dropout}: a probability from 0 to 1 is accepted.")
         if caption_dropout and generator is None:
-            raise TrainingDataError(f"caption_dropout={caption_dropout} needs generator=..., which decides about it.")
+            raise TrainingDataError(f"caption_dropout={caption_dropout} needs generator=..., to draw random numbers.")
         if threads < 1 or depth < 1:
-            raise TrainingDataError(f"threads={threads}, depth={depth}; they are 1 or more.")
+            raise TrainingDataError(f"threads={threads}, depth={depth}: numbers from 1 are accepted.")
         self.caption_dropout, self._generator, self._finish = caption_dropout, generator, finish
         self._threads, self._depth = threads, depth
         unknown = {each.example.caption for each in self.latents} | {""}
@@ -92,13 +91,13 @@ class LatentLoader:
 
     @staticmethod
     def sampler_for(latents: Sequence[CachedLatents], **settings: Any) -> BatchSampler:
-        """A `BatchSampler` for the buckets of `latents`; `settings` are its own."""
+        """A `BatchSampler` for the buckets of `latents`; `settings` are its other arguments."""
         return BatchSampler([each.bucket for each in latents], **settings)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Micro-batches from the next step on that is not done. A step is done once its last micro-batch is given."""
+        """Yields micro-batches from the first unfinished step. A step ends when its last one has been yielded."""
         micros = self._micros(self._position.next_step)
-        batches = ahead(lambda micro: (micro, self._read(micro)), micros, threads=self._threads, depth=self._depth)
+        batches = prefetch(lambda micro: (micro, self._read(micro)), micros, threads=self._threads, depth=self._depth)
         try:
             for micro, batch in batches:
                 if micro.last:
@@ -108,15 +107,14 @@ class LatentLoader:
             batches.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it has come, for a checkpoint; JSON can say it. Between the micro-batches of a step it is the
-        beginning of the step."""
+        """The position in the data for a checkpoint, as JSON values. An unfinished step counts as not begun."""
         return self._position.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken, on any number of processes, with the next `iter`.
+        """Sets the position at which the next `iter` begins. The number of processes may have changed.
 
         Raises:
-            TrainingDataError: it is of other batches; see `Position.load_state_dict`.
+            TrainingDataError: the state is from other batches; see `Position.load_state_dict`.
         """
         self._position.load_state_dict(state)
 

@@ -45,8 +45,8 @@ class FolderLock:
         except Timeout:
             return False
         now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        said = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
-        write_file(self._mark, lambda path: path.write_text(said))
+        holder = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
+        write_file(self._mark, lambda path: path.write_text(holder))
         return True
 
     def release(self) -> None:
@@ -56,8 +56,8 @@ class FolderLock:
     def holder(self) -> str:
         """Describes the holder: "process 123 on host a, since 2026-01-01 12:00:00+00:00"."""
         try:
-            said = json.loads(self._mark.read_text())
-            return f"process {said['process']} on host {said['host']}, since {said['since']}"
+            holder = json.loads(self._mark.read_text())
+            return f"process {holder['process']} on host {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):  # the file is being written
             return "another process"
 
@@ -75,16 +75,16 @@ def alone_in(folder: Path, ranks: Ranks, what: str) -> Iterator[None]:
     lock: FolderLock | None = None
     waiting = False
     while True:
-        held, failed = False, None
+        acquired, failed = False, None
         try:
             if ranks.rank == 0:
                 lock = lock or FolderLock(folder)
-                held = lock.acquire()
+                acquired = lock.acquire()
         except OSError as error:
             failed = error
         if ranks.any(failed is not None):  # all ranks raise together, so that none waits for a failed one
             raise failed or OtherRankError(f"locking {folder} failed on another process; see its message.")
-        if ranks.any(held):
+        if ranks.any(acquired):
             break
         if lock is not None and not waiting:
             waiting = True

@@ -12,7 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(do: Callable[[T], R], items: Iterable[T], *, threads: int, depth: int) -> Generator[R, None, None]:
+def prefetch(do: Callable[[T], R], items: Iterable[T], *, threads: int, depth: int) -> Generator[R, None, None]:
     """`map(do, items)`, in this order, computed by `threads` threads up to `depth` items ahead.
 
     `items` may be endless. An exception of `do` is raised when its item is due. The threads end with the iterator.

@@ -1,4 +1,4 @@
-"""Frames brought to the size of their bucket: resized so that they cover it, what stands over cropped."""
+"""Resizes frames so that they cover the size of their bucket, and crops the rest."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .errors import TrainingDataError
 CROPS = ("centre", "random")
 
 
-def fit(frames: Iterable[Tensor], bucket: Bucket, *, crop: str = "centre", seed: int = 0) -> Tensor:
-    """Frames in the size of `bucket`.
+def resize_crop(frames: Iterable[Tensor], bucket: Bucket, *, crop: str = "centre", seed: int = 0) -> Tensor:
+    """Resizes and crops frames to the size of a bucket.
 
     Args:
-        frames: uint8 [3, height, width] each, as many as the bucket has.
+        frames: frames, uint8 [3, height, width] each, as many as the bucket has.
         bucket: the size.
-        crop: "centre" keeps the middle; "random" a part that `seed` decides, the same in all frames.
-        seed: of a random crop.
+        crop: "centre" keeps the middle; "random" keeps a random part, the same in all frames.
+        seed: seed of a random crop.
 
     Returns:
         float32 [frames, 3, height, width] in [-1, 1].
 
     Raises:
-        TrainingDataError: no such crop.
+        TrainingDataError: an unknown `crop`, or the number of frames is not the bucket's.
     """
     if crop not in CROPS:
-        raise TrainingDataError(f"crop={crop!r}; it is one of {', '.join(map(repr, CROPS))}.")
-    fitted = []
+        raise TrainingDataError(f"crop={crop!r}: accepted are {', '.join(map(repr, CROPS))}.")
+    resized = []
     for frame in frames:
         height, width = frame.shape[-2:]
         scale = cover_scale(height, width, bucket.height, bucket.width)
@@ -46,7 +46,7 @@ def fit(frames: Iterable[Tensor], bucket: Bucket, *, crop: str = "centre", seed:
             share = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             top, left = (int(each * (room + 1)) for each, room in zip(share.tolist(), over))
         pixels = pixels[0, :, top : top + bucket.height, left : left + bucket.width]
-        fitted.append((pixels / 127.5 - 1).clamp(-1, 1))
-    if len(fitted) != bucket.frames:
-        raise TrainingDataError(f"it gave {len(fitted)} frames, and {bucket.frames} are wanted")
-    return torch.stack(fitted)
+        resized.append((pixels / 127.5 - 1).clamp(-1, 1))
+    if len(resized) != bucket.frames:
+        raise TrainingDataError(f"it has {len(resized)} frames, but {bucket.frames} are needed")
+    return torch.stack(resized)

@@ -1,5 +1,4 @@
-"""Where the bytes of a picture or video are: a file, or a row of a Hugging Face dataset. What is decoded and hashed
-need not know which."""
+"""Sources of an encoded image or video: a file, or a row of a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -11,14 +10,14 @@ from typing import Any, BinaryIO, Protocol
 
 
 class Source(Protocol):
-    """A picture or video, encoded."""
+    """An encoded image or video."""
 
     def open(self) -> BinaryIO:
-        """Its bytes, as a file that can be sought in. The caller closes it."""
+        """Opens the bytes as a seekable file, which the caller closes."""
         ...
 
     def stamp(self) -> str:
-        """What changes when its content does, known without reading it."""
+        """A text that changes whenever the content changes, found without reading the content."""
         ...
 
 
@@ -32,15 +31,14 @@ class FileSource:
         return self.path.open("rb")
 
     def stamp(self) -> str:
-        # The time of change cannot be set by a program, so a file with a copied time of modification is noticed.
+        # Programs can set the modification time, but not the change time (ctime).
         status = self.path.stat()
         return f"{self.path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """A row of a `datasets.Dataset` in the format "arrow", whose column `column` holds undecoded media: the bytes, or
-    the path of a file."""
+    """A row of a `datasets.Dataset` in the format "arrow". Its `column` has undecoded media: bytes or a file's path."""
 
     dataset: Any = field(repr=False)
     index: int
@@ -53,18 +51,18 @@ class RowSource:
         return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"]).open("rb")
 
     def stamp(self) -> str:
-        # The fingerprint of a dataset is of the rows and of all that was done to them; not of files that they name.
+        # A dataset's fingerprint covers its rows and transforms, but not the files that rows name.
         cell = self._cell()
         named = FileSource(Path(cell["path"].as_py())).stamp() if not cell["bytes"].is_valid else ""
         return f"{self.dataset._fingerprint}:{self.index}:{self.column}:{named}"
 
     def _cell(self) -> Any:
-        # Arrow's own value: Python's would copy the bytes, which not every use needs.
+        # An Arrow value, since a Python value would copy the bytes.
         return self.dataset[self.index : self.index + 1].column(self.column)[0]
 
 
 def content_digest(source: Source) -> str:
-    """The SHA-256 of the bytes, in hexadecimal."""
+    """The SHA-256 of a source's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with source.open() as file:
         while block := file.read(1 << 20):

@@ -1,7 +1,7 @@
-"""Tensors in safetensors files, each named by a hash of everything that decided what is in it.
+"""Tensors in safetensors files, each named by a hash of everything that determines its content.
 
-So a file that is there never needs to be compared with anything: other settings or other data have other names. A
-checksum goes with each, and is compared whenever it is read.
+So an existing file is never outdated: other settings or other data have other names. Each file has a checksum, which
+is compared whenever the file is read.
 """
 
 from __future__ import annotations
@@ -20,41 +20,40 @@ from .disk import checksum, write_file
 from .errors import TrainingDataError
 
 _ABOUT = "diffusers_attn"
-"""The entry in a file's metadata: a JSON object with `key`, `made_from` and `crc32` of the tensors."""
+"""Entry in a file's metadata: a JSON object with `key`, `made_from` and the tensors' `crc32`."""
 
 
 def hash_of(made_from: Mapping[str, Any]) -> str:
-    """A name for what is made from this.
+    """A hash of JSON values.
 
     Args:
-        made_from: what JSON can say; the order of keys does not matter.
+        made_from: JSON values that determine a file's content; the order of keys does not matter.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        TrainingDataError: JSON cannot say it.
+        TrainingDataError: a value cannot be stored as JSON.
     """
     return hashlib.sha256(_json(made_from).encode()).hexdigest()
 
 
 class TensorStore:
-    """A folder with such files. Any number of processes may write to it.
+    """A folder of files with tensors. Any number of processes may write to it.
 
     Args:
-        folder: the folder; made when the first file is written.
+        folder: the folder; created when the first file is written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, key: str) -> Path:
-        """Where the file of this key is, or would be."""
+        """Path of the file for a key, which need not exist."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether the file is there, is as long as its header says, and was written under this key, with a checksum.
-        The tensors themselves are not read."""
+        """Whether the file for a key exists and has the right length, key and a checksum. Does not read tensors."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -65,24 +64,24 @@ class TensorStore:
             return False
 
     def write(self, key: str, tensors: Mapping[str, Tensor], made_from: Mapping[str, Any]) -> None:
-        """Writes the file, whole or not at all. `made_from` goes with it, for people who wonder what it is."""
+        """Writes a file atomically. `made_from` is stored in its metadata, as information for people."""
         from safetensors.torch import save_file
 
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        # One entry: of several, the order in the file would vary.
-        metadata = {_ABOUT: _json({"key": key, "made_from": made_from, "crc32": _checksum(own)})}
-        write_file(self.path(key), lambda path: save_file(own, path, metadata))
+        copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # One entry, since safetensors writes several in varying order.
+        metadata = {_ABOUT: _json({"key": key, "made_from": made_from, "crc32": _checksum(copies)})}
+        write_file(self.path(key), lambda path: save_file(copies, path, metadata))
 
     def remove_unfinished(self) -> None:
-        """Removes what processes that were killed have left."""
+        """Removes incomplete files of killed processes."""
         remove_unfinished(self.folder)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
+    """Reads all tensors of a file.
 
     Raises:
-        TrainingDataError: it is missing or damaged; names it, and says what to do.
+        TrainingDataError: the file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -96,15 +95,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         not_finite = [name for name, each in tensors.items() if each.is_floating_point() and not each.isfinite().all()]
         raise _damaged(
             path,
-            f"there is NaN or infinity in {', '.join(not_finite)}"
-            if not_finite
-            else "its tensors are not those that were written, since their checksum is another one",
+            f"NaN or infinity in {', '.join(not_finite)}" if not_finite else "the checksum of its tensors has changed",
         )
     return tensors
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors, from its header. Raises as `read_tensors` does."""
+    """Reads the shapes of all tensors from a file's header. Raises as `read_tensors` does."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -118,8 +115,8 @@ def _damaged(path: Path, reason: str) -> TrainingDataError:
     what = "damaged" if path.exists() else "missing"
     delete = "Delete it and start" if path.exists() else "Start"
     return TrainingDataError(
-        f"the cached file {path} is {what}: {reason}. {delete} again, with --resume latest if there are checkpoints: "
-        "it is then made anew."
+        f"the cached file {path} is {what}: {reason}. {delete} again, with --resume latest if there are checkpoints; "
+        "the file is then computed again."
     )
 
 
@@ -137,5 +134,5 @@ def _json(value: Mapping[str, Any]) -> str:
         return json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TrainingDataError(
-            f"settings that name a file must be what JSON can say (numbers, strings, flags, lists, mappings): {error}."
+            f"settings of the cache must be JSON values (finite numbers, strings, booleans, lists, mappings): {error}."
         ) from error

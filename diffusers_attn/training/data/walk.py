@@ -1,4 +1,4 @@
-"""The files of a folder of training data, those of linked folders included."""
+"""Lists the files of a folder of training data, including linked folders."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from pathlib import Path
 from .errors import Problem
 
 RUN_MARK = ".diffusers_attn-run.json"
-"""a file in every folder that a run writes to; what is in such a folder is no training data."""
+"""A file in every folder that a run writes to. Such a folder is not read as training data."""
 
 
 def files_of(root: Path, excluded: Iterable[Path] = ()) -> tuple[list[Path], list[Problem]]:
-    """The files in `root` and the folders in it, sorted, and what could not be looked at.
+    """The files in a folder and its subfolders.
 
-    Left out are files and folders whose names begin with a dot, folders that a run wrote to, and `excluded` ones.
-    Links to folders are followed. A folder that is reached twice, as by a link to a folder that it is in, is read once
-    and named.
+    Files and folders whose names begin with a dot, folders that a run wrote to, and `excluded` folders are left out.
+    Links to folders are followed. A folder that is reached twice, for example through a link to its parent, is read
+    once and reported as a problem.
 
     Args:
         root: the folder.
-        excluded: folders, which may be anywhere.
+        excluded: folders to leave out, within `root` or not.
+
+    Returns:
+        The files, sorted, and the problems.
     """
     unwanted = {each for each in map(_identity, excluded) if each is not None}
     files: list[Path] = []
@@ -38,7 +41,7 @@ def files_of(root: Path, excluded: Iterable[Path] = ()) -> tuple[list[Path], lis
         if folder != root and (identity in unwanted or (folder / RUN_MARK).is_file()):
             return
         if identity in read:
-            problems.append(Problem(name(folder), f"a link to a folder that is read already: {read[identity] or '.'}"))
+            problems.append(Problem(name(folder), f"a link to a folder that was read already: {read[identity] or '.'}"))
             return
         if identity is not None:
             read[identity] = name(folder)
@@ -54,7 +57,7 @@ def files_of(root: Path, excluded: Iterable[Path] = ()) -> tuple[list[Path], lis
             if entry.is_dir(follow_symlinks=False):
                 look(path)
             elif entry.is_dir():
-                links.append(path)  # behind all others, so that folders have their own names
+                links.append(path)  # read last, so that a folder is named by its own path and not by a link
             elif entry.is_file():
                 files.append(path)
             elif entry.is_symlink():
@@ -67,7 +70,7 @@ def files_of(root: Path, excluded: Iterable[Path] = ()) -> tuple[list[Path], lis
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Of a folder, whatever it is called; None where there is none."""
+    """Device and inode of a folder, which do not depend on its path; None if it does not exist."""
     try:
         status = folder.stat()
     except OSError:

@@ -1,4 +1,7 @@
-"""What differs from model to model in training, a file for each family, found by the class of the transformer."""
+"""Model families: the parts of training that differ between models, one file per family.
+
+A family is found by the class of the pipeline's transformer.
+"""
 
 from __future__ import annotations
 
@@ -14,47 +17,51 @@ FAMILIES = {
     "FluxTransformer2DModel": "flux:Flux",
     "WanTransformer3DModel": "wan:Wan",
 }
-"""class of the transformer: module and class of its family."""
+"""Module and class of the family for each class name of a transformer."""
 
 registered: dict[str, type[Family]] = {}
 
 
 def register_family(transformer: str, family: type[Family]) -> None:
-    """Trains models whose transformer has the class name `transformer` as `family` says; the last one counts."""
+    """Registers a family for pipelines whose transformer has the class name `transformer`. Replaces an earlier one."""
     registered[transformer] = family
 
 
 def family_of(pipeline: Any, **options: Any) -> Family:
-    """The family of a pipeline, made with `options` (see `Family`).
+    """Creates the family of a pipeline.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        options: arguments of `Family`.
 
     Raises:
-        TrainingError: none is known for its transformer, it does not serve this pipeline, or the transformer expects
-            something else than the family feeds it.
+        TrainingError: no family is known for the transformer, the family does not support this pipeline, or the
+            transformer needs inputs that the family does not provide.
     """
     transformer = type(getattr(pipeline, "transformer", None)).__name__
     return family_class(type(pipeline), transformer)(pipeline, **options)
 
 
 def family_class(pipeline: type, transformer: str) -> type[Family]:
-    """The family for pipelines of a class whose transformer has the class name `transformer`.
+    """The family for a pipeline class and the class name of its transformer.
 
     Raises:
-        TrainingError: none is known for this transformer, or it does not serve this pipeline.
+        TrainingError: no family is known for the transformer, or the family does not support this pipeline.
     """
     if transformer not in registered and transformer not in FAMILIES:
         raise TrainingError(
-            f"{pipeline.__name__} has a transformer of class {transformer}, and training is known for "
-            f"{', '.join(sorted({**FAMILIES, **registered}))}. Write a `Family` for it "
-            "(diffusers_attn.training.families.base) and register it: register_family."
+            f"{pipeline.__name__} has a transformer of class {transformer}. Training supports "
+            f"{', '.join(sorted({**FAMILIES, **registered}))}. For another one, write a `Family` "
+            "(diffusers_attn.training.families.base) and register it with register_family."
         )
     family = _family(transformer)
     if family.pipelines and not {each.__name__ for each in pipeline.__mro__}.intersection(family.pipelines):
-        served = sorted(name for each in {**FAMILIES, **registered} for name in _family(each).pipelines)
+        supported = sorted(name for each in {**FAMILIES, **registered} for name in _family(each).pipelines)
         raise TrainingError(
-            f"--model is a {pipeline.__name__}. With a transformer of class {transformer}, training serves "
-            f"{' and '.join(family.pipelines)} only: other pipelines feed it something else, or draw otherwise. "
-            f"Pipelines that are served: {', '.join(served)}. Give a model of one of these, or write a `Family` whose "
-            f"`pipelines` names {pipeline.__name__} and register it: register_family."
+            f"--model is a {pipeline.__name__}. With a transformer of class {transformer}, training supports only "
+            f"{' and '.join(family.pipelines)}, since other pipelines give it other inputs. Supported pipelines: "
+            f"{', '.join(supported)}. Give a model of one of these, or write a `Family` whose `pipelines` names "
+            f"{pipeline.__name__} and register it with register_family."
         )
     return family
 

@@ -1,7 +1,7 @@
-"""What a family of models has to say about itself to be trained.
+"""The interface of a model family.
 
-Latents are `[batch, channels, frames, height, width]` everywhere, of pictures with one frame; what a VAE and a
-transformer want instead is their family's business.
+Latents have the shape [batch, channels, frames, height, width] everywhere, with one frame for images. A family converts
+them to the shapes that its VAE and transformer use.
 """
 
 from __future__ import annotations
@@ -18,45 +18,48 @@ from ..flag_names import option
 from ..loss import Objective
 
 FURTHER_INPUTS = {
-    "image_dim": "the embedding of a picture",
-    "added_kv_proj_dim": "the embedding of a picture",
-    "pos_embed_seq_len": "the embeddings of pictures",
+    "image_dim": "an image embedding",
+    "added_kv_proj_dim": "an image embedding",
+    "pos_embed_seq_len": "image embeddings",
     "ofs_embed_dim": "an offset between frames",
     "vace_layers": "a control video",
-    "guidance_embeds": "its guidance",
+    "guidance_embeds": "a guidance scale",
 }
-"""entries of a transformer's configuration: where one is set, what the forward takes besides latents, timestep and
-text."""
+"""Inputs of a transformer besides latents, timestep and text, by the configuration entry that turns each on."""
 
 
 class Family(abc.ABC):
-    """One pipeline, as training sees it.
+    """A pipeline with everything that training needs to know about its model.
 
     Args:
-        pipeline: of diffusers, with text encoders and VAE, as long as something is to be encoded.
-        shift: in place of the scheduler's, a number; None takes the scheduler's. Only for rectified flow.
-        guidance: what a model that was distilled from guidance is told; None is 1. Only for such models.
-        max_sequence_length: tokens of text; None is the pipeline's own number.
+        pipeline: a diffusers pipeline, with its text encoders and VAE until the data are encoded.
+        shift: timestep shift. None: the scheduler's. Only for rectified flow.
+        guidance: guidance scale that a guidance-distilled model gets as its input. None: 1. Only for such models.
+        max_sequence_length: number of text tokens per caption. None: the pipeline's default.
+
+    Raises:
+        TrainingError: the pipeline, or a setting, is not supported.
     """
 
     kind: ClassVar[Literal["image", "video"]]
     lora_targets: ClassVar[tuple[str, ...]]
-    """names of the layers that get adapters, where a user names none."""
+    """Default names of the layers that get adapters."""
     text_length: ClassVar[int]
-    """tokens of text, where a user says nothing."""
+    """Default number of text tokens."""
     guidance_argument: ClassVar[str] = "guidance_scale"
+    """Argument of the pipeline's call for the guidance scale."""
     fps: ClassVar[float] = 16.0
-    """of drawn videos, where the data do not say it."""
+    """Frame rate of generated videos if that of the data is unknown."""
     pipelines: ClassVar[tuple[str, ...]] = ()
-    """names of the pipeline classes that are served, with those derived from them; none is all."""
-    served_inputs: ClassVar[tuple[str, ...]] = ()
-    """those of `FURTHER_INPUTS` that `inputs` gives where the transformer takes them."""
+    """Names of the supported pipeline classes; subclasses are supported too. Empty: all."""
+    provided_inputs: ClassVar[tuple[str, ...]] = ()
+    """Entries of `FURTHER_INPUTS` that `inputs` provides."""
     refused_components: ClassVar[Mapping[str, str]] = {}
-    """parts of a pipeline with which it cannot be trained, and why."""
+    """Components of a pipeline that make training impossible, with the reason."""
     prediction_type: ClassVar[str] = "flow_prediction"
-    """what the scheduler must take the model's output for, where its configuration says it."""
+    """Required prediction_type of the scheduler, if its configuration has one."""
     packed: ClassVar[int] = 1
-    """how many channels of a token come from one channel of the latents."""
+    """Number of latent values per channel that are packed into the channels of one token."""
 
     def __init__(
         self,
@@ -77,43 +80,42 @@ class Family(abc.ABC):
         self.objective = self.make_objective()
 
     def check(self) -> None:  # noqa: B027 (most have nothing to check)
-        """Raises TrainingError where this pipeline or these settings cannot be trained."""
+        """Raises TrainingError if this pipeline or these settings are not supported."""
 
     @classmethod
     def check_components(cls, components: Mapping[str, bool]) -> None:
-        """Raises TrainingError where a pipeline has one of `refused_components`.
+        """Raises TrainingError if a pipeline has one of `refused_components`.
 
         Args:
-            components: names of a pipeline's parts, and whether it has them.
+            components: whether the pipeline has a component, by name.
         """
         for name, why in cls.refused_components.items():
             if components.get(name):
                 raise TrainingError(f"this pipeline has a {name}: {why}")
 
     def _check_inputs(self) -> None:
-        """Compares what transformer and scheduler expect with what `inputs` and `make_objective` give them.
+        """Compares the inputs that the transformer needs, and the scheduler's prediction, with those of this family.
 
         Raises:
-            TrainingError: other channels, a further input, or another kind of prediction.
+            TrainingError: the number of channels, a further input, or the type of prediction differs.
         """
         model, config = type(self.pipeline.transformer).__name__, self.config
-        takes, fed = config.get("in_channels"), self.fed_channels
-        if takes is not None and fed is not None and takes != fed:
+        expected, given = config.get("in_channels"), self.input_channels
+        if expected is not None and given is not None and expected != given:
             raise TrainingError(
-                f"this {model} takes {takes} channels, and training feeds it {fed}, those of the VAE's latents: it is "
-                "made to be given something more, such as a picture, a mask or a control. Give a model that draws from "
-                f"text{self._served()}."
+                f"this {model} has {expected} input channels, but the VAE's latents have {given}. It needs a further "
+                f"input, such as an image, a mask or a control. Give a text-conditioned model{self._examples()}."
             )
         for name, what in FURTHER_INPUTS.items():
-            if config.get(name) and name not in self.served_inputs:
+            if config.get(name) and name not in self.provided_inputs:
                 raise TrainingError(
-                    f"this {model} takes {what} (its {name} is {config[name]}), which training does not feed it. Give "
-                    f"a model that draws from text{self._served()}."
+                    f"this {model} needs {what} (its {name} is {config[name]}), which training does not provide. Give "
+                    f"a text-conditioned model{self._examples()}."
                 )
         predicts = self.pipeline.scheduler.config.get("prediction_type", self.prediction_type)
         if predicts != self.prediction_type:
             raise TrainingError(
-                f"the scheduler's prediction_type is {predicts!r}, and {type(self).__name__} trains for "
+                f"the scheduler's prediction_type is {predicts!r}, but {type(self).__name__} is trained with "
                 f"{self.prediction_type!r}. Give a model with such a scheduler."
             )
 
@@ -123,48 +125,48 @@ class Family(abc.ABC):
             return self.text_length if limit is None else min(self.text_length, limit)
         if limit is not None and wanted > limit:
             raise TrainingError(
-                f"{option('max_sequence_length', wanted)}: this {type(self.pipeline.transformer).__name__} takes up to "
-                f"{limit} tokens of text."
+                f"{option('max_sequence_length', wanted)}: this {type(self.pipeline.transformer).__name__} accepts up "
+                f"to {limit} text tokens."
             )
         return wanted
 
     @property
     def text_limit(self) -> int | None:
-        """The most tokens of text that the transformer takes; None where it takes any number."""
+        """Largest number of text tokens that the transformer accepts; None if unlimited."""
         limit: int | None = self.config.get("max_text_seq_length")
         return limit
 
     def _check_guidance(self, guidance: float | None) -> None:
         if guidance is not None and not (
-            "guidance_embeds" in self.served_inputs and self.config.get("guidance_embeds")
+            "guidance_embeds" in self.provided_inputs and self.config.get("guidance_embeds")
         ):
             raise TrainingError(
-                f"{option('guidance', guidance)}: this {type(self.pipeline.transformer).__name__} is not told any "
-                "guidance, as only models are that were distilled from it, such as FLUX.1-dev. Leave it out."
+                f"{option('guidance', guidance)}: this {type(self.pipeline.transformer).__name__} has no guidance "
+                "input, which only guidance-distilled models such as FLUX.1-dev have. Leave it out."
             )
 
-    def _served(self) -> str:
+    def _examples(self) -> str:
         return f": a {' or '.join(self.pipelines)}" if self.pipelines else ""
 
     @property
-    def fed_channels(self) -> int | None:
-        """Channels of what `inputs` gives the transformer; None where that cannot be said."""
+    def input_channels(self) -> int | None:
+        """Number of channels that `inputs` gives the transformer; None if unknown."""
         vae = getattr(self.pipeline, "vae", None)
         latents = None if vae is None else vae.config.get("latent_channels", vae.config.get("z_dim"))
         return None if latents is None else latents * self.packed
 
     @property
     def config(self) -> Any:
-        """Of the transformer."""
+        """The transformer's configuration."""
         return self.pipeline.transformer.config
 
     @abc.abstractmethod
     def make_objective(self) -> Objective:
-        """What the model predicts, with the shift of its sampler."""
+        """The training objective, with the sampler's timestep shift."""
 
     @property
     def text_device(self) -> torch.device:
-        """Where captions are encoded. (A pipeline with models in several places does not know.)"""
+        """Device of the text encoder. (`pipeline.device` is wrong if its models are on several devices.)"""
         return self.pipeline.text_encoder.device
 
     # ---- Data
@@ -172,19 +174,19 @@ class Family(abc.ABC):
     @property
     @abc.abstractmethod
     def size_multiple(self) -> int:
-        """What height and width in pixels must be multiples of."""
+        """Number that height and width in pixels must be multiples of."""
 
     @property
     def frame_rule(self) -> tuple[int, int]:
-        """(multiple, remainder) that numbers of frames have; of pictures, one frame."""
+        """(step, offset): accepted numbers of frames are a multiple of step, plus offset."""
         return 1, 0
 
     @abc.abstractmethod
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """What the transformer is told of each caption: tensors [captions, ...] by name, on the CPU."""
+        """The text inputs of the transformer: tensors [captions, ...] by name, on the CPU."""
 
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
-        """The distribution of latents of `pixels`, float [batch, 3, frames, height, width] in [-1, 1].
+        """The VAE's distribution of latents for `pixels`, float [batch, 3, frames, height, width] in [-1, 1].
 
         Returns:
             "latents_mean" and "latents_logvar", float32 [batch, channels, frames, height, width], on the CPU, as the
@@ -197,19 +199,19 @@ class Family(abc.ABC):
         return {"latents_mean": mean, "latents_logvar": logvar}
 
     def to_vae(self, pixels: Tensor) -> Tensor:
-        """As the VAE takes them."""
+        """Converts pixels [batch, 3, frames, height, width] to the VAE's input shape."""
         return pixels
 
     def from_vae(self, latents: Tensor) -> Tensor:
-        """From the VAE, [batch, channels, frames, height, width]."""
+        """Converts the VAE's output to [batch, channels, frames, height, width]."""
         return latents
 
     @abc.abstractmethod
     def normalise(self, latents: Tensor) -> Tensor:
-        """The VAE's latents as the transformer knows them."""
+        """Scales the VAE's latents to the transformer's range."""
 
     def clean(self, batch: Mapping[str, Tensor], noise: Tensor) -> Tensor:
-        """A sample of the distribution that `encode` gave, float32, normalised. `noise` says which, of its shape."""
+        """A normalised sample of the distribution that `encode` returned, float32, drawn with the normal `noise`."""
         mean, logvar = batch["latents_mean"].float(), batch["latents_logvar"].float()
         return self.normalise(mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise)
 
@@ -217,33 +219,41 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def tokens(self, shape: Sequence[int]) -> int:
-        """Of one sample: how many the transformer makes of latents [..., frames, height, width]."""
+        """Number of tokens that the transformer makes of one sample's latents of shape [..., frames, height, width]."""
 
     @abc.abstractmethod
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The arguments of the transformer's forward. `text` is a batch of what `encode_text` gave."""
+        """The arguments of the transformer's forward.
+
+        Args:
+            noisy: latents [batch, channels, frames, height, width].
+            timestep: from the objective's `level`, [batch].
+            text: a batch of the tensors that `encode_text` returned.
+        """
 
     def prediction(self, output: Tensor, shape: Sequence[int]) -> Tensor:
-        """What the transformer returned, as [batch, channels, frames, height, width]."""
+        """Converts the transformer's output to the latents' shape [batch, channels, frames, height, width]."""
         return output
 
     def parts(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A micro-batch as what can go through the transformer together; each part has its own backward."""
+        """Divides a micro-batch into parts for separate forward and backward passes. Default: one part."""
         return [dict(batch)]
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> Tensor:
-        """One forward. `transformer` may be wrapped, as DDP does."""
+        """Runs one forward. Arguments are those of `inputs`; `transformer` may be wrapped, for example by DDP."""
         dtype = self.pipeline.transformer.dtype
         inputs = self.inputs(noisy.to(dtype), timestep, {name: _cast(each, dtype) for name, each in text.items()})
         return self.prediction(transformer(**inputs, return_dict=False)[0], noisy.shape)
 
-    # ---- Drawing
+    # ---- Generation
 
     def prompt_arguments(self, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor]:
-        """What the pipeline is called with in place of a prompt, so that it needs no text encoder.
+        """The pipeline's arguments for an encoded prompt, with which it needs no text encoder.
 
         Args:
-            guided: whether it is called with classifier-free guidance.
+            prompt: the prompt.
+            negative_prompt: the negative prompt. None: the empty one.
+            guided: whether the pipeline is called with classifier-free guidance.
         """
         arguments = self.encode_text([prompt])
         if guided:
@@ -252,25 +262,25 @@ class Family(abc.ABC):
         return arguments
 
     def size_arguments(self, frames: int, height: int, width: int) -> dict[str, int]:
-        """What the pipeline is called with to draw this size in pixels."""
+        """The pipeline's arguments for a sample's size, in frames and pixels."""
         size = {"height": height, "width": width}
         return {**size, "num_frames": frames} if self.kind == "video" else size
 
     def guidance_arguments(self, scale: float) -> dict[str, float]:
-        """What the pipeline is called with for this much guidance."""
+        """The pipeline's arguments for a guidance scale."""
         return {self.guidance_argument: scale}
 
     def refuse_shift(self) -> None:
-        """Raises TrainingError where a shift was given to a family without one."""
+        """Raises TrainingError if a shift was given. For families that are not trained with rectified flow."""
         if self.shift is not None:
             raise TrainingError(
-                f"shift={self.shift}: {type(self.pipeline.transformer).__name__} is not trained by rectified flow, and "
-                "its noise schedule is part of its scheduler. Leave it out."
+                f"shift={self.shift}: {type(self.pipeline.transformer).__name__} is not trained with rectified flow; "
+                "its scheduler has a fixed noise schedule. Leave it out."
             )
 
 
 def part_of(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Of a batch of the loader, the one example of this number."""
+    """The example at index `number` of a loader's batch, as a batch of one."""
 
     def row(value: Any) -> Any:
         if isinstance(value, dict):

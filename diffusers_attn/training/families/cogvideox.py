@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 and 1.5: videos; v-prediction; frames before channels; rotary embeddings given from outside."""
+"""CogVideoX 1.0 and 1.5: videos; v-prediction; frames before channels; rotary embeddings are an input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Family
 
 
 class CogVideoX(Family):
-    """`CogVideoXPipeline` with a `CogVideoXTransformer3DModel`, from text."""
+    """`CogVideoXPipeline` with a `CogVideoXTransformer3DModel`."""
 
     kind = "video"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,7 +34,7 @@ class CogVideoX(Family):
 
     @property
     def frame_rule(self) -> tuple[int, int]:
-        # 1.5 takes latent frames in packs: of 4 n + 1 frames those that fill them.
+        # 1.5 packs latent frames in groups of patch_size_t. Accepted are numbers 4n + 1 that fill the groups.
         factor, pack = self.pipeline.vae_scale_factor_temporal, self.config.patch_size_t or 1
         return factor * pack, factor * (pack - 1) + 1
 

@@ -1,4 +1,4 @@
-"""CogView4: pictures; each caption as long as it is, in steps of 16; told size, and noise level before its shift."""
+"""CogView4: images; captions padded to a multiple of 16 tokens; the size and the unshifted noise level are inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CogView4(Family):
     pipelines = ("CogView4Pipeline",)
 
     def make_objective(self) -> Objective:
-        # The pipeline gives its scheduler timesteps of its own, which stay as they are when the noise levels shift.
+        # The pipeline passes its own timesteps to the scheduler, which shifts only the noise levels.
         fixed, config = self.shift, self.pipeline.scheduler.config
         if fixed is not None:
             return RectifiedFlow(lambda tokens: fixed, shifted_timestep=False)
@@ -41,8 +41,10 @@ class CogView4(Family):
         return self.pipeline.vae_scale_factor * self.config.patch_size
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """As the pipeline does it, which pads the captions of a call to the longest of them, in steps of 16. Neither
-        the text encoder nor the transformer has a mask for padding, so that each caption is best encoded by itself."""
+        """Encodes captions as the pipeline does, padded to the longest caption of the call and a multiple of 16 tokens.
+
+        Neither the text encoder nor the transformer masks padding, so captions should be encoded one at a time.
+        """
         with torch.no_grad():
             text, _ = self.pipeline.encode_prompt(
                 captions,
@@ -78,8 +80,8 @@ class CogView4(Family):
         }
 
     def parts(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Captions of different lengths one by one: padded to one length, the transformer would attend to the padding.
-        That lengths differ is known of all data, so that every process has as many parts as the others."""
+        """One part per example if the data's captions have different lengths, since the transformer would attend to
+        padding. This is decided from all data, so that all processes have equally many parts."""
         mask = batch.get("prompt_embeds_mask")
         if mask is None:
             return [dict(batch)]

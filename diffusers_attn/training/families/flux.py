@@ -1,4 +1,4 @@
-"""FLUX.1: pictures; two text encoders; latents in packs of 2 x 2; told its guidance where it was distilled from it."""
+"""FLUX.1: images; two text encoders; latents packed 2 x 2; guidance-distilled models have a guidance input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Flux(Family):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_length = 512
     pipelines = ("FluxPipeline",)
-    served_inputs = ("guidance_embeds",)
+    provided_inputs = ("guidance_embeds",)
     packed = 4
 
     def make_objective(self) -> Objective:
@@ -72,5 +72,5 @@ class Flux(Family):
         return self.pipeline._unpack_latents(output, shape[-2] * factor, shape[-1] * factor, factor).unsqueeze(2)
 
     def prompt_arguments(self, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor]:
-        # Its guidance_scale is told to the model; guidance by a second forward is true_cfg_scale's, which is left off.
+        # guidance_scale is an input of the model. A negative prompt needs true_cfg_scale, which is not used.
         return self.encode_text([prompt])

@@ -1,4 +1,4 @@
-"""Wan 2.1, and the small model of Wan 2.2: videos of 4 n + 1 frames; text padded with zeros; latents standardised."""
+"""Wan 2.1 and Wan2.2-TI2V-5B: videos of 4n + 1 frames; text padded with zeros; latents standardised per channel."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Wan(Family):
     text_length = 512
     pipelines = ("WanPipeline",)
     refused_components: ClassVar = {
-        "transformer_2": "one transformer is for high and one for low noise, and which of them is to be trained on "
-        "what cannot be said. Accepted are pipelines with one: Wan 2.1 and Wan2.2-TI2V-5B."
+        "transformer_2": "it has one transformer for high noise levels and one for low ones, which cannot be trained "
+        "together. Accepted are pipelines with one transformer: Wan 2.1 and Wan2.2-TI2V-5B."
     }
 
     def make_objective(self) -> Objective:
@@ -59,6 +59,6 @@ class Wan(Family):
         return (shape[-3] // patch[0]) * (shape[-2] // patch[1]) * (shape[-1] // patch[2])
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
-        if self.pipeline.config.expand_timesteps:  # it takes one for each token, as its first frame may be given
+        if self.pipeline.config.expand_timesteps:  # one timestep per token, since the first frame may be given
             timestep = timestep[:, None].expand(-1, self.tokens(noisy.shape))
         return {"hidden_states": noisy, "timestep": timestep, "encoder_hidden_states": text["prompt_embeds"]}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_attn.training.data import Bucket, Buckets, Example, FramePicking, TrainingDataError
-from diffusers_attn.training.data.resize_crop import fit
+from diffusers_attn.training.data.resize_crop import resize_crop
 
 
 def example(width=1000, height=1000, frames=1, fps=None):
@@ -50,9 +50,9 @@ def test_frames():
     assert buckets.bucket(example(frames=300)).frames == 33
     with pytest.raises(TrainingDataError, match="it gives 16 frames, and buckets are of 1, 17, 33 frames"):
         buckets.bucket(example(frames=16))
-    with pytest.raises(TrainingDataError, match="a video, and buckets are of single frames"):
+    with pytest.raises(TrainingDataError, match="a video, but buckets have single frames"):
         Buckets.of(512 * 512).bucket(example(frames=16))
-    with pytest.raises(TrainingDataError, match="a picture, and buckets are of 17 frames"):
+    with pytest.raises(TrainingDataError, match="an image, but buckets have 17 frames"):
         Buckets.of(512 * 512, frames=(17,)).bucket(example())
     with pytest.raises(TrainingDataError, match="frames=16; the model takes 4n \\+ 1 of them: 13 or 17"):
         Buckets.of(512 * 512, frames=(16,), frame_rule=(4, 1))
@@ -71,9 +71,9 @@ def test_picking():
     for frames in range(1, 200):
         numbers = ntsc.numbers(frames, 30000 / 1001, ntsc.usable(frames, 30000 / 1001))
         assert numbers == sorted(numbers) and numbers[0] >= 0 and numbers[-1] < frames
-    with pytest.raises(TrainingDataError, match="its own rate is not known"):
+    with pytest.raises(TrainingDataError, match="its frame rate is unknown"):
         half.usable(25, None)
-    with pytest.raises(TrainingDataError, match="it gives 13 frames at 12 per second, and 14 are wanted"):
+    with pytest.raises(TrainingDataError, match="it has 13 usable frames at 12 per second, but 14 are needed"):
         half.numbers(25, 24.0, 14)
     with pytest.raises(TrainingDataError, match="pick='spread'.*fps=8"):
         FramePicking(fps=8, pick="spread")
@@ -81,27 +81,27 @@ def test_picking():
 
 def test_fit_covers_and_crops_the_middle():
     ramp = torch.arange(200.0).div(200 / 255).byte().expand(3, 100, 200)
-    pixels = fit([ramp], Bucket(1, 50, 50))
+    pixels = resize_crop([ramp], Bucket(1, 50, 50))
     assert pixels.shape == (1, 3, 50, 50) and pixels.dtype == torch.float32
     # The middle half of the ramp, with even steps: nothing is squeezed.
     assert pixels[0, 0, 10, [0, 24, 49]].tolist() == pytest.approx([-0.49, -0.01, 0.49], abs=0.02)
-    same = fit([ramp], Bucket(1, 100, 200))
+    same = resize_crop([ramp], Bucket(1, 100, 200))
     assert torch.equal(((same + 1) * 127.5).round().byte()[0], ramp)
     assert same.min() >= -1 and same.max() <= 1
 
 
 def test_fine_patterns_become_grey_where_they_are_made_small():
     board = (torch.arange(128)[:, None] + torch.arange(128)).remainder(2).mul(255).byte().expand(3, 128, 128)
-    assert fit([board], Bucket(1, 24, 24)).abs().max() < 0.1
+    assert resize_crop([board], Bucket(1, 24, 24)).abs().max() < 0.1
 
 
 def test_random_crops_are_the_seeds():
     frame = torch.arange(200).byte().expand(3, 20, 200)
-    first = {fit([frame, frame], Bucket(2, 20, 20), crop="random", seed=seed)[:, 0, 0, 0] for seed in range(5)}
+    first = {resize_crop([frame, frame], Bucket(2, 20, 20), crop="random", seed=seed)[:, 0, 0, 0] for seed in range(5)}
     lefts = [round((each[0].item() + 1) * 127.5) for each in first]
     assert len(set(lefts)) > 1 and all(0 <= left <= 180 for left in lefts)
     assert all(each[0] == each[1] for each in first)
-    again = [fit([frame], Bucket(1, 20, 20), crop="random", seed=3) for _ in range(2)]
+    again = [resize_crop([frame], Bucket(1, 20, 20), crop="random", seed=3) for _ in range(2)]
     assert torch.equal(*again)
     with pytest.raises(TrainingDataError, match="crop='left'; it is one of 'centre', 'random'"):
-        fit([frame], Bucket(1, 20, 20), crop="left")
+        resize_crop([frame], Bucket(1, 20, 20), crop="left")

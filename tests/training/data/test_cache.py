@@ -160,9 +160,9 @@ def test_other_settings_are_other_files(tmp_path, change):
 
 def test_settings_that_json_cannot_say(tmp_path):
     for settings in ({"dtype": torch.float32}, {"shift": float("nan")}):
-        with pytest.raises(TrainingDataError, match="what JSON can say"):
+        with pytest.raises(TrainingDataError, match="JSON"):
             LatentCache(tmp_path, settings, BUCKETS)
-        with pytest.raises(TrainingDataError, match="what JSON can say"):
+        with pytest.raises(TrainingDataError, match="JSON"):
             TextCache(tmp_path, settings)
 
 
@@ -246,7 +246,7 @@ def test_a_passing_failure_is_not_remembered(tmp_path, monkeypatch):
 
 
 def _broken(source):
-    raise TrainingDataError("a broken picture: for now")
+    raise TrainingDataError("a broken image: for now")
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -275,7 +275,7 @@ def test_an_error_on_one_rank_reaches_all(tmp_path):
     first, second, third = on_threads(3, work)
     assert isinstance(second, torch.OutOfMemoryError)
     for error in (first, third):
-        assert isinstance(error, OtherRankError) and "encoding pictures and videos" in str(error)
+        assert isinstance(error, OtherRankError) and "encoding images and videos" in str(error)
     texts = on_threads(
         2, lambda ranks: TextCache(tmp_path, {}).fill("ab", (encode_text, _fail)[ranks.rank], ranks=ranks)
     )
@@ -290,7 +290,7 @@ def test_folders_that_are_not_shared_are_noticed(tmp_path):
     examples = data(tmp_path)
     errors = on_threads(2, lambda ranks: cache(tmp_path / f"{ranks.rank}").fill(examples, encode, ranks=ranks))
     assert all(
-        isinstance(error, TrainingDataError) and "all processes of the job see" in str(error) for error in errors
+        isinstance(error, TrainingDataError) and "all processes of the job share" in str(error) for error in errors
     )
     errors = on_threads(
         2, lambda ranks: TextCache(tmp_path / f"{ranks.rank}", {}).fill("abc", encode_text, ranks=ranks)
@@ -303,7 +303,7 @@ def test_folders_that_are_not_shared_are_noticed(tmp_path):
     [
         (lambda pixels: {"latents_mean": pixels * float("nan")}, "NaN or infinity for 0.*png.*float32"),
         (lambda pixels: {"latents_mean": pixels[0]}, "the first dimension must be 2"),
-        (lambda pixels: {}, "gave no tensors"),
+        (lambda pixels: {}, "returned no tensors"),
     ],
 )
 def test_encoders_that_give_something_else(tmp_path, wrong, said):
@@ -420,10 +420,10 @@ def test_a_cached_file_that_is_damaged_is_named_when_it_is_read(tmp_path):
     change(texts["a cat"], -8, bytes([1]))
     paths[3].unlink()
     for path, said in (
-        (paths[0], "their checksum is another one"),
-        (paths[1], "their checksum is another one"),
-        (paths[2], "there is NaN or infinity in latents_mean"),
-        (texts["a cat"], "their checksum is another one"),
+        (paths[0], "the checksum of its tensors has changed"),
+        (paths[1], "the checksum of its tensors has changed"),
+        (paths[2], "NaN or infinity in latents_mean"),
+        (texts["a cat"], "the checksum of its tensors has changed"),
         (paths[3], "is missing"),
     ):
         with pytest.raises(TrainingDataError, match=said) as error:

@@ -69,7 +69,7 @@ def test_palettes_greys_and_sixteen_bits(tmp_path):
 def test_broken_picture(tmp_path):
     path = cut(picture(tmp_path / "a.jpg", 256, 256), 0.5)
     assert decode.probe_image(FileSource(path)).width == 256  # its header is whole
-    with pytest.raises(TrainingDataError, match="a broken picture: "):
+    with pytest.raises(TrainingDataError, match="a broken image: "):
         read(path)
 
 
@@ -124,7 +124,7 @@ def test_broken_videos(tmp_path):
     whole = video(tmp_path / "a.mp4", frames=100, movflags="faststart")
     with pytest.raises(TrainingDataError, match="a broken video: .*ends after 100 frames, and number 100 is needed"):
         list(decode.read_video(FileSource(whole), [0, 100]))
-    with pytest.raises(TrainingDataError, match="a broken video: it is cut off: by its header it has .* bytes"):
+    with pytest.raises(TrainingDataError, match="a broken video: it is cut off: its header states .* bytes"):
         decode.probe_video(FileSource(cut(whole, 0.6)))
     with pytest.raises(TrainingDataError, match="a broken video: "):
         list(decode.read_video(FileSource(whole), [0, 99]))

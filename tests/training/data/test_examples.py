@@ -93,7 +93,7 @@ def bad_folder(folder):
         "m/metadata.jsonl line 6": "no caption for wordless.png",
         "m/metadata.jsonl line 7": "caption and text are there for doubled.png",
         "m/metadata.jsonl line 8": "outside of the folder", "m/metadata.jsonl line 9": "not JSON",
-        "m/metadata.jsonl line 10": "not a JSON object",
+        "m/metadata.jsonl line 10": "a JSON object is expected",
     }  # fmt: skip
 
 
@@ -122,10 +122,10 @@ def test_bad_data_is_skipped_with_one_summary_of_the_main_process(tmp_path, capl
 
 @pytest.mark.parametrize("on_bad_data", ["skip", "refuse"])
 def test_nothing_left_is_an_error(tmp_path, on_bad_data):
-    with pytest.raises(TrainingDataError, match="no example that can be trained on"):
+    with pytest.raises(TrainingDataError, match="no usable example"):
         read_examples(tmp_path, on_bad_data=on_bad_data)
     picture(tmp_path / "uncaptioned.png")
-    with pytest.raises(TrainingDataError, match="no example that can be trained on") as error:
+    with pytest.raises(TrainingDataError, match="no usable example") as error:
         read_examples(tmp_path, on_bad_data=on_bad_data)
     assert names(error) == {"uncaptioned.png"}
 
@@ -181,7 +181,7 @@ def test_hugging_face_datasets(tmp_path):
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "test only")
     with pytest.raises(TrainingDataError, match="no split 'train'; it has 'test'. Save the one .*`save_to_disk`"):
         read_examples(tmp_path / "test only")
-    with pytest.raises(TrainingDataError, match="0 columns of pictures or videos.*`save_to_disk`"):
+    with pytest.raises(TrainingDataError, match="must have one column of images or videos, but has 0.*`save_to_disk`"):
         read_dataset(dataset.remove_columns("image"))
     with pytest.raises(TrainingDataError, match="caption_column"):
         read_dataset(dataset.add_column("prompt", ["a", "b", "c"]))
@@ -225,7 +225,7 @@ def test_what_a_run_wrote_is_no_data(tmp_path):
     assert list(captions(read_examples(tmp_path, excluded=[tmp_path / "run"]))) == ["00.png"]
     (tmp_path / "run" / ".diffusers_attn-run.json").write_text("{}")  # another run's
     assert list(captions(read_examples(tmp_path))) == ["00.png"]
-    with pytest.raises(TrainingDataError, match="has the data, and a run would write into it"):
+    with pytest.raises(TrainingDataError, match="holds the data, and the run would write to it"):
         read_examples(tmp_path, excluded=[tmp_path])
 
 

@@ -43,7 +43,7 @@ def test_second_half_of_a_picture_is_zeros(tmp_path, name):
         assert decode.read_image(FileSource(path)).shape == (3, 128, 128)
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
-        with pytest.raises(TrainingDataError, match="a broken picture: "):
+        with pytest.raises(TrainingDataError, match="a broken image: "):
             decode.read_image(FileSource(path))
 
 
@@ -94,7 +94,7 @@ def test_floats_that_are_no_picture(tmp_path, value):
     assert decode.read_image(FileSource(tmp_path / "a.tif")).unique().tolist() == [128]
     pixels[3, 3] = value
     Image.fromarray(pixels).save(tmp_path / "a.tif")
-    with pytest.raises(TrainingDataError, match="a broken picture: it has NaN or infinity|its values go from"):
+    with pytest.raises(TrainingDataError, match="a broken image: it has NaN or infinity|its values go from"):
         decode.read_image(FileSource(tmp_path / "a.tif"))
 
 
@@ -104,7 +104,7 @@ def test_pictures_with_several_frames(tmp_path):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     assert decode.probe_image(FileSource(tmp_path / "a.gif")).frames == 4
     for name in ("a.webp", "a.png", "a.tif"):
-        with pytest.raises(TrainingDataError, match="it has 4 frames or pages, and a picture has one"):
+        with pytest.raises(TrainingDataError, match="it has 4 frames or pages, but an image has one"):
             decode.probe_image(FileSource(tmp_path / name))
     frames[0].save(tmp_path / "one.gif")
     assert decode.probe_image(FileSource(tmp_path / "one.gif")).frames == 1
@@ -145,5 +145,5 @@ def test_a_stream_that_lasts_shorter_than_promised(tmp_path):
     data[segment + 4 : segment + 12] = b"\x01" + b"\xff" * 7
     path.write_bytes(data)
     assert decode.probe_video(FileSource(path)).frames == 30
-    with pytest.raises(TrainingDataError, match=r"its header promises [0-9.]+ s, and it ends after"):
+    with pytest.raises(TrainingDataError, match=r"its header states [0-9.]+ s, but it ends after"):
         decode.probe_video(FileSource(cut(path, 0.6)))

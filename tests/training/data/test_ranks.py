@@ -68,7 +68,7 @@ def test_two_ranks_on_gloo(tmp_path):
             process.kill()
     assert (first[1], second[1]) == ([3, 3], [2, 3])  # five pictures; five captions and the empty one
     assert first[2:4] == second[2:4] and len(set(first[2])) == 5 and len(first[3]) == 6
-    assert first[4].startswith("OtherRankError: encoding pictures and videos failed on another process")
+    assert first[4].startswith("OtherRankError: encoding images and videos failed on another process")
     assert second[4] == "ValueError: on purpose"
     assert [process.exitcode for process in processes] == [0, 0]
 
