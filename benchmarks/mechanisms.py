@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from diffusers_attn.context_parallel.attention import allgather_kv_one_call, merge
-from diffusers_attn.context_parallel.comm import symmetric_gather, symmetric_memory
+from diffusers_attn.context_parallel.comm import copy_plan, symmetric_memory
 from diffusers_attn.context_parallel.compile import inductor
 
 
@@ -61,7 +61,7 @@ def no_merge_kernel() -> Iterator[None]:
 def silence() -> Iterator[None]:
     """Copy engines send nothing, and no rank waits. Results are wrong; the time shows the cost of the exchange."""
     with (
-        mock.patch.object(symmetric_gather._Copy, "make", lambda *_: None),
+        mock.patch.object(copy_plan.Copy, "make", lambda *_: None),
         mock.patch.object(symmetric_memory.SymmetricMemory, "barrier", lambda *_: None),
     ):
         yield

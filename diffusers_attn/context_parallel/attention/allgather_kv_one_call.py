@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...tracing.symbolic import ceil_div, constant
 from ..comm import collectives
-from ..comm.symmetric_gather import EVERYONE, GatherInFlight
+from ..comm.gather_in_flight import GatherInFlight
+from ..comm.gathered_kv import EVERYONE
 from ..comm.transport import SYMMETRIC
 from .block_attention import BlockAttention
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..comm import collectives
 from ..comm.collectives import depends_on
-from ..comm.symmetric_gather import GatherInFlight
+from ..comm.gather_in_flight import GatherInFlight
 from ..comm.transport import COLLECTIVE, SYMMETRIC
 from .block_attention import Block, BlockAttention, make_block
 
@@ -85,14 +85,14 @@ class SymmetricRing(NamedTuple):
             query, key, value, call.key_shards.sizes, call.group, needs_grad=call.kernel.needs_grad, shift=1
         )
         masks = [] if key_mask is None else [depends_on(key_mask, grad_out).transpose(0, 1).contiguous()]
-        return SymmetricRing(_sequence_first(push.held[:2]), push, CollectiveRing.send(call, 0, masks))
+        return SymmetricRing(_sequence_first(push.tensors[:2]), push, CollectiveRing.send(call, 0, masks))
 
     def next(self, computed: Tensor) -> SymmetricRing:
         """As `CollectiveRing.next`."""
         key_value = _sequence_first(self.push.finish(computed))
         masks = self.masks.next(computed)
         is_last = masks.step + 1 == masks.call.group.size
-        return SymmetricRing(key_value, self.push if is_last else self.push.again(masks.step + 1), masks)
+        return SymmetricRing(key_value, self.push if is_last else self.push.send(masks.step + 1), masks)
 
 
 class CollectiveFetch(NamedTuple):
@@ -140,7 +140,7 @@ class SymmetricFetch(NamedTuple):
             needs_grad=call.kernel.needs_grad,
         )  # fmt: skip
         masks = [] if key_mask is None else [key_mask.transpose(0, 1)]
-        return SymmetricFetch(_sequence_first(push.held[:2]), push, CollectiveFetch.send(call, masks))
+        return SymmetricFetch(_sequence_first(push.tensors[:2]), push, CollectiveFetch.send(call, masks))
 
     def finish(self, computed: Tensor) -> Block:
         """As `CollectiveFetch.finish`."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import collectives
+from .gathered_kv import EVERYONE, GatheredKV
 from .group import Group
-from .symmetric_gather import EVERYONE, GatheredKV, SymmetricGather, opened_gather
+from .symmetric_gather import SymmetricGather, opened_gather
 
 _MOST = 64 * 2**20
 """bytes of symmetric memory that are taken for rows, where attention has not taken more already. What needs more goes

@@ -33,32 +33,23 @@ ranks, or of all ranks. A ring has three slots for those of one rank.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from ...errors import AttentionProviderError
-from ...recompute import in_backward_id
-from ..compile.inductor import prepare_for_exchanges
-from . import one_thread
-from .collectives import depends_on
+from .copy_plan import CopyPlan, make_copy_plan
+from .gathered_kv import OTHERS, GatheredKV
 from .group import Group
+from .side_stream import Lane
 
-OTHERS, EVERYONE = 0, -1
-"""Targets of a gather, in place of the shift of a ring: all other ranks, or all ranks including this one."""
 _SLOTS, _SLOTS_OF_A_RING = 2, 3
 _ARRIVED, _READ = 0, 1
 """Channels of the barriers: all copies of this call have arrived; all data of earlier calls has been read."""
 _PLANS = 64
-_ODD = 61
-"""Unused elements at the end of the received tensor; see `GatheredKV`."""
-_ALIGN = 128
-"""The value begins at a multiple of this many elements."""
+"""Number of copy plans that are kept."""
 
 
 class Memory(Protocol):
@@ -69,81 +60,7 @@ class Memory(Protocol):
     def barrier(self, channel: int) -> None: ...
 
 
-class Lane(Protocol):
-    """The interface of `SideStream`."""
-
-    def is_captured(self) -> bool: ...
-    def fork(self) -> None: ...
-    def __enter__(self) -> object: ...
-    def __exit__(self, *error: Any) -> None: ...
-    def join(self) -> None: ...
-    def drain(self) -> None: ...
-
-
-class GatheredKV(NamedTuple):
-    """The layout of received keys and values in a flat tensor.
-
-    A compiled graph treats this tensor as its own and might reuse its memory after the last read. In practice it does
-    not: a compiler reuses memory for a tensor of about the same size, and no other tensor has the size of this one.
-    """
-
-    batch: int
-    rows: int
-    key_tail: tuple[int, ...]
-    """Heads and head_dim of the key."""
-    value_tail: tuple[int, ...]
-
-    @staticmethod
-    def of(key: Tensor, value: Tensor, sizes: Sequence[int], rank: int, shift: int = OTHERS) -> GatheredKV:
-        """The layout on `rank`, from any rank's `[batch, rows, heads, head_dim]` and the number of rows of every rank.
-        `shift` selects the rows of the rank that is `shift` before, of all other ranks, or of all ranks."""
-        rows = sizes[(rank - shift) % len(sizes)] if shift > 0 else sum(sizes)
-        rows -= sizes[rank] if shift == OTHERS else 0
-        return GatheredKV(key.shape[0], rows, tuple(key.shape[2:]), tuple(value.shape[2:]))
-
-    @property
-    def key_elements(self) -> int:
-        return self.batch * self.rows * self.key_tail[0] * self.key_tail[1]
-
-    @property
-    def value_elements(self) -> int:
-        return self.batch * self.rows * self.value_tail[0] * self.value_tail[1]
-
-    @property
-    def value_start(self) -> int:
-        return -(-self.key_elements // _ALIGN) * _ALIGN
-
-    @property
-    def length(self) -> int:
-        return self.value_start + self.value_elements + _ODD
-
-    def views(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value, `[batch, rows, heads, head_dim]`, rows in the order of the ranks."""
-        key = flat[: self.key_elements].view(self.batch, self.rows, *self.key_tail)
-        value = flat[self.value_start : self.value_start + self.value_elements]
-        return key, value.view(self.batch, self.rows, *self.value_tail)
-
-
-class _Copy(NamedTuple):
-    is_value: bool
-    sample: int | None
-    """Index of the sample to copy; None copies the full batch, if it is contiguous in the target."""
-    target: Tensor
-
-    def make(self, key: Tensor, value: Tensor) -> None:
-        source = value if self.is_value else key
-        self.target.copy_(source if self.sample is None else source[self.sample : self.sample + 1])
-
-
-class _CopyPlan(NamedTuple):
-    """For each slot, the copies to other ranks and to this rank, and the received tensor, for one kind of call."""
-
-    to_others: list[list[_Copy]]
-    to_itself: list[list[_Copy]]
-    received: list[Tensor]
-
-
-class _Coming(NamedTuple):
+class _Pending(NamedTuple):
     """A call that has started."""
 
     call: int
@@ -174,12 +91,12 @@ class SymmetricGather:
         self._slots = _SLOTS
         """Number of slots of the latest call."""
         self._retired: list[Memory] = []
-        self._plans: dict[object, _CopyPlan] = {}
+        self._plans: dict[object, CopyPlan] = {}
         self._guarded = False
         self._in_one_graph: int | None = None
         """Number of calls so far in the CUDA graph that is being captured; None outside of `in_one_graph`."""
         self._calls = 0
-        self._coming: dict[int, _Coming] = {}
+        self._pending: dict[int, _Pending] = {}
         """Calls that have started and not finished, by ticket."""
 
     @property
@@ -233,24 +150,24 @@ class SymmetricGather:
             with own_lane:
                 for copy in plan.to_itself[slot]:
                     copy.make(key, value)
-        self._coming[ticket] = _Coming(self._calls, slots, plan.received[slot], own_lane)
+        self._pending[ticket] = _Pending(self._calls, slots, plan.received[slot], own_lane)
 
     def finish(self, ticket: int = 0) -> Tensor:
         """Waits for the received data and returns it in the layout of `GatheredKV`. It may be read by work that the
         current stream receives before the next call starts (in a ring, the next but one), and must not be written
         to."""
-        coming = self._coming.pop(ticket)
-        later = self._calls - coming.call
-        if later >= coming.slots:
+        pending = self._pending.pop(ticket)
+        later = self._calls - pending.call
+        if later >= pending.slots:
             raise RuntimeError(
                 f"{later} gathers of the same ranks have started since this one and overwrite its data. A compiler "
                 "that compiles the full model may reorder attentions that do not depend on each other: compile the "
                 "model block by block."
             )
         self._lane.join()
-        if coming.own_lane is not None:
-            coming.own_lane.join()
-        return coming.received
+        if pending.own_lane is not None:
+            pending.own_lane.join()
+        return pending.received
 
     @contextlib.contextmanager
     def in_one_graph(self) -> Iterator[None]:
@@ -261,11 +178,10 @@ class SymmetricGather:
         finally:
             self._in_one_graph = outer
 
-    def _make_plan(self, key: Tensor, value: Tensor, sizes: Sequence[int], shift: int) -> _CopyPlan:
+    def _make_plan(self, key: Tensor, value: Tensor, sizes: Sequence[int], shift: int) -> CopyPlan:
         layouts = [GatheredKV.of(key, value, sizes, rank, shift) for rank in range(self.group.size)]
-        itemsize = key.dtype.itemsize
-        count = _SLOTS_OF_A_RING if shift > 0 else _SLOTS
-        slot_bytes = self._reserve(max(layout.length for layout in layouts) * itemsize, count)
+        slots = _SLOTS_OF_A_RING if shift > 0 else _SLOTS
+        slot_bytes = self._reserve(max(layout.length for layout in layouts) * key.dtype.itemsize, slots)
         if len(self._plans) >= _PLANS:
             self._plans.clear()
         memory: Any = self._memory
@@ -275,41 +191,7 @@ class SymmetricGather:
                 f"{memory.buffers[self.group.rank].device} is accepted, the device that was current when context "
                 "parallelism was applied. Move the model to it."
             )
-        # Each rank begins with the next rank, so that no rank is the first target of all.
-        steps = [shift] if shift > 0 else range(1, self.group.size)
-        others = [(self.group.rank + step) % self.group.size for step in steps]
-        itself = [self.group.rank] if shift == EVERYONE else []
-        with torch.inference_mode(False):
-            slots = [
-                [
-                    buffer[slot * slot_bytes :][: layout.length * itemsize].view(key.dtype)
-                    for buffer, layout in zip(memory.buffers, layouts)
-                ]
-                for slot in range(count)
-            ]
-            to_others, to_itself = (
-                [
-                    [copy for rank in ranks for copy in self._copies(slot[rank], layouts[rank], sizes, rank, shift)]
-                    for slot in slots
-                ]
-                for ranks in (others, itself)
-            )
-        return _CopyPlan(to_others, to_itself, [slot[self.group.rank] for slot in slots])
-
-    def _copies(self, flat: Tensor, layout: GatheredKV, sizes: Sequence[int], receiver: int, shift: int) -> list[_Copy]:
-        """This rank's rows at `receiver`, in pieces that are contiguous there."""
-        rank, rows = self.group.rank, sizes[self.group.rank]
-        if rows == 0:
-            return []
-        ranks_before = [] if shift > 0 else [other for other in range(rank) if shift == EVERYONE or other != receiver]
-        start = sum(sizes[other] for other in ranks_before)
-        found = []
-        for is_value, there in enumerate(layout.views(flat)):
-            target = there.narrow(1, start, rows)
-            whole = layout.batch == 1 or rows == layout.rows
-            pieces = [(None, target)] if whole else [(n, target[n : n + 1]) for n in range(layout.batch)]
-            found += [_Copy(bool(is_value), sample, piece) for sample, piece in pieces]
-        return found
+        return make_copy_plan(memory.buffers, slot_bytes, slots, layouts, key.dtype, sizes, shift, self.group)
 
     def _reserve(self, nbytes: int, slots: int) -> int:
         """The distance of slots in bytes, in memory for `slots` slots of `nbytes`. All ranks allocate in the same call,
@@ -333,51 +215,6 @@ class SymmetricGather:
             self._memory = self._allocate(needed)
             self._nbytes = needed
         return self._nbytes // slots // ALIGNMENT * ALIGNMENT
-
-
-class SideStream:
-    """A stream beside the current one. Work inside `with` runs after the earlier work of the current stream,
-    concurrently with its work until `join`, and before its work after `join`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        # High priority, before kernels of the main stream: a barrier is one warp.
-        self._stream = torch.cuda.Stream(device, priority=-1)
-        self._context = torch.cuda.stream(self._stream)
-        self._begin, self._end = torch.cuda.Event(), torch.cuda.Event()
-        self._main: torch.cuda.Stream | None = None
-
-    def is_captured(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
-    def fork(self) -> None:
-        main = torch.cuda.current_stream(self._device)
-        # None is tested first, because a stream compares equal to None.
-        if self._main is None:
-            self._main = main
-        elif main != self._main:
-            # Work of the earlier stream still reads received data. (A capture has waited for all of it.)
-            if not self.is_captured():
-                main.wait_stream(self._main)
-            self._main = main
-
-    def __enter__(self) -> None:
-        assert self._main is not None
-        self._begin.record(self._main)
-        self._stream.wait_event(self._begin)
-        self._context.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._end.record(self._stream)
-        self._context.__exit__(kind, error, traceback)
-
-    def join(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._end)
-
-    def drain(self) -> None:
-        torch.cuda.synchronize(self._device)
 
 
 _gathers: weakref.WeakValueDictionary[str, SymmetricGather] = weakref.WeakValueDictionary()
@@ -407,111 +244,3 @@ def gather_of(group: str) -> SymmetricGather:
             "that makes this call, or the model comes from another process. Call apply_context_parallel."
         )
     return gather
-
-
-# Two operators for compiled graphs, so that attention to the local keys can run between them. They declare that they
-# change their arguments, although they do not. So readers of these tensors keep their order relative to the operators,
-# and the memory that is sent stays allocated until the copies are made. (A compiler may give each operator its own copy
-# of a tensor that is only read.) The ticket pairs a start with its finish, and keeps two calls with equal data apart.
-_library = torch.library.Library("diffusers_attn", "FRAGMENT")
-_library.define("symmetric_gather_start(Tensor(a!)[] held, SymInt[] sizes, str group, int ticket, int shift) -> ()")
-_library.define(
-    "symmetric_gather_finish(Tensor(a!)[] held, Tensor[] meanwhile, SymInt length, str group, int ticket) -> Tensor"
-)
-
-
-def _start(held: list[Tensor], sizes: Sequence[int], group: str, ticket: int, shift: int) -> None:
-    gather_of(group).start(held[0], held[1], sizes, ticket, shift)
-
-
-def _finish(held: list[Tensor], meanwhile: list[Tensor], length: int, group: str, ticket: int) -> Tensor:
-    return gather_of(group).finish(ticket)
-
-
-_library.impl("symmetric_gather_start", _start, "CompositeExplicitAutograd")
-_library.impl("symmetric_gather_finish", _finish, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("diffusers_attn::symmetric_gather_start", lib=_library)
-def _(held, sizes, group, ticket, shift):  # type: ignore[no-untyped-def]
-    return None
-
-
-@torch.library.register_fake("diffusers_attn::symmetric_gather_finish", lib=_library)
-def _(held, meanwhile, length, group, ticket):  # type: ignore[no-untyped-def]
-    return held[0].new_empty(length)
-
-
-_tickets = itertools.count(1)
-
-
-@torch._dynamo.assume_constant_result
-def _new_ticket() -> int:
-    return next(_tickets)
-
-
-class GatherInFlight(NamedTuple):
-    """Key and value on their way to the other ranks of a group."""
-
-    held: list[Tensor]
-    """Key and value, which computation before `finish` must use in place of the originals; and the query."""
-    sizes: tuple[int, ...]
-    group: Group
-    ticket: int = 0
-    shift: int = OTHERS
-
-    @staticmethod
-    def start(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sizes: tuple[int, ...],
-        group: Group,
-        *,
-        needs_grad: bool,
-        shift: int = OTHERS,
-    ) -> GatherInFlight:
-        """Sends `key` and `value`, `[batch, rows, heads, head_dim]` and contiguous, to other ranks of `group`.
-
-        Args:
-            query: the query that attends to them.
-            sizes: number of rows of every rank.
-            needs_grad: whether key and value may be saved for a backward.
-            shift: distance to the receiving rank; or OTHERS, or EVERYONE.
-        """
-        held = [key, value, query]
-        if needs_grad and torch.compiler.is_compiling():
-            # Saved tensors must not be declared changed. So copies are sent; they depend on the query, as `held` does.
-            held = [depends_on(key, query, sent_over=group), depends_on(value, query)]
-        return GatherInFlight(held, sizes, group)._begun(shift)
-
-    def again(self, shift: int) -> GatherInFlight:
-        """Sends the same to another rank."""
-        return self._begun(shift)
-
-    def _begun(self, shift: int) -> GatherInFlight:
-        if not torch.compiler.is_compiling():
-            if in_backward_id() != -1:
-                one_thread.take_in_backward(self.group.name)
-            gather_of(self.group.name).start(self.held[0], self.held[1], self.sizes, shift=shift)
-            return self._replace(shift=shift)
-        prepare_for_exchanges()
-        ticket = _new_ticket()
-        # The overload declares the mutation, so that the compiler does not remove the call.
-        torch.ops.diffusers_attn.symmetric_gather_start.default(self.held, self.sizes, self.group.name, ticket, shift)
-        return self._replace(shift=shift, ticket=ticket)
-
-    def finish(self, meanwhile: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of the rank that is `shift` before, of all other ranks, or of all ranks, in their order. They
-        may be read until the next call starts (in a ring, the next but one).
-
-        Args:
-            meanwhile: a result that was computed since the start.
-        """
-        received = GatheredKV.of(self.held[0], self.held[1], self.sizes, self.group.rank, self.shift)
-        if torch.compiler.is_compiling():
-            finish = torch.ops.diffusers_attn.symmetric_gather_finish.default
-            flat = finish(self.held, [meanwhile], received.length, self.group.name, self.ticket)
-        else:
-            flat = gather_of(self.group.name).finish(self.ticket)
-        return received.views(flat)

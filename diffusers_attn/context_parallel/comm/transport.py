@@ -15,9 +15,11 @@ import torch
 
 from . import symmetric_memory
 from .everyone import everyone
+from .gather_in_flight import GatherInFlight
 from .group import Group
 from .process_groups import resolve
-from .symmetric_gather import GatherInFlight, SideStream, SymmetricGather, open_gather
+from .side_stream import SideStream
+from .symmetric_gather import SymmetricGather, open_gather
 
 SYMMETRIC = "symmetric"
 COLLECTIVE = "collective"

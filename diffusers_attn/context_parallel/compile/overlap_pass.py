@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-HELD, MEANWHILE, TICKET_OF_START, TICKET_OF_FINISH = 0, 1, 3, 4
+TENSORS, COMPUTED, TICKET_OF_START, TICKET_OF_FINISH = 0, 1, 3, 4
 """Positions of arguments of `symmetric_gather_start` and `symmetric_gather_finish`."""
 _LONG = frozenset("linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d scaled_dot_product_attention".split())
 """Functions that take long enough to hide an exchange and are kernels of their own."""
@@ -54,10 +54,10 @@ def begin_early(graph: Graph) -> None:
     these nodes take long. Makes every start depend on the readers of the exchange before. The results do not change."""
     finishes = {node.args[TICKET_OF_FINISH]: node for node in _calls(graph, "symmetric_gather_finish")}
     for start in _calls(graph, "symmetric_gather_start"):
-        held: Any = start.args[HELD]
-        sent, query = held[:2], held[2:]
+        tensors: Any = start.args[TENSORS]
+        sent, query = tensors[:2], tensors[2:]
         tied = [*sent, *_results_to_wait_for(start, sent)]
-        start.update_arg(HELD, [*tied, *query])
+        start.update_arg(TENSORS, [*tied, *query])
         finish = finishes.get(start.args[TICKET_OF_START])
         if finish is not None:  # without fullgraph, the graph may break between them
             _begin_early(start, finish, tied)
@@ -95,11 +95,11 @@ def _begin_early(start: Node, finish: Node, tied: Sequence[Node]) -> None:
     for node in beside:
         last.append(node)
         last = node
-    start.update_arg(HELD, [*tied, *anchors])
-    finish.update_arg(HELD, [*tied[:2]])
-    meanwhile: Any = finish.args[MEANWHILE]
-    awaited = _ancestors(meanwhile, set(beside))
-    finish.update_arg(MEANWHILE, [*meanwhile, *(node for node in long if node not in awaited)])
+    start.update_arg(TENSORS, [*tied, *anchors])
+    finish.update_arg(TENSORS, [*tied[:2]])
+    computed: Any = finish.args[COMPUTED]
+    awaited = _ancestors(computed, set(beside))
+    finish.update_arg(COMPUTED, [*computed, *(node for node in long if node not in awaited)])
 
 
 def _movable_before(start: Node) -> list[Node]:

@@ -14,13 +14,9 @@ from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.attention import allgather_kv_one_call
 from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
 from diffusers_attn.context_parallel.comm import symmetric_memory
-from diffusers_attn.context_parallel.comm.symmetric_gather import (
-    EVERYONE,
-    OTHERS,
-    GatheredKV,
-    GatherInFlight,
-    gather_of,
-)
+from diffusers_attn.context_parallel.comm.gather_in_flight import GatherInFlight
+from diffusers_attn.context_parallel.comm.gathered_kv import EVERYONE, OTHERS, GatheredKV
+from diffusers_attn.context_parallel.comm.symmetric_gather import gather_of
 from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC, choose_transport
 from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split

@@ -120,7 +120,7 @@ def assert_tied(graph):
         before = [
             node for node in nodes[: nodes.index(start)] if overlap_pass._name(node).endswith("attention_for_cpu")
         ]
-        assert set(before) <= overlap_pass._ancestors(start.args[overlap_pass.HELD], set(nodes))
+        assert set(before) <= overlap_pass._ancestors(start.args[overlap_pass.TENSORS], set(nodes))
 
 
 def block(attention, change=None, method="allgather"):
