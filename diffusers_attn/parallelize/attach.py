@@ -64,6 +64,7 @@ def attach(
         hook = InputSync(model, links, chosen.inputs, _caches(target.plan), target.name)
         enabled.forwards.append(hook.forwards)
         enabled.hooks.append(model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+        enabled.hooks.append(model.register_state_dict_pre_hook(hook.forwards.adapters.may_have_changed))
     else:
         enabled.forwards.append(Forwards(model, target.name))
         enabled.hooks.append(model.register_forward_pre_hook(NoteForward(enabled.forwards[0]), prepend=True))

@@ -71,7 +71,9 @@ def enable_context_parallel(
             quarter longer; where hosts do not meet (inputs="trust", or in the last forward), an error that names the
             rank is logged first.
         check_weights: compares the values of all weights once, in this call, which reads them all. Names and shapes of
-            weights and the values of adapters are always compared.
+            weights and the values of adapters are always compared. Adapters are compared again in forwards without
+            gradients after they have changed, hot-swapped ones too; but writes through `weight.data`, such as
+            `weight.data.copy_(other)`, go unnoticed. After them, disable and enable context parallelism on all ranks.
         verbose: rank 0 prints the report.
         provider_options: options of the provider's kernel.
 

@@ -51,7 +51,7 @@ class Forwards:
         self.token = next(_tokens)
         self._count = 0
         self._model = weakref.ref(model)
-        self._adapters = Adapters(model)
+        self.adapters = Adapters(model)
         self._said: dict[str, str] = {}
         self._digest = digest_of(self._said)
         _by_token[self.token] = self
@@ -66,7 +66,7 @@ class Forwards:
         Args:
             in_training: whether gradients are recorded, so that weights may change in every step.
         """
-        adapters = self._adapters.said(in_training)
+        adapters = self.adapters.said(in_training)
         if adapters is not self._said:  # which stays the same object until something changes
             self._said, self._digest = adapters, digest_of(adapters)
         return State(self.count(), adapters, self._digest)

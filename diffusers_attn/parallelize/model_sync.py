@@ -5,10 +5,16 @@ are described in full when context parallelism is enabled. In every forward, onl
 processors are described again: they can change between forwards, and reading them is cheap.
 
 Values of weights are not read in every forward, since the host would wait for its device. Values of adapters are read
-when adapters come or go, and outside of training when they were written to. Writes through `tensor.data` are not
-detected, because they do not change a tensor's version; PEFT's `hotswap_adapter` may write so. After such a write, and
-to compare adapters in training, call `disable_context_parallel(model)` and `enable_context_parallel(model)` on all
-ranks, which compares the values of all adapters.
+when adapters come or go, and, outside of training, when one of these signs says that they may have changed:
+
+- A weight's version: PyTorch counts writes in place.
+- A weight's address: `weight.data = other` and `torch.utils.swap_tensors` change it.
+- A call of `model.state_dict()`: hot-swapping an adapter (`load_lora_weights(..., hotswap=True)`, PEFT's
+  `hotswap_adapter`) begins with it. It then writes through `weight.data`, which changes neither version nor address.
+
+Other writes through `weight.data`, such as `weight.data.copy_(other)`, leave no sign. After such a write, and to
+compare adapters in training, call `disable_context_parallel(model)` and `enable_context_parallel(model)` on all ranks,
+which compares the values of all adapters.
 """
 
 from __future__ import annotations
@@ -26,6 +32,8 @@ from torch import Tensor, nn
 from ..cp_plans.plan import Plan, entries
 from .fingerprint import fingerprint, fingerprint_of_all
 
+_MOST_MOVES = 4
+"""Addresses that change so often in succession, and values never, are no sign any more."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -83,8 +91,19 @@ class Adapters:
         self._weights: list[Tensor] = []
         """Weights of the adapters at the last description, without tensors of inference mode, which have no version."""
         self._versions: list[int] = []
+        self._whole: list[Tensor] = []
+        """Weights of the adapters at the last description that have an address."""
+        self._addresses: list[int] = []
+        self._moves = 0
+        """How often in succession addresses changed and values did not."""
+        self._is_suspect = False
+        """Whether values may have changed without another sign."""
         self._checksums: dict[str, str] = {}
         self._said: dict[str, str] = {}
+
+    def may_have_changed(self, *_: Any) -> None:
+        """Has the values of adapters read for the next forward outside of training. A pre-hook of `state_dict`."""
+        self._is_suspect = True
 
     def said(self, in_training: bool) -> dict[str, str]:
         """The properties that must be equal on all ranks, by name. The same object until one of them changes.
@@ -98,16 +117,23 @@ class Adapters:
         configs = [each for item in (getattr(model, "peft_config", None) or {}).items() for each in item]
         known = self._configs
         if known is None or len(known) != len(configs) or any(map(operator.is_not, known, configs)):
-            self._configs, self._state = configs, []
+            self._configs, self._state, self._is_suspect = configs, [], True
             named = list(model.named_modules())
             self._layers = [(name, each) for name, each in named if hasattr(each, "adapter_layer_names")]
             self._attention = [(name, each) for name, each in named if hasattr(each, "processor")]
             self._scalings = [layer.scaling for _, layer in self._layers if hasattr(layer, "scaling")]
         state = self._now()
-        if state != self._state or (not in_training and [each._version for each in self._weights] != self._versions):
+        if state != self._state or (not in_training and self._are_written()):
             self._state = state
             self._said = self._describe()
         return self._said
+
+    def _are_written(self) -> bool:
+        """Whether the values of adapters may have changed since the last description."""
+        if self._is_suspect or [each._version for each in self._weights] != self._versions:
+            return True
+        # Offloading moves weights in every forward: reading their values each time would be slow.
+        return self._moves < _MOST_MOVES and [each.data_ptr() for each in self._whole] != self._addresses
 
     def _now(self) -> list[Any]:
         """The current state, as plain values that compare quickly."""
@@ -140,9 +166,13 @@ class Adapters:
     def _describe(self) -> dict[str, str]:
         weights = list(self._find_weights())
         self._weights = [each for _, each in weights if not each.is_inference()]
-        versions = [each._version for each in self._weights]
-        if versions != self._versions or len(weights) != len(versions) or not self._checksums:
-            self._versions, self._checksums = versions, _summed(weights)
+        self._whole = [each for _, each in weights if _is_whole(each)]
+        versions, addresses = [each._version for each in self._weights], [each.data_ptr() for each in self._whole]
+        have_moved = addresses != self._addresses
+        if self._is_suspect or versions != self._versions or have_moved or len(weights) != len(versions):
+            before, self._checksums = self._checksums, _summed(weights)
+            self._moves = self._moves + 1 if have_moved and before == self._checksums else 0
+            self._versions, self._addresses, self._is_suspect = versions, addresses, False
         found: dict[str, str] = {}
         scales = [dict(getattr(layer, "scaling", _NO_SCALES)) for _, layer in self._layers]
         for adapter in sorted({name for each in scales for name in each} | set(self._checksums)):

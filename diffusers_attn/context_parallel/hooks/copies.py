@@ -22,7 +22,7 @@ from ...errors import AttentionProviderError
 
 _GETSTATE = "__getstate__"  # as an attribute of the module itself: copy and pickle ask there before they ask its class
 _PACKAGE = __name__.partition(".")[0] + "."
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks")
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 

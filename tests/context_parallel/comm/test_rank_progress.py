@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 
 import diffusers_attn
 from diffusers_attn import (
@@ -115,6 +115,17 @@ def unlike_later(meshes):
         with torch.no_grad():
             layer.lora_A["style"].weight.mul_(0.5)
 
+    def assigned(factor):
+        weight = layer.lora_A["style"].weight
+        weight.data = weight.data * factor
+
+    # Copied now, since reading them asks for the model's state, as hot-swapping does.
+    own = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model, adapter_name="style").items()}
+
+    def swapped(factor):
+        new = {name: tensor * factor for name, tensor in own.items()}
+        model.load_lora_adapter(new, prefix=None, adapter_name="style", hotswap=True)
+
     both = ["style", "other"]
     changes = {
         "scale": (lambda: model.set_adapters(both, [0.5, 1.0]), lambda: model.set_adapters(both, [1.0, 1.0])),
@@ -122,6 +133,8 @@ def unlike_later(meshes):
         "active": (lambda: model.set_adapters(["other"]), lambda: model.set_adapters(both, [1.0, 1.0])),
         "off": (model.disable_lora, model.enable_lora),
         "written": (written, back),
+        "assigned": (lambda: assigned(2.0), lambda: assigned(0.5)),
+        "hot-swapped": (lambda: swapped(2.0), lambda: swapped(1.0)),
         "merged": (model.fuse_lora, model.unfuse_lora),
         "provider": (
             lambda: model.set_attn_processor(DispatchProcessor("_native_math")),
