@@ -1,6 +1,6 @@
-"""ACE-Step: self-attention over the audio; cross-attention to text, lyrics and timbre that all ranks have whole: local.
+"""ACE-Step: self-attention over the audio; cross-attention to replicated text, lyrics and timbre is local.
 
-Every other layer sees a window only, by a mask with a row for every query: a rank takes the rows of its queries.
+Every other layer attends within a window, by a mask with a row for each query; each rank takes its queries' rows.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

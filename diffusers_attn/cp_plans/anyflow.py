@@ -1,4 +1,4 @@
-"""AnyFlow: Wan's blocks. Every token has times of its own, which their embedder repeats for the tokens of a frame."""
+"""AnyFlow: Wan's blocks. Each token has its own times, which the embedder repeats for all tokens of a frame."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 

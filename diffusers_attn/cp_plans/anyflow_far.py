@@ -1,8 +1,8 @@
-"""AnyFlow FAR: AnyFlow's blocks over chunks of frames, the earlier ones compressed; a chunk sees those before it.
+"""AnyFlow FAR: AnyFlow's blocks over chunks of frames. Earlier chunks are compressed, and a chunk attends to them.
 
-Tokens are all that a forward computes: [compressed, full, clean], or the chunk that is made from a cache of keys that
-every rank has whole. `processors/anyflow_far.py` does what depends on places. Behind the last block the model modulates
-by the times of all tokens and picks frames, so that it gathers there.
+The split tokens are all that a forward computes: [compressed, full, clean], or the chunk that is generated from a cache
+of keys, which is replicated. `processors/anyflow_far.py` handles positions in the sequence. After the last block, the
+model modulates by the times of all tokens and selects frames, so tokens are gathered there.
 """
 
 from . import advanced

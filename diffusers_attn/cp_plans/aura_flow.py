@@ -1,6 +1,6 @@
 """AuraFlow: text and image, joined in every block.
 
-Before the text come eight learned tokens, so that it is split before the first block.
+The model puts eight learned tokens before the text, so the text is split after that, before the first block.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
@@ -9,7 +9,7 @@ PLANS: dict[str, Plan] = {
     "AuraFlowTransformer2DModel": {
         "joint_transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
-            # No tokens cannot be divided into heads.
+            # Zero tokens cannot be reshaped to heads.
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "joint_transformer_blocks.*.attn": CPAttention(("text", "image")),

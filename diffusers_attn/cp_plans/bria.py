@@ -1,6 +1,6 @@
-"""Bria and Bria Fibo: Flux's blocks. Split as Flux is.
+"""Bria and Bria Fibo: Flux's blocks, split like Flux.
 
-Fibo joins every block's text with a layer of the text encoder, and is given a mask of padded text, alike for all
+Fibo adds a layer of the text encoder to the text of every block, and has a mask of padded text, the same for all
 queries.
 """
 
@@ -17,7 +17,7 @@ PLANS: dict[str, Plan] = {
                 "the model takes the image's tokens for text and image, and adds them to what is behind as many as the "
                 "text has. Give controlnet_block_samples only."
             ),
-            # Reaches attention under gradient checkpointing only.
+            # Reaches attention only under gradient checkpointing.
             ParamId("attention_kwargs"): {"attention_mask": MASK},
         },
         **BLOCKS,

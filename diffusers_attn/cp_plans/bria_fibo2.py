@@ -1,8 +1,8 @@
-"""Bria Fibo 2: the text's summary and the image in one sequence; some blocks also attend to the text: local.
+"""Bria Fibo 2: the text's summary and the image are one sequence; cross-attention to the text in some blocks is local.
 
-The summary is made whole on all ranks; the image, with images to edit behind it, is refined by itself, split, and
-gathered before the two are put together, in an order that depends on padding. From there on it is one sequence, of
-which the model cuts out the image by its place in the whole. The mask is of all keys.
+The summary is replicated. The image, followed by images to edit, is refined separately and split, then gathered before
+the two are joined in an order that depends on padding. From there on they are one sequence, from which the model cuts
+the image by its position. The mask covers all keys.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
@@ -12,7 +12,7 @@ PLANS: dict[str, Plan] = {
         "noise_refiner.0": {ParamId("x"): CPInput(1, 3, sequence="image")},
         "noise_refiner.*": {
             ParamId("freqs_cis"): CPInput(1, 3, sequence="image"),
-            # Which tokens are noise, and modulated by the time.
+            # Marks the tokens that are noise, which are modulated by the time.
             ParamId("noise_mask"): CPInput(1, 2, sequence="image"),
         },
         "noise_refiner.*.attention": CPAttention(("image",)),

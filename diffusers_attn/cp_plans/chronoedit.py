@@ -1,4 +1,4 @@
-"""ChronoEdit: Wan's blocks with a rotary embedding of its own, for two frames far apart. Split as Wan is."""
+"""ChronoEdit: Wan's blocks with another rotary embedding, for two frames far apart. Split like Wan."""
 
 from . import wan
 from .plan import Plan

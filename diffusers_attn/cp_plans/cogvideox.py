@@ -1,4 +1,4 @@
-"""CogVideoX: text and video, joined in every block and embedded by one module, so that they are split after it."""
+"""CogVideoX: text and video, joined in every block. One module embeds both, so they are split after it."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
@@ -8,7 +8,7 @@ PLANS: dict[str, Plan] = {
             ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
-        # cos and sin, of the video's tokens alone.
+        # cos and sin of the video's tokens.
         "transformer_blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, sequence="video")},
         "transformer_blocks.*.attn1": CPAttention(("text", "video")),
         "proj_out": CPOutput(1, 3, sequence="video"),

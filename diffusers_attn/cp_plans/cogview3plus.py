@@ -1,4 +1,4 @@
-"""CogView3+: text and image, joined in every block and embedded by one module, so that they are split after it."""
+"""CogView3+: text and image, joined in every block. One module embeds both, so they are split after it."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 

@@ -1,4 +1,4 @@
-"""CogView4: text and image, joined in every block and embedded by one module, so that they are split after it."""
+"""CogView4: text and image, joined in every block. One module embeds both, so they are split after it."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
@@ -9,7 +9,7 @@ PLANS: dict[str, Plan] = {
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "transformer_blocks.*": {
-            # cos and sin, of the image's tokens alone.
+            # cos and sin of the image's tokens.
             ParamId("image_rotary_emb"): CPInput(0, 2, sequence="image"),
             ParamId("attention_mask"): CPInput(1, 2, sequence="text"),
         },

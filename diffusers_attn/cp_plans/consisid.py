@@ -1,6 +1,6 @@
-"""ConsisID: CogVideoX's blocks, and attention of the video to a face that all ranks have whole, in no processor: local.
+"""ConsisID: CogVideoX's blocks, and local attention of the video to a replicated face, outside of any processor.
 
-Behind the blocks the model cuts the text off by the length that it had, so that both are gathered before.
+After the blocks, the model cuts the text off by its full length, so both sequences are gathered before that.
 """
 
 from . import cogvideox

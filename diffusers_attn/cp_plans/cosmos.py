@@ -1,8 +1,8 @@
-"""Cosmos: self-attention over the video; cross-attention to text (and an image) that all ranks have whole: local."""
+"""Cosmos: self-attention over the video; cross-attention to replicated text (and an image) is local."""
 
 from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
-# [batch, tokens, channels] where frames have times of their own, one per sample elsewhere.
+# [batch, tokens, channels] if frames have times of their own, else one per sample.
 _TIMES: InputPlan = {
     ParamId("temb"): CPInput(1, 3, sequence="video", leave_other_dims=True),
     ParamId("embedded_timestep"): CPInput(1, 3, sequence="video", leave_other_dims=True),

@@ -8,7 +8,7 @@ PLANS: dict[str, Plan] = {
             ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
-        # cos and sin, of the video's tokens alone.
+        # cos and sin of the video's tokens.
         "transformer_blocks.*": {ParamId("image_rotary_emb"): CPInput(0, 2, sequence="video")},
         "transformer_blocks.*.attn1": CPAttention(("text", "video")),
         "proj_out": CPOutput(1, 3, sequence="video"),

@@ -1,5 +1,4 @@
-"""ERNIE-Image: image and text in one sequence, which is one sequence and the first dimension. The mask is of all
-keys."""
+"""ERNIE-Image: image and text are one sequence, in the first dimension. The mask covers all keys."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
@@ -8,7 +7,7 @@ PLANS: dict[str, Plan] = {
         "layers.0": {ParamId("x"): CPInput(0, 3, sequence="joint")},
         "layers.*": {
             ParamId("rotary_pos_emb"): CPInput(1, 4, sequence="joint"),
-            # Shifts, scales and gates, which the model repeats for every token.
+            # Shifts, scales and gates, repeated for every token.
             ParamId("temb"): CPInput(0, 3, sequence="joint"),
         },
         "layers.*.self_attention": CPAttention(("joint",), key_mask=True),

@@ -1,6 +1,6 @@
-"""Flux: text and image, joined in every block. Everything is per token, so that both are split at the door.
+"""Flux: text and image, joined in every block. All layers are per token, so both are split before the model.
 
-Images of an IP-Adapter are whole on every rank, and attention to them is local.
+Images of an IP-Adapter are replicated, and attention to them is local.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
@@ -9,11 +9,11 @@ JOINED = ("text", "image")
 INPUTS: InputPlan = {
     ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
     ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
-    # [tokens, axes], or [batch, tokens, axes] as it was once.
+    # [tokens, axes], or [batch, tokens, axes] in older pipelines.
     ParamId("img_ids"): CPInput(-2, sequence="image"),
     ParamId("txt_ids"): CPInput(-2, sequence="text"),
 }
-# Queries by keys: a rank takes its queries. What is alike for all queries is left.
+# Queries by keys: a rank takes its queries' rows. A mask with one row for all queries is not split.
 MASK = CPInput(2, 4, sequence=JOINED, leave_other_dims=True)
 BLOCKS: Plan = {
     "transformer_blocks.*.attn": CPAttention(JOINED),

@@ -1,6 +1,6 @@
-"""Flux 2: text and image, joined in every block. Everything is per token, so that both are split at the door.
+"""Flux 2: text and image, joined in every block. All layers are per token, so both are split before the model.
 
-The single blocks' attention is another class, which computes the MLP beside it: per token as well.
+The single blocks use another attention class, which also computes the MLP, per token.
 """
 
 from . import advanced

@@ -1,5 +1,6 @@
-"""Flux 3: text, image and a reference image, which may be missing. In the first blocks each attends to itself, then all
-are joined. Everything is per token, so that all are split at the door.
+"""Flux 3: text, image and an optional reference image. In the first blocks each attends to itself, then all are joined.
+
+All layers are per token, so all three are split before the model.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
@@ -8,7 +9,7 @@ PLANS: dict[str, Plan] = {
     "Flux3Transformer2DModel": {
         "": {
             ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
-            # No tokens cannot be rotated by themselves.
+            # Zero tokens cannot be rotated alone.
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
             ParamId("image_cond_hidden_states"): CPInput(1, 3, sequence="reference"),
             ParamId("img_ids"): CPInput(0, 2, sequence="image"),

@@ -1,6 +1,6 @@
-"""Framepack: HunyuanVideo's blocks, with the frames before the video in front of it and an image in front of the text.
+"""Framepack: HunyuanVideo's blocks, with history frames before the video and an image before the text.
 
-The model takes the video from the end of the whole sequence, so that it is gathered before, behind the last block.
+The model takes the video from the end of the full sequence, so it is gathered before that, after the last block.
 """
 
 from .hunyuan_video import joined, rotated

@@ -1,7 +1,7 @@
-"""GLM-Image: CogView4's blocks, with tokens of a coarse image added to the image. Split as CogView4 is.
+"""GLM-Image: CogView4's blocks, with tokens of a coarse image added to the image. Split like CogView4.
 
-The keys of images to edit are made by a forward of each, split as any, and kept. They come first when the picture is
-drawn, and every rank then has all of them.
+A separate forward for each image to edit computes its keys, split like any forward, and stores them. When the image is
+generated, these keys come first, and every rank has all of them.
 """
 
 from . import advanced
@@ -16,7 +16,7 @@ PLANS: dict[str, Plan] = {
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "transformer_blocks.*": {
-            # cos and sin, of the image's tokens alone.
+            # cos and sin of the image's tokens.
             ParamId("image_rotary_emb"): CPInput(0, 2, sequence="image"),
             ParamId("attention_mask"): CPInput(1, 2, sequence="text"),
             ParamId("kv_cache"): advanced.CPStore("store", 1, sequence=_JOINED),

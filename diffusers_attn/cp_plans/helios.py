@@ -1,8 +1,8 @@
-"""Helios: self-attention over [history, video], cross-attention of the video to text that all ranks have whole: local.
+"""Helios: self-attention over [history, video]; cross-attention of the video to replicated text is local.
 
-Both are split once, before the first block, each on its own. So a rank's tokens are its history and its video, in this
-order, and what the blocks do by the video's length (cross-attention of the video only, larger keys of the history, the
-output) is right with the length of this rank's video.
+History and video are split separately before the first block, so a rank's tokens are its history followed by its video.
+The blocks use the video's length for cross-attention, for larger keys of the history, and for the output; they receive
+the length of this rank's video.
 """
 
 from . import advanced
@@ -12,7 +12,7 @@ _JOINED = ("history", "video")
 
 PLANS: dict[str, Plan] = {
     "HeliosTransformer3DModel": {
-        # Before the first block's hidden states: the history's length is what the video's leaves.
+        # Before the first block's hidden states: the rest of their joined length is the history's.
         "blocks.*": {
             ParamId("original_context_length"): advanced.CPLength("video"),
             ParamId("temb"): CPInput(1, 4, sequence=_JOINED),

@@ -1,7 +1,8 @@
-"""HiDream: image and three texts, joined in every block: T5's, the last of Llama's layers, and the block's own layer.
+"""HiDream: image and three texts, joined in every block: T5's, the last layer of Llama's, and a layer per block.
 
-The texts are split where they are projected. By their lengths the model then makes ids for them, and puts these behind
-those of the image, which is whole there: the rotary embedding holds this rank's text already. Ids of text are all zero.
+The texts are split where they are projected. From their lengths, the model then makes ids for them and appends these to
+the image's ids, which are replicated there. So the rotary embedding has the ids of this rank's text already. Ids of
+text are all zero.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ _JOINED = ("image", *_TEXT)
 
 
 def _projected(sequence: str) -> CPInput:
-    # No tokens cannot be divided into samples.
+    # Zero tokens cannot be divided into samples.
     return CPInput(1, 3, split_output=True, sequence=sequence)
 
 
@@ -24,7 +25,7 @@ def _plan(model: Any) -> Plan:
         **{f"caption_projection.{layer}": {ParamId(index=0): _projected("llama")} for layer in range(last)},
         f"caption_projection.{last}": {ParamId(index=0): _projected("t5")},
         "pe_embedder": {ParamId(index=0): CPInput(1, 6, split_output=True, sequence=_JOINED, split_already=_TEXT)},
-        # Pictures that are no squares are padded, and their keys multiplied by ones and zeros.
+        # Images that are not square are padded, and their keys multiplied by ones and zeros.
         "double_stream_blocks.*": {ParamId("hidden_states_masks"): CPInput(1, 2, sequence="image")},
         "single_stream_blocks.*": {
             ParamId("hidden_states_masks"): CPInput(1, 2, sequence=_JOINED, split_already=_TEXT),

@@ -1,11 +1,11 @@
-"""HunyuanImage: image and text, joined in every block, with a mask of the text, which was refined whole before.
+"""HunyuanImage: image and text, joined in every block, with a mask of the text. The replicated text is refined first.
 
-Valid tokens of two texts are put before the padding of both, sample by sample, so that the text is split after that.
+The model puts the valid tokens of two texts before the padding of both, sample by sample; the text is split after that.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
-# Of the mask, all ranks have all.
+# The mask is replicated.
 _ATTENTION = CPAttention(("image", "text"), key_mask=True)
 
 PLANS: dict[str, Plan] = {
@@ -17,7 +17,7 @@ PLANS: dict[str, Plan] = {
         "context_embedder.token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
         "transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
-            # Blocks cut the text off by its length, from the end, where no text would mean all.
+            # Blocks cut the text off by its length, counted from the end, where zero would mean everything.
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "transformer_blocks.*.attn": _ATTENTION,

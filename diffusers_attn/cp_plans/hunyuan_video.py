@@ -1,7 +1,8 @@
-"""HunyuanVideo: video and text, joined in every block, with a mask of the text, which was refined whole before.
+"""HunyuanVideo: video and text, joined in every block, with a mask of the text. The replicated text is refined first.
 
-Blocks cut the text off by its length, from the end, where no text would mean all. With `token_replace` the first frame
-is given, and modulated otherwise: its tokens are a sequence of their own, so that its length on a rank is right there.
+Blocks cut the text off by its length, counted from the end, where a length of zero would mean everything. With
+`token_replace`, the first frame is given and modulated separately. Its tokens are a sequence of their own, so that a
+rank has the right length of it.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
 
 def joined(*video: str) -> Plan:
-    """What double and single blocks join. Of their key mask, all ranks have all."""
+    """Attention of double and single blocks. Their key mask is replicated."""
     attention = CPAttention((*video, "text"), key_mask=True)
     return {
         "context_embedder.token_refiner.refiner_blocks.*.attn": CPAttention(query=()),
@@ -25,7 +26,7 @@ def joined(*video: str) -> Plan:
 
 
 def rotated(*video: str, lengths: InputPlan | None = None) -> Plan:
-    """cos and sin, of the video's tokens alone, split for every block, behind the lengths of what they are of."""
+    """cos and sin of the video's tokens, split for every block, after the lengths of their sequences."""
     rotary, lengths = CPInput(0, 2, sequence=video), lengths or {}
     return {
         "transformer_blocks.*": {**lengths, ParamId("freqs_cis"): rotary},

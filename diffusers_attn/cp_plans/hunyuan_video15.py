@@ -1,7 +1,8 @@
-"""HunyuanVideo 1.5: video and text, joined in every block. The text is an image and two texts, with the padding behind.
+"""HunyuanVideo 1.5: video and text, joined in every block. The text is an image and two texts, followed by padding.
 
-The processor makes its mask, an outer product, of the text's, which is split with it. It cuts the text off by its
-length, from the end, where no text would mean all. The refiner of the first text sees it whole.
+The processor makes its mask, an outer product, from the text's mask, which is split with the text. It cuts the text off
+by its length, counted from the end, where a length of zero would mean everything. The first text is refined while it is
+replicated.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

@@ -1,6 +1,6 @@
-"""Ideogram 4: text and images, packed by the caller in one sequence, which is one sequence. All is per token.
+"""Ideogram 4: text and images, which the caller packs into one sequence. All layers are per token.
 
-The mask says which tokens belong together: a rank takes the rows of its queries.
+The mask marks tokens that belong together; each rank takes its queries' rows.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
@@ -11,7 +11,7 @@ PLANS: dict[str, Plan] = {
         "layers.*": {
             ParamId("attention_mask"): CPInput(2, 4, sequence="packed"),
             ParamId("image_rotary_emb"): CPInput(1, 3, sequence="packed"),
-            # One per token where the caller gives as many times, one per sample elsewhere.
+            # One time per token, or one per sample.
             ParamId("adaln_input"): CPInput(1, 3, sequence="packed", leave_other_dims=True),
         },
         "layers.*.attention": CPAttention(("packed",), row_mask=True),

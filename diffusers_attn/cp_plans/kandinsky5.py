@@ -1,7 +1,7 @@
-"""Kandinsky 5: self-attention over the video; cross-attention to text that all ranks have whole: local.
+"""Kandinsky 5: self-attention over the video; cross-attention to replicated text is local.
 
-With `sparse_params` each self-attention chooses which blocks of 64 tokens see each other (NABLA): then ranks have whole
-blocks. `processors/nabla.py` makes each rank's rows of that choice.
+With `sparse_params`, each self-attention chooses which blocks of 64 tokens attend to each other (NABLA), so shards are
+complete blocks. `processors/nabla.py` computes each rank's rows of that mask.
 """
 
 from . import advanced
@@ -15,7 +15,7 @@ PLANS: dict[str, Plan] = {
         "visual_transformer_blocks.*": {ParamId("rope"): CPInput(1, sequence="video")},
         "visual_transformer_blocks.*.self_attention": CPAttention(("video",)),
         "visual_transformer_blocks.*.cross_attention": CPAttention(("video",), key=()),
-        # Behind it the tokens become frames, rows and columns again.
+        # After it, the tokens become frames, rows and columns again.
         "visual_transformer_blocks.-1": CPOutput(1, 3, sequence="video"),
     },
 }

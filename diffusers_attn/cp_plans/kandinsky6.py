@@ -1,5 +1,6 @@
-"""Kandinsky 6: video and audio, both split. Each attends to itself, to its text (whole on all ranks: local) and to the
-other. Without audio, the video alone.
+"""Kandinsky 6: video and audio, both split. Each attends to itself and to the other; attention to its text is local.
+
+Without audio, there is only the video.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
@@ -9,7 +10,7 @@ PLANS: dict[str, Plan] = {
         "video_text_transformer_blocks.*.attn": CPAttention(query=()),
         "audio_text_transformer_blocks.*.attn": CPAttention(query=()),
         "visual_transformer_blocks.0": {
-            # Where queries are rotated, a dimension is inferred, which it cannot be of no token.
+            # Rotating queries infers a dimension, which needs at least one token.
             ParamId("vis"): CPInput(1, 3, sequence="video"),
             ParamId("aud"): CPInput(1, 3, sequence="audio"),
         },
@@ -23,7 +24,7 @@ PLANS: dict[str, Plan] = {
         "visual_transformer_blocks.*.audio_dec_block.cross_attention": CPAttention(("audio",), key=()),
         "visual_transformer_blocks.*.va_cross_attention": CPAttention(("video",), key=("audio",)),
         "visual_transformer_blocks.*.av_cross_attention": CPAttention(("audio",), key=("video",)),
-        # Behind it the video's tokens become frames, rows and columns again.
+        # After it, the video's tokens become frames, rows and columns again.
         "visual_transformer_blocks.-1": [CPOutput(1, 3, sequence="video"), CPOutput(1, 3, sequence="audio")],
     },
 }

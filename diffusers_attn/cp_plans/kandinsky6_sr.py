@@ -1,6 +1,6 @@
-"""Kandinsky 6's super-resolution: self-attention over the video, by blocks of 64 tokens that layers choose (NABLA).
+"""Kandinsky 6's super-resolution: self-attention over the video, among blocks of 64 tokens that layers choose (NABLA).
 
-Ranks have whole blocks. `processors/nabla.py` makes each rank's rows of that choice.
+Shards are complete blocks. `processors/nabla.py` computes each rank's rows of the mask.
 """
 
 from . import advanced
@@ -12,7 +12,7 @@ PLANS: dict[str, Plan] = {
         "visual_transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="video")},
         "visual_transformer_blocks.*": {ParamId("rotary_emb"): CPInput(0, sequence="video")},
         "visual_transformer_blocks.*.self_attention": CPAttention(("video",)),
-        # Behind it the tokens become frames, rows and columns again.
+        # After it, the tokens become frames, rows and columns again.
         "visual_transformer_blocks.-1": CPOutput(1, 3, sequence="video"),
     },
 }

@@ -1,6 +1,6 @@
-"""Krea 2: text and image in one sequence, which is one sequence; the text is fused whole on all ranks before.
+"""Krea 2: text and image are one sequence. The text is fused before, replicated.
 
-The mask is of all keys. The model cuts out the image by its place in the whole.
+The mask covers all keys. The model cuts the image from the sequence by its position.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

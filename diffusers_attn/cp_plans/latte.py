@@ -1,7 +1,7 @@
-"""Latte: attention over the places of every frame, then over the frames of every place.
+"""Latte: attention over the pixels of every frame, then over the frames of every pixel.
 
-The places are split, so that the second needs no other rank. There samples and places are one dimension, and so they
-are of the times that the model repeats for it. Cross-attention is to text that all ranks have whole: local.
+Pixels are split, so attention over frames is local. There, samples and pixels are one dimension, also in the times that
+the model repeats for it. Cross-attention to replicated text is local.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

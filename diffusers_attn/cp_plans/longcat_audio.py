@@ -1,7 +1,7 @@
-"""LongCat-Audio: self-attention over the audio; cross-attention to text that all ranks have whole, with its mask.
+"""LongCat-Audio: self-attention over the audio; cross-attention to replicated text with its mask is local.
 
-The audio's mask is of keys, and what comes out of both attentions is multiplied by it, so that it is split. What went
-into the blocks is added to what comes out of them.
+The audio's mask covers keys, and both attentions' outputs are multiplied by it, so it is split. The input of the blocks
+is added to their output.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

@@ -1,4 +1,4 @@
-"""LongCat-Image: Flux's blocks. Split as Flux is."""
+"""LongCat-Image: Flux's blocks, split like Flux."""
 
 from .flux import BLOCKS, INPUTS
 from .plan import Plan

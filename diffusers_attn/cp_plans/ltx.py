@@ -1,4 +1,4 @@
-"""LTX: self-attention over the video; cross-attention to text that all ranks have whole, with its mask: local."""
+"""LTX: self-attention over the video; cross-attention to replicated text with its mask is local."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
@@ -6,7 +6,7 @@ PLANS: dict[str, Plan] = {
     "LTXVideoTransformer3DModel": {
         "": {
             ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
-            # One time per token where frames are given (image to video, conditions), one per sample elsewhere.
+            # One time per token if frames are given (image to video, conditions), else one per sample.
             ParamId("timestep"): CPInput(1, 2, sequence="video", leave_other_dims=True),
         },
         "rope": {

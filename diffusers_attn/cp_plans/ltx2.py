@@ -1,32 +1,32 @@
-"""LTX 2: video and audio, both split. Each attends to itself, to its text (whole on all ranks: local) and to the other.
+"""LTX 2: video and audio, both split. Each attends to itself and to the other; attention to replicated text is local.
 
-With the audio whole on every rank, its attention to the video would be the one call with whole queries and split keys.
+If the audio were replicated, its attention to the video would be the only call with replicated queries and split keys.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
 
 
 def _rotary(sequence: str) -> InputPlan:
-    # [batch, tokens, channels], or by heads (rope_type="split"), [batch, heads, tokens, channels].
+    # [batch, tokens, channels]; with rope_type="split", [batch, heads, tokens, channels].
     split = CPInput(-2, split_output=True, sequence=sequence)
     return {ParamId(index=0): split, ParamId(index=1): split}
 
 
 def _time(sequence: str) -> CPInput:
-    # One per token where frames are given, one per sample elsewhere.
+    # One per token if frames are given, else one per sample.
     return CPInput(1, 2, sequence=sequence, leave_other_dims=True)
 
 
 PLANS: dict[str, Plan] = {
     "LTX2VideoTransformer3DModel": {
         "": {
-            # Where the model reshapes rotated queries and times, it infers a dimension, which it cannot of no token.
+            # Reshaping rotated queries and times infers a dimension, which needs at least one token.
             ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
             ParamId("audio_hidden_states"): CPInput(1, 3, sequence="audio"),
             ParamId("timestep"): _time("video"),
             ParamId("audio_timestep"): _time("audio"),
             ParamId("video_keyframes_mask"): CPInput(1, 3, sequence="video"),
-            # Queries by keys: a rank takes its queries.
+            # Queries by keys: a rank takes its queries' rows.
             ParamId("video_self_attention_mask"): CPInput(1, 3, sequence="video"),
         },
         "rope": _rotary("video"),

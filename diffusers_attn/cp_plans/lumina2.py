@@ -1,8 +1,8 @@
-"""Lumina 2: text and image in one sequence, each refined by itself before.
+"""Lumina 2: text and image are one sequence; each is refined separately before.
 
-The text's refiner runs whole on all ranks; the image's is split, and gathered before the model puts the two together,
-sample by sample, without the text's padding. From there on it is one sequence, of which the model cuts out the image by
-its place in the whole. The mask is of all keys.
+The text is refined while it is replicated. The image is refined while it is split, then gathered before the model joins
+the two, sample by sample, without the text's padding. From there on they are one sequence, from which the model cuts
+the image by its position. The mask covers all keys.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

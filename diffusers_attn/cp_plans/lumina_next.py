@@ -1,8 +1,8 @@
-"""Lumina-Next: self-attention over the image; cross-attention to text that all ranks have whole, with its mask: local.
+"""Lumina-Next: self-attention over the image; cross-attention to replicated text with its mask is local.
 
-For pictures larger than those of its training, the model scales scores by the logarithm of how many tokens there are,
-to the base of how many there were (`base_sequence_length`, which the pipeline gives). It counts those of its rank, so
-that it is given another base.
+For images larger than in training, the model scales scores by the logarithm of the number of tokens to the base of that
+number in training (`base_sequence_length`, an argument of the pipeline). A rank counts only its own tokens, so it gets
+another base.
 """
 
 from . import advanced

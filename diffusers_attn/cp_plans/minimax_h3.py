@@ -1,7 +1,7 @@
-"""MiniMax H3: text, audio and video in one packed sequence, which is one sequence.
+"""MiniMax H3: text, audio and video, packed into one sequence.
 
-The model puts it together by places in the whole sequence and takes video and audio out by such, so that it is split
-after the one and gathered before the other.
+The model packs them, and takes video and audio out again, by their positions in the full sequence. So the sequence is
+split after the former and gathered before the latter.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

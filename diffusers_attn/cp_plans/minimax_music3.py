@@ -1,4 +1,4 @@
-"""MiniMax Music 3: self-attention over a token of the time and the audio, which are one sequence."""
+"""MiniMax Music 3: self-attention over a time token and the audio, which are one sequence."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 

@@ -1,8 +1,8 @@
-"""Mochi: video and text, joined in every block, with a mask of the text. Both have embedders of their own, before.
+"""Mochi: video and text, joined in every block, with a mask of the text. Each is embedded by its own module.
 
-diffusers' processor attends sample by sample, each with as much of the text as is no padding; bound to a provider, it
-makes one call of it with a key mask (see processors/mochi.py), which is what can be split. Padding has to be behind the
-text, where tokenizers put it: diffusers moves what is in front of it to where the padding was, from rank to rank.
+diffusers' processor attends sample by sample, each with its valid text tokens only. Bound to a provider, it makes one
+call with a key mask instead (see processors/mochi.py), which can be split. Padding must come after the text, where
+tokenizers put it: diffusers moves tokens after padding to its place, possibly to another rank.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

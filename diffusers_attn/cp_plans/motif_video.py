@@ -1,8 +1,8 @@
-"""Motif-Video: video, image and text, joined in every block, with a mask; some then attend to the text once more.
+"""Motif-Video: video, image and text, joined in every block, with a mask; some blocks also attend to the text.
 
-That attention takes the text's part of tokens and mask by the image's length, so that all three are split each on its
-own, and the mask with them. Blocks cut image and text off by their length, from the end, where none would mean all. The
-last blocks, if there are such, decode: video from the start, joined with what became of it, without text or mask.
+That attention takes the text's part of tokens and mask by the image's length, so all three are split separately, and
+the mask with them. Blocks cut image and text off by their length, counted from the end, where a length of zero would
+mean everything. The last blocks, if any, decode: the initial video, joined with the current one, without text or mask.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ _JOINED = ("video", *_CONDITION)
 
 def _plan(model: Any) -> Plan:
     single, decoders = model.config.num_single_layers, model.config.num_decoder_layers
-    # Behind "rope", which gives the video's length.
+    # After "rope", which sets the video's length.
     blocks: Entry = {
         ParamId("image_embed_seq_len"): advanced.CPLength("image"),
         ParamId("attention_mask"): CPInput(3, 4, sequence=_JOINED),

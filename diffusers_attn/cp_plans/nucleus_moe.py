@@ -1,7 +1,7 @@
 """Nucleus-Image: the image attends to image and text, with a mask of the text, which is split before every block.
 
-Experts choose their tokens among all of the image. So every rank computes those layers for the whole of it: they gain
-nothing from several ranks, the others do.
+Experts choose among all tokens of the image. So every rank computes these layers for the full image; only the other
+layers become faster.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def _plan(model: Any) -> Plan:
         },
         "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="image")},
         "transformer_blocks.*": {
-            # No tokens cannot be rotated.
+            # Zero tokens cannot be rotated.
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
             # One value per key.
             ParamId("attention_kwargs"): {"attention_mask": CPInput(1, 2, sequence=("image", "text"))},

@@ -1,6 +1,6 @@
-"""OmniGen: text, given images, time and image in one sequence, which is one sequence.
+"""OmniGen: text, input images, time and image are one sequence.
 
-The mask says which keys every query sees: a rank takes the rows of its queries.
+The mask has a row for each query; each rank takes its queries' rows.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
@@ -10,7 +10,7 @@ PLANS: dict[str, Plan] = {
         "layers.0": {ParamId("hidden_states"): CPInput(1, 3, sequence="packed")},
         "layers.*": {
             ParamId("attention_mask"): CPInput(2, 4, sequence="packed"),
-            # cos and sin, of one sample for all.
+            # cos and sin, the same for all samples.
             ParamId("image_rotary_emb"): CPInput(0, 2, sequence="packed"),
         },
         "layers.*.self_attn": CPAttention(("packed",), row_mask=True),

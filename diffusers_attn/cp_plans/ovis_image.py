@@ -1,4 +1,4 @@
-"""Ovis-Image: Flux's blocks. Split as Flux is."""
+"""Ovis-Image: Flux's blocks, split like Flux."""
 
 from .flux import BLOCKS, INPUTS, MASK
 from .plan import ParamId, Plan

@@ -25,10 +25,10 @@ def check_sequences(plan: Plan) -> None:
         if name not in split:
             close = difflib.get_close_matches(name, sorted(split), 1)
             raise AttentionProviderError(
-                f"the plan mentions a sequence {name!r} for '{path}', in {word}, and no CPInput splits one of that "
+                f"the plan mentions a sequence {name!r} for '{path}', in {word}, but no CPInput splits one with this "
                 "name. "
                 + (f"Did you mean {close[0]!r}? " if close else "")
-                + f"Sequences that it splits: {', '.join(map(repr, sorted(split))) or 'none that has a name'}."
+                + f"Named sequences that it splits: {', '.join(map(repr, sorted(split))) or 'none'}."
             )
 
 

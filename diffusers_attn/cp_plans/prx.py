@@ -1,4 +1,4 @@
-"""PRX: the image attends to text and image. The text is the same before every block, and is split before each."""
+"""PRX: the image attends to text and image. The text is the same before every block, and split before each."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 

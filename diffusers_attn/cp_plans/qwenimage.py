@@ -1,6 +1,6 @@
 """Qwen-Image: text and image, joined in every block, with a mask of the text.
 
-The rotary embedding counts the whole text, so that both are split after it.
+The rotary embedding counts the full text, so both are split after it.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
@@ -14,12 +14,12 @@ PLANS: dict[str, Plan] = {
         },
         "transformer_blocks.0": {
             ParamId("hidden_states"): CPInput(1, 3, sequence="image"),
-            # Short negative prompts have a handful of tokens, and no tokens cannot be rotated.
+            # A short negative prompt may leave a rank without text, but zero tokens cannot be rotated.
             ParamId("encoder_hidden_states"): CPInput(1, 3, sequence="text"),
         },
         "transformer_blocks.*": {
             ParamId("encoder_hidden_states_mask"): CPInput(1, 2, sequence="text"),
-            # Which tokens are of reference images, and modulated otherwise.
+            # Marks the tokens of reference images, which are modulated differently.
             ParamId("modulate_index"): CPInput(1, 2, sequence="image"),
         },
         "transformer_blocks.*.attn": CPAttention(("text", "image")),

@@ -1,10 +1,9 @@
-"""Qwen-Image 2.1: text, given images and the image that is made in one sequence, each of which sees itself and what
-comes before it.
+"""Qwen-Image 2.1: text, input images and the generated image in one sequence. Each attends to itself and earlier parts.
 
-All that comes before the image is called in pieces, text and given images by turns, by their places in the whole: it
-stays whole on all ranks, and attends to itself there. The image is split. With `kv_cache`, the first step keeps the
-keys of what comes before, and later steps are given the image alone and take them from there: also whole, and also
-before those of the rank.
+The model makes a call for each part before the generated image, which are text and input images by turns, by their
+positions. These parts are replicated, and their attention is local. The generated image is split. With `kv_cache`, the
+first step stores the keys of the parts before the image, replicated. Later steps run only the image, and put these keys
+before the rank's own.
 """
 
 import math
@@ -17,7 +16,7 @@ _JOINED = ("before", "image")
 
 
 def _image_tokens(img_shapes: Any) -> int:
-    """Of the last image, in a batch of samples that are all laid out alike."""
+    """Number of tokens of the generated image, the last one. All samples of a batch have the same layout."""
     return math.prod(img_shapes[0][-1])
 
 
@@ -27,7 +26,7 @@ PLANS: dict[str, Plan] = {
         "transformer_blocks.0": {ParamId("hidden_states"): CPInput(1, 3, sequence=_JOINED)},
         "transformer_blocks.*": {
             ParamId("rotary_emb"): CPInput(0, 2, sequence=_JOINED),
-            # Which tokens are of the image, and modulated by the time.
+            # Marks the tokens of the image, which are modulated by the time.
             ParamId("target_token_mask"): CPInput(0, 1, sequence=_JOINED),
         },
         "transformer_blocks.*.attn": CPAttention(("image",), prefix="before", key_mask=True),

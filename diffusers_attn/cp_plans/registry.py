@@ -1,4 +1,4 @@
-"""Plans by class of model. Classes are known by name, so that none needs importing."""
+"""Plans by model class. Classes are identified by name, so that none needs to be imported."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ _plans: dict[str, Plan | PlanOfModel] = {name: plan for family in _FAMILIES for 
 
 
 def register_cp_plan(cls_or_name: type | str, plan: Plan | PlanOfModel) -> None:
-    """Makes `plan` the one that models of this class (or of a class of this name), and of its subclasses, are given; or
-    what `plan` returns for the model, if it is a function. An earlier one is replaced."""
+    """Registers a plan for a model class and its subclasses. Replaces an earlier plan of this class.
+
+    Args:
+        cls_or_name: the class or its name.
+        plan: the plan, or a function that returns the plan for a model.
+    """
     _plans[cls_or_name if isinstance(cls_or_name, str) else cls_or_name.__name__] = plan
 
 
 def get_cp_plan(model: Any) -> Plan:
-    """The plan for a model: that of its class, else of the nearest class that it derives from.
+    """The plan registered for a model's class, or else for its nearest base class.
 
     Raises:
-        AttentionProviderError: there is none; for a class that is known to have none, says why.
+        AttentionProviderError: there is none. The message has the reason if the class cannot be split.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _plans:
@@ -41,18 +45,18 @@ def get_cp_plan(model: Any) -> Plan:
             return plan(model) if callable(plan) else plan
         if cls.__name__ in UNCOVERED:
             raise AttentionProviderError(
-                f"{uncovered(model)} A plan of your own is registered with "
+                f"{uncovered(model)} To use your own plan, register it with "
                 f"register_cp_plan({type(model).__name__!r}, {{...}})."
             )
     raise AttentionProviderError(
-        f"no context-parallel plan is registered for {type(model).__name__}, and diffusers_attn.list_cp_plans() names "
-        "the classes that have one. docs/writing_plans.md shows how one is written; then pass it (plan=...), or "
-        f"register it: register_cp_plan({type(model).__name__!r}, {{...}})."
+        f"no context-parallel plan is registered for {type(model).__name__}; diffusers_attn.list_cp_plans() lists the "
+        "classes with a plan. To write one, see docs/writing_plans.md; then pass plan=..., or register it with "
+        f"register_cp_plan({type(model).__name__!r}, {{...}})."
     )
 
 
 def uncovered(model: Any) -> str | None:
-    """Why there is no plan for a model's class and what to do instead, of a class that is known to have none."""
+    """The reason why a model's class has no plan, and what to do instead; None unless the class is in `UNCOVERED`."""
     for cls in type(model).__mro__:
         if cls.__name__ in _plans:
             return None

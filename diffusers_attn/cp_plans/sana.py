@@ -1,8 +1,8 @@
-"""Sana: linear attention over the picture, cross-attention to text that all ranks have whole (local), a convolution.
+"""Sana: linear attention over the image, local cross-attention to replicated text, and a convolution.
 
-It is rows of the picture that are split. Linear attention sums over keys and values before it comes to queries, so that
-gathering those leaves its processor as it is: the sum is little work, and every rank makes all of it. The convolution
-looks one row up and down.
+The split entries are rows of the image. Linear attention sums over keys and values before it uses queries. So keys and
+values are gathered and its processor is unchanged: the sum is little work, and every rank computes all of it. The
+convolution reads one row on either side.
 """
 
 import functools
@@ -13,7 +13,7 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 
 def _patches(size: int, latents: Any) -> int:
-    """Of how many rows of patches the latents are."""
+    """Number of rows of patches in the latents."""
     return int(latents.shape[2]) // size
 
 

@@ -1,10 +1,9 @@
-"""Sana's video model: linear attention over the whole video, cross-attention to text that all ranks have whole (local),
-convolutions in space and in time.
+"""Sana's video model: linear attention over the video, local cross-attention to replicated text, convolutions.
 
-It is whole frames that are split, so that only the convolution in time looks beyond a shard, one frame either way.
-Linear attention rotates queries and keys by one and the same embedding, so that both must be of the same tokens: where
-Sana gathers keys and values, here queries are gathered, too, and each rank keeps its own of what comes out, before the
-last projection. Every rank makes all of the sum, which is little work beside the projections and convolutions.
+The split entries are frames, so only the convolution over time reads beyond a shard, by one frame on either side.
+Linear attention rotates queries and keys by the same embedding, so both must have the same tokens. Where Sana gathers
+keys and values, queries are gathered here, too, and each rank keeps its own part of the output, before the last
+projection. Every rank computes the full sum, which is little work beside the projections and convolutions.
 """
 
 import functools
@@ -15,7 +14,7 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 
 def _patches(size: int, latents: Any) -> int:
-    """Of how many frames of patches the latents are."""
+    """Number of frames of patches in the latents."""
     return int(latents.shape[2]) // size
 
 
@@ -23,7 +22,7 @@ def _plan(model: Any) -> Plan:
     patch, _, _ = model.config.patch_size
     frames = CPInput(1, 3, sequence="frames", grouped=True)
     gathered = CPOutput(1, 3, sequence="frames", grouped=True)
-    # One for all tokens, or for each its own, as where the first frame is given.
+    # One for all tokens, or one per token, for example if the first frame is given.
     times = CPInput(1, 3, sequence="frames", grouped=True, leave_other_dims=True)
     return {
         "": {

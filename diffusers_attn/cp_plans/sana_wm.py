@@ -1,14 +1,15 @@
-"""SANA-WM: two branches in every layer, of the video and of the camera, recurrent over the frames or with softmax
-attention; cross-attention to text that all ranks have whole (local); convolutions in space and in time.
+"""SANA-WM: every layer has two branches, for video and camera, recurrent over frames or with softmax attention.
 
-It is whole frames that are split: what a layer computes per frame stays local, the mean of its pixels as well as the
-convolution in space, and the convolutions in time look a few frames beyond a shard, however long the video is. The
-recurrence passes a state from frame to frame, which ranks could only do one after the other. But every head has its
-own, so that ranks exchange frames for heads around it, as Ulysses does around attention. Softmax layers have the same
-form, and attend in no processor: they go the same way, with the kernel that they call, whatever the mesh is. (It is
-given bfloat16 where the model is in float32, so that a comparison with one process shows its rounding.)
+Cross-attention to replicated text is local; convolutions run over space and time.
 
-Rotary embeddings and the rays of the camera, which are read there only, stay whole.
+The split entries are frames. Per-frame work stays local, such as the mean of a frame's pixels and the convolution over
+space; the convolutions over time read a few frames beyond a shard. The recurrence passes a state from frame to frame,
+which ranks could only compute one after the other. But each head has its own state, so ranks exchange frames for heads
+around it, as Ulysses does around attention. Softmax layers have the same form and attend outside of any processor, so
+they are treated the same way, with their own kernel, on every mesh. (Their kernel gets bfloat16 in a float32 model, so
+a comparison with one process shows its rounding.)
+
+Rotary embeddings and the camera's rays are used only inside these branches, and stay replicated.
 """
 
 from typing import Any
@@ -17,13 +18,13 @@ from . import advanced
 from .plan import CPAttention, CPInput, CPOutput, Entry, ParamId, Plan
 
 _FRAMES = CPInput(1, 3, sequence="frames", grouped=True)
-_TIMES = CPInput(2, 4, sequence="frames", leave_other_dims=True)  # one for all frames, or for each its own
+_TIMES = CPInput(2, 4, sequence="frames", leave_other_dims=True)  # one for all frames, or one per frame
 _BY_TOKEN = {"query": (1, 2), "key": (1, 2), "value": (1, 2)}
 _BY_FRAME = {"beta": (2, 1), "decay": (2, 1)}
 
 
 def _number_of_frames(latents: Any) -> int:
-    """The model accepts no patches of several."""
+    """Number of frames. The model has no patches of several frames."""
     return int(latents.shape[2])
 
 
@@ -38,7 +39,7 @@ def _plan(model: Any) -> Plan:
                 ParamId("plucker_emb"): _FRAMES,
                 ParamId("frame_valid_mask"): CPInput(2, 5, sequence="frames", leave_other_dims=True),
             },
-            # It comes in three forms: with pixels, without, and without channels, too.
+            # It has three forms: with pixels, without pixels, and without pixels and channels.
             {ParamId("frame_valid_mask"): CPInput(2, 3, sequence="frames", leave_other_dims=True)},
             {ParamId("frame_valid_mask"): CPInput(1, 2, sequence="frames", leave_other_dims=True)},
         ],
@@ -46,7 +47,7 @@ def _plan(model: Any) -> Plan:
         "blocks.*.mlp?.t_conv?": advanced.CPHalo(2, model.config.t_kernel_size // 2, sequence="frames"),
         "final_layer": [{ParamId("t"): _TIMES}, CPOutput(1, 3, sequence="frames", grouped=True)],
     }
-    # A short convolution is run once forwards and once backwards.
+    # A short convolution runs once forwards and once backwards.
     in_time = advanced.CPHalo(1, max(model.config.conv_kernel_size - 1, 0), "frames", grouped=True, length="num_frames")
     for of in ("q", "k", "v"):
         plan |= {f"blocks.*.attn.conv_{of}{camera}?": in_time for camera in ("", "_cam")}
@@ -58,7 +59,7 @@ def _plan(model: Any) -> Plan:
 
 
 def _by_heads(block: Any, recurrent: bool) -> list[Entry]:
-    """Of a branch of a layer."""
+    """Entries for one branch of a layer."""
     whole: dict[ParamId | str | int, Any] = {
         ParamId("token_valid_mask"): advanced.CPGatherInput(1, 2, sequence="frames", grouped=True),
     }

@@ -1,6 +1,6 @@
-"""The refiner of SANA-WM: the video's half of LTX 2. Its blocks have the other half, too, and never run it.
+"""The refiner of SANA-WM: the video's half of LTX 2. Its blocks also have the other half, but never run it.
 
-It refines window after window. The keys of one are kept for later ones, where they come first, whole on every rank.
+It refines one window after another. Keys of a window are stored for later ones, replicated, where they come first.
 """
 
 from . import advanced
@@ -9,10 +9,10 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 PLANS: dict[str, Plan] = {
     "SanaWMLTX2RefinerTransformer3DModel": {
         "": {
-            # Where the model reshapes rotated queries and times, it infers a dimension, which it cannot of no token.
+            # Reshaping rotated queries and times infers a dimension, which needs at least one token.
             ParamId("hidden_states"): CPInput(1, 3, sequence="video"),
             ParamId("timestep"): CPInput(1, 2, sequence="video", leave_other_dims=True),
-            # cos and sin: [batch, tokens, channels], or by heads (rope_type="split"), [batch, heads, tokens, channels].
+            # cos and sin: [batch, tokens, channels]; with rope_type="split", [batch, heads, tokens, channels].
             ParamId("video_rotary_emb"): CPInput(-2, sequence="video"),
         },
         "transformer_blocks.*": [

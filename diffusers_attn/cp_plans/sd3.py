@@ -1,6 +1,6 @@
-"""Stable Diffusion 3: image and text, joined in every block; 3.5 has blocks where the image attends to itself as well.
+"""Stable Diffusion 3: image and text, joined in every block. In blocks of 3.5, the image also attends to itself.
 
-They are split where they are embedded rather than before the first block, which guidance may skip.
+They are split where they are embedded, since guidance may skip the first block.
 """
 
 from . import advanced
@@ -18,7 +18,7 @@ PLANS: dict[str, Plan] = {
             ParamId("joint_attention_kwargs"): {"ip_adapter_image_embeds": _ADAPTER, "ip_hidden_states": _ADAPTER},
         },
         "pos_embed": {ParamId(index=0): CPInput(1, 3, split_output=True, sequence="image")},
-        # No tokens cannot be divided into heads.
+        # Zero tokens cannot be reshaped to heads.
         "context_embedder": {ParamId(index=0): CPInput(1, 3, split_output=True, sequence="text")},
         "transformer_blocks.*.attn": CPAttention(("image", "text")),
         "transformer_blocks.*.attn2?": CPAttention(("image",)),

@@ -1,7 +1,7 @@
-"""SkyReels V2: Wan's blocks, where frames may have times of their own (diffusion forcing) and see earlier ones only.
+"""SkyReels V2: Wan's blocks. Frames may have times of their own (diffusion forcing) and attend to earlier ones only.
 
-A rank takes its queries' rows of the causal mask. Behind the last block the model modulates by the times of all tokens,
-so that it gathers there.
+Each rank takes its queries' rows of the causal mask. After the last block, the model modulates by the times of all
+tokens, so tokens are gathered there.
 """
 
 from . import wan

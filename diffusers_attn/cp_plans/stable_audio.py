@@ -1,5 +1,6 @@
-"""Stable Audio: self-attention over a global token and the audio, one sequence; cross-attention to text that all ranks
-have whole, with its mask: local. A mask of the audio is of all keys.
+"""Stable Audio: self-attention over a global token and the audio, one sequence; cross-attention to text is local.
+
+The text is replicated, with its mask. A mask of the audio covers all keys.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

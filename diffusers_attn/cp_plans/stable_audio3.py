@@ -1,8 +1,7 @@
-"""Stable Audio 3: self-attention over memory tokens and the audio; cross-attention to text that all ranks have whole:
-local. Differential attention is two calls of each.
+"""Stable Audio 3: self-attention over memory tokens and the audio; cross-attention to replicated text is local.
 
-What is known of audio that is kept (`local_add_cond`) is added in every block behind the memory tokens, by how many
-those are: they are a sequence of their own, so that their number on a rank is right there.
+Differential attention makes each call twice. Every block adds `local_add_cond`, the embedding of audio that is kept,
+after the memory tokens, by their number. So these are a sequence of their own, and a rank has the right number of them.
 """
 
 from . import advanced
@@ -12,7 +11,7 @@ _JOINED = ("memory", "audio")
 
 PLANS: dict[str, Plan] = {
     "StableAudio3DiTModel": {
-        # The number first: the audio's length is what it leaves.
+        # The memory tokens' number comes first: the rest of the joined length is the audio's.
         "transformer_blocks.*": {
             ParamId("num_memory_tokens"): advanced.CPLength("memory"),
             ParamId("rope"): CPInput(0, 2, sequence=_JOINED),

@@ -1,6 +1,6 @@
-"""TransformerTemporalModel: attention over the frames of every pixel, which is a sample of its own.
+"""TransformerTemporalModel: attention over the frames of every pixel. Each pixel is a sample.
 
-So it is pixels that are split, and attention is local.
+Pixels are split, so attention is local.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan

@@ -1,7 +1,7 @@
-"""The classes of diffusers' denoisers that have no plan, with the reason, and what to do instead.
+"""The classes of diffusers' denoisers that have no plan, with the reason and what to do instead.
 
-A class is either here or has a plan; a test compares both with what diffusers has, so that a new class is noticed. What
-a user registers for one of these classes comes first.
+Every class is either here or has a plan; a test compares both with diffusers, so that a new class is noticed. A plan
+that a user registers for one of these classes takes precedence.
 """
 
 from __future__ import annotations
@@ -10,42 +10,44 @@ from typing import NamedTuple
 
 
 class Uncovered(NamedTuple):
-    """Why a class has no plan. Both are whole sentences."""
+    """A class without a plan. Both fields are full sentences."""
 
     reason: str
+    """Why it has no plan."""
     instead: str
+    """What to do instead."""
 
 
-_ALIKE = "Run it whole, on one device or on every rank alike"
-_BATCH = "Run it whole on every rank, and give each samples, or a half of the guidance, of its own."
+_UNSPLIT = "Run it unsplit, on one device or equally on every rank"
+_BATCH = "Run it unsplit on every rank, and give each rank its own samples, or one half of classifier-free guidance."
 
 _UNET = Uncovered(
-    "Its convolutions, up- and downsampling and group norms look across the whole picture between any two attention "
-    "layers, so that there is no sequence that could stay split.",
+    "Its convolutions, resampling layers and group norms need the entire image between any two attention layers, so no "
+    "sequence could stay split.",
     _BATCH,
 )
 _CONTROLNET = Uncovered(
-    "It takes a share of the time only and gives one whole result for every block of another model.",
-    "Leave it whole on every rank: the plan of the transformer that it controls splits its results.",
+    "It takes a small part of the time, and its results are inputs of another model's blocks.",
+    "Run it unsplit on every rank: the plan of the transformer that it controls splits its results.",
 )
 _SEVERAL = Uncovered("It only holds several ControlNets, and runs one after the other.", _CONTROLNET.instead)
 
 UNCOVERED: dict[str, Uncovered] = {
     # Transformers.
     "MiniMaxMusic3RVQDepthDecoder": Uncovered(
-        "Its sequences have 8 tokens at most, for which any exchange takes longer than what it saves.", f"{_ALIKE}."
+        "Its sequences have at most 8 tokens, for which an exchange takes longer than it saves.", f"{_UNSPLIT}."
     ),
     "PriorTransformer": Uncovered(
-        "Its sequences have 81 tokens, for which any exchange takes longer than what it saves.",
-        f"{_ALIKE}; the decoder behind it takes nearly all of the time.",
+        "Its sequences have 81 tokens, for which an exchange takes longer than it saves.",
+        f"{_UNSPLIT}; the decoder that follows takes nearly all of the time.",
     ),
     "RFD4ProteinaTransformer": Uncovered(
-        "It computes with all pairs of residues: each attention has a bias for every pair that its own layers change, "
-        "so that rows and columns would have to be split at once.",
+        "It computes with all pairs of residues: each attention has a bias for every pair, which its layers update, so "
+        "both rows and columns would have to be split.",
         _BATCH,
     ),
     "T5FilmDecoder": Uncovered(
-        "Its sequences have 256 tokens, and its processors compute the scores themselves.", f"{_ALIKE}."
+        "Its sequences have 256 tokens, and its processors compute the scores themselves.", f"{_UNSPLIT}."
     ),
     # UNets.
     "DreamLiteUNetModel": _UNET,

@@ -1,4 +1,4 @@
-"""Wan: self-attention over the video; cross-attention to text (and an image) that all ranks have whole: local."""
+"""Wan: self-attention over the video; cross-attention to replicated text (and an image) is local."""
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 

@@ -1,7 +1,7 @@
 """Wan Animate: Wan with adapters after some blocks, which attend frame by frame to the motion of a face.
 
-An adapter divides the sequence into frames, so that it needs it whole: all ranks compute all of it, which is little, a
-few keys for every token.
+An adapter divides the full sequence into frames, so every rank computes all of it: little work, with a few keys for
+each token.
 """
 
 from . import advanced, wan

@@ -1,7 +1,8 @@
-"""Wan Animate 2: a pass over a reference fills a cache; others attend to a video and, frame by frame, to that cache.
+"""Wan Animate 2: a pass over a reference fills a cache; others attend to the video and, frame by frame, the cache.
 
-What is split is what a pass computes. Of the cache every rank has its shard, as the first pass leaves it there.
-`processors/wan_animate2.py` does what depends on places; "nothing" are keys of zeros that it may put before the others.
+The tokens of each pass are split. Every rank has its shard of the cache, as the first pass leaves it there.
+`processors/wan_animate2.py` handles positions in the sequence. The sequence "nothing" are keys of zeros, which it may
+put before the others.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 
 def _tokens(grid_sizes: Any) -> int:
-    """Of a reference, whose frames, rows and columns these are."""
+    """Number of tokens of a reference from its frames, rows and columns."""
     frames, height, width = grid_sizes[0].tolist()
     return frames * height * width
 

@@ -1,6 +1,6 @@
-"""Wan VACE: Wan with blocks for a control video, which is split as the video is, and run before.
+"""Wan VACE: Wan with blocks for a control video, which is split like the video and runs before it.
 
-Of them only the first takes the video, which the model hands to all.
+Only the first of these blocks takes the video, which the model passes to all.
 """
 
 from . import wan

@@ -1,18 +1,18 @@
-"""Z-Image: image and text in one sequence, each refined by itself before.
+"""Z-Image: image and text are one sequence; each is refined separately before.
 
-The text's refiner runs whole on all ranks; the image's is split, and gathered before the model puts the two together,
-sample by sample, and pads the samples to one length. From there on it is one sequence, of which the model cuts out the
-image by its place in the whole. Masks are of all keys.
+The text is refined while it is replicated. The image is refined while it is split, then gathered before the model joins
+the two, sample by sample, and pads the samples to one length. From there on they are one sequence, from which the model
+cuts the image by its position. Masks cover all keys.
 
-With reference images (the model is given lists of images, with `image_noise_mask`) the sequence is text, images, and
-what SigLIP made of them, which is refined whole as the text is; each token then says whether it is noise.
+With reference images (lists of images and `image_noise_mask`), the sequence is text, images, and SigLIP's embedding of
+them, which is refined while it is replicated. Each token then has a flag whether it is noise.
 """
 
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 PLANS: dict[str, Plan] = {
     "ZImageTransformer2DModel": {
-        # By number of the layer behind which they are added.
+        # By number of the layer after which they are added.
         "": {ParamId("controlnet_block_samples"): CPInput(1, 3, sequence="joint")},
         "noise_refiner.0": {ParamId("x"): CPInput(1, 3, sequence="image")},
         "noise_refiner.*": {

@@ -1,4 +1,4 @@
-"""Splitting one model between ranks (`attach`), and undoing it (`detach`)."""
+"""Splits one model between ranks (`attach`), and undoes it (`detach`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..context_parallel.hooks.apply import apply_context_parallel, names_of_grou
 from ..context_parallel.mesh import ContextParallelMesh
 from ..cp_plans.advanced import CPCache
 from ..cp_plans.plan import ParamId, Plan, entries
-from ..processors.binding import attention_modules_of, change_processor, install, is_noted
+from ..processors.binding import attention_modules_of, change_processor, install, is_bound
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
 from .choices import Choices
-from .forward_count import Forwards, NoteForward
+from .forward_count import CountForward, Forwards
 from .input_sync import InputSync, Links
 from .targets import Target
 
@@ -54,7 +54,7 @@ def attach(
         sharers: numbers of these ranks in the job.
         chosen: the choices of all ranks.
     """
-    install()  # also where nothing is bound: a model that is split refuses enable_parallelism
+    install()  # needed even if nothing is bound, so that enable_parallelism raises on a split model
     model = target.model
     enabled = _enabled[model] = _Enabled([], [lease.again()], [], [])
     apply_context_parallel(model, sharing, target.plan)
@@ -67,7 +67,7 @@ def attach(
         enabled.hooks.append(model.register_state_dict_pre_hook(hook.forwards.adapters.may_have_changed))
     else:
         enabled.forwards.append(Forwards(model, target.name))
-        enabled.hooks.append(model.register_forward_pre_hook(NoteForward(enabled.forwards[0]), prepend=True))
+        enabled.hooks.append(model.register_forward_pre_hook(CountForward(enabled.forwards[0]), prepend=True))
     for _, module in attention_modules_of(model):
         processor = module.processor
         if obstacle(processor) is None and (chosen.rebind or not isinstance(processor, BoundProcessor)):
@@ -82,13 +82,18 @@ def attach(
 
 def _caches(plan: Plan) -> list[str]:
     """Names of the model's arguments that the plan declares as caches (`CPCache`)."""
-    of_model = [spec for path, spec in entries(plan) if not path and isinstance(spec, Mapping)]
-    named = [(key, word) for spec in of_model for key, word in spec.items() if isinstance(word, CPCache)]
-    names = [key.name if isinstance(key, ParamId) else key for key, _ in named]
+    specs = [spec for path, spec in entries(plan) if not path and isinstance(spec, Mapping)]
+    keys = [key for spec in specs for key, word in spec.items() if isinstance(word, CPCache)]
+    names = [key.name if isinstance(key, ParamId) else key for key in keys]
     return [name for name in names if isinstance(name, str)]
 
 
 def detach(model: nn.Module) -> None:
+    """Undoes `attach`. Does nothing if the model is not split.
+
+    Raises:
+        AttentionProviderError: the model is a shallow copy of a split model, or another thread runs its exchanges.
+    """
     copies.check_not_shallow(model)
     enabled = _enabled.get(model)
     if enabled is None:
@@ -100,7 +105,7 @@ def detach(model: nn.Module) -> None:
     for reference, before in enabled.processors:
         module: Any = reference()
         if module is not None:
-            module.set_processor(_as_before(module.processor, before) if is_noted(module) else before)
+            module.set_processor(_as_before(module.processor, before) if is_bound(module) else before)
     for hook in enabled.hooks:
         hook.remove()
     remove_context_parallel(model)
@@ -108,9 +113,9 @@ def detach(model: nn.Module) -> None:
         module = reference()
         if module is not None:
             copies.keep_hooks(module)
-    recorded = getattr(vars(model).get("forward"), "forget", None)
-    if recorded is not None:  # NCCL would not end a group that a CUDA graph still uses
-        recorded()
+    forget_recordings = getattr(vars(model).get("forward"), "forget", None)
+    if forget_recordings is not None:  # NCCL does not end a group that a CUDA graph still uses
+        forget_recordings()
     for lease in enabled.leases:
         lease.close()
 

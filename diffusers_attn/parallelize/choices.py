@@ -1,6 +1,6 @@
-"""The choices of `enable_context_parallel`: models, plans, provider and degrees, equal on all ranks.
+"""The choices of `enable_context_parallel`: models, plans, provider and degrees, which must be equal on all ranks.
 
-Nothing changes here: every argument is checked, and the ranks compare their choices, before the first model is changed.
+Every argument is checked, and the ranks compare their choices, before the first model is changed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def choose(
 def _facts(targets: Sequence[Target], request: DispatchProcessor, check_weights: bool) -> dict[str, str]:
     facts = versions() | {"provider": repr(request.choice), "check_weights": repr(check_weights)}
     for target in targets:
-        found = described_plan(target.plan) | Adapters(target.model).said(in_training=True)
+        found = described_plan(target.plan) | Adapters(target.model).describe(in_training=True)
         found |= described_model(target.model, check_weights)
         facts |= {f"{target.name}: {name}": value for name, value in found.items()}
     return facts
@@ -131,11 +131,11 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
             chosen.config,
             chosen.inputs,
         )
-        said = ", ".join(map(str, (*found, chosen.timeout)))
+        summary = ", ".join(map(str, (*found, chosen.timeout)))
         digest = hashlib.sha256(repr(sorted(chosen.facts.items())).encode()).hexdigest()
-    except Exception as error:  # of any kind: the others must not wait for this rank
-        problem, said, digest = error, f"{type(error).__name__}: {error}", ""
-    answers = everyone((dist.get_rank(), problem is None, said, digest), axes)
+    except Exception as error:  # every type, since the others must not wait for this rank
+        problem, summary, digest = error, f"{type(error).__name__}: {error}", ""
+    answers = everyone((dist.get_rank(), problem is None, summary, digest), axes)
     if problem is not None:
         raise problem
     for rank, succeeded, answer, _ in answers:
@@ -144,15 +144,15 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
     if len({answer for _, _, answer, _ in answers}) > 1:
         listed = "; ".join(f"rank {rank}: {answer}" for rank, _, answer, _ in answers)
         raise AttentionProviderError(
-            f"ranks that are to share a sequence enable context parallelism in different ways. {listed}. Give the same "
-            "arguments and the same models on all of them."
+            f"the ranks called enable_context_parallel with different choices. {listed}. Give the same arguments and "
+            "the same models on all of them."
         )
     if len({digest for *_, digest in answers}) > 1:
         lines = differences(everyone((dist.get_rank(), chosen.facts), axes))
         more = f". And {len(lines) - 8} more" if len(lines) > 8 else ""
         raise AttentionProviderError(
-            f"ranks that are to share a sequence are not alike. {'. '.join(lines[:8])}{more}. Load the same model with "
-            "the same adapters, and use the same plan, provider and versions on all of them."
+            f"the ranks that would share a sequence differ. {'. '.join(lines[:8])}{more}. Load the same model with the "
+            "same adapters, and use the same plan, provider and versions on all of them."
         )
     return chosen
 
@@ -162,17 +162,16 @@ def _request(provider: str | AttentionProvider | None, options: dict[str, object
     if provider is None:
         if options:
             raise AttentionProviderError(
-                f"{', '.join(f'{name}={value!r}' for name, value in options.items())} is neither an argument of "
-                "enable_context_parallel nor, since none is named, an option of a provider. Name the provider whose "
-                "option it is: provider='flash'."
+                f"{', '.join(f'{name}={value!r}' for name, value in options.items())} is not an argument of "
+                "enable_context_parallel. If it is an option of a provider, name the provider too: provider='flash'."
             )
         return DispatchProcessor("auto" if device == "cuda" else "native")
     request = DispatchProcessor(provider, **options)
     name = request.choice.provider if request.choice else "auto"
     if name != "auto" and device not in SPECS[name].capabilities.devices:
         raise AttentionProviderError(
-            f"attention provider '{name}' runs on {', '.join(sorted(SPECS[name].capabilities.devices))}, and the model "
-            f"is on {device}. Move the model there before this call, or name another provider."
+            f"attention provider '{name}' runs on {', '.join(sorted(SPECS[name].capabilities.devices))}, but the model "
+            f"is on {device}. Move the model before this call, or name another provider."
         )
     return request
 
@@ -230,15 +229,18 @@ def _degrees(
     ring_degree: int | None,
     by_place: Sequence[str],
 ) -> Degrees:
-    """The degrees of the mesh, those asked for, or those chosen by the rules. Raises AttentionProviderError where they
-    contradict each other or the provider."""
+    """The degrees of the mesh, the given ones, or those chosen by the rules.
+
+    Raises:
+        AttentionProviderError: the degrees contradict the mesh, or the provider does not support them.
+    """
     for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
         if degree is not None:
-            ContextParallelConfig(**{name: degree})  # type: ignore[arg-type]  # raises where it is no degree
+            ContextParallelConfig(**{name: degree})  # type: ignore[arg-type]  # raises for an invalid degree
     if sharing is not None:
         if sharing.size == 1:
             raise AttentionProviderError(
-                f"the mesh has one rank, which has nobody to share a sequence with. {job.HOW_TO_LAUNCH}, or make the "
+                f"the mesh has one rank, but context parallelism needs at least two. {job.HOW_TO_LAUNCH}, or make the "
                 "mesh's dimension for context parallelism larger."
             )
         for name, asked, has in (
@@ -247,33 +249,33 @@ def _degrees(
         ):
             if asked not in (None, has):
                 raise AttentionProviderError(
-                    f"{name}={asked}, and the mesh has {has}. Leave it out, or give another mesh: one dimension is a "
-                    'ring (or Ulysses, if it is named "ulysses"), two are named "ring" and "ulysses".'
+                    f"{name}={asked}, but the mesh has {has}. Leave it out, or give another mesh: one dimension is a "
+                    'ring (or Ulysses, if it is named "ulysses"), two must be named "ring" and "ulysses".'
                 )
         ulysses_degree, ring_degree = sharing.ulysses.size, sharing.ring.size
     degrees = complete_degrees(topology, ulysses_degree, ring_degree)
     lacking = _lacking_lse(names)
     if degrees.ring_degree > 1 and lacking:
-        able = ", ".join(name for name, spec in SPECS.items() if spec.capabilities.lse)
+        with_lse = ", ".join(name for name, spec in SPECS.items() if spec.capabilities.lse)
         raise AttentionProviderError(
-            f"attention provider {', '.join(map(repr, lacking))} gives no log-sum-exp, without which partial results "
-            f"over a ring (ring_degree={degrees.ring_degree}) cannot merge. Set "
-            f"ulysses_degree={topology.ranks}, ring_degree=1, which takes any provider, or one of: {able}."
+            f"attention provider {', '.join(map(repr, lacking))} returns no log-sum-exp (lse), which a ring "
+            f"(ring_degree={degrees.ring_degree}) needs to merge partial results. Set ulysses_degree="
+            f"{topology.ranks}, ring_degree=1, which works with any provider, or use one of: {with_lse}."
         )
     if degrees.ring_degree > 1 and by_place:
         raise AttentionProviderError(
-            f"{', '.join(by_place)} counts positions of the whole sequence, of which a ring (ring_degree="
-            f"{degrees.ring_degree}) gives a kernel parts. Set ulysses_degree={topology.ranks}, ring_degree=1, or "
-            "leave the option out."
+            f"{', '.join(by_place)} counts positions in the full sequence, but in a ring (ring_degree="
+            f"{degrees.ring_degree}) a kernel sees only parts of it. Set ulysses_degree={topology.ranks}, "
+            "ring_degree=1, or leave the option out."
         )
-    return degrees if sharing is None else degrees._replace(reason="as the mesh says")
+    return degrees if sharing is None else degrees._replace(reason="given by the mesh")
 
 
 def _config(degrees: Degrees, convert_to_fp32: bool) -> ContextParallelConfig:
     if degrees.ring_degree == 1 and convert_to_fp32 is not True:
         raise AttentionProviderError(
-            f"convert_to_fp32={convert_to_fp32!r} says how partial results of a ring merge, and there is no ring "
-            f"(ulysses_degree={degrees.ulysses_degree}, ring_degree=1). Leave it out, or set ring_degree."
+            f"convert_to_fp32={convert_to_fp32!r} applies to a ring, but there is none (ulysses_degree="
+            f"{degrees.ulysses_degree}, ring_degree=1). Leave it out, or set ring_degree."
         )
     return ContextParallelConfig(
         degrees.ring_degree, degrees.ulysses_degree, degrees.rotate_method or "allgather", convert_to_fp32

@@ -25,16 +25,16 @@ def fingerprint_of_all(tensors: Sequence[Tensor]) -> str:
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """The elements of `tensor` as a flat tensor of dtype uint8."""
-    # A dimension of size one has any stride, 0 where it was expanded, and a view as bytes wants 1.
+    # A dimension of size one may have any stride, 0 if it was expanded, but a view as bytes needs stride 1.
     return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _mixed(tensor: Tensor) -> Tensor:
     raw = bytes_of(tensor)
     raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
-    place = torch.arange(1, raw.numel() + 1, device=raw.device)
-    # Sums modulo 2^64, which do not depend on their order. Multipliers are odd, so that every bit counts.
-    mixed = (raw ^ (raw >> 29)) * (2 * place + 1)
+    position = torch.arange(1, raw.numel() + 1, device=raw.device)
+    # A sum modulo 2^64 does not depend on the order of additions. Multipliers are odd, so every bit has an effect.
+    mixed = (raw ^ (raw >> 29)) * (2 * position + 1)
     return (mixed ^ (mixed >> 32)).sum()
 
 

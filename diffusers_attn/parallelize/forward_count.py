@@ -1,4 +1,4 @@
-"""Counts the forwards of a model, so that ranks detect that one of them skipped a forward or went on after an error.
+"""Counts the forwards of a model, so that ranks detect if one of them skipped a forward or continued after an error.
 
 Operators in a compiled graph take only plain values, so they find a model's counter by an integer token.
 """
@@ -33,9 +33,9 @@ class State(NamedTuple):
     """Digest of `adapters`."""
 
 
-def digest_of(said: dict[str, str]) -> str:
-    """A short digest, equal on ranks with equal `said`."""
-    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
+def digest_of(descriptions: dict[str, str]) -> str:
+    """A short digest, equal on ranks with equal descriptions."""
+    return hashlib.blake2b(json.dumps(descriptions, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 class Forwards:
@@ -52,8 +52,8 @@ class Forwards:
         self._count = 0
         self._model = weakref.ref(model)
         self.adapters = Adapters(model)
-        self._said: dict[str, str] = {}
-        self._digest = digest_of(self._said)
+        self._described: dict[str, str] = {}
+        self._digest = digest_of(self._described)
         _by_token[self.token] = self
 
     @property
@@ -66,9 +66,9 @@ class Forwards:
         Args:
             in_training: whether gradients are recorded, so that weights may change in every step.
         """
-        adapters = self.adapters.said(in_training)
-        if adapters is not self._said:  # which stays the same object until something changes
-            self._said, self._digest = adapters, digest_of(adapters)
+        adapters = self.adapters.describe(in_training)
+        if adapters is not self._described:  # the same object is returned until something changes
+            self._described, self._digest = adapters, digest_of(adapters)
         return State(self.count(), adapters, self._digest)
 
     def count(self) -> str:
@@ -98,14 +98,14 @@ def forwards_of(token: int) -> Forwards:
     found = _by_token.get(token)
     if found is None:
         raise AttentionProviderError(
-            "context parallelism was disabled for the model whose forward this is, or it was copied or loaded from one "
-            "that had it. Call enable_context_parallel on it, on all ranks."
+            "this model's context parallelism was disabled, or the model is a copy of a split model. Call "
+            "enable_context_parallel on it, on all ranks."
         )
     return found
 
 
-class NoteForward:
-    """A forward pre-hook that reports this rank's progress, for models with inputs="trust"."""
+class CountForward:
+    """A forward pre-hook that counts forwards, for models with inputs="trust"."""
 
     def __init__(self, forwards: Forwards) -> None:
         self.forwards = forwards

@@ -1,8 +1,8 @@
 """Keeps a model's inputs equal on all ranks that share a sequence.
 
 Context parallelism computes one forward on several ranks, so all ranks need the same inputs. The most common error is
-noise that each rank drew by itself; the result is a picture made of pieces of several pictures. Before tensors are
-split:
+noise that each rank draws from its own seed; the result is an image made of pieces of several images. Before tensors
+are split:
 
 1. Every rank computes a digest of its call: names, shapes and dtypes of tensors, and values of numbers, flags and
    strings. Hosts exchange the digests through CPU memory, while devices go on computing. So shapes are known to be
@@ -17,9 +17,9 @@ The digest also contains the number of the forward, the adapters with their scal
 (`forward_count.py`, `model_sync.py`). So the same exchange detects a rank that skipped a call or has another LoRA. If
 the forward is recorded as CUDA graphs, it contains the state of the recordings, too.
 
-A tensor that requires a gradient is never replaced, since its autograd graph belongs to this rank: its values are
-compared in both modes. An argument that the plan declares as a cache (`CPCache`) is neither compared nor replaced: the
-model writes into it, and it may be larger than all other inputs together.
+A tensor that requires a gradient is never replaced, since its autograd graph belongs to this rank. Its values are
+compared in both modes. An argument that the plan declares as a cache (`CPCache`) is neither compared nor replaced,
+since the model writes into it and it may be larger than all other inputs together.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ class Links(NamedTuple):
             timeout: how long hosts wait for each other; None is the timeout of the job.
         """
         device = tuple(group for group in (mesh.ring, mesh.ulysses) if group.size > 1)
-        of_device = [resolve(group.name) for group in device]
+        device_groups = [resolve(group.name) for group in device]
 
-        def agree(said: Any) -> list[Any]:
-            return everyone(said, of_device)
+        def gather(value: Any) -> list[Any]:
+            return everyone(value, device_groups)
 
-        members = tuple(agree(dist.get_rank()))
-        lease = shared_groups.control_group(members, shared_groups.as_timeout(timeout, mesh.device_type), agree)
+        members = tuple(gather(dist.get_rank()))
+        lease = shared_groups.control_group(members, shared_groups.as_timeout(timeout, mesh.device_type), gather)
         return Links(device, Group(lease.names[0], mesh.rank, mesh.size), members, lease)
 
 
@@ -113,7 +113,7 @@ class InputSync:
         self.caches = frozenset(caches)
         self.names = list(inspect.signature(module.forward).parameters)
         self.compared = False
-        """Whether values were compared before replacing them: once, to warn the user of unseeded noise."""
+        """Whether values were compared before they were replaced. This is done once, to warn of unseeded noise."""
         self.received = ReceivedInputs()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -123,23 +123,24 @@ class InputSync:
         found = _Found([], [], [], [], [], [], [])
         for name, value in given:
             if name in self.caches and value is not None:
-                found.said.append((name, type(value).__name__))
+                found.plain.append((name, type(value).__name__))
             else:
                 _find(found, name, value)
-        found.said.append((_GRADIENTS, f"{torch.is_grad_enabled()}"))
+        found.plain.append((_GRADIENTS, f"{torch.is_grad_enabled()}"))
         compare = False
         if not torch.compiler.is_compiling():
-            # A rank that replays a recorded forward and one that runs it meet in other places.
+            # A rank that replays a recorded forward exchanges at other places than one that runs it.
             standing = getattr(vars(module).get("forward"), "standing", None)
             if standing is not None:
-                found.said.append(("what is recorded of the model", standing()))
+                found.plain.append(("recorded CUDA graphs", standing()))
             hooks = diffusers_hooks.standing(module)
             if hooks:
-                found.said.append(("hooks of diffusers in the model", hooks))
+                found.plain.append(("hooks of diffusers in the model", hooks))
             compare, self.compared = self.mode == "broadcast" and not self.compared, True
         call = (
             found.sent, [tensor.detach() for tensor in found.watched], found.integers, found.floats,
-            _joined(found.names), _joined(found.watched_names), _joined([part for line in found.said for part in line]),
+            _joined(found.names), _joined(found.watched_names),
+            _joined([part for line in found.plain for part in line]),
             self.links,
             self.mode == "check", compare,
         )  # fmt: skip
@@ -149,9 +150,9 @@ class InputSync:
             watched = [tensor + zero for tensor in found.watched]
         else:
             sent, watched = self._kept(found.sent, _values(*call)), found.watched
-        # In the order in which `_find` found them.
-        places = iter(sent), iter(watched)
-        new = {name: value if name in self.caches else _replaced(value, *places) for name, value in given}
+        # `_replaced` visits tensors in the order of `_find`.
+        tensors = iter(sent), iter(watched)
+        new = {name: value if name in self.caches else _replaced(value, *tensors) for name, value in given}
         new_args = [new[name] for name, _ in given[: len(args)]]
         return tuple(new_args), {name: new[name] for name in kwargs}
 
@@ -162,7 +163,7 @@ class InputSync:
 
 
 class _Found(NamedTuple):
-    """The contents of a call, with a name for each."""
+    """The values in a call's arguments, with their names."""
 
     sent: list[Tensor]
     names: list[str]
@@ -171,7 +172,7 @@ class _Found(NamedTuple):
     watched_names: list[str]
     integers: list[int]
     floats: list[float]
-    said: list[tuple[str, str]]
+    plain: list[tuple[str, str]]
     """Names of the numbers, and names and values of everything else that is not a tensor."""
 
 
@@ -180,7 +181,7 @@ _BETWEEN = "\x1e"
 
 
 def _joined(parts: list[str]) -> str:
-    """The strings as one, since an operator takes no list of strings."""
+    """The strings as one, since an operator cannot have a list of strings as its argument."""
     return _BETWEEN.join([part.replace(_BETWEEN, "\\x1e") for part in parts])
 
 
@@ -209,23 +210,23 @@ def _find(found: _Found, name: str, value: Any) -> None:
             found.sent.append(value)
             found.names.append(name)
     elif items is not None:
-        found.said.append((name, f"{type(value).__name__} of {len(items)}"))
+        found.plain.append((name, f"{type(value).__name__} of {len(items)}"))
         for key, each in items:
             _find(found, f"{name}[{key!r}]", each)
     elif value is None or isinstance(value, (bool, str, bytes, complex, torch.dtype, torch.device, enum.Enum)):
-        found.said.append((name, repr(value)))
-    elif isinstance(value, int):  # a number is passed on as one: in a graph it may be symbolic
-        found.said.append((name, _AN_INT))
+        found.plain.append((name, repr(value)))
+    elif isinstance(value, int):  # passed on as a number, since it may be symbolic in a graph
+        found.plain.append((name, _AN_INT))
         found.integers.append(value)
     elif isinstance(value, float):
-        found.said.append((name, _A_FLOAT))
+        found.plain.append((name, _A_FLOAT))
         found.floats.append(value)
     elif isinstance(value, (np.generic, np.ndarray)) and value.dtype != object:
         raw = np.ascontiguousarray(value)
         digest = hashlib.blake2b(raw.tobytes(), digest_size=8).hexdigest()
-        found.said.append((name, f"{type(value).__name__} {list(value.shape)} {value.dtype}, values {digest}"))
+        found.plain.append((name, f"{type(value).__name__} {list(value.shape)} {value.dtype}, values {digest}"))
     else:
-        found.said.append((name, type(value).__name__))
+        found.plain.append((name, type(value).__name__))
 
 
 _AN_INT, _A_FLOAT = "an int", "a float"
@@ -256,7 +257,7 @@ def _values(
     floats: Sequence[float],
     names: str,
     watched_names: str,
-    said: str,
+    plain: str,
     links: str,
     check: bool,
     compare: bool,
@@ -269,11 +270,11 @@ def _values(
     axes, host, members, token = _links(links)
     forwards = forwards_of(token)
     one_thread.take((*(group.name for group in axes), host.name), forwards.model)
-    said_of = _described(sent, watched, integers, floats, names, watched_names, said, check)
-    state = forwards.begin(in_training=said_of.call[_GRADIENTS] == "True")
+    described = _described(sent, watched, integers, floats, names, watched_names, plain, check)
+    state = forwards.begin(in_training=described.call[_GRADIENTS] == "True")
     with rank_progress.waiting_for(members):
-        if _differ(f"{state.at} {state.digest} {said_of.digest}", host):
-            raise _different(_everyone([{CALL: state.at, **state.adapters}, said_of.call], host))
+        if _differ(f"{state.at} {state.digest} {described.digest}", host):
+            raise _different(_everyone([{CALL: state.at, **state.adapters}, described.call], host))
         if compare:
             _report({name: _fingerprint(tensor) for name, tensor in zip(names.split(_BETWEEN), sent)}, host)
         return list(sent) if check else _of_first_rank(sent, axes, host)
@@ -285,7 +286,7 @@ def _links(links: str) -> tuple[list[Group], Group, list[int], int]:
     return [Group(*group) for group in device], Group(*host), members, token
 
 
-# One operator that the compiler does not look into contains everything that depends on other ranks.
+# Everything that depends on other ranks is in one operator, which is opaque to the compiler.
 @torch.library.custom_op("diffusers_attn::agree", mutates_args=())
 def _agree(
     sent: Sequence[Tensor],
@@ -294,19 +295,19 @@ def _agree(
     floats: Sequence[float],
     names: str,
     watched_names: str,
-    said: str,
+    plain: str,
     links: str,
     check: bool,
     compare: bool,
 ) -> list[Tensor]:
-    """A zero, on which other tensors can depend, and copies of the results of `_values`."""
-    values = _values(sent, watched, integers, floats, names, watched_names, said, links, check, compare)
+    """Returns a zero, on which other tensors can depend, and copies of the results of `_values`."""
+    values = _values(sent, watched, integers, floats, names, watched_names, plain, links, check, compare)
     diffusers_hooks.check_in_graph(forwards_of(_links(links)[3]).model)
     return [torch.zeros(()), *(torch.empty_like(mine).copy_(each) for mine, each in zip(sent, values))]
 
 
 @_agree.register_fake
-def _(sent, watched, integers, floats, names, watched_names, said, links, check, compare):  # type: ignore[no-untyped-def]
+def _(sent, watched, integers, floats, names, watched_names, plain, links, check, compare):  # type: ignore[no-untyped-def]
     return [torch.zeros(()), *map(torch.empty_like, sent)]
 
 
@@ -325,7 +326,7 @@ def _described(
     floats: Sequence[float],
     names: str,
     watched_names: str,
-    said: str,
+    plain: str,
     check: bool,
 ) -> _Described:
     tensors = (*sent, *watched)
@@ -337,11 +338,11 @@ def _described(
         tuple(map(repr, floats)),
         names if sent else None,
         watched_names if watched else None,
-        said,
+        plain,
     )
 
 
-@functools.lru_cache(maxsize=256)  # most calls differ from the one before only in values of tensors
+@functools.lru_cache(maxsize=256)  # most calls differ from the previous one only in values of tensors
 def _in_words(
     layouts: tuple[tuple[torch.Size, torch.dtype, str], ...],
     values: tuple[str | None, ...],
@@ -349,15 +350,15 @@ def _in_words(
     floats: tuple[str, ...],
     names: str | None,
     watched_names: str | None,
-    said: str,
+    plain: str,
 ) -> _Described:
-    of_tensors = [name for each in (names, watched_names) if each is not None for name in each.split(_BETWEEN)]
+    tensor_names = [name for each in (names, watched_names) if each is not None for name in each.split(_BETWEEN)]
     lines = [
         (name, _layout(*layout) if value is None else f"{_layout(*layout)}, values {value}")
-        for name, layout, value in zip(of_tensors, layouts, values)
+        for name, layout, value in zip(tensor_names, layouts, values)
     ]
     numbers = {_AN_INT: iter(integers), _A_FLOAT: iter(floats)}
-    parts = said.split(_BETWEEN)
+    parts = plain.split(_BETWEEN)
     lines += [
         (name, next(numbers[value]) if value in numbers else value) for name, value in zip(parts[::2], parts[1::2])
     ]
@@ -373,9 +374,9 @@ def _layout(shape: torch.Size, dtype: torch.dtype, device: str) -> str:
     return f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"
 
 
-def _differ(said: str, host: Group) -> bool:
-    """Whether the ranks' values of `said` differ. The result is equal on all ranks."""
-    digest = hashlib.blake2b(said.encode(), digest_size=8).digest()
+def _differ(text: str, host: Group) -> bool:
+    """Whether the ranks' texts differ. The result is equal on all ranks."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     digests = _gathered(torch.frombuffer(bytearray(digest), dtype=torch.int64), host)
     return len(set(digests.tolist())) > 1
 
@@ -387,37 +388,37 @@ def _gathered(tensor: Tensor, host: Group) -> Tensor:
     return rows
 
 
-def _everyone(said: Any, host: Group) -> list[tuple[int, Any]]:
-    """The values of `said` on all ranks, with the ranks' numbers."""
-    raw = json.dumps([dist.get_rank(), said]).encode()
+def _everyone(value: Any, host: Group) -> list[tuple[int, Any]]:
+    """The value of every rank, a JSON value, with the rank's number."""
+    raw = json.dumps([dist.get_rank(), value]).encode()
     sizes = _gathered(torch.tensor([len(raw)]), host).tolist()
     padded = torch.frombuffer(bytearray(raw.ljust(max(sizes))), dtype=torch.uint8)
     rows = _gathered(padded[None], host)
     return [tuple(json.loads(bytes(row.tolist()))) for row in rows]
 
 
-def _different(said: list[tuple[int, Any]]) -> AttentionProviderError:
-    states = [(rank, state) for rank, (state, _) in said]
+def _different(descriptions: list[tuple[int, Any]]) -> AttentionProviderError:
+    states = [(rank, state) for rank, (state, _) in descriptions]
     if len({state[CALL] for _, state in states}) > 1:
         return AttentionProviderError(
             "the ranks that share a sequence are not at the same call: "
             + differences([(rank, {CALL: state[CALL]}) for rank, state in states])[0].removeprefix(f"{CALL}: ")
-            + ". A rank has left out a call, or gone on after an error that others did not have. Call models in the "
-            "same order on all ranks. To begin anew, call disable_context_parallel and enable_context_parallel on "
+            + ". A rank has skipped a call, or continued after an error that others did not have. Call models in the "
+            "same order on all ranks. To start again, call disable_context_parallel and enable_context_parallel on "
             "all of them."
         )
     lines = differences(states)
     if lines:
         return AttentionProviderError(
-            "the models of the ranks that share a sequence are not alike. "
+            "the ranks that share a sequence have different models. "
             + ". ".join(lines)
             + ". Load the same adapters with the same scales on all ranks, and set the same processors."
         )
     return AttentionProviderError(
-        "the ranks that share a sequence were given different inputs. "
-        + ". ".join(differences([(rank, call) for rank, (_, call) in said]))
-        + ". Call the model with the same arguments on all of them: the same prompt and sizes, noise from a generator "
-        "that is seeded alike, batches of the same data."
+        "the ranks that share a sequence have different inputs. "
+        + ". ".join(differences([(rank, call) for rank, (_, call) in descriptions]))
+        + ". Call the model with the same arguments on all of them: the same prompt and sizes, noise from generators "
+        "with the same seed, and the same batches of data."
     )
 
 
@@ -428,28 +429,30 @@ def _report(fingerprints: dict[str, str], host: Group) -> None:
         if dist.get_rank() == calls[0][0]:
             names = ", ".join(name for name in calls[0][1] if len({call[name] for _, call in calls}) > 1)
             log.warning(
-                "the ranks that share a sequence were given different values of %s: those of rank %d are used on all, "
-                "and only its results are whole. Seed generators alike on all ranks.",
+                "the ranks that share a sequence have different values of %s: those of rank %d are used on all of "
+                "them. Give generators the same seed on all ranks.",
                 names,
                 calls[0][0],
             )
 
 
 def _of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Group) -> list[Tensor]:
-    """The first rank's tensors, which have the same shapes and dtypes, sent in one message for each kind of memory. On
-    the first rank, and for empty tensors, the tensors in `tensors` themselves."""
+    """The first rank's tensors, sent in one message for each kind of memory. Shapes and dtypes are equal on all ranks.
+
+    On the first rank, and for empty tensors, the tensors in `tensors` are returned themselves.
+    """
     values = list(tensors)
     for on_device in (False, True):
-        # A host's memory is the device of a model on CPUs.
+        # Tensors in host memory go over `host`, also those of a model on a CPU.
         mine = [i for i, tensor in enumerate(tensors) if (tensor.device.type != "cpu") == on_device and tensor.numel()]
         if not mine:
             continue
-        mine.sort(key=lambda i: -tensors[i].element_size())  # each then begins at a multiple of its size
+        mine.sort(key=lambda i: -tensors[i].element_size())  # so that each is aligned to its element size
         lengths = [tensors[i].nbytes for i in mine]
         groups = device if on_device else [host]
         if groups[0].rank == 0:
             message = torch.cat([_bytes(tensors[i]) for i in mine])
-        else:  # replaced below
+        else:  # replaced by the received message
             message = tensors[mine[0]].new_empty(0, dtype=torch.uint8)
         if on_device:
             for group in device:

@@ -1,11 +1,11 @@
 """Describes models, so that ranks that share a sequence can check that their models are equal.
 
 Two ranks with different LoRAs, scales or providers compute a mixture of two models, which no shape reveals. So models
-are described in full when context parallelism is enabled. In every forward, only adapters with their scales and
+are described completely when context parallelism is enabled. In every forward, only adapters with their scales and
 processors are described again: they can change between forwards, and reading them is cheap.
 
 Values of weights are not read in every forward, since the host would wait for its device. Values of adapters are read
-when adapters come or go, and, outside of training, when one of these signs says that they may have changed:
+when adapters are added or removed, and, outside of training, after one of these signs of a change:
 
 - A weight's version: PyTorch counts writes in place.
 - A weight's address: `weight.data = other` and `torch.utils.swap_tensors` change it.
@@ -33,7 +33,7 @@ from ..cp_plans.plan import Plan, entries
 from .fingerprint import fingerprint, fingerprint_of_all
 
 _MOST_MOVES = 4
-"""Addresses that change so often in succession, and values never, are no sign any more."""
+"""Number of consecutive changes of addresses without a change of values, after which addresses are ignored."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -48,12 +48,12 @@ def versions() -> dict[str, str]:
 
 
 def described_plan(plan: Plan) -> dict[str, str]:
-    """The entries of a plan, in words, by name."""
+    """Descriptions of a plan's entries by name."""
     found: dict[str, str] = {}
     for path, spec in entries(plan):
         name = f"plan entry {path!r}"
-        said = _ADDRESS.sub("", repr(spec))
-        found[name] = f"{found[name]}, {said}" if name in found else said
+        text = _ADDRESS.sub("", repr(spec))
+        found[name] = f"{found[name]}, {text}" if name in found else text
     return found
 
 
@@ -63,12 +63,12 @@ def described_model(model: nn.Module, weights: bool) -> dict[str, str]:
     found = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
     buffers = ((name, each) for name, each in model.named_buffers())
     for name, tensor in (*model.named_parameters(), *buffers):
-        values = f", values {fingerprint(tensor.detach())}" if weights and _is_whole(tensor) else ""
+        values = f", values {fingerprint(tensor.detach())}" if weights and _is_complete(tensor) else ""
         found[f"weight {name}"] = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{values}"
     return found
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def _is_complete(tensor: Tensor) -> bool:
     """Whether this rank has all values of `tensor`: it is neither a shard (FSDP2) nor on the meta device."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
 
@@ -91,22 +91,22 @@ class Adapters:
         self._weights: list[Tensor] = []
         """Weights of the adapters at the last description, without tensors of inference mode, which have no version."""
         self._versions: list[int] = []
-        self._whole: list[Tensor] = []
+        self._complete: list[Tensor] = []
         """Weights of the adapters at the last description that have an address."""
         self._addresses: list[int] = []
         self._moves = 0
-        """How often in succession addresses changed and values did not."""
+        """Number of consecutive changes of addresses without a change of values."""
         self._is_suspect = False
         """Whether values may have changed without another sign."""
         self._checksums: dict[str, str] = {}
-        self._said: dict[str, str] = {}
+        self._described: dict[str, str] = {}
 
     def may_have_changed(self, *_: Any) -> None:
-        """Has the values of adapters read for the next forward outside of training. A pre-hook of `state_dict`."""
+        """Makes the next forward outside of training read the values of adapters. A pre-hook of `state_dict`."""
         self._is_suspect = True
 
-    def said(self, in_training: bool) -> dict[str, str]:
-        """The properties that must be equal on all ranks, by name. The same object until one of them changes.
+    def describe(self, in_training: bool) -> dict[str, str]:
+        """The properties that must be equal on all ranks, by name. Returns the same object until one of them changes.
 
         Args:
             in_training: ignores changes of the weights' values, which come with every step.
@@ -122,20 +122,20 @@ class Adapters:
             self._layers = [(name, each) for name, each in named if hasattr(each, "adapter_layer_names")]
             self._attention = [(name, each) for name, each in named if hasattr(each, "processor")]
             self._scalings = [layer.scaling for _, layer in self._layers if hasattr(layer, "scaling")]
-        state = self._now()
+        state = self._current_state()
         if state != self._state or (not in_training and self._are_written()):
             self._state = state
-            self._said = self._describe()
-        return self._said
+            self._described = self._describe()
+        return self._described
 
     def _are_written(self) -> bool:
         """Whether the values of adapters may have changed since the last description."""
         if self._is_suspect or [each._version for each in self._weights] != self._versions:
             return True
-        # Offloading moves weights in every forward: reading their values each time would be slow.
-        return self._moves < _MOST_MOVES and [each.data_ptr() for each in self._whole] != self._addresses
+        # Offloading moves weights in every forward, and reading their values each time would be slow.
+        return self._moves < _MOST_MOVES and [each.data_ptr() for each in self._complete] != self._addresses
 
-    def _now(self) -> list[Any]:
+    def _current_state(self) -> list[Any]:
         """The current state, as plain values that compare quickly."""
         processors = [module.processor for _, module in self._attention]
         return [
@@ -166,11 +166,11 @@ class Adapters:
     def _describe(self) -> dict[str, str]:
         weights = list(self._find_weights())
         self._weights = [each for _, each in weights if not each.is_inference()]
-        self._whole = [each for _, each in weights if _is_whole(each)]
-        versions, addresses = [each._version for each in self._weights], [each.data_ptr() for each in self._whole]
+        self._complete = [each for _, each in weights if _is_complete(each)]
+        versions, addresses = [each._version for each in self._weights], [each.data_ptr() for each in self._complete]
         have_moved = addresses != self._addresses
         if self._is_suspect or versions != self._versions or have_moved or len(weights) != len(versions):
-            before, self._checksums = self._checksums, _summed(weights)
+            before, self._checksums = self._checksums, _checksums_of(weights)
             self._moves = self._moves + 1 if have_moved and before == self._checksums else 0
             self._versions, self._addresses, self._is_suspect = versions, addresses, False
         found: dict[str, str] = {}
@@ -183,9 +183,9 @@ class Adapters:
             ]
             each_scale = sorted({scale for _, scale, _ in rows})
             active = sum(is_active for *_, is_active in rows)
-            of_each = f" (by layer {_digest(rows)})" if len(each_scale) > 1 or active not in (0, len(rows)) else ""
+            by_layer = f" (by layer {_digest(rows)})" if len(each_scale) > 1 or active not in (0, len(rows)) else ""
             found[f"adapter {adapter!r}"] = (
-                f"active in {active} of {len(rows)} layers, scale {' '.join(each_scale[:4]) or 'none'}{of_each}, "
+                f"active in {active} of {len(rows)} layers, scale {' '.join(each_scale[:4]) or 'none'}{by_layer}, "
                 f"weights {self._checksums.get(adapter, 'none')}"
             )
         merged = sorted({name for _, layer in self._layers for name in layer.merged_adapters})
@@ -201,14 +201,14 @@ class Adapters:
         return found
 
 
-def _summed(weights: list[tuple[str, Tensor]]) -> dict[str, str]:
+def _checksums_of(weights: list[tuple[str, Tensor]]) -> dict[str, str]:
     """A checksum of each adapter's weights."""
     by_adapter: dict[str, list[Tensor]] = {}
     for adapter, tensor in weights:
         by_adapter.setdefault(adapter, []).append(tensor.detach())
     return {
-        adapter: fingerprint_of_all(those) if all(map(_is_whole, those)) else "not whole here"
-        for adapter, those in by_adapter.items()
+        adapter: fingerprint_of_all(tensors) if all(map(_is_complete, tensors)) else "sharded"
+        for adapter, tensors in by_adapter.items()
     }
 
 

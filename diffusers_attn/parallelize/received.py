@@ -1,4 +1,4 @@
-"""Stores the values that a rank receives from the first rank. The same input always gets the same memory.
+"""Stores the input values that a rank receives from the first rank, in the same memory for the same input.
 
 Some code identifies an input by its address. diffusers' TextKVCache stores the keys of a prompt by the address of the
 prompt's embeddings. New tensors in every forward would often get the address of an earlier one, and with it the keys of
@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
-class _Kept(NamedTuple):
+class _Entry(NamedTuple):
     memory: StorageWeakRef
-    """The storage of this rank's own input, weakly: its memory is freed, but its identity is not reused."""
+    """A weak reference to the storage of this rank's own input. The memory may be freed, but its id is not reused."""
     received: Tensor
     version: int | None
-    """Version of the input when values were last received; None for tensors of inference mode."""
+    """Version of the input when values were last received; None for an inference tensor."""
 
 
 class ReceivedInputs:
     """The received values of one model's inputs, by the memory of this rank's own inputs."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], _Kept] = {}
+        self._entries: dict[tuple[Any, ...], _Entry] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy starts empty: two copies of a StorageWeakRef would free one reference twice and end the process.
@@ -34,22 +34,22 @@ class ReceivedInputs:
 
     def forget(self) -> None:
         """Frees the values of inputs that no longer exist."""
-        self._kept = {place: kept for place, kept in self._kept.items() if not kept.memory.expired()}
+        self._entries = {key: entry for key, entry in self._entries.items() if not entry.memory.expired()}
 
     def keep(self, own: Tensor, values: Tensor) -> Tensor:
         """A tensor like `own` with these values; the tensor of an earlier forward if `own` has the same memory."""
         storage = own.untyped_storage()
-        place = storage._cdata, own.storage_offset(), own.dtype, tuple(own.shape), own.stride()
+        key = storage._cdata, own.storage_offset(), own.dtype, tuple(own.shape), own.stride()
         version = None if own.is_inference() else own._version
-        kept = self._kept.get(place)
+        entry = self._entries.get(key)
         with torch.no_grad():
-            if kept is None or kept.received.is_inference() != torch.is_inference_mode_enabled():
+            if entry is None or entry.received.is_inference() != torch.is_inference_mode_enabled():
                 received = torch.empty_like(own, requires_grad=False).copy_(values)
-            elif kept.version == version:
+            elif entry.version == version:
                 # Equal values. `.data` keeps the version, since autograd may have saved this tensor.
-                received = kept.received
+                received = entry.received
                 received.data.copy_(values)
             else:
-                received = kept.received.copy_(values)
-        self._kept[place] = _Kept(StorageWeakRef(storage), received, version)
+                received = entry.received.copy_(values)
+        self._entries[key] = _Entry(StorageWeakRef(storage), received, version)
         return received

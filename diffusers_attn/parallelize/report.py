@@ -10,17 +10,17 @@ class ContextParallelReport:
     """The choices of `enable_context_parallel`. Prints as one line."""
 
     models: tuple[str, ...]
-    """The split models: names of the pipeline's components, with their classes."""
+    """The split models: names of the pipeline's components, with their classes; for a single model, its class."""
     whole: tuple[str, ...]
     """Transformers of the pipeline without a plan, which every rank runs in full."""
     ulysses_degree: int
     ring_degree: int
     rotate_method: str | None
-    """How keys and values travel in the ring, "allgather" or "alltoall"; None without a ring."""
+    """Exchange of keys and values in the ring, "allgather" or "alltoall"; None without a ring."""
     reason: str
-    """Why these degrees were chosen."""
+    """Reason for these degrees."""
     provider: str
-    """Attention providers of the split models, joined by commas; "scope" is the scope of `attention_provider`."""
+    """Attention providers of the split models, separated by commas. "scope" is that of `attention_provider`."""
     inputs: str
     """How inputs are kept equal on all ranks: "broadcast", "check" or "trust"."""
     ranks: tuple[int, ...]
@@ -48,7 +48,7 @@ class ContextParallelReport:
             "check": "inputs are compared",
             "trust": "inputs are trusted to be the same",
         }[self.inputs]
-        whole = f"; whole on every rank, for want of a plan: {', '.join(self.whole)}" if self.whole else ""
+        whole = f"; without a plan, so not split: {', '.join(self.whole)}" if self.whole else ""
         return (
             f"context parallelism: {', '.join(self.models)} on {len(self.ranks)}{of} ranks, {degrees} ({self.reason}); "
             f"attention by {self.provider}; {inputs}{whole}"

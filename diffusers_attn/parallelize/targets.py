@@ -1,4 +1,4 @@
-"""Finds the models to split in a pipeline or under wrappers, checks them, and counts their heads."""
+"""Finds the models to split, in a pipeline or under wrappers, checks them, and counts their heads."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..processors.bound import obstacle
 
 
 class Target(NamedTuple):
-    """A model that is to be split."""
+    """A model to split, with its plan."""
 
     name: str
-    """Name of the pipeline's component and its class; for a model given by itself, its class."""
+    """Name of the pipeline's component, with its class; for a single model, its class."""
     model: nn.Module
     plan: Plan
 
@@ -43,15 +43,15 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
     for target in targets:
         if applied_tracker(target.model) is not None:
             raise AttentionProviderError(
-                f"{target.name} is split between ranks already. To split it in another way, call "
-                "disable_context_parallel first (or remove_context_parallel, if apply_context_parallel split it)."
+                f"{target.name} is split between ranks already. To change that, call disable_context_parallel first "
+                "(or remove_context_parallel, if apply_context_parallel split it)."
             )
         copies.check_whole(target.model)
         check_bindable(target.model)
         if getattr(target.model, "_parallel_config", None) is not None:
             raise AttentionProviderError(
-                f"{target.name} was given to diffusers' own enable_parallelism() before. Load it anew and leave that "
-                "call (or from_pretrained's parallel_config=...) out."
+                f"diffusers' own enable_parallelism() was called on {target.name}. Load the model again without that "
+                "call (or from_pretrained's parallel_config=...)."
             )
         _check_routed(target)
         diffusers_hooks.check(target.model, target.plan)
@@ -111,7 +111,7 @@ def split_heads(target: Target) -> tuple[int, ...]:
 
 
 def _number(module: Any, *names: str) -> int | None:
-    """The first of these attributes that is a number: classes of diffusers differ in what they call it."""
+    """The first of these attributes that is a number. diffusers' classes use different names."""
     return next((value for value in (getattr(module, name, None) for name in names) if isinstance(value, int)), None)
 
 
@@ -119,7 +119,7 @@ def _components(pipeline: Any) -> dict[str, Any]:
     components = getattr(pipeline, "components", None)
     if components is None:
         raise AttentionProviderError(
-            f"given was a {type(pipeline).__name__}; a model (torch.nn.Module) or a diffusers pipeline is accepted."
+            f"got a {type(pipeline).__name__}; a model (torch.nn.Module) or a diffusers pipeline is accepted."
         )
     return dict(components)
 
@@ -141,15 +141,15 @@ def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[s
     if not targets:
         reasons = "".join(f"{reason} " for reason in map(uncovered, components.values()) if reason is not None)
         raise AttentionProviderError(
-            f"{type(pipeline).__name__} has nothing to split: its components are "
-            f"{', '.join(f'{name} ({type(each).__name__})' for name, each in components.items())}, and none of these "
-            f"classes has a plan (diffusers_attn.list_cp_plans() names those that do). {reasons}docs/writing_plans.md "
-            "shows how one is written: register it for the transformer's class (register_cp_plan), or pass plan=..."
+            f"{type(pipeline).__name__} has no component with a plan. Its components are "
+            f"{', '.join(f'{name} ({type(each).__name__})' for name, each in components.items())}; "
+            f"diffusers_attn.list_cp_plans() lists the classes with a plan. {reasons}To write one, see "
+            "docs/writing_plans.md; then pass plan=..., or register it for the transformer's class (register_cp_plan)."
         )
     classes = {type(target.model).__name__ for target in targets.values()}
     if plan is not None and len(classes) > 1:
         raise AttentionProviderError(
-            f"one plan was given, and {type(pipeline).__name__} has transformers of {len(classes)} classes, "
+            f"one plan was given, but {type(pipeline).__name__} has transformers of {len(classes)} classes, "
             f"{', '.join(sorted(classes))}. Register a plan for each class, or enable the models one by one."
         )
     return list(targets.values()), whole
@@ -178,6 +178,6 @@ def _check_routed(target: Target) -> None:
         if reason is not None and id(module) not in local:
             raise AttentionProviderError(
                 f"the attention of '{name}' in {target.name} cannot be split between ranks: {reason}. If its own "
-                "processor was replaced (by attention slicing, xformers or set_default_attn_processor), put it back; "
-                "if its keys are whole on every rank, say so in the plan: CPAttention((...), key=())."
+                "processor was replaced (by attention slicing, xformers or set_default_attn_processor), restore it; if "
+                "its keys are replicated on every rank, declare that in the plan: CPAttention((...), key=())."
             )

@@ -1,10 +1,9 @@
-"""How the attention of a diffusers model reaches a provider.
+"""Routes the attention of diffusers models to providers.
 
-Importing this package changes nothing. `binding.install` patches diffusers once, when the first processor is bound.
-
-`DispatchProcessor` is the one name whose reading patches diffusers, too, here and in `diffusers_attn`. In
-`model.set_attn_processor(DispatchProcessor("flash"))` Python looks up the method before it makes the argument, and a
-third of diffusers' model classes have no such method until it is patched in.
+Importing this package changes nothing. `binding.install` patches diffusers once, when the first processor is bound or
+the name `DispatchProcessor` is first read (here or in `diffusers_attn`). The latter is needed for
+`model.set_attn_processor(DispatchProcessor("flash"))`: Python looks up the method before it evaluates the argument, and
+a third of diffusers' model classes lack this method before the patch.
 """
 
 from typing import TYPE_CHECKING, Any

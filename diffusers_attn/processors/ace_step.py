@@ -1,9 +1,9 @@
-"""ACE-Step: windows of attention as an option of the kernel, where it has one, in place of a dense mask.
+"""ACE-Step: attention windows as an option of the kernel instead of a dense mask.
 
-The model makes a mask of all queries by all keys for its layers with a window, unless a flash backend of diffusers is
-set; with one, its processor passes the window on. Through a provider with the option `window_size` it does the same
-here: the mask, which says nothing but the window, is left out, and diffusers' own code takes the way of its flash
-backends. Over several ranks a window would count positions of a shard, so that the mask stays.
+For layers with a window, the model makes a dense mask of all queries by all keys. With a flash backend of diffusers,
+its processor passes the window to the kernel instead. The code here does the same for providers with the option
+`window_size`: it drops the mask and runs diffusers' own code for flash backends. Over several ranks the mask stays,
+since a kernel's window would count positions within a shard.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ PROCESSOR = "diffusers.models.transformers.ace_step_transformer.AceStepAttnProce
 
 
 def methods(upstream: FunctionType, overlay: Overlay) -> dict[str, Callable[..., Any]]:
-    """What a bound processor has in place of `upstream`, the `__call__` of diffusers' processor."""
+    """The methods of a bound processor that replace `upstream`, the `__call__` of diffusers' processor."""
     masked = overlay.rebuild(upstream)
     windowed = with_globals(masked, _get_current_attention_backend=_flash)
     return {"__call__": _call, "with_mask": masked, "with_window": windowed}
 
 
 def _flash(processor: object = None) -> AttentionBackendName:
-    """In place of the function by which diffusers' processor asks for its backend."""
+    """Replaces the function from which diffusers' processor gets its backend."""
     return AttentionBackendName.FLASH
 
 
@@ -43,7 +43,7 @@ def _call(
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As diffusers' processor, with the same arguments."""
+    """Same as diffusers' processor, with the same arguments."""
     cross = attn.is_cross_attention and encoder_hidden_states is not None
     windowed = getattr(attn, "sliding_window", None) is not None and attention_mask is not None and not cross
     choice = active_choice(self.choice)

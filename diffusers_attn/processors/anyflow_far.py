@@ -1,12 +1,12 @@
-"""AnyFlow FAR: attention to chunks of frames and to a cache of earlier ones, where several ranks share the sequence.
+"""AnyFlow FAR over several ranks: attention to chunks of frames and to a cache of earlier chunks.
 
-diffusers' processor slices keys for its cache by places of the whole sequence, fills queries and keys up to a multiple
-of 128 and masks them with a BlockMask over all of it. Over several ranks the code here takes its place: the cache is
-given the keys of all ranks, so that it is whole and alike on every one, and of the mask a rank takes its queries' rows.
-On one device it is diffusers' own code.
+diffusers' processor slices keys for its cache by positions in the full sequence, pads queries and keys to a multiple of
+128, and masks them with a BlockMask over the full sequence. The code here replaces it over several ranks. The cache
+stores the keys of all ranks, equal on every rank; and each rank takes its queries' rows of the mask. On one device,
+diffusers' own code runs.
 
-A step that reads the cache has no mask, so that the zeros with which keys are filled up take part in it, in diffusers
-as here: they belong to what the model computes.
+A step that reads the cache has no mask. The zeros that pad the keys then take part in attention, as in diffusers: they
+are part of the model's definition.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK = 128
 
 
 def methods(upstream: FunctionType, overlay: Overlay) -> dict[str, Callable[..., Any]]:
-    """What a bound processor has in place of `upstream`, the `__call__` of diffusers' processor."""
+    """The methods of a bound processor that replace `upstream`, the `__call__` of diffusers' processor."""
     return {
         "__call__": overlay.rebuild(cast(FunctionType, _call)),
         "on_one_device": overlay.rebuild(upstream),
@@ -49,16 +49,16 @@ def _call(
     kv_cache: dict[str, Tensor] | None = None,
     kv_cache_flag: dict[str, Any] | None = None,
 ) -> Tensor:
-    """As diffusers' processor, with the same arguments; over several ranks:
+    """Same as diffusers' processor, with the same arguments. Over several ranks these are:
 
     Args:
-        hidden_states: of this rank's tokens, `[batch, tokens, channels]`.
-        attention_mask: a BlockMask over the tokens of all ranks, filled up to whole blocks.
-        rotary_emb: "query", `[1, 1, tokens, head_dim / 2]`, and "key", the same behind those of all cached tokens.
-        kv_cache: "compressed_cache" and "full_cache", `[2, batch, heads, places, head_dim]`, of all tokens.
+        hidden_states: this rank's tokens, `[batch, tokens, channels]`.
+        attention_mask: a BlockMask over the tokens of all ranks, padded to complete blocks.
+        rotary_emb: "query", `[1, 1, tokens, head_dim / 2]`, and "key", the same after the entries of all cached tokens.
+        kv_cache: "compressed_cache" and "full_cache", `[2, batch, heads, places, head_dim]`, of the full sequence.
 
     Raises:
-        AttentionProviderError: a mask of other tokens.
+        AttentionProviderError: the mask is for another number of tokens.
     """
     tracker = active.tracker
     names = () if tracker is None or tracker.role is None else tracker.present(tracker.role.query)
@@ -70,7 +70,7 @@ def _call(
     query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
     query = query if attn.norm_q is None else attn.norm_q(query)
     key = key if attn.norm_k is None else attn.norm_k(key)
-    # [batch, heads, tokens, head_dim], as caches and rotary embeddings are.
+    # [batch, heads, tokens, head_dim], like caches and rotary embeddings.
     query, key, value = (
         each.to(hidden_states.dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value)
     )
@@ -88,10 +88,10 @@ def _call(
         rows = tracker.once(
             attention_mask, lambda: _rows(attention_mask, shards.spans[tracker.mesh.rank], shards.total)
         )
-        # Whoever the provider is, diffusers asks for flex; without a mask, any does.
+        # diffusers always requests flex. Without a mask, every provider can serve the call.
         backend = None if _takes_rows(active_choice(self.choice)) else "flex"
     elif -shards.total % BLOCK:
-        # Before the others, where keys are that every rank has.
+        # The padding comes first, like all keys that every rank has.
         key, value = (
             torch.cat([each.new_zeros(*each.shape[:2], -shards.total % BLOCK, each.shape[3]), each], dim=2)
             for each in (key, value)
@@ -109,11 +109,11 @@ def _call(
 
 
 def _fill(cache: dict[str, Tensor], flag: dict[str, Any], key: Tensor, value: Tensor) -> None:
-    """Puts the keys and values of all tokens into the cache, compressed frames first."""
+    """Writes the keys and values of all tokens into the cache, compressed frames first."""
     compressed, full = flag["num_compressed_tokens"], flag["num_full_tokens"]
-    for part, whole in enumerate((key, value)):
-        cache["compressed_cache"][part, :, :, :compressed] = whole[:, :, :compressed]
-        cache["full_cache"][part, :, :, :full] = whole[:, :, compressed:]
+    for part, tokens in enumerate((key, value)):
+        cache["compressed_cache"][part, :, :, :compressed] = tokens[:, :, :compressed]
+        cache["full_cache"][part, :, :, :full] = tokens[:, :, compressed:]
 
 
 def _cached(cache: dict[str, Tensor], flag: dict[str, Any], part: int) -> Tensor:
@@ -124,15 +124,15 @@ def _cached(cache: dict[str, Tensor], flag: dict[str, Any], part: int) -> Tensor
 
 
 def _rows(mask: Any, spans: tuple[tuple[int, int], ...], total: int) -> Tensor:
-    """This rank's queries' rows over all keys, of a BlockMask over the whole sequence."""
+    """The rows of this rank's queries over all keys, from a BlockMask over the full sequence."""
     from ..context_parallel.sequences.block_masks import rows_of
 
     places = -(-total // BLOCK) * BLOCK
     if type(mask).__name__ != "BlockMask" or tuple(mask.shape[-2:]) != (places, places) or mask.shape[1] != 1:
         given = f" of shape {list(mask.shape)}" if hasattr(mask, "shape") else ""
         raise AttentionProviderError(
-            f"attention_mask is a {type(mask).__name__}{given}; over several ranks a BlockMask of [1, 1, {places}, "
-            f"{places}] is accepted, for {total} tokens in blocks of {BLOCK}. Leave it out, or make it with "
+            f"attention_mask is a {type(mask).__name__}{given}; over several ranks a BlockMask of shape [1, 1, "
+            f"{places}, {places}] is accepted, for {total} tokens in blocks of {BLOCK}. Leave it out, or make it with "
             "model.build_attention_mask for these chunks and sizes."
         )
     ((start, length),) = spans

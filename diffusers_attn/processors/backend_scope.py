@@ -1,9 +1,9 @@
-"""diffusers' `with attention_backend(...)` around a call of a model that is bound to a provider.
+"""Detects diffusers' `with attention_backend(...)` around a model that is bound to another provider.
 
 The scope sets diffusers' backend for all attention inside it. A bound model does not use diffusers' dispatcher and
 would ignore the scope. So open scopes are recorded here, and calls compare the innermost one with their provider.
-diffusers' own record of the active backend does not suffice: `model.set_attention_backend(...)` changes it permanently
-as well.
+diffusers' own record of the active backend does not suffice, since `model.set_attention_backend(...)` also changes it,
+permanently.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def install() -> None:
         frame = sys._getframe(1)
         if frame.f_code is not code:
             return
-        # It calls this twice: when it is entered, and when it is left.
+        # The scope calls this twice: on entry and on exit.
         place = next((i for i, each in enumerate(_scopes) if each is frame), None)
         if place is None:
             _scopes.append(frame)
@@ -66,8 +66,7 @@ def check_scope(bound: ProviderChoice | None) -> None:
 
 def _refused(name: str, provider: str) -> AttentionProviderError:
     return AttentionProviderError(
-        f"with attention_backend('{name}') is open around a model whose attention goes through provider '{provider}', "
-        "and one call cannot go through both. For another provider in a scope, write "
-        f"with attention_provider('{name}'); to keep '{provider}', call the model outside of attention_backend; for "
-        "diffusers' own backends, call set_attention_provider(model, None) before."
+        f"with attention_backend('{name}') is active, but the model's attention is bound to provider '{provider}'. For "
+        f"another provider in a scope, write with attention_provider('{name}'); to keep '{provider}', call the model "
+        "outside of attention_backend; for diffusers' own backends, call set_attention_provider(model, None) first."
     )

@@ -1,7 +1,7 @@
-"""The patches in diffusers' attention modules and models, which bind processors and keep them bound.
+"""Patches diffusers' attention modules and models, so that processors can be bound and stay bound.
 
-`install` makes all of them, when the first processor is bound. (The functions that processors call are in
-`entry_points.py`.)
+`install` applies all patches, when the first processor is bound. (`entry_points.py` has the functions that bound
+processors call.)
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from . import backend_scope
 from .bound import BoundProcessor, before_first_binding, bind, obstacle, unbind
 from .dispatch import DispatchProcessor
 from .entry_points import backend_refused, parallelism_refused
-from .requests import BACKEND, check_notes, is_flex
+from .requests import BACKEND, check_requests, is_flex
 
 ATTENTION_CLASSES = (Attention, AttentionModuleMixin, MochiAttention)
 
-# Attribute of a module with the choice that it is bound to. The processor alone does not suffice: it may be temporarily
-# one that cannot be bound (attention slicing), or be assigned to `module.processor` directly (perturbed attention
-# guidance), and the next processor that diffusers sets must be bound again.
+# Attribute of a module with the choice that it is bound to. The choice in the processor does not suffice: the processor
+# may temporarily be one that cannot be bound (attention slicing), or one assigned directly to `module.processor`
+# (perturbed attention guidance). The next processor that diffusers sets must then be bound again.
 _CHOICE = "_attention_provider_choice"
 
 # Functions between `set_processor` and the caller that sets a processor.
@@ -47,11 +47,11 @@ def install() -> None:
         _patch(has_setter, set_processor=_binding(has_setter.set_processor))
     _patch(MochiAttention, set_processor=Attention.set_processor, get_processor=Attention.get_processor)
     _patch(AttentionMixin, set_attn_processor=_requesting(AttentionMixin.set_attn_processor))
-    # A third of the model classes have attention modules, but not the mixin with these two.
+    # A third of the model classes have attention modules, but not the mixin with these two methods.
     _patch(ModelMixin, **{name: vars(AttentionMixin)[name] for name in ("set_attn_processor", "attn_processors")})
     _patch(ModelMixin, set_attention_backend=_checking(ModelMixin.set_attention_backend))
     _patch(ModelMixin, enable_parallelism=_refusing(ModelMixin.enable_parallelism))
-    # And some have a set_attn_processor of their own: those that are imported already, and those that will be.
+    # Some classes define set_attn_processor themselves: patch those imported so far, and later ones on creation.
     for cls in _subclasses(ModelMixin):
         _adopt(cls)
     _patch(ModelMixin, __init_subclass__=classmethod(_adopting_init_subclass))
@@ -73,7 +73,7 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 
 def _adopt(cls: type) -> None:
-    """Patches the set_attn_processor that a model class of diffusers defines. Those of other libraries stay."""
+    """Patches the set_attn_processor that a model class of diffusers defines. Classes of other libraries are left."""
     own = vars(cls).get("set_attn_processor")
     if own is not None and cls.__module__.startswith("diffusers."):
         _patch(cls, set_attn_processor=_requesting(own))
@@ -99,40 +99,40 @@ def _placed(module: nn.Module, processor: Any) -> Any:
     back) but not its provider: a bound module stays bound, an unbound one unbound. A processor set by other code ends
     the binding.
     """
-    notes = vars(module)
+    state = vars(module)
     if isinstance(processor, DispatchProcessor):
         choice, processor = processor.choice, getattr(module, "processor", None)
         reason = obstacle(processor)
         if reason is not None:
             raise AttentionProviderError(f"{type(module).__name__} cannot be bound to an attention provider: {reason}.")
-        check_notes(None, [processor], choice)
-    elif _CHOICE not in notes and not isinstance(processor, BoundProcessor):
+        check_requests(None, [processor], choice)
+    elif _CHOICE not in state and not isinstance(processor, BoundProcessor):
         return processor
     elif _set_by_diffusers():
-        if _CHOICE not in notes:
+        if _CHOICE not in state:
             return unbind(processor)
-        choice = notes[_CHOICE]
+        choice = state[_CHOICE]
         reason = obstacle(processor)
         if reason is not None:
             provider = f"provider '{choice.provider}'" if choice else "the scope's provider"
-            warnings.warn(f"{reason}. While it is in place, this attention does not go to {provider}.", stacklevel=3)
+            warnings.warn(f"{reason}. While this processor is set, attention does not use {provider}.", stacklevel=3)
     elif isinstance(processor, BoundProcessor):
         choice = processor.choice
     else:
-        del notes[_CHOICE]
+        del state[_CHOICE]
         return processor
-    notes[_CHOICE] = choice
+    state[_CHOICE] = choice
     return bind(processor, choice)
 
 
-def is_noted(module: nn.Module) -> bool:
+def is_bound(module: nn.Module) -> bool:
     """Whether `module` is bound, even if diffusers has set a processor on it that cannot be bound."""
     return _CHOICE in vars(module)
 
 
 def change_processor(state: dict[str, Any], change: Callable[[Any], Any]) -> None:
     """Replaces the processor by `change(processor)` in an attention module's state for copy and pickle."""
-    if "processor" not in state:  # it is a module itself
+    if "processor" not in state:  # the processor is an nn.Module
         state["_modules"] = dict(state["_modules"])
     holder = state if "processor" in state else state["_modules"]
     holder["processor"] = processor = change(holder["processor"])
@@ -144,8 +144,8 @@ def change_processor(state: dict[str, Any], change: Callable[[Any], Any]) -> Non
 def _set_by_diffusers() -> bool:
     """Whether diffusers' own code sets the processor, judged by the calling frame.
 
-    The alternative is to patch every function of diffusers that sets processors, and to miss new ones.
-    `set_default_attn_processor` counts as the user, who calls it to remove other processors.
+    The alternative, patching every function of diffusers that sets processors, would miss new ones.
+    `set_default_attn_processor` counts as the user's code, since users call it to remove other processors.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and (frame.f_globals is globals() or frame.f_code.co_name in _SETTERS):
@@ -169,7 +169,7 @@ def _requesting(upstream: Callable[..., None]) -> Callable[..., None]:
 
 def _without_obstacles(model: Any, processors: dict[str, Any]) -> dict[str, Any]:
     """A copy of `processors` in which modules that cannot be bound keep their own. (Upstream empties the dict.)"""
-    # Not by `attn_processors` alone: that of a class of its own (HunyuanDiT2DControlNetModel) gives nothing but None.
+    # `attn_processors` alone does not suffice: HunyuanDiT2DControlNetModel defines one that returns None values.
     current: dict[str, Any] = dict(model.attn_processors)
     current |= {f"{name}.processor": module.processor for name, module in attention_modules_of(model)}
     requested = [name for name, each in processors.items() if isinstance(each, DispatchProcessor) and name in current]
@@ -180,18 +180,18 @@ def _without_obstacles(model: Any, processors: dict[str, Any]) -> dict[str, Any]
 
 
 def _checking(upstream: Callable[..., None]) -> Callable[..., None]:
-    """`set_attention_backend`, refused at once on a bound model.
+    """Makes `set_attention_backend` raise on a bound model.
 
-    diffusers stores a backend only in processors that support backends, and the others would go on with the provider. A
-    backend that was set before is refused when the model is called (`entry_points.py`). Only "flex" is accepted, if
-    every processor supports backends: their calls name it, and go to the provider of that name.
+    diffusers stores a backend only in processors that support backends, and the others would keep using the provider.
+    A backend that was set before is detected when the model is called (`entry_points.py`). Only "flex" is accepted, if
+    every processor supports backends: their calls then use the provider of that name.
     """
 
     @functools.wraps(upstream)
     def set_attention_backend(self: nn.Module, backend: str) -> None:
         bound = _bound_in(self)
-        honoured = is_flex(backend) and all(hasattr(each, BACKEND) for each in bound)
-        if bound and not honoured:
+        accepted = is_flex(backend) and all(hasattr(each, BACKEND) for each in bound)
+        if bound and not accepted:
             raise backend_refused(backend, active_choice(bound[0].choice))
         upstream(self, backend)
 
@@ -199,7 +199,7 @@ def _checking(upstream: Callable[..., None]) -> Callable[..., None]:
 
 
 def _refusing(upstream: Callable[..., None]) -> Callable[..., None]:
-    """`enable_parallelism`, refused at once on a model that is bound, or split by this library."""
+    """Makes `enable_parallelism` raise on a model that is bound to a provider or split by this library."""
 
     @functools.wraps(upstream)
     def enable_parallelism(self: nn.Module, **options: Any) -> None:
@@ -232,12 +232,12 @@ def attention_modules_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def check_bindable(model: nn.Module, choice: ProviderChoice | None = None) -> None:
-    """Raises AttentionProviderError if no attention module of `model` can be bound, or if diffusers' own attention was
-    configured in a way that the provider (`choice`; None: the active one) cannot follow."""
+    """Raises AttentionProviderError if no attention module of `model` can be bound, or if a setting of diffusers' own
+    attention conflicts with the provider (`choice`; None: the active one)."""
     processors = [module.processor for _, module in attention_modules_of(model)]
     if all(map(obstacle, processors)):
         raise _nothing_to_bind(model, processors)
-    check_notes(model, [each for each in processors if obstacle(each) is None], choice)
+    check_requests(model, [each for each in processors if obstacle(each) is None], choice)
 
 
 def bind_model(model: nn.Module, request: DispatchProcessor) -> None:
@@ -252,13 +252,13 @@ def bind_model(model: nn.Module, request: DispatchProcessor) -> None:
 def unbind_model(model: nn.Module) -> None:
     """Puts the original processors of `model` back."""
     for _, module in attention_modules_of(model):
-        if is_noted(module) or isinstance(module.processor, BoundProcessor):
+        if is_bound(module) or isinstance(module.processor, BoundProcessor):
             module.set_processor(unbind(module.processor))
 
 
 def _nothing_to_bind(model: nn.Module, processors: Iterable[Any]) -> AttentionProviderError:
     reasons = "; ".join(sorted({str(obstacle(processor)) for processor in processors})) or "it has no attention modules"
     return AttentionProviderError(
-        f"no attention of {type(model).__name__} can go through a provider: {reasons}. If its own processors were "
-        "replaced (by attention slicing, xformers or set_default_attn_processor), put those back first."
+        f"no attention of {type(model).__name__} can be bound to a provider: {reasons}. If its own processors were "
+        "replaced (by attention slicing, xformers or set_default_attn_processor), restore them first."
     )

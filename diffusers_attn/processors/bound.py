@@ -1,8 +1,7 @@
-"""A processor bound to a provider: a view of the original with the same attributes and another attention call.
+"""Bound processors: views of the original processor with the same attributes and another attention call.
 
-The view is an instance of a subclass of the original's class and shares its `__dict__`. Moving a weight, setting a
-scale or adding a hook on one of them affects both. So unbinding copies nothing back, and leaves the original as it
-would be without the view.
+A view is an instance of a subclass of the original's class and shares its `__dict__`. Moving a weight, setting a scale
+or adding a hook on one of them affects both, so unbinding need not copy anything back.
 """
 
 from __future__ import annotations
@@ -19,40 +18,40 @@ from . import ace_step, anyflow_far, mochi, nabla, wan_animate2
 from .entry_points import dispatch_entry_point, sdpa_entry_point
 from .overlay import Overlay
 from .reachability import Visited, calls_attention, classes_named_in, layers, methods_of, names_in, reaches_attention
-from .requests import check_note
+from .requests import check_request
 
 _lock = threading.RLock()
 _before_first_binding: list[Callable[[], None]] = []
 
-# Functions called by processors that cannot be bound, with the reason for the message.
-_INSTEAD = {
+# Reasons why a processor that calls one of these functions cannot be bound.
+_UNSUPPORTED_CALLS = {
     "get_attention_scores": "it computes the scores itself, with get_attention_scores",
     "memory_efficient_attention": "it calls xformers itself",
     "scaled_dot_product_attention": "that must be called as a global of its module, as with `import "
     "torch.nn.functional as F` and F.scaled_dot_product_attention(...)",
 }
 
-# Processors for which another attention call is not enough, with the methods that replace theirs, by class.
-_OWN = {each.PROCESSOR: each.methods for each in (ace_step, anyflow_far, mochi, wan_animate2)} | dict.fromkeys(
+# Functions that make replacement methods, for processor classes in which another attention call is not enough.
+_REPLACEMENTS = {each.PROCESSOR: each.methods for each in (ace_step, anyflow_far, mochi, wan_animate2)} | dict.fromkeys(
     nabla.PROCESSORS, nabla.methods
 )
 
 
 class BoundProcessor:
-    """The common base of bound processors' classes. Its only state is these two attributes."""
+    """The common base class of bound processors. Its only state is these two attributes."""
 
     __slots__ = ()
     original: Any
-    """The processor that this is a view of."""
+    """The original processor."""
     choice: ProviderChoice | None
-    """The provider; None follows the scope."""
+    """The provider; None: the scope's."""
 
     # diffusers compares classes exactly: `processor.__class__ in CROSS_ATTENTION_PROCESSORS`, and the look-ups of its
     # hooks. It also makes new processors of the same kind by `processor.__class__()`.
     __class__ = property(lambda self: type(self.original))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        check_note(name, value, self.choice)
+        check_request(name, value, self.choice)
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -68,9 +67,9 @@ def before_first_binding(function: Callable[[], None]) -> None:
 
 
 def bind(processor: Any, choice: ProviderChoice | None) -> Any:
-    """`processor` with its attention calls going to `choice` (None: the provider of the active scope).
+    """Returns `processor` with its attention calls bound to `choice` (None: the provider of the active scope).
 
-    A bound processor is bound again. A processor with an `obstacle` is returned unbound.
+    A bound processor is bound to the new choice. A processor with an `obstacle` is returned unbound.
     """
     original = unbind(processor)
     cls: type = type(original)
@@ -88,12 +87,12 @@ def bind(processor: Any, choice: ProviderChoice | None) -> Any:
 
 
 def unbind(processor: Any) -> Any:
-    """The original of a bound processor; any other processor as it is."""
+    """The original of a bound processor; any other processor unchanged."""
     return processor.original if isinstance(processor, BoundProcessor) else processor
 
 
 def obstacle(processor: Any) -> str | None:
-    """Why `processor` cannot be bound; None if it can."""
+    """The reason why `processor` cannot be bound; None if it can."""
     cls: type = type(unbind(processor))
     return "it has no processor" if processor is None else _obstacle(cls)
 
@@ -108,39 +107,40 @@ def _obstacle(cls: type) -> str | None:
         for _, named, attribute, only in classes_named_in(method):
             if not only and hasattr(named, attribute) and reaches_attention(named, set()):
                 return (
-                    f"{reason} itself, and calls of {named.__name__}.{attribute}(...) are followed only where "
-                    f"{named.__name__} is used for nothing else in that function: call super().{attribute}(...)"
+                    f"{reason} itself, and calls of {named.__name__}.{attribute}(...) are followed only if that "
+                    f"function uses {named.__name__} for nothing else: call super().{attribute}(...)"
                 )
     names = {name for method in visited for name in names_in(method.__code__)}
-    for name, instead in _INSTEAD.items():
+    for name, why in _UNSUPPORTED_CALLS.items():
         if name in names:
-            return f"{reason}: {instead}"
+            return f"{reason}: {why}"
     if cls.__module__.partition(".")[0] == "diffusers":
         return reason
     return (
-        f"{reason}, and names no function, class or super() that does. Calls through objects, such as self.inner(...), "
-        f"are not followed: derive {cls.__name__} from the processor that it is to extend, and call "
-        "super().__call__(...)"
+        f"{reason}, nor a function, class or super() that does. Calls through objects, such as self.inner(...), are "
+        f"not followed: derive {cls.__name__} from the processor that it extends, and call super().__call__(...)"
     )
 
 
 def _own_methods(cls: type, choice: ProviderChoice | None) -> dict[str, Any]:
-    """The methods that `cls` itself defines and that call attention, rebuilt."""
+    """Rebuilt versions of the methods that `cls` itself defines and that call attention."""
     overlay, methods = _overlay(choice), {}
     for name, method in methods_of(cls).items():
         if calls_attention(method):
             kind, rebuilt = type(vars(cls)[name]), overlay.rebuild(method)
             methods[name] = rebuilt if kind is FunctionType else kind(rebuilt)
     call = methods_of(cls).get("__call__")
-    if call is not None and "__call__" in methods:  # by the method, and not the class: another may share it
-        own = _OWN.get(f"{call.__module__}.{call.__qualname__}".removesuffix(".__call__"))
-        methods |= {} if own is None else own(call, overlay)
+    if call is not None and "__call__" in methods:  # looked up by method, since other classes may share it
+        replace = _REPLACEMENTS.get(f"{call.__module__}.{call.__qualname__}".removesuffix(".__call__"))
+        methods |= {} if replace is None else replace(call, overlay)
     return methods
 
 
 def _redirected_bases(cls: type, choice: ProviderChoice | None) -> tuple[type, ...]:
-    """`cls` and, for each base class with methods that call attention, a class that comes before it in the order of
-    method resolution, with these methods rebuilt. So `super()` finds them."""
+    """`cls`, and a subclass of each base class that has methods that call attention, with these methods rebuilt.
+
+    Each subclass precedes its base class in the method resolution order, so `super()` finds the rebuilt methods.
+    """
     shadows = (_shadow(base, choice) for base in layers(cls)[1:])
     return cls, *(each for each in shadows if each is not None)
 
@@ -155,11 +155,11 @@ _redirects: dict[tuple[type, ProviderChoice | None], type] = {}
 
 
 def _redirected(cls: type, choice: ProviderChoice | None) -> type:
-    """`cls` with its attention calls going to `choice`, for functions that call a method of it by its name."""
+    """`cls` with its attention calls bound to `choice`, for functions that call its methods through the class."""
     if (cls, choice) not in _redirects:
         bases = _redirected_bases(cls, choice)
         made = _redirects[cls, choice] = type(cls)(cls.__name__, bases, _like(cls))
-        for name, method in _own_methods(cls, choice).items():  # which may name the class
+        for name, method in _own_methods(cls, choice).items():  # set afterwards, since they may name the class
             setattr(made, name, method)
     return _redirects[cls, choice]
 
@@ -170,7 +170,7 @@ def _like(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _bound_class(cls: type, choice: ProviderChoice | None) -> type | None:
-    """One class per class and choice, so that what is compiled for one processor serves all of its kind."""
+    """The class of bound processors for a class and a choice. One class each, so that compiled code is shared."""
     if _obstacle(cls) is not None:
         return None
     for function in _before_first_binding:

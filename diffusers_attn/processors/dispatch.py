@@ -1,4 +1,4 @@
-"""`DispatchProcessor`, the object that users set to choose a provider."""
+"""`DispatchProcessor`, the processor that users set to choose a provider."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ class DispatchProcessor:
         pipe.transformer.set_attn_processor(DispatchProcessor("flash"))
         pipe.transformer.set_attn_processor(DispatchProcessor("flash", deterministic=True))
 
-    It does not replace a module's processor. Each module keeps its own, which still computes projections, norms and
-    rotary embeddings; only the attention call inside goes to the provider. One object may be set on any number of
-    modules and models.
+    It does not replace a module's processor, which still computes projections, norms and rotary embeddings. Only the
+    attention call inside goes to the provider. One object may be set on any number of modules and models.
 
     A binding persists when diffusers itself changes processors (`fuse_qkv_projections` and back, IP-Adapters, KV
     caches). Setting any other processor ends it, and so does `set_default_attn_processor`. To restore the former
@@ -40,15 +39,15 @@ class DispatchProcessor:
             self.choice.check_usable()
         elif options:
             raise AttentionProviderError(
-                f"DispatchProcessor({', '.join(f'{name}=...' for name in options)}): options belong to a provider, and "
-                "none is named. Name one, as in DispatchProcessor('flash', deterministic=True), or give the options to "
-                "the attention_provider scope."
+                f"DispatchProcessor({', '.join(f'{name}=...' for name in options)}): options belong to a provider, but "
+                "no provider is given. Name one, as in DispatchProcessor('flash', deterministic=True), or give the "
+                "options to the attention_provider scope."
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AttentionProviderError(
-            "a DispatchProcessor was assigned to `module.processor`, where it took the place of the processor that it "
-            "should work through. Set it with model.set_attn_processor(...) or module.set_processor(...)."
+            "a DispatchProcessor was assigned to `module.processor` and replaced the processor that it should use. Set "
+            "it with model.set_attn_processor(...) or module.set_processor(...)."
         )
 
     def __repr__(self) -> str:

@@ -27,7 +27,7 @@ _FLEX = ProviderChoice.of("flex")
 
 
 def dispatch_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
-    """What processors bound to `bound` (None: to the scope) call as diffusers' `dispatch_attention_fn`."""
+    """The replacement of diffusers' `dispatch_attention_fn` for processors bound to `bound` (None: to the scope)."""
 
     def dispatch_attention_fn(
         query: Tensor,
@@ -51,14 +51,14 @@ def dispatch_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
         """
         if backends:
             check_scope(bound)
-        # As in diffusers: two dimensions that fit are a key mask. (SDPA would take them for queries and keys.)
+        # As in diffusers, a mask [batch, keys] is a key mask. (SDPA would read the dimensions as queries and keys.)
         if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2 and _is_of_keys(attn_mask, query, key):
             attn_mask = attn_mask[:, None, None, :]
         if backend is not None or parallel_config is not None or attention_kwargs:
             choice = _requested(bound, backend, parallel_config, attention_kwargs)
             rest = dropout_p, is_causal, scale, enable_gqa
             return attend(query, key, value, attn_mask, *rest, layout="bshd", bound=choice, scoped=False)
-        if _len_torch_function_stack() and _modes_listen():
+        if _len_torch_function_stack() and _modes_intercept():
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             out = _through_modes(bound, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             return out.transpose(1, 2)
@@ -79,7 +79,7 @@ def _is_of_keys(mask: Tensor, query: Tensor, key: Tensor) -> bool:
 
 
 def sdpa_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
-    """What processors bound to `bound` (None: to the scope) call as `F.scaled_dot_product_attention`."""
+    """The replacement of `F.scaled_dot_product_attention` for processors bound to `bound` (None: to the scope)."""
 
     def scaled_dot_product_attention(
         query: Tensor,
@@ -96,7 +96,7 @@ def sdpa_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
         Raises:
             AttentionProviderError: the provider cannot do exactly this.
         """
-        if _len_torch_function_stack() and _modes_listen():
+        if _len_torch_function_stack() and _modes_intercept():
             return _through_modes(bound, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bhsd", bound=bound)
 
@@ -109,17 +109,17 @@ def _requested(
     parallel_config: object,
     attention_kwargs: Mapping[str, Any] | None,
 ) -> ProviderChoice:
-    """The choice for a call with a backend, a parallel_config or attention_kwargs of its own.
+    """The choice for a call with a backend, a parallel_config or attention_kwargs.
 
     Raises:
-        AttentionProviderError: a provider cannot follow the request; the message says what to do instead.
+        AttentionProviderError: the request conflicts with the provider.
     """
     choice = active_choice(bound)
     if parallel_config is not None:
         raise parallelism_refused(choice)
     if backend == "flex":
-        # Written into the code of models whose mask is a BlockMask, which only this provider takes. Where a user set
-        # it, the same provider is meant.
+        # Models with a BlockMask, which only flex accepts, have this backend in their code. If a user set it, it means
+        # the same provider.
         choice = choice if choice.provider == "flex" else _FLEX
     elif backend is not None:
         raise backend_refused(backend, choice)
@@ -130,24 +130,23 @@ def backend_refused(backend: str, choice: ProviderChoice) -> AttentionProviderEr
     """The error for a backend of diffusers and a provider on one model."""
     name = getattr(backend, "value", backend)
     return AttentionProviderError(
-        f"set_attention_backend('{name}') was called on a model whose attention goes through provider "
-        f"'{choice.provider}', and one call cannot go through both. To keep '{choice.provider}', call "
-        "model.reset_attention_backend(); for diffusers' own backends, set_attention_provider(model, None); for "
-        "another provider, set_attention_provider(model, name)."
+        f"set_attention_backend('{name}') was called on a model whose attention is bound to provider "
+        f"'{choice.provider}'. To keep '{choice.provider}', call model.reset_attention_backend(); for diffusers' own "
+        "backends, call set_attention_provider(model, None); for another provider, call "
+        "set_attention_provider(model, name)."
     )
 
 
 def parallelism_refused(choice: ProviderChoice) -> AttentionProviderError:
     """The error for diffusers' own parallelism and a provider on one model."""
     return AttentionProviderError(
-        f"enable_parallelism() was called on a model whose attention goes through provider '{choice.provider}'. It "
-        "relies on diffusers' own attention to exchange keys and values between devices, which does not run here. "
-        "Load the model anew and leave that call out; or leave attention to diffusers, with "
-        "set_attention_provider(model, None)."
+        f"enable_parallelism() was called on a model whose attention is bound to provider '{choice.provider}'. It "
+        "needs diffusers' own attention, which exchanges keys and values between devices. Load the model again without "
+        "this call, or restore diffusers' attention with set_attention_provider(model, None)."
     )
 
 
-def _modes_listen() -> bool:
+def _modes_intercept() -> bool:
     """Whether a torch function mode is active that may handle attention calls.
 
     The mode of `torch.set_default_device` and `with torch.device(...)` affects only the creation of tensors.
@@ -166,9 +165,9 @@ def _through_modes(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """Calls `F.scaled_dot_product_attention` under the active torch function modes, and handles the calls they pass on.
+    """Calls `F.scaled_dot_product_attention` under the active torch function modes, and serves the calls they pass on.
 
-    diffusers' guidance that skips attention scores is such a mode: it recognises that function and replaces its result.
+    An example of such a mode is diffusers' guidance that skips attention scores: it replaces that function's result.
     """
     with _below_active_modes(_Serve(bound)):
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

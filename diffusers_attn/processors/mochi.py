@@ -1,10 +1,9 @@
-"""Mochi: all samples of a batch in one attention call, with their padding as a key mask.
+"""Mochi: one attention call for all samples of a batch, with their padding as a key mask.
 
-diffusers' processor picks the valid text tokens of each sample and calls attention once per sample. This synchronises
-with the device in every layer, breaks a compiled graph, and over several ranks gives every rank keys of another length.
-Here valid tokens are moved to the front, where diffusers puts them too, and the others are masked; the output for
-masked queries is zero, as in diffusers. With a provider that takes no key mask, attention runs sample by sample, as in
-diffusers.
+diffusers' processor selects the valid text tokens of each sample and calls attention once per sample. This synchronises
+with the device in every layer, breaks a compiled graph, and over several ranks gives each rank another number of keys.
+Here valid tokens are moved to the front, as in diffusers, and the others are masked. The output for masked queries is
+zero, as in diffusers. With a provider without key masks, diffusers' own code runs sample by sample.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PROCESSOR = "diffusers.models.attention_processor.MochiAttnProcessor2_0"
 
 
 def methods(upstream: FunctionType, overlay: Overlay) -> dict[str, Callable[..., Any]]:
-    """What a bound processor has in place of `upstream`, the `__call__` of diffusers' processor."""
+    """The methods of a bound processor that replace `upstream`, the `__call__` of diffusers' processor."""
     return {"__call__": overlay.rebuild(cast(FunctionType, _call)), "sample_by_sample": overlay.rebuild(upstream)}
 
 
@@ -43,10 +42,13 @@ def _call(
 
     Args:
         attn: a `MochiAttention`.
-        hidden_states: of the video, `[batch, tokens, channels]`.
-        encoder_hidden_states: of the text, `[batch, words, channels]`.
-        attention_mask: `[batch, words]`, not zero where a word is valid.
-        image_rotary_emb: cosines and sines, `[tokens, heads, head_dim / 2]`, of the video.
+        hidden_states: the video's, `[batch, tokens, channels]`.
+        encoder_hidden_states: the text's, `[batch, words, channels]`.
+        attention_mask: `[batch, words]`, nonzero for valid words.
+        image_rotary_emb: cosines and sines of the video, `[tokens, heads, head_dim / 2]`.
+
+    Returns:
+        Outputs of the video and the text.
     """
     if active.tracker is None and not _takes_key_masks(active_choice(self.choice)):
         return self.sample_by_sample(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -77,7 +79,7 @@ def _normed(norm: Any, tensor: Tensor) -> Tensor:
 
 
 def _rotated(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`[batch, tokens, heads, head_dim]` with every pair of neighbouring channels turned."""
+    """Rotates every pair of neighbouring channels of a tensor `[batch, tokens, heads, head_dim]`."""
     even, odd = tensor.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).to(tensor.dtype)

@@ -1,4 +1,4 @@
-"""Binds or unbinds all attention of a model or pipeline at once, and lists a model's attention modules."""
+"""Binds or unbinds all attention of a model or pipeline, and lists a model's attention modules."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .binding import attention_modules_of, bind_model, check_bindable, unbind_mo
 from .bound import BoundProcessor, obstacle, unbind
 from .dispatch import DispatchProcessor
 
-# Modules of diffusers with the models that a pipeline runs at every step. Models that run once (text and image
-# encoders, autoencoders, connectors) take little time, and often have heads or masks that a fast kernel refuses.
+# Modules of diffusers whose models a pipeline runs at every step. Models that run once (text and image encoders,
+# autoencoders, connectors) take little time, and often have heads or masks that fast kernels do not support.
 _DENOISERS = ("diffusers.models.transformers.", "diffusers.models.unets.", "diffusers.models.controlnets.")
 
 
@@ -22,10 +22,10 @@ def set_attention_provider(target: Any, provider: str | AttentionProvider | None
     """Routes all attention of a model, or of a pipeline's denoising models, through a provider.
 
     Args:
-        target: a diffusers model, which may be compiled or inside a PEFT model; or a pipeline, of which the
-            transformers, UNets and ControlNets are bound. Autoencoders and encoders must be given by themselves.
-        provider: a name of `AttentionProvider`. None undoes this function and `DispatchProcessor`, and restores the
-            modules' own processors.
+        target: a diffusers model, which may be compiled or inside a PEFT model; or a pipeline, whose transformers,
+            UNets and ControlNets are bound. Pass autoencoders and encoders as models.
+        provider: name of a provider. None undoes this function and `DispatchProcessor`, and restores the modules' own
+            processors.
         options: options of the provider's kernel.
 
     Raises:
@@ -53,11 +53,10 @@ def _check_unbindable(model: nn.Module) -> None:
 
     if any(applied_tracker(each) is not None for each in model.modules()):
         raise AttentionProviderError(
-            f"set_attention_provider(..., None) leaves attention to diffusers, and the tokens of this "
-            f"{type(model).__name__} are split between ranks: each would attend to its own alone. Call "
-            "disable_context_parallel first, which puts the model's own processors back where enable_context_parallel "
-            "bound them (or remove_context_parallel, after apply_context_parallel). For another provider, give its "
-            "name."
+            f"set_attention_provider(..., None) restores diffusers' attention, but the tokens of this "
+            f"{type(model).__name__} are split between ranks: each rank would attend only to its own. Call "
+            "disable_context_parallel first, which also restores the processors that enable_context_parallel bound "
+            "(or remove_context_parallel, after apply_context_parallel). For another provider, give its name."
         )
 
 
@@ -76,13 +75,13 @@ def _denoisers(pipeline: Any) -> list[nn.Module]:
     if not models:
         raise AttentionProviderError(
             f"{type(pipeline).__name__} has no transformer, UNet or ControlNet with attention modules; its components "
-            f"are {', '.join(components)}. Give set_attention_provider the model that you mean."
+            f"are {', '.join(components)}. Pass one of its models to set_attention_provider."
         )
     return models
 
 
 def _denoises(name: str, model: nn.Module) -> bool:
-    # By its name, where the model is a class of the pipeline's own.
+    # The component's name decides if the model's class is defined outside of diffusers.
     return name in ("transformer", "unet") or any(cls.__module__.startswith(_DENOISERS) for cls in type(model).__mro__)
 
 
@@ -96,13 +95,13 @@ class AttentionModule:
     provider: str | None
     """Name of the provider it is bound to; "scope" if it follows the scope, None if it is not bound."""
     obstacle: str | None
-    """Why it cannot be bound; None if it can."""
+    """Reason why it cannot be bound; None if it can."""
 
 
 def attention_modules(model: nn.Module) -> list[AttentionModule]:
-    """Lists the attention modules of `model` in order, with their providers, or the reason why one cannot be bound.
+    """Lists the attention modules of `model` in order, each with its provider or the reason why it cannot be bound.
 
-    Attention without a processor, which a few models have (attention pooling), is not listed.
+    Attention without a processor, such as attention pooling, is not listed.
     """
     return [
         AttentionModule(

@@ -1,8 +1,8 @@
-"""Runs a function's own code with another attention call, by rebuilding it in a copy of its module.
+"""Rebuilds functions so that their own code calls other attention functions.
 
-A function looks up the names that it calls in its globals. So diffusers' processors need not be copied to call another
-attention function: their code objects run unchanged, with upstream's fixes, signatures and line numbers, in an overlay.
-An overlay is a copy of their module in which the attention functions are replaced.
+A function looks up the names that it calls in its globals. So the code of diffusers' processors need not be copied:
+their code objects run unchanged, with upstream's fixes, signatures and line numbers, in a copy of their module in which
+the attention functions are replaced.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from .reachability import SDPA, calls_attention, classes_named_in, held_by, reaches_attention, sdpa
+from .reachability import SDPA, calls_attention, classes_named_in, closure_variables, reaches_attention, sdpa
 
 _serial = itertools.count()
 
 
 class Overlay:
-    """Copies of modules with other attention functions. A module is copied when a function of it is first rebuilt.
+    """Copies of modules with other attention functions. A module is copied when its first function is rebuilt.
 
     The copies are snapshots: later assignments to a module's globals do not change them.
 
     Args:
-        dispatch: takes the place of diffusers' `dispatch_attention_fn`.
-        sdpa: takes the place of `F.scaled_dot_product_attention`.
-        redirected: gives a class whose methods are rebuilt, for a class that code names in order to call one of them.
+        dispatch: replaces diffusers' `dispatch_attention_fn`.
+        sdpa: replaces `F.scaled_dot_product_attention`.
+        redirected: returns a class with rebuilt methods for a class whose methods a function calls by name.
     """
 
     def __init__(
@@ -56,30 +56,31 @@ class Overlay:
             name: cls for name, cls, _, only in classes_named_in(function) if only and reaches_attention(cls, set())
         }
         if named.keys() & module.__dict__.keys():
-            module = _copy_module(vars(module))  # for this function, as others may use the class for something else
-        held = {name: value for name, value in held_by(function).items() if name in named or self._replaces(value)}
+            module = _copy_module(vars(module))  # for this function alone, since others may use the class otherwise
+        closure = closure_variables(function)
+        changed = {name: value for name, value in closure.items() if name in named or self._is_replaced(value)}
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ())) | {
-            name: CellType() for name in held
+            name: CellType() for name in changed
         }
         rebuilt = _in_module(function, module, tuple(cells.values()) or None)
-        self._functions[function] = rebuilt  # before its parts, which may name it
-        for name, value in held.items():
-            cells[name].cell_contents = self._redirected(value) if name in named else self._instead_of(value)
-        for name in named.keys() & module.__dict__.keys() - held.keys():
+        self._functions[function] = rebuilt  # before its closure variables, which may refer to it
+        for name, value in changed.items():
+            cells[name].cell_contents = self._redirected(value) if name in named else self._replacement(value)
+        for name in named.keys() & module.__dict__.keys() - changed.keys():
             setattr(module, name, self._redirected(named[name]))
         return rebuilt
 
     def _add_module(self, original: dict[str, Any]) -> ModuleType:
         module = self._modules[id(original)] = _copy_module(original)
-        for name, value in original.items():  # after the copy is known, as helpers may name each other
-            if self._replaces(value):
-                setattr(module, name, self._instead_of(value))
+        for name, value in original.items():  # after the copy is recorded, since helpers may call each other
+            if self._is_replaced(value):
+                setattr(module, name, self._replacement(value))
         return module
 
-    def _replaces(self, value: object) -> bool:
+    def _is_replaced(self, value: object) -> bool:
         return value is F or value is dispatch_attention_fn or value is sdpa or calls_attention(value)
 
-    def _instead_of(self, value: Any) -> Any:
+    def _replacement(self, value: Any) -> Any:
         """The replacement for the value of a global or closure variable."""
         if value is F:
             return self._functional
@@ -89,15 +90,14 @@ class Overlay:
 
 
 def with_globals(function: FunctionType, **replaced: Any) -> FunctionType:
-    """`function` with the same code, in a copy of its module in which the globals named in `replaced` have other
-    values."""
+    """`function` in a copy of its module, with new values for the globals named in `replaced`."""
     module = _copy_module(function.__globals__)
     module.__dict__.update(replaced)
     return _in_module(function, module, function.__closure__)
 
 
 def _in_module(function: FunctionType, module: ModuleType, closure: tuple[CellType, ...] | None) -> FunctionType:
-    """`function` with the globals of `module` and another closure, and otherwise the same."""
+    """A copy of `function` with the globals of `module` and another closure."""
     rebuilt = FunctionType(function.__code__, vars(module), function.__name__, function.__defaults__, closure)
     rebuilt.__kwdefaults__ = function.__kwdefaults__
     rebuilt.__qualname__ = function.__qualname__
@@ -107,11 +107,11 @@ def _in_module(function: FunctionType, module: ModuleType, closure: tuple[CellTy
 
 
 def _copy_module(original: dict[str, Any]) -> ModuleType:
-    """A module with the same globals, which Dynamo can find again.
+    """A copy of a module in `sys.modules`, under a new name.
 
-    Dynamo guards on a global by importing the module named in the function's globals: so the copy is a real module, in
-    `sys.modules`, under a name of its own. With a plain dict, or under the original's name, what calls
-    `F.scaled_dot_product_attention` runs but does not compile. `__package__` stays, for relative imports in functions.
+    Dynamo guards on a global by importing the module named in the function's globals. With a plain dict, or under the
+    original's name, functions that call `F.scaled_dot_product_attention` run but do not compile. `__package__` stays,
+    for relative imports in functions.
     """
     name = f"_attention_overlay_{next(_serial)}_{original['__name__'].replace('.', '_')}"
     module = ModuleType(name)

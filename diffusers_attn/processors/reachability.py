@@ -1,8 +1,8 @@
-"""Finds out from code whether calling a method reaches an attention function.
+"""Finds out from code whether a method calls an attention function, directly or indirectly.
 
-Three kinds of calls are followed: functions (globals, and closure variables, as in decorators), methods of a class that
-the code names (`Base.__call__(self, ...)`), and methods of the next class (`super().__call__(...)`). Calls through
-objects (`self.inner(...)`) cannot be followed.
+Three kinds of calls are followed: functions (globals, and closure variables, as in decorators), methods called through
+a class (`Base.__call__(self, ...)`), and methods called through `super()`. Calls through objects (`self.inner(...)`)
+cannot be followed.
 """
 
 from __future__ import annotations
@@ -19,38 +19,40 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 SDPA = "scaled_dot_product_attention"
-# `F.scaled_dot_product_attention` may itself have been replaced, by `attention_dispatch`; this is what it was.
+# The original function: users may have replaced `F.scaled_dot_product_attention` by `attention_dispatch`.
 sdpa: Callable[..., torch.Tensor] = getattr(torch._C._nn, SDPA)
 
 Visited = set[FunctionType]
 
 
 def calls_attention(function: object) -> bool:
-    """Whether `function` calls what an overlay replaces, itself or through functions and classes that it names."""
+    """Whether `function` calls attention, itself or through functions and classes that it names."""
     return isinstance(function, FunctionType) and _calls_attention(function, set())
 
 
 def reaches_attention(cls: type, visited: Visited) -> bool:
-    """Whether a method of `cls`, own or inherited, calls attention. The functions that were looked at are added to
-    `visited`."""
+    """Whether a method of `cls`, own or inherited, calls attention. Adds the examined functions to `visited`."""
     names = {name for layer in layers(cls) for name in methods_of(layer)}
     return any(_method_reaches(cls, name, None, visited) for name in sorted(names, key="__call__".__ne__))
 
 
 def layers(cls: type) -> list[type]:
-    """`cls` and its base classes in the order of method resolution, without those of PyTorch."""
+    """`cls` and its base classes in method resolution order, without those of PyTorch."""
     return [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
 
 
 def methods_of(cls: type) -> dict[str, FunctionType]:
-    """The functions that `cls` itself defines, static and class methods included."""
+    """The functions that `cls` itself defines, including static and class methods."""
     found = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}
     return {name: value for name, value in found.items() if isinstance(value, FunctionType)}
 
 
 def classes_named_in(function: FunctionType) -> Iterator[tuple[str, type, str, bool]]:
-    """The classes of which `function` names an attribute: variable, class, attribute, and whether it uses the class for
-    nothing else."""
+    """The classes whose attributes `function` uses.
+
+    Yields:
+        Name of the variable, class, name of the attribute, and whether the function uses the class only for attributes.
+    """
     variables = _variables(function)
     if any(isinstance(value, type) for value in variables.values()):
         for variable, attribute, only in _attributes_of_variables(function.__code__):
@@ -60,29 +62,30 @@ def classes_named_in(function: FunctionType) -> Iterator[tuple[str, type, str, b
 
 
 def names_in(code: CodeType) -> Iterator[str]:
-    """The globals and attributes that `code` mentions, those of functions defined within it included."""
+    """The globals and attributes that `code` uses, including those of functions defined within it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from names_in(constant)
 
 
-def held_by(function: FunctionType) -> dict[str, Any]:
-    """What the closure of `function` holds, by the variable's name."""
-    held: dict[str, Any] = {}
+def closure_variables(function: FunctionType) -> dict[str, Any]:
+    """The closure variables of `function` by name, without the `__class__` that `super()` uses."""
+    variables: dict[str, Any] = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        if name != "__class__":  # of `super()`
+        if name != "__class__":
             try:
-                held[name] = cell.cell_contents
-            except ValueError:  # nothing yet
+                variables[name] = cell.cell_contents
+            except ValueError:  # the cell is empty
                 continue
-    return held
+    return variables
 
 
 def _variables(function: FunctionType) -> dict[str, Any]:
-    """The globals that `function` mentions, and what its closure holds."""
+    """The globals and closure variables of `function`."""
     names = set(names_in(function.__code__))
-    return {name: function.__globals__[name] for name in names if name in function.__globals__} | held_by(function)
+    used = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    return used | closure_variables(function)
 
 
 def _calls_attention(function: FunctionType, visited: Visited) -> bool:
@@ -98,12 +101,12 @@ def _calls_attention(function: FunctionType, visited: Visited) -> bool:
     )
 
 
-def _method_reaches(cls: type, name: str, behind: type | None, visited: Visited) -> bool:
-    """Whether method `name` of `cls` calls attention: the first, or the one that `super()` means in class `behind`."""
-    below = layers(cls)
-    if behind is not None:
-        below = below[below.index(behind) + 1 :]
-    for layer in below:
+def _method_reaches(cls: type, name: str, after: type | None, visited: Visited) -> bool:
+    """Whether method `name` of `cls` calls attention. With `after`: the method that `super()` finds in that class."""
+    candidates = layers(cls)
+    if after is not None:
+        candidates = candidates[candidates.index(after) + 1 :]
+    for layer in candidates:
         method = methods_of(layer).get(name)
         if method is not None:
             if method in visited:
@@ -116,10 +119,10 @@ def _method_reaches(cls: type, name: str, behind: type | None, visited: Visited)
 
 
 def _decorated(function: FunctionType, seen: list[FunctionType]) -> list[FunctionType]:
-    """`function`, and the functions that its closure and theirs hold: what it decorates."""
+    """`function` and, recursively, the functions in its closure, such as the one that it decorates."""
     if function not in seen:
         seen.append(function)
-        for value in held_by(function).values():
+        for value in closure_variables(function).values():
             if isinstance(value, FunctionType):
                 _decorated(value, seen)
     return seen
@@ -127,15 +130,15 @@ def _decorated(function: FunctionType, seen: list[FunctionType]) -> list[Functio
 
 @functools.cache
 def _attributes_of_variables(code: CodeType) -> list[tuple[str, str, bool]]:
-    """Each `variable.attribute` in `code`, and whether the variable is used for attributes only."""
+    """Each `variable.attribute` in `code`, and whether the variable is used only for attributes."""
     pairs: list[tuple[str, str | None]] = []
-    for this, then in itertools.pairwise(dis.get_instructions(code)):
-        if this.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
-            is_attribute = then.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            pairs.append((this.argval, then.argval if is_attribute else None))
+    for instruction, following in itertools.pairwise(dis.get_instructions(code)):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
+            is_attribute = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            pairs.append((instruction.argval, following.argval if is_attribute else None))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             pairs += [(variable, attribute if only else None) for variable, attribute, only in
                       _attributes_of_variables(constant)]  # fmt: skip
-    otherwise = {variable for variable, attribute in pairs if attribute is None}
-    return [(variable, attribute, variable not in otherwise) for variable, attribute in pairs if attribute is not None]
+    other_uses = {variable for variable, attribute in pairs if attribute is None}
+    return [(variable, attribute, variable not in other_uses) for variable, attribute in pairs if attribute is not None]

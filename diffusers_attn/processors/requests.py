@@ -1,9 +1,9 @@
-"""What a user may have asked of diffusers' own attention, which a provider takes the place of.
+"""Detects requests to diffusers' own attention that conflict with a provider.
 
-`model.set_attention_backend(...)` and `model.enable_parallelism(...)` leave a note in the processors of a model, which
-each of their attention calls brings along. A call cannot go both ways. So these notes are looked for when a model is
-bound to a provider, and refused when they are to be written on one that is bound: before a pipeline has computed
-anything. (`entry_points.py` finds them once more, in the call itself.)
+`model.set_attention_backend(...)` and `model.enable_parallelism(...)` store a request in attributes of a model's
+processors, which pass it on in each attention call. Such requests are refused when a model is bound to a provider, and
+when they are stored in a bound processor, before a pipeline has computed anything. (`entry_points.py` checks the calls
+again.)
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BACKEND, PARALLEL = "_attention_backend", "_parallel_config"
 
 
 def is_flex(backend: Any) -> bool:
-    """Whether calls with this backend go to the provider of the same name, as models with a BlockMask want it."""
+    """Whether this backend is "flex", which models with a BlockMask need and which is also a provider."""
     return str(getattr(backend, "value", backend)).lower() == "flex"
 
 
-def check_note(name: str, value: Any, choice: ProviderChoice | None) -> None:
-    """Raises AttentionProviderError if an attribute that a bound processor is given is such a note."""
+def check_request(name: str, value: Any, choice: ProviderChoice | None) -> None:
+    """Raises AttentionProviderError if setting this attribute on a processor bound to `choice` is such a request."""
     if name in (BACKEND, PARALLEL) and value is not None:
         if name == PARALLEL:
             raise parallelism_refused(active_choice(choice))
@@ -33,16 +33,16 @@ def check_note(name: str, value: Any, choice: ProviderChoice | None) -> None:
             raise backend_refused(value, active_choice(choice))
 
 
-def check_notes(model: nn.Module | None, processors: Iterable[Any], choice: ProviderChoice | None = None) -> None:
-    """Raises AttentionProviderError if such notes are in processors that are to be bound, or in their model."""
+def check_requests(model: nn.Module | None, processors: Iterable[Any], choice: ProviderChoice | None = None) -> None:
+    """Raises AttentionProviderError if processors, or their model, have requests that conflict with `choice`."""
     processors = list(processors)
-    know_backends = all(hasattr(each, BACKEND) for each in processors)
+    all_support_backends = all(hasattr(each, BACKEND) for each in processors)
     for each in processors:
         backend = getattr(each, BACKEND, None)
-        if is_flex(backend) and (know_backends or is_flex(getattr(type(each), BACKEND, None))):
+        if is_flex(backend) and (all_support_backends or is_flex(getattr(type(each), BACKEND, None))):
             backend = None
         if backend is not None:
             raise backend_refused(backend, active_choice(choice))
-        check_note(PARALLEL, getattr(each, PARALLEL, None), choice)
+        check_request(PARALLEL, getattr(each, PARALLEL, None), choice)
     own = getattr(model, PARALLEL, None)
-    check_note(PARALLEL, getattr(own, "context_parallel_config", None), choice)
+    check_request(PARALLEL, getattr(own, "context_parallel_config", None), choice)

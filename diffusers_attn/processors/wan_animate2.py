@@ -1,14 +1,18 @@
-"""Wan Animate 2: attention to a video and, frame by frame, to a cache of reference keys, shared between ranks.
+"""Wan Animate 2 over several ranks: attention to the video and, frame by frame, to a cache of reference keys.
 
-diffusers' processor rotates by places in the whole sequence; in the pass that uses the cache it then scatters all
-tokens into buffers as large as the whole video, and masks these with a BlockMask. Over several ranks the code here
-takes its place. A rank rotates its tokens by their places, and its cache is given its shard of the reference keys (one
-that was filled on one device, and is whole, serves too). And what is seen is said as rectangles, [all queries, all of
-the video] and [a frame's queries, the reference of the frame before], each of which is a call without a mask: the
-BlockMask, which says the same, is not looked at. On one device it is diffusers' own code.
+diffusers' processor applies rotary embeddings by position in the full sequence. In the pass that uses the cache, it
+scatters all tokens into buffers for the largest video and masks them with a BlockMask. The code here replaces it over
+several ranks:
 
-Where a video, or its reference, is smaller than the size that the mask is made for, places of the buffers stay empty,
-and their zeros take part in diffusers. So they do here: they belong to what the model computes.
+- A rank rotates its tokens by their positions in the full sequence.
+- Its cache stores its shard of the reference keys. A full cache that was filled on one device works too.
+- Rectangles replace the BlockMask: [all queries, the entire video] and [a frame's queries, the reference of the frame
+  before]. Each is an attention call without a mask.
+
+On one device, diffusers' own code runs.
+
+If a video or its reference is smaller than the mask's size, some places in diffusers' buffers are empty, and their
+zeros take part in attention. They do so here too, since they are part of the model's definition.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ PROCESSOR = "diffusers.models.transformers.transformer_wan_animate_2.WanAnimate2
 
 
 def methods(upstream: FunctionType, overlay: Overlay) -> dict[str, Callable[..., Any]]:
-    """What a bound processor has in place of `upstream`, the `__call__` of diffusers' processor."""
+    """The methods of a bound processor that replace `upstream`, the `__call__` of diffusers' processor."""
     return {
         "__call__": overlay.rebuild(cast(FunctionType, _call)),
         "on_one_device": overlay.rebuild(upstream),
@@ -54,11 +58,10 @@ def _call(
     origin_latent_frames: int | None = None,
     origin_latent_hw: int | None = None,
 ) -> Tensor:
-    """As diffusers' processor, with the same arguments, of which `hidden_states` and what is in `kv_cache` are this
-    rank's.
+    """Same as diffusers' processor, with the same arguments. `hidden_states` and `kv_cache` hold this rank's tokens.
 
     Raises:
-        AttentionProviderError: a cache that was filled in another way, or sizes that do not fit together.
+        AttentionProviderError: the cache has another number of tokens, or sizes do not fit together.
     """
     tracker = active.tracker
     names = () if tracker is None or tracker.role is None else tracker.present(tracker.role.query)
@@ -84,15 +87,15 @@ def _call(
         ((start, length),) = shards.spans[rank]
         if key_ref.shape[1] not in (length, shards.total):
             raise AttentionProviderError(
-                f"the cache holds {key_ref.shape[1]} reference tokens on rank {rank}; accepted are its {length} of the "
-                f"{shards.total} that reference_grid_sizes says, or all. Fill it anew, kv_cache_mode='extract', with "
-                "this reference and on as many ranks."
+                f"the cache holds {key_ref.shape[1]} reference tokens on rank {rank}; accepted are its shard of "
+                f"{length} or all {shards.total} of reference_grid_sizes. Fill the cache again with this reference on "
+                "the same number of ranks, with kv_cache_mode='extract'."
             )
         if key_ref.shape[1] != length:
             key_ref, value_ref = key_ref.narrow(1, start, length), value_ref.narrow(1, start, length)
         turns = _turns(reference_rotary_emb, reference_grid_sizes, reference_rope_stride, start, length)
-        whole = cast(tuple[int, int], (origin_latent_frames, origin_latent_hw))
-        empty, rectangles = _seen(*_frames(grid_sizes), *_frames(reference_grid_sizes), *whole)
+        largest = cast(tuple[int, int], (origin_latent_frames, origin_latent_hw))
+        empty, rectangles = _rectangles(*_frames(grid_sizes), *_frames(reference_grid_sizes), *largest)
         zeros = key.new_zeros(key.shape[0], empty, *key.shape[2:])
         key, value = torch.cat([zeros, key, _rotated(key_ref, turns)], dim=1), torch.cat([zeros, value, value_ref], 1)
         mask = RectangleMask(rectangles)
@@ -108,7 +111,7 @@ def _call(
 
 
 def _turns(angles: Any, grids: Any, stride: int, start: int, length: int) -> Tensor:
-    """Of the tokens of a run, complex `[batch, length, 1, head_dim / 2]`: those of its frame, row and column."""
+    """The rotations of a span of tokens by their frame, row and column, complex `[batch, length, 1, head_dim / 2]`."""
     channels = angles.shape[1]
     of_time, of_rows, of_columns = angles.split([channels - 2 * (channels // 3), channels // 3, channels // 3], dim=1)
     place = torch.arange(start, start + length, device=angles.device)
@@ -120,37 +123,45 @@ def _turns(angles: Any, grids: Any, stride: int, start: int, length: int) -> Ten
 
 
 def _rotated(tensor: Tensor, turns: Tensor) -> Tensor:
-    """`[batch, tokens, heads, head_dim]`, every pair of neighbouring channels turned; rounded as diffusers does."""
+    """Rotates every pair of neighbouring channels of a tensor `[batch, tokens, heads, head_dim]`, rounded as in
+    diffusers."""
     turned = torch.view_as_complex(tensor.to(torch.float64).unflatten(-1, (-1, 2))) * turns
     return torch.view_as_real(turned).flatten(3).float().type_as(tensor)
 
 
 def _frames(grids: Any) -> tuple[int, int]:
-    """How many frames, and tokens of a frame, the first sample has, as which diffusers packs all."""
+    """The number of frames, and of tokens per frame, of the first sample. diffusers packs all samples like it."""
     frames, height, width = grids[0].tolist()
     return frames, height * width
 
 
-def _seen(
+def _rectangles(
     frames: int, tokens: int, ref_frames: int, ref_tokens: int, all_frames: int, all_tokens: int
 ) -> tuple[int, tuple[Rectangle, ...]]:
-    """How many zeros come before the keys, [zeros, video, reference], and which queries see which keys.
+    """The attention pattern over keys in the order [zeros, video, reference].
 
     Args:
-        frames, tokens: of the video, and of a frame; ref_frames, ref_tokens: of the reference.
-        all_frames, all_tokens: for which the buffers are made, one frame more for the video.
+        frames: number of frames of the video.
+        tokens: number of tokens per frame of the video.
+        ref_frames: number of frames of the reference.
+        ref_tokens: number of tokens per frame of the reference.
+        all_frames: number of frames in diffusers' buffer for the reference; the video's has one more.
+        all_tokens: number of tokens per frame in both buffers.
+
+    Returns:
+        The number of zeros, and rectangles of queries by the keys that they attend to.
 
     Raises:
-        AttentionProviderError: buffers that are too small.
+        AttentionProviderError: the video or the reference does not fit into the buffers.
     """
     if frames > all_frames + 1 or ref_frames > all_frames or max(tokens, ref_tokens) > all_tokens:
         raise AttentionProviderError(
-            f"{frames} frames of {tokens} tokens and a reference of {ref_frames} frames of {ref_tokens} do not fit "
-            f"origin_len and origin_area, which give room for {all_frames + 1} and {all_frames} frames of "
-            f"{all_tokens}. Give those of the whole video."
+            f"a video of {frames} frames with {tokens} tokens and a reference of {ref_frames} frames with {ref_tokens} "
+            f"tokens do not fit origin_len and origin_area, which allow {all_frames + 1} and {all_frames} frames with "
+            f"{all_tokens} tokens. Give the length and area of the full video."
         )
-    # The first frame has no reference. Every frame sees what is empty in the video's buffer, and beside a reference's
-    # frame what is empty there; such zeros are all alike, so that they need no places of their own.
+    # The first frame has no reference. Every frame attends to the empty places in the video's buffer, and to those
+    # beside its reference frame. All zeros are equal, so frames can share them.
     of_video = (all_frames + 1) * all_tokens - frames * tokens
     of_frame = [of_video] + [
         of_video + all_tokens - (ref_tokens if frame <= ref_frames else 0) for frame in range(1, frames)

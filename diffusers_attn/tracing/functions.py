@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def result(tensor: Tensor) -> Tensor:
-    """`tensor` in the form in which the forward of an autograd.Function returns it.
+    """`tensor` in the form in which the forward of an autograd.Function must return it.
 
     Before PyTorch 2.13, Dynamo silently drops the gradient of a result whose last operation was a `.to` or
     `.contiguous` without effect. A view keeps its gradient.
@@ -16,7 +16,7 @@ def result(tensor: Tensor) -> Tensor:
 
 
 def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` without gaps in memory, with the order of dimensions that `like` has in memory."""
+    """A dense copy of `tensor` with the memory order of the dimensions of `like`; `tensor` itself if it has it."""
     order = sorted(range(like.ndim), key=like.stride, reverse=True)
     return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(like.ndim)])
 

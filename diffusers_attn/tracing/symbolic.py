@@ -16,8 +16,10 @@ T = TypeVar("T")
 
 
 def constant(size: int) -> int:
-    """`size` as a number, for sizes that decide how a call is served, such as heads and head_dim. Dynamo specialises
-    the length of a range; in eager mode this is the identity."""
+    """`size` as a plain number, for sizes such as heads and head_dim that decide how a call is computed.
+
+    Dynamo specialises the length of a range. In eager mode, this is the identity.
+    """
     return len(range(size))
 
 

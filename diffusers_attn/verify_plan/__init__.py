@@ -1,1 +1,1 @@
-"""Compares a plan with one process, and names the first module whose output differs."""
+"""Verifies a plan: compares a model under it with one process, and names the first module that differs."""

@@ -1,7 +1,7 @@
-"""Compares a model's modules, call by call, on one of several ranks and in one process, and finds the first difference.
+"""Compares every module call of a model on a rank with the same call in one process, and finds the first difference.
 
-The shape of a tensor on a rank tells what it is compared with: the full tensor, or this rank's shard of one sequence
-or of several joined ones. Inputs are compared when a module begins, outputs when it ends. So the first difference is
+The shape of a rank's tensor decides its counterpart: the full tensor, or this rank's shard of one sequence or of
+several joined sequences. Inputs are compared when a module begins, outputs when it ends. So the first difference is
 either in a module with right inputs and a wrong output, or in the code of the module that called it.
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..context_parallel.sequences.sharding import Shards, take
 from ..context_parallel.sequences.tracker import SequenceTracker
 from ..errors import AttentionProviderError
-from .report import Argument, Parting
+from .report import Argument, Difference
 
 MIXES = ("GroupNorm", "InstanceNorm", "BatchNorm", "Conv", "Pool")
-"""Parts of the names of classes that compute across tokens."""
+"""Parts of the names of classes that compute across tokens, such as norms and convolutions."""
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -40,7 +40,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """`|found - expected| / |expected|` in the Euclidean norm; infinite if it is NaN."""
+    """`|found - expected| / |expected|` in the Euclidean norm; infinity for NaN."""
     if expected.numel() == 0:
         return 0.0
     found, expected = found.detach().double(), expected.detach().double()
@@ -57,7 +57,7 @@ class ModuleCall(NamedTuple):
 
 
 class Watch:
-    """Context manager that has hooks on all modules of a model while it is entered.
+    """Context manager that sets hooks on all modules of a model.
 
     Args:
         model: the model.
@@ -139,7 +139,7 @@ def compare(
     tracker: SequenceTracker,
     attention: frozenset[str],
     tolerance: float,
-) -> tuple[Any, tuple[int, Parting] | None, Exception | None]:
+) -> tuple[Any, tuple[int, Difference] | None, Exception | None]:
     """Runs the model under a plan and compares it with one process.
 
     Args:
@@ -154,48 +154,48 @@ def compare(
         The result of `run`; the first difference, with the number of module calls that ended before it; and the error
         that `run` raised. Each is None if there is none.
     """
-    found: list[tuple[int, Parting]] = []
-    rank, ended_count, last, reached = tracker.mesh.rank, 0, "", [0]
-    of_call = tracker.attention
+    found: list[tuple[int, Difference]] = []
+    rank, ended_count, last, attention_calls = tracker.mesh.rank, 0, "", [0]
+    upstream = tracker.attention
 
     def counting(query_len: int, key_len: int) -> Any:
-        reached[0] += 1
-        return of_call(query_len, key_len)
+        attention_calls[0] += 1
+        return upstream(query_len, key_len)
 
-    def parting(
+    def difference(
         name: str, number: int, inputs: dict[str, Tensor], problem: str, raised: Exception | None = None
-    ) -> Parting:
+    ) -> Difference:
         before = {
             each: tuple(tensor.shape) for each, tensor in alone.get((name, number), ModuleCall({}, [])).inputs.items()
         }
         arguments = tuple(Argument(each, before.get(each), tuple(tensor.shape)) for each, tensor in inputs.items())
         cls = type(model.get_submodule(name))
-        routed = reached[0] > 0 if name in attention else None
+        routed = attention_calls[0] > 0 if name in attention else None
         hint = _hint(name, cls.__name__, arguments, last if name == "" else "", tracker, routed, raised)
-        return Parting(name, cls.__name__, number, rank, problem, arguments, last, hint)
+        return Difference(name, cls.__name__, number, rank, problem, arguments, last, hint)
 
     def began(name: str, number: int, inputs: dict[str, Tensor]) -> None:
-        """Compares the inputs of a module, which were computed by the module that calls it."""
+        """Compares the inputs of a module, which the calling module computed."""
         if found or not watch.running or (name, number) not in alone:
             return
         for each, tensor in inputs.items():
-            whole = alone[name, number].inputs.get(each)
-            error = 0.0 if whole is None else _error(tensor, whole, tracker)
+            full = alone[name, number].inputs.get(each)
+            error = 0.0 if full is None else _error(tensor, full, tracker)
             if error > tolerance:
                 around = watch.running[-1]
-                problem = f"what it gives '{name}' as {each} differs by {error:.1e} (relative)"
-                found.append((ended_count, parting(*around, problem)))
+                problem = f"the input {each} that it gives '{name}' differs by {error:.1e} (relative)"
+                found.append((ended_count, difference(*around, problem)))
                 return
 
     def ended(name: str, number: int, inputs: dict[str, Tensor], output: Any) -> None:
         nonlocal ended_count, last
-        problem = _difference(name, tensors_in(output), alone.get((name, number)), tracker, tolerance)
+        problem = _describe(name, tensors_in(output), alone.get((name, number)), tracker, tolerance)
         if problem and not found:
-            found.append((ended_count, parting(name, number, inputs, problem)))
+            found.append((ended_count, difference(name, number, inputs, problem)))
         ended_count += 1
         last = name
         if name in attention:
-            reached[0] = 0
+            attention_calls[0] = 0
 
     tracker.attention = counting  # type: ignore[method-assign]
     watch = Watch(model, ended, began)
@@ -206,54 +206,54 @@ def compare(
         if not found and watch.running:
             name, number, inputs = watch.running[-1]
             problem = f"{type(error).__name__}: {error}"
-            found.append((ended_count, parting(name, number, inputs, problem, error)))
+            found.append((ended_count, difference(name, number, inputs, problem, error)))
         return None, found[0] if found else None, error
     finally:
         del tracker.attention
 
 
-def _difference(
+def _describe(
     name: str, found: list[Tensor], alone: ModuleCall | None, tracker: SequenceTracker, tolerance: float
 ) -> str:
-    """Describes the difference; "" if there is none, or if shapes do not tell which part of the full tensor it is."""
+    """Describes a difference of outputs; "" if there is none, or if no part of the full tensor has this shape."""
     if alone is None:
         return "it ran more often than in one process"
     if len(found) != len(alone.outputs):
-        return f"it gave {len(found)} tensors, and {len(alone.outputs)} in one process"
-    for index, (here, whole) in enumerate(zip(found, alone.outputs)):
+        return f"it returned {len(found)} tensors, but {len(alone.outputs)} in one process"
+    for index, (local, full) in enumerate(zip(found, alone.outputs)):
         what = "its output" if len(found) == 1 else f"its output {index}"
-        shapes = f"{list(here.shape)}" + (
-            "" if here.shape == whole.shape else f", of {list(whole.shape)} in one process"
+        shapes = f"{list(local.shape)}" + (
+            "" if local.shape == full.shape else f", of {list(full.shape)} in one process"
         )
-        if name == "" and here.shape != whole.shape:
-            return f"{what} is {shapes}: not whole"
-        error = _error(here, whole, tracker)
+        if name == "" and local.shape != full.shape:
+            return f"{what} is {shapes}: not gathered"
+        error = _error(local, full, tracker)
         if error > tolerance:
             return f"{what} {shapes}, differs by {error:.1e} (relative)"
     return ""
 
 
-def _error(here: Tensor, whole: Tensor, tracker: SequenceTracker) -> float:
-    """Relative error of this rank's tensor; 0.0 if its shape does not tell which part of the full tensor it is."""
-    return min((relative_error(here, part) for part in _parts(here, whole, tracker)), default=0.0)
+def _error(local: Tensor, full: Tensor, tracker: SequenceTracker) -> float:
+    """Relative error of this rank's tensor; 0.0 if no part of the full tensor has its shape."""
+    return min((relative_error(local, part) for part in _parts(local, full, tracker)), default=0.0)
 
 
-def _parts(here: Tensor, whole: Tensor, tracker: SequenceTracker) -> Iterator[Tensor]:
+def _parts(local: Tensor, full: Tensor, tracker: SequenceTracker) -> Iterator[Tensor]:
     """Candidates for this rank's tensor: the full tensor, or a shard along the one dimension that is shorter."""
-    if here.shape == whole.shape:
-        yield whole
+    if local.shape == full.shape:
+        yield full
         return
-    dims = [dim for dim in range(here.ndim) if here.ndim == whole.ndim and here.shape[dim] != whole.shape[dim]]
+    dims = [dim for dim in range(local.ndim) if local.ndim == full.ndim and local.shape[dim] != full.shape[dim]]
     if len(dims) != 1:
         return
     (dim,) = dims
     size, rank = tracker.mesh.size, tracker.mesh.rank
-    total = whole.shape[dim]
+    total = full.shape[dim]
     for length in tracker.lengths.values():
-        if length and total > length and total % length == 0:  # each of its entries is several tokens
-            own, held = Shards.contiguous(total, size, total // length).spans[rank][0]
-            if held == here.shape[dim]:
-                yield whole.narrow(dim, own, held)
+        if length and total > length and total % length == 0:  # each entry is several tokens
+            start, count = Shards.contiguous(total, size, total // length).spans[rank][0]
+            if count == local.shape[dim]:
+                yield full.narrow(dim, start, count)
     balanced = {tracker.lengths[name] for name in tracker.balanced & tracker.lengths.keys()}
 
     def shards_of(length: int) -> Shards:
@@ -261,14 +261,14 @@ def _parts(here: Tensor, whole: Tensor, tracker: SequenceTracker) -> Iterator[Te
 
     for lengths in _joins(total, sorted(set(tracker.lengths.values()))):
         for split in itertools.product((True, False), repeat=len(lengths)):
-            runs: list[tuple[int, int]] = []
-            start = 0
-            for length, shared in zip(lengths, split):
-                mine = shards_of(length).spans[rank] if shared else ((0, length),)
-                runs += [(start + own, count) for own, count in mine]
-                start += length
-            if sum(held for _, held in runs) == here.shape[dim]:
-                yield take(whole, tuple(runs), dim)
+            spans: list[tuple[int, int]] = []
+            offset = 0
+            for length, is_split in zip(lengths, split):
+                mine = shards_of(length).spans[rank] if is_split else ((0, length),)
+                spans += [(offset + start, count) for start, count in mine]
+                offset += length
+            if sum(count for _, count in spans) == local.shape[dim]:
+                yield take(full, tuple(spans), dim)
 
 
 def _joins(total: int, known: list[int]) -> Iterator[tuple[int, ...]]:
@@ -287,75 +287,78 @@ def _hint(
     routed: bool | None,
     raised: Exception | None,
 ) -> str:
-    """A guess at the cause from the shapes alone: what to check first. "" if an error of this library already says what
-    to do and no replicated input explains it."""
-    shards = [each for each in inputs if each.whole is not None and each.whole != each.here]
+    """A guess at the cause from the shapes, as advice what to check first.
+
+    "" if the error is one of this library, which has advice already, and no replicated input explains it.
+    """
+    shards = [each for each in inputs if each.full is not None and each.full != each.local]
     lengths = set(tracker.lengths.values())
-    lengths |= {whole for each in shards for whole, here in zip(each.whole or (), each.here) if whole != here}
-    rest = [
+    lengths |= {full for each in shards for full, local in zip(each.full or (), each.local) if full != local}
+    replicated = [
         each
         for each in inputs
-        if each.whole == each.here and (lengths & set(each.here) or any(_like(each, shard) for shard in shards))
+        if each.full == each.local and (lengths & set(each.local) or any(_like(each, shard) for shard in shards))
     ]
-    names = ", ".join(each.name for each in rest)
+    names = ", ".join(each.name for each in replicated)
     wrong = [each for each in shards if not any(part in lengths for part in _cut_lengths(each))]
-    if isinstance(raised, AttentionProviderError) and not (rest and shards):
+    if isinstance(raised, AttentionProviderError) and not (replicated and shards):
         return ""
     if not name and not before:
         return (
             "hint: the model's own code combines its inputs before any module ends. Are they split alike (sequence, "
-            "balanced), and does it look at single tokens only? If not, split behind that code."
+            "balanced), and does the code treat each token by itself? If not, split after that code."
         )
     if not name:
         return (
-            f"hint: '{before}' is the last module before, and what the model makes of its output needs all tokens: "
-            f'gather there, "{before}": CPOutput(...)'
+            f"hint: after '{before}', the last module before, the model's own code needs all tokens: gather there, "
+            f'"{before}": CPOutput(...)'
             + (", or split what its output is combined with." if raised is not None else ".")
         )
     if routed is False and raised is None and shards:
         return (
-            "hint: none of its attention went through a provider, so that it saw this rank's tokens and took them for "
-            "all. Set its processor (set_attention_provider), or have it call attention_dispatch."
+            "hint: none of its attention went through a provider, so it attended only to this rank's tokens. Set its "
+            "processor (set_attention_provider), or make it call attention_dispatch."
         )
-    if rest and shards and any("mask" in each.name for each in rest):
-        return f"hint: {names} {_is(rest)} whole beside inputs that are split. Split the mask with the tokens it is of."
-    if rest and shards:
+    if replicated and shards and any("mask" in each.name for each in replicated):
+        return f"hint: {names} {_is(replicated)} replicated, but other inputs are split. Split the mask as its tokens."
+    if replicated and shards:
         return (
-            f"hint: {names} {_is(rest)} whole beside {', '.join(each.name for each in shards)}, of which this rank has "
-            f"its part. Split {_it(rest)} as well, where given or behind the module that makes {_it(rest)}: CPInput."
+            f"hint: {names} {_is(replicated)} replicated, but {', '.join(each.name for each in shards)} "
+            f"{_is(shards)} split. Split {_it(replicated)} too, with a CPInput for the argument or for the output of "
+            f"the module that makes {_it(replicated)}."
         )
-    if wrong or (raised is not None and shards and not rest):
+    if wrong or (raised is not None and shards and not replicated):
         given = ", ".join(each.name for each in wrong or shards)
         return (
             f"hint: is {given} split along the dimension of its tokens? See split_dim and expected_dims of its CPInput."
         )
     if any(part in cls for part in MIXES):
         return (
-            "hint: it computes something over the tokens (a statistic, a convolution, a pooling), of which this rank "
-            "has a part. Split behind it, or gather before it."
+            "hint: it computes something over all tokens (a statistic, a convolution, a pooling), but this rank has "
+            "only its shard. Split after it, or gather before it."
         )
     if routed:
         return (
-            "hint: its attention went over the ranks. Look at what it joins, in the plan's CPAttention: the sequences "
-            "of queries and keys, their order, and its masks."
+            "hint: its attention was computed over all ranks. Check the plan's CPAttention: the sequences of queries "
+            "and keys, their order, and its masks."
         )
     return (
-        "hint: it mixes tokens of which this rank has a part: attention that is not called through a provider, a "
-        "statistic, or places in the sequence that it counts itself. Split behind it, gather before it, or give it the "
-        "length with advanced.CPLength."
+        "hint: it mixes tokens, but this rank has only its shard: attention that calls no provider, a statistic, or "
+        "positions that it counts itself. Split after it, gather before it, or give it the length with "
+        "advanced.CPLength."
     )
 
 
 def _like(argument: Argument, shard: Argument) -> bool:
-    """Whether a whole tensor differs from one that is split, as it is in one process, in that dimension alone."""
-    whole = shard.whole or ()
-    return len(argument.here) == len(whole) and all(
-        one == other for one, other, here in zip(argument.here, whole, shard.here) if other == here
+    """Whether a replicated tensor has the full shape of a split one, except in the split dimension."""
+    full = shard.full or ()
+    return len(argument.local) == len(full) and all(
+        one == other for one, other, local in zip(argument.local, full, shard.local) if other == local
     )
 
 
 def _cut_lengths(argument: Argument) -> list[int]:
-    return [whole for whole, here in zip(argument.whole or (), argument.here) if whole != here]
+    return [full for full, local in zip(argument.full or (), argument.local) if full != local]
 
 
 def _is(arguments: list[Argument]) -> str:

@@ -1,7 +1,7 @@
-"""One of the processes that `verify_cp_plan` starts: python -m diffusers_attn.verify_plan.rank FOLDER RANK.
+"""A process that `verify_cp_plan` starts: python -m diffusers_attn.verify_plan.rank FOLDER RANK.
 
-It reads its job from the folder, and writes one file of results there for each strategy, so that a failure loses none
-of the earlier results.
+It reads its job from the folder, and writes a file of results for each strategy there, so that a failure loses no
+earlier results.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from .compare import compare, record, relative_error, tensors_in
 from .report import Strategy
 
 STRATEGIES = {"ulysses": ("ulysses", "allgather"), "gather": ("ring", "allgather"), "ring": ("ring", "alltoall")}
-"""name -> (dimension of the mesh, rotate_method)."""
+"""Dimension of the mesh and rotate_method of each strategy."""
 UNEXCHANGED = "unexchanged"
+"""Name of the run in which attention exchanges nothing between ranks."""
 IN_RANK = "DIFFUSERS_ATTN_VERIFYING"
-"""Environment variable set in these processes, which run the user's script again if it defines the model's class."""
+"""Environment variable set in these processes. They run the user's script again if it defines the model's class."""
 
 
 class Job(NamedTuple):
@@ -95,7 +96,7 @@ def _routed(job: Job) -> Iterator[None]:
 
 
 def _bind(model: nn.Module, provider: str) -> None:
-    """Binds the attention of `model`, if it can be bound. Other models call attention_dispatch, or the check fails."""
+    """Binds the attention of `model` if possible. Other models must call attention_dispatch, or the check fails."""
     from ..processors import set_attention_provider
 
     with contextlib.suppress(AttentionProviderError):
@@ -114,9 +115,14 @@ def attention_names(model: nn.Module, plan: Plan) -> frozenset[str]:
 def work(
     job: Job, model: nn.Module, inputs: Any, rank: int, folder: Path, mesh_of: Callable[..., ContextParallelMesh]
 ) -> None:
-    """All strategies, one after the other, then one without exchange.
+    """Runs all strategies, and then the first one without exchange.
 
     Args:
+        job: the work.
+        model: the model.
+        inputs: arguments of its forward.
+        rank: number of this process.
+        folder: folder for results.
         mesh_of: makes a mesh of all ranks, given ring, ulysses and rotate_method.
     """
     grad = contextlib.nullcontext() if job.gradients else torch.no_grad()
@@ -131,7 +137,7 @@ def work(
         degrees = {"ring": 1, "ulysses": 1, axis: job.world_size}
         mesh = mesh_of(**degrees, rotate_method=method)
         tracker = apply_context_parallel(model, mesh, job.plan)
-        tracker.strict = False  # where numbers part tells more
+        tracker.strict = False  # the first difference tells more than an error
         if name == UNEXCHANGED:
             tracker.attention = lambda query_len, key_len: None  # type: ignore[method-assign]
             tracker.others_seen = False
@@ -144,20 +150,20 @@ def work(
             remove_context_parallel(model)
             return
         with _routed(job), torch.no_grad() if not job.gradients else contextlib.nullcontext():
-            outputs, parting, raised = compare(
+            outputs, difference, raised = compare(
                 model, lambda: _forward(model, inputs), alone, tracker, names, job.tolerance
             )
-        found = Strategy(name, parting=None if parting is None else parting[1])
-        order = parting[0] if parting is not None else 0
+        found = Strategy(name, difference=None if difference is None else difference[1])
+        order = difference[0] if difference is not None else 0
         if raised is not None:
-            if parting is None:
+            if difference is None:
                 found = Strategy(name, failure="".join(traceback.format_exception_only(raised)).strip())
             _write(folder, name, rank, (order, found))
-            return  # the other ranks may be waiting for this one: nothing more can be exchanged
+            return  # the other ranks may be waiting for this one, so no further exchange is possible
         error, gradient_error, gradient = _error(outputs, expected), None, ""
         if job.gradients and error <= job.tolerance:
             gradient_error, gradient = _gradient_error(_gradients(model, outputs), expected_grads, mesh)
-        found = Strategy(name, error, gradient_error, gradient, None if error <= job.tolerance else found.parting)
+        found = Strategy(name, error, gradient_error, gradient, None if error <= job.tolerance else found.difference)
         _write(folder, name, rank, (order, found))
         remove_context_parallel(model)
 
@@ -171,8 +177,11 @@ def _error(found: list[Tensor], expected: list[Tensor]) -> float:
 def _gradient_error(
     found: dict[str, Tensor], expected: dict[str, Tensor], mesh: ContextParallelMesh
 ) -> tuple[float, str]:
-    """The largest error of the mean over ranks, relative to the parameter's own gradient or, where that is next to
-    nothing, to a thousandth of the average one; and the parameter's name."""
+    """The largest error of a gradient averaged over the ranks, and the parameter's name.
+
+    The error is relative to the norm of the parameter's own gradient, or to a thousandth of the average norm if that is
+    larger.
+    """
     each = Shards.contiguous(mesh.size, mesh.size)
     found = {name: gather(grad[None], each, 0, mesh).mean(dim=0) for name, grad in found.items()}
     average = sum(grad.double().norm().item() for grad in expected.values()) / max(len(expected), 1)
@@ -204,7 +213,7 @@ def main() -> None:
     end_with_parent(folder)
     job: Job = pickle.loads((folder / "job").read_bytes())
     try:
-        if job.main is not None:  # as multiprocessing does for what it spawns
+        if job.main is not None:  # as multiprocessing does for spawned processes
             multiprocessing.spawn._fixup_main_from_path(job.main)  # type: ignore[attr-defined]
         model, inputs = torch.load(folder / "model", weights_only=False)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.world_size))
@@ -218,12 +227,12 @@ def main() -> None:
         work(job, model, inputs, rank, folder, _mesh)
         code = 0
     except BaseException as error:
-        said = isinstance(error, AttentionProviderError)  # then it is for the user, who can do nothing with our lines
-        _write(folder, "crash", rank, f"{type(error).__name__}: {error}" if said else traceback.format_exc())
+        for_user = isinstance(error, AttentionProviderError)  # a traceback would not help the user
+        _write(folder, "crash", rank, f"{type(error).__name__}: {error}" if for_user else traceback.format_exc())
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without tearing groups down, for which ranks would wait for each other.
+    # Does not destroy process groups, since the ranks would wait for each other.
     os._exit(code)
 
 

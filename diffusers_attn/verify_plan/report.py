@@ -12,21 +12,21 @@ class Argument:
     """The shape of an input tensor of a module, in one process and on a rank."""
 
     name: str
-    whole: tuple[int, ...] | None
+    full: tuple[int, ...] | None
     """Shape in one process; None if the module had no such input there."""
-    here: tuple[int, ...]
+    local: tuple[int, ...]
     """Shape on this rank."""
 
     def __str__(self) -> str:
-        if self.whole is None:
-            return f"{self.name} {list(self.here)}"
-        return f"{self.name} {list(self.here)}" + (
-            ", whole" if self.whole == self.here else f" of {list(self.whole)} in one process"
+        if self.full is None:
+            return f"{self.name} {list(self.local)}"
+        return f"{self.name} {list(self.local)}" + (
+            ", replicated" if self.full == self.local else f" of {list(self.full)} in one process"
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Parting:
+class Difference:
     """The first difference between a model under its plan and the same model in one process, in order of execution."""
 
     module: str
@@ -41,7 +41,7 @@ class Parting:
     after: str
     """Name of the last module that ended before; "" for none."""
     hint: str
-    """What to check first; "" where `problem` says it already."""
+    """Advice what to check first; "" if `problem` has it already."""
 
     def __str__(self) -> str:
         name = f"'{self.module}' ({self.cls})" if self.module else f"the model's own forward ({self.cls})"
@@ -49,7 +49,7 @@ class Parting:
         after = f", after '{self.after}'" if self.after else ""
         given = "; ".join(map(str, self.inputs)) or "no tensors"
         hint = f"\n{self.hint}" if self.hint else ""
-        return f"first parts at {name}{times}{after}, on rank {self.rank}: {self.problem}\ngiven: {given}{hint}"
+        return f"first difference at {name}{times}{after}, on rank {self.rank}: {self.problem}\ninputs: {given}{hint}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Strategy:
     """Relative error of the gradients averaged over the ranks; None if they were not compared."""
     gradient: str = ""
     """Name of the parameter whose gradient differs most."""
-    parting: Parting | None = None
+    difference: Difference | None = None
     failure: str = ""
-    """Why there are no outputs to compare: an error outside the model, or a process that ended without one."""
+    """Reason why there are no outputs: an error outside the model, or a process that ended without an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,39 +97,39 @@ class CPPlanReport:
         return bool(self.strategies) and all(map(self.right, self.strategies)) and not self.insensitive
 
     @property
-    def parting(self) -> Parting | None:
-        """The first one found."""
-        return next((strategy.parting for strategy in self.strategies if strategy.parting is not None), None)
+    def difference(self) -> Difference | None:
+        """The first difference found; None if there is none."""
+        return next((strategy.difference for strategy in self.strategies if strategy.difference is not None), None)
 
     def raise_if_wrong(self) -> None:
-        """Raises AttentionProviderError with the report where it is not `ok`."""
+        """Raises AttentionProviderError with the report unless it is `ok`."""
         if not self.ok:
-            raise AttentionProviderError(f"the context-parallel plan was not shown to be right.\n{self}")
+            raise AttentionProviderError(f"the context-parallel plan could not be verified.\n{self}")
 
     def __str__(self) -> str:
         verdict = "right" if self.ok else "insensitive" if all(map(self.right, self.strategies)) else "wrong"
         lines = [f"{self.model} under its plan on {self.world_size} processes: {verdict}"]
         for strategy in self.strategies:
-            lines.append(f"  {strategy.name}: {self._of(strategy)}")
-            if strategy.parting is not None:
-                lines += [f"    {line}" for line in str(strategy.parting).splitlines()]
+            lines.append(f"  {strategy.name}: {self._summary(strategy)}")
+            if strategy.difference is not None:
+                lines += [f"    {line}" for line in str(strategy.difference).splitlines()]
         if self.unexchanged is not None:
-            seen = f"output {self.unexchanged:.1e}" if self.unexchanged < float("inf") else "does not run"
-            lines.append(f"  without any exchange in attention: {seen}, as it must be" * (not self.insensitive))
+            result = f"output {self.unexchanged:.1e}" if self.unexchanged < float("inf") else "does not run"
+            lines.append(f"  without any exchange in attention: {result}, as it must be" * (not self.insensitive))
         if self.insensitive:
             lines[-1] = (
-                f"  without any exchange in attention: output {self.unexchanged:.1e}. So the output hardly depends on "
-                "attention, and that it is the same proves nothing. Layers that start at zero, as output layers and "
-                "gates do, do this: give the model random or trained weights."
+                f"  without any exchange in attention: output {self.unexchanged:.1e}. The output hardly depends on "
+                "attention, so this comparison proves nothing. A cause are layers initialised to zero, such as output "
+                "layers and gates: give the model random or trained weights."
             )
         return "\n".join(lines)
 
-    def _of(self, strategy: Strategy) -> str:
-        said = "right" if self.right(strategy) else "wrong" if strategy.error is not None else "failed"
+    def _summary(self, strategy: Strategy) -> str:
+        text = "right" if self.right(strategy) else "wrong" if strategy.error is not None else "failed"
         if strategy.error is not None:
-            said += f", output {strategy.error:.1e}"
+            text += f", output {strategy.error:.1e}"
         if strategy.gradient_error is not None:
-            said += f", gradients {strategy.gradient_error:.1e}"
+            text += f", gradients {strategy.gradient_error:.1e}"
             if strategy.gradient_error > self.tolerance:
-                said += f" (most of all that of '{strategy.gradient}')"
-        return said + (f": {strategy.failure}" if strategy.failure else "")
+                text += f" (largest for '{strategy.gradient}')"
+        return text + (f": {strategy.failure}" if strategy.failure else "")

@@ -1,4 +1,4 @@
-"""Verifies a plan: runs a model under it on a few CPU processes, and compares with one process."""
+"""Runs a model under a plan on several CPU processes, and compares it with one process."""
 
 from __future__ import annotations
 
@@ -53,12 +53,11 @@ def verify_cp_plan(
     tolerance: float = 1e-4,
     timeout: float = 600.0,
 ) -> CPPlanReport:
-    """Runs `model` under a plan on several CPU processes, compares outputs with one process, and names the first module
-    that differs.
+    """Compares a model under a plan on several CPU processes with one process, and names the first module that differs.
 
     Works in scripts and interactive sessions. `model` is not changed: copies of it run, in float32 and eval mode. Use a
-    small model of the class with random, nonzero weights. Inputs show most errors if `world_size` does not divide their
-    lengths, texts are padded, and the batch has two samples.
+    small model of the class with random, nonzero weights. Inputs reveal most errors if `world_size` does not divide
+    their lengths, texts are padded, and the batch has two samples.
 
     Args:
         model: any module that can be pickled and has no plan applied.
@@ -75,7 +74,7 @@ def verify_cp_plan(
         timeout: seconds after which all processes are ended.
 
     Returns:
-        A report to print, with the attributes `ok`, `parting` and `strategies`, and `raise_if_wrong()`.
+        A report to print, with the attributes `ok`, `difference` and `strategies`, and `raise_if_wrong()`.
 
     Raises:
         AttentionProviderError: the model has no plan, has one applied, or cannot be pickled; the plan does not fit the
@@ -83,14 +82,14 @@ def verify_cp_plan(
     """
     if IN_RANK in os.environ:
         raise AttentionProviderError(
-            "verify_cp_plan was called in a process that it had started, which runs the script for the model's class. "
-            "Put the call under `if __name__ == '__main__':`, or the class into a module of its own."
+            "verify_cp_plan was called in a process that it had started itself and that runs your script for the "
+            "model's class. Put the call under `if __name__ == '__main__':`, or the class into a module of its own."
         )
     unknown = [name for name in strategies if name not in STRATEGIES]
     if unknown or not strategies or world_size < 2:
         raise AttentionProviderError(
-            f"strategies={tuple(strategies)!r} on world_size={world_size}: accepted are some of "
-            f"{', '.join(map(repr, STRATEGIES))}, on two processes or more."
+            f"strategies={tuple(strategies)!r}, world_size={world_size}: accepted are one or more of "
+            f"{', '.join(map(repr, STRATEGIES))}, on at least two processes."
         )
     model = unwrapped(model)
     if applied_tracker(model) is not None:
@@ -99,8 +98,8 @@ def verify_cp_plan(
             "disable_context_parallel) first."
         )
     plan = get_cp_plan(model) if plan is None else plan
-    _check_plan(model, plan)  # here, where an error is one line, and not in every process
-    # Not by the method of diffusers' models, which warns of what it does.
+    _check_plan(model, plan)  # before any process starts, so that an error is one line
+    # nn.Module.to, since the method of diffusers' models logs warnings.
     copied = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32).eval()
     with tempfile.TemporaryDirectory(prefix="verify_cp_plan-") as name:
         folder = Path(name)
@@ -149,7 +148,7 @@ def _save(path: Path, model: nn.Module, inputs: Any) -> str | None:
     except Exception as error:
         by_value = _by_value()
         if by_value is None:
-            raise _unsendable(model, f"it does not pickle: {error}") from error
+            raise _unsendable(model, f"it cannot be pickled: {error}") from error
         torch.save((model, inputs), path, pickle_module=by_value)
         return None
     if not _mentions_main(path):
@@ -182,8 +181,11 @@ def _unsendable(model: nn.Module, why: str) -> AttentionProviderError:
 
 
 def _run(folder: Path, job: Job) -> list[int | None]:
-    """Starts the ranks and waits until all have ended, the timeout has passed, or one has ended and `_GRACE` seconds
-    have passed. Returns their exit codes; None for those that were killed."""
+    """Starts the ranks, and waits until all have ended, until `_GRACE` seconds after the first one, or for the timeout.
+
+    Returns:
+        The exit code of each rank; None for ranks that were killed.
+    """
     environment = {
         **os.environ, IN_RANK: "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)
     }  # fmt: skip
@@ -208,7 +210,7 @@ def _run(folder: Path, job: Job) -> list[int | None]:
         for process in processes:
             process.kill()
         for process in processes:
-            process.communicate()  # waits, and closes the pipe by which it would learn of our end
+            process.communicate()  # waits, and closes the pipe by which the process detects the end of this one
     return codes
 
 
@@ -216,15 +218,15 @@ def _report(folder: Path, job: Job, model: str, codes: list[int | None]) -> CPPl
     strategies: list[Strategy] = []
     for name in job.strategies:
         found = _answers(folder, name, job.world_size)
-        strategies.append(_together(name, list(found.values()), len(found) == job.world_size))
+        strategies.append(_combined(name, list(found.values()), len(found) == job.world_size))
         if strategies[-1].error is None:
             died = any(codes[rank] not in (None, 0) for rank in range(job.world_size) if rank not in found)
-            # Where a rank has died, the others' errors are of the connection to it.
-            parting = None if died else strategies[-1].parting
-            failure = "" if parting else (not died and strategies[-1].failure) or _why(folder, job, codes)
-            strategies[-1] = Strategy(name, parting=parting, failure=failure)
+            # After a rank has died, the errors of the others are about the lost connection.
+            difference = None if died else strategies[-1].difference
+            failure = "" if difference else (not died and strategies[-1].failure) or _why(folder, job, codes)
+            strategies[-1] = Strategy(name, difference=difference, failure=failure)
             strategies += [
-                Strategy(other, failure="not run, after that")
+                Strategy(other, failure="not run after this failure")
                 for other in job.strategies[job.strategies.index(name) + 1 :]
             ]
             break
@@ -238,17 +240,17 @@ def _answers(folder: Path, name: str, ranks: int) -> dict[int, Any]:
     return {rank: pickle.loads(path.read_bytes()) for rank, path in paths.items() if path.exists()}
 
 
-def _together(name: str, found: list[tuple[int, Strategy]], complete: bool) -> Strategy:
+def _combined(name: str, found: list[tuple[int, Strategy]], complete: bool) -> Strategy:
     """Combines the ranks' results: the largest errors, and the earliest difference."""
     strategies = [strategy for _, strategy in found]
-    parted = [(order, i) for i, (order, strategy) in enumerate(found) if strategy.parting is not None]
-    parting = strategies[min(parted)[1]].parting if parted else None
+    differing = [(order, i) for i, (order, strategy) in enumerate(found) if strategy.difference is not None]
+    difference = strategies[min(differing)[1]].difference if differing else None
     failure = next((strategy.failure for strategy in strategies if strategy.failure), "")
     if not complete or any(strategy.error is None for strategy in strategies):
-        return Strategy(name, parting=parting, failure=failure)
+        return Strategy(name, difference=difference, failure=failure)
     error = max(strategy.error for strategy in strategies if strategy.error is not None)
     worst = max(strategies, key=lambda each: each.gradient_error or 0.0)
-    return Strategy(name, error, worst.gradient_error, worst.gradient, parting)
+    return Strategy(name, error, worst.gradient_error, worst.gradient, difference)
 
 
 def _why(folder: Path, job: Job, codes: list[int | None]) -> str:
@@ -258,7 +260,7 @@ def _why(folder: Path, job: Job, codes: list[int | None]) -> str:
         rank, text = min(crashes.items())
         return f"rank {rank} ended with\n{text.strip()}"
     logs = [(folder / f"log-{rank}").read_text(errors="replace").strip() for rank in range(job.world_size)]
-    said = "\n".join(f"rank {rank}: {log[-1000:]}" for rank, log in enumerate(logs) if log)
+    output = "\n".join(f"rank {rank}: {log[-1000:]}" for rank, log in enumerate(logs) if log)
     if any(code not in (None, 0) for code in codes):
-        return f"processes ended with {codes}. {said}"
-    return f"no answer from all ranks within {job.timeout:.0f} s. {said}"
+        return f"processes ended with exit codes {codes}. {output}"
+    return f"some ranks did not finish within {job.timeout:.0f} s. {output}"

@@ -84,8 +84,18 @@ def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, whole):
     ("provider", "name", "change", "reason"),
     [
         (None, "smaller", None, "WanAnimate2AttnProcessor, sees only this rank's. Bind the module"),
-        ("native", "two samples", "another reference", r"holds 15 .*; accepted are its 10 of the 30 .* Fill it anew"),
-        ("native", "too long", None, "5 frames of 15 tokens .* do not fit origin_len .* room for 4 and 3 frames of 15"),
+        (
+            "native",
+            "two samples",
+            "another reference",
+            r"holds 15 .*; accepted are its shard of 10 or all 30 .* Fill the cache again",
+        ),
+        (
+            "native",
+            "too long",
+            None,
+            "5 frames with 15 tokens .* do not fit origin_len .* allow 4 and 3 frames with 15",
+        ),
     ],
 )
 def test_refused(pool, provider, name, change, reason):

@@ -151,7 +151,7 @@ def test_a_part_of_a_larger_mesh(pool):
     for rank, (wrong, ranks_, strategy, line) in enumerate(pool.run(4, data_parallel)):
         first = rank // 2 * 2
         assert wrong < 1e-10 and ranks_ == (first, first + 1) and strategy == "ring"
-        assert "on 2 of 4 ranks, a ring (allgather) of 2 (as the mesh says); attention by native" in line
+        assert "on 2 of 4 ranks, a ring (allgather) of 2 (given by the mesh); attention by native" in line
         assert line.endswith(f"inputs are those of rank {first}")
 
 
@@ -218,20 +218,20 @@ MESSAGES = {
     "degree": "ring_degree=0: a whole number from 1",
     "method": "rotate_method='zigzag': accepted are 'allgather' and 'alltoall'",
     "no ring": "rotate_method='alltoall' says how keys and values travel around a ring, and there is none",
-    "merge": "convert_to_fp32=False says how partial results of a ring merge, and there is no ring",
+    "merge": "convert_to_fp32=False applies to a ring, but there is none",
     "inputs": "inputs='sync': accepted are 'broadcast', 'check', 'trust'",
     "provider": "attention provider 'flash' cannot be used here",
     "no such provider": "there is no attention provider 'lightning'",
     "no such option": "provider 'native' has no option 'deterministic'",
-    "no such argument": "ulises_degree=2 is neither an argument of enable_context_parallel nor",
+    "no such argument": "ulises_degree=2 is not an argument of enable_context_parallel",
     "no plan": "ControlNetModel has no context-parallel plan. Its convolutions, ",
     "a plan that does not fit": "the plan names argument 'nothing' of 'blocks.0'",
     "a mesh of one": "the mesh has one rank",
     "no mesh": "mesh is a ContextParallelMesh; a torch DeviceMesh is accepted",
-    "another degree": "ring_degree=4, and the mesh has 2",
-    "nothing to split": "WanPipeline has nothing to split: its components are",
+    "another degree": "ring_degree=4, but the mesh has 2",
+    "nothing to split": "WanPipeline has no component with a plan. Its components are",
     "no pipeline": "a model (torch.nn.Module) or a diffusers pipeline is accepted",
-    "other ways": "in different ways. rank 0: ",
+    "other ways": "with different choices. rank 0: ",
     "twice": "transformer (WanTransformer3DModel) is split between ranks already",
     "applied": "transformer (WanTransformer3DModel) is split between ranks already",
 }
@@ -257,7 +257,7 @@ def without_lse(meshes):
         with pytest.raises(AttentionProviderError) as refused:
             enable_context_parallel(model, provider="_native_math", ring_degree=4, verbose=False)
         set_attention_provider(model, "_native_math")
-        with pytest.raises(AttentionProviderError, match="'_native_math' gives no log-sum-exp"):
+        with pytest.raises(AttentionProviderError, match="'_native_math' returns no log-sum-exp"):
             enable_context_parallel(model, rotate_method="alltoall", verbose=False)
         report = enable_context_parallel(model, verbose=False)
         disable_context_parallel(model)
@@ -268,8 +268,8 @@ def without_lse(meshes):
 
 def test_a_ring_needs_the_log_sum_exp(pool):
     for message, strategy, provider, reason in pool.run(4, without_lse):
-        assert "'_native_math' gives no log-sum-exp" in message
-        assert "Set ulysses_degree=4, ring_degree=1, which takes any provider, or one of: native" in message
+        assert "'_native_math' returns no log-sum-exp" in message
+        assert "Set ulysses_degree=4, ring_degree=1, which works with any provider, or use one of: native" in message
         assert (strategy, provider) == ("ulysses", "_native_math") and "only Ulysses does without" in reason
 
 

@@ -99,7 +99,7 @@ def recorded(meshes, ring, ulysses):
 
 def test_ranks_of_which_one_has_lost_what_it_recorded(pool):
     for message in pool.run(3, recorded, ring=3, ulysses=1):
-        assert "what is recorded of the model: 1 of 1 kinds of calls on ranks 0, 2; 0 of 1 kinds" in message
+        assert "recorded CUDA graphs: 1 of 1 kinds of calls on ranks 0, 2; 0 of 1 kinds" in message
 
 
 class Key:

@@ -21,8 +21,8 @@ def model():
 def readings(monkeypatch):
     """One entry for each time the values are read."""
     found = []
-    summed = model_sync._summed
-    monkeypatch.setattr(model_sync, "_summed", lambda weights: found.append(None) or summed(weights))
+    summed = model_sync._checksums_of
+    monkeypatch.setattr(model_sync, "_checksums_of", lambda weights: found.append(None) or summed(weights))
     return found
 
 
@@ -36,31 +36,31 @@ def moved(model):
 
 def test_weights_that_only_move_are_not_read_for_ever(model, readings):
     adapters, keep = model_sync.Adapters(model), []
-    said = adapters.said(in_training=False)
+    said = adapters.describe(in_training=False)
     for _ in range(20):
         keep += [parameter.data for parameter in model.parameters()]  # so that no address is used again
         moved(model)
-        assert adapters.said(in_training=False) == said
+        assert adapters.describe(in_training=False) == said
     assert 2 <= len(readings) <= 6
 
 
 def test_an_adapter_that_takes_the_place_of_another_is_read(model, readings):
     adapters = model_sync.Adapters(model)
-    assert "adapter 'default'" in adapters.said(in_training=False)
+    assert "adapter 'default'" in adapters.describe(in_training=False)
     model.delete_adapters("default")
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "other")
-    said = adapters.said(in_training=False)
+    said = adapters.describe(in_training=False)
     assert "weights none" not in said["adapter 'other'"] and len(readings) == 2
 
 
 def test_training_reads_nothing(model, readings):
     adapters = model_sync.Adapters(model)
-    adapters.said(in_training=True)
+    adapters.describe(in_training=True)
     adapters.may_have_changed()
     with torch.no_grad():
         next(each for each in model.parameters() if each.requires_grad).mul_(2)
     moved(model)
-    adapters.said(in_training=True)
+    adapters.describe(in_training=True)
     assert len(readings) == 1
-    adapters.said(in_training=False)
+    adapters.describe(in_training=False)
     assert len(readings) == 2

@@ -25,10 +25,10 @@ def test_it_is_freed_with_its_input():
     prompt = torch.zeros(4)
     received.keep(prompt, torch.ones(4))
     received.forget()
-    assert len(received._kept) == 1
+    assert len(received._entries) == 1
     del prompt
     received.forget()
-    assert len(received._kept) == 0
+    assert len(received._entries) == 0
 
 
 def test_strides_are_those_of_the_input():
@@ -66,5 +66,5 @@ def test_a_copy_starts_empty():
     own = torch.zeros(3)
     received.keep(own, torch.arange(3.0))
     copied = copy.deepcopy(received)
-    assert copied._kept == {} and pickle.loads(pickle.dumps(received))._kept == {}
+    assert copied._entries == {} and pickle.loads(pickle.dumps(received))._entries == {}
     assert copied.keep(own, torch.ones(3)).tolist() == [1, 1, 1]

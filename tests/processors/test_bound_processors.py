@@ -287,10 +287,10 @@ class ByNameAndMore(FluxAttnProcessor):
 @pytest.mark.parametrize(
     ("processor", "reason"),
     [
-        (Alone, "Alone calls neither .*names no function, class or super.. that does"),
+        (Alone, "Alone calls neither .*nor a function, class or super.. that does"),
         (CallsWhatStops, "CallsWhatStops calls neither"),
         (Wraps, "such as self.inner.*derive Wraps from .* call super...__call__"),
-        (ByNameAndMore, "FluxAttnProcessor.__call__.* are followed only where.*call super...__call__"),
+        (ByNameAndMore, "FluxAttnProcessor.__call__.* are followed only if.*call super...__call__"),
     ],
 )
 def test_why_a_processor_of_ones_own_cannot_be_bound(processor, reason):

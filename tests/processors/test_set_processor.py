@@ -160,7 +160,7 @@ def test_default_processors_take_the_model_back(unet):
 
 def test_a_replacement_that_cannot_be_bound_warns_and_is_not_the_end(unet):
     unet.set_attn_processor(DispatchProcessor("native"))
-    with pytest.warns(UserWarning, match="SlicedAttnProcessor calls neither .* does not go to provider 'native'"):
+    with pytest.warns(UserWarning, match="SlicedAttnProcessor calls neither .* does not use provider 'native'"):
         unet.set_attention_slice("max")
     assert providers(unet) == {None}
     unet.set_attention_slice(None)
@@ -222,7 +222,7 @@ def test_a_request_is_not_a_processor(flux):
     [
         (("flush",), {}, AttentionProviderError, "no attention provider 'flush'.*flash"),
         (("native",), {"deterministic": True}, AttentionProviderError, "no option 'deterministic'"),
-        ((), {"deterministic": True}, AttentionProviderError, "none is named"),
+        ((), {"deterministic": True}, AttentionProviderError, "no provider is given"),
         (("sage",), {}, ProviderUnavailableError, "pip install"),
     ],
 )

@@ -102,7 +102,7 @@ def test_verify_knows_the_parts():
     plan = {**PLAN, "": {"tokens": PLAN[""]["tokens"], "places": CPInput(1, 2, sequence="others")}}
     report = verify_cp_plan(model, inputs, plan, strategies=("ring",))
     # The model adds both, before its first layer.
-    assert not report.ok and report.parting.module == "" and "split alike" in report.parting.hint, str(report)
+    assert not report.ok and report.difference.module == "" and "split alike" in report.difference.hint, str(report)
 
 
 def test_what_needs_the_order_is_refused():
