@@ -108,7 +108,7 @@ def test_what_is_no_blocks_is_refused():
             tracker.split("video", torch.zeros(length), 0)
     tracker.begin()
     tracker.split("video", torch.zeros(5 * 64), 0)
-    with pytest.raises(AttentionProviderError, match="was split before that was said"):
+    with pytest.raises(AttentionProviderError, match="was split otherwise before"):
         tracker.keep_blocks("video", 64)
     with pytest.raises(ValueError, match="size=0"):
         advanced.CPBlocks("video", 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import AttentionProviderError
 from ..mesh import ContextParallelMesh
 from ..sequences.placeholders import LocalTokens
+from ..sequences.roles import SplitCall
 from ..sequences.sharded_masks import (
     BlockRowMask,
     KeyMask,
@@ -23,7 +24,7 @@ from ..sequences.sharded_masks import (
     sharded_mask,
 )
 from ..sequences.sharding import take
-from ..sequences.tracker import SequenceTracker, SplitCall
+from ..sequences.tracker import SequenceTracker
 from .parallel_attention import parallel_attention
 from .partial_kernel import options_by_place
 
@@ -78,7 +79,7 @@ def split_attention(
         if by_place and tracker.splits_queries(query.shape[1], key.shape[1]):
             raise AttentionProviderError(
                 f"{', '.join(by_place)} counts positions, and this rank has only {query.shape[1]} of the queries of "
-                f"this call, while its keys are replicated ({tracker._known()}). Leave it out, or run this model on "
+                f"this call, while its keys are replicated ({tracker.describe()}). Leave it out, or run this model on "
                 "one device."
             )
         return None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from ...cp_plans.plan import CPAttention, Plan, entries
 from ...errors import AttentionProviderError
 from ..comm.group import Group
 from ..sequences import sharding
+from ..sequences.find_by_length import check_lengths_suffice, find_by_length, joins
 from ..sequences.tracker import SequenceTracker
 from .find_argument import argument_of, as_param
 from .plan_words import ARGUMENTS, find, words_in
@@ -270,17 +270,12 @@ def _own_tokens(tensor: Tensor, tracker: SequenceTracker, dim: int) -> Tensor | 
     placed = [tracker.kept((name,)) for name in tracker.lengths]
     if not any(placed):
         return tensor
-    joins = _joins(tuple(tracker.lengths))
-    kept = {tracker.kept(names) for names in joins if tracker._seen(names) == tensor.shape[dim]}
+    every = joins(tuple(tracker.lengths))
+    kept = {tracker.kept(names) for names in every if tracker.local_length(names) == tensor.shape[dim]}
     if len(kept) != 1:
         return None
     (one,) = kept
     return tensor if one is None else one.take_out(tensor, dim)
-
-
-def _joins(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """One or more of these, in their order."""
-    return [join for count in range(1, len(names) + 1) for join in itertools.combinations(names, count)]
 
 
 def _tokens_of(tensor: Tensor) -> int:
@@ -341,7 +336,7 @@ def _calibrated(hook: Any, tracker: SequenceTracker, state: Any, residual: Tenso
         if able < tracker.mesh.size:
             raise AttentionProviderError(
                 "MagCache cannot be calibrated here: the lengths of this forward's sequences do not tell which tokens "
-                f"are this rank's own ({tracker._known()}). Calibrate it on one device."
+                f"are this rank's own ({tracker.describe()}). Calibrate it on one device."
             )
         ratio = total / count if count else math.nan
     state.calibration_ratios.append(ratio)
@@ -397,17 +392,17 @@ def _shards_of_queries(length: int, tracker: SequenceTracker) -> tuple[sharding.
         AttentionProviderError: lengths do not tell.
     """
     what = "the queries that SmoothedEnergyGuidance blurs"
-    tracker._check_without_placeholders(what)
+    check_lengths_suffice(tracker, what)
     names = tuple(tracker.lengths) if tracker.role is None else tracker.present(tracker.role.query)
-    shards = tracker._by_length(length, _joins(names), what)
+    shards = find_by_length(tracker, length, joins(names), what)
     if shards is not None:
         return shards, 1
-    seen = tracker._seen(names)
+    seen = tracker.local_length(names)
     if len(names) == 1 and seen and length % seen == 0:
         return tracker.shards(names), length // seen
     raise AttentionProviderError(
         f"{what}, {length} tokens on rank {tracker.mesh.rank}, are none of the sequences of its attention "
-        f"({tracker._known()}). Leave SmoothedEnergyGuidance out, or run on one device."
+        f"({tracker.describe()}). Leave SmoothedEnergyGuidance out, or run on one device."
     )
 
 

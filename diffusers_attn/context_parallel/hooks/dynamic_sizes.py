@@ -70,7 +70,7 @@ class DynamicSizes:
                 self._changed |= self._first.setdefault(name, length) != length
             if self._changed:
                 whole = [lengths.get(name, before.get(name, 0)) for name in {**before, **lengths}]
-                shards = [self._tracker.seen_length(name) for name in lengths]
+                shards = [self._tracker.local_length((name,)) for name in lengths]
                 for tensor in lengths.tensors():
                     _mark(tensor, frozenset(tensor.shape[:1]))
                 self._sizes = frozenset(size for size in (*_joined(whole), *_joined(shards)) if size > 1)

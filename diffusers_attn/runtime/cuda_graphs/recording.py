@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...context_parallel.sequences.tracker import SequenceTracker, TrackerState
+from ...context_parallel.sequences.layout import LayoutState
+from ...context_parallel.sequences.tracker import SequenceTracker
 from ...errors import AttentionProviderError
 from .arguments import GraphCall, replaced, tensors_of
 
@@ -61,7 +62,7 @@ class Recording:
                 "from the host's memory, or launches on other streams. Name a provider that does none of this, or call "
                 "remove_cuda_graphs(model)."
             ) from cause
-        self._tracker: TrackerState | None = None if tracker is None else tracker.state()
+        self._tracker: LayoutState | None = None if tracker is None else tracker.state()
 
     def _copy(self, tensors: list[Tensor]) -> None:
         for own, given in zip(self._inputs, tensors):

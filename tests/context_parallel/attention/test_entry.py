@@ -9,8 +9,9 @@ from diffusers_attn import AttentionProviderError, attention_dispatch
 from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 from diffusers_attn.context_parallel.sequences.active import active
+from diffusers_attn.context_parallel.sequences.roles import Role
 from diffusers_attn.context_parallel.sequences.sharding import split, take
-from diffusers_attn.context_parallel.sequences.tracker import Role, SequenceTracker
+from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 
 from ... import reference
 

@@ -8,8 +8,9 @@ import torch
 
 from diffusers_attn import AttentionProviderError, enable_context_parallel
 from diffusers_attn.context_parallel.attention.entry import split_attention
+from diffusers_attn.context_parallel.sequences.roles import REPLICATED, Role
 from diffusers_attn.context_parallel.sequences.sharding import split
-from diffusers_attn.context_parallel.sequences.tracker import REPLICATED, Role, SequenceTracker
+from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.providers import catalog, registry
 from diffusers_attn.providers.native import Math
 

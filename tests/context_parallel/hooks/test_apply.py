@@ -14,7 +14,8 @@ from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks.apply import applied_tracker, apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.sequences.active import active_tracker
-from diffusers_attn.context_parallel.sequences.tracker import Role, SequenceTracker
+from diffusers_attn.context_parallel.sequences.roles import Role
+from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
 from diffusers_attn.cp_plans.registry import get_cp_plan, list_cp_plans, register_cp_plan
 

@@ -170,7 +170,7 @@ def test_a_length_is_made_whole_again():
     tracker = apply_context_parallel(module, mesh_of(1), {"": {"frames": advanced.CPLength("frames", full=True)}})
     tracker.begin = lambda: tracker.shard_length("frames", 5)
     assert module(None, 2) == 5
-    with pytest.raises(AttentionProviderError, match="a number of 5 .* part of 'frames', which is 2; .* frames: 5"):
+    with pytest.raises(AttentionProviderError, match="Expected local length 2 of 'frames', got 5; .* frames: 5"):
         module(None, 5)
     with pytest.raises(ValueError, match="set one of them"):
         advanced.CPLength("frames", of=len, full=True)

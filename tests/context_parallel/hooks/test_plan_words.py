@@ -17,8 +17,9 @@ from diffusers_attn.context_parallel.hooks.words import attention
 from diffusers_attn.context_parallel.hooks.words.halo import AddHalo
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.sequences.placeholders import LocalTokens
+from diffusers_attn.context_parallel.sequences.roles import Role
 from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
-from diffusers_attn.context_parallel.sequences.tracker import Role, SequenceTracker
+from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.cp_plans import advanced, registry
 from diffusers_attn.cp_plans import plan as plan_module
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, ParamId

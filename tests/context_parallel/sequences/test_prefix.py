@@ -9,8 +9,8 @@ from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.sequences.placeholders import LocalTokens
+from diffusers_attn.context_parallel.sequences.roles import Role
 from diffusers_attn.context_parallel.sequences.sharding import Shards
-from diffusers_attn.context_parallel.sequences.tracker import Role
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput
 
 from ..hooks.test_plan_words import mesh_of, tracker_of

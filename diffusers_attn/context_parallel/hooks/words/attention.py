@@ -11,7 +11,8 @@ from torch import nn
 from ....cp_plans.plan import CPAttention
 from ....errors import AttentionProviderError
 from ....tracing.errors import raise_error
-from ...sequences.tracker import REPLICATED, Role, SequenceTracker
+from ...sequences.roles import REPLICATED, Role
+from ...sequences.tracker import SequenceTracker
 from ..within import check_called
 from .base import Place, SetHook
 
