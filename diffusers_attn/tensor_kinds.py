@@ -49,7 +49,7 @@ SPARSE = Kind("a tensor of layout {layout}", Way.REFUSED, "pass {argument}.to_de
 QUANTISED = Kind("a quantised tensor", Way.REFUSED, "pass {argument}.dequantize()")
 NESTED_MASK = Kind("a nested tensor", Way.REFUSED, "pass a plain mask, with False where there is padding")
 LABELLED = Kind("a {cls}", Way.STRIPPED)
-OTHER = Kind("a {cls}, which is a tensor subclass", Way.TORCH, "pass the plain torch.Tensor that it stands for")
+OTHER = Kind("a {cls}, which is a tensor subclass", Way.TORCH, "pass the plain torch.Tensor with the same values")
 
 NOBODY = "and no provider accepts it"
 
@@ -60,7 +60,7 @@ _BY_CLASS = {
     "torch.distributed._functional_collectives.AsyncCollectiveTensor": Kind("an AsyncCollectiveTensor", Way.STRIPPED),
     "torch.distributed.tensor.DTensor": Kind("a DTensor", Way.TORCH, "pass {argument}.to_local()"),
     "torch.masked.maskedtensor.core.MaskedTensor": Kind(
-        "a MaskedTensor", Way.REFUSED, "pass {argument}.get_data(), and what it masks as attn_mask"
+        "a MaskedTensor", Way.REFUSED, "pass {argument}.get_data(), and its mask as attn_mask"
     ),
     "torch.nested._internal.nested_tensor.NestedTensor": NESTED,
     "torch.nn.attention.bias.CausalBias": Kind("a CausalBias", Way.CAUSAL),

@@ -60,4 +60,4 @@ def test_every_provider_that_is_not_here_says_how_to_install_it(name: str) -> No
     message = str(registry.unavailable(status))
     assert not unquoted(message) and message.count("`") == (2 if status.install else 0)
     if status.install:
-        assert f" Install it with `{status.install}`. Usable here: " in message
+        assert f" Install it with `{status.install}`. Providers available here: " in message

@@ -70,7 +70,7 @@ def test_threads_do_not_see_each_other():
 def test_a_provider_that_is_not_here_is_refused_before_the_scope_begins():
     with pytest.raises(ProviderUnavailableError, match="pip install") as error:
         attention_provider("sage_varlen")
-    assert "Usable here: native" in str(error.value)
+    assert "Providers available here: native" in str(error.value)
     assert active() == "native"
 
 

@@ -33,13 +33,13 @@ class ContextParallelConfig:
             degree = getattr(self, name)
             if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
                 raise AttentionProviderError(
-                    f"{name}={degree!r}: a whole number from 1 is accepted, where 1 switches it off; ring_degree * "
+                    f"{name}={degree!r}: a whole number from 1 is accepted; 1 turns it off. ring_degree * "
                     "ulysses_degree is the number of ranks that share a sequence."
                 )
         if self.rotate_method not in ROTATE_METHODS:
             raise AttentionProviderError(
                 f"rotate_method={self.rotate_method!r}: accepted are {' and '.join(map(repr, ROTATE_METHODS))}. "
-                "On NVLink 'allgather' is the faster one; 'alltoall' needs less memory."
+                "On NVLink 'allgather' is faster; 'alltoall' needs less memory."
             )
         if not isinstance(self.convert_to_fp32, bool):
             raise AttentionProviderError(

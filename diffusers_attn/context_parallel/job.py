@@ -23,7 +23,9 @@ def join(device_type: str) -> None:
         AttentionProviderError: there is one rank only, or the job cannot be joined.
     """
     if not dist.is_available():
-        raise AttentionProviderError("this PyTorch was built without torch.distributed, which several ranks need.")
+        raise AttentionProviderError(
+            "this PyTorch was built without torch.distributed, which context parallelism needs."
+        )
     if not dist.is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched < 2:
@@ -35,14 +37,14 @@ def join(device_type: str) -> None:
             from accelerate import PartialState
         except ImportError as error:
             raise AttentionProviderError(
-                f"the launcher started {launched} ranks, which are to be connected. Either install Accelerate (`pip "
-                "install accelerate`), or call torch.distributed.init_process_group first."
+                f"the launcher started {launched} ranks, which are not connected yet. Install Accelerate (`pip install "
+                "accelerate`), or call torch.distributed.init_process_group first."
             ) from error
         PartialState(cpu=device_type == "cpu")
         if not dist.is_initialized():
             raise AttentionProviderError(
-                f"the launcher started {launched} ranks, and Accelerate was set up in each of them as a job of one. "
-                "On CPUs make it Accelerator(cpu=True) or PartialState(cpu=True), or set ACCELERATE_USE_CPU=true."
+                f"the launcher started {launched} ranks, but Accelerate was set up in each of them as a job of one. "
+                "On CPUs use Accelerator(cpu=True) or PartialState(cpu=True), or set ACCELERATE_USE_CPU=true."
             )
     if dist.get_world_size() < 2:
         raise AttentionProviderError(
@@ -52,9 +54,9 @@ def join(device_type: str) -> None:
     backends = dist.get_backend_config(dist.group.WORLD)
     if f"{device_type}:" not in backends:
         raise AttentionProviderError(
-            f"the model is on {device_type}, and torch.distributed was initialised with {backends}, which carries "
-            f"nothing from there. Move the model to its device before this call; or initialise with "
-            "backend='cpu:gloo,cuda:nccl', or leave that to this call."
+            f"the model is on {device_type}, but torch.distributed was initialised with {backends}, which cannot "
+            "exchange tensors of that device. Move the model before this call, initialise with "
+            "backend='cpu:gloo,cuda:nccl', or let this call initialise it."
         )
 
 

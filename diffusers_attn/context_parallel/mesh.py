@@ -74,12 +74,12 @@ class ContextParallelMesh:
         else:
             raise AttentionProviderError(
                 f"mesh has {mesh.ndim} dimensions named {names or None}; one dimension (a ring), or two named 'ring' "
-                "and 'ulysses', are accepted. Of a larger mesh pass the part: mesh['ring', 'ulysses'], or mesh['cp']."
+                "and 'ulysses', are accepted. Pass a part of a larger mesh: mesh['ring', 'ulysses'], or mesh['cp']."
             )
         if mesh.get_coordinate() is None:
             raise AttentionProviderError(
                 f"rank {dist.get_rank()} is not in the mesh, which has the ranks {mesh.mesh.flatten().tolist()}. Apply "
-                "context parallelism only on the ranks of the mesh, or make one over all ranks."
+                "context parallelism only on the mesh's ranks, or make a mesh of all ranks."
             )
         groups = {
             name: Group(mesh.get_group(dim).group_name, mesh.get_local_rank(dim), mesh.size(dim))
@@ -118,8 +118,8 @@ class ContextParallelMesh:
             return ContextParallelMesh(config, ALONE, ALONE)
         if not dist.is_initialized():
             raise AttentionProviderError(
-                f"{config.size} ranks were asked for (ring_degree={ring_degree}, ulysses_degree={ulysses_degree}), and "
-                "this is a single process. Start the script with `accelerate launch --num_processes "
+                f"ring_degree={ring_degree} and ulysses_degree={ulysses_degree} need {config.size} ranks, but this is "
+                "a single process. Start the script with `accelerate launch --num_processes "
                 f"{config.size}` or `torchrun --nproc_per_node {config.size}`, and call "
                 "torch.distributed.init_process_group first."
             )

@@ -33,8 +33,9 @@ def decide(provider: str, call: AttentionCall) -> Serving:
         raise registry.unavailable(status)
     reason = refusal(SPECS[provider], call)
     if reason:
-        able = ", ".join(name for name in able_providers(call) if name != provider)
-        instead = f"Available here and able to: {able}." if able else "No provider available here supports this call."
+        others = ", ".join(name for name in able_providers(call) if name != provider)
+        instead = f"Providers available here that support it: {others}."
+        instead = instead if others else "No provider available here supports this call."
         raise AttentionProviderError(
             f"attention provider '{provider}' cannot serve this call: {reason}. The call: {call}. {instead}"
         )

@@ -13,7 +13,7 @@ from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings
 
 if not hasattr(torch.ops.flash_attn_3, "_flash_attn_forward"):
     raise ImportError(
-        "flash_attn_interface registers no operator flash_attn_3::_flash_attn_forward; builds of 2025-09 and later do"
+        "flash_attn_interface has no operator flash_attn_3::_flash_attn_forward; builds since 2025-09 have it"
     )
 _forward, _backward = torch.ops.flash_attn_3._flash_attn_forward, torch.ops.flash_attn_3._flash_attn_backward
 

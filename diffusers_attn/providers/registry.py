@@ -153,9 +153,9 @@ def load(name: str) -> type[Adapter]:
             if spec.requirement:
                 importlib.import_module(spec.requirement.module)
             adapter = getattr(importlib.import_module(f".{module}", __package__), attribute)
-        except Exception as error:  # a broken binary raises whatever it likes: OSError, RuntimeError, AttributeError
+        except Exception as error:  # a broken binary may raise any type: OSError, RuntimeError, AttributeError
             raise ProviderUnavailableError(
-                f"its package is installed but does not import: {type(error).__name__}: {error}"
+                f"its package is installed but cannot be imported: {type(error).__name__}: {error}"
             ) from error
         ADAPTERS[name] = adapter
     return adapter
@@ -166,5 +166,6 @@ def unavailable(status: ProviderStatus) -> ProviderUnavailableError:
     remedy = f" Install it with {command(status.install)}." if status.install else ""
     usable = ", ".join(other.name for other in list_providers() if other.available)
     return ProviderUnavailableError(
-        f"attention provider '{status.name}' cannot be used here: {status.reason}.{remedy} Usable here: {usable}."
+        f"attention provider '{status.name}' cannot be used here: {status.reason}.{remedy} Providers available here: "
+        f"{usable}."
     )

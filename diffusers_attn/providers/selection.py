@@ -38,7 +38,7 @@ def select(call: AttentionCall) -> Selection:
     for name, evidence in candidates(call):
         spec = SPECS[name]
         if not spec.capabilities.exact and name not in allowed:  # type: ignore[operator]
-            passed_over.append((name, "lossy, and not allowed by name"))
+            passed_over.append((name, "lossy, and not named in lossy=..."))
             continue
         status = registry.provider_status(name)
         why_not = status.reason if not status.available else refusal(spec, call)
@@ -61,7 +61,12 @@ def candidates(call: AttentionCall) -> list[tuple[str, str]]:
             table = speeds.MEASURED[capability, min(sizes)]
             where += f" with head_dim {min(sizes)} and {'long' if call.long else 'short'} sequences"
     ranked = sorted(table, key=lambda name: -table[name][call.long])
-    measured = [(name, f"fastest able, {table[name][call.long]:.0f} TFLOP/s measured {where}") for name in ranked]
+    measured = [
+        (name, f"the fastest that supports the call, {table[name][call.long]:.0f} TFLOP/s measured {where}")
+        for name in ranked
+    ]
     order = ("native", *speeds.UNMEASURED) if call.device.type != "cuda" else speeds.UNMEASURED
-    rest = [(name, f"first able in the order kept for what is not measured {where}") for name in order]
+    rest = [
+        (name, f"the first that supports the call in the fixed order for calls not measured {where}") for name in order
+    ]
     return measured + [(name, why) for name, why in dict(rest).items() if name not in table]

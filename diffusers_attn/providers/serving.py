@@ -150,7 +150,7 @@ def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
         if reason:
             return reason
     if call.dtype not in can.dtypes:
-        return f"it takes {_names(str(dtype).removeprefix('torch.') for dtype in can.dtypes)}"
+        return f"it accepts {_names(str(dtype).removeprefix('torch.') for dtype in can.dtypes)}"
     if can.max_head_dim is not None and max(call.head_dim, call.value_head_dim) > can.max_head_dim:
         return f"its head_dim is at most {can.max_head_dim}"
     if call.value_head_dim != call.head_dim and not can.value_head_dim:
@@ -158,12 +158,12 @@ def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
     if call.heads and (not call.kv_heads or call.heads % call.kv_heads):
         return f"{call.heads} query heads do not divide into {call.kv_heads} key heads"
     if _mask_after_lowering(spec, call) not in can.masks:
-        taken = _names(kind.value for kind in can.masks if kind != MaskKind.NONE) or "none"
-        return f"it takes no {_mask_after_lowering(spec, call).value} mask (masks it takes: {taken})"
+        accepted = _names(kind.value for kind in can.masks if kind != MaskKind.NONE) or "none"
+        return f"it accepts no {_mask_after_lowering(spec, call).value} mask (accepted masks: {accepted})"
     if call.is_causal and call.mask_kind == MaskKind.BLOCK:
-        return "is_causal and a BlockMask together: put the causality into the BlockMask"
+        return "is_causal cannot be combined with a BlockMask; make the BlockMask causal instead"
     if call.is_causal and can.causal == "none":
-        return "it has no causal form"
+        return "it has no causal kernel"
     if call.derived and not can.every_derivative:
         return "its kernel supports no transforms of torch.func and no forward-mode differentiation"
     if call.query_len != "equal" or call.mask_kind != MaskKind.NONE:
@@ -178,16 +178,16 @@ def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
             "gradient (run inference under torch.no_grad())"
         )
     if call.bias_needs_grad and not can.bias_gradient:
-        return "it computes no gradient of attn_mask, which requires one"
+        return "it computes no gradient of attn_mask, but attn_mask requires one"
     if call.partial and not can.lse:
         return (
-            "it gives no log-sum-exp, which a ring needs to merge partial results (set ring_degree=1 and use "
-            "ulysses_degree, which takes any provider)"
+            "it returns no log-sum-exp (lse), which a ring needs to merge partial results (set ring_degree=1 and use "
+            "ulysses_degree, which works with any provider)"
         )
     if call.partial and call.needs_grad and not can.backward_of_parts:
         return (
             "it has no backward for a part of the keys, which a ring needs (set ring_degree=1 and use ulysses_degree, "
-            "which takes any provider)"
+            "which works with any provider)"
         )
     return ""
 

@@ -130,11 +130,15 @@ def call(mask, **options):
     [
         (torch.ones(1, 1, 2, 4, dtype=torch.bool), {}, r"bool \[batch, heads, 2, 5\]"),
         (torch.ones(1, 1, 2, 5), {}, r"torch.float32 .*bool \[batch, heads, 2, 5\]"),
-        (torch.ones(1, 1, 2, 5, dtype=torch.bool), {"is_causal": True}, "is_causal and a mask by blocks"),
+        (
+            torch.ones(1, 1, 2, 5, dtype=torch.bool),
+            {"is_causal": True},
+            "is_causal cannot be combined with a mask of blocks",
+        ),
         (
             torch.ones(1, 1, 2, 5, dtype=torch.bool),
             dict.fromkeys(("query_shards", "key_shards"), Shards(((((0, 128),)), ((128, 96),), ((224, 96),)))),
-            r"are not whole blocks.*CPBlocks",
+            r"are not complete blocks.*CPBlocks",
         ),
     ],
 )

@@ -87,7 +87,7 @@ def test_a_missing_package(tmp_path):
     if torch.cuda.is_available() and provider_status("flash").available:
         pytest.skip("flash-attn is installed here, so it cannot be missing")
     assert "flash-attn>=2.6.3 is not installed" in said
-    assert "Install it with `pip install flash-attn --no-build-isolation`. Usable here: native" in said
+    assert "Install it with `pip install flash-attn --no-build-isolation`. Providers available here: native" in said
 
 
 def test_a_package_that_is_too_old(tmp_path):
@@ -109,5 +109,5 @@ def test_a_broken_package_breaks_its_provider_only(tmp_path):
         """
         + textwrap.indent(SAY, " " * 8),
     )
-    assert "does not import: OSError: undefined symbol" in said
-    assert "pip install flash-attn" in said and "Usable here: native" in said
+    assert "cannot be imported: OSError: undefined symbol" in said
+    assert "pip install flash-attn" in said and "Providers available here: native" in said

@@ -25,14 +25,16 @@ CALL = AttentionCall(
 def test_on_a_cpu_it_is_native_and_says_why():
     chosen = selection.select(CALL)
     assert chosen.plan.provider == "native"
-    assert str(chosen).startswith("native: first able in the order kept for what is not measured on cpu")
+    assert str(chosen).startswith(
+        "native: the first that supports the call in the fixed order for calls not measured on cpu"
+    )
 
 
 def test_what_native_cannot_do_goes_to_who_can():
     chosen = selection.select(CALL._replace(mask_kind=MaskKind.BLOCK))
     assert chosen.plan.provider == "flex"
     name, why = chosen.passed_over[0]
-    assert name == "native" and why.startswith("it takes no block mask")
+    assert name == "native" and why.startswith("it accepts no block mask")
 
 
 def test_nobody_can():
@@ -70,7 +72,7 @@ def test_measured_speeds_decide(hopper):
 
 
 def test_lossy_ones_only_by_name(hopper):
-    assert ("sage", "lossy, and not allowed by name") in selection.select(hopper._replace(long=True)).passed_over
+    assert ("sage", "lossy, and not named in lossy=...") in selection.select(hopper._replace(long=True)).passed_over
     chosen = selection.select(hopper._replace(long=True, options=(("lossy", ("sage",)),)))
     assert chosen.plan.provider == "sage"
     with_gradient = hopper._replace(long=True, needs_grad=True, options=(("lossy", ("sage",)),))
@@ -84,7 +86,7 @@ def test_a_part_of_a_ring_goes_to_who_can_merge(hopper, monkeypatch):
         assert selection.select(lossy._replace(partial=False)).plan.provider == "sage_varlen"
         chosen = selection.select(lossy)
     assert chosen.plan.provider == "flash"
-    assert dict(chosen.passed_over)["sage_varlen"].startswith("it gives no log-sum-exp")
+    assert dict(chosen.passed_over)["sage_varlen"].startswith("it returns no log-sum-exp")
     assert refusal(SPECS["flex"], hopper._replace(partial=True, needs_grad=True)).startswith("it has no backward for a")
     assert not refusal(SPECS["flex"], hopper._replace(partial=True))
 
@@ -98,7 +100,7 @@ def test_a_mask_and_float32_are_followed(hopper):
 
 def test_it_says_what_it_would_pick_and_why():
     query = torch.randn(1, 2, 5, 8)
-    assert "native: first able" in str(explain(query, query, query))
+    assert "native: the first that supports the call" in str(explain(query, query, query))
     assert explain(query.double(), query.double(), query.double()).plan.provider == "native"
     with pytest.raises(AttentionProviderError, match="2 query heads do not divide|one number of heads"):
         explain(query, query[:, :1].expand(1, 3, 5, 8), query[:, :1].expand(1, 3, 5, 8))

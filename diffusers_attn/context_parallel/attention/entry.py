@@ -65,9 +65,9 @@ def split_attention(
     mesh = tracker.mesh if mesh is None else mesh
     if (mesh.ring, mesh.ulysses) != (tracker.mesh.ring, tracker.mesh.ulysses):
         raise AttentionProviderError(
-            f"attention was given a mesh of {mesh.ring.size} (ring) by {mesh.ulysses.size} (ulysses) ranks, and the "
-            f"model's tokens are split over {tracker.mesh.ring.size} by {tracker.mesh.ulysses.size}. Pass the mesh to "
-            "attention_provider that apply_context_parallel was given."
+            f"the scope's mesh has {mesh.ring.size} (ring) by {mesh.ulysses.size} (ulysses) ranks, but the model's "
+            f"tokens are split over {tracker.mesh.ring.size} by {tracker.mesh.ulysses.size}. Pass the same mesh to "
+            "attention_provider and apply_context_parallel."
         )
     if tracker.role is not None and tracker.role.key and tracker.is_split:
         _check_tensor(attn_mask)  # before the lengths, which some models pad to whole blocks
@@ -78,16 +78,15 @@ def split_attention(
     if call is None:
         if by_place and tracker.splits_queries(query.shape[1], key.shape[1]):
             raise AttentionProviderError(
-                f"{', '.join(by_place)} counts positions, and this rank has only {query.shape[1]} of the queries of "
-                f"this call, while its keys are replicated ({tracker.describe()}). Leave it out, or run this model on "
-                "one device."
+                f"{', '.join(by_place)} counts positions, but this rank has only its shard of {query.shape[1]} queries "
+                f"and all keys ({tracker.describe()}). Leave it out, or run this model on one device."
             )
         return None
     _check_tensor(attn_mask)
     if dropout_p > 0.0:
         raise AttentionProviderError(
-            f"dropout_p={dropout_p} was given, and over several ranks only 0 is accepted: the ranks share no random "
-            "state, so the dropped weights would depend on the split. Set dropout to 0, or disable context parallelism."
+            f"dropout_p={dropout_p}: over several ranks only 0 is accepted, since the ranks share no random state and "
+            "the dropped weights would depend on the split. Set dropout to 0, or disable context parallelism."
         )
     if isinstance(attn_mask, Tensor):
         _check_broadcasts(attn_mask, query)

@@ -70,8 +70,8 @@ def parallel_attention(
     _check_shapes(query, key, value, mask, mesh, query_shards, key_shards)
     if is_causal and isinstance(mask, (BlockRowMask, RectangleMask)):
         raise AttentionProviderError(
-            "is_causal and a mask by blocks or rectangles together: within one on the diagonal a query would see some "
-            "keys only. Pass a RowMask that says both."
+            "is_causal cannot be combined with a mask of blocks or rectangles, since causality would cut through those "
+            "on the diagonal. Pass a RowMask that contains both."
         )
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     block = mask.block if isinstance(mask, BlockRowMask) else 1
@@ -183,7 +183,7 @@ def _check_full_sequence(
     """Raises AttentionProviderError if a kernel whose options count positions would receive a part of the sequence."""
     if mesh.ring.size > 1:
         raise AttentionProviderError(
-            f"{', '.join(by_place)} counts positions of the full sequence, and over a ring (ring_degree="
+            f"{', '.join(by_place)} counts positions of the full sequence, but over a ring (ring_degree="
             f"{mesh.ring.size}) the kernel receives parts of it. Set ulysses_degree={mesh.size} and ring_degree=1, so "
             "that the kernel receives the full sequence, or leave the option out."
         )
@@ -207,7 +207,7 @@ def _check_shapes(
     """Raises AttentionProviderError if a tensor does not have the size of its shard."""
     if not len(query_shards.spans) == len(key_shards.spans) == mesh.size:
         raise AttentionProviderError(
-            f"query_shards is for {len(query_shards.spans)} ranks and key_shards for {len(key_shards.spans)}, and the "
+            f"query_shards is for {len(query_shards.spans)} ranks and key_shards for {len(key_shards.spans)}, but the "
             f"mesh has {mesh.size} ranks. Make both for mesh.size ranks."
         )
     queries, keys = query_shards.sizes[mesh.rank], key_shards.sizes[mesh.rank]
@@ -233,13 +233,13 @@ def _check_shapes(
             )
     if constant(query.shape[2]) % constant(key.shape[2]):
         raise AttentionProviderError(
-            f"{query.shape[2]} query heads were given with {key.shape[2]} key heads; a multiple of the number of key "
-            "heads is accepted."
+            f"got {query.shape[2]} query heads and {key.shape[2]} key heads; the number of query heads must be a "
+            "multiple of the number of key heads."
         )
     if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in mask or ()) and torch.is_grad_enabled():
         raise AttentionProviderError(
-            "the mask requires a gradient, and context parallelism computes none for masks. Detach the mask, or train "
-            "it on one device."
+            "the mask requires a gradient, but context parallelism computes no gradients of masks. Detach the mask, or "
+            "train it on one device."
         )
 
 
@@ -249,8 +249,8 @@ def _check_blocks(mask: BlockRowMask, mesh: ContextParallelMesh, query_shards: S
     found, wanted = list(mask.values.shape[2:]), [query_shards.sizes[mesh.rank], key_shards.total]
     if any(start % mask.block or length % mask.block for start, length in spans):
         raise AttentionProviderError(
-            f"the mask has blocks of {mask.block} tokens, and the ranks hold {query_shards.sizes} queries and "
-            f"{key_shards.sizes} keys, which are not whole blocks. Split the sequence between blocks: "
+            f"the mask has blocks of {mask.block} tokens, but the ranks have {query_shards.sizes} queries and "
+            f"{key_shards.sizes} keys, which are not complete blocks. Split the sequence between blocks with "
             f"advanced.CPBlocks(sequence, {mask.block}) in its plan."
         )
     if mask.values.dtype != torch.bool or [size * mask.block for size in found] != wanted:
@@ -267,7 +267,7 @@ def _check_rectangles(mask: RectangleMask, query_shards: Shards, key_shards: Sha
         for (start, length), total in zip(rectangle, (query_shards.total, key_shards.total)):
             if start < 0 or length < 0 or start + length > total:
                 raise AttentionProviderError(
-                    f"the mask has {rectangle}, and there are {query_shards.total} queries and {key_shards.total} "
+                    f"the mask has {rectangle}, but there are {query_shards.total} queries and {key_shards.total} "
                     "keys. Spans are (start, length) in the full sequences of all ranks."
                 )
 

@@ -155,7 +155,7 @@ def _check(turn: _Turn, what: str) -> None:
         thread = _this_thread()
         raise AttentionProviderError(
             f"thread '{names.get(thread, thread)}' {what} that shares its sequences between ranks, while thread "
-            f"'{names.get(turn.thread, turn.thread)}' is within {running} over the same ranks. Exchanges of two at "
-            "once would be taken for each other's. Call models, and backwards of them, one after the other, in the "
-            "same order on all ranks."
+            f"'{names.get(turn.thread, turn.thread)}' is within {running} over the same ranks. The data of two "
+            "exchanges at once could be mixed up. Call models and their backwards one after the other, in the same "
+            "order on all ranks."
         )

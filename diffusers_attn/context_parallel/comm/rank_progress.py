@@ -172,8 +172,8 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
             time.sleep(0.05)
     except Exception:  # the store went with the process that had it
         return RankMissingError(
-            f"rank {dist.get_rank()}, at {_here}, waited in vain for others of the {ranks_in_words(ranks)}. Which is "
-            f"missing is not known: the store of the job, which the first rank or the launcher has, has ended. ({said})"
+            f"rank {dist.get_rank()}, at {_here}, got no answer from others of the {ranks_in_words(ranks)}. Which one "
+            f"is missing is unknown: the job's store, kept by the first rank or the launcher, has ended. ({said})"
         )
     # Some of those that wait at the same place may not have given up yet.
     places = {position.place for position in found.values() if position.waits}
@@ -188,9 +188,9 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
             at.setdefault(position.place, []).append(rank)
     waiting = "; ".join(f"{ranks_in_words(those)} at {place}" for place, those in at.items())
     return RankMissingError(
-        f"ranks that share a sequence waited for each other in vain: {what}Waiting: {waiting}. Look at what the others "
-        "have printed: one may have ended, failed, left out a call or be slow. (How long ranks wait is "
-        f"enable_context_parallel(timeout=...). {said})"
+        f"ranks that share a sequence got no answer from each other: {what}Waiting: {waiting}. See the messages of the "
+        "other ranks: one may have ended, failed, skipped a call or be slow. (enable_context_parallel(timeout=...) "
+        f"sets how long ranks wait. {said})"
     )
 
 

@@ -59,9 +59,9 @@ class Watch:
         if said is not None:
             _told[self.ranks] = number
             log.error(
-                "ranks that share a sequence have waited for each other for %.0f s, as long as they may: %s They may "
-                "have failed, left out a call or be slow: look at what they have printed. This process goes on "
-                "waiting, and NCCL ends it with an error that names no rank.",
+                "ranks that share a sequence have waited for each other for %.0f s, which is the timeout: %s They may "
+                "have failed, skipped a call or be slow: see their messages. This process keeps waiting, and NCCL ends "
+                "it with an error that names no rank.",
                 quiet,
                 said,
             )

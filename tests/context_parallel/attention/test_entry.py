@@ -80,7 +80,7 @@ def test_masks_of_models(pool, ring, ulysses):
         assert "dropout_p=0.1" in refused["dropout"]
         assert "outer product" in refused["outer product that nobody announced"]
         assert "list" in refused["not a tensor"]
-        assert "apply_context_parallel was given" in refused["another mesh"]
+        assert "attention_provider and apply_context_parallel" in refused["another mesh"]
         assert "CPAttention" in refused["order"] and "CPAttention" in refused["causal order"]
 
 

@@ -61,7 +61,7 @@ def test_scopes(pool):
     for errors, strategies, message in pool.run(2, in_scopes):
         assert strategies == ["allgather_kv", "ring", "allgather_kv"]
         assert max(errors) < 1e-6  # the model computes some things in float32
-        assert "Pass the mesh to attention_provider that apply_context_parallel was given" in message
+        assert "Pass the same mesh to attention_provider and apply_context_parallel" in message
 
 
 def test_settings_of_a_mesh_without_one_are_refused():

@@ -94,7 +94,11 @@ def test_like_a_mask_for_every_token(pool, mesh):
 @pytest.mark.parametrize(
     ("seen", "options", "reason"),
     [
-        ((Rectangle((0, 4), (0, 4)),), {"is_causal": True}, "is_causal and a mask by blocks or rectangles"),
+        (
+            (Rectangle((0, 4), (0, 4)),),
+            {"is_causal": True},
+            "is_causal cannot be combined with a mask of blocks or rectangles",
+        ),
         ((Rectangle((0, 4), (28, 4)),), {}, r"Rectangle\(query=\(0, 4\), key=\(28, 4\)\), .* 23 queries and 31 keys"),
     ],
 )
