@@ -1,8 +1,11 @@
 """One attention call on several devices, exact and differentiable.
 
-Read in this order: `config` and `mesh` (which ranks take part), `sequences` (which rank holds which tokens), `comm` (how
-data moves: `collectives`; between GPUs of one machine also `symmetric_gather`, which is faster), `attention`
-(`partial_kernel` and `merge` combine attention to parts of the keys; on them stand the strategies `ulysses`, `ring` and
-`allgather_kv`; `parallel_attention` composes these, and `entry` is what dispatch calls), `hooks` (applies a plan to a
-module). Only `hooks/diffusers_hooks.py` imports diffusers.
+Read in this order:
+
+1. `config` and `mesh`: which ranks take part.
+2. `sequences`: which rank holds which tokens.
+3. `comm`: how data moves, by `collectives` or, faster between GPUs of one machine, by `symmetric_gather`.
+4. `attention`: `partial_kernel` and `merge` combine attention to parts of the keys. The strategies `ulysses`, `ring`
+   and `allgather_kv` build on them, `parallel_attention` composes the strategies, and `entry` is what dispatch calls.
+5. `hooks`: applies a plan to a module. Only `hooks/diffusers_hooks` imports diffusers.
 """

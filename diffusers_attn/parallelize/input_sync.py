@@ -133,7 +133,7 @@ class InputSync:
             standing = getattr(vars(module).get("forward"), "standing", None)
             if standing is not None:
                 found.plain.append(("recorded CUDA graphs", standing()))
-            hooks = diffusers_hooks.standing(module)
+            hooks = diffusers_hooks.fingerprint(module)
             if hooks:
                 found.plain.append(("hooks of diffusers in the model", hooks))
             compare, self.compared = self.mode == "broadcast" and not self.compared, True

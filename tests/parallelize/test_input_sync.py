@@ -252,7 +252,7 @@ def kept_by_address(meshes, mode):
 
 def test_in_one_graph_no_input_is_known_by_its_address(pool):
     for message in pool.run(2, kept_by_address, mode="check"):
-        assert "knows a prompt by its address" in message and "apply_compile(model)" in message
+        assert "recognises a prompt by its address" in message and "apply_compile(model)" in message
 
 
 def reported(meshes):

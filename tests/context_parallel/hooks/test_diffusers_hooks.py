@@ -12,7 +12,13 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers_attn import AttentionProviderError, disable_context_parallel, enable_context_parallel
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
-from diffusers_attn.context_parallel.hooks.diffusers_hooks import RULES
+from diffusers_attn.context_parallel.hooks.diffusers_hooks import (
+    first_block_cache,
+    mag_cache,
+    sea_cache,
+    smoothed_energy_guidance,
+)
+from diffusers_attn.context_parallel.hooks.diffusers_hooks.rules import RULES
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from tests.zoo import CASES
 
@@ -34,6 +40,26 @@ def test_there_is_a_rule_for_every_hook_class_of_diffusers():
         if isinstance(each, type) and issubclass(each, ModelHook) and each is not ModelHook
     }
     assert set(RULES) == classes
+
+
+def test_diffusers_has_the_private_names_that_are_replaced():
+    """Where this fails, diffusers has renamed one: the file of `hooks/diffusers_hooks` that has it must follow."""
+    from diffusers.hooks import first_block_cache as fbc
+    from diffusers.hooks import mag_cache as mag
+    from diffusers.hooks import sea_cache as sea
+
+    named = {
+        first_block_cache.DECIDE: fbc.FBCHeadBlockHook,
+        "head_block_residual": fbc.FBCSharedBlockState(),
+        mag_cache.CALIBRATE: mag.MagCacheBlockHook,
+        "calibration_ratios": mag.MagCacheState(),
+        "previous_residual": mag.MagCacheState(),
+        sea_cache.DECIDE: sea.SeaCacheSharedState,
+        smoothed_energy_guidance.BLUR: ModelHook,
+    }
+    assert [name for name, holder in named.items() if not hasattr(holder, name)] == []
+    module = torch.nn.Linear(2, 2)
+    assert registry(module)._module_ref is module and module._diffusers_hook is registry(module)
 
 
 def walk(model, given):

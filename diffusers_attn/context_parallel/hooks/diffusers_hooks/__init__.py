@@ -1,0 +1,14 @@
+"""diffusers' own hooks within a model that is split: which are exact, which are made exact, and which are refused.
+
+diffusers' caches, guiders and offloading put hooks around the forward of blocks and layers (`HookRegistry`). Such a
+hook runs within the hooks of a plan, in whichever order the two were set, and receives this rank's tokens. That is
+exact if it computes each token separately. It is not if the hook averages over tokens, treats them as a picture, or
+decides by them whether to compute at all.
+
+`rules` has a line for every hook class of diffusers. A class without one is refused, when context parallelism is
+enabled and when the hook is registered later. Only this folder touches diffusers' hooks.
+"""
+
+from .watch import check, check_in_graph, fingerprint, unwatch, watch
+
+__all__ = ["check", "check_in_graph", "fingerprint", "unwatch", "watch"]
