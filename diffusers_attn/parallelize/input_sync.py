@@ -127,6 +127,7 @@ class InputSync:
             else:
                 _find(found, name, value)
         found.plain.append((_GRADIENTS, f"{torch.is_grad_enabled()}"))
+        found.plain.extend([(f"autocast on {device}", _autocast(device)) for device in ("cpu", "cuda")])
         compare = False
         if not torch.compiler.is_compiling():
             # A rank that replays a recorded forward exchanges at other places than one that runs it.
@@ -174,6 +175,10 @@ class _Found(NamedTuple):
     floats: list[float]
     plain: list[tuple[str, str]]
     """Names of the numbers, and names and values of everything else that is not a tensor."""
+
+
+def _autocast(device: str) -> str:
+    return repr(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
 
 
 _GRADIENTS = "gradients are recorded"

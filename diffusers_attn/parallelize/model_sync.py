@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..cp_plans.plan import Plan, entries
 from .fingerprint import fingerprint, fingerprint_of_all
+from .weight_kinds import WeightKinds
 
 _MOST_MOVES = 4
 """Number of consecutive changes of addresses without a change of values, after which addresses are ignored."""
@@ -86,6 +87,7 @@ class Adapters:
         """Modules with a processor, by name."""
         self._state: list[Any] = []
         """Their state at the last description."""
+        self._kinds = WeightKinds(model, [])
         self._scalings: list[dict[str, Any]] = []
         """The scales of each layer, by adapter."""
         self._weights: list[Tensor] = []
@@ -122,10 +124,11 @@ class Adapters:
             self._layers = [(name, each) for name, each in named if hasattr(each, "adapter_layer_names")]
             self._attention = [(name, each) for name, each in named if hasattr(each, "processor")]
             self._scalings = [layer.scaling for _, layer in self._layers if hasattr(layer, "scaling")]
-        state = self._current_state()
+            self._kinds = WeightKinds(model, [module for _, module in self._attention])
+        state = [*self._current_state(), self._kinds.current_state(in_training)]
         if state != self._state or (not in_training and self._are_written()):
             self._state = state
-            self._described = self._describe()
+            self._described = {**self._describe(), **self._kinds.describe(in_training)}
         return self._described
 
     def _are_written(self) -> bool:

@@ -168,6 +168,45 @@ def test_ranks_that_differ_after_it_was_enabled(pool):
     assert "adapters merged into the model: none on rank 0" in one["merged"]
 
 
+def other_exchanges(meshes):
+    """What is said in a forward after rank 1 has changed what decides how large exchanges are, and which there are."""
+    odd = int(dist.get_rank() == 1)
+    model = build("flux").train()
+    enable_context_parallel(model, mesh=meshes.lines[2], verbose=False)
+    given, blocks = inputs("flux"), model.transformer_blocks
+    changes = {
+        "dtype": (model.half, model.double),
+        "dtype of a block": (blocks.float, blocks.double),
+        "frozen": (lambda: blocks.requires_grad_(False), lambda: blocks.requires_grad_(True)),
+        "checkpointing": (model.enable_gradient_checkpointing, model.disable_gradient_checkpointing),
+    }
+    found = {}
+    for name, (change, restore) in changes.items():
+        if odd:
+            change()
+        found[name] = message(lambda: output(model, given))
+        if odd:
+            restore()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(odd)):
+        found["autocast"] = message(lambda: output(model, given))
+    found["nothing"] = message(lambda: output(model, given).sum().backward())
+    with torch.no_grad():
+        found["nothing without gradients"] = message(lambda: output(model, given))
+    disable_context_parallel(model)
+    return found
+
+
+def test_ranks_whose_exchanges_would_differ(pool):
+    one, two = pool.run(2, other_exchanges)
+    assert one == two
+    assert "dtypes of weights: float64 on rank 0; float16 on rank 1" in one["dtype"]
+    assert "dtypes of weights: float64 on rank 0; float32, float64" in one["dtype of a block"]
+    assert "weights that are trained: " in one["frozen"] and "on rank 1" in one["frozen"]
+    assert "gradient checkpointing: off on rank 0; on (by module" in one["checkpointing"]
+    assert "autocast on cpu: off on rank 0; torch.bfloat16 on rank 1" in one["autocast"]
+    assert one["nothing"] == one["nothing without gradients"] == "no error"
+
+
 def counted(meshes):
     """What is said where rank 1 has left out a call, of one model and between two; and that all is well afterwards."""
     odd = int(dist.get_rank() == 1)
