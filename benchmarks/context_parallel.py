@@ -40,7 +40,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import real_shapes
-from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, reserved, step_milliseconds
+from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, step_milliseconds
 from mechanisms import switched
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
@@ -68,15 +68,10 @@ class Variant:
         self.result["note"] = self._apply()
         if compiled:
             self.model.compile_repeated_blocks(dynamic=False)
-        self.graph_bytes = 0
         if self.strategy.in_graph:
             diffusers_attn.apply_cuda_graphs(self.model)
-            self.step(inputs)  # records nothing yet
-            self.graph_bytes = -reserved(self.ranks.device)
         for _ in range(warm_up):
             self.out = self.step(inputs)
-        if self.strategy.in_graph:
-            self.graph_bytes += reserved(self.ranks.device)
 
     def step(self, inputs: dict[str, Any]) -> Tensor:
         with switched(self.strategy.switches):
@@ -92,7 +87,10 @@ class Variant:
             torch.cuda.reset_peak_memory_stats()
             self.step(inputs)
             self.ranks.synchronize()
-            own["peak_mib"] = round((torch.cuda.max_memory_allocated() - self.before[0] + self.graph_bytes) / MIB)
+            graphs = diffusers_attn.cuda_graphs_status(self.model)
+            own["peak_mib"] = round((torch.cuda.max_memory_allocated() - self.before[0]) / MIB)
+            own["peak_mib"] += graphs.pool_mib if graphs else 0
+            own["replays"] = graphs.replays if graphs else 0
             own["outside_allocator_mib"] = round((memory_taken(self.ranks.device)[1] - self.before[1]) / MIB)
         return own | {name: count - self.graphs[name] for name, count in dynamo_counts().items()}
 
@@ -109,7 +107,7 @@ class Variant:
             provider = None if self.provider == "auto" else self.provider
             return str(
                 diffusers_attn.enable_context_parallel(
-                    self.model, provider=provider, inputs=strategy.inputs, verbose=False
+                    self.model, provider=provider, verbose=False, **strategy.arguments
                 )
             )
         diffusers_attn.set_attention_provider(self.model, self.provider)

@@ -48,12 +48,6 @@ def memory_taken(device: torch.device) -> tuple[int, int]:
     return torch.cuda.memory_allocated(), total - free - torch.cuda.memory_reserved()
 
 
-def reserved(device: torch.device) -> int:
-    """Bytes reserved by PyTorch's allocator, including those of CUDA graphs."""
-    memory_taken(device)
-    return torch.cuda.memory_reserved() if device.type == "cuda" else 0
-
-
 def dynamo_counts() -> dict[str, int]:
     counters = torch._dynamo.utils.counters
     return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}

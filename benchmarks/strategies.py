@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from mechanisms import SWITCHES
 
@@ -18,8 +19,8 @@ class Strategy(NamedTuple):
     rotate_method: str = "allgather"
     in_graph: bool = False
     """Whether the step is recorded as a CUDA graph."""
-    inputs: str = "trust"
-    """The `inputs` argument of `enable_context_parallel`, for "auto"."""
+    arguments: Mapping[str, Any] = {}
+    """Arguments of `enable_context_parallel`, for "auto"."""
     switches: tuple[str, ...] = ()
     """Names of switches in `mechanisms.SWITCHES` that are set in every step."""
 
@@ -34,8 +35,9 @@ STRATEGIES = {
     "gather": Strategy("ours", ring=0),
     "unified-ring": Strategy("ours", ring=2, ulysses=2, rotate_method="alltoall"),
     "unified-gather": Strategy("ours", ring=2, ulysses=2),
-    "auto": Strategy("auto"),
-    "defaults": Strategy("auto", inputs="broadcast"),
+    "auto": Strategy("auto", arguments={"inputs": "trust", "cuda_graphs": False}),
+    "defaults": Strategy("auto"),
+    "defaults-no-graph": Strategy("auto", arguments={"cuda_graphs": False}),
 }
 USUAL = [name for name, each in STRATEGIES.items() if each.side != "auto"]
 SETS = {name: (name,) for name in SWITCHES} | {

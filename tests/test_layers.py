@@ -16,6 +16,7 @@ LAYERS = (
     ("errors", "parent_process", "atomic_files"),
     ("masks", "nested", "recompute", "shapes", "tensor_kinds", "tracing", "cp_plans"),
     ("providers",),
+    ("context_parallel.nvlink",),
     ("context_parallel.config", "context_parallel.job", "context_parallel.compile"),
     ("context_parallel.comm",),
     ("context_parallel.mesh",),

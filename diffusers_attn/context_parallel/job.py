@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import AttentionProviderError
+from .nvlink import has_nvlink
 
 HOW_TO_LAUNCH = (
     "Start the script with `accelerate launch --num_processes 2 script.py` or `torchrun --nproc_per_node 2 script.py` "
@@ -64,6 +65,11 @@ def ranks_per_node() -> int | None:
     """What the launcher says; None where it says nothing."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     return int(local) if local else None
+
+
+def nvlink(device_type: str) -> bool:
+    """Whether the current device is connected by NVLink."""
+    return device_type == "cuda" and has_nvlink(torch.cuda.current_device())
 
 
 def peer_access(device_type: str) -> bool:

@@ -18,6 +18,7 @@ from ..cp_plans.advanced import CPCache
 from ..cp_plans.plan import ParamId, Plan, entries
 from ..processors.binding import attention_modules_of, change_processor, install, is_bound
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
+from ..runtime.cuda_graphs.apply import leave_ranks
 from .choices import Choices
 from .forward_count import CountForward, Forwards
 from .input_sync import InputSync, Links
@@ -113,9 +114,7 @@ def detach(model: nn.Module) -> None:
         module = reference()
         if module is not None:
             copies.keep_hooks(module)
-    forget_recordings = getattr(vars(model).get("forward"), "forget", None)
-    if forget_recordings is not None:  # NCCL does not end a group that a CUDA graph still uses
-        forget_recordings()
+    leave_ranks(model)
     for lease in enabled.leases:
         lease.close()
 

@@ -24,6 +24,7 @@ from ..processors.binding import attention_modules_of
 from ..processors.bound import BoundProcessor
 from ..processors.dispatch import DispatchProcessor
 from ..providers.catalog import SPECS, AttentionProvider, options_by_place
+from ..runtime.cuda_graphs.apply import CudaGraphs, check_mode
 from ..scope import ProviderChoice
 from .degrees import Degrees, Topology, complete_degrees
 from .input_sync import MODES
@@ -48,6 +49,8 @@ class Choices(NamedTuple):
     config: ContextParallelConfig
     inputs: str
     """"broadcast", "check" or "trust"."""
+    cuda_graphs: CudaGraphs
+    """See `enable_context_parallel`."""
     timeout: datetime.timedelta
     facts: dict[str, str]
     """Properties that must be equal on all ranks, by name."""
@@ -68,6 +71,7 @@ def choose(
     inputs: str,
     timeout: datetime.timedelta | float | None,
     check_weights: bool,
+    cuda_graphs: CudaGraphs,
 ) -> Choices:
     """This rank's choices. Changes nothing and exchanges nothing.
 
@@ -81,6 +85,7 @@ def choose(
     """
     if inputs not in MODES:
         raise AttentionProviderError(f"inputs={inputs!r}: accepted are {', '.join(map(repr, MODES))}.")
+    check_mode(cuda_graphs)
     targets, without_plan = find_targets(pipeline_or_model, plan)
     rebind = provider is not None
     request = _request(provider, provider_options, device)
@@ -97,6 +102,7 @@ def choose(
         degrees,
         _config(degrees, convert_to_fp32),
         inputs,
+        cuda_graphs,
         shared_groups.as_timeout(timeout, device),
         _facts(targets, request, check_weights),
     )
@@ -130,6 +136,7 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
             chosen.degrees,
             chosen.config,
             chosen.inputs,
+            chosen.cuda_graphs,
         )
         summary = ", ".join(map(str, (*found, chosen.timeout)))
         digest = hashlib.sha256(repr(sorted(chosen.facts.items())).encode()).hexdigest()
@@ -215,6 +222,7 @@ def _topology(
         heads=tuple(sorted({heads for target in targets for heads in split_heads(target)})),
         ranks_per_node=per_node,
         peer_access=job.peer_access(device),
+        nvlink=job.nvlink(device),
         lse=not _lacking_lse(names),
         by_place=bool(by_place),
         rotate_method=rotate_method,

@@ -27,6 +27,8 @@ class Topology:
     """Number of ranks in each node. None: all ranks are in one node."""
     peer_access: bool = True
     """Whether the devices of a node can read each other's memory."""
+    nvlink: bool = False
+    """Whether the devices of a node are connected by NVLink."""
     lse: bool = True
     """Whether every provider in use returns the log-sum-exp, and in training has a backward of partial results."""
     by_place: bool = False
@@ -80,6 +82,9 @@ def _within_nodes(job: Topology) -> int:
     return job.ranks // job.nodes
 
 
+_MOST_OF_A_GATHER = 4
+"""The largest number of devices with NVLink for which a gather was measured, and was faster than Ulysses."""
+
 RULES = (
     _Rule(
         lambda job: not job.lse and job.rotate_method is None,
@@ -118,16 +123,16 @@ RULES = (
         "the devices do not read each other's memory, Ulysses sends the fewest bytes, and the heads divide",
     ),
     _Rule(
-        lambda job: job.ranks > 2 and job.heads_divide,
+        lambda job: job.ranks > (_MOST_OF_A_GATHER if job.nvlink else 2) and job.heads_divide,
         _all,
         "allgather",
-        "with more than two devices a gather of all keys does not hide in every model, and the heads divide",
+        "among so many devices a gather of all keys does not hide in every model, and the heads divide",
     ),
     _Rule(
-        lambda job: job.ranks == 2 and job.peer_access and job.device_type != "cpu",
+        lambda job: job.peer_access and job.ranks <= (_MOST_OF_A_GATHER if job.nvlink else 2),
         _none,
         "allgather",
-        "between two devices of a node, keys and values are gathered under the attention to the local ones",
+        "keys and values are gathered from the other devices of the node under the attention to the local ones",
     ),
     _Rule(
         lambda job: True,

@@ -22,8 +22,10 @@ from ..context_parallel.mesh import AXES, ContextParallelMesh
 from ..cp_plans.plan import Plan
 from ..errors import AttentionProviderError
 from ..providers.catalog import AttentionProvider
+from ..runtime.cuda_graphs.apply import CudaGraphs
 from .attach import attach, detach
 from .choices import Choices, choose, choose_on_all_ranks
+from .record import record
 from .report import ContextParallelReport
 from .targets import device_type, models_of
 
@@ -41,6 +43,7 @@ def enable_context_parallel(
     inputs: Literal["broadcast", "check", "trust"] = "broadcast",
     timeout: datetime.timedelta | float | None = None,
     check_weights: bool = False,
+    cuda_graphs: CudaGraphs = "auto",
     verbose: bool = True,
     **provider_options: object,
 ) -> ContextParallelReport:
@@ -74,6 +77,10 @@ def enable_context_parallel(
             weights and the values of adapters are always compared. Adapters are compared again in forwards without
             gradients after they have changed, hot-swapped ones too; but writes through `weight.data`, such as
             `weight.data.copy_(other)`, go unnoticed. After them, disable and enable context parallelism on all ranks.
+        cuda_graphs: whether a model's forward is recorded as CUDA graphs, see `apply_cuda_graphs`. "auto": the forward
+            is recorded where that is possible and gives the same bits, on CUDA devices, under `torch.no_grad()`; other
+            calls run as usual, and `cuda_graphs_status(model)` tells why. True: a call that cannot be recorded is an
+            error. False: nothing is recorded.
         verbose: rank 0 prints the report.
         provider_options: options of the provider's kernel.
 
@@ -112,6 +119,7 @@ def enable_context_parallel(
             inputs=inputs,
             timeout=timeout,
             check_weights=check_weights,
+            cuda_graphs=cuda_graphs,
         )
 
     with rank_progress.waiting_for(members):
@@ -140,6 +148,7 @@ def enable_context_parallel(
         for target in chosen.targets:
             undo_all.callback(detach, target.model)
             attach(target, sharing, lease, sharers, chosen)
+        graphs = record(chosen, device, [resolve(name) for name in names])
         undo_all.pop_all()
     lease.close()
     report = ContextParallelReport(
@@ -151,6 +160,7 @@ def enable_context_parallel(
         reason=chosen.degrees.reason,
         provider=", ".join(chosen.providers),
         inputs=inputs,
+        cuda_graphs=graphs,
         ranks=tuple(range(dist.get_world_size()) if mesh is None else mesh.mesh.flatten().tolist()),
         world_size=dist.get_world_size(),
     )

@@ -23,6 +23,8 @@ class ContextParallelReport:
     """Attention providers of the split models, separated by commas. "scope" is that of `attention_provider`."""
     inputs: str
     """How inputs are kept equal on all ranks: "broadcast", "check" or "trust"."""
+    cuda_graphs: str
+    """Whether steps are replayed as CUDA graphs, and if not, why; empty on devices other than "cuda"."""
     ranks: tuple[int, ...]
     """The ranks that share a sequence with this one, including this one."""
     world_size: int
@@ -48,8 +50,9 @@ class ContextParallelReport:
             "check": "inputs are compared",
             "trust": "inputs are trusted to be the same",
         }[self.inputs]
+        graphs = f"; {self.cuda_graphs}" if self.cuda_graphs else ""
         whole = f"; without a plan, so not split: {', '.join(self.whole)}" if self.whole else ""
         return (
             f"context parallelism: {', '.join(self.models)} on {len(self.ranks)}{of} ranks, {degrees} ({self.reason}); "
-            f"attention by {self.provider}; {inputs}{whole}"
+            f"attention by {self.provider}; {inputs}{graphs}{whole}"
         )

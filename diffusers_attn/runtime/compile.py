@@ -7,12 +7,17 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import AttentionProviderError
+from .cuda_graphs.apply import CudaGraphs, apply_automatically, apply_cuda_graphs, check_mode, why_not
 
 SCOPES = ("regional", "full")
 
 
 def apply_compile(
-    model: nn.Module, compile_scope: Literal["regional", "full"] = "regional", **compile_kwargs: Any
+    model: nn.Module,
+    compile_scope: Literal["regional", "full"] = "regional",
+    *,
+    cuda_graphs: CudaGraphs = False,
+    **compile_kwargs: Any,
 ) -> nn.Module:
     """Compiles `model` in place; compilation runs at the next call. Context parallelism may be enabled before or after.
 
@@ -20,6 +25,10 @@ def apply_compile(
         model: a diffusers model or any other module, also inside a PEFT model.
         compile_scope: "regional" compiles each repeated block; all blocks share the graph of the first, so compilation
             takes seconds. "full" compiles the model as one graph.
+        cuda_graphs: whether steps are recorded as CUDA graphs, with compile_scope="regional". "auto": where that is
+            possible and gives the same bits; other calls run as usual, see `cuda_graphs_status`. True: as
+            `apply_cuda_graphs`. False: no. `enable_context_parallel` has an argument of its own, which decides for
+            split models.
         compile_kwargs: arguments of `torch.compile`. `fullgraph` defaults to True: a part that cannot be compiled is an
             error and does not run uncompiled.
 
@@ -27,7 +36,8 @@ def apply_compile(
         `model`.
 
     Raises:
-        AttentionProviderError: `model` is not a module, the scope is unknown, or the model has no repeated blocks.
+        AttentionProviderError: `model` is not a module, an argument is unknown, the model has no repeated blocks, or
+            its steps cannot be recorded (cuda_graphs=True).
     """
     if not isinstance(model, nn.Module):
         raise AttentionProviderError(
@@ -39,6 +49,12 @@ def apply_compile(
             f"compile_scope={compile_scope!r}: accepted are 'regional' (each repeated block) and 'full' (the model as "
             "one graph)."
         )
+    check_mode(cuda_graphs)
+    if cuda_graphs and compile_scope == "full":
+        raise AttentionProviderError(
+            f"cuda_graphs={cuda_graphs!r} records a model that is compiled block by block. With compile_scope='full' "
+            "the compiler records it: leave cuda_graphs out and add mode='reduce-overhead'."
+        )
     modules = [model] if compile_scope == "full" else repeated_blocks(model)
     if not modules:
         raise AttentionProviderError(
@@ -47,6 +63,10 @@ def apply_compile(
         )
     for module in modules:
         module.compile(**{"fullgraph": True, **compile_kwargs})
+    if cuda_graphs is True:
+        apply_cuda_graphs(model)
+    elif cuda_graphs == "auto" and why_not(model) is None:
+        apply_automatically(model)
     return model
 
 

@@ -198,6 +198,7 @@ class TrainingParallel:
                 inputs=inputs,
                 timeout=timeout,
                 check_weights=check_weights,
+                cuda_graphs=False,  # a validation records nothing: it takes a few steps, between changes of weights
                 verbose=False,
                 **provider_options,
             )

@@ -7,9 +7,11 @@ from diffusers_attn.parallelize.degrees import RULES, Topology, choose_degrees, 
 
 # (ulysses_degree, ring_degree, rotate_method), and a part of the reason.
 CHOSEN = {
-    "two GPUs": (Topology(2, "cuda", (24,)), (1, 2, "allgather"), "gathered under the attention"),
-    "two GPUs, uneven heads": (Topology(2, "cuda", (5,)), (1, 2, "allgather"), "gathered under the attention"),
-    "four GPUs": (Topology(4, "cuda", (24,)), (4, 1, None), "more than two devices"),
+    "two GPUs": (Topology(2, "cuda", (24,)), (1, 2, "allgather"), "are gathered from"),
+    "two GPUs, uneven heads": (Topology(2, "cuda", (5,)), (1, 2, "allgather"), "are gathered from"),
+    "four GPUs": (Topology(4, "cuda", (24,), nvlink=True), (1, 4, "allgather"), "are gathered from"),
+    "four GPUs without NVLink": (Topology(4, "cuda", (24,)), (4, 1, None), "among so many devices"),
+    "eight GPUs": (Topology(8, "cuda", (24,), nvlink=True), (8, 1, None), "among so many devices"),
     "four GPUs, one of two models uneven": (Topology(4, "cuda", (24, 30)), (1, 4, "allgather"), "do not divide"),
     "no peer access": (Topology(2, "cuda", (24,), peer_access=False), (2, 1, None), "the fewest bytes"),
     "no peer access, uneven": (Topology(2, "cuda", (5,), peer_access=False), (1, 2, "allgather"), "do not divide"),
@@ -17,7 +19,7 @@ CHOSEN = {
     "two nodes, a method": (
         Topology(8, "cuda", (24,), ranks_per_node=4, rotate_method="allgather"), (4, 2, "allgather"), "between the"
     ),
-    "a part of a node": (Topology(2, "cuda", (24,), ranks_per_node=4), (1, 2, "allgather"), "gathered under"),
+    "a part of a node": (Topology(2, "cuda", (24,), ranks_per_node=4), (1, 2, "allgather"), "are gathered from"),
     "one GPU a node": (Topology(2, "cuda", (24,), ranks_per_node=1), (1, 2, "alltoall"), "between the nodes"),
     "CPUs": (Topology(4, "cpu", (8, 12), peer_access=False), (4, 1, None), "on CPUs"),
     "CPUs, uneven": (Topology(3, "cpu", (4,), peer_access=False), (1, 3, "allgather"), "do not divide"),

@@ -34,10 +34,12 @@ def gather_rows(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
     """
     if group.size == 1:
         return tensor
-    if not torch.compiler.is_compiling():
-        gather = opened_gather(group.name)
-        if gather is not None and gather.has_room(sum(sizes) * math.prod(tensor.shape[1:]) * tensor.itemsize, _MOST):
-            return _pushed(gather, tensor, tuple(sizes), group)
+    gather = None if torch.compiler.is_compiling() else opened_gather(group.name)
+    if gather is not None:
+        rows = tensor.contiguous().view(1, tensor.shape[0], 1, math.prod(tensor.shape[1:]))
+        layout = GatheredKV.of(rows, rows[..., :0], sizes, group.rank, EVERYONE)
+        if gather.has_room(layout.length * tensor.itemsize, _MOST):
+            return _pushed(gather, rows, layout, tuple(sizes)).view(sum(sizes), *tensor.shape[1:])
     return collectives.wait(collectives.start_gather(tensor, sizes, group), group)
 
 
@@ -48,11 +50,8 @@ def first_ranks_rows(tensor: Tensor, rows: int, group: Group) -> Tensor:
     return gather_rows(tensor if group.rank == 0 else tensor[:0], sizes, group)
 
 
-def _pushed(gather: SymmetricGather, tensor: Tensor, sizes: tuple[int, ...], group: Group) -> Tensor:
-    rows = tensor.contiguous().view(1, tensor.shape[0], 1, math.prod(tensor.shape[1:]))
-    nothing = rows[..., :0]
-    gather.start(rows, nothing, sizes, _TICKET, EVERYONE)
-    flat = gather.finish(_TICKET)
-    arrived, _ = GatheredKV.of(rows, nothing, sizes, group.rank, EVERYONE).views(flat)
-    # The memory is written to again by the next call but one.
-    return arrived.reshape(sum(sizes), *tensor.shape[1:]).clone()
+def _pushed(gather: SymmetricGather, rows: Tensor, layout: GatheredKV, sizes: tuple[int, ...]) -> Tensor:
+    """All ranks' rows, `[1, sum(sizes), 1, elements]`."""
+    gather.start(rows, rows[..., :0], sizes, _TICKET, EVERYONE)
+    arrived, _ = layout.views(gather.finish(_TICKET))
+    return arrived.clone()  # the memory is written to again by the next call but one

@@ -105,11 +105,11 @@ class SymmetricGather:
         return self._nbytes
 
     def has_room(self, nbytes: int, most: int) -> bool:
-        """Whether gathers that bring so many bytes need no more memory than there is, or than `most`. The same on all
-        ranks."""
+        """Whether gathers whose received data (`GatheredKV.length`) takes `nbytes` need no more memory than there is,
+        or than `most`. In a CUDA graph no memory can be added. The same on all ranks."""
         from .symmetric_memory import ALIGNMENT
 
-        needed = _SLOTS * (-(-nbytes // ALIGNMENT) + 1) * ALIGNMENT
+        needed = _SLOTS * -(-nbytes // ALIGNMENT) * ALIGNMENT
         return needed <= (self._nbytes if self._lane.is_captured() else max(self._nbytes, most))
 
     def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0, shift: int = OTHERS) -> None:
@@ -171,10 +171,16 @@ class SymmetricGather:
 
     @contextlib.contextmanager
     def in_one_graph(self) -> Iterator[None]:
-        """Context in which all captured calls belong to one CUDA graph, in this order."""
+        """Context in which all captured calls belong to one CUDA graph, in this order. Calls of a capture that failed
+        count as not made."""
         outer, self._in_one_graph = self._in_one_graph, 0
+        calls, slots = self._calls, self._slots
         try:
             yield
+        except BaseException:
+            self._calls, self._slots = calls, slots
+            self._pending.clear()
+            raise
         finally:
             self._in_one_graph = outer
 

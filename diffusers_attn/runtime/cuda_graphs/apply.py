@@ -7,35 +7,32 @@ launches a complete step at once.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import logging
-import weakref
-from collections import OrderedDict
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
-from ...context_parallel.hooks.apply import applied_gather, applied_tracker
-from ...context_parallel.hooks.within import not_called
 from ...errors import AttentionProviderError
-from .arguments import GraphCall
-from .recording import Recording
-from .snapshot import Snapshot, surroundings
+from . import obstacles
+from .graphed import Agree, GraphedForward, Graphs, NotRecorded, applied
+from .group_end import drop_before_groups_end
 
-logger = logging.getLogger(__name__)
+CudaGraphs = Literal["auto", True, False]
+_MAX_GRAPHS = 8
 
 
-def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
+def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = _MAX_GRAPHS) -> nn.Module:
     """Records the forward of `model` as CUDA graphs and replays them when the same kind of call comes again.
 
     A kind of call is given by shapes, dtypes, arguments that are not tensors, and the provider in scope. The first call
     of a kind runs normally, the second is recorded, and later ones are replayed with the values of their tensors.
-    Tensors are moved to the device and made contiguous first, in every call. Outputs equal those of the forward bit for
-    bit, and belong to the caller. Changes in the model between two calls (adapters, processors, moved weights, context
-    parallelism) are detected, and the forward is recorded again. Ranks that share a sequence must make the same
-    changes; unless inputs="trust", a difference is an error.
+    `enable_context_parallel` and `apply_compile` do the same where it is possible (`cuda_graphs="auto"`); with this
+    function, a call that cannot be recorded is an error. Tensors are moved to the device and made contiguous first, in
+    every call. Outputs equal those of the forward bit for bit, and belong to the caller. Changes in the model between
+    two calls (adapters, processors, moved weights, context parallelism) are detected, and the forward is recorded
+    again. Ranks that share a sequence must make the same changes; unless inputs="trust", a difference is an error.
 
     May be combined with `apply_compile(model, "regional")` and `enable_context_parallel`, in any order. The model's own
     hooks run in every call, and so does the comparison of the ranks' inputs. Hooks on its submodules and Python code in
@@ -62,7 +59,9 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
     if type(max_graphs) is not int or max_graphs < 1:
         raise AttentionProviderError(f"max_graphs={max_graphs!r}: a whole number from 1 on is accepted.")
     name = type(model).__name__
-    if model in _applied:
+    if model in applied and applied[model].is_automatic:
+        remove_cuda_graphs(model)
+    if model in applied:
         raise AttentionProviderError(
             f"this {name} records CUDA graphs already. Call remove_cuda_graphs(model) first, to change max_graphs."
         )
@@ -84,151 +83,118 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = 8) -> nn.Module:
             f"this {name} is on {', '.join(sorted(map(str, devices))) or 'no device'}; CUDA graphs need all of it on "
             "one CUDA device. Move it there before: pipe.to('cuda')."
         )
-    _applied[model] = _Graphs(devices.pop(), max_graphs)
-    model.forward = GraphedForward(model)
+    _install(model, Graphs(devices.pop(), max_graphs, None))
     return model
 
 
 def remove_cuda_graphs(model: nn.Module) -> None:
     """Undoes `apply_cuda_graphs` and frees the memory of the graphs. Does nothing if it was not applied."""
-    if _applied.pop(model, None) is not None:
+    if applied.pop(model, None) is not None:
         if isinstance(vars(model).get("forward"), GraphedForward):
             del model.forward
         # What another tool put around it since calls it still, and it calls the forward.
         torch.cuda.empty_cache()
 
 
-class _Graphs:
-    """The recordings of one model. Holds no reference to the model, which would keep it alive."""
-
-    def __init__(self, device: torch.device, max_graphs: int) -> None:
-        self.device = device
-        self.max_graphs = max_graphs
-        self.pool: Any = None
-        self.snapshot: Snapshot | None = None
-        self.recordings: OrderedDict[object, Recording | None] = OrderedDict()
-        """Recordings by kind of call, most recently used last; None for a kind that has run only once."""
-
-    def check(self) -> None:
-        """Drops all graphs if the model has changed since they were recorded."""
-        if self.snapshot is not None and not self.snapshot.holds():
-            self.recordings.clear()
-            self.snapshot = None
-
-    def make_room(self, model: str) -> None:
-        while len(self.recordings) > self.max_graphs:
-            self.recordings.popitem(last=False)
-            logger.warning(
-                "%s was called in more than %d ways (shapes, or arguments that are no tensors), and the CUDA graph of "
-                "one of them was dropped. If it comes again it is recorded again, which takes longer than a step: give "
-                "numbers that change in every step as tensors, or apply_cuda_graphs(model, max_graphs=...) more.",
-                model,
-                self.max_graphs,
-            )
+def check_mode(mode: object) -> None:
+    """Raises AttentionProviderError unless `mode` is one of `CudaGraphs`."""
+    if mode != "auto" and not isinstance(mode, bool):
+        raise AttentionProviderError(f"cuda_graphs={mode!r}: accepted are 'auto', True and False.")
 
 
-_applied: weakref.WeakKeyDictionary[nn.Module, _Graphs] = weakref.WeakKeyDictionary()
+def apply_automatically(model: nn.Module) -> None:
+    """Records the forward of `model` on this process's GPU where that is possible; other calls run as usual. See
+    `graphed`. Does nothing if CUDA graphs were applied already."""
+    if model not in applied:
+        _install(model, Graphs(_device(model), _MAX_GRAPHS, _alone))
 
 
-class GraphedForward:
-    """A model's forward, replayed where it was recorded. Copies of the model, and what is unpickled, have no graphs."""
+def apply_on_ranks(model: nn.Module, agree: Agree | None) -> None:
+    """Records the forward of `model`, of which several ranks have a part, until `leave_ranks`.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        self.__doc__ = type(model).forward.__doc__
-        self.__signature__ = inspect.signature(type(model).forward.__get__(model))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        if model is None:
-            raise RuntimeError("the model whose forward this is does not exist any more")
-        forward = type(model).forward.__get__(model)
-        graphs = _applied.get(model)
-        # Within somebody else's recording it becomes a part of that.
-        if graphs is None or torch.cuda.is_current_stream_capturing():
-            return forward(*args, **kwargs)
-        name = type(model).__name__
-        _check_mode(name)
-        with torch.cuda.device(graphs.device):
-            return _run(model, name, forward, graphs, GraphCall(args, kwargs))
-
-    def standing(self) -> str:
-        """The state that must be equal on all ranks that share a sequence, so that all of them run, record or replay a
-        call: the valid recordings, and the settings of the thread."""
-        model = self._model()
-        graphs = None if model is None else _applied.get(model)
-        if graphs is None:
-            return "nothing"
-        graphs.check()
-        recorded = sum(each is not None for each in graphs.recordings.values())
-        choice, _, *rest = surroundings()
-        return f"{recorded} of {len(graphs.recordings)} kinds of calls; now called in {choice!r}, {rest}"
-
-    def forget(self) -> None:
-        """Drops all recordings. Calls are recorded again as they come."""
-        graphs = _applied.get(self._model())  # type: ignore[arg-type]
-        if graphs is not None:
-            graphs.recordings.clear()
-            graphs.snapshot = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
-        return self._of(memo.get(id(self._model())))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return GraphedForward._of, (self._model(),)
-
-    @staticmethod
-    def _of(model: nn.Module | None) -> GraphedForward:
-        if model is None:
-            raise RuntimeError("a recorded forward is copied only with its model")
-        return GraphedForward(model)
+    Args:
+        model: if `agree` is given, a model without an obstacle (`why_not`).
+        agree: gives this rank's reason against a recording to all ranks, and returns those of all. None: a call that
+            cannot be recorded is an error.
+    """
+    graphs = applied.get(model)
+    if graphs is not None and (not graphs.is_automatic or agree is not None):
+        graphs.clear()
+        graphs.agree = agree if graphs.is_automatic else None
+        return
+    if agree is None:
+        apply_cuda_graphs(model)
+    else:
+        _install(model, Graphs(_device(model), _MAX_GRAPHS, agree))
+    applied[model].by_ranks = True
 
 
-def _check_mode(name: str) -> None:
-    if torch.compiler.is_compiling():
-        raise AttentionProviderError(
-            f"{name} records CUDA graphs and is compiled as a whole, of which only one is possible. Use "
-            'apply_compile(model, "regional"), or remove_cuda_graphs(model).'
-        )
-    if torch.is_grad_enabled():
-        raise AttentionProviderError(
-            f"{name} records CUDA graphs, which is for inference, and was called with gradients enabled. Call it under "
-            "torch.no_grad() or torch.inference_mode(), or call remove_cuda_graphs(model) to train it."
-        )
+def leave_ranks(model: nn.Module) -> None:
+    """Undoes `apply_on_ranks`. Graphs from before stay applied, without their recordings: NCCL does not end a group
+    that a CUDA graph uses."""
+    graphs = applied.get(model)
+    if graphs is None:
+        return
+    graphs.clear()
+    if graphs.by_ranks:
+        remove_cuda_graphs(model)
+    elif graphs.is_automatic:
+        graphs.agree = _alone
 
 
-def _run(model: nn.Module, name: str, forward: Any, graphs: _Graphs, call: GraphCall) -> Any:
-    said, tensors = call.taken_apart(name)
-    if not all(tensor.device == graphs.device and tensor.is_contiguous() for tensor in tensors):
-        # In every call, also one that is not recorded: device and memory layout of an input can change rounding.
-        tensors = [tensor.to(graphs.device, non_blocking=True).contiguous() for tensor in tensors]
-        call = call.with_tensors(tensors)
-        said, tensors = call.taken_apart(name)
-    tracker = applied_tracker(model)
-    if tracker is not None and not tracker.is_running:
-        raise not_called(tracker, "its forward")
-    # Two lengths of a sequence can give a rank shards of the same shape, and all ranks must record in the same call.
-    lengths = () if tracker is None else tuple(sorted(tracker.lengths.items()))
-    kind = said, lengths, surroundings()
-    graphs.check()
-    if kind not in graphs.recordings:
-        output = forward(*call.args, **call.kwargs)
-        graphs.recordings[kind] = None
-        graphs.make_room(name)
-        graphs.snapshot = Snapshot(model)  # after the forward, which may store something in the model
-        return output
-    graphs.recordings.move_to_end(kind)
-    recording = graphs.recordings[kind]
-    if recording is None:
-        if graphs.pool is None:
-            graphs.pool = torch.cuda.graph_pool_handle()
-        gather = applied_gather(model)
-        during = contextlib.nullcontext() if gather is None else gather.in_one_graph()
-        try:
-            recording = Recording(forward, call, tensors, graphs.pool, tracker, during, name)
-        except AttentionProviderError:
-            graphs.pool = None  # a failed recording leaves the pool in an undefined state
-            raise
-        graphs.recordings[kind] = recording
-        graphs.snapshot = Snapshot(model)
-    return recording.replay(tensors, tracker)
+def remove_automatic(model: nn.Module) -> None:
+    """Undoes `apply_automatically`."""
+    if model in applied and applied[model].is_automatic:
+        remove_cuda_graphs(model)
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why `model` cannot be recorded as it is now, as a clause; None if it can, or is recorded already."""
+    if model in applied:
+        return None
+    if "forward" in vars(model):
+        return "its forward was replaced (by offloading or a hook of diffusers)"
+    return obstacles.of_model(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaGraphsStatus:
+    """How a model's calls run, see `cuda_graphs_status`."""
+
+    recorded: int
+    """Number of kinds of calls with a graph."""
+    replays: int
+    """Number of calls that were replays."""
+    pool_mib: int
+    """Memory of the graphs, in MiB."""
+    reasons: tuple[str, ...]
+    """Why calls run without a graph; empty if nothing is in the way."""
+
+
+def cuda_graphs_status(model: nn.Module) -> CudaGraphsStatus | None:
+    """How many kinds of calls of `model` have a CUDA graph, its replays and memory, and why other calls have none.
+    None if no CUDA graphs were applied to this model."""
+    graphs = applied.get(model)
+    if graphs is None:
+        return None
+    found = [each.reason for each in graphs.recordings.values() if isinstance(each, NotRecorded)]
+    return CudaGraphsStatus(
+        graphs.recorded,
+        graphs.replays,
+        graphs.pool_mib,
+        tuple(dict.fromkeys(found + ([graphs.off] if graphs.off else []))),
+    )
+
+
+def _alone(reason: str | None) -> Sequence[str | None]:
+    return (reason,)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(iter(model.parameters())).device
+
+
+def _install(model: nn.Module, graphs: Graphs) -> None:
+    drop_before_groups_end()
+    applied[model] = graphs
+    model.forward = GraphedForward(model)

@@ -46,9 +46,15 @@ class GraphCall(NamedTuple):
         return GraphCall(args, kwargs)
 
 
+def is_plain(value: object) -> bool:
+    """Whether `value` is immutable and holds no tensor."""
+    return isinstance(value, _PLAIN)
+
+
 def _take_apart(name: str, value: Any, said: list[object], tensors: list[Tensor], model: str) -> None:
     if isinstance(value, Tensor):
-        said.append((name, tuple(value.shape), value.dtype, value.device))
+        strides = None if value.is_contiguous() else value.stride()
+        said.append((name, tuple(value.shape), strides, value.dtype, value.device))
         tensors.append(value)
     elif isinstance(value, _PLAIN):
         said.append((name, type(value), value))
