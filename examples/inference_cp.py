@@ -43,6 +43,7 @@ from diffusers_attn import (
     AttentionProviderError,
     apply_compile,
     apply_cuda_graphs,
+    cuda_graphs_status,
     enable_context_parallel,
     set_attention_provider,
 )
@@ -201,7 +202,12 @@ def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
             set_attention_provider(pipe, args.attn_provider)
         return f"one process: no context parallelism; attention by {args.attn_provider or 'diffusers'}"
     report = enable_context_parallel(
-        pipe, **degrees, rotate_method=args.rotate_method, provider=args.attn_provider, verbose=False
+        pipe,
+        **degrees,
+        rotate_method=args.rotate_method,
+        provider=args.attn_provider,
+        cuda_graphs={"auto": "auto", "on": True, "off": False}[args.cuda_graphs],
+        verbose=False,
     )
     return str(report)
 
@@ -243,10 +249,10 @@ def run(args: argparse.Namespace) -> Drawn:
     if args.compile_scope != "none":
         for model in denoisers:
             apply_compile(model, args.compile_scope, dynamic=False)
-    if args.cuda_graphs:
+    if args.cuda_graphs == "on" and state.num_processes == 1:
         for model in denoisers:
             apply_cuda_graphs(model)
-    if args.compile_scope != "none" or args.cuda_graphs:
+    if args.compile_scope != "none" or any(map(cuda_graphs_status, denoisers)):
         warm_up = draw(pipe, call | {"num_inference_steps": 2}, args.seed, state.device)
         say(f"prepared    in {warm_up.seconds:.1f} s, with two steps", flush=True)
     if state.device.type == "cuda":
@@ -308,7 +314,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shares.add_argument("--rotate_method", choices=("allgather", "alltoall"), help="how these travel (chosen)")
     shares.add_argument("--attn_provider", help="attention kernel (auto on GPUs, native on CPUs)")
     shares.add_argument("--compile_scope", choices=("none", "regional", "full"), default="none", help="(%(default)s)")
-    shares.add_argument("--cuda_graphs", action="store_true", help="record a step, and launch it as one")
+    shares.add_argument(
+        "--cuda_graphs",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="whether steps are replayed as CUDA graphs: with several processes where possible (auto), always, with an "
+        "error where it is not possible (on), or never (off); default: %(default)s",
+    )
     shares.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     shares.add_argument(
         "--compare",
@@ -320,8 +332,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--steps must be at least 1: {args.steps}")
     if args.rotate_method and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         parser.error("--rotate_method is for several processes: start it with accelerate launch or torchrun")
-    if args.cuda_graphs and (args.device == "cpu" or args.compile_scope == "full"):
-        parser.error("--cuda_graphs is for CUDA devices, and with --compile_scope none or regional")
+    if args.cuda_graphs == "on" and (args.device == "cpu" or args.compile_scope == "full"):
+        parser.error("--cuda_graphs on is for CUDA devices, and with --compile_scope none or regional")
     return args
 
 

@@ -187,8 +187,8 @@ def test_what_cannot_be_done_is_one_clear_message(
 
 def test_cuda_graphs_are_for_cuda_devices(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        script.main(["--device", "cpu", "--cuda_graphs"])
-    assert "--cuda_graphs is for CUDA devices" in capsys.readouterr().err
+        script.main(["--device", "cpu", "--cuda_graphs", "on"])
+    assert "--cuda_graphs on is for CUDA devices" in capsys.readouterr().err
 
 
 def test_a_video_without_an_encoder_is_refused_before_it_is_drawn(
