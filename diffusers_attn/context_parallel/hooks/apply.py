@@ -31,6 +31,7 @@ from ..sequences.tracker import SequenceTracker
 from . import copies, diffusers_hooks, within
 from .attention_modules import attention_elsewhere, is_attention
 from .dynamic_sizes import DynamicSizes
+from .new_attention import KnownAttention
 from .plan_entry import hooks_of
 from .plan_words import attends
 from .submodules import original, submodules
@@ -102,6 +103,7 @@ class _Applied(NamedTuple):
     gather: SymmetricGather | None
     """what owns the memory of the transport."""
     dynamic: DynamicSizes
+    attention: KnownAttention
 
 
 _applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
@@ -157,7 +159,7 @@ def apply_context_parallel(
     for entry in entries:
         entry.set()
     end = module.register_forward_hook(_End(tracker), always_call=True)  # behind the plan's own for the model
-    _applied[module] = _Applied(tracker, (begin, end), entries, gather, dynamic)
+    _applied[module] = _Applied(tracker, (begin, end), entries, gather, dynamic, KnownAttention(module))
     diffusers_hooks.watch(module, plan, tracker)
     return tracker
 
@@ -230,6 +232,7 @@ class _Begin:
         if not torch.compiler.is_compiling() and module in _applied:
             for entry in _applied[module].entries:
                 entry.refresh(module)
+            _applied[module].attention.check(module)
             _applied[module].dynamic.watch()
 
 

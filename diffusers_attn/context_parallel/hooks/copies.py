@@ -32,6 +32,11 @@ def leave_hooks_out(module: nn.Module) -> None:
         vars(module)[_GETSTATE] = _State(module)
 
 
+def leaves_hooks_out(module: nn.Module) -> bool:
+    """Whether `leave_hooks_out` was called for `module`: it has hooks of this library."""
+    return _GETSTATE in vars(module)
+
+
 def keep_hooks(module: nn.Module) -> None:
     """Takes that back, once `module` has no such hooks."""
     if not _numbers(module):

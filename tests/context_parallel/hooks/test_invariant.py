@@ -2,6 +2,7 @@
 so, or is an error that names the module."""
 
 import contextlib
+import copy
 import functools
 
 import pytest
@@ -25,10 +26,11 @@ from diffusers_attn import (
     set_attention_provider,
 )
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import _applied, apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.sequences.active import active_tracker
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
+from tests.zoo import CASES
 
 from ..models import MESHES, attention_over_ranks
 
@@ -293,7 +295,6 @@ DIFFUSERS = {"a new one of its own": lambda model: model.set_attn_processor(Flux
 
 
 def flux():
-    from tests.zoo import CASES
 
     case = CASES["flux"]
     return case.build(), case.inputs()
@@ -405,3 +406,40 @@ def test_a_part_of_a_model_outside_of_its_call_is_refused():
             wrapper(**inputs)
     remove_context_parallel(model)
     assert model.forward(**inputs).sample.isfinite().all()
+
+
+def with_a_new_block(model):
+    model.transformer_blocks[0] = copy.deepcopy(model.transformer_blocks[0])
+
+
+def with_one_more_block(model):
+    model.single_transformer_blocks.append(copy.deepcopy(model.single_transformer_blocks[0]))
+
+
+def with_new_attention(model):
+    model.single_transformer_blocks[0].attn = copy.deepcopy(model.single_transformer_blocks[0].attn)
+
+
+@pytest.mark.parametrize("change", [with_a_new_block, with_one_more_block, with_new_attention])
+def test_attention_that_came_later_is_named(change):
+    model = CASES["flux"].build()
+    apply_context_parallel(model, MESH)
+    change(model)
+    for _ in range(2):
+        with pytest.raises(
+            AttentionProviderError, match=r"'\w+blocks\.\d\.attn' \(FluxAttention\) came into this Flux"
+        ):
+            model(**CASES["flux"].inputs())
+    remove_context_parallel(model)
+    apply_context_parallel(model, MESH)  # now the plan knows of it
+    _applied[model].attention.check(model)
+
+
+def test_known_attention_may_be_moved():
+    model = CASES["flux"].build()
+    apply_context_parallel(model, MESH)
+    model.transformer_blocks = torch.nn.ModuleList(list(model.transformer_blocks)[::-1])
+    model.single_transformer_blocks[0].attn = torch.compile(model.single_transformer_blocks[0].attn)
+    _applied[model].attention.check(model)
+    del model.single_transformer_blocks[-1]
+    _applied[model].attention.check(model)

@@ -1,0 +1,61 @@
+"""Attention modules that came into a model after its plan was applied: they have no hooks, and would attend to this
+rank's tokens alone."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import nn
+
+from ...errors import AttentionProviderError
+from . import copies
+from .attention_modules import is_attention
+from .submodules import original
+
+
+class KnownAttention:
+    """Notices that attention modules of a model, or what holds them, were replaced.
+
+    Looking at all modules takes too long for every forward. So the modules on the way to an attention module are
+    remembered, and what they hold is compared.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._remember(model)
+
+    def _remember(self, model: nn.Module) -> None:
+        holders: dict[int, nn.Module] = {}
+        for name, module in model.named_modules():
+            if name and is_attention(module):
+                parts, holder = name.split("."), model
+                for part in parts:
+                    holders[id(holder)] = holder
+                    holder = holder._modules[part]  # type: ignore[assignment]
+        self._held = [
+            (weakref.ref(holder), [None if each is None else weakref.ref(each) for each in holder._modules.values()])
+            for holder in holders.values()
+        ]
+
+    def _is_as_before(self) -> bool:
+        for reference, before in self._held:
+            holder = reference()
+            if holder is None or len(holder._modules) != len(before):
+                return False
+            for now, then in zip(holder._modules.values(), before):
+                if now is not (None if then is None else then()):
+                    return False
+        return True
+
+    def check(self, model: nn.Module) -> None:
+        """Raises AttentionProviderError where attention came into `model` that its plan does not know of."""
+        if self._is_as_before():
+            return
+        for name, module in model.named_modules():
+            if is_attention(module) and not copies.leaves_hooks_out(original(module)):
+                raise AttentionProviderError(
+                    f"'{name}' ({type(module).__name__}) came into this {type(model).__name__} after its sequences "
+                    "were split between ranks, and would attend to the tokens of one rank alone. Change the model "
+                    "first: call disable_context_parallel (or remove_context_parallel) before the change, and enable "
+                    "it again after it."
+                )
+        self._remember(model)
