@@ -59,11 +59,7 @@ def classify(
         raise AttentionProviderError(
             f"attn_mask is a {type(mask).__name__}; a torch.Tensor, a flex_attention BlockMask or None is accepted."
         )
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise AttentionProviderError(
-            f"attn_mask has dtype {mask.dtype}; torch.bool (True takes part) and floating types (added to the scores) "
-            "are accepted. For a 0/1 integer mask pass `mask.bool()`."
-        )
+    check_dtype(mask)
     given = tuple(mask.shape)
     if not 1 <= mask.ndim <= 4:
         raise _does_not_broadcast(given, batch, heads, query_len, key_len)
@@ -80,6 +76,15 @@ def classify(
     if mask.shape[1] == 1 and mask.shape[2] == 1:
         return (MaskKind.KEY_BIAS if additive else MaskKind.KEY), mask
     return (MaskKind.BIAS if additive else MaskKind.DENSE), mask
+
+
+def check_dtype(mask: torch.Tensor) -> None:
+    """Raises AttentionProviderError if `mask` is neither bool nor floating."""
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise AttentionProviderError(
+            f"attn_mask has dtype {mask.dtype}; torch.bool (True takes part) and floating types (added to the scores) "
+            "are accepted. For a 0/1 integer mask pass `mask.bool()`."
+        )
 
 
 def _does_not_broadcast(

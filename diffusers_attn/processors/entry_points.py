@@ -16,6 +16,7 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 
+from ..call import AttentionCall
 from ..context_parallel.sequences.active import active
 from ..dispatch import attend
 from ..errors import AttentionProviderError
@@ -59,9 +60,8 @@ def dispatch_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
             rest = dropout_p, is_causal, scale, enable_gqa
             return attend(query, key, value, attn_mask, *rest, layout="bshd", bound=choice, scoped=False)
         if _len_torch_function_stack() and _modes_intercept():
-            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            out = _through_modes(bound, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-            return out.transpose(1, 2)
+            call = AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "bshd")
+            return _through_modes(bound, call.in_layout("bhsd")).transpose(1, 2)
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bshd", bound=bound)
 
     return dispatch_attention_fn
@@ -97,7 +97,8 @@ def sdpa_entry_point(bound: ProviderChoice | None) -> Callable[..., Tensor]:
             AttentionProviderError: the provider cannot do exactly this.
         """
         if _len_torch_function_stack() and _modes_intercept():
-            return _through_modes(bound, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            call = AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "bhsd")
+            return _through_modes(bound, call)
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, layout="bhsd", bound=bound)
 
     return scaled_dot_product_attention
@@ -154,23 +155,16 @@ def _modes_intercept() -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
-def _through_modes(
-    bound: ProviderChoice | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Any,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
+def _through_modes(bound: ProviderChoice | None, call: AttentionCall) -> Tensor:
     """Calls `F.scaled_dot_product_attention` under the active torch function modes, and serves the calls they pass on.
 
     An example of such a mode is diffusers' guidance that skips attention scores: it replaces that function's result.
     """
     with _below_active_modes(_Serve(bound)):
-        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return sdpa(
+            call.query, call.key, call.value, call.mask, call.dropout_p, call.is_causal, scale=call.scale,
+            enable_gqa=call.enable_gqa,
+        )  # fmt: skip
 
 
 class _Serve(TorchFunctionMode):

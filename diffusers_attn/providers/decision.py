@@ -10,54 +10,89 @@ from typing import Any
 
 import torch
 
+from ..call import AttentionCall
 from ..errors import AttentionProviderError
+from ..masks import MaskKind
 from . import registry
+from .base import Params
 from .catalog import SPECS
 from .selection import select
-from .serving import AttentionCall, Serving, plan, refusal
+from .serving import CallProperties, Serving, plan, refusal
 
 
-def decide(provider: str, call: AttentionCall) -> Serving:
-    """How `provider` serves `call`.
+def decide_call(
+    call: AttentionCall, mask_kind: MaskKind, *, partial: bool = False, compare_lengths: bool = True
+) -> tuple[Serving, Params]:
+    """How the provider of a call serves it, and the constants for the kernel. The call has four dimensions.
+
+    Args:
+        mask_kind, partial, compare_lengths: as for `CallProperties.of`.
+
+    Raises:
+        ProviderUnavailableError, AttentionProviderError: as `decide`.
+    """
+    properties = CallProperties.of(call, mask_kind, partial=partial, compare_lengths=compare_lengths)
+    plan = Serving(*decide_constant(call.provider, *properties))
+    if call.scale is None:
+        true_scale = float(properties.head_dim) ** -0.5 if properties.head_dim else 1.0
+    else:
+        true_scale = float(call.scale)
+    params = Params(
+        mask_kind=plan.mask_kind,
+        is_causal=call.is_causal and plan.causal != "mask",
+        scale=true_scale,
+        default_scale=call.scale is None and not plan.pad_head_dim,
+        dropout_p=call.dropout_p,
+        gqa=properties.heads != properties.kv_heads and not plan.repeat_kv,
+        device_type=properties.device.type,
+        options=call.options,
+        needs_grad=properties.needs_grad or properties.bias_needs_grad,
+        derived=properties.derived,
+    )
+    return plan, params
+
+
+def decide(provider: str, properties: CallProperties) -> Serving:
+    """How `provider` serves a call with these `properties`.
 
     Raises:
         ProviderUnavailableError: the provider cannot be used on this machine. The message says how to install it.
         AttentionProviderError: the provider cannot serve this call exactly. The message names those that can.
     """
-    if provider == "auto" and call.device.type == "meta":
+    if provider == "auto" and properties.device.type == "meta":
         provider = "native"
     if provider == "auto":
-        return select(call).plan
+        return select(properties).plan
     status = registry.provider_status(provider)
     if not status.available:
         raise registry.unavailable(status)
-    reason = refusal(SPECS[provider], call)
+    reason = refusal(SPECS[provider], properties)
     if reason:
-        others = ", ".join(name for name in able_providers(call) if name != provider)
+        others = ", ".join(name for name in able_providers(properties) if name != provider)
         instead = f"Providers available here that support it: {others}."
         instead = instead if others else "No provider available here supports this call."
         raise AttentionProviderError(
-            f"attention provider '{provider}' cannot serve this call: {reason}. The call: {call}. {instead}"
+            f"attention provider '{provider}' cannot serve this call: {reason}. The call: {properties}. {instead}"
         )
     # On the meta device there is nothing to compute: PyTorch's own function returns the shape.
-    return plan(SPECS["native" if call.device.type == "meta" else provider], call)
+    return plan(SPECS["native" if properties.device.type == "meta" else provider], properties)
 
 
 # Dynamo calls this while it traces and takes the result, plain values, as constants: decisions cost nothing in a graph.
 # The cache is inside because Dynamo ignores a cache around a function that it traces.
 @torch._dynamo.assume_constant_result
-def decide_constant(provider: str, *call: Any) -> tuple[Any, ...]:
-    """The fields of `decide(provider, AttentionCall(*call))`, decided once per kind of call. Works under Dynamo."""
-    return _decided(provider, *call)
+def decide_constant(provider: str, *properties: Any) -> tuple[Any, ...]:
+    """The fields of `decide(provider, CallProperties(*properties))`, decided once per kind of call."""
+    return _decided(provider, *properties)
 
 
 @functools.lru_cache(maxsize=1024)
-def _decided(provider: str, *call: Any) -> tuple[Any, ...]:
-    return tuple(decide(provider, AttentionCall(*call)))
+def _decided(provider: str, *properties: Any) -> tuple[Any, ...]:
+    return tuple(decide(provider, CallProperties(*properties)))
 
 
-def able_providers(call: AttentionCall) -> list[str]:
-    """The available providers that serve `call` without its options."""
-    call = call._replace(options=())
+def able_providers(properties: CallProperties) -> list[str]:
+    """The available providers that serve a call with these `properties` without its options."""
+    properties = properties._replace(options=())
     usable = (status.name for status in registry.list_providers() if status.available)
-    return [name for name in usable if not refusal(SPECS[name], call)]
+    return [name for name in usable if not refusal(SPECS[name], properties)]

@@ -24,31 +24,7 @@ from torch.nn.functional import pad
 from .. import masks, shapes
 from . import registry
 from .base import Adapter, Params
-from .serving import AttentionCall, Serving
-
-
-def kernel_params(call: AttentionCall, plan: Serving, scale: float | None, dropout_p: float = 0.0) -> Params:
-    """The constants of a call for the kernel that `plan` chose.
-
-    Args:
-        scale: factor of the scores; None is `head_dim ** -0.5`.
-    """
-    if scale is None:
-        true_scale = float(call.head_dim) ** -0.5 if call.head_dim else 1.0
-    else:
-        true_scale = float(scale)
-    return Params(
-        mask_kind=plan.mask_kind,
-        is_causal=call.is_causal and plan.causal != "mask",
-        scale=true_scale,
-        default_scale=scale is None and not plan.pad_head_dim,
-        dropout_p=dropout_p,
-        gqa=call.heads != call.kv_heads and not plan.repeat_kv,
-        device_type=call.device.type,
-        options=call.options,
-        needs_grad=call.needs_grad or call.bias_needs_grad,
-        derived=call.derived,
-    )
+from .serving import Serving
 
 
 def attention(

@@ -9,7 +9,7 @@ import torch
 from ..errors import AttentionProviderError
 from . import registry, speeds
 from .catalog import SPECS
-from .serving import AttentionCall, Serving, plan, refusal
+from .serving import CallProperties, Serving, plan, refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Selection:
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.passed_over])
 
 
-def select(call: AttentionCall) -> Selection:
+def select(call: CallProperties) -> Selection:
     """The fastest provider that serves `call` exactly. A lossy provider needs its name in the option `lossy`.
 
     Raises:
@@ -49,7 +49,7 @@ def select(call: AttentionCall) -> Selection:
     raise AttentionProviderError(f"no attention provider usable here serves this call: {call}. {reasons}.")
 
 
-def candidates(call: AttentionCall) -> list[tuple[str, str]]:
+def candidates(call: CallProperties) -> list[tuple[str, str]]:
     """(provider, evidence), the one expected to be fastest first."""
     table: dict[str, tuple[float, float]] = {}
     where = f"on {call.device.type}"

@@ -1,4 +1,4 @@
-"""The description of a call, and how a provider serves it or why it cannot, from the provider's capabilities alone.
+"""The properties of a call, and how a provider serves it or why it cannot, from the provider's capabilities alone.
 
 A call is served as it is, or with exact lowerings (see `lowering.py`), or refused with a reason.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .. import shapes
-from ..masks import MaskKind
+from ..call import AttentionCall
+from ..masks import ADDITIVE, MaskKind
 from ..shapes import Layout
 from ..tracing.symbolic import constant
 from . import registry, speeds
@@ -19,7 +19,7 @@ from .base import ProviderSpec
 from .catalog import options_by_place
 
 
-class AttentionCall(NamedTuple):
+class CallProperties(NamedTuple):
     """The properties of a call that decisions depend on. It has no lengths, only the comparisons that decisions need,
     so that a compiled graph with dynamic lengths stays one graph."""
 
@@ -46,37 +46,28 @@ class AttentionCall(NamedTuple):
 
     @staticmethod
     def of(
-        provider: str,
-        options: tuple[tuple[str, object], ...],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layout: Layout,
-        mask_kind: MaskKind,
-        is_causal: bool,
-        needs_grad: bool,
-        dropout_p: float = 0.0,
-        bias_needs_grad: bool = False,
-        partial: bool = False,
-        derived: bool = False,
-        compare_lengths: bool = True,
-    ) -> AttentionCall:
-        """The description of a call with 4-D tensors in `layout`; also in a graph that is traced with symbolic sizes.
+        call: AttentionCall, mask_kind: MaskKind, *, partial: bool = False, compare_lengths: bool = True
+    ) -> CallProperties:
+        """The properties of a call with four dimensions; also in a graph that is traced with symbolic sizes.
 
         A comparison of symbolic sizes becomes a guard of the graph. So lengths are compared only where the decision
         depends on them, and results are spelled out as True or False.
 
         Args:
+            mask_kind: kind of the call's mask, by `masks.classify`.
+            partial: whether the call attends to a part of the keys.
             compare_lengths: False describes the query as "equal" in length to the key.
         """
-        heads, seq = (1, 2) if layout == "bhsd" else (2, 1)
+        query, key, value, heads, seq = call.query, call.key, call.value, call.heads_dim, call.seq_dim
         query_len = "equal"
-        if compare_lengths and (is_causal or options) and query.shape[seq] != key.shape[seq]:
+        if compare_lengths and (call.is_causal or call.options) and query.shape[seq] != key.shape[seq]:
             query_len = "shorter" if query.shape[seq] < key.shape[seq] else "longer"
         sizes = [constant(tensor.shape[heads]) for tensor in (query, key, value)]
         all_heads = shapes.joint(*sizes)
-        return AttentionCall(
+        bias_needs_grad = False
+        if mask_kind in ADDITIVE and call.mask is not None:
+            bias_needs_grad = torch.is_grad_enabled() and call.mask.requires_grad
+        return CallProperties(
             device=query.device,
             dtype=query.dtype,
             head_dim=constant(query.shape[-1]),
@@ -84,15 +75,15 @@ class AttentionCall(NamedTuple):
             heads=all_heads,
             kv_heads=sizes[1] if sizes[1] == sizes[2] else all_heads,
             query_len=query_len,
-            long=True if provider == "auto" and key.shape[seq] >= speeds.LONG else False,
+            long=True if call.provider == "auto" and key.shape[seq] >= speeds.LONG else False,
             mask_kind=mask_kind,
-            is_causal=is_causal,
-            dropout=True if dropout_p > 0.0 else False,
-            needs_grad=needs_grad,
+            is_causal=call.is_causal,
+            dropout=True if call.dropout_p > 0.0 else False,
+            needs_grad=call.needs_grad,
             bias_needs_grad=bias_needs_grad,
-            options=options,
+            options=call.options,
             partial=partial,
-            derived=derived,
+            derived=call.derived,
         )
 
     def __str__(self) -> str:
@@ -139,7 +130,7 @@ class Serving(NamedTuple):
         )
 
 
-def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
+def refusal(spec: ProviderSpec, call: CallProperties) -> str:
     """Why `spec` cannot serve `call`, even with lowerings; empty if it can."""
     can = spec.capabilities
     if call.device.type not in (*can.devices, "meta"):
@@ -192,13 +183,13 @@ def refusal(spec: ProviderSpec, call: AttentionCall) -> str:
     return ""
 
 
-def _mask_after_lowering(spec: ProviderSpec, call: AttentionCall) -> MaskKind:
+def _mask_after_lowering(spec: ProviderSpec, call: CallProperties) -> MaskKind:
     if not call.is_causal or call.mask_kind in (MaskKind.NONE, MaskKind.BLOCK):
         return call.mask_kind
     return MaskKind.DENSE if call.mask_kind in (MaskKind.KEY, MaskKind.DENSE) else MaskKind.BIAS
 
 
-def plan(spec: ProviderSpec, call: AttentionCall) -> Serving:
+def plan(spec: ProviderSpec, call: CallProperties) -> Serving:
     """How `spec` serves a call that `refusal` accepts."""
     can = spec.capabilities
     mask_kind = _mask_after_lowering(spec, call)

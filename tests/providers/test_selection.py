@@ -15,9 +15,9 @@ from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers import registry, selection, speeds
 from diffusers_attn.providers.catalog import SPECS
 from diffusers_attn.providers.registry import ProviderStatus
-from diffusers_attn.providers.serving import AttentionCall, refusal
+from diffusers_attn.providers.serving import CallProperties, refusal
 
-CALL = AttentionCall(
+CALL = CallProperties(
     torch.device("cpu"), torch.float32, 64, 64, 8, 8, "equal", False, MaskKind.NONE, False, False, False, False, ()
 )  # fmt: skip
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ... import masks, shapes, tensor_kinds
+from ...call import AttentionCall
 from ...errors import AttentionProviderError
 from ..mesh import ContextParallelMesh
 from ..sequences.placeholders import LocalTokens
@@ -33,31 +34,18 @@ _BY_PLACES = (BlockRowMask, RectangleMask)
 
 
 def split_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    *,
-    tracker: SequenceTracker,
-    provider: str,
-    options: tuple[tuple[str, object], ...] = (),
-    mesh: ContextParallelMesh | None = None,
+    given: AttentionCall, tracker: SequenceTracker, mesh: ContextParallelMesh | None = None
 ) -> Tensor | None:
     """Attention over the ranks of a mesh, or None if each rank serves the call by itself.
 
     Args:
-        query: `[batch, local queries, heads, head_dim]`.
-        key, value: `[batch, local keys, kv_heads, head_dim]`.
-        attn_mask: one to four dimensions that broadcast to `[batch, heads, queries, keys]`, over the local keys or all
+        given: a call with this rank's queries. Its keys are this rank's or all; its mask is over the local keys or all
             keys.
         tracker: the sequences of the model that makes the call.
         mesh: a mesh with the groups of `tracker.mesh` and its own settings; None uses `tracker.mesh`.
 
     Returns:
-        `[batch, local queries, heads, value_head_dim]`, or None.
+        The output for this rank's queries, in the layout of the call; or None.
 
     Raises:
         AttentionProviderError: context parallelism does not serve the call exactly. Nothing has been sent.
@@ -69,56 +57,72 @@ def split_attention(
             f"tokens are split over {tracker.mesh.ring.size} by {tracker.mesh.ulysses.size}. Pass the same mesh to "
             "attention_provider and apply_context_parallel."
         )
+    given.check()
+    call = given.four_dims().broadcast().in_layout("bshd")
+    out = _split(call, tracker, mesh)
+    if out is None or given.layout == "bshd":
+        return out
+    out = out.transpose(1, 2)
+    return out if given.has_four_dims else shapes.as_given(out, given.query, given.key, given.value)
+
+
+def _split(call: AttentionCall, tracker: SequenceTracker, mesh: ContextParallelMesh) -> Tensor | None:
+    """`split_attention` for a call with tensors `[batch, seq, heads, head_dim]`."""
     if tracker.role is not None and tracker.role.key and tracker.is_split:
-        _check_tensor(attn_mask)  # before the lengths, which some models pad to whole blocks
-    call = tracker.attention(query.shape[1], key.shape[1])
-    by_place = options_by_place(provider, options) if options else ()
-    if is_causal:
+        _check_tensor(call.mask)  # before the lengths, which some models pad to whole blocks
+    query_len, key_len = call.query.shape[1], call.key.shape[1]
+    shards = tracker.attention(query_len, key_len)
+    by_place = options_by_place(call.provider, call.options) if call.options else ()
+    if call.is_causal:
         by_place += ("is_causal=True",)
-    if call is None:
-        if by_place and tracker.splits_queries(query.shape[1], key.shape[1]):
+    if shards is None:
+        if by_place and tracker.splits_queries(query_len, key_len):
             raise AttentionProviderError(
-                f"{', '.join(by_place)} counts positions, but this rank has only its shard of {query.shape[1]} queries "
+                f"{', '.join(by_place)} counts positions, but this rank has only its shard of {query_len} queries "
                 f"and all keys ({tracker.describe()}). Leave it out, or run this model on one device."
             )
         return None
-    _check_tensor(attn_mask)
-    if dropout_p > 0.0:
+    if call.derived and call.not_plain is not None:
+        raise tensor_kinds.refused(
+            *call.not_plain, "and the tokens of this call are split over ranks",
+            "compute such derivatives on one device, or with autograd's backward",
+        )  # fmt: skip
+    _check_tensor(call.mask)
+    if call.dropout_p > 0.0:
         raise AttentionProviderError(
-            f"dropout_p={dropout_p}: over several ranks only 0 is accepted, since the ranks share no random state and "
-            "the dropped weights would depend on the split. Set dropout to 0, or disable context parallelism."
+            f"dropout_p={call.dropout_p}: over several ranks only 0 is accepted, since the ranks share no random state "
+            "and the dropped weights would depend on the split. Set dropout to 0, or disable context parallelism."
         )
-    if isinstance(attn_mask, Tensor):
-        _check_broadcasts(attn_mask, query)
+    if isinstance(call.mask, Tensor):
+        _check_broadcasts(call.mask, call.query)
     role = tracker.role
     kept: tuple[LocalTokens | None, LocalTokens | None] = (None, None)
     if role is not None:
         query_names, key_names = tracker.present(role.query), tracker.present(role.key)
-        prefix = 0 if role.prefix is None else call.keys.total - tracker.shards(key_names).total
+        prefix = 0 if role.prefix is None else shards.keys.total - tracker.shards(key_names).total
         kept = tracker.kept(query_names), tracker.kept(key_names, prefix)
-    mask = None if attn_mask is None else _mask(attn_mask, call, tracker, *kept)
-    of_all_keys = isinstance(attn_mask, _BY_PLACES) or (
-        attn_mask is not None and attn_mask.shape[-1] == call.keys.total
+    mask = None if call.mask is None else _mask(call.mask, shards, tracker, *kept)
+    of_all_keys = isinstance(call.mask, _BY_PLACES) or (
+        call.mask is not None and call.mask.shape[-1] == shards.keys.total
     )
-    if not call.in_order and (by_place or of_all_keys):
+    if not shards.in_order and (by_place or of_all_keys):
         what = " and ".join([*by_place, "a mask over all of them"] if of_all_keys else by_place)
         raise AttentionProviderError(
             f"several sequences are joined in this call, and {what} needs their order. Give "
             'it in the plan: "path.of.the.attention": CPAttention(("text", "image")).'
         )
-    query, key, value = _without(query, kept[0], 1), _without(key, kept[1], 1), _without(value, kept[1], 1)
     out = parallel_attention(
-        query,
-        key,
-        value,
+        _without(call.query, kept[0], 1),
+        _without(call.key, kept[1], 1),
+        _without(call.value, kept[1], 1),
         mask,
         mesh=mesh,
-        query_shards=call.queries,
-        key_shards=call.keys,
-        provider=provider,
-        options=options,
-        is_causal=is_causal,
-        scale=scale,
+        query_shards=shards.queries,
+        key_shards=shards.keys,
+        provider=call.provider,
+        options=call.options,
+        is_causal=call.is_causal,
+        scale=call.scale,
         transport=tracker.transport.kind,
     )
     return out if kept[0] is None else kept[0].put_back(out, 1)
@@ -131,11 +135,7 @@ def _without(tensor: Tensor, kept: LocalTokens | None, dim: int) -> Tensor:
 
 def _check_broadcasts(mask: Tensor, query: Tensor) -> None:
     """Raises AttentionProviderError for a dtype, batch size or number of heads that one device refuses too."""
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise AttentionProviderError(
-            f"attn_mask has dtype {mask.dtype}; torch.bool (True takes part) and floating types (added to the scores) "
-            "are accepted. For a 0/1 integer mask pass `mask.bool()`."
-        )
+    masks.check_dtype(mask)
     batch, heads = query.shape[0], query.shape[2]
     of_batch = mask.shape[0] if mask.ndim == 4 else 1
     of_heads = mask.shape[-3] if mask.ndim > 2 else 1

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ... import masks
+from ...call import AttentionCall
 from ...masks import MaskKind
 from ...providers import catalog, lowering, registry
 from ...providers.base import Params
 from ...providers.catalog import SPECS
-from ...providers.decision import decide_constant
-from ...providers.serving import AttentionCall, Serving
+from ...providers.decision import decide_call
+from ...providers.serving import Serving
 from ..comm.collectives import depends_on
 from ..sequences.block_masks import block_mask
 
@@ -48,7 +49,7 @@ class PartialKernel(NamedTuple):
         Raises:
             AttentionProviderError: the provider does not serve the call.
         """
-        self._decide(query, key, value, mask_kind, is_causal, partial=partial, compare_lengths=False)
+        decide_call(self._call(query, key, value, is_causal), mask_kind, partial=partial, compare_lengths=False)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Complete, differentiable attention."""
@@ -113,8 +114,8 @@ class PartialKernel(NamedTuple):
         """The plan, the kernel's constants, and the mask as a 4-D view."""
         sizes = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
         kind, view = masks.classify(self._by_token(mask), *sizes)
-        call, plan = self._decide(query, key, value, kind, is_causal, partial=partial)
-        return plan, lowering.kernel_params(call, plan, self.scale), view
+        plan, params = decide_call(self._call(query, key, value, is_causal), kind, partial=partial)
+        return plan, params, view
 
     def _by_token(self, mask: Tensor | None) -> Any:
         """A mask by blocks in the form that this provider takes; any other mask as it is."""
@@ -124,22 +125,12 @@ class PartialKernel(NamedTuple):
             return block_mask(mask, self.block)
         return mask.repeat_interleave(self.block, dim=-2).repeat_interleave(self.block, dim=-1)
 
-    def _decide(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask_kind: MaskKind,
-        is_causal: bool,
-        *,
-        partial: bool,
-        compare_lengths: bool = True,
-    ) -> tuple[AttentionCall, Serving]:
-        call = AttentionCall.of(
-            self.provider, self.options, query, key, value, layout="bshd", mask_kind=mask_kind, is_causal=is_causal,
-            needs_grad=self.needs_grad, partial=partial, compare_lengths=compare_lengths,
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> AttentionCall:
+        """The call of a part, without its mask: masks of parts need no gradient."""
+        return AttentionCall(
+            query, key, value, is_causal=is_causal, scale=self.scale, provider=self.provider, options=self.options,
+            needs_grad=self.needs_grad,
         )  # fmt: skip
-        return call, Serving(*decide_constant(self.provider, *call))
 
 
 @torch._dynamo.assume_constant_result

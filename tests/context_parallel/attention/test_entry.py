@@ -6,6 +6,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from diffusers_attn import AttentionProviderError, attention_dispatch
+from diffusers_attn.call import AttentionCall
 from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 from diffusers_attn.context_parallel.sequences.active import active
@@ -51,24 +52,27 @@ def over_ranks(meshes, ring, ulysses):
     errors = {}
     for name, (mask, complete) in masks.items():
         tracker.role = role._replace(outer_mask=name == "outer product")
-        out = split_attention(*local, mask, tracker=tracker, provider="native")
+        out = split_attention(AttentionCall(*local, mask), tracker)
         expected, _ = reference.attention(*(tensor.transpose(1, 2) for tensor in whole), complete)
         errors[name] = (out - split(expected.transpose(1, 2), shards, 1, mesh.rank)).abs().max().item()
 
     tracker.role = role
-    assert split_attention(local[0], whole[1][:, :7], whole[2][:, :7], tracker=tracker, provider="native") is None
+    assert split_attention(AttentionCall(local[0], whole[1][:, :7], whole[2][:, :7]), tracker) is None
     refused = {}
     for name, settings in {
         "dropout": {"dropout_p": 0.1},
-        "outer product that nobody announced": {"attn_mask": masks["outer product"][0]},
-        "not a tensor": {"attn_mask": [True]},
-        "order": {"attn_mask": keys},
+        "negative dropout": {"dropout_p": -0.1},
+        "outer product that nobody announced": {"mask": masks["outer product"][0]},
+        "not a tensor": {"mask": [True]},
+        "mask of another dtype": {"mask": keys.half()},
+        "order": {"mask": keys},
         "causal order": {"is_causal": True},
-        "another mesh": {"mesh": meshes(1, 3) if mesh.rank < 3 else meshes(1, 4)},
+        "another mesh": {},
     }.items():
         tracker.role = None if "order" in name else role
+        used = mesh if name != "another mesh" else meshes(1, 3) if mesh.rank < 3 else meshes(1, 4)
         with pytest.raises(AttentionProviderError) as error:
-            split_attention(*local, **settings, tracker=tracker, provider="native")
+            split_attention(AttentionCall(*local, **settings), tracker, used)
         refused[name] = str(error.value)
     return errors, refused
 
@@ -78,6 +82,8 @@ def test_masks_of_models(pool, ring, ulysses):
     for errors, refused in pool.run(ring * ulysses, over_ranks, ring=ring, ulysses=ulysses):
         assert not {name: error for name, error in errors.items() if not error < 1e-12}
         assert "dropout_p=0.1" in refused["dropout"]
+        assert "dropout_p=-0.1 was given; a probability from 0 to 1" in refused["negative dropout"]
+        assert "attn_mask has dtype torch.float16 and the query torch.float64" in refused["mask of another dtype"]
         assert "outer product" in refused["outer product that nobody announced"]
         assert "list" in refused["not a tensor"]
         assert "attention_provider and apply_context_parallel" in refused["another mesh"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProviderError, enable_context_parallel
+from diffusers_attn.call import AttentionCall
 from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.sequences.roles import REPLICATED, Role
 from diffusers_attn.context_parallel.sequences.sharding import split
@@ -72,7 +73,7 @@ def windows(meshes, ring, ulysses, rotate_method):
         local = [split(tensor, shards, 1, mesh.rank) for tensor in whole]
         with with_window():
             try:
-                out = split_attention(*local, tracker=tracker, provider="_native_math", options=WINDOW)
+                out = split_attention(AttentionCall(*local, provider="_native_math", options=WINDOW), tracker)
             except AttentionProviderError as error:
                 answers[names] = str(error)
                 continue
@@ -110,15 +111,17 @@ def test_what_counts_positions_is_refused_where_a_rank_does_not_know_them(what):
             (Role(("image",), ("image",)), own, 40),
         ):
             tracker.role = role
-            with pytest.raises(AttentionProviderError, match=f"{what}=.* counts positions.*keys are replicated"):
-                split_attention(*tensors(queries, keys), tracker=tracker, provider="_native_math", **asked)
+            with pytest.raises(AttentionProviderError, match=f"{what}=.* counts positions.*and all keys"):
+                split_attention(AttentionCall(*tensors(queries, keys), provider="_native_math", **asked), tracker)
         for role, queries, keys in ((REPLICATED, 40, 40), (None, 30, 40)):  # all of it is whole
             tracker.role = role
-            found = split_attention(*tensors(queries, keys), tracker=tracker, provider="_native_math", **asked)
+            found = split_attention(AttentionCall(*tensors(queries, keys), provider="_native_math", **asked), tracker)
             assert found is None
         tracker.role = None
         with pytest.raises(AttentionProviderError, match=f"joined in this call, and {what}=.* needs their order"):
-            split_attention(*tensors(own + other, own + other), tracker=tracker, provider="_native_math", **asked)
+            split_attention(
+                AttentionCall(*tensors(own + other, own + other), provider="_native_math", **asked), tracker
+            )
 
 
 def test_an_option_that_is_off_does_not_count():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from diffusers_attn import AttentionProviderError
+from diffusers_attn.call import AttentionCall
 from diffusers_attn.context_parallel.attention import entry as call_module
 from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.config import ContextParallelConfig
@@ -106,7 +107,7 @@ def test_sequences_that_a_forward_does_not_have():
     assert call.queries == call.keys == tracker.shards(("text", "image")) and call.in_order
     query = torch.zeros(1, 4, 2, 4)
     with pytest.raises(AttentionProviderError, match="a mix of"):
-        split_attention(query, query, query, tracker=tracker, provider="native")
+        split_attention(AttentionCall(query, query, query, provider="native"), tracker)
 
 
 def test_a_sequence_that_is_one_dimension_with_the_batch():
@@ -188,7 +189,7 @@ def test_rows_must_be_those_of_this_rank():
     query = torch.zeros(1, 2, 4, 8)
     for shape in ((1, 1, 7, 7), (1, 4, 2, 6), (1, 1, 1, 7)):
         with pytest.raises(AttentionProviderError, match="this rank's 2 queries and columns for all 7 keys"):
-            split_attention(query, query, query, torch.ones(shape), tracker=tracker, provider="native")
+            split_attention(AttentionCall(query, query, query, torch.ones(shape), provider="native"), tracker)
 
 
 def test_a_rank_without_a_token_is_given_one():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
 from diffusers_attn import AttentionProviderError
+from diffusers_attn.call import AttentionCall
 from diffusers_attn.context_parallel.attention.entry import split_attention
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.sequences.placeholders import LocalTokens
@@ -79,7 +80,7 @@ def test_a_mask_of_blocks_is_refused_for_what_it_is():
     tracker.role = ROLE
     query = torch.zeros(1, 128, 4, 8)
     with pytest.raises(AttentionProviderError, match="attn_mask is a BlockMask.*a processor that makes none"):
-        split_attention(query, query, query, mask, tracker=tracker, provider="flex")
+        split_attention(AttentionCall(query, query, query, mask, provider="flex"), tracker)
 
 
 @float64_throughout()
