@@ -1,4 +1,4 @@
-"""What a user chooses about context parallelism: plain values, validated once."""
+"""The settings of context parallelism, validated once."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class ContextParallelConfig:
     """How one sequence is spread over `ring_degree * ulysses_degree` ranks.
 
     Raises:
-        AttentionProviderError: a value that is not among those described below.
+        AttentionProviderError: a value is not accepted.
     """
 
     ring_degree: int = 1
-    """ranks between which keys and values travel."""
+    """Number of ranks between which keys and values travel, from 1."""
     ulysses_degree: int = 1
-    """ranks that exchange sequence parts for heads, each then attending with some of the heads."""
+    """Number of ranks that exchange tokens for heads, from 1. Each of them attends with some of the heads."""
     rotate_method: str = "allgather"
-    """how keys and values travel. "allgather": all at once, under the attention to the local ones or what else the
-    model computes meanwhile; "alltoall": from rank to rank around the ring, each block under the attention to the one
-    before, with memory for two blocks."""
+    """How keys and values travel. "allgather" sends all at once, while the rank attends to its local keys or the model
+    computes something else. "alltoall" sends them from rank to rank around the ring, each block while the rank attends
+    to the one before. It needs memory for two blocks only."""
     convert_to_fp32: bool = True
-    """whether partial results merge in float32; otherwise in the dtype of the query."""
+    """Whether partial results merge in float32. Otherwise they merge in the dtype of the query."""
 
     def __post_init__(self) -> None:
         for name in ("ring_degree", "ulysses_degree"):
@@ -49,5 +49,5 @@ class ContextParallelConfig:
 
     @property
     def size(self) -> int:
-        """Ranks that share a sequence."""
+        """Number of ranks that share a sequence."""
         return self.ring_degree * self.ulysses_degree

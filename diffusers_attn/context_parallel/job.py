@@ -1,4 +1,4 @@
-"""The job that this process is a rank of: joined if need be, and what is known of its machine."""
+"""The distributed job: connecting its ranks, and facts about this machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ HOW_TO_LAUNCH = (
 
 
 def join(device_type: str) -> None:
-    """Makes sure that torch.distributed runs: as it is, or else by Accelerate, from what the launcher says.
+    """Initialises torch.distributed, if it is not, by Accelerate from the launcher's environment variables.
 
     Raises:
-        AttentionProviderError: there is one rank only, or the job cannot be joined.
+        AttentionProviderError: the job has one rank, cannot be joined, or has no backend for `device_type`.
     """
     if not dist.is_available():
         raise AttentionProviderError(
@@ -62,7 +62,7 @@ def join(device_type: str) -> None:
 
 
 def ranks_per_node() -> int | None:
-    """What the launcher says; None where it says nothing."""
+    """Number of ranks on this machine, from `LOCAL_WORLD_SIZE`. None if the launcher does not set it."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     return int(local) if local else None
 
@@ -73,8 +73,7 @@ def nvlink(device_type: str) -> bool:
 
 
 def peer_access(device_type: str) -> bool:
-    """Whether the devices that this process sees read each other's memory. (One process that sees a single device
-    knows nothing of the others, and takes it that they do.)"""
+    """Whether the visible GPUs can read each other's memory. True if this process sees only one of them."""
     if device_type != "cuda":
         return False
     devices = range(torch.cuda.device_count())

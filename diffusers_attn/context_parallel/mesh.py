@@ -1,4 +1,4 @@
-"""Who takes part: the process groups of context parallelism, and the one object that owns them."""
+"""The ranks that share a sequence: `ContextParallelMesh` owns the degrees and the process groups."""
 
 from __future__ import annotations
 
@@ -19,34 +19,40 @@ AXES = ("ring", "ulysses")
 
 @dataclasses.dataclass(frozen=True)
 class ContextParallelMesh:
-    """The owner of degrees and groups. Shard number `ring.rank * ulysses.size + ulysses.rank` is this rank's.
+    """The degrees and process groups of context parallelism. Make one with `from_mesh` or `from_degrees`.
 
-    Make one with `from_mesh` or `from_degrees`.
+    This rank has the shard number `ring.rank * ulysses.size + ulysses.rank`.
     """
 
     config: ContextParallelConfig
     ring: Group
+    """Group along the ring, between whose ranks keys and values travel."""
     ulysses: Group
+    """Group along Ulysses, whose ranks exchange tokens for heads."""
     device_type: str = "cpu"
-    """of the mesh: what its ranks compute on."""
+    """Device type of the mesh's ranks, such as "cuda"."""
     lease: shared_groups.Lease | None = dataclasses.field(default=None, compare=False, repr=False)
-    """of its groups, where they were made for it."""
+    """Keeps the groups alive, if `from_degrees` made them."""
 
     @property
     def size(self) -> int:
-        """Ranks that share a sequence."""
+        """Number of ranks that share a sequence."""
         return self.ring.size * self.ulysses.size
 
     @property
     def rank(self) -> int:
-        """Which shard of a sequence is this rank's."""
+        """Number of this rank's shard."""
         return self.ring.rank * self.ulysses.size + self.ulysses.rank
 
     @staticmethod
     def of(
         mesh: DeviceMesh | ContextParallelMesh, *, rotate_method: str = "allgather", convert_to_fp32: bool = True
     ) -> ContextParallelMesh:
-        """The groups of either kind of mesh with these settings. Raises as `from_mesh` does."""
+        """The groups of either kind of mesh, with these settings.
+
+        Raises:
+            AttentionProviderError: `mesh` is neither kind, or has other dimensions than `from_mesh` accepts.
+        """
         if isinstance(mesh, DeviceMesh):
             return ContextParallelMesh.from_mesh(mesh, rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)
         if not isinstance(mesh, ContextParallelMesh):
@@ -60,11 +66,15 @@ class ContextParallelMesh:
     def from_mesh(
         mesh: DeviceMesh, *, rotate_method: str = "allgather", convert_to_fp32: bool = True
     ) -> ContextParallelMesh:
-        """The groups of `mesh`: with one dimension a ring (unless it is named "ulysses"), with two the dimensions named
-        "ring" and "ulysses". It may be a part of a larger mesh.
+        """The groups of a DeviceMesh.
+
+        Args:
+            mesh: one dimension, which is a ring unless its name is "ulysses"; or two, named "ring" and "ulysses". It
+                may be a part of a larger mesh.
+            rotate_method, convert_to_fp32: see `ContextParallelConfig`.
 
         Raises:
-            AttentionProviderError: other dimensions, or this rank is not in the mesh.
+            AttentionProviderError: the mesh has other dimensions, or this rank is not in it.
         """
         names = mesh.mesh_dim_names or ()
         if mesh.ndim == 1:
@@ -103,12 +113,15 @@ class ContextParallelMesh:
         convert_to_fp32: bool = True,
         timeout: datetime.timedelta | float | None = None,
     ) -> ContextParallelMesh:
-        """Groups over all ranks: neighbouring ranks share a sequence, the rest is data parallel. Every rank of the job
-        must call this. Groups of the same degrees and timeout that are in use already are used again; they end with
-        the last mesh, and so model, that uses them.
+        """New groups over all ranks of the job, every one of which must call this. Each `ring_degree * ulysses_degree`
+        neighbouring ranks share a sequence; the others are data parallel.
+
+        Groups of the same degrees and timeout are shared, and end with the last mesh that uses them.
 
         Args:
-            timeout: how long an exchange waits for a rank, in seconds; None is the job's own timeout.
+            ring_degree, ulysses_degree, rotate_method, convert_to_fp32: see `ContextParallelConfig`.
+            device_type: the device type of the ranks, such as "cuda".
+            timeout: how long an exchange waits for a rank, in seconds. None uses the job's own timeout.
 
         Raises:
             AttentionProviderError: the degrees do not fit the number of ranks, or there are no ranks.
@@ -144,7 +157,8 @@ class ContextParallelMesh:
 
 
 def _new_groups(ring: int, ulysses: int, timeout: datetime.timedelta) -> list[dist.ProcessGroup]:
-    """This rank's group along the ring, if there is one, and along Ulysses. All ranks make those of all."""
+    """This rank's groups along the ring and along Ulysses, for degrees above 1. Every rank makes the groups of all
+    ranks, as `dist.new_group` requires."""
     mine = []
     for axis, size in (("ring", ring), ("ulysses", ulysses)):
         for first in range(0, dist.get_world_size(), ring * ulysses) if size > 1 else ():

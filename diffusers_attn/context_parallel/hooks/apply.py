@@ -1,7 +1,7 @@
-"""Applying a plan to a module, and taking it off again.
+"""Applies a plan to a model, and removes it.
 
-Splits and gathers are forward hooks (`plan_entry`) on the modules that the plan names. Modules that are replaced later,
-as LoRA does, are followed at the start of the next forward.
+Splits and gathers are forward hooks (`plan_entry`) on the modules that the plan names. If a module is replaced later,
+as LoRA replaces layers, its hooks move to the new module when the next forward starts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .words.base import SetHook
 
 
 class _Entry:
-    """One entry of a plan, and the hooks that are set for it."""
+    """One entry of a plan and its hooks."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class _Entry:
         self.tracker = tracker
         self.hooks_of = hooks_of
         self.handles: list[RemovableHandle] = []
-        # Blocks, and attention modules as a whole, are not what adapters take the place of; and there are many.
+        # Adapters replace layers. They replace neither blocks nor attention modules, of which there are many.
         self._is_followed = bool(path) and (
             "*" not in path or not (path.endswith("*") or spec is None or isinstance(spec, CPAttention))
         )
@@ -73,7 +73,7 @@ class _Entry:
         self.handles = [set_hook() for set_hook in self.hooks]
         for module in self._alive():
             copies.leave_hooks_out(module)
-        self.hooks = []  # they hold the modules, and so the model, alive
+        self.hooks = []  # they reference the modules, and would keep the model alive
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -86,7 +86,7 @@ class _Entry:
         return [module for module in (then() for then in self.modules) if module is not None]
 
     def refresh(self, model: nn.Module) -> None:
-        """Follows a module that was replaced, as adapters (LoRA) do when they are added and unloaded."""
+        """Moves the hooks if modules were replaced, as by adapters (LoRA) that were added or unloaded."""
         if self._is_followed:
             modules = list(submodules(model, self.path))
             if any(original(now) is not original(then()) for now, then in zip(modules, self.modules)):
@@ -96,12 +96,14 @@ class _Entry:
 
 
 class _Applied(NamedTuple):
+    """A model's applied plan."""
+
     tracker: SequenceTracker
     ends: tuple[RemovableHandle, RemovableHandle]
-    """of a forward: its begin and its end."""
+    """The hooks at the start and the end of a forward of the model."""
     entries: list[_Entry]
     gather: SymmetricGather | None
-    """what owns the memory of the transport."""
+    """Owner of the transport's memory. None if collectives are the transport."""
     dynamic: DynamicSizes
     attention: KnownAttention
 
@@ -112,20 +114,22 @@ _applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictio
 def apply_context_parallel(
     module: nn.Module, mesh: DeviceMesh | ContextParallelMesh, plan: Plan | None = None
 ) -> SequenceTracker:
-    """Splits and gathers tensors of `module` over `mesh` wherever `plan` says. On GPUs all ranks of the mesh must call
-    this, each with its GPU as the current device: they try whether they reach each other's memory. What was compiled in
-    this process is compiled anew when it is next called, also after `remove_context_parallel`: Dynamo notices no hooks.
+    """Splits and gathers tensors of `module` over the ranks of `mesh`, as `plan` says.
+
+    On GPUs all ranks of the mesh must call this, each with its GPU as the current device, because they test whether
+    they can access each other's memory. All compiled code of this process is compiled again at its next call, also
+    after `remove_context_parallel`, because Dynamo does not notice hooks.
 
     Args:
         module: a model. Every rank must run it with the same inputs.
-        mesh: a DeviceMesh of one dimension, or with dimensions named "ring" and "ulysses"; or a ContextParallelMesh.
-        plan: see `diffusers_attn.cp_plans.plan`; None takes the one that is registered for the module's class.
+        mesh: a DeviceMesh with one dimension, or with dimensions named "ring" and "ulysses"; or a ContextParallelMesh.
+        plan: see `diffusers_attn.cp_plans.plan`. None uses the plan registered for the module's class.
 
     Returns:
-        What attention needs to know about the sequences that are split.
+        The tracker of the sequences that are split.
 
     Raises:
-        AttentionProviderError: a plan is applied already, or this one does not fit the module. Then nothing changed.
+        AttentionProviderError: a plan is applied already, or this one does not fit the module. Nothing has changed.
     """
     if module in _applied:
         raise AttentionProviderError(
@@ -138,11 +142,11 @@ def apply_context_parallel(
     tracker = SequenceTracker(mesh)
     tracker.model = type(module).__name__
     names = {id(each): name for name, each in module.named_modules()}
-    # All of the plan is read before the first hook is set.
+    # The whole plan is read before the first hook is set.
     plan = get_cp_plan(module) if plan is None else plan
     entries = [_Entry(path, spec, list(submodules(module, path)), tracker, names) for path, spec in entries_of(plan)]
     diffusers_hooks.check(module, plan)
-    # Attention modules that the plan says nothing of must be known to be this model's all the same.
+    # Attention modules that the plan does not name are watched too.
     of_attention = [entry for entry in entries if attends(entry.spec)]
     named = {id(then()) for entry in of_attention for then in entry.modules}
     others = [each for each in module.modules() if id(each) not in named and is_attention(each)]
@@ -158,17 +162,17 @@ def apply_context_parallel(
     copies.leave_hooks_out(module)
     for entry in entries:
         entry.set()
-    end = module.register_forward_hook(_End(tracker), always_call=True)  # behind the plan's own for the model
+    end = module.register_forward_hook(_End(tracker), always_call=True)  # after the plan's own hooks on the model
     _applied[module] = _Applied(tracker, (begin, end), entries, gather, dynamic, KnownAttention(module))
     diffusers_hooks.watch(module, plan, tracker)
     return tracker
 
 
 def remove_context_parallel(module: nn.Module) -> None:
-    """Takes off what `apply_context_parallel` put on. Without effect where nothing is applied.
+    """Removes what `apply_context_parallel` has set. Does nothing if no plan is applied.
 
     Raises:
-        AttentionProviderError: `module` is a shallow copy of a model that is split, which is to be given instead.
+        AttentionProviderError: `module` is a shallow copy of a split model. Pass the original.
     """
     copies.check_not_shallow(module)
     if module in _applied:
@@ -184,27 +188,27 @@ def remove_context_parallel(module: nn.Module) -> None:
 
 
 def _forget_graphs() -> None:
-    """Has all compiled code of the process compiled again when it is next called.
+    """Drops all compiled code of the process, which is compiled again at its next call.
 
-    Dynamo installs no guards on the hooks of modules: a graph that was compiled without the plan would go on running
-    without it. Why other models' graphs are dropped as well: docs/design.md, "What changes for the whole process".
+    Dynamo sets no guards on the hooks of modules: a graph that was compiled without the plan would go on running
+    without it. docs/design.md, "What changes for the whole process", says why the graphs of other models are dropped.
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
 def applied_tracker(module: nn.Module) -> SequenceTracker | None:
-    """What `apply_context_parallel` returned for `module`; None where no plan is applied."""
+    """What `apply_context_parallel` returned for `module`; None if no plan is applied."""
     return _applied[module].tracker if module in _applied else None
 
 
 def names_of_groups(module: nn.Module) -> list[str]:
-    """Of the groups over which the sequences of `module` are shared; none where no plan is applied."""
+    """Names of the groups of ranks that share the sequences of `module`. Empty if no plan is applied."""
     return _names(_applied[module].tracker) if module in _applied else []
 
 
 def applied_gather(module: nn.Module) -> SymmetricGather | None:
-    """What brings this module's keys and values to the other ranks by copy engines; None where collectives do."""
+    """The symmetric gather of this module's keys and values; None if collectives send them."""
     return _applied[module].gather if module in _applied else None
 
 
@@ -212,12 +216,12 @@ keep_for_recomputation(keep_active)
 
 
 def _names(tracker: SequenceTracker) -> list[str]:
-    """Of the groups over which a model's sequences are shared."""
+    """Names of the groups of ranks that share a model's sequences."""
     return [group.name for group in (tracker.mesh.ring, tracker.mesh.ulysses) if group.size > 1]
 
 
 class _Begin:
-    """A new forward of the model."""
+    """A forward pre-hook that begins a forward of the model."""
 
     def __init__(self, tracker: SequenceTracker) -> None:
         self.tracker = tracker
@@ -237,10 +241,11 @@ class _Begin:
 
 
 class _End:
-    """The forward ends, also by an error: the thread must not take the next model's attention for this one's.
+    """A forward hook that ends it, also after an error. Otherwise the thread's next attention would count as this
+    model's.
 
-    For the model alone, since Dynamo guards on hooks that are always called: in every block one of its own would mean
-    a graph for every block.
+    It is set on the model only. Dynamo guards on hooks that are always called, so that one on each block would give a
+    graph for each block.
     """
 
     def __init__(self, tracker: SequenceTracker) -> None:
@@ -249,7 +254,7 @@ class _End:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tracker = self.tracker
-        # A call that another thread's forward had refused has begun none.
+        # A call that was refused because of another thread's forward has begun none.
         if torch.compiler.is_compiling() or tracker.is_running:
             tracker.end()
         if not torch.compiler.is_compiling():
@@ -258,6 +263,6 @@ class _End:
                 rank_progress.note_end()
             else:
                 rank_progress.note_failure(error, self.groups)
-        # Without an output, it is left by an error.
+        # Without an output, the forward has failed.
         if output is not None and tracker.is_split and not tracker.reached and tracker.strict:
             raise_error(attention_elsewhere, module)

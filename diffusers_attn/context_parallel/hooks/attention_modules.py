@@ -1,4 +1,4 @@
-"""Which modules compute attention, by what their code names.
+"""Recognises modules that compute attention, by the names in their code.
 
 A module that computes attention is watched while it runs over split tokens: its calls must come through this library,
 or else they would attend to this rank's tokens only (`words/attention.py`). A module with a `processor` is an attention
@@ -28,12 +28,12 @@ _PRODUCTS = frozenset("@ matmul bmm baddbmm einsum".split())
 _SOFTMAX = frozenset("softmax Softmax log_softmax".split())
 _NOT_FOLLOWED = frozenset("torch numpy math typing functools contextlib itertools inspect logging warnings".split())
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""which may attend by one kernel of their own, depending on PyTorch's settings."""
+"""Modules of PyTorch that may attend by one fused kernel, depending on PyTorch's settings."""
 _PLAIN = (nn.Module, Tensor, str, bytes, int, float, bool, type(None), dict, list, tuple, set, frozenset, type)
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether `module` computes attention itself, rather than only a module within it."""
+    """Whether `module` computes attention itself, not only a module inside it."""
     if hasattr(module, "processor") or isinstance(module, _OF_TORCH):
         return True
     cls: type = type(module)
@@ -45,9 +45,11 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def attention_elsewhere(model: nn.Module) -> AttentionProviderError | None:
-    """What to raise where tokens of `model` were split and no attention came to this library: None where nothing in it
-    weighs tokens, as far as its code tells. Modules that are known to attend are watched one by one, and may be skipped
-    by a cache."""
+    """The error for a forward of `model` whose tokens were split and that made no attention call here.
+
+    None if no code of the model has a softmax. None too if the model has attention modules: hooks watch each of these,
+    and a cache may skip them all.
+    """
     if any(map(is_attention, model.modules())):
         return None
     found = {f"'{name}' ({type(module).__name__})": None for name, module in model.named_modules() if _weighs(module)}
@@ -62,7 +64,7 @@ def attention_elsewhere(model: nn.Module) -> AttentionProviderError | None:
 
 
 def _weighs(module: nn.Module) -> bool:
-    """Whether there is a softmax in a module's code, or as one."""
+    """Whether a module is a softmax, or has one in its code."""
     if isinstance(module, nn.Softmax):
         return True
     forward = getattr(type(module), "forward", None)
@@ -77,7 +79,7 @@ def _class_attends(cls: type) -> bool:
 
 
 def _called_attends(value: Any, of: type) -> bool:
-    """Whether it is a function, or an object with methods, that a module of class `of` has and attends by."""
+    """Whether an attribute of a module of class `of` is a function, or an object with methods, that attends."""
     while isinstance(value, functools.partial):
         value = value.func
     if isinstance(value, BuiltinFunctionType):
@@ -99,14 +101,14 @@ def _object_attends(cls: type, of: type) -> bool:
 
 
 def _attends(function: FunctionType, cls: type | None) -> bool:
-    """Whether `function` names a kernel, or a softmax and a product; with what it calls, by name."""
+    """Whether `function`, or a function that it calls, names a kernel, or a softmax and a matrix product."""
     names = _names(function, cls)
     return bool(names & _KERNELS) or bool(names & _SOFTMAX and names & _PRODUCTS)
 
 
 def _names(function: FunctionType, cls: type | None) -> set[str]:
-    """The globals and attributes that `function` mentions, under their own names too where they have others there; and
-    what it calls, of `cls`, its module and its closure."""
+    """The globals and attributes that `function` mentions, and those that the functions it calls mention: functions of
+    `cls`, its module and its closure. A function under an alias counts under its own name too."""
     names: set[str] = set()
     visited: set[FunctionType] = set()
     waiting = [function]
@@ -125,7 +127,7 @@ def _names(function: FunctionType, cls: type | None) -> set[str]:
 
 
 def _mentioned(function: FunctionType, names: set[str], cls: type | None) -> Iterator[Any]:
-    """What `function` may call: of its module, of modules that it names, of its class, of its closure."""
+    """What `function` may call, from its module, modules that it names, its class and its closure."""
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
         yield value
@@ -134,12 +136,12 @@ def _mentioned(function: FunctionType, names: set[str], cls: type | None) -> Ite
     if cls is not None:
         yield from (getattr(cls, name, None) for name in names)
     for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # empty yet
+        with contextlib.suppress(ValueError):  # still empty
             yield cell.cell_contents
 
 
 def names_in(code: CodeType) -> Iterator[str]:
-    """The globals and attributes that `code` mentions, those of functions defined within it included; and "@"."""
+    """The globals and attributes that `code` and the functions inside it mention, and "@" for a matrix product."""
     yield from code.co_names
     yield from ("@" for each in dis.get_instructions(code) if each.opname == "BINARY_OP" and each.argrepr[0] == "@")
     for constant in code.co_consts:

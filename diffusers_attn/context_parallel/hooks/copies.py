@@ -1,11 +1,11 @@
-"""Copies of a model that is split: models of their own, whole, with the processors that it had before.
+"""Copies of a split model are not split, and have the processors that the model had before.
 
-Hooks of a plan know process groups, and the module that they are set on. A copy that took them along (`copy.deepcopy`,
-pickle, `torch.save`) would be half of a split model: nothing would know of it, and it could not be loaded elsewhere. So
-every module with such hooks leaves them out of the state that it gives to copy and pickle.
+Hooks of a plan reference process groups and the module on which they are set. A copy with these hooks
+(`copy.deepcopy`, pickle, `torch.save`) would be half of a split model, which nothing manages and which cannot be loaded
+elsewhere. So every module with such hooks leaves them out of the state that copy and pickle receive.
 
-A shallow copy (`copy.copy`) shares its submodules with the split model, whose hooks it therefore meets. It refuses to
-run while that model is split.
+A shallow copy (`copy.copy`) shares its submodules, and their hooks, with the split model. It refuses to run while that
+model is split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forw
 
 
 def leave_hooks_out(module: nn.Module) -> None:
-    """Has copies of `module` come without this library's hooks."""
+    """Leaves this library's hooks out of copies of `module`."""
     if _GETSTATE not in vars(module):
         vars(module)[_GETSTATE] = _State(module)
 
@@ -38,19 +38,19 @@ def leaves_hooks_out(module: nn.Module) -> bool:
 
 
 def keep_hooks(module: nn.Module) -> None:
-    """Takes that back, once `module` has no such hooks."""
+    """Undoes `leave_hooks_out`, once `module` has no such hooks."""
     if not _numbers(module):
         vars(module).pop(_GETSTATE, None)
 
 
 def change_copies(module: nn.Module, change: Callable[[dict[str, Any]], None]) -> None:
-    """Has the state of copies of `module` changed, by a function that is given it, on top of that."""
+    """Calls `change` with the state of each copy of `module`, which has no hooks of this library, to change it."""
     leave_hooks_out(module)
     vars(module)[_GETSTATE].change = change
 
 
 def check_whole(module: nn.Module) -> None:
-    """Raises AttentionProviderError if modules within `module` belong to a model that is split."""
+    """Raises AttentionProviderError if modules within `module` belong to a split model."""
     shared = next((path for path, each in module.named_modules() if _GETSTATE in vars(each)), None)
     if shared is not None or _shallow(module) is not None:
         part = f"its '{shared}' belongs to" if shared else "it is a shallow copy, or a part, of"
@@ -62,7 +62,7 @@ def check_whole(module: nn.Module) -> None:
 
 
 def check_not_shallow(module: nn.Module) -> None:
-    """Raises AttentionProviderError if `module` is a shallow copy of a model that is split."""
+    """Raises AttentionProviderError if `module` is a shallow copy of a split model."""
     guard = _shallow(module)
     if guard is not None:
         guard(module, ())
@@ -74,7 +74,7 @@ def _shallow(module: nn.Module) -> _Guard | None:
 
 
 def _numbers(module: nn.Module) -> set[int]:
-    """Of this library's hooks on `module`."""
+    """Numbers of this library's hooks on `module`."""
     return {
         number
         for name in _HOOKS
@@ -84,7 +84,7 @@ def _numbers(module: nn.Module) -> set[int]:
 
 
 class _State:
-    """What a module gives to copy and pickle."""
+    """The `__getstate__` of a module with hooks: the state for copy and pickle."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
@@ -92,7 +92,7 @@ class _State:
 
     def __call__(self) -> dict[str, Any]:
         module = self._module()
-        assert module is not None  # it is it who asks
+        assert module is not None  # the module makes this call
         state = dict(type(module).__getstate__(module))
         del state[_GETSTATE]
         ours = _numbers(module)
@@ -105,7 +105,7 @@ class _State:
 
 
 class _Guarded(OrderedDict[int, Any]):
-    """Hooks of a shallow copy: a guard as well, which deep copies and pickles leave out."""
+    """Hooks of a shallow copy, with a guard, which deep copies and pickles leave out."""
 
     def __init__(self, hooks: OrderedDict[int, Any], module: nn.Module) -> None:
         super().__init__(hooks)
@@ -122,9 +122,9 @@ class _Guarded(OrderedDict[int, Any]):
 
 
 class _Guard:
-    """A forward pre-hook of a shallow copy."""
+    """A forward pre-hook of a shallow copy, which refuses to run while the original is split."""
 
-    NUMBER = -1  # which no other hook has
+    NUMBER = -1  # no other hook has it
 
     def __init__(self, module: nn.Module) -> None:
         self._original = weakref.ref(module)

@@ -1,12 +1,12 @@
-"""Sizes that change are dynamic on all ranks in the same graph.
+"""Marks sizes that change as dynamic, so that all ranks compile the same graphs.
 
-`torch.compile` takes a size for a constant until it sees another one. A rank's shard may keep its size while the whole
-sequence changes: of 35 and 36 tokens, the first of two ranks has 18. That rank would compile its blocks once for the
-change of the whole sequence, and once more when its shard changes, too. So as soon as any sequence has changed, the
-dimensions that are as long as a sequence, or as a shard, are marked as dynamic in what compiled modules are given.
+`torch.compile` treats a size as a constant until it sees another one. A rank's shard may keep its size while the full
+sequence changes: of 35 and of 36 tokens, the first of two ranks has 18. That rank would compile its blocks once when
+the full sequence changes, and again when its shard changes too. So once any sequence has changed, the arguments of
+compiled modules are marked: each dimension that is as long as a sequence or a shard is dynamic.
 
-The marks are those that AOTAutograd leaves on what a graph returns: a hint, on which no graph depends. Their name is
-private to PyTorch, and is used in this file alone.
+The marks are those that AOTAutograd leaves on the outputs of a graph: a hint, on which no graph depends. Their name is
+private to PyTorch, and only this file uses it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _MARK = (
     if Version(torch.__version__).release >= (2, 13)
     else "_dynamo_weak_dynamic_indices"
 )
-"""The attribute of a tensor in which AOTAutograd says which of its dimensions are dynamic."""
+"""The attribute in which AOTAutograd lists the dynamic dimensions of a tensor."""
 
 
 class DynamicSizes:
-    """Which sizes are to be dynamic in the running forward of a model."""
+    """The dynamic sizes of a model's running forward."""
 
     def __init__(self, model: nn.Module, tracker: SequenceTracker) -> None:
         self._tracker = tracker
-        # Not strongly: blocks that are replaced are to be freed. The model as a whole sees whole sequences.
+        # Weak references, so that replaced blocks are freed. The model itself is left out: it receives full sequences.
         self._modules = [weakref.ref(module) for module in model.modules() if module is not model]
         self._first: dict[str, int] = {}
         self._changed = False
@@ -45,7 +45,7 @@ class DynamicSizes:
         self._sizes: frozenset[int] = frozenset()
 
     def watch(self) -> None:
-        """Has what is given to compiled modules marked, whoever compiled them. Called before every forward."""
+        """Wraps compiled modules, whoever compiled them, to mark their arguments. Called before every forward."""
         for reference in self._modules:
             module = reference()
             if module is not None:
@@ -54,14 +54,14 @@ class DynamicSizes:
                     module._compiled_call_impl = _Marking(compiled, self)
 
     def unwatch(self) -> None:
-        """Takes off what `watch` put on."""
+        """Removes the wrappers."""
         for reference in self._modules:
             module = reference()
             if module is not None and type(module._compiled_call_impl) is _Marking:
                 module._compiled_call_impl = module._compiled_call_impl.compiled
 
     def sizes(self) -> frozenset[int]:
-        """Lengths of sequences and of this rank's shards, also joined; none as long as no sequence has changed."""
+        """Lengths of sequences and of this rank's shards, also joined. Empty until a sequence has changed length."""
         lengths = self._tracker.lengths
         if lengths is not self._lengths or len(lengths) != self._number:
             before = dict(self._lengths)  # a sequence may be split in the module that is about to run
@@ -69,11 +69,11 @@ class DynamicSizes:
             for name, length in lengths.items():
                 self._changed |= self._first.setdefault(name, length) != length
             if self._changed:
-                whole = [lengths.get(name, before.get(name, 0)) for name in {**before, **lengths}]
+                full = [lengths.get(name, before.get(name, 0)) for name in {**before, **lengths}]
                 shards = [self._tracker.local_length((name,)) for name in lengths]
                 for tensor in lengths.tensors():
                     _mark(tensor, frozenset(tensor.shape[:1]))
-                self._sizes = frozenset(size for size in (*_joined(whole), *_joined(shards)) if size > 1)
+                self._sizes = frozenset(size for size in (*_joined(full), *_joined(shards)) if size > 1)
         return self._sizes
 
 
@@ -83,7 +83,7 @@ def _joined(lengths: list[int]) -> Iterable[int]:
 
 
 class _Marking:
-    """A module's compiled call, which marks its arguments first."""
+    """Wraps a module's compiled call, and marks its arguments."""
 
     def __init__(self, compiled: Callable[..., Any], dynamic: DynamicSizes) -> None:
         self.compiled = compiled

@@ -1,4 +1,4 @@
-"""The modules that a name in a plan means."""
+"""Finds the modules that a name in a plan stands for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import AttentionProviderError
 
 
 def submodules(module: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules that a name in a plan means. Raises AttentionProviderError where there are none."""
+    """The modules that a name in a plan stands for. Raises AttentionProviderError if there are none."""
     if not path:
         yield module
         return

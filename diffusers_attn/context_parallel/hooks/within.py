@@ -1,8 +1,8 @@
-"""Whether a module with hooks of a plan runs within a call of its model.
+"""Checks that modules with hooks of a plan run within a call of their model.
 
 `model.forward(...)` runs no hooks of the model itself. Its inputs are then neither split nor compared between ranks,
-and nothing tells dispatch whose attention runs, while hooks on the modules within it go on splitting and gathering. So
-these hooks look first, and raise before anything is sent.
+and attention calls have no tracker, while hooks on the modules inside go on splitting and gathering. So these hooks
+check first, and raise before anything is sent.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from ..sequences.tracker import SequenceTracker
 class _Hook(Protocol):
     tracker: SequenceTracker
     path: str
-    """the module's name in the model."""
+    """Name of the module in the model."""
 
 
 def check_called(hook: _Hook, module: nn.Module) -> None:
-    """Does nothing within a call of the model, and in a backward, which may compute a part of it again.
+    """Checks that a call of the model is running, or a backward, which may compute a part of it again.
 
     Args:
-        hook: of the plan. Only the error reads its path: a compiler would make a graph for every path.
-        module: which the hook is on.
+        hook: the hook that makes the check. Only the error reads its path: a compiler would make a graph for each path.
+        module: the module that has the hook.
 
     Raises:
         AttentionProviderError: no call of the model is running in this thread.
     """
     if torch.compiler.is_compiling():
-        # Dynamo does not find the object in thread-local storage to be the one that this graph put there.
+        # Dynamo does not recognise the tracker that this graph has put into thread-local storage.
         called = hook.tracker.has_begun
     else:
         called = hook.tracker.is_running or in_backward_id() != -1
@@ -51,7 +51,7 @@ def _not_called(hook: _Hook, module: nn.Module) -> AttentionProviderError:
 
 
 def not_called(tracker: SequenceTracker, part: str) -> AttentionProviderError:
-    """The error for a `part` of a model that ran outside of a call of it."""
+    """The error for a part of a model that ran outside of a call of the model."""
     return AttentionProviderError(
         f"a {tracker.model} is split between ranks, and {part} ran outside of a call of the model. model.forward(...) "
         "runs no hooks of the model, which split its inputs and compare them between ranks: call model(...) instead. "

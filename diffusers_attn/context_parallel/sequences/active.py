@@ -1,4 +1,4 @@
-"""Whose attention runs in this thread: what dispatch looks at for every call, so that it imports nothing heavy."""
+"""The tracker whose forward runs in this thread. Dispatch reads it in every call, so that this file imports little."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class _Active(threading.local):
     def __init__(self) -> None:
-        # No default in the class: Dynamo before PyTorch 2.13 would find that and not look further.
+        # Set here rather than in the class: Dynamo before PyTorch 2.13 would read the default in the class.
         self.tracker: SequenceTracker | None = None
 
 
@@ -23,12 +23,12 @@ active = _Active()
 
 
 def active_tracker() -> SequenceTracker | None:
-    """The sequences of the model to which a plan is applied and whose forward runs in this thread; None outside."""
+    """The tracker of the split model whose forward runs in this thread; None outside of such a forward."""
     return active.tracker
 
 
 def keep_active() -> Callable[[], AbstractContextManager[None]]:
-    """What makes the context in which a part of this thread's forward is computed again; see `recompute`."""
+    """Makes the context in which a part of this forward is computed again, see `recompute`."""
     tracker = active.tracker
     if tracker is None:
         return contextlib.nullcontext

@@ -1,4 +1,4 @@
-"""Masks as flex_attention takes them, by blocks of tokens: made, and read."""
+"""Makes and reads the block masks of flex_attention."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 def block_mask(blocks: Tensor, size: int) -> BlockMask:
-    """A `BlockMask` under which a block of `size` queries sees all of a block of `size` keys, or nothing of it.
+    """A `BlockMask` in which each block of queries attends to all of a block of keys, or to none of it.
 
     Args:
-        blocks: which it sees, bool `[batch | 1, heads | 1, blocks of queries, blocks of keys]`.
+        blocks: which blocks attend to which, bool `[batch | 1, heads | 1, blocks of queries, blocks of keys]`.
+        size: tokens per block, of queries as of keys.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -26,14 +27,18 @@ def block_mask(blocks: Tensor, size: int) -> BlockMask:
 
     counts = blocks.sum(dim=-1, dtype=torch.int32)
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    # All blocks are whole, so that the kernel asks `sees` for none. It is there for flex_attention's uncompiled form,
-    # which looks at nothing else.
+    # All blocks are full, so that the kernel calls `sees` for none of them. The uncompiled form of flex_attention uses
+    # `sees` only.
     return BlockMask.from_kv_blocks(torch.zeros_like(counts), order, counts, order, BLOCK_SIZE=size, mask_mod=sees)
 
 
 def rows_of(mask: BlockMask, start: int, length: int, keys: int) -> Tensor:
-    """What `length` queries from place `start` on see of the first `keys` keys, in a mask over a whole sequence: bool
-    `[batch | 1, heads | 1, length, keys]`."""
+    """The rows of a mask over a full sequence, bool `[batch | 1, heads | 1, length, keys]`.
+
+    Args:
+        start, length: position and number of the queries.
+        keys: number of keys, from the first.
+    """
     from torch.nn.attention.flex_attention import create_mask
 
     batch, heads = mask.kv_num_blocks.shape[:2]

@@ -1,7 +1,7 @@
-"""Causal attention between pieces of a sequence, as calls that kernels know: everything visible, or square and causal.
+"""Causal attention between parts of a sequence, as calls that kernels support: without a mask, or square and causal.
 
-Which key a query sees depends on their places in the whole sequence. Between two spans the visible keys are a
-trapezoid, and any trapezoid is at most two rectangles and a triangle, so that no mask is ever made.
+Which keys a query attends to depends on their positions in the full sequence. Between two spans, the visible pairs are
+a trapezoid. A trapezoid is at most two rectangles and a triangle, so that no mask is needed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .sharding import Span
 
 
 class Tile(NamedTuple):
-    """Some of the queries at hand attending to some of the keys at hand. Spans count from the first token at hand."""
+    """One call: some of the given queries attend to some of the given keys. Spans count from the first given token."""
 
     query: Span
     key: Span
@@ -21,7 +21,11 @@ class Tile(NamedTuple):
 
 
 def tiles(query_spans: tuple[Span, ...], key_spans: tuple[Span, ...], is_causal: bool) -> list[Tile]:
-    """The calls that together let these queries see all that they may of these keys, each pair once."""
+    """The calls that together compute the attention between these queries and keys, each visible pair once.
+
+    Args:
+        query_spans, key_spans: positions of the given queries and keys in the full sequence.
+    """
     queries, keys = (sum(length for _, length in spans) for spans in (query_spans, key_spans))
     if queries == 0 or keys == 0:
         return []
@@ -39,14 +43,14 @@ def tiles(query_spans: tuple[Span, ...], key_spans: tuple[Span, ...], is_causal:
 
 
 def with_offsets(spans: tuple[Span, ...]) -> list[tuple[Span, int]]:
-    """Each span, with the place of its first token among those at hand."""
+    """Each span, with the number of given tokens before it."""
     return [(span, sum(length for _, length in spans[:index])) for index, span in enumerate(spans)]
 
 
 def _between(query: Span, key: Span, query_offset: int, key_offset: int) -> list[Tile]:
     (query_start, query_len), (key_start, key_len) = query, key
     query_end, key_end = query_start + query_len, key_start + key_len
-    before = min(key_end, query_start)  # keys up to here are seen by every query
+    before = min(key_end, query_start)  # every query attends to the keys up to here
     corner = max(query_start, key_start)
     square = min(query_end, key_end) - corner
 
@@ -64,7 +68,7 @@ def _between(query: Span, key: Span, query_offset: int, key_offset: int) -> list
 
 
 def merge_keys(found: list[Tile]) -> list[Tile]:
-    """Fewer calls: the same queries, neighbouring keys."""
+    """Merges calls with the same queries and adjacent keys."""
     merged: list[Tile] = []
     for tile in sort(found, key=lambda tile: (tile.is_causal, tile.query, tile.key)):
         last = merged[-1] if merged else None
@@ -81,7 +85,7 @@ def merge_keys(found: list[Tile]) -> list[Tile]:
 
 
 def merge_queries(found: list[Tile]) -> list[Tile]:
-    """Fewer calls: the same keys, neighbouring queries."""
+    """Merges calls with the same keys and adjacent queries."""
     merged: list[Tile] = []
     for tile in sort(found, key=lambda tile: (tile.is_causal, tile.key, tile.query)):
         last = merged[-1] if merged else None

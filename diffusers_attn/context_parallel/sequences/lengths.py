@@ -1,8 +1,7 @@
-"""How long the sequences of a forward are, kept so that one compiled graph serves all lengths.
+"""The lengths of a forward's sequences, stored so that one compiled graph serves all lengths.
 
-Dynamo takes an int that it finds in a module's attributes for a constant, and compiles anew for every other. The size
-of a tensor it takes for one that changes, once it has seen two. So a length is kept as the size of a tensor without
-elements.
+Dynamo treats an int in an attribute as a constant, and compiles again for every other value. It treats the size of a
+tensor as dynamic once it has seen two values. So a length is stored as the size of a tensor without elements.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 
 _APART = 2**26
-"""Dynamo takes dimensions that are of one size for one dimension, and a size of 0 or 1 for a constant. Of a length it
-is to believe neither, so the length number n is kept as a size that is n times this larger."""
+"""Offset of the stored sizes. Dynamo treats dimensions of equal size as one dimension, and a size of 0 or 1 as a
+constant. So n times this is added to the n-th length."""
 
 
 class Lengths(MutableMapping[str, int]):
-    """Tokens of each sequence, by its name."""
+    """Number of tokens of each sequence, by its name."""
 
     def __init__(self) -> None:
         self._sizes: dict[str, Tensor] = {}
@@ -45,11 +44,11 @@ class Lengths(MutableMapping[str, int]):
         return len(self._sizes)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those whose first dimension keeps a length."""
+        """The tensors whose first dimensions store the lengths."""
         return tuple(self._sizes.values())
 
     def are_known(self) -> bool:
-        """Whether there is any. (Dynamo of PyTorch 2.11 does not know the truth of a mapping.)"""
+        """Whether there is any length. (Dynamo of PyTorch 2.11 does not support the truth value of a mapping.)"""
         return len(self._sizes) > 0
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The name of the module that runs, for an error: nothing keeps track of it, so it is looked up on the stack."""
+"""The name of the running module, for errors. Nothing tracks it, so it is read from the call stack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def active_module() -> str:
-    """Name and class of the innermost module whose code is running in this thread; "no module" where there is none."""
+    """Name and class of the innermost module whose code runs in this thread; "no module" if there is none."""
     running: list[nn.Module] = []
     frame = sys._getframe(1)
     while frame is not None:
@@ -18,7 +18,7 @@ def active_module() -> str:
         frame = frame.f_back  # type: ignore[assignment]
     if not running:
         return "no module"
-    for outer in reversed(running):  # the outermost that it is a part of has its full name
+    for outer in reversed(running):  # the outermost module that contains it has its full name
         for name, module in outer.named_modules():
             if module is running[0]:
                 return f"'{name}' ({type(module).__name__})" if name else f"the {type(module).__name__} itself"

@@ -1,6 +1,6 @@
-"""Masks made of rectangles: a span of queries sees all of a span of keys. Each rectangle is a call without a mask.
+"""Masks made of rectangles: a span of queries attends to all of a span of keys, in a call without a mask.
 
-So no mask is ever made, what nobody sees is never computed, and any kernel that gives its log-sum-exp serves.
+So no mask is made, no masked pair is computed, and every kernel that returns its log-sum-exp can be used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .sharding import Span
 
 
 class Rectangle(NamedTuple):
-    """These queries see these keys, all of them. Places are those of the whole sequences."""
+    """These queries attend to all of these keys. Positions are those in the full sequences."""
 
     query: Span
     key: Span
@@ -21,8 +21,12 @@ class Rectangle(NamedTuple):
 def tiles_within(
     rectangles: tuple[Rectangle, ...], query_spans: tuple[Span, ...], key_spans: tuple[Span, ...]
 ) -> list[Tile]:
-    """The calls that together let these queries see what `rectangles`, no two of which share a pair, let them see of
-    these keys."""
+    """The calls that together compute the attention between these queries and keys.
+
+    Args:
+        rectangles: the visible pairs. No pair may be in two of them.
+        query_spans, key_spans: positions of the given queries and keys in the full sequences.
+    """
     found = []
     for seen in rectangles:
         queries = [_common(span, seen.query, offset) for span, offset in with_offsets(query_spans)]

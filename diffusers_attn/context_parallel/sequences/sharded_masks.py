@@ -1,7 +1,8 @@
-"""The masks of a call whose queries and keys are shards, told apart by what they say rather than by their shape.
+"""The masks of calls over shards: a type for each meaning.
 
-A rank that holds all tokens of a short sequence could mistake a split mask for a whole one, and then the ranks would
-no longer do the same. So whoever makes the call says which it is; `sharded_mask` does where shapes allow no mistake.
+A shape does not always tell the meaning. A rank that holds all tokens of a short sequence could mistake a split mask
+for a full one, and the ranks would diverge. So the caller chooses the type. `sharded_mask` chooses it by the shape, and
+refuses shapes that are ambiguous on any rank.
 """
 
 from __future__ import annotations
@@ -29,26 +30,27 @@ class RowMask(NamedTuple):
 
 
 class BlockRowMask(NamedTuple):
-    """Rows by blocks: which blocks of the keys of all ranks each block of this rank's queries sees, in the order of the
-    sequence: `[batch | 1, heads | 1, this rank's blocks of queries, all blocks of keys]`, bool. Every rank holds whole
-    blocks. A provider that takes a `BlockMask` is given one; others, the same mask for every token."""
+    """Rows by blocks: whether each block of this rank's queries attends to each block of keys of all ranks, in the
+    order of the sequence: `[batch | 1, heads | 1, this rank's blocks of queries, all blocks of keys]`, bool. Every rank
+    holds full blocks. A provider that accepts a `BlockMask` receives one; others receive the mask for every token."""
 
     values: Tensor
     block: int
-    """tokens of a block, of queries as of keys."""
+    """Tokens per block, of queries as of keys."""
 
 
 class OuterMask(NamedTuple):
-    """What queries and keys say separately, both split like their tokens: `[batch | 1, this rank's queries]` and
-    `[batch | 1, this rank's keys]`. Bool: a pair takes part where both do. Floating: their product is added."""
+    """One value per query and one per key, split like their tokens: `[batch | 1, this rank's queries]` and
+    `[batch | 1, this rank's keys]`. Bool: a pair takes part if both values are True. Floating: their product is added
+    to the score."""
 
     query: Tensor
     key: Tensor
 
 
 class RectangleMask(NamedTuple):
-    """Which runs of all queries see which runs of all keys, in the order of the sequences; alike for all samples and
-    heads, and no pair in two of them. Queries that are in none see nothing: their output is zero."""
+    """Spans of queries and the spans of keys that they attend to, in the order of the full sequences, the same for all
+    samples and heads. No pair may be in two rectangles. Queries in no rectangle have an output of zero."""
 
     rectangles: tuple[Rectangle, ...]
 
@@ -59,16 +61,17 @@ ShardedMask = KeyMask | RowMask | BlockRowMask | OuterMask | RectangleMask
 def sharded_mask(
     mask: Tensor, query_shards: Shards, key_shards: Shards, rank: int, given: tuple[int, ...] | None = None
 ) -> KeyMask | RowMask:
-    """What a 4-D mask of a model means (`[batch | 1, heads | 1, queries | 1, keys]`), by its lengths.
+    """Finds the meaning of a model's mask by its lengths.
 
-    A mask over this rank's keys that has no rows is a key mask; one over all keys is the rows of this rank's queries or
-    of all, or, without rows, a key mask that is still whole.
+    A mask with a single row over this rank's keys is a key mask. A mask over all keys has the rows of this rank's
+    queries, or of all queries, or a single row: then it is a key mask that is not split.
 
     Args:
-        given: the shape that an error is to name, where the mask had another before.
+        mask: `[batch | 1, heads | 1, queries | 1, keys]`.
+        given: the mask's shape for errors, if the caller has changed it.
 
     Raises:
-        AttentionProviderError: lengths that are none of these; or with which some rank could not tell. Then all refuse.
+        AttentionProviderError: the lengths fit none of these, or more than one on some rank. On all ranks.
     """
     queries, keys = query_shards.sizes[rank], key_shards.sizes[rank]
     if key_shards.total in key_shards.sizes or 1 in query_shards.sizes:

@@ -1,9 +1,9 @@
 """Which rank holds which tokens, and how tensors are split and gathered accordingly.
 
-Adjoints are the true ones. Splitting reads a part of this rank's own copy of a tensor, so its gradient is that part,
-with zeros elsewhere, and no communication. What is gathered is read by every rank, so the gradient of a part is the sum
-of what all ranks have for it. With these two, the plain mean of gradients over the ranks, which is what DDP and FSDP
-take, is the gradient of a single process, for parameters before the split, between, and after the gather.
+Adjoints are the true ones. A split reads a part of this rank's own copy of a tensor. Its gradient is that of the part,
+with zeros elsewhere, and needs no communication. A gathered tensor is read by every rank, and the gradient of a shard
+is the sum of all ranks' gradients for it. The plain mean of gradients over the ranks, which DDP and FSDP compute, is
+then the gradient of a single process, for parameters before the split, between, and after the gather.
 """
 
 from __future__ import annotations
@@ -21,33 +21,37 @@ from ..comm.group import Group
 from ..mesh import ContextParallelMesh
 
 Span = tuple[int, int]
-"""Consecutive tokens of the whole sequence: (start, length)."""
+"""Consecutive tokens of the full sequence: (start, length)."""
 
 
 class Shards(NamedTuple):
-    """The spans that each rank holds, in the order in which it holds them. Every rank knows those of all ranks, so no
-    sizes are exchanged."""
+    """The spans of all ranks. Every rank has them for all ranks, so that no sizes are exchanged."""
 
     spans: tuple[tuple[Span, ...], ...]
+    """For each rank, its spans in the order in which it holds them."""
 
     @staticmethod
     def contiguous(length: int, ranks: int, block: int = 1) -> Shards:
-        """The sequence in order; where it does not divide, the first ranks have one token more. With a `block`, of
-        which `length` is a multiple, so many tokens more."""
+        """One span for each rank, in order. If the length does not divide, the first ranks have one block more.
+
+        Args:
+            length: number of tokens, a multiple of `block`.
+            block: number of tokens that stay together.
+        """
         spans = _cut(length // block, ranks)
         return Shards(tuple(((start * block, size * block),) for start, size in spans))
 
     @staticmethod
     def zigzag(length: int, ranks: int) -> Shards:
-        """Rank r holds the r-th part of `2 * ranks` from the front and the r-th from the back. Under causal attention,
-        where late queries see more keys than early ones, all ranks then have the same work."""
+        """Of `2 * ranks` parts, rank r holds the r-th from the front and the r-th from the back. With causal attention,
+        late queries attend to more keys than early ones, and this gives all ranks the same work."""
         parts = _cut(length, 2 * ranks)
         return Shards(tuple((parts[rank], parts[-1 - rank]) for rank in range(ranks)))
 
     @staticmethod
     def joint(*sequences: Shards) -> Shards:
-        """Several sequences, each split on its own and joined on every rank: (text, image) as text 0, image 0 on rank
-        0. The whole sequence is all of the first sequence, then all of the second."""
+        """Several sequences, each split on its own and joined on every rank: rank 0 of (text, image) holds text 0, then
+        image 0. The full sequence is all of the text, then all of the image."""
         spans: list[tuple[Span, ...]] = [()] * len(sequences[0].spans)
         for index, sequence in enumerate(sequences):
             before = sum(other.total for other in sequences[:index])
@@ -57,16 +61,16 @@ class Shards(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens of each rank."""
+        """Number of tokens of each rank."""
         return tuple(sum(length for _, length in spans) for spans in self.spans)
 
     @property
     def total(self) -> int:
-        """Tokens of the whole sequence."""
+        """Number of tokens of the full sequence."""
         return sum(self.sizes)
 
     def merged(self, neighbours: int) -> Shards:
-        """What groups of that many neighbouring ranks hold together."""
+        """The shards of groups of `neighbours` neighbouring ranks, which hold their tokens together."""
         starts = range(0, len(self.spans), neighbours)
         return Shards(tuple(sum(self.spans[start : start + neighbours], ()) for start in starts))
 
@@ -79,7 +83,7 @@ class Shards(NamedTuple):
         return Shards(tuple(tuple(sort(spans)) for spans in self.spans))
 
     def without(self, rank: int) -> tuple[Span, ...]:
-        """The spans of all ranks but `rank`, in the order of the ranks."""
+        """The spans of all other ranks, in the order of the ranks."""
         return sum(self.spans[:rank] + self.spans[rank + 1 :], ())
 
 
@@ -89,19 +93,19 @@ def _cut(length: int, parts: int) -> list[Span]:
 
 
 def in_blocks(spans: tuple[Span, ...], block: int) -> tuple[Span, ...]:
-    """`spans`, which start and end at blocks of `block` tokens, counted in blocks."""
+    """Spans counted in blocks of `block` tokens. Every span must start and end at a block."""
     return spans if block == 1 else tuple((start // block, length // block) for start, length in spans)
 
 
 def take(tensor: Tensor, spans: tuple[Span, ...], dim: int) -> Tensor:
-    """The tokens of `spans` along `dim`, in that order; a view if they are one piece."""
+    """The tokens of `spans` along `dim`, in that order. A view if they are one piece."""
     spans = _joined(spans)
     pieces = [tensor.narrow(dim, start, length) for start, length in spans]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
 
 
 def in_order(tensor: Tensor, spans: tuple[Span, ...], dim: int) -> Tensor:
-    """Sorts a tensor whose tokens along `dim` are those of `spans` into the order of the sequence."""
+    """Sorts a tensor into the order of the sequence. Its tokens along `dim` are those of `spans`."""
     pieces = sort((*span, offset) for span, offset in zip(spans, _offsets(spans)))
     return take(tensor, tuple((offset, length) for _, length, offset in pieces), dim)
 
@@ -130,12 +134,12 @@ def _joined(spans: tuple[Span, ...]) -> tuple[Span, ...]:
 
 
 def split(tensor: Tensor, shards: Shards, dim: int, rank: int) -> Tensor:
-    """This rank's shard of a tensor that all ranks have alike."""
+    """The shard of `rank`, from a tensor that is the same on all ranks."""
     return take(tensor, shards.spans[rank], dim)
 
 
 def gather(tensor: Tensor, shards: Shards, dim: int, mesh: ContextParallelMesh) -> Tensor:
-    """The whole tensor, in the order of the sequence, from every rank's shard. Its gradient is the sum over ranks."""
+    """The full tensor, in the order of the sequence, from every rank's shard. Its gradient is the sum over ranks."""
     inner = shards.sizes[mesh.ring.rank * mesh.ulysses.size :][: mesh.ulysses.size]
     outer = shards.merged(mesh.ulysses.size).sizes
     tensor = _Gather.apply(tensor, dim, inner, mesh.ulysses)
@@ -144,13 +148,13 @@ def gather(tensor: Tensor, shards: Shards, dim: int, mesh: ContextParallelMesh) 
 
 
 def alone(tensor: Tensor, shards: Shards, dim: int, rank: int) -> Tensor:
-    """The whole tensor as `rank` would have it if nobody sent anything: zeros in the place of what others hold."""
-    whole = tensor.new_zeros([*tensor.shape[:dim], shards.total, *tensor.shape[dim + 1 :]])
+    """The full tensor with zeros in place of the tokens of other ranks, as if these had sent nothing."""
+    full = tensor.new_zeros([*tensor.shape[:dim], shards.total, *tensor.shape[dim + 1 :]])
     start = 0
     for first, length in shards.spans[rank]:
-        whole.narrow(dim, first, length).copy_(tensor.narrow(dim, start, length))
+        full.narrow(dim, first, length).copy_(tensor.narrow(dim, start, length))
         start += length
-    return whole
+    return full
 
 
 class _Gather(torch.autograd.Function):

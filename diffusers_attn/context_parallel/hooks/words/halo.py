@@ -1,7 +1,7 @@
-"""What a convolution along a split sequence sees beyond this rank's shard: entries of the ranks before and after.
+"""`CPHalo`: extends a shard by the adjacent entries of other ranks, which a convolution reads.
 
-Each rank sends every other what that one looks at, which may be entries of several ranks. On a mesh of two dimensions,
-where no exchange is between all ranks, their edges are gathered, or, where these are no fewer, all entries.
+Each rank sends every other rank the entries that it reads, which may come from several ranks. On a mesh with two axes,
+no single exchange reaches all ranks. There the edges of all shards are gathered, or all entries if these are no more.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def hooks(place: Place, spec: CPHalo) -> Iterator[SetHook]:
 
 
 class AddHalo:
-    """Gives a module its first argument with its halo.
+    """A forward pre-hook that extends the first argument by its halo.
 
     Args:
-        length: name and place of the argument that says how many entries it has, where there is one.
+        length: name and position of the argument that holds the number of entries, if there is one.
     """
 
     def __init__(
@@ -59,26 +59,26 @@ class AddHalo:
             name, index = self.length
             where: Any = new_kwargs if name in new_kwargs else new_args
             key: Any = name if name in new_kwargs else index
-            self.tracker.global_length(self.spec.sequence, where[key])  # that it is what it is said to be
-            where[key] += sum(_beside(self.tracker, self.spec))
+            self.tracker.global_length(self.spec.sequence, where[key])  # checks the value
+            where[key] += sum(_halo_lengths(self.tracker, self.spec))
         return tuple(new_args), new_kwargs
 
 
 class CutHalo:
-    """Cuts off what came out for them."""
+    """A forward hook that cuts the halo off the output."""
 
     def __init__(self, tracker: SequenceTracker, spec: CPHalo) -> None:
         self.tracker, self.spec = tracker, spec
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         own = self.tracker.shards((self.spec.sequence,)).sizes[self.tracker.mesh.rank]
-        before, behind = _beside(self.tracker, self.spec)
+        before, behind = _halo_lengths(self.tracker, self.spec)
         each = output.shape[self.spec.dim] // (before + own + behind) if self.spec.grouped else 1
         return output.narrow(self.spec.dim, before * each, own * each)
 
 
-def _beside(tracker: SequenceTracker, spec: CPHalo) -> tuple[int, int]:
-    """How many entries this rank is given from before its own, and from behind."""
+def _halo_lengths(tracker: SequenceTracker, spec: CPHalo) -> tuple[int, int]:
+    """Number of entries in the halo before this rank's own entries, and after them."""
     tracker.check_in_order(spec.sequence, "a CPHalo")
     shards = tracker.shards((spec.sequence,))
     ((start, own),) = shards.spans[tracker.mesh.rank]
@@ -86,8 +86,7 @@ def _beside(tracker: SequenceTracker, spec: CPHalo) -> tuple[int, int]:
 
 
 def with_neighbours(tracker: SequenceTracker, spec: CPHalo, tensor: Tensor) -> Tensor:
-    """This rank's shard of a sequence, and the `reach` entries before and behind it where there are such, of one other
-    rank or of several.
+    """This rank's shard with its halo: up to `reach` entries before it and after it, from one other rank or several.
 
     Raises:
         AttentionProviderError: the tensor is not this rank's shard.
@@ -106,10 +105,10 @@ def with_neighbours(tracker: SequenceTracker, spec: CPHalo, tensor: Tensor) -> T
         )
     if spec.grouped:
         tensor = tensor.unflatten(dim, (own, -1))
-    before, behind = _beside(tracker, spec)
+    before, behind = _halo_lengths(tracker, spec)
     if 1 in (mesh.ring.size, mesh.ulysses.size):
         group = mesh.ulysses if mesh.ring.size == 1 else mesh.ring
-        tensor = _WithOthers.apply(tensor, dim, _looked_at(shards, group.rank, reach), before, group)
+        tensor = _WithOthers.apply(tensor, dim, _exchange_of(shards, group.rank, reach), before, group)
     elif min(shards.sizes) < reach or 2 * reach * mesh.size >= shards.total:
         every = sharding.gather(tensor, shards, dim, mesh)
         tensor = every.narrow(dim, start - before, before + own + behind)
@@ -125,50 +124,52 @@ def with_neighbours(tracker: SequenceTracker, spec: CPHalo, tensor: Tensor) -> T
     return tensor.flatten(dim, dim + 1) if spec.grouped else tensor
 
 
-class _LookedAt(NamedTuple):
-    """By rank: of this rank's entries those that it looks at, and how many of its own this rank does."""
+class _Exchange(NamedTuple):
+    """The entries that this rank exchanges with each rank."""
 
     sent: tuple[Span, ...]
+    """For each rank, the entries of this rank that it reads."""
     received: tuple[int, ...]
+    """For each rank, the number of its entries that this rank reads."""
 
 
-def _looked_at(shards: Shards, rank: int, reach: int) -> _LookedAt:
-    """Runs are counted from the first entry of this rank."""
+def _exchange_of(shards: Shards, rank: int, reach: int) -> _Exchange:
+    """The exchange of a rank. Spans count from its first entry."""
     ends = [(start, start + own) for ((start, own),) in shards.spans]
 
     def part(owner: int, other: int) -> Span:
-        """Of the entries of `owner`, those that another rank looks at: its last ones, or its first."""
+        """The entries of `owner` that another rank reads: its last ones, or its first."""
         start, end = ends[owner]
         begin = max(start, ends[other][0] - reach) if owner < other else start
         length = (end if owner < other else min(end, ends[other][1] + reach)) - begin
         return (begin - start, length) if length > 0 and owner != other else (0, 0)
 
     ranks = range(len(ends))
-    return _LookedAt(tuple(part(rank, each) for each in ranks), tuple(part(each, rank)[1] for each in ranks))
+    return _Exchange(tuple(part(rank, each) for each in ranks), tuple(part(each, rank)[1] for each in ranks))
 
 
 class _WithOthers(torch.autograd.Function):
-    """`tensor` and what comes from other ranks, `before` entries of it first. Its adjoint sends gradients back, where
-    they are added."""
+    """`tensor` with the entries of other ranks, `before` of them before it and the rest after. The adjoint sends their
+    gradients back to their owners, which add them."""
 
     @staticmethod
-    def forward(ctx, tensor, dim: int, looked_at: _LookedAt, before: int, group: Group):  # type: ignore[no-untyped-def]
-        ctx.dim, ctx.looked_at, ctx.before, ctx.group, ctx.own = dim, looked_at, before, group, tensor.shape[dim]
+    def forward(ctx, tensor, dim: int, exchange: _Exchange, before: int, group: Group):  # type: ignore[no-untyped-def]
+        ctx.dim, ctx.exchange, ctx.before, ctx.group, ctx.own = dim, exchange, before, group, tensor.shape[dim]
         rows = tensor.movedim(dim, 0)
-        sent = torch.cat([rows.narrow(0, *span) for span in looked_at.sent])
-        lengths = [length for _, length in looked_at.sent]
-        arrived = collectives.wait(collectives.start_all_to_all(sent, lengths, looked_at.received, group), group)
+        sent = torch.cat([rows.narrow(0, *span) for span in exchange.sent])
+        lengths = [length for _, length in exchange.sent]
+        arrived = collectives.wait(collectives.start_all_to_all(sent, lengths, exchange.received, group), group)
         behind = arrived.narrow(0, before, arrived.shape[0] - before)
         return torch.cat([arrived.narrow(0, 0, before), rows, behind]).movedim(0, dim)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad = collectives.depends_on(grad, grad, sent_over=ctx.group)
-        rows, lengths = grad.movedim(ctx.dim, 0), [length for _, length in ctx.looked_at.sent]
+        rows, lengths = grad.movedim(ctx.dim, 0), [length for _, length in ctx.exchange.sent]
         of_others = torch.cat([rows.narrow(0, 0, ctx.before), rows[ctx.before + ctx.own :]])
-        arrived = collectives.start_all_to_all(of_others, ctx.looked_at.received, lengths, ctx.group)
+        arrived = collectives.start_all_to_all(of_others, ctx.exchange.received, lengths, ctx.group)
         arrived = collectives.wait(arrived, ctx.group)
         total = rows.narrow(0, ctx.before, ctx.own).to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        for span, part in zip(ctx.looked_at.sent, arrived.split(lengths)):
+        for span, part in zip(ctx.exchange.sent, arrived.split(lengths)):
             total.narrow(0, *span).add_(part)
         return total.to(grad.dtype).movedim(0, ctx.dim), None, None, None, None

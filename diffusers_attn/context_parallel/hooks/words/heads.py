@@ -1,9 +1,7 @@
-"""A module that computes every head by itself over the whole sequence: some heads of all tokens before it, as Ulysses
-has them, and all heads of some tokens again behind it.
+"""`CPHeads`: exchanges tokens for heads around a module that computes each head separately, as Ulysses does.
 
-The module's own code runs, and knows nothing of it but the number of heads. Where there are two dimensions of ranks,
-heads are split along both: what `ulysses` exchanges is then a part of the ring's, in order, so that this serves any
-mesh.
+The module's own code runs unchanged, with fewer heads and all tokens. On a mesh with two axes, heads are split along
+both: first along Ulysses, then along the ring.
 """
 
 from __future__ import annotations
@@ -42,23 +40,23 @@ def hooks(place: Place, spec: CPHeads) -> Iterator[SetHook]:
 
 
 class _HeadHook:
-    """What both have in common. `path` is read for errors only: what a compiler reads, it compiles for anew."""
+    """Base of both hooks. Only errors read `path`: a compiler makes a graph for every value that it reads."""
 
     def __init__(self, tracker: SequenceTracker, path: str, spec: CPHeads) -> None:
         self.tracker, self.path, self.spec = tracker, path, spec
 
     def shares(self) -> _Shares:
-        """Who has what.
+        """The distribution of tokens and heads.
 
         Raises:
-            AttentionProviderError: the sequence was not split, or some rank has none of it. On all ranks.
+            AttentionProviderError: the sequence was not split, or some rank has no token of it. On all ranks.
         """
         tracker, mesh, name = self.tracker, self.tracker.mesh, self.spec.sequence
         tracker.check_in_order(name, "a CPHeads")
         sizes = tracker.shards((name,)).sizes if name in tracker.lengths else (0,)
         if min(sizes) == 0:
             raise AttentionProviderError(
-                f"'{self.path}' exchanges heads for what ranks have of '{name}', which has a length of {sum(sizes)}, "
+                f"'{self.path}' exchanges heads for the ranks' shards of '{name}', which has a length of {sum(sizes)}, "
                 f"and every one of {mesh.size} ranks needs one. Split it before; or use fewer ranks."
             )
         inner, outer = _stages(mesh, sizes, self.spec.heads)
@@ -68,11 +66,13 @@ class _HeadHook:
     def by_heads(
         self, value: Any, dims: tuple[int, int], length: int, heads: int, name: str | None
     ) -> tuple[Tensor, list[int]]:
-        """A tensor as `[batch, tokens, heads, ...]` of four dimensions, and what the last of them is made of.
+        """A tensor as `[batch, tokens, heads, inner]`, and the shape that is flattened in its last dimension.
 
         Args:
-            dims: which are the sequence, of `length` entries, and the `heads`.
-            name: of the argument; None for the output.
+            dims: dimensions of the sequence and of the heads.
+            length: number of entries of the sequence in the tensor.
+            heads: number of heads in the tensor.
+            name: name of the argument; None for the output.
         """
         sequence, of_heads = dims
         if not isinstance(value, Tensor) or value.shape[sequence] % length or value.shape[of_heads] % heads:
@@ -86,7 +86,7 @@ class _HeadHook:
 
 
 class ToHeads(_HeadHook):
-    """Gives a module all tokens of this rank's heads.
+    """A forward pre-hook that gives a module all tokens of this rank's heads.
 
     Args:
         arguments: name and position of each argument with heads, and its dimensions of sequence and heads.
@@ -112,7 +112,7 @@ class ToHeads(_HeadHook):
         for (name, index, dims), inner, tensor in zip(self.arguments, inners, tensors):
             if not self.tracker.others_seen:
                 tensor = _own_tokens(tensor, shares.sizes, rank)
-            if shares.heads == 0:  # it computes one of zeros, as code that counts does not run without
+            if shares.heads == 0:  # one head of zeros, because the module's code does not run without a head
                 tensor = torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], 1, tensor.shape[3])], dim=2)
             tensor = tensor.unflatten(3, inner).flatten(2, 3).movedim((1, 2), dims)
             if index is None or index >= len(args):
@@ -123,7 +123,7 @@ class ToHeads(_HeadHook):
 
 
 class ToTokens(_HeadHook):
-    """Makes what it gave all heads of this rank's tokens again."""
+    """A forward hook that returns all heads of this rank's tokens."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.tracker.mesh.size == 1:
@@ -139,20 +139,22 @@ class _Stage(NamedTuple):
 
     group: Group
     sizes: tuple[int, ...]
-    """of the sequence, what each of them has."""
+    """For each rank of the group, its number of entries of the sequence."""
     heads: tuple[int, ...]
-    """what each of them gets of the heads."""
+    """For each rank of the group, its number of heads after the exchange."""
 
     def layout(self, each: int) -> HeadLayout:
-        """Of a tensor with so many tokens for each entry of the sequence."""
+        """The layout of a tensor with `each` tokens for each entry of the sequence."""
         return HeadLayout(self.group, tuple(size * each for size in self.sizes), self.heads)
 
 
 class _Shares(NamedTuple):
-    """Who has what of a sequence, and what this rank has of its heads."""
+    """The distribution of a sequence's tokens, and of the heads."""
 
     sizes: tuple[int, ...]
+    """For each rank, its number of entries of the sequence."""
     heads: int
+    """Number of this rank's heads."""
     stages: tuple[_Stage, ...]
 
     def to_heads(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -164,14 +166,15 @@ class _Shares(NamedTuple):
         return tensors
 
     def to_tokens(self, tensor: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse of `to_heads`, for one tensor."""
         for stage in reversed(self.stages):
             (tensor,) = HeadsToTokens.apply((stage.layout(tensor.shape[1] // sum(stage.sizes)),), tensor)
         return tensor
 
 
 def _stages(mesh: ContextParallelMesh, sizes: tuple[int, ...], heads: int) -> tuple[_Stage, _Stage]:
-    """First along `ulysses`, whose ranks have neighbouring shards; then what they have together, along the ring."""
+    """The exchange along Ulysses, whose ranks have neighbouring shards, and then that of their joint shards along the
+    ring."""
     step = mesh.ulysses.size
     together = [sizes[start : start + step] for start in range(0, len(sizes), step)]
     inner = _Stage(mesh.ulysses, together[mesh.ring.rank], Shards.contiguous(heads, step).sizes)

@@ -1,7 +1,7 @@
-"""Dimensions that a plan splits and that are too short for it: most often another one is the sequence.
+"""Errors for a dimension that is too short to split. Most often the sequence is in another dimension.
 
-Plans outlive the models for which they were written: a tensor `[batch, 1, seq, channels]` becomes
-`[batch, seq, 1, channels]`, and a plan that splits dimension 2 leaves all but one rank with nothing.
+Models change after their plans were written. If a tensor `[batch, 1, seq, channels]` becomes
+`[batch, seq, 1, channels]`, a plan that splits dimension 2 leaves all but one rank with nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 
 def has_entries(tensor: Tensor, dim: int, ranks: int) -> bool:
-    """Whether `tensor` has a dimension `dim`, and in it an entry for every rank."""
+    """Whether `tensor` has a dimension `dim` with an entry for every rank."""
     return -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] >= ranks
 
 
 def problem_of(
     tensor: Tensor, spec: CPInput, entry: str, tracker: SequenceTracker, outputs: Sequence[Any] = ()
 ) -> str | None:
-    """What is wrong with splitting `tensor` as `spec` says; None where nothing is. All ranks judge alike, since all
-    have the tensor alike.
+    """The message of an error about splitting `tensor`; None if it can be split. All ranks find the same, since the
+    tensor is the same on all of them.
 
     Args:
         tensor: has fewer entries in `spec.split_dim` than there are ranks, or no such dimension.
-        entry: of the plan, as errors name it: "output number 0 of 'rope'".
-        outputs: of the module, where `tensor` is one: others of its shape need entries of the plan, too.
+        entry: name of the argument or output: "output number 0 of 'rope'".
+        outputs: all outputs of the module, if `tensor` is one. Others of its shape need words in the plan too.
     """
     name = spec.sequence
     if isinstance(name, tuple) or spec.flattened or spec.grouped or spec.split_already:
-        return None  # lengths that leave nothing are found where they are split
+        return None  # `SequenceTracker.split` checks these lengths
     known = None if name is None else tracker.lengths.get(name)
     if not -tensor.ndim <= spec.split_dim < tensor.ndim:
         fits = _advice(spec, _dimension_that_fits(tensor, -1, known, tracker), tensor, tracker)
@@ -61,8 +61,8 @@ def problem_of(
 
 
 def _dimension_that_fits(tensor: Tensor, dim: int, known: int | None, tracker: SequenceTracker) -> int | None:
-    """The dimension that is as long as the sequence, if its length is known; or as any sequence; or else the longest
-    that is neither the batch nor, of three dimensions or more, the channels."""
+    """The dimension that is as long as the sequence. If its length is not known, one that is as long as any sequence.
+    Otherwise the longest, without the batch and, in three dimensions or more, the channels."""
     others = [each for each in range(tensor.ndim) if each != dim]
     if known is not None:
         return next((each for each in others if tensor.shape[each] == known), None)
@@ -83,7 +83,7 @@ def _advice(spec: CPInput, fits: int | None, tensor: Tensor, tracker: SequenceTr
 
 
 def _written(spec: CPInput, dim: int) -> str:
-    """`spec` with another dimension, as it is written in a plan."""
+    """`spec` with another dimension, as code."""
     parts = [str(dim)] if spec.expected_dims is None else [str(dim), str(spec.expected_dims)]
     for field in dataclasses.fields(spec)[2:]:
         if getattr(spec, field.name) != field.default:
