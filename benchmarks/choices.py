@@ -1,4 +1,4 @@
-"""Which variants a benchmark of training measures: a strategy, a provider, blocks compiled or not."""
+"""The variants that a training benchmark measures: strategy, provider, and whether blocks are compiled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def extra_choices(extras: Sequence[str], names: Sequence[str], compiled: bool) -
 
 
 def blocks(result: dict[str, Any]) -> str:
-    """The variants' settings, in words, for a table."""
+    """The variants' compilation in words, for a table."""
     return "compiled" if result["compiled"] else "eager"
 
 

@@ -4,19 +4,19 @@
     torchrun --nproc_per_node 2 benchmarks/context_parallel.py --device cpu --tiny      # tries the script out
     python benchmarks/context_parallel.py --markdown results.json                       # prints the table of a run
 
-All variants of a model are alive at once and share its weights; each has its own copy of the modules, its own hooks and
-compiled blocks. They take turns in rounds, in alternating order, so that a GPU that gets hot touches all of them. A
-turn is one step that is not counted and some that are, queued without waiting in between, as a pipeline's loop queues
-them. A step takes as long as on its slowest rank; a time is the median of all steps of all rounds. Errors are relative
-to an unmodified, uncompiled model on one GPU. Memory is the allocator's peak in a step beyond what was taken before the
-variant was made (that is, beyond weights), and beside it what the device lost to others since: symmetric memory, and
-NCCL's buffers, which the first variant that uses a group pays for. Of a step in a CUDA graph, what it keeps counts.
+All variants of a model exist at once and share its weights. Each has its own copy of the modules, its own hooks and
+compiled blocks. They take turns in rounds, in alternating order, so that a hot GPU affects all of them. A turn is one
+untimed step and several timed ones, queued without waiting in between, as in a pipeline's loop. The time of a step is
+that of its slowest rank; reported is the median of all steps of all rounds. Errors are relative to an unmodified,
+uncompiled model on one GPU. Memory is the allocator's peak in a step beyond the weights, and the device memory used
+outside of the allocator since then: symmetric memory, and NCCL's buffers, which count for the first variant that uses a
+group. For a step in a CUDA graph, the memory that the graph keeps counts.
 
-"+graph" behind a strategy, also one of diffusers', records the whole step (`apply_cuda_graphs`). "gather-late" and the
-like switch a mechanism of the library off (`mechanisms.py`).
+"+graph" after a strategy, also one of diffusers', records the entire step (`apply_cuda_graphs`). Strategies such as
+"gather-late" switch a mechanism of the library off (`mechanisms.py`).
 
-A variant that fails is recorded and the others go on, if it failed on all ranks. If not, those that did not fail wait
-in an exchange that nobody joins: all ranks end. What was measured until then is in the file.
+If a variant fails on all ranks, the failure is recorded and the others continue. If it fails on some ranks, the rest
+wait in an exchange that cannot end, so all ranks are ended. Earlier results are in the file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 
 
 class Variant:
-    """One way to run a model, its modules and what was measured."""
+    """A way to run a model, with its modules and its measurements."""
 
     def __init__(self, name: str, provider: str, real: RealModel, model: Any, ranks: Ranks) -> None:
         self.name, self.provider, self.ranks = name, provider, ranks
@@ -60,8 +60,8 @@ class Variant:
         self.steps: list[float] = []
 
     def prepare(self, compiled: bool, inputs: dict[str, Any], warm_up: int) -> None:
-        """Applies the strategy, compiles, and queues the first steps. Nothing here waits for another rank, so that one
-        that fails is noticed."""
+        """Applies the strategy, compiles, and queues the first steps. Waits for no other rank, so that a failure of one
+        rank is noticed."""
         weights = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
         self.began, self.before, self.graphs = time.perf_counter(), memory_taken(self.ranks.device), dynamo_counts()
         self.model = copy.deepcopy(self.model, memo=weights)
@@ -78,7 +78,7 @@ class Variant:
             return self.model(**inputs)[0]
 
     def measure(self, inputs: dict[str, Any], reference: Tensor) -> dict[str, Any]:
-        """This rank's error and memory, once prepared."""
+        """Measures this rank's error and memory, after `prepare`."""
         out, expected = self.out.float(), reference.float()
         own = {"relative_error": ((out - expected).norm() / expected.norm()).item()}
         self.result["prepare_seconds"] = round(time.perf_counter() - self.began, 1)
@@ -118,7 +118,7 @@ class Variant:
         return str(getattr(tracker, "transport", ""))
 
     def profile(self, inputs: dict[str, Any]) -> None:
-        """Where this rank's GPU spends a step: what it runs longest, and for how long it runs anything at all."""
+        """Profiles a step on this rank's GPU: the kernels that take longest, and the time in which any kernel runs."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
             self.step(inputs)
@@ -142,7 +142,7 @@ class Variant:
         }
 
     def close(self) -> None:
-        """Gives memory back: the next model needs it."""
+        """Frees the memory for the next model."""
         diffusers_attn.remove_cuda_graphs(self.model)
         if self.strategy.side in ("ours", "auto"):
             diffusers_attn.disable_context_parallel(self.model)
@@ -150,7 +150,7 @@ class Variant:
         self.model = None
 
     def turn(self, inputs: dict[str, Any], steps: int) -> None:
-        """Times some steps, after one that is not counted."""
+        """Times several steps, after an untimed one."""
         self.ranks.gather(None)  # they start together
         own = self.ranks.attempt(lambda: step_milliseconds(lambda: self.step(inputs), steps, self.ranks.device))
         self.steps += [max(times) for times in zip(*own)]
@@ -158,7 +158,7 @@ class Variant:
 
 
 def choose(args: argparse.Namespace, ranks: int) -> list[tuple[str, str]]:
-    """Pairs of strategy and provider: the product, without what needs four ranks where there are fewer, and extras."""
+    """Pairs of strategy and provider: all combinations that this number of ranks supports, and the extras."""
     names = args.strategies or USUAL
     pairs = []
     for name in names:

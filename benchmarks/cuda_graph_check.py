@@ -1,5 +1,4 @@
-"""Milliseconds that looking for changes takes before a CUDA graph is replayed (`runtime/cuda_graphs/snapshot.py`), on
-Flux.
+"""Milliseconds of the check for changes before a CUDA graph of Flux is replayed (`runtime/cuda_graphs/snapshot.py`).
 
 python benchmarks/cuda_graph_check.py
 """

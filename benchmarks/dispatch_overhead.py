@@ -2,9 +2,9 @@
 
     python benchmarks/dispatch_overhead.py [--device cuda] [--output overhead.json]
 
-The tensors are tiny, so that the kernel takes as little as it can. Direct, ours and theirs alternate within one
-process, in blocks; a block's overhead is its time over that of the direct block beside it, and the medians over all
-blocks are reported. `direct` is what one would write by hand for tensors of that layout, transposes included.
+The tensors are tiny, to keep the kernel's time small. Blocks of direct calls, of ours and of theirs alternate in one
+process. A block's overhead is its time minus that of the neighbouring direct block; reported are medians over all
+blocks. `direct` is the call that one would write by hand for tensors of that layout, including transposes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AttentionCall = Callable[[], torch.Tensor]
 
 
 def cases(device: str) -> dict[str, dict[str, AttentionCall]]:
-    """Name -> {direct, ours, theirs}, without arguments."""
+    """The cases by name: functions without arguments, named "direct", "ours" and "theirs"."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     query, key, value = (torch.randn(1, 2, 2, 16, device=device, dtype=dtype) for _ in range(3))
     mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device)
@@ -79,7 +79,7 @@ def cases(device: str) -> dict[str, dict[str, AttentionCall]]:
 
 
 def measure(calls: dict[str, AttentionCall], device: str, rounds: int, calls_per_block: int) -> dict[str, float]:
-    """Microseconds: `direct` itself, and what each of the others adds to it."""
+    """Microseconds of `direct`, and the additional microseconds of each of the others."""
 
     def block(call: AttentionCall) -> float:
         start = time.perf_counter()

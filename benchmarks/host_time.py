@@ -1,19 +1,19 @@
-"""Microseconds of host time that context parallelism adds to a forward, and what a repeated forward exchanges.
+"""Microseconds of host time that context parallelism adds to a forward, and the exchanges of a repeated forward.
 
     torchrun --nproc_per_node 2 benchmarks/host_time.py [--compile] [--output host_time.json]
     torchrun --nproc_per_node 2 benchmarks/host_time.py --device cuda --compile      # the same on GPUs
 
-The model has as many blocks as Flux and tensors that are tiny, so that a forward takes as long as its Python code, its
-kernel launches and its exchanges. Variants are the model as it is ("none"), and after
+The model has as many blocks as Flux, but tiny tensors, so that a forward takes as long as its Python code, its kernel
+launches and its exchanges. Variants are the unchanged model ("none"), and the model after
 `enable_context_parallel(model, inputs=...)`. They share weights and take turns in rounds, in alternating order. Times
 are medians over all rounds, in microseconds per forward, for each rank:
 
-wall_us     until the model returns. It includes waiting for the other rank.
-cpu_us      of the calling thread. It does not include waiting.
-inputs_us   wall time of the hook that compares and exchanges inputs ("trust" has one that counts forwards).
+wall_us     wall time until the model returns, including waiting for the other rank
+cpu_us      CPU time of the calling thread, without waiting
+inputs_us   wall time of the hook that compares and exchanges inputs (with "trust", of the hook that counts forwards)
 
-`operations` are what one repeated forward calls beyond "trust": collectives, copies, and reads of a tensor's value
-(`_local_scalar_dense`), for which a host waits for its GPU.
+`operations` are the additional calls of one repeated forward compared with "trust": collectives, copies, and reads of a
+tensor's value (`_local_scalar_dense`), for which a host waits for its GPU.
 """
 
 from __future__ import annotations
@@ -139,17 +139,23 @@ def measure(ranks: Ranks, args: argparse.Namespace, report: Report) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:3]))
-    parser.add_argument("--provider", help="of attention (native)")
     parser.add_argument(
-        "--ring_degree", type=int, help="as of enable_context_parallel, which chooses where it is left out"
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS[:3]),
+        help=f"variants to run (default: {' '.join(VARIANTS[:3])})",
     )
-    parser.add_argument("--compile", action="store_true", help="each block")
-    parser.add_argument("--steps", type=int, default=10, help="of a turn (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each variant (%(default)s)")
+    parser.add_argument("--provider", help="attention provider (default: native)")
+    parser.add_argument(
+        "--ring_degree", type=int, help="number of ranks that exchange keys and values (default: automatic)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile each block (default: off)")
+    parser.add_argument("--steps", type=int, default=10, help="number of forwards per turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="number of turns of each variant (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON")
-    parser.add_argument("--commit", help="what was measured, where git cannot say")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
     args = parser.parse_args()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         parser.error("this measures several ranks: torchrun --nproc_per_node 2 benchmarks/host_time.py ...")

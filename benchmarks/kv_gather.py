@@ -1,12 +1,17 @@
-"""What a layer's attention over several GPUs costs, by how keys and values travel, and what of it is the exchange.
+"""Time of one layer's attention over several GPUs, with each transport of keys and values, and without an exchange.
 
     torchrun --nproc_per_node 2 benchmarks/kv_gather.py --output results.json
 
-Forward only, bfloat16, one layer at a time but many in a row, as in a model. Variants: `whole`, this rank's queries
-over all keys in one call, which is what a rank must compute; `floor`, the same in the gather's two calls with their
-merge, the others' keys being there; `collective` and `symmetric`, the gather with either transport. Each is measured
-called from Python, compiled by Inductor, and (of both) in a CUDA graph of ten layers. A time is that of a layer: the
-median over rounds, in each of which all variants take their turn, on the slowest rank. Errors are relative to float64.
+Forward only, in bfloat16, many calls of one layer in a row, as in a model. Variants:
+
+whole        this rank's queries over all keys in one call: the computation without any exchange
+floor        the same in the gather's two calls and their merge, with the other ranks' keys in place
+collective   the gather with collectives
+symmetric    the gather through symmetric memory
+
+Each is measured as called from Python, compiled by Inductor, and both in a CUDA graph of ten layers. The time of a
+layer is the median over rounds, on the slowest rank. All variants take their turn in each round. Errors are relative to
+float64.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ SHAPES = (
 
 
 def variants(shape: Shape, mesh: ContextParallelMesh, provider: str, whole: list[Tensor]) -> dict[str, Attention]:
-    """Functions of this rank's query, key and value."""
+    """The variants by name, as functions of this rank's query, key and value."""
     shards = Shards.contiguous(shape.length, mesh.size)
     kernel = PartialKernel(provider)
     rest = [
@@ -91,7 +96,7 @@ def layers(attention: Attention, local: list[Tensor]) -> Tensor:
 
 
 def graphed(attention: Attention, local: list[Tensor]) -> Callable[[], Tensor]:
-    """`LAYERS` of them in a CUDA graph."""
+    """Captures `LAYERS` calls in a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -111,7 +116,7 @@ def graphed(attention: Attention, local: list[Tensor]) -> Callable[[], Tensor]:
 
 
 def microseconds(call: Callable[[], Tensor], repeats: int) -> float:
-    """A layer's, on this rank."""
+    """Microseconds per layer on this rank."""
     call()
     dist.barrier()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -124,7 +129,7 @@ def microseconds(call: Callable[[], Tensor], repeats: int) -> float:
 
 
 def measure(calls: Mapping[str, Callable[[], Tensor]], rounds: int, seconds: float) -> dict[str, float]:
-    """The median of each on the slowest rank."""
+    """The median time of each variant, on the slowest rank."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     repeats = {}
     for name, call in calls.items():
@@ -145,7 +150,7 @@ def slowest(value: float) -> float:
 
 
 def error(out: Tensor, query: Tensor, whole: list[Tensor]) -> float:
-    """Relative, of some rows."""
+    """The relative error of some rows."""
     rows = torch.linspace(0, query.shape[1] - 1, REFERENCE_ROWS, device=query.device).long()
     q, k, v = query[:, rows].double(), whole[1].double(), whole[2].double()
     expected = torch.empty(*q.shape[:3], v.shape[-1], dtype=torch.float64, device=q.device)

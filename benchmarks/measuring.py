@@ -55,7 +55,7 @@ def dynamo_counts() -> dict[str, int]:
 
 @contextlib.contextmanager
 def diffusers_on_cpu() -> Iterator[None]:
-    """diffusers 0.42 asks for the accelerator and how many there are, and finds none."""
+    """Makes diffusers 0.42 run on a CPU, where its queries for the accelerator fail."""
     with (
         mock.patch.object(torch.accelerator, "device_count", lambda: 1),
         mock.patch.object(torch._C, "_get_accelerator", lambda *_: torch.device("cpu")),
@@ -64,7 +64,7 @@ def diffusers_on_cpu() -> Iterator[None]:
 
 
 class Job(Protocol):
-    """`ranks.Ranks`, or what one process starts that is itself none of them."""
+    """The processes of a benchmark: `ranks.Ranks`, or a single process that starts jobs."""
 
     rank: int
     size: int
@@ -72,7 +72,7 @@ class Job(Protocol):
 
 
 class Report:
-    """The file, written whole after each change, by rank 0."""
+    """The file of results, which rank 0 rewrites after each change."""
 
     def __init__(self, path: Path | None, ranks: Job, args: argparse.Namespace) -> None:
         self.path = path if ranks.rank == 0 else None

@@ -1,12 +1,12 @@
-"""How fast and how exact every usable provider is, at the shapes of four models, on this GPU.
+"""Speed and error of every usable provider on this GPU, at the shapes of four models.
 
     python benchmarks/providers.py --output results.json      measures (some minutes)
     python benchmarks/providers.py --markdown results.json    prints the tables for docs/providers.md
 
-Each shape is measured in rounds: every provider takes its turn in each round, in alternating order, so that a GPU that
-gets hot or a neighbour that gets busy touches all of them. A time is the median of the single calls, between two CUDA
-events, of all rounds. TFLOP/s counts 4·B·H·S²·D for a forward and 14·B·H·S²·D for a forward and its backward. The
-error is relative to attention in float64 over some of the query rows, inputs normally distributed, bfloat16.
+Each shape is measured in rounds, in which every provider takes a turn, in alternating order, so that a hot GPU or a
+busy neighbour affects all of them. A time is the median of all rounds' single calls, between two CUDA events. TFLOP/s
+count 4·B·H·S²·D for a forward and 14·B·H·S²·D for a forward and its backward. The error is relative to attention in
+float64 for some of the query rows, with normally distributed inputs in bfloat16.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ SMALL = Shape("small", 1, 24, 256, 64)
 
 
 def make(shape: Shape) -> list[Tensor]:
-    """query, key, value as diffusers has them: `[batch, length, heads, head_dim]` in memory, heads first by view."""
+    """Query, key and value as in diffusers: `[batch, length, heads, head_dim]` in memory, viewed with heads first."""
     size = shape.batch, shape.length, shape.heads, shape.head_dim
     return [torch.randn(size, device="cuda", dtype=DTYPE).transpose(1, 2) for _ in range(3)]
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Some query rows, and attention for them in float64: `[batch, heads, rows, head_dim]`."""
+    """Numbers of some query rows, and their attention in float64, `[batch, heads, rows, head_dim]`."""
     rows = torch.linspace(0, query.shape[2] - 1, REFERENCE_ROWS, device=query.device).long().unique()
     expected = torch.empty(*query.shape[:2], len(rows), query.shape[3], dtype=torch.float64, device=query.device)
     for batch in range(query.shape[0]):
@@ -75,7 +75,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def direct_calls() -> dict[str, Callable[..., Tensor]]:
-    """The same kernels by their packages' own functions, on `[batch, heads, length, head_dim]`."""
+    """The kernels, called through their packages' own functions, on `[batch, heads, length, head_dim]`."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from flash_attn import flash_attn_func
@@ -104,7 +104,7 @@ def direct_calls() -> dict[str, Callable[..., Tensor]]:
 
 
 def through(provider: str) -> Callable[..., Tensor]:
-    """`attention_dispatch` in the provider's scope."""
+    """Calls `attention_dispatch` in the provider's scope."""
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with attention_provider(provider):
@@ -132,7 +132,7 @@ def milliseconds(call: Callable[..., Any], inputs: list[Tensor]) -> float:
 
 
 def measure(calls: dict[str, Callable[..., Any]], inputs: list[Tensor], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each call, `seconds` for each in all, in alternating order."""
+    """Median milliseconds of each call. They alternate, for `seconds` each in total."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS):
         for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
@@ -145,7 +145,7 @@ def measure(calls: dict[str, Callable[..., Any]], inputs: list[Tensor], seconds:
 
 
 def works(call: Callable[..., Any], inputs: list[Tensor]) -> str:
-    """Compiles and warms `call` up; why it cannot be measured, or nothing."""
+    """Compiles and warms up `call`. Returns the reason why it cannot be measured, or ""."""
     try:
         call(*inputs)
         torch.cuda.synchronize()
@@ -198,7 +198,7 @@ def bench_shape(shape: Shape, providers: list[str], seconds: float) -> list[dict
 
 
 def bench_host(providers: list[str]) -> dict[str, dict[str, float]]:
-    """Microseconds that a call takes on the CPU, ours and by the package's own function: minimum of the medians."""
+    """Microseconds of CPU time per call, of ours and of the package's own function: the smallest median."""
     inputs = make(SMALL)
     found: dict[str, dict[str, float]] = {}
     direct = direct_calls()
@@ -218,7 +218,7 @@ def bench_host(providers: list[str]) -> dict[str, dict[str, float]]:
 
 
 def host_microseconds(call: Callable[..., Any], inputs: list[Tensor], repeats: int = 40) -> float:
-    """Few enough calls that the GPU's queue does not fill up and hold the CPU back."""
+    """Times few calls, so that the GPU's queue does not fill up and delay the CPU."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()

@@ -58,7 +58,7 @@ class Ranks:
 
         Raises:
             VariantError: it failed on all ranks.
-            RanksDifferError: it failed on some; the others may wait for them for ever.
+            RanksDifferError: it failed on some ranks; the others may wait for them forever.
         """
         try:
             mine, error = work(), ""
@@ -75,8 +75,10 @@ class Ranks:
         return [result for result, _ in every]
 
     def end(self, status: int) -> NoReturn:
-        """Ends this process: with the others, if all went well, and at once if not. Without tearing down: exchanges may
-        still be open, and gloo's threads abort a process that ends beside others."""
+        """Ends this process: together with the others after success, else at once.
+
+        Process groups are not destroyed, since exchanges may be open and gloo's threads may abort the process.
+        """
         if status == 0:
             dist.barrier(group=self.talk)
         sys.stdout.flush()
@@ -85,8 +87,8 @@ class Ranks:
 
 
 class VariantError(Exception):
-    """A variant failed, on all ranks alike."""
+    """A variant failed on all ranks."""
 
 
 class RanksDifferError(Exception):
-    """A variant failed on some ranks; the others' exchanges can never end."""
+    """A variant failed on some ranks, so the exchanges of the others cannot end."""

@@ -1,7 +1,7 @@
-"""Transformers of diffusers as they are in use, with random weights: no download, and every part takes its full time.
+"""diffusers' transformers in the configurations of real models, with random weights, so that nothing is downloaded.
 
-`model.make(device)` gives the same weights and `model.inputs(device)` the same inputs on every rank. With `tiny`, the
-same classes at a size at which a CPU takes no time: for trying out a benchmark.
+`model.make(device)` returns the same weights and `model.inputs(device)` the same inputs on every rank. With `tiny`, the
+classes have a size that runs quickly on a CPU, to try out a benchmark.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Inputs = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class RealModel:
-    """A class, its configuration, and one step's inputs."""
+    """A model class with its configuration and the inputs of one step."""
 
     title: str
     model_class: str
@@ -45,7 +45,7 @@ class RealModel:
         return model.eval().requires_grad_(False)
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Keyword arguments of the model's forward, batch one. Drawn on the CPU: alike on all ranks."""
+        """Keyword arguments of the model's forward for a batch of one. Drawn on the CPU, so equal on all ranks."""
         floating = {torch.float32: self.dtype}
         return {
             name: value.to(device, floating.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
@@ -55,7 +55,7 @@ class RealModel:
 
 @torch.no_grad()
 def randomize(model: nn.Module, device: torch.device) -> None:
-    """Weights of unit gain: every block changes the output, and no softmax is uniform or saturated."""
+    """Sets random weights of unit gain: every block changes the output, and no softmax is uniform or saturated."""
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
@@ -69,7 +69,7 @@ def _normal(*shape: int, seed: int) -> Tensor:
 
 
 def _flux(side: int, text: int, config: Mapping[str, Any]) -> Inputs:
-    """`side` tokens in each direction of a picture: one for 16 x 16 pixels."""
+    """Flux's inputs for an image of `side` x `side` tokens, of 16 x 16 pixels each."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return {
         "hidden_states": _normal(1, side * side, config["in_channels"], seed=0),

@@ -1,23 +1,23 @@
-"""The trainer's script as users start it, `accelerate launch examples/train_lora.py`, on one GPU and on several.
+"""Time of `accelerate launch examples/train_lora.py`, the script that users start, on one GPU and on several.
 
     python benchmarks/train_lora.py --compile --output results.json
     python benchmarks/train_lora.py --tiny --device cpu                # tries the script out
     python benchmarks/train_lora.py --markdown results.json more.json  # prints the tables of runs
 
-The pipeline is a folder with Wan 2.1 1.3B, its real transformer and VAE with random weights, the data one with videos
-of 832x480 and 81 frames (see `wan_folder.py`). Each variant is a job of its own, started with a file of
-`examples/accelerate_configs` in which only the number of processes is changed. All have the same seed, videos and
-global batch, so that they draw the same noise for the same examples; blocks are checkpointed, and the first job encodes
-for all. `NAME+resume` is NAME again, all of whose processes are killed (SIGKILL) in the step after a checkpoint, and
-which then goes on with `--resume latest`.
+The pipeline is a folder with Wan 2.1 1.3B, with the real transformer and VAE and random weights; the data is a folder
+of videos of 832x480 and 81 frames (see `wan_folder.py`). Each variant is a separate job, started with a file of
+`examples/accelerate_configs` in which only the number of processes is changed. All jobs have the same seed, videos and
+global batch, and so the same noise for the same examples. Blocks are checkpointed, and the first job encodes the data
+for all. In `NAME+resume`, all processes of NAME are killed (SIGKILL) in the step after a checkpoint, and the job is
+resumed with `--resume latest`.
 
-What is measured is what the trainer says in its `metrics.jsonl`: seconds of a step, with all that a user waits for, as
-a median without the first; tokens that all processes together do in a second; and the peak of the first one's memory
-while it trains. Losses and gradient norms are compared with those of one process, and of a job that was killed, if it
-is there, with those of the one that was not; they agree where no step's is further off than --tolerance allows. Each
-adapter is loaded with `load_lora_weights`, and must then be in the model as it is in the file.
+Measurements come from the trainer's `metrics.jsonl`: the median seconds per step without the first ones, including all
+waiting; tokens per second of all processes; and the peak memory of rank 0 during training. Losses and gradient norms
+are compared with those of one process; those of a resumed job with those of the uninterrupted job, if it ran. They must
+agree within --tolerance in every step. Each adapter is loaded with `load_lora_weights`, and the loaded weights are
+compared with the file.
 
-A job that fails or takes longer than --timeout is recorded with the end of what it said, and the others go on.
+A job that fails or takes longer than --timeout is recorded with the end of its output, and the others continue.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ LAST_LINES = 20
 
 
 class Way(NamedTuple):
-    """How a job is launched."""
+    """A way to launch a job."""
 
     config: str
     """Configuration file for `accelerate launch`."""
@@ -112,7 +112,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def command(self, choice: Choice, output: Path, *more: str) -> list[str]:
-        """Of a job, but for who starts it."""
+        """The command of a job, without its launcher."""
         args, way = self.args, WAYS[choice.strategy.removesuffix(RESUME)]
         processes = 1 if way.alone else self.size
         groups = 1 if way.alone or way.shared else processes
@@ -133,7 +133,7 @@ class Bench:
         ]
 
     def _config(self, way: Way, processes: int) -> Path:
-        """The file of the examples, for this number of processes."""
+        """The Accelerate configuration of the examples, for this number of processes."""
         config = yaml.safe_load((CONFIGS / way.config).read_text())
         config |= {"num_processes": processes, "mixed_precision": self.args.mixed_precision, "main_process_port": 0}
         if "parallelism_config" in config:
@@ -144,10 +144,10 @@ class Bench:
         return path
 
     def run(self, command: list[str], log: Path, kill_when: Callable[[], bool] | None = None) -> None:
-        """Runs a job to its end, or until it is to be killed.
+        """Runs a job to its end, or kills it when it is due.
 
         Raises:
-            JobError: it failed, took too long, or ended before it was killed.
+            JobError: the job failed, took too long, or ended before it was killed.
         """
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
@@ -178,18 +178,18 @@ class Bench:
             raise JobError("it was done before it could be killed")
 
     def shorter(self, text: str) -> str:
-        """The command without paths of this machine."""
+        """The command without this machine's paths."""
         return text.replace(str(self.scratch), "SCRATCH").replace(f"{ROOT}/", "")
 
     def encoded(self) -> set[tuple[str, int]]:
-        """The files of the cache, each with when it was written."""
+        """The files of the cache with their modification times."""
         return {(path.name, path.stat().st_mtime_ns) for path in self.cache.rglob("*.safetensors")}
 
     def check_loads(self, folder: Path) -> int:
-        """Loads what was saved as users do. Returns how many tensors it has.
+        """Loads the saved adapter as users do. Returns its number of tensors.
 
         Raises:
-            JobError: the model does not have then what is in the file.
+            JobError: the loaded weights differ from the file.
         """
         if self._pipeline is None:
             left_out = {"vae": None, "text_encoder": None, "tokenizer": None}
@@ -227,7 +227,7 @@ class Variant:
         self.result: dict[str, Any] = {**choice._asdict(), "processes": 1 if alone else bench.size}
 
     def run(self) -> None:
-        """The job, to its end."""
+        """Runs the job to its end."""
         bench, steps = self.bench, self.bench.args.steps
         shutil.rmtree(self.output, ignore_errors=True)
         self.output.mkdir(parents=True)
@@ -245,7 +245,7 @@ class Variant:
         self.result["tensors"] = bench.check_loads(self.output)
 
     def _kill(self, step: int) -> int:
-        """Starts the job and kills it in the step after the checkpoint of `step`, which is returned."""
+        """Starts the job and kills it in the step after a checkpoint. Returns the checkpoint's step."""
         metrics = self.output / "metrics.jsonl"
 
         def lost_work() -> bool:
@@ -259,7 +259,7 @@ class Variant:
     def _read(self, steps: int, resumed: int) -> None:
         entries = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
         if [each["step"] for each in entries] != [*range(1, steps + 1)]:
-            raise JobError(f"{steps} steps were asked for, and it tells of {[each['step'] for each in entries]}")
+            raise JobError(f"expected {steps} steps, but the log has {[each['step'] for each in entries]}")
         seconds = [each["seconds per step"] for each in entries]
         tokens = entries[-1]["tokens per second"] * seconds[-1]
         counted = seconds[resumed:][self.bench.args.warm_up :]
@@ -280,7 +280,7 @@ def adapter(folder: Path) -> Path:
 
 
 def adapter_error(folder: Path, expected: Path) -> float:
-    """How far one adapter is from another, of its norm; 0.0 only if all bits are the same."""
+    """Relative difference of two adapters; 0.0 only if all bits are equal."""
     mine, other = load_file(adapter(folder)), load_file(adapter(expected))
     square = sum(each.double().square().sum() for each in other.values())
     wrong = sum((mine[name].double() - each.double()).square().sum() for name, each in other.items())
@@ -288,7 +288,7 @@ def adapter_error(folder: Path, expected: Path) -> float:
 
 
 def last_lines(log: Path) -> str:
-    """The end of what a job said: without bars, and without what launchers say about a process that failed."""
+    """The end of a job's output, without progress bars and without launchers' messages about a failed process."""
     text = log.read_text(errors="replace").replace("\r", "\n")
     lines = [line.rstrip() for line in text.splitlines() if line.strip() and not re.search(r"\d+%\|", line)]
     for number, line in enumerate(lines):
@@ -302,15 +302,14 @@ def last_lines(log: Path) -> str:
 
 
 def end(job: subprocess.Popen[bytes]) -> None:
-    """Ends a launcher and all that it started; see `ended_with_parent`."""
+    """Ends a launcher and all processes that it started; see `ended_with_parent`."""
     assert job.stdin is not None
     job.stdin.close()
     job.wait()
 
 
 def compare(variant: Variant, done: list[Variant], tolerance: list[float]) -> None:
-    """Adds to a result how far losses and gradient norms are from those that they should be; where the job was killed,
-    the adapter, too."""
+    """Adds the errors of losses and gradient norms to a result; for a resumed job, also the adapter's."""
     result = variant.result
     expected = reference(result, [each.result for each in done])
     if expected is None:
@@ -380,7 +379,7 @@ def _agreement(result: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a run, and what failed."""
+    """The table of a run, and its failures."""
     where, results = report["environment"], report["results"]
     loss, norm = where["tolerance"]
     task = f"**{where['task']}**; what agrees is within {loss:g} of the loss and {norm:g} of the gradient norm"

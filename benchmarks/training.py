@@ -4,24 +4,24 @@
     torchrun --nproc_per_node 2 benchmarks/training.py --device cpu --size tiny      # tries the script out
     python benchmarks/training.py --markdown results.json more.json                  # prints the tables of runs
 
-The model is Wan 2.1 1.3B at 480p and 81 frames, with random weights; the adapter has rank 32, on the layers that the
-trainer takes by default, in float32 over a bfloat16 base; a batch is one video; blocks are checkpointed. The loop is
-one that a user would write with `diffusers_attn.training`. Under diffusers' context parallelism it is the same loop:
-since the backward of its gather takes a slice, where the adjoint is a sum, the mean of gradients that DDP takes is too
-small by the number of ranks, and its loss is multiplied by that before the backward.
+The model is Wan 2.1 1.3B at 480p and 81 frames, with random weights. The adapter has rank 32 on the trainer's default
+layers, in float32 over a bfloat16 base. A batch is one video; blocks are checkpointed. The loop is one that a user
+would write with `diffusers_attn.training`. With diffusers' context parallelism, the loop is the same except for the
+loss: the backward of diffusers' gather takes a slice, while the true adjoint is a sum, so DDP's mean of gradients is
+too small by the number of ranks. The loss is multiplied by that number before the backward.
 
-"single" is one GPU without DDP, on every rank for itself. All variants are alive at once: they share the base model's
+"single" is one GPU without DDP, on every rank separately. All variants exist at once: they share the base model's
 weights, and each has its own adapter, optimizer, hooks and compiled blocks. They take turns in rounds, in alternating
-order, so that a GPU that gets hot touches all of them. A turn is one step that is not counted and some that are,
-queued without waiting in between. A step takes as long as on its slowest rank.
+order, so that a hot GPU affects all of them. A turn is one untimed step and several timed ones, queued without waiting
+in between. The time of a step is that of its slowest rank.
 
-In its first step, each has the noise and the adapter of an unmodified, uncompiled model on one GPU, with whose loss and
-gradients its own, after all communication, are compared. Activation memory is the allocator's peak in a step beyond
-what is there before it: weights, adapter, its gradients (kept for this one step) and the optimizer's state. Outside the
-allocator are symmetric memory and NCCL's buffers, for which the first variant that uses a group pays.
+In the first step, each variant has the noise and the adapter of an unmodified, uncompiled model on one GPU. Its loss
+and gradients, after all communication, are compared with that model's. Activation memory is the allocator's peak in a
+step beyond weights, adapter, gradients (kept for this one step) and the optimizer's state. Outside the allocator are
+symmetric memory and NCCL's buffers, which count for the first variant that uses a group.
 
-A variant that fails is recorded and the others go on, if it failed on all ranks. If not, those that did not fail wait
-in an exchange that nobody joins: all ranks end. What was measured until then is in the file.
+If a variant fails on all ranks, the failure is recorded and the others continue. If it fails on some ranks, the rest
+wait in an exchange that cannot end, so all ranks are ended. Earlier results are in the file.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ SHIFT = 3.0
 
 
 class Task:
-    """What all variants train: the base model, one example, the loss, and what the first step has to come to."""
+    """The task of all variants: the base model, one example, the loss, and the expected result of the first step."""
 
     def __init__(self, real: RealModel, device: torch.device, rank: int) -> None:
         self.device, self.rank = device, rank
@@ -84,8 +84,8 @@ class Task:
         self.loss, self.gradients = self._reference()
 
     def trainee(self) -> tuple[Any, list[torch.nn.Parameter]]:
-        """A model of its own that shares the base's weights, and the parameters of its adapter. No matrix of these is
-        zero, as half of them usually are at the start: every gradient counts."""
+        """A model that shares the base's weights, and the parameters of its adapter. None of the matrices is zero, as
+        half of them usually are at the start, so that every gradient counts."""
         weights = {id(tensor): tensor for tensor in [*self.base.parameters(), *self.base.buffers()]}
         model = copy.deepcopy(self.base, memo=weights)
         parameters = add_adapter(model, adapter_config("lora", self.rank, None, Wan.lora_targets), SEED)
@@ -97,7 +97,7 @@ class Task:
         return model.train(), parameters
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """Noise and its share, on the device; the same on all ranks, which all have the one example."""
+        """The noise and its level on the device, equal on all ranks, since all have the same example."""
         drawn = generator(SEED, "step", step)
         u = sample_u("logit_normal", [drawn])
         noise = torch.randn(self.clean.shape, generator=drawn)
@@ -106,7 +106,7 @@ class Task:
         return noise.to(self.device, non_blocking=True), u.to(self.device, non_blocking=True)
 
     def loss_of(self, model: Any, noise: Tensor, u: Tensor) -> Tensor:
-        """One forward."""
+        """The loss of one forward."""
         level = self.objective.level(u, self.tokens)
         noisy = self.objective.noisy(self.clean, noise, level)
         prediction = model(
@@ -118,7 +118,7 @@ class Task:
         return self.objective.loss(prediction, self.clean, noise, level).mean()
 
     def _reference(self) -> tuple[float, dict[str, Tensor]]:
-        """Loss and gradients of the first step: nothing of ours, and another kernel than those that are compared."""
+        """Loss and gradients of the first step, without this library and with another kernel than the variants'."""
         model, _ = self.trainee()
         kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         mixed = self.dtype != torch.float32
@@ -130,7 +130,7 @@ class Task:
 
 
 class Variant:
-    """One way to train, and what was measured."""
+    """A way to train, with its measurements."""
 
     def __init__(self, choice: Choice, task: Task, ranks: Ranks) -> None:
         self.choice, self.task, self.ranks = choice, task, ranks
@@ -145,7 +145,7 @@ class Variant:
         return self.strategy.side == "single"
 
     def prepare(self, warm_up: int) -> None:
-        """Makes the model, applies the strategy, and does the first steps."""
+        """Makes the model, applies the strategy, and runs the first steps."""
         self.began, self.before, self.graphs = time.perf_counter(), memory_taken(self.ranks.device), dynamo_counts()
         on_cpu = self.ranks.device.type == "cpu"
         mixed = "no" if self.task.dtype == torch.float32 else "bf16"
@@ -198,7 +198,7 @@ class Variant:
             apply_compile(model, dynamic=False)
 
     def step(self, look: Callable[[float], None] | None = None, keep_gradients: bool = False) -> None:
-        """One step of the optimizer. `look` is called behind the backward with the loss."""
+        """Runs one optimizer step. `look` is called with the loss after the backward."""
         loss = self.task.loss_of(self.model, *self.task.draw(self.number))
         self.accelerator.backward(loss * self.scale)
         if look is not None:
@@ -209,7 +209,7 @@ class Variant:
         self.number += 1
 
     def _compare(self, loss: float) -> None:
-        """Keeps what the first step's loss and gradients are off by."""
+        """Stores the errors of the first step's loss and gradients."""
         square = wrong = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
         for name, parameter in trained_parameters(self.model).items():
             square = square + parameter.grad.double().square().sum()
@@ -222,7 +222,7 @@ class Variant:
         }
 
     def measure(self) -> dict[str, Any]:
-        """This rank's first step and memory, once prepared."""
+        """Measures this rank's first step and memory, after `prepare`."""
         own: dict[str, Any] = dict(self.first)
         if self.ranks.device.type == "cuda":
             self.step(keep_gradients=True)
@@ -236,7 +236,7 @@ class Variant:
         return own | {name: count - self.graphs[name] for name, count in dynamo_counts().items()}
 
     def turn(self, steps: int) -> None:
-        """Times some steps, after one that is not counted."""
+        """Times several steps, after an untimed one."""
         self.ranks.gather(None)  # they start together
         own = self.ranks.attempt(lambda: step_milliseconds(self.step, steps, self.ranks.device))
         self.milliseconds += [max(times) for times in zip(*own)]
@@ -247,7 +247,7 @@ class Variant:
         }
 
     def close(self) -> None:
-        """Takes hooks off, and gives memory back."""
+        """Removes hooks and frees memory."""
         if self.strategy.side == "ours" and hasattr(self, "model"):
             diffusers_attn.disable_context_parallel(self.accelerator.unwrap_model(self.model))
         self.model = self.optimizer = self.accelerator = None
@@ -255,7 +255,7 @@ class Variant:
 
 
 def choose(args: argparse.Namespace, ranks: int) -> list[Choice]:
-    """The product of strategies and providers, as far as there are ranks for them, and extras."""
+    """All combinations of strategies and providers that this number of ranks supports, and the extras."""
     choices = []
     for name in args.strategies:
         side = STRATEGIES[name].side
@@ -266,7 +266,7 @@ def choose(args: argparse.Namespace, ranks: int) -> list[Choice]:
 
 def bench(task: Task, args: argparse.Namespace, ranks: Ranks, report: Report, began: float) -> None:
     def late() -> bool:
-        """Whether the time is up: on rank 0, which all go by."""
+        """Whether the time is up on rank 0, for all ranks."""
         return bool(args.seconds and ranks.gather(time.monotonic() - began)[0] > args.seconds)
 
     report.variants = [Variant(choice, task, ranks) for choice in choose(args, ranks.size)]
@@ -315,7 +315,7 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a run, and what failed."""
+    """The table of a run, and its failures."""
     where, results = report["environment"], report["results"]
     task = f"**{where['task']}**: loss {where['loss']:.5f}, gradient norm {where['gradient_norm']:.5f}"
     lines = [
@@ -356,7 +356,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _alone(result: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What one GPU does with the same provider, compiled or not as this one; otherwise with any provider."""
+    """The result on one GPU with the same provider and compilation, or else with any provider."""
     singles = [each for each in measured if each["strategy"] == "single" and each["compiled"] == result["compiled"]]
     same = [each for each in singles if each["provider"] == result["provider"]]
     return (same or singles or [None])[0]

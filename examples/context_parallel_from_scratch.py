@@ -58,13 +58,13 @@ class Rotate(torch.autograd.Function):
 
 
 def tokens_to_heads(tensor: Tensor) -> Tensor:
-    """`[batch, all heads, this rank's tokens, head_dim]` to `[batch, this rank's heads, all tokens, head_dim]`."""
+    """From `[batch, all heads, this rank's tokens, head_dim]` to `[batch, this rank's heads, all tokens, head_dim]`."""
     rows = tensor.unflatten(1, (dist.get_world_size(), -1)).movedim(1, 0)  # [rank, batch, its heads, tokens, ...]
     return AllToAll.apply(rows).movedim(0, 2).flatten(2, 3)
 
 
 def heads_to_tokens(tensor: Tensor) -> Tensor:
-    """The way back."""
+    """The inverse of `tokens_to_heads`."""
     rows = tensor.unflatten(2, (dist.get_world_size(), -1)).movedim(2, 0)  # [rank, batch, heads, its tokens, ...]
     return AllToAll.apply(rows).movedim(0, 1).flatten(1, 2)
 
@@ -78,9 +78,9 @@ def ulysses_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def partial_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Output over these keys, and lse: the log-sum-exp of each query's scores, `[batch, heads, query_len, 1]`.
+    """The output over these keys, and the lse: the log-sum-exp of each query's scores, `[batch, heads, query_len, 1]`.
 
-    Written out, because `attention_dispatch` returns no lse (as `F.scaled_dot_product_attention` does not).
+    Written out, because `attention_dispatch` returns no lse, like `F.scaled_dot_product_attention`.
     """
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     lse = scores.logsumexp(dim=-1, keepdim=True)
@@ -88,7 +88,7 @@ def partial_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Results over two sets of keys, as the result over both: a mean, weighted by exp(lse)."""
+    """Merges results over two sets of keys into the result over both: a mean, weighted by exp(lse)."""
     total = torch.logaddexp(lse, part_lse)
     return out * (lse - total).exp() + part_out * (part_lse - total).exp(), total
 
@@ -104,7 +104,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def largest_error(attention, inputs: list[Tensor], grad_out: Tensor) -> float:  # type: ignore[no-untyped-def]
-    """Of this rank's shard of the output and gradients, beside attention in one process; over all ranks."""
+    """The largest error of the output and gradients on any rank, relative to attention in one process."""
 
     def shard(tensor: Tensor) -> Tensor:
         return tensor.chunk(dist.get_world_size(), dim=2)[dist.get_rank()]

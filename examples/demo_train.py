@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Teach the tiny Flux a photograph that it has never seen, and draw it before and after: make demo-train.
+"""Train a LoRA on one photograph with the tiny Flux, and generate it before and after: make demo-train.
 
-A LoRA is trained on one picture with the caption "a flower", as `examples/train_lora.py` trains any, saved, and loaded
-by `load_lora_weights` into a new pipeline. That is an overfit, and meant to be one: a model of 1.2 million parameters
-learns one more picture by heart. The photograph is one that scikit-learn brings along (by dany13, CC BY 2.0).
+The LoRA is trained on a photograph with the caption "a flower", by the trainer of `examples/train_lora.py`, saved, and
+loaded into a new pipeline with `load_lora_weights`. It overfits on purpose: the toy model of 1.2 million parameters
+memorises the photograph, which comes with scikit-learn (by dany13, CC BY 2.0).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice about vision packages is of no use here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about vision packages
 
 import diffusers
 import numpy as np
@@ -31,7 +31,7 @@ SIZE = 64
 
 
 def photograph(folder: Path) -> Path:
-    """A folder with the picture and its caption, as any data for training is given."""
+    """Makes a folder with the image and its caption, in the form of training data."""
     from sklearn.datasets import load_sample_image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def photograph(folder: Path) -> Path:
 
 
 def draw(adapter: Path | None) -> Image.Image:
-    """What a new pipeline draws for the caption, always from the same noise."""
+    """Generates an image for the caption with a new pipeline, from fixed noise."""
     pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if adapter is not None:
@@ -60,7 +60,7 @@ def draw(adapter: Path | None) -> Image.Image:
 
 
 def sheet(pictures: dict[str, Image.Image], path: Path) -> None:
-    """Pictures side by side, four times as large, with a line above each."""
+    """Images side by side, enlarged four times, with a line of text above each."""
     side, head = 4 * SIZE, 24
     whole = Image.new("RGB", (side * len(pictures), side + head), "white")
     for number, (title, picture) in enumerate(pictures.items()):
@@ -71,15 +71,17 @@ def sheet(pictures: dict[str, Image.Image], path: Path) -> None:
 
 
 def likeness(picture: Image.Image, wanted: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB: above 20 one recognises it."""
+    """Peak signal-to-noise ratio in dB. Above 20, the image is recognisable."""
     one, other = (np.asarray(each.convert("RGB"), dtype=np.float64) / 255 for each in (picture, wanted))
     return float(-10 * np.log10(np.square(one - other).mean()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=150, help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo_train"), help="a folder (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="number of training steps (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/demo_train"), help="output folder (default: %(default)s)"
+    )
     args = parser.parse_args()
     diffusers.utils.logging.disable_progress_bar()
 

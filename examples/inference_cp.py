@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Draw a picture or a video on several devices, each with a part of the sequence: context parallelism.
+"""Generate an image or a video on several devices, each with a part of the sequence: context parallelism.
 
     accelerate launch --num_processes 4 examples/inference_cp.py --model black-forest-labs/FLUX.1-dev --dtype bfloat16
     torchrun --nproc_per_node 2 examples/inference_cp.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dtype bfloat16 \\
         --prompt "a cat plays the piano" --height 480 --width 832 --num_frames 81 --compile_scope regional
     torchrun --nproc_per_node 2 examples/inference_cp.py --device cpu --compare    # the toy that ships: make demo-cp
 
-Any pipeline of diffusers whose transformer has a plan: Flux, Wan, CogVideoX, CogView4 and more. With one process it
-draws without context parallelism. On CPUs, start it with torchrun, or with `ACCELERATE_USE_CPU=true accelerate launch
---multi_gpu --num_processes 2`: `accelerate launch --cpu` starts one process.
+It works with any diffusers pipeline whose transformer has a plan, such as Flux, Wan, CogVideoX and CogView4. With one
+process it runs without context parallelism. On CPUs, start it with torchrun, or with `ACCELERATE_USE_CPU=true
+accelerate launch --multi_gpu --num_processes 2`, since `accelerate launch --cpu` starts one process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice about vision packages is of no use here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about vision packages
 
 import diffusers
 import numpy as np
@@ -56,7 +56,7 @@ SMALLEST = 384
 
 
 class Drawn(NamedTuple):
-    """What a pipeline drew, and how long it took."""
+    """A pipeline's output, and the time it took."""
 
     pixels: np.ndarray
     """`[height, width, 3]` or `[frames, height, width, 3]`, in [0, 1]."""
@@ -67,7 +67,7 @@ class Drawn(NamedTuple):
 
 
 def join(device: str) -> PartialState:
-    """This process's place among those that the launcher started, which connect here."""
+    """Connects this process with the others that the launcher started."""
     state = PartialState(cpu=device == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != launched:
@@ -76,7 +76,7 @@ def join(device: str) -> PartialState:
 
 
 def load(args: argparse.Namespace, state: PartialState) -> Any:
-    """The pipeline, on this process's device. Of each machine's processes one downloads."""
+    """Loads the pipeline on this process's device. One process per machine downloads it."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         if not state.is_main_process or args.model == str(TINY):
@@ -84,7 +84,7 @@ def load(args: argparse.Namespace, state: PartialState) -> Any:
     dtype: Any = getattr(torch, args.dtype)
     with state.local_main_process_first():
         parts = DiffusionPipeline.load_config(args.model)
-        if parts.get("vae", [None, None])[1] == "AutoencoderKLWan":  # its pictures suffer in less than float32
+        if parts.get("vae", [None, None])[1] == "AutoencoderKLWan":  # visibly worse in less than float32
             dtype = {"vae": torch.float32, "default": dtype}
         pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype)
     pipe.set_progress_bar_config(disable=not state.is_main_process, ncols=80)
@@ -92,7 +92,7 @@ def load(args: argparse.Namespace, state: PartialState) -> Any:
 
 
 def call_arguments(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What the pipeline is called with. Raises SystemExit for what this pipeline does not take."""
+    """The arguments of the pipeline's call. Raises SystemExit for arguments that it does not accept."""
     given = {name: getattr(args, name) for name in ("height", "width", "num_frames", "negative_prompt")}
     call = {"prompt": args.prompt, "num_inference_steps": args.steps, **(TINY_CALL if args.model == str(TINY) else {})}
     call |= {name: value for name, value in given.items() if value is not None} | dict(args.set)
@@ -100,13 +100,14 @@ def call_arguments(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     unknown = [name for name in call if name not in accepted]
     if unknown:
         raise SystemExit(
-            f"inference_cp.py: {type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(accepted)}."
+            f"inference_cp.py: {type(pipe).__name__} has no argument {', '.join(unknown)}; it accepts "
+            f"{', '.join(accepted)}."
         )
     return call
 
 
 def draw(pipe: Any, call: dict[str, Any], seed: int, device: torch.device) -> Drawn:
-    """One call of the pipeline, from the same noise on all ranks."""
+    """Calls the pipeline once, with the same noise on all ranks."""
     marks: list[Any] = []
 
     def mark(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def draw(pipe: Any, call: dict[str, Any], seed: int, device: torch.device) -> Dr
 
 
 def save(pixels: np.ndarray | Image.Image, path: Path, fps: int, as_frames: bool) -> None:
-    """A picture, a video, or with `as_frames` a video as a new folder of pictures. There whole or not at all."""
+    """Saves an image, a video, or with `as_frames` a video as a new folder of images, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         scratch = Path(folder) / path.name
@@ -155,7 +156,7 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 
 
 def sheet(pictures: dict[str, np.ndarray], title: str) -> Image.Image:
-    """Pictures of one size side by side, small ones enlarged, each with its name above, and a title over all."""
+    """Images of one size side by side, small ones enlarged, each with its name above, and a title."""
     height, width = next(iter(pictures.values())).shape[:2]
     scale = max(1, math.ceil(SMALLEST / max(height, width)))
     height, width = height * scale, width * scale
@@ -173,12 +174,12 @@ def sheet(pictures: dict[str, np.ndarray], title: str) -> Image.Image:
 
 
 def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
-    """Where the result goes, and whether as a folder of frames. Raises SystemExit where it could not be written."""
+    """The output path, and whether it is a folder of frames. Raises SystemExit if it cannot be written."""
     is_video = "num_frames" in inspect.signature(pipe.__call__).parameters
     if args.frames and not is_video:
-        raise SystemExit(f"inference_cp.py: {type(pipe).__name__} draws pictures; leave --frames out.")
+        raise SystemExit(f"inference_cp.py: {type(pipe).__name__} generates images; leave --frames out.")
     if args.fps is not None and (args.frames or not is_video):
-        raise SystemExit("inference_cp.py: --fps is for a video file, and pictures are saved; leave it out.")
+        raise SystemExit("inference_cp.py: --fps is for a video file, but images are saved; leave it out.")
     suffix = "" if args.frames else ".mp4" if is_video else ".png"
     path = args.output or Path("outputs") / f"inference_cp{suffix}"
     if args.frames and path.exists():
@@ -189,13 +190,13 @@ def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
     if is_video and not args.frames and missing:
         raise SystemExit(
             f"inference_cp.py: writing {path} needs {' and '.join(missing)}: `pip install imageio imageio-ffmpeg`. Or "
-            "give --frames, and the video is saved as a folder of pictures."
+            "give --frames to save the video as a folder of images."
         )
     return path, args.frames
 
 
 def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
-    """Splits the pipeline's sequences over the processes; one line on what was done."""
+    """Splits the pipeline's sequences over the processes. Returns a line that describes the result."""
     degrees = {"ulysses_degree": args.ulysses_degree, "ring_degree": args.ring_degree}
     if state.num_processes == 1 and set(degrees.values()) <= {None, 1}:
         if args.attn_provider:
@@ -213,7 +214,7 @@ def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
 
 
 def difference(alone: np.ndarray, shared: np.ndarray) -> str:
-    """How far two pictures are from each other."""
+    """The difference of two images, in words."""
     apart = np.abs(alone.astype(np.float64) - shared.astype(np.float64))
     noise = float(np.square(apart).mean())
     ratio = f"{-10 * math.log10(noise):.1f} dB" if noise > 0.0 else "infinite"
@@ -221,7 +222,7 @@ def difference(alone: np.ndarray, shared: np.ndarray) -> str:
 
 
 def largest(value: float, state: PartialState) -> float:
-    """Of all ranks'."""
+    """The largest value of all ranks."""
     if state.num_processes == 1:
         return value
     tensor = torch.tensor(value, device=state.device, dtype=torch.float32)
@@ -230,7 +231,7 @@ def largest(value: float, state: PartialState) -> float:
 
 
 def run(args: argparse.Namespace) -> Drawn:
-    """Everything but the end of the process. Call it on every rank."""
+    """Runs the script, without ending the process. All ranks must call this."""
     state = join(args.device)
     say = print if state.is_main_process else lambda *words, **options: None
     pipe = load(args, state)
@@ -276,7 +277,7 @@ def run(args: argparse.Namespace) -> Drawn:
 
 
 def name_and_value(text: str) -> tuple[str, Any]:
-    """`guidance_scale=3.5`: the value is JSON, or else text."""
+    """Parses NAME=VALUE, such as guidance_scale=3.5. The value is JSON, or else text."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -287,45 +288,68 @@ def name_and_value(text: str) -> tuple[str, Any]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    draws = parser.add_argument_group("what it draws")
-    draws.add_argument("--model", default=str(TINY), help="a pipeline: its name on the Hub, or a folder (the toy)")
-    draws.add_argument("--prompt", default="a cat", help="(%(default)s)")
-    draws.add_argument("--negative_prompt")
-    draws.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
-    draws.add_argument("--height", type=int, help="in pixels (the pipeline's default)")
-    draws.add_argument("--width", type=int)
-    draws.add_argument("--num_frames", type=int, help="of a video")
-    draws.add_argument("--steps", type=int, default=28, help="denoising steps (%(default)s)")
+    draws = parser.add_argument_group("generation")
+    draws.add_argument(
+        "--model", default=str(TINY), help="pipeline: a folder or a name on the Hub (default: the toy model)"
+    )
+    draws.add_argument("--prompt", default="a cat", help="prompt (default: %(default)s)")
+    draws.add_argument("--negative_prompt", help="negative prompt (default: none)")
+    draws.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
+    draws.add_argument("--height", type=int, help="height in pixels (default: the pipeline's)")
+    draws.add_argument("--width", type=int, help="width in pixels (default: the pipeline's)")
+    draws.add_argument("--num_frames", type=int, help="number of frames of a video (default: the pipeline's)")
+    draws.add_argument("--steps", type=int, default=28, help="number of denoising steps (default: %(default)s)")
     draws.add_argument(
         "--set",
         type=name_and_value,
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="other arguments of the pipeline",
+        help="further arguments of the pipeline's call (default: none)",
     )
-    draws.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(%(default)s)")
-    draws.add_argument("--output", type=Path, help="(outputs/inference_cp.png, or .mp4)")
-    draws.add_argument("--fps", type=int, help="of a video file (16)")
-    draws.add_argument("--frames", action="store_true", help="save a video as a folder of pictures")
-    shares = parser.add_argument_group("how processes share it")
-    shares.add_argument("--ulysses_degree", type=int, help="processes that exchange heads (chosen)")
-    shares.add_argument("--ring_degree", type=int, help="processes between which keys and values travel (chosen)")
-    shares.add_argument("--rotate_method", choices=("allgather", "alltoall"), help="how these travel (chosen)")
-    shares.add_argument("--attn_provider", help="attention kernel (auto on GPUs, native on CPUs)")
-    shares.add_argument("--compile_scope", choices=("none", "regional", "full"), default="none", help="(%(default)s)")
+    draws.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the models (default: %(default)s)",
+    )
+    draws.add_argument("--output", type=Path, help="output file (default: outputs/inference_cp.png, or .mp4)")
+    draws.add_argument("--fps", type=int, help="frames per second of a video file (default: 16)")
+    draws.add_argument("--frames", action="store_true", help="save a video as a folder of images (default: off)")
+    shares = parser.add_argument_group("processes and attention")
+    shares.add_argument(
+        "--ulysses_degree", type=int, help="number of processes that exchange heads (default: automatic)"
+    )
+    shares.add_argument(
+        "--ring_degree", type=int, help="number of processes that exchange keys and values (default: automatic)"
+    )
+    shares.add_argument(
+        "--rotate_method", choices=("allgather", "alltoall"), help="exchange of keys and values (default: automatic)"
+    )
+    shares.add_argument("--attn_provider", help="attention kernel by name (default: auto on GPUs, native on CPUs)")
+    shares.add_argument(
+        "--compile_scope",
+        choices=("none", "regional", "full"),
+        default="none",
+        help="torch.compile: no part, each block, or the model (default: %(default)s)",
+    )
     shares.add_argument(
         "--cuda_graphs",
         choices=("auto", "on", "off"),
         default="auto",
-        help="whether steps are replayed as CUDA graphs: with several processes where possible (auto), always, with an "
-        "error where it is not possible (on), or never (off); default: %(default)s",
+        help="replay steps as CUDA graphs: auto does so with several processes where possible, on always does and raises "
+        "an error where it is not possible, off never does (default: %(default)s)",
     )
-    shares.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    shares.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device type (default: cuda if available, else cpu)",
+    )
     shares.add_argument(
         "--compare",
         action="store_true",
-        help="draw it without context parallelism, too, compare, and save pictures side by side",
+        help="also generate without context parallelism, compare, and save images side by side (default: off)",
     )
     args = parser.parse_args(argv)
     if args.steps < 1:
@@ -338,8 +362,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def end(status: int) -> None:
-    """Ends this process, together with the others if all went well, and at once if not: the launcher then ends them.
-    Without tearing down, in which gloo's threads may abort a process that has done its work."""
+    """Ends this process: together with the others after success, else at once, and the launcher ends the others.
+
+    Process groups are not destroyed, since gloo's threads may abort a process in that.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if status == 0:
             PartialState().wait_for_everyone()

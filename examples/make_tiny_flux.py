@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Make `examples/tiny_flux`: a whole FluxPipeline of 1.2 million parameters that knows four photographs by heart.
+"""Make `examples/tiny_flux`: a complete FluxPipeline of 1.2 million parameters that has memorised four photographs.
 
 The quick start and the tests need a real diffusion pipeline that loads in a second, runs on a CPU, needs no download
-and draws something one can recognise. So every part here is the genuine diffusers or transformers class, only small:
+and generates recognisable images. So every part is a genuine diffusers or transformers class, only small:
 
 * the tokenizers are hand-written tables (a trained one differs from process to process);
-* the text encoders are random and frozen: all they have to do is tell captions apart;
-* the VAE is the identity, by construction of its weights, so a latent *is* the picture;
-* the transformer is trained here, with FLUX's own objective (rectified flow), until it has memorised the pictures.
+* the text encoders are random and frozen, which suffices to distinguish captions;
+* the VAE is the identity, by construction of its weights, so a latent *is* the image;
+* the transformer is trained here, with FLUX's own objective (rectified flow), until it has memorised the images.
 
-    python examples/make_tiny_flux.py --minutes 6 --device cuda --compile   # what made the shipped model
-    python examples/make_tiny_flux.py --pack-photos                         # cut the photographs anew (scikit-image)
+    python examples/make_tiny_flux.py --minutes 6 --device cuda --compile   # made the shipped model
+    python examples/make_tiny_flux.py --pack-photos                         # cuts the photographs again (scikit-image)
 """
 
 from __future__ import annotations
@@ -442,25 +442,41 @@ torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {tran
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=HERE / "tiny_flux", help="the pipeline's folder (%(default)s)")
-    parser.add_argument("--photos", type=Path, default=HERE / "tiny_flux" / "photos", help="the photographs' folder")
-    parser.add_argument("--pack-photos", action="store_true", help="only cut the photographs into that folder")
-    parser.add_argument("--work", type=Path, default=Path("outputs/tiny_flux"), help="for checkpoints (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work, if there is one")
-    parser.add_argument("--minutes", type=float, help="end after so many minutes of training")
-    parser.add_argument("--steps", type=int, help="end after so many steps")
-    parser.add_argument("--batch", type=int, default=32, help="a multiple of 4 (%(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer while it is trained")
-    parser.add_argument("--log", type=int, default=100, help="print the loss every so many steps (%(default)s)")
-    parser.add_argument("--save", type=int, default=1000, help="save a checkpoint every so many steps (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=HERE / "tiny_flux", help="folder for the pipeline (default: %(default)s)"
+    )
+    parser.add_argument("--photos", type=Path, default=HERE / "tiny_flux" / "photos", help="folder of the photographs")
+    parser.add_argument(
+        "--pack-photos", action="store_true", help="only cut the photographs into --photos (default: off)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/tiny_flux"), help="folder for checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the checkpoint in --work, if any (default: off)"
+    )
+    parser.add_argument("--minutes", type=float, help="minutes after which training ends (default: no limit)")
+    parser.add_argument("--steps", type=int, help="number of steps after which training ends (default: no limit)")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="number of images per step, a multiple of 4 (default: %(default)s)"
+    )
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer with torch.compile (default: off)"
+    )
+    parser.add_argument("--log", type=int, default=100, help="number of steps between log lines (default: %(default)s)")
+    parser.add_argument(
+        "--save", type=int, default=1000, help="number of steps between checkpoints (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.batch < len(PHOTOS) or args.batch % len(PHOTOS):
         parser.error(f"--batch must be a multiple of {len(PHOTOS)}, so that each holds every photograph: {args.batch}")
     if not (args.pack_photos or args.minutes or args.steps):
-        parser.error("say how long to train: --minutes or --steps")
+        parser.error("give the length of training: --minutes or --steps")
     return args
 
 

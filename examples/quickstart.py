@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Draw the same pictures with diffusers' own attention and with `diffusers_attn`, and compare them.
+"""Generate the same images with diffusers' own attention and with `diffusers_attn`, and compare them.
 
-The model is `examples/tiny_flux`, a toy that knows four photographs by heart: 1.2 million parameters, but a genuine
-`FluxPipeline` with the same code path as FLUX, so what is shown here is what happens with the large model.
+The model is `examples/tiny_flux`, a toy of 1.2 million parameters that has memorised four photographs. It is a genuine
+`FluxPipeline` with the same code path as FLUX.
 
     python examples/quickstart.py
     python examples/quickstart.py --provider flash --device cuda --dtype bfloat16
@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice about vision packages is of no use here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about vision packages
 
 import diffusers
 import numpy as np
@@ -42,7 +42,7 @@ def known_captions() -> list[str]:
 
 
 def load(device: str, dtype: torch.dtype) -> FluxPipeline:
-    """The pipeline, loaded in silence: bars and warnings of loading would bury the few lines that matter."""
+    """Loads the pipeline without progress bars and warnings."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
@@ -50,7 +50,7 @@ def load(device: str, dtype: torch.dtype) -> FluxPipeline:
 
 
 def draw(pipe: FluxPipeline, label: str, args: argparse.Namespace) -> tuple[np.ndarray, float]:
-    """One pass over all prompts: pictures as `[prompt, height, width, 3]` in [0, 1], and the seconds it took."""
+    """Generates an image per prompt. Returns `[prompt, height, width, 3]` in [0, 1], and the time in seconds."""
 
     def run(steps: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(args.seed)  # each pass starts from the same noise
@@ -65,7 +65,7 @@ def draw(pipe: FluxPipeline, label: str, args: argparse.Namespace) -> tuple[np.n
         ).images
 
     pipe.set_progress_bar_config(disable=True)
-    run(1)  # whatever is only done once (kernels chosen, memory taken) is left out of the time
+    run(1)  # leaves one-time work, such as allocating memory, out of the time
     pipe.set_progress_bar_config(disable=False, desc=f"{label:<16}", ncols=80)
     began = time.perf_counter()
     pictures = run(args.steps)
@@ -73,7 +73,7 @@ def draw(pipe: FluxPipeline, label: str, args: argparse.Namespace) -> tuple[np.n
 
 
 def contact_sheet(rows: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
-    """A row of pictures for each label, four times as large, with a line of text above each."""
+    """A row of images for each label, enlarged four times, with a line of text above each."""
     sheet = Image.new("RGB", (TILE * len(prompts), (TILE + HEADER) * len(rows)), "white")
     text, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for row, (label, pictures) in enumerate(rows.items()):
@@ -87,7 +87,7 @@ def contact_sheet(rows: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Ima
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write beside the target and rename: a picture is there whole or not at all."""
+    """Saves the image atomically: writes another file and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
         image.save(file, format="PNG")
@@ -95,7 +95,7 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Both passes, the table and the sheet."""
+    """Runs both passes, prints the table and saves the sheet."""
     # A provider that is unknown or not installed is reported here, before any work is done.
     processor = DispatchProcessor(args.provider)
 
@@ -129,13 +129,22 @@ def compare(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--provider", default="native", help="attention provider, or auto (%(default)s)")
-    parser.add_argument("--prompt", action="append", help="what to draw; may be repeated (the four known captions)")
-    parser.add_argument("--steps", type=int, default=12, help="denoising steps (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart.png"), help="(%(default)s)")
+    parser.add_argument("--provider", default="native", help="attention provider, or auto (default: %(default)s)")
+    parser.add_argument("--prompt", action="append", help="prompt; may be repeated (default: the four known captions)")
+    parser.add_argument("--steps", type=int, default=12, help="number of denoising steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/quickstart.png"), help="output file (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1: {args.steps}")

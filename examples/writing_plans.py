@@ -1,4 +1,4 @@
-"""The model and the plans of docs/writing_plans.md: a small transformer that no library knows, and its way to a plan.
+"""The model and the plans of docs/writing_plans.md: a small transformer without a plan, and the steps to one.
 
 python examples/writing_plans.py         # verifies the first attempt, and the plan
 """
@@ -14,7 +14,7 @@ HEADS, CHANNELS = 4, 32
 
 
 class Attention(nn.Module):
-    """Self-attention, or with a text attention to it."""
+    """Self-attention; with a text, cross-attention to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
 
 def rotated(tensor: Tensor, angles: Tensor) -> Tensor:
-    """`[batch, tokens, heads, channels]`, turned by `[tokens, channels / 2]`."""
+    """Rotates `[batch, tokens, heads, channels]` by angles `[tokens, channels / 2]`."""
     turned = (
         torch.view_as_complex(tensor.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]
     )
@@ -84,7 +84,7 @@ PLAN = {**FIRST_ATTEMPT, "rope": {ParamId(index=0): CPInput(0, 2, split_output=T
 
 
 def inputs() -> dict[str, Tensor]:
-    """Two samples, of 35 tokens: they divide by neither 2 nor 3."""
+    """Two samples of 35 tokens, a number that neither 2 nor 3 divides."""
     generator = torch.Generator().manual_seed(0)
     return {
         "hidden_states": torch.randn(2, 35, 8, generator=generator),

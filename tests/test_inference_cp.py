@@ -167,8 +167,8 @@ def test_make_demo_cp_starts_this_script() -> None:
     ("options", "message"),
     [
         (["--ulysses_degree", "2"], "this job has one"),
-        (["--set", "guidance=1"], "FluxPipeline takes no guidance; it takes prompt"),
-        (["--frames"], "FluxPipeline draws pictures"),
+        (["--set", "guidance=1"], "FluxPipeline has no argument guidance; it accepts prompt"),
+        (["--frames"], "FluxPipeline generates images"),
         (["--fps", "8"], "--fps is for a video file"),
         (["--output", "picture.mp4"], "makes a .png file"),
         (["--attn_provider", "no_such_provider"], "no_such_provider"),
