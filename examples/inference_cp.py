@@ -337,8 +337,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cuda_graphs",
         choices=("auto", "on", "off"),
         default="auto",
-        help="replay steps as CUDA graphs: auto does so with several processes where possible, on always does and raises "
-        "an error where it is not possible, off never does (default: %(default)s)",
+        help="replay steps as CUDA graphs: auto does so with several processes where possible, on always does and "
+        "raises an error where it is not possible, off never does (default: %(default)s)",
     )
     shares.add_argument(
         "--device",
