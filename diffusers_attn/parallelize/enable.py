@@ -153,7 +153,7 @@ def enable_context_parallel(
     lease.close()
     report = ContextParallelReport(
         models=tuple(target.name for target in chosen.targets),
-        whole=tuple(chosen.without_plan),
+        without_plan=tuple(chosen.without_plan),
         ulysses_degree=chosen.degrees.ulysses_degree,
         ring_degree=chosen.degrees.ring_degree,
         rotate_method=chosen.degrees.rotate_method,

@@ -11,7 +11,7 @@ class ContextParallelReport:
 
     models: tuple[str, ...]
     """The split models: names of the pipeline's components, with their classes; for a single model, its class."""
-    whole: tuple[str, ...]
+    without_plan: tuple[str, ...]
     """Transformers of the pipeline without a plan, which every rank runs in full."""
     ulysses_degree: int
     ring_degree: int
@@ -51,8 +51,8 @@ class ContextParallelReport:
             "trust": "inputs are trusted to be the same",
         }[self.inputs]
         graphs = f"; {self.cuda_graphs}" if self.cuda_graphs else ""
-        whole = f"; without a plan, so not split: {', '.join(self.whole)}" if self.whole else ""
+        unsplit = f"; without a plan, so not split: {', '.join(self.without_plan)}" if self.without_plan else ""
         return (
             f"context parallelism: {', '.join(self.models)} on {len(self.ranks)}{of} ranks, {degrees} ({self.reason}); "
-            f"attention by {self.provider}; {inputs}{graphs}{whole}"
+            f"attention by {self.provider}; {inputs}{graphs}{unsplit}"
         )
