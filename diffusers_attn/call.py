@@ -82,10 +82,11 @@ class AttentionCall(NamedTuple):
         query, mask = self.query, self.mask
         tensor_kinds.check_quantised(query, self.key, self.value)
         shapes.check(query, self.key, self.value, self.enable_gqa, self.layout)
-        if not 0.0 <= self.dropout_p <= 1.0:
-            raise AttentionProviderError(
-                f"dropout_p={self.dropout_p} was given; a probability from 0 to 1 is accepted."
-            )
+        dropout_p, scale = self.dropout_p, self.scale
+        if dropout_p is None or isinstance(dropout_p, str) or not 0.0 <= dropout_p <= 1.0:
+            raise AttentionProviderError(f"dropout_p={dropout_p!r} was given; a probability from 0 to 1 is accepted.")
+        if isinstance(scale, str):
+            raise AttentionProviderError(f"scale={scale!r} was given; a number is accepted, or None for the default.")
         if not isinstance(mask, Tensor):
             return
         if mask.device != query.device:

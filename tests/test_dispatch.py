@@ -1,6 +1,7 @@
 """attention_dispatch computes what it is asked, or says that it will not."""
 
 import math
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -275,3 +276,10 @@ def test_a_repeated_call_is_checked_too():
             attention_dispatch(tensors[0].requires_grad_(), *tensors[1:])
         with pytest.raises(AttentionProviderError, match="float64|it takes"):
             attention_dispatch(*(tensor.detach().double() for tensor in tensors))
+
+
+@pytest.mark.parametrize("options", [{"dropout_p": None}, {"dropout_p": "0.1"}, {"scale": "1"}])
+def test_what_is_no_number_is_refused_by_name(options):
+    ((name, value),) = options.items()
+    with pytest.raises(AttentionProviderError, match=re.escape(f"{name}={value!r} was given; a ")):
+        attention_dispatch(*torch.randn(3, 1, 2, 5, 8), **options)
