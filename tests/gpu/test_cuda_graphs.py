@@ -306,8 +306,6 @@ def test_automatic(model, compiled):
         assert torch.equal(*both(model, plain, **inputs(model, seed)))
     assert cuda_graphs_status(model).recorded == 1
     model(**inputs(model)).sample.sum().backward()
-    on_host = inputs(model) | {"txt_ids": torch.zeros(13, 3)}
-    assert torch.equal(*both(model, plain, **on_host))
     assert (cuda_graphs_status(model).recorded, cuda_graphs_status(model).replays) == (1, 4)
 
 
@@ -373,7 +371,8 @@ print("done", flush=True)
 def test_a_job_ends_with_its_graphs_alive(tmp_path, degree, ending):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), degree, ending]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [*launcher, str(script), degree, ending]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(launch, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
