@@ -1,4 +1,4 @@
-"""What every rank says: a small object of each, to all, through the job's store."""
+"""Gathers a small object of every rank on all ranks, through the job's store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from . import process_groups, rank_progress
 
 
 def everyone(said: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any]:
-    """What every rank of these groups says, first along the last of them. None is all ranks of the job.
+    """The objects of all ranks of these groups, in the order of the ranks.
+
+    Args:
+        said: this rank's object; it is pickled.
+        groups: the groups whose ranks take part. With two groups, objects are gathered along the last one first. None
+            is all ranks of the job.
 
     Raises:
         RankMissingError: a rank has not called this within the timeout of its group.

@@ -1,11 +1,13 @@
-"""One thread at a time: the ranks of a group must make the same exchanges in the same order, and nothing orders those
-of two threads alike on all of them.
+"""Lets only one thread at a time exchange over a process group.
 
-A thread that begins a forward takes the turn of its model's groups, and so does one whose backward begins to exchange.
-It need not give it back: another thread that comes looks whether the first is still within a forward that uses them, or
-within that backward, on its stack. Forwards within forwards, and what a backward recomputes in autograd's threads, take
-no turn away from anyone. The backward of a compiled graph comes here through an operator in the graph
-(`collectives.depends_on`). What is not seen: a model that is compiled as a whole with `inputs="trust"`.
+All ranks of a group must make the same exchanges in the same order. If two threads of a rank exchange, their order is
+up to the operating system, and may differ between ranks. So the second thread gets an error before it sends anything.
+
+A thread takes the turn of a model's groups when it begins a forward, or when its backward begins to exchange. It does
+not give the turn back. Instead, another thread that wants the turn inspects the stack of the first: is it still inside
+such a forward or backward? A nested forward, and a recomputation in a thread of autograd, count as the thread that
+called them. The backward of a compiled graph calls this file through an operator in the graph
+(`collectives.depends_on`). One case goes unnoticed: a model that is compiled as a whole, with `inputs="trust"`.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ _STASH = "diffusers_attn: thread"
 
 
 class _Turn:
-    """Who exchanges over one group."""
+    """The thread that may exchange over one group."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        """all that use the group."""
+        """The models that use the group."""
         self.backward = -1
-        """which backward of this thread exchanges over the group, until it ends."""
+        """Id of the backward of this thread that exchanges over the group; -1 if there is none."""
 
 
 _turns: dict[str, _Turn] = {}
@@ -43,12 +45,12 @@ _lock = threading.Lock()
 
 
 def take(groups: Sequence[str], model: nn.Module) -> None:
-    """This thread begins a forward of `model` over groups of these names. Next to free for the thread that had the turn
-    before.
+    """Takes the turn of these groups for this thread, which begins a forward of `model`. Costs next to nothing if this
+    thread has the turn already.
 
     Raises:
-        AttentionProviderError: another thread is within a forward or a backward over one of them. Nothing has been
-            sent.
+        AttentionProviderError: another thread is inside a forward or a backward over one of the groups. Nothing has
+            been sent.
     """
     thread = _this_thread()
     for group in groups:
@@ -66,11 +68,11 @@ def take(groups: Sequence[str], model: nn.Module) -> None:
 
 
 def take_in_backward(group: str) -> None:
-    """A backward exchanges over the group of this name. Next to free but for the first time in each backward.
+    """Takes the turn of a group for the thread that called the running backward. Costs next to nothing after the first
+    call in a backward.
 
     Raises:
-        AttentionProviderError: another thread than the one that called the backward is within a forward or a backward
-            over the group. Nothing has been sent.
+        AttentionProviderError: another thread is inside a forward or a backward over the group. Nothing has been sent.
     """
     turn, backward = _turns.get(group), in_backward_id()
     if turn is None or turn.backward == backward:
@@ -85,14 +87,15 @@ def take_in_backward(group: str) -> None:
 
 
 def _this_thread() -> int:
-    """The thread that runs; in a backward the one that called it. On a GPU that one waits meanwhile."""
+    """This thread; in a backward, the thread that called it (autograd runs the backward of a GPU in a thread of its
+    own)."""
     own = threading.get_ident()
     if in_backward_id() == -1:
         return own
     called: int | None = stashed(_STASH)
     if called is not None:
         return called
-    # It has begun no forward over ranks itself.
+    # The thread that called the backward has begun no forward over ranks.
     calling = [each for each, frame in sys._current_frames().items() if _calls_backward(frame)]
     return own if own in calling or len(calling) != 1 else calling[0]
 
@@ -103,7 +106,7 @@ def _end_backward(turn: _Turn, backward: int) -> None:
 
 
 def check_idle(groups: Sequence[str], model: nn.Module) -> None:
-    """Raises AttentionProviderError where another thread is within a forward or a backward over one of these groups."""
+    """Raises AttentionProviderError if another thread is inside a forward or a backward over one of these groups."""
     for group in groups:
         turn = _turns.get(group)
         if turn is not None and turn.thread != _this_thread():
@@ -111,12 +114,12 @@ def check_idle(groups: Sequence[str], model: nn.Module) -> None:
 
 
 def forget(group: str) -> None:
-    """It is destroyed."""
+    """Removes the turn of a group that is destroyed."""
     _turns.pop(group, None)
 
 
 def _running(thread: int, models: Any) -> str | None:
-    """What this thread is within, where it calls a model of these."""
+    """A description of the forward of one of `models` that this thread is inside; None if there is none."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl"):
@@ -128,14 +131,14 @@ def _running(thread: int, models: Any) -> str | None:
 
 
 def _in_backward(turn: _Turn) -> str | None:
-    """What the thread that has the turn is within, where it is the backward that exchanges over the group."""
+    """A description of the backward that has the turn; None if it has ended."""
     frame = sys._current_frames().get(turn.thread)
     names = ", ".join(sorted({type(model).__name__ for model in turn.models}))
     return f"a backward of a {names}" if turn.backward != -1 and _calls_backward(frame) else None
 
 
 def _calls_backward(frame: FrameType | None) -> bool:
-    """Whether a thread that runs `frame` has called a backward, which has not ended."""
+    """Whether a thread whose innermost frame is `frame` is inside a call of backward."""
     while frame is not None:
         if frame.f_code.co_name == "_engine_run_backward":
             return True
@@ -144,10 +147,10 @@ def _calls_backward(frame: FrameType | None) -> bool:
 
 
 def _check(turn: _Turn, what: str) -> None:
-    """Raises AttentionProviderError if the thread that has the turn is still within what it took it for.
+    """Raises AttentionProviderError if the thread that has the turn still uses it.
 
     Args:
-        what: this thread does.
+        what: what this thread wants to do, for the message.
     """
     running = _running(turn.thread, turn.models) or _in_backward(turn)
     if running is not None:

@@ -1,8 +1,9 @@
-"""Where every rank of the job is, for the error of those that wait for one in vain.
+"""The position of every rank of the job, for errors that name the missing rank.
 
-A rank notes in the job's store what it begins and ends: "forward 7 of transformer". The store does not answer, so that
-a note costs microseconds. Nobody reads the notes until an exchange fails. Then each rank that waited notes that too,
-and who has not after a moment is missing. Where an exchange does not fail, but hangs, `stalls` reads them.
+A rank writes a note into the job's store when it begins or ends something, such as "forward 7 of transformer". It does
+not wait for an answer, so a note costs microseconds. Notes are read only when an exchange fails. Then each rank that
+waited notes that it waited; a rank without such a note, after a moment, is missing. If an exchange hangs instead,
+`stalls` reads the notes.
 """
 
 from __future__ import annotations
@@ -24,36 +25,36 @@ from .rank_differences import ranks_in_words
 
 _PREFIX = "diffusers_attn/"
 GRACE = 3.0
-"""seconds for other ranks to note that they wait, too: the connection of one ends with that of another."""
+"""Seconds that other ranks have to note that they waited, too: one closed connection closes others."""
 _WAITS, _IS = "waits", "is"
 
 _here = "before its first call of enable_context_parallel"
 _notes = 0
-"""how many notes this rank has made."""
+"""Number of notes that this rank has made."""
 _begun = 0
-"""how many forwards of models over ranks it has begun since it last enabled context parallelism."""
+"""Number of forwards over ranks that this rank has begun since it last enabled context parallelism."""
 _is_within = False
-"""whether the one that it began last has not ended."""
+"""Whether the latest of these forwards is still running."""
 _meetings: tuple[object, dict[tuple[int, ...], int]] = (None, {})
-"""a job, and how often these of its ranks met."""
+"""A job, and how often each set of its ranks has met."""
 
 
 _all_of: dict[str, tuple[int, ...]] = {}
-"""by the name of a group, all ranks that share a sequence over it and others: who does not come to an exchange may wait
-for a rank of another group."""
+"""For the name of a group, all ranks that share a sequence over it and over other groups. A rank that does not join an
+exchange may be waiting for a rank of another group."""
 
 
 def belongs_to(groups: Sequence[str], ranks: Sequence[int]) -> None:
-    """Groups of these names are those over which these ranks share a sequence."""
+    """Records that `ranks` share a sequence over the groups of these names."""
     _all_of.update(dict.fromkeys(groups, tuple(ranks)))
 
 
 class RankMissingError(AttentionProviderError):
-    """Ranks waited for others, which did not come: the message names them, and where they were last."""
+    """Ranks waited for others in vain. The message names the missing ranks and their last positions."""
 
 
 def note(at: str) -> None:
-    """This rank is `at` a place, such as "enable_context_parallel of a FluxPipeline"."""
+    """Notes this rank's position, such as "enable_context_parallel of a FluxPipeline"."""
     global _here, _notes
     _here = at
     _notes += 1
@@ -61,21 +62,21 @@ def note(at: str) -> None:
 
 
 def note_enabling(at: str) -> None:
-    """As `note`, where ranks begin anew to count their forwards."""
+    """As `note`, and restarts the count of forwards."""
     global _begun, _is_within
     _begun, _is_within = 0, False
     note(at)
 
 
 def note_begin(at: str) -> None:
-    """As `note`, of a forward that begins."""
+    """As `note`, for a forward that begins."""
     global _begun, _is_within
     _begun, _is_within = _begun + 1, True
     note(at)
 
 
 def note_end() -> None:
-    """The forward that began last is over on this host. Its device may still compute it, and wait for other ranks."""
+    """Notes that the latest forward is over on this host. Its device may still compute, and wait for other ranks."""
     global _is_within
     if _is_within:
         _is_within = False
@@ -83,23 +84,23 @@ def note_end() -> None:
 
 
 def notes() -> int:
-    """How many notes this rank has made."""
+    """The number of notes that this rank has made."""
     return _notes
 
 
 def _progress() -> int:
-    """How far this rank has come: ranks that are in step have the same number, and those that are behind a lower."""
+    """A number that grows with each begin and end of a forward. Ranks that are behind have a lower one."""
     return 2 * _begun + (not _is_within)
 
 
 def here() -> str:
-    """What was noted last."""
+    """The latest note."""
     return _here
 
 
 def note_failure(error: BaseException, groups: Sequence[str] = ()) -> None:
-    """This rank fails where it is, with an error of its own; or with one of PyTorch's for an exchange over one of these
-    groups, as compiled code raises it. Then what is printed with it names the rank that is missing."""
+    """Notes that this rank fails. If the error is one that PyTorch raises in compiled code for an exchange over one of
+    `groups`, a text that names the missing rank is added to it."""
     is_own = isinstance(error, AttentionProviderError)
     if groups and isinstance(error, RuntimeError) and not is_own and _is_of_exchange(error):
         error.add_note(str(explained(error, groups[0])))
@@ -109,25 +110,25 @@ def note_failure(error: BaseException, groups: Sequence[str] = ()) -> None:
 
 
 def _write(state: str) -> None:
-    with contextlib.suppress(Exception):  # of a store that has ended the next exchange will tell
+    with contextlib.suppress(Exception):  # if the store has ended, the next exchange fails
         job_store().set(
             f"{_PREFIX}position/{dist.get_rank()}", f"{state} {_machine()} {os.getpid()} {_progress()} {_here}"
         )
 
 
 class _Position(NamedTuple):
-    """What a rank noted last."""
+    """The latest note of a rank."""
 
     waits: bool
-    """whether it waited in vain."""
+    """Whether it waited in vain."""
     has_ended: bool
-    """whether its process is known to have."""
+    """Whether its process is known to have ended."""
     progress: int
     place: str
 
 
 def _read(ranks: Sequence[int]) -> dict[int, _Position]:
-    """Where each rank is; nothing of those that have noted nothing."""
+    """The positions of ranks. Ranks without a note are left out."""
     store = job_store()
     found: dict[int, _Position] = {}
     for rank in ranks:
@@ -141,7 +142,7 @@ def _read(ranks: Sequence[int]) -> dict[int, _Position]:
 
 @functools.cache
 def _machine() -> str:
-    """What tells this machine, and its numbering of processes, from others."""
+    """An identifier of this machine and its process namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
@@ -170,12 +171,12 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
             if not others or ended or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-    except Exception:  # the store went with the process that had it
+    except Exception:  # the store has ended with its process
         return RankMissingError(
             f"rank {dist.get_rank()}, at {_here}, got no answer from others of the {ranks_in_words(ranks)}. Which one "
             f"is missing is unknown: the job's store, kept by the first rank or the launcher, has ended. ({said})"
         )
-    # Some of those that wait at the same place may not have given up yet.
+    # A rank at the same place as those that waited may still be waiting: it is not missing.
     places = {position.place for position in found.values() if position.waits}
     elsewhere = [rank for rank in others if rank not in found or found[rank].place not in places]
     missing = ended or elsewhere or others
@@ -195,8 +196,7 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
 
 
 def behind(ranks: Sequence[int]) -> str | None:
-    """Which of these ranks have not begun, or ended, the forward that this one has, in words; None where there are
-    none, or the store does not tell."""
+    """A text that names the ranks that are behind this one. None if there are none, or the store cannot be read."""
     progress, here = _progress(), _here
     try:
         found = _read(ranks)
@@ -224,10 +224,10 @@ def _last(rank: int, position: _Position | None) -> str:
 
 @contextlib.contextmanager
 def waiting_for(ranks: Sequence[int]) -> Iterator[None]:
-    """Within, these ranks exchange something. What PyTorch raises if one does not come becomes an error that names it.
+    """Context for an exchange between these ranks.
 
     Raises:
-        RankMissingError: in place of an error of PyTorch's.
+        RankMissingError: in place of PyTorch's error for a rank that did not come.
     """
     try:
         yield
@@ -238,15 +238,15 @@ def waiting_for(ranks: Sequence[int]) -> Iterator[None]:
 
 
 def explained(error: RuntimeError, group: str) -> Exception:
-    """What to raise in place of an error in an exchange over the group of this name: one that names the rank that is
-    missing; or the error itself, if it is of another kind (memory)."""
+    """The error to raise in place of one that an exchange over this group raised: one that names the missing rank; or
+    the same error, if it has another cause, such as memory."""
     if not _is_of_exchange(error):
         return error
     return lost(_all_of.get(group) or dist.get_process_group_ranks(resolve(group)), error)
 
 
 def _is_of_exchange(error: RuntimeError) -> bool:
-    """Whether it says that another rank did not answer. Only NCCL and stores have a class for that."""
+    """Whether an error says that another rank did not answer. Only NCCL and stores have a class for that."""
     said = str(error)
     return isinstance(error, dist.DistError) or any(
         word in said for word in ("gloo", "imed out", "imeout", "onnection")
@@ -254,19 +254,19 @@ def _is_of_exchange(error: RuntimeError) -> bool:
 
 
 def meet(ranks: Sequence[int], timeout: datetime.timedelta) -> None:
-    """Returns when all these ranks have come here, each as often as the others.
+    """A barrier: returns when all these ranks have called this equally often.
 
     Raises:
-        RankMissingError: they have not within the timeout.
+        RankMissingError: a rank has not called this within the timeout.
     """
     tell(ranks, b"", timeout)
 
 
 def tell(ranks: Sequence[int], said: bytes, timeout: datetime.timedelta) -> list[bytes]:
-    """What each of these ranks says, in their order. All of them must call this, each as often as the others.
+    """Gathers the bytes of each of these ranks, in their order. All of them must call this equally often.
 
-    It goes through the job's store. A collective would have NCCL make a communicator, which takes hundreds of MiB of
-    every GPU.
+    The bytes go through the job's store. A collective would make NCCL create a communicator, which takes hundreds of
+    MiB of every GPU.
 
     Raises:
         RankMissingError: a rank has not called this within the timeout.
@@ -286,10 +286,10 @@ def tell(ranks: Sequence[int], said: bytes, timeout: datetime.timedelta) -> list
             store.wait(keys, timeout)
             found = [store.get(key) for key in keys]
         except BaseException:
-            store.delete_key(own)  # so that who comes late does not take this rank to be here
+            store.delete_key(own)  # a rank that comes late must not believe that this one is waiting
             raise
     _meetings[1][members] = number
-    if number > 2:  # all who come to a meeting have left the last but one
+    if number > 2:  # a rank that comes to a meeting has left the one before the last
         with contextlib.suppress(Exception):
             store.delete_key(f"{place}/{number - 2}/{dist.get_rank()}")
     return found

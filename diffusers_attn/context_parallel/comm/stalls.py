@@ -1,15 +1,17 @@
-"""Ranks that wait for another on their devices, told which one, while nothing else can tell them.
+"""Names the missing rank when an exchange between GPUs hangs.
 
-An exchange between GPUs does not fail where a rank never comes: the hosts go on until they need a result, and NCCL ends
-the process long after, with an error that names no rank. Models whose ranks compare their inputs meet between hosts in
-every forward, and raise an error that does. Others (`inputs="trust"`), and a rank that stops in the last forward, are
-watched here: a thread looks from time to time whether this rank has begun or ended a forward. If it has not for as long
-as ranks wait for each other, the thread reads where the others are, and logs an error that names those that are behind.
-NCCL, which waits a quarter longer, ends the process after it.
+If a rank never joins an exchange, the other GPUs wait. Their hosts notice nothing until they need a result, and NCCL
+ends the process long after, with an error that names no rank. With inputs="broadcast" or "check", ranks meet over their
+hosts in every forward, and the meeting raises an error that names the missing rank. This file is for all other cases
+(`inputs="trust"`, or a rank that stops in the last forward).
 
-Forwards pay nothing for this: the thread compares two numbers every few seconds, and reads the job's store only where
-they have stayed the same for that long. It cannot tell apart ranks that are all at the same place, and does not see
-forwards of a model that is compiled as a whole (`torch.compile(model)`) with `inputs="trust"`.
+A thread checks every few seconds whether this rank has begun or ended a forward. If it has not for the whole timeout,
+the thread reads the positions of the other ranks, and logs an error that names those that are behind. NCCL waits a
+quarter longer before it ends the process.
+
+Forwards pay nothing for this: the thread compares two numbers, and reads the job's store only after the timeout. Two
+cases go unnoticed: all ranks hang at the same place, and a model that is compiled as a whole (`torch.compile(model)`)
+with `inputs="trust"`.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class Watch:
-    """These ranks are watched, until it is removed or deleted.
+    """Watches ranks until it is removed or deleted.
 
     Args:
-        ranks: those that share a sequence, with this one.
+        ranks: the ranks that share a sequence, including this one.
         timeout: how long they wait for each other.
     """
 
@@ -47,11 +49,11 @@ class Watch:
         _changed.set()
 
     def look(self, number: int, quiet: float) -> None:
-        """Tells of ranks that are behind, where there are any.
+        """Logs an error if ranks are behind, once for each standstill.
 
         Args:
-            number: of notes that this rank has made.
-            quiet: for how many seconds it has made no other.
+            number: number of notes that this rank has made.
+            quiet: seconds since the last of them.
         """
         if quiet < self.seconds or _told.get(self.ranks) == number:
             return
@@ -68,7 +70,7 @@ class Watch:
 
 
 _told: dict[tuple[int, ...], int] = {}
-"""of which ranks it was told that some are behind, and how many notes this rank had made: once is enough."""
+"""The ranks for which an error was logged, with the number of notes that this rank had made then."""
 _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 _lock = threading.Lock()
 _changed = threading.Event()
