@@ -95,7 +95,7 @@ def test_two_processes_say_it_once(tmp_path):
     assert done.returncode == 1
     ours = [line for line in done.stderr.splitlines() if "train_lora.py: " in line]
     assert len(ours) == 1 and "--on_bad_data skip" in ours[0], done.stderr
-    assert done.stderr.count("00.png: a broken picture") == 1
+    assert done.stderr.count("00.png: a broken image") == 1
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("elastic")[0]
     done = launching.run([*command, *script, "--ranks", "2"], env=environment)
     assert done.stderr.count("unrecognized arguments: --ranks 2") == 1 and "usage:" not in done.stderr

@@ -48,13 +48,13 @@ def test_frames():
     assert buckets.bucket(example()).frames == 1
     assert buckets.bucket(example(frames=32)).frames == 17
     assert buckets.bucket(example(frames=300)).frames == 33
-    with pytest.raises(TrainingDataError, match="it gives 16 frames, and buckets are of 1, 17, 33 frames"):
+    with pytest.raises(TrainingDataError, match="it has 16 usable frames, but buckets have 1, 17, 33 frames"):
         buckets.bucket(example(frames=16))
     with pytest.raises(TrainingDataError, match="a video, but buckets have single frames"):
         Buckets.of(512 * 512).bucket(example(frames=16))
     with pytest.raises(TrainingDataError, match="an image, but buckets have 17 frames"):
         Buckets.of(512 * 512, frames=(17,)).bucket(example())
-    with pytest.raises(TrainingDataError, match="frames=16; the model takes 4n \\+ 1 of them: 13 or 17"):
+    with pytest.raises(TrainingDataError, match="frames=16: the model accepts 4n \\+ 1 frames, such as 13 or 17"):
         Buckets.of(512 * 512, frames=(16,), frame_rule=(4, 1))
 
 
@@ -103,5 +103,5 @@ def test_random_crops_are_the_seeds():
     assert all(each[0] == each[1] for each in first)
     again = [resize_crop([frame], Bucket(1, 20, 20), crop="random", seed=3) for _ in range(2)]
     assert torch.equal(*again)
-    with pytest.raises(TrainingDataError, match="crop='left'; it is one of 'centre', 'random'"):
+    with pytest.raises(TrainingDataError, match="crop='left': accepted are 'centre', 'random'"):
         resize_crop([frame], Bucket(1, 20, 20), crop="left")

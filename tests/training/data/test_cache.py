@@ -212,7 +212,7 @@ def test_bad_data_is_skipped_by_name(tmp_path, caplog):
         filled = cache(tmp_path / "cache").fill(examples, encode, on_bad_data="skip")
     assert [each.example.name for each in filled] == ["00.png", "01.png"]
     (record,) = caplog.records
-    for said in ("half.jpg: a broken picture", "tiny.png: 8x8 pixels would have to be"):
+    for said in ("half.jpg: a broken image", "tiny.png: 8x8 pixels would have to be"):
         assert said in record.message
     # Once it is mended, it is used.
     picture(tmp_path / "data" / "half.jpg", 256, 256)
@@ -290,7 +290,7 @@ def test_folders_that_are_not_shared_are_noticed(tmp_path):
     examples = data(tmp_path)
     errors = on_threads(2, lambda ranks: cache(tmp_path / f"{ranks.rank}").fill(examples, encode, ranks=ranks))
     assert all(
-        isinstance(error, TrainingDataError) and "all processes of the job share" in str(error) for error in errors
+        isinstance(error, TrainingDataError) and "that all processes" in str(error) for error in errors
     )
     errors = on_threads(
         2, lambda ranks: TextCache(tmp_path / f"{ranks.rank}", {}).fill("abc", encode_text, ranks=ranks)

@@ -83,15 +83,15 @@ def bad_folder(folder):
     picture(folder.parent / "outside.png")
     (folder / "m" / "metadata.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json", "[1]"]))
     return {
-        "headless.png": "a broken picture", "broken.mp4": "a broken video", "short.mp4": "it is cut off",
+        "headless.png": "a broken image", "broken.mp4": "a broken video", "short.mp4": "it is cut off",
         "text.webm": "a broken video",
         "uncaptioned.png": "no caption", "empty.txt": "no caption for empty.png", "orphan.txt": "a caption for no file",
         "twin.txt": "several files: twin.jpg, twin.png",
         "m/twice.png": "captioned 2 times: m/metadata.jsonl line 1, m/metadata.jsonl line 2",
         "m/both.png": "captioned 2 times: m/metadata.jsonl line 3, m/both.txt",
-        "m/metadata.jsonl line 4": "there is no file nowhere.png", "m/metadata.jsonl line 5": "no 'file_name'",
+        "m/metadata.jsonl line 4": "there is no file nowhere.png", "m/metadata.jsonl line 5": "no value for 'file_name'",
         "m/metadata.jsonl line 6": "no caption for wordless.png",
-        "m/metadata.jsonl line 7": "caption and text are there for doubled.png",
+        "m/metadata.jsonl line 7": "doubled.png has caption and text",
         "m/metadata.jsonl line 8": "outside of the folder", "m/metadata.jsonl line 9": "not JSON",
         "m/metadata.jsonl line 10": "a JSON object is expected",
     }  # fmt: skip
@@ -143,7 +143,7 @@ def test_what_is_no_folder(tmp_path):
         read_examples(tmp_path / "typo")
     with pytest.raises(TrainingDataError, match="is a file"):
         read_examples(picture(tmp_path / "a.png"))
-    with pytest.raises(TrainingDataError, match="on_bad_data='ignore'; it is one of 'skip', 'refuse'"):
+    with pytest.raises(TrainingDataError, match="on_bad_data='ignore': accepted are 'skip', 'refuse'"):
         read_examples(tmp_path, on_bad_data="ignore")
 
 
@@ -179,7 +179,7 @@ def test_hugging_face_datasets(tmp_path):
             assert file.read() == (tmp_path / "files" / "2.png").read_bytes()
 
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "test only")
-    with pytest.raises(TrainingDataError, match="no split 'train'; it has 'test'. Save the one .*`save_to_disk`"):
+    with pytest.raises(TrainingDataError, match="no split 'train'; it has 'test'. Save one .*`save_to_disk`"):
         read_examples(tmp_path / "test only")
     with pytest.raises(TrainingDataError, match="must have one column of images or videos, but has 0.*`save_to_disk`"):
         read_dataset(dataset.remove_columns("image"))
@@ -213,7 +213,7 @@ def test_linked_folders_are_read_once(tmp_path):
         read_folder(tmp_path / "data")
     found = {problem.name: problem.reason for problem in error.value.problems}
     assert found.keys() == {"linked/back", "again", "lost.png"}
-    assert found["again"] == "a link to a folder that is read already: own"
+    assert found["again"] == "a link to a folder that was read already: own"
     assert found["lost.png"].startswith("a link to nothing")
 
 
@@ -245,10 +245,10 @@ def test_metadata_parquet(tmp_path):
     assert "no file 3.png" in found["a/metadata.parquet row 4"]
     assert captions(read_examples(tmp_path, on_bad_data="skip")) == {"a/0.png": "zero", "a/1.png": "one"}
     parquet.write_table(table.drop_columns("text"), tmp_path / "a" / "metadata.parquet")
-    with pytest.raises(TrainingDataError, match="it has the columns file_name, size, and file_name and one of"):
+    with pytest.raises(TrainingDataError, match="it has the columns file_name, size, but needs file_name and one of"):
         read_examples(tmp_path)
     cut(tmp_path / "a" / "metadata.parquet", 0.5)
-    with pytest.raises(TrainingDataError, match=r"metadata\.parquet: not Parquet that can be read"):
+    with pytest.raises(TrainingDataError, match=r"metadata\.parquet: it cannot be read as Parquet"):
         read_examples(tmp_path)
 
 
@@ -285,5 +285,5 @@ def test_gif_is_a_picture_or_a_video(tmp_path):
 def test_pictures_of_other_formats_are_named(tmp_path):
     album(tmp_path, 1)
     (tmp_path / "a.heic").write_bytes(b"")
-    with pytest.raises(TrainingDataError, match=r"a\.heic: \.heic is not read"):
+    with pytest.raises(TrainingDataError, match=r"a\.heic: \.heic files cannot be read"):
         read_folder(tmp_path)

@@ -63,7 +63,7 @@ def test_one_wrong_bit_of_a_png(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(TrainingDataError, match="the checksum of its part 'IDAT'"):
+    with pytest.raises(TrainingDataError, match="the checksum of its chunk 'IDAT'"):
         decode.read_image(FileSource(path))
 
 

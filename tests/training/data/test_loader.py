@@ -180,7 +180,7 @@ def test_what_does_not_go_together(prepared, tmp_path):
     sampler = LatentLoader.sampler_for(latents, global_batch_size=4)
     with pytest.raises(TrainingDataError, match="captions without embeddings: 'moves'"):
         LatentLoader(latents, {caption: path for caption, path in text.items() if caption != "moves"}, sampler)
-    with pytest.raises(TrainingDataError, match="no multiple of 3 data-parallel ranks"):
+    with pytest.raises(TrainingDataError, match="not a multiple of 3 data-parallel ranks"):
         LatentLoader(latents, text, sampler, Share(0, 3))
     other = TextCache(tmp_path, {}).fill(["moves"], lambda captions: {"embeds": torch.zeros(1, 2, 3)})
     with pytest.raises(TrainingDataError, match="same names for all"):

@@ -92,7 +92,7 @@ def test_position_goes_on_where_it_was():
 @pytest.mark.parametrize(
     "settings, said",
     [({"global_batch_size": 0}, "global_batch_size=0"), ({"repeats": 0}, "repeats=0"),
-     ({"incomplete": "pad"}, "incomplete='pad'; it is one of 'fill', 'drop'")],
+     ({"incomplete": "pad"}, "incomplete='pad': accepted are 'fill', 'drop'")],
 )  # fmt: skip
 def test_senseless_settings(settings, said):
     with pytest.raises(TrainingDataError, match=said):
