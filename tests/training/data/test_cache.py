@@ -289,9 +289,7 @@ def _fail(captions):
 def test_folders_that_are_not_shared_are_noticed(tmp_path):
     examples = data(tmp_path)
     errors = on_threads(2, lambda ranks: cache(tmp_path / f"{ranks.rank}").fill(examples, encode, ranks=ranks))
-    assert all(
-        isinstance(error, TrainingDataError) and "that all processes" in str(error) for error in errors
-    )
+    assert all(isinstance(error, TrainingDataError) and "that all processes" in str(error) for error in errors)
     errors = on_threads(
         2, lambda ranks: TextCache(tmp_path / f"{ranks.rank}", {}).fill("abc", encode_text, ranks=ranks)
     )
