@@ -6,9 +6,12 @@ import functools
 from collections.abc import Sequence
 
 import torch.distributed as dist
+from torch import nn
 
 from ..context_parallel.comm.everyone import everyone
+from ..errors import AttentionProviderError
 from ..runtime.cuda_graphs import apply
+from ..runtime.cuda_graphs.graphed import Agree
 from .choices import Choices
 
 
@@ -28,7 +31,7 @@ def record(chosen: Choices, device: str, groups: Sequence[dist.ProcessGroup]) ->
     agree = functools.partial(everyone, groups=tuple(groups))
     for target in chosen.targets:
         if chosen.cuda_graphs is True:
-            apply.apply_on_ranks(target.model, None)
+            _apply_or_raise(target.model, agree)
         elif chosen.cuda_graphs is False or device != "cuda":
             apply.remove_automatic(target.model)
         else:
@@ -42,3 +45,17 @@ def record(chosen: Choices, device: str, groups: Sequence[dist.ProcessGroup]) ->
     if chosen.cuda_graphs is False:
         return "no CUDA graphs, as asked for"
     return f"no CUDA graphs: {'; '.join(reasons)}" if reasons else "steps are replayed as CUDA graphs"
+
+
+def _apply_or_raise(model: nn.Module, agree: Agree) -> None:
+    """Applies CUDA graphs on all ranks. Raises AttentionProviderError on all ranks if one of them cannot."""
+    problem: AttentionProviderError | None = None
+    try:
+        apply.apply_on_ranks(model, None)
+    except AttentionProviderError as error:
+        problem = error
+    said = next((each for each in agree(None if problem is None else str(problem)) if each is not None), None)
+    if problem is not None:
+        raise problem
+    if said is not None:
+        raise AttentionProviderError(f"another rank cannot record CUDA graphs: {said}")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ...context_parallel.hooks.apply import applied_gather, applied_tracker
 from ...context_parallel.hooks.within import not_called
+from ...context_parallel.sequences.layout import LayoutState
 from ...context_parallel.sequences.tracker import SequenceTracker
 from ...errors import AttentionProviderError
 from . import obstacles
@@ -70,6 +71,7 @@ class Graphs:
         self.recordings: OrderedDict[object, Recording | NotRecorded | None] = OrderedDict()
         """By kind of call, most recently used last; None for a kind that has run only once."""
         self.replays = 0
+        """Number of calls that were replays."""
         self.changes = 0
         """Number of changes of the model since the last replay."""
         self.off: str | None = None
@@ -163,9 +165,9 @@ class GraphedForward:
             return f"nothing, because {graphs.off}"
         choice, _, *rest = surroundings()
         replaced = "" if vars(model).get("forward") is self else " through a replaced forward"
-        watched = " under a TorchDispatchMode" if torch._C._len_torch_dispatch_stack() else ""
+        mode = " under a TorchDispatchMode" if obstacles.is_watched() else ""
         kinds = f"{graphs.recorded} of {len(graphs.recordings)} kinds of calls"
-        return f"{kinds}; now called{replaced}{watched} in {choice!r}, {rest}"
+        return f"{kinds}; now called{replaced}{mode} in {choice!r}, {rest}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         return self._of(memo.get(id(self._model())))
@@ -308,20 +310,19 @@ def _run_and_record(call: _Call, kind: object, tensors: list[Tensor], tracker: S
     reason = reason or obstacles.of_model(call.model) or obstacles.of_memory(graphs.device)
     problem = _first(graphs.agree(reason))
     if problem is None:
-        if tracker is not None and before is not None:
-            tracker.begin()
-            tracker.restore(before)
+        _restore(tracker, before)
         found: Recording | None = None
         try:
             found = call.record(tensors, tracker)
-            if not _equal(call.replay(found, tensors, tracker), output):
-                reason = "a replay does not give the same bits as its forward"
         except (AttentionProviderError, torch.OutOfMemoryError) as error:
             reason = str(error).partition("\n")[0]
+        # Before the replay: it exchanges data with the other ranks, which must all have a recording.
         problem = _first(graphs.agree(reason))
-        if tracker is not None and after is not None:
-            tracker.begin()
-            tracker.restore(after)
+        if problem is None and found is not None:
+            if not _equal(found.replay(tensors, tracker), output):
+                reason = "a replay does not give the same bits as its forward"
+            problem = _first(graphs.agree(reason))
+        _restore(tracker, after)
         if problem is None and found is not None:
             graphs.recordings[kind] = found
             graphs.snapshot = Snapshot(call.model)
@@ -332,6 +333,13 @@ def _run_and_record(call: _Call, kind: object, tensors: list[Tensor], tracker: S
     graphs.snapshot = Snapshot(call.model)
     logger.warning("%s runs without a CUDA graph: %s", call.name, problem)
     return output
+
+
+def _restore(tracker: SequenceTracker | None, state: LayoutState | None) -> None:
+    """Sets a model's sequences to an earlier state of the running forward."""
+    if tracker is not None and state is not None:
+        tracker.begin()
+        tracker.restore(state)
 
 
 def _first(reasons: Sequence[str | None]) -> str | None:

@@ -2,7 +2,7 @@
 
 A replay launches kernels and runs no Python. So a model is recorded only if nothing in its forward needs Python to run:
 no hook of another tool on its modules, no replaced forward, no mode that watches operations. Whatever this file cannot
-see is found by `verification.py`, which compares a replay with the forward.
+see is found by `graphed.py`, which compares the first replay with the forward.
 """
 
 from __future__ import annotations
@@ -63,9 +63,15 @@ def of_mode(owns_forward: bool) -> str | None:
         return "its forward was replaced (by offloading or a hook of diffusers)"
     if torch.is_grad_enabled():
         return "gradients are enabled"
-    if torch._C._len_torch_dispatch_stack():
+    if is_watched():
         return "a TorchDispatchMode watches its operations"
     return None
+
+
+def is_watched() -> bool:
+    """Whether a TorchDispatchMode is active, which a replay would run no operation in. (PyTorch has no public function
+    for it.)"""
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def of_tensors(tensors: Iterable[Tensor], device: torch.device) -> str | None:
