@@ -141,10 +141,12 @@ def _attend(call: AttentionCall, choice: ProviderChoice) -> Tensor:
     call = call._replace(needs_grad=_needs_grad(call.query, call.key, call.value))
     if tracker is not None:
         from .context_parallel.attention.entry import split_attention
+        from .context_parallel.sequences.local_keys import check_local_keys
 
         out = split_attention(call, tracker, active_parallel())
         if out is not None:
             return out
+        call = check_local_keys(call, tracker)
     prepared = None if signature is None else _prepared.get(signature)
     if prepared is None:
         prepared = prepare(call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..comm.transport import Transport
 from ..mesh import ContextParallelMesh
 from .attention_calls import AttentionCalls
+from .local_keys import CheckedKeys
 from .split_gather import SplitGather
 
 
@@ -17,6 +18,7 @@ class SequenceTracker(SplitGather, AttentionCalls):
     """
 
     def __init__(self, mesh: ContextParallelMesh, transport: Transport | None = None) -> None:
+        self.checked_keys = CheckedKeys(self)
         super().__init__(mesh)
         self.transport = Transport() if transport is None else transport
         """How keys and values travel to the other ranks of a ring, and why it was chosen."""
@@ -24,3 +26,8 @@ class SequenceTracker(SplitGather, AttentionCalls):
         """Class name of the model, for errors."""
         self.strict = True
         """Whether attention that is computed elsewhere is an error. `verify_cp_plan` lets it run, to see the result."""
+
+    def begin(self) -> None:
+        """Forgets what an earlier forward has recorded."""
+        super().begin()
+        self.checked_keys.begin()

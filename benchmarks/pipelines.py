@@ -1,0 +1,201 @@
+"""Seconds of a whole call of `FluxPipeline`, from the embeddings of a prompt to a picture: diffusers, and ours.
+
+    python benchmarks/pipelines.py --output one.json                              # on one GPU
+    torchrun --nproc_per_node 2 benchmarks/pipelines.py --output two.json         # on several
+    torchrun --nproc_per_node 2 benchmarks/pipelines.py --device cpu --tiny       # tries the script out
+
+"ours" is what the README's lines give, with every default: on one GPU `set_attention_provider(pipe, "auto")` and
+`apply_compile(pipe.transformer)`, on several `enable_context_parallel(pipe)` and `apply_compile(pipe.transformer)`.
+"-eager" leaves the compiling out. diffusers' variants compile by `compile_repeated_blocks`; on several GPUs they use
+`enable_parallelism`. Weights are random, of the real size; the pipeline's own loop, scheduler and VAE run.
+
+All variants exist at once and share their weights. They take turns, in alternating order. A turn is one call; its time
+is that of the slowest rank. Reported are all turns and their median. The first calls of a variant, which compile and
+record, are timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import diffusers
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import MIB, Report, diffusers_on_cpu
+from ranks import Ranks, VariantError
+from real_shapes import REAL, TINY, randomize
+from strategies import STRATEGIES
+
+import diffusers_attn
+
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+"""Flux's configuration of the VAE."""
+TINY_VAE = VAE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+WARM_UP = 3
+"""Calls before the first timed one: the first compiles, and a later one records CUDA graphs."""
+
+
+class Variant:
+    """A pipeline, with a transformer of its own that shares the weights of all."""
+
+    def __init__(self, name: str, pipe: Any, ranks: Ranks) -> None:
+        self.name, self.ranks = name, ranks
+        weights = {id(each): each for each in [*pipe.transformer.parameters(), *pipe.transformer.buffers()]}
+        transformer = copy.deepcopy(pipe.transformer, memo=weights)
+        self.pipe = diffusers.FluxPipeline(**{**pipe.components, "transformer": transformer})
+        self.pipe.set_progress_bar_config(disable=True)
+        self.calls: list[float] = []
+        self.result: dict[str, Any] = {"pipeline": "FluxPipeline", "variant": name}
+
+    def prepare(self, call: dict[str, Any]) -> list[Any]:
+        """Applies the variant and makes the first calls. Returns the pictures of the last one."""
+        self._apply(self.name.removesuffix("-eager"), compiled=not self.name.endswith("-eager"))
+        first = [self.seconds(call) for _ in range(WARM_UP)]
+        self.result["first_calls_s"] = [round(each, 2) for each in first]
+        graphs = diffusers_attn.cuda_graphs_status(self.pipe.transformer)
+        self.result["cuda_graphs"] = str(graphs) if graphs else None
+        return self.pictures
+
+    def seconds(self, call: dict[str, Any]) -> float:
+        """The time of one call on this rank."""
+        self.ranks.synchronize()
+        began = time.perf_counter()
+        self.pictures = self.pipe(**call, generator=torch.Generator("cpu").manual_seed(0)).images
+        self.ranks.synchronize()
+        return time.perf_counter() - began
+
+    def _apply(self, name: str, compiled: bool) -> None:
+        transformer, ranks = self.pipe.transformer, self.ranks
+        if name == "ours":
+            if ranks.size > 1:
+                self.result["note"] = str(diffusers_attn.enable_context_parallel(self.pipe, verbose=False))
+            else:
+                diffusers_attn.set_attention_provider(self.pipe, "auto")
+            if compiled:
+                diffusers_attn.apply_compile(transformer)
+            return
+        if name != "diffusers":
+            mesh = ranks.mesh(STRATEGIES[name])
+            config = diffusers.ContextParallelConfig(ring_degree=mesh.size(0), ulysses_degree=mesh.size(1), mesh=mesh)
+            # The backend of the same kernel as ours, since the default one cannot run over ranks.
+            transformer.set_attention_backend("_native_cudnn" if ranks.device.type == "cuda" else "native")
+            with diffusers_on_cpu() if ranks.device.type == "cpu" else contextlib.nullcontext():
+                transformer.enable_parallelism(config=config)
+        if compiled:
+            transformer.compile_repeated_blocks()
+
+
+def make_pipeline(device: torch.device, tiny: bool) -> Any:
+    """FluxPipeline with random weights and without text encoders."""
+    real = (TINY if tiny else REAL)["flux"]
+    with torch.device(device):
+        vae = diffusers.AutoencoderKL(**(TINY_VAE if tiny else VAE)).to(real.dtype)
+    randomize(vae, device)
+    return diffusers.FluxPipeline(
+        transformer=real.make(device),
+        vae=vae.eval().requires_grad_(False),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+
+
+def make_call(pipe: Any, device: torch.device, size: int, steps: int, tokens: int) -> dict[str, Any]:
+    """Keyword arguments of the pipeline."""
+    config, dtype = pipe.transformer.config, pipe.transformer.dtype
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "prompt_embeds": (1, tokens, config.joint_attention_dim),
+        "pooled_prompt_embeds": (1, config.pooled_projection_dim),
+    }
+    embeds = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    return {**embeds, "height": size, "width": size, "num_inference_steps": steps}
+
+
+def difference(pictures: list[Any], others: list[Any]) -> float:
+    """The mean difference of two pictures, in levels of 255."""
+    one, other = (
+        torch.frombuffer(bytearray(each[0].tobytes()), dtype=torch.uint8).float() for each in (pictures, others)
+    )
+    return (one - other).abs().mean().item()
+
+
+def variants_of(size: int) -> list[str]:
+    if size == 1:
+        return ["diffusers-eager", "ours-eager", "diffusers", "ours"]
+    return ["diffusers-ring-eager", "ours-eager", "diffusers-ring", "diffusers-ulysses", "ours"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a model and a picture that run quickly on a CPU")
+    parser.add_argument("--steps", type=int, default=28, help="denoising steps of a call (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of every variant (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", help="names of variants (default: all for this number of GPUs)")
+    parser.add_argument("--commit", help="the commit that is measured, if this is no git repository")
+    parser.add_argument("--output", type=Path, help="file of results, JSON")
+    args = parser.parse_args()
+    args.compile = True
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29555")
+    ranks = Ranks(args.device, timeout=600)
+    report = Report(args.output, ranks, args)
+    pipe = make_pipeline(ranks.device, args.tiny)
+    call = make_call(pipe, ranks.device, 64 if args.tiny else 1024, args.steps, 32 if args.tiny else 512)
+    alone = Variant("diffusers-eager", pipe, ranks)
+    alone.seconds(call)
+
+    ready: list[Variant] = []
+    for name in args.variants or variants_of(ranks.size):
+        variant = Variant(name, pipe, ranks)
+        report.variants.append(variant)
+        try:
+            ranks.attempt(lambda variant=variant: variant.prepare(call))  # type: ignore[misc]
+        except VariantError as error:
+            variant.result["error"] = str(error)
+        else:
+            variant.result["difference_in_levels"] = round(difference(variant.pictures, alone.pictures), 3)
+            ready.append(variant)
+        report.write()
+        if ranks.rank == 0:
+            print(name, variant.result, flush=True)
+    for turn in range(args.rounds):
+        for variant in ready if turn % 2 == 0 else reversed(ready):
+            variant.calls.append(max(ranks.gather(variant.seconds(call))))
+            variant.result["calls_s"] = [round(each, 3) for each in variant.calls]
+            variant.result["median_s"] = round(statistics.median(variant.calls), 3)
+        report.write()
+    if ranks.rank == 0:
+        for variant in ready:
+            print(f"{variant.name:24} {variant.result['median_s']:8.3f} s   {variant.result['calls_s']}")
+        if ranks.device.type == "cuda":
+            print(f"peak memory {torch.cuda.max_memory_allocated() / MIB:.0f} MiB")
+    ranks.end(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Keys without shards must be the same on all ranks, or the call is refused on all of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_attn import AttentionProviderError, CPInput, CPOutput, ParamId, attention_dispatch, attention_provider
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
+from diffusers_attn.context_parallel.sequences import local_keys
+
+WIDTH, HEADS = 16, 4
+
+
+def heads(x):
+    return x.unflatten(2, (HEADS, -1)).transpose(1, 2)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+
+    def forward(self, x, text, keys):
+        x = x + attention_dispatch(heads(x), heads(x), heads(x)).transpose(1, 2).flatten(2)
+        query, context = heads(x), {
+            "the text": lambda: text,
+            "every second token": lambda: x[:, ::2],
+            "a token more": lambda: torch.cat([x, self.token], dim=1),
+            "a token more, and its queries": lambda: torch.cat([x, self.token, self.token], dim=1),
+            "the text, then tokens": lambda: x[:, :3] if self.late else text,
+        }[keys]()  # fmt: skip
+        if keys == "a token more, and its queries":
+            query = heads(torch.cat([x, self.token], dim=1))
+        out = attention_dispatch(query, heads(context), heads(context)).transpose(1, 2).flatten(2)
+        return x + out[:, : x.shape[1]]
+
+    late = False
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.proj_out = nn.ModuleList([Block(), Block()]), nn.Linear(WIDTH, WIDTH)
+        self.blocks[1].late = True
+
+    def forward(self, x, text, keys):
+        for block in self.blocks:
+            x = block(x, text, keys)
+        return self.proj_out(x)
+
+
+PLAN = {"blocks.0": {ParamId("x"): CPInput(1, 3)}, "proj_out": CPOutput(1, 3)}
+KEYS = ["every second token", "a token more", "a token more, and its queries", "the text, then tokens"]
+
+
+def attended(meshes, keys, compiled, ring, ulysses):
+    """The largest error of the outputs of two forwards, or the message of the error."""
+    model = Model().double()
+    inputs = [[torch.randn(1, length, WIDTH, dtype=torch.float64) for length in (24, 5)]]
+
+    def run():
+        model.zero_grad()
+        out = [model(x, text, keys) for x, text in inputs + inputs]
+        sum(each.square().sum() for each in out).backward()
+        return [each.detach() for each in out]
+
+    expected = run()
+    apply_context_parallel(model, meshes(ring, ulysses), PLAN)
+    if compiled == "blocks":
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+    if compiled == "model":
+        model.compile(fullgraph=True, backend="aot_eager")
+    with attention_provider("native"):
+        try:
+            found = run()
+        except AttentionProviderError as error:
+            return str(error)
+    return max((one - other).abs().max().item() for one, other in zip(found, expected))
+
+
+def test_keys_that_all_ranks_have(pool):
+    assert max(pool.run(2, attended, keys="the text", compiled="blocks", ring=2, ulysses=1)) < 1e-12
+
+
+@pytest.mark.parametrize("keys, compiled", [*[(keys, None) for keys in KEYS], (KEYS[0], "model"), (KEYS[3], "blocks")])
+def test_keys_that_a_rank_makes_of_its_own_tokens(pool, keys, compiled):
+    for said in pool.run(2, attended, keys=keys, compiled=compiled, ring=1, ulysses=2):
+        assert isinstance(said, str), said
+        assert "ranks 0 and 1 have different ones" in said and "CPAttention((), key=())" in said
+
+
+def comparisons(meshes):
+    """The number of comparisons in each of three forwards, the last one with a longer text."""
+    model = Model()
+    apply_context_parallel(model, meshes(2, 1), PLAN)
+    counts, compare = [], local_keys._compare
+    local_keys._compare = lambda *args: counts.append(len(sizes)) or compare(*args)
+    sizes = []
+    try:
+        for length in (5, 5, 7):
+            sizes.append(length)
+            model(torch.randn(1, 24, WIDTH), torch.ones(1, length, WIDTH), "the text")
+    finally:
+        local_keys._compare = compare
+    return counts
+
+
+def test_only_the_first_forward_compares(pool):
+    assert pool.run(2, comparisons) == [[1, 1, 3, 3]] * 2
+
+
+def test_rounding_is_no_difference():
+    one = torch.randn(1000, dtype=torch.float64)
+    assert local_keys._equal(one, one * 1.001) and not local_keys._equal(one, one.roll(1))
+    assert local_keys._equal(one.log(), one.log())  # with NaN
