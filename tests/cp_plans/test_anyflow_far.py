@@ -18,7 +18,7 @@ from diffusers_attn.processors import anyflow_far
 from diffusers_attn.verify_plan.rank import STRATEGIES, Job, work
 from diffusers_attn.verify_plan.verify import _report
 
-from ..context_parallel.models import MESHES, WITH_VARIANTS
+from ..context_parallel.models import DISTINCT, MESHES, WITH_VARIANTS
 from ..marks import slow_but
 from .anyflow_far import LIMITS, build, cache_of_flex, compare, compare_enabled, compiled, inputs, said
 
@@ -29,7 +29,9 @@ def results(pool, job, mesh, **options):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "name"), [(mesh, name) for name in LIMITS for mesh in MESHES if name == "rollout" or mesh in WITH_VARIANTS]
+    ("mesh", "name"),
+    [(mesh, name) for name in LIMITS for mesh in WITH_VARIANTS]
+    + [(mesh, "rollout") for mesh in (*DISTINCT, "ring 2 x ulysses 2") if mesh not in WITH_VARIANTS],
 )
 def test_like_one_process(pool, mesh, name):
     errors = results(pool, compare, mesh, name=name, removal=mesh == "gather 2")

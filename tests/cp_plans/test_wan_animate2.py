@@ -20,7 +20,7 @@ from diffusers_attn.processors import wan_animate2
 from diffusers_attn.verify_plan.rank import STRATEGIES, Job, work
 from diffusers_attn.verify_plan.verify import _report
 
-from ..context_parallel.models import MESHES, WITH_VARIANTS
+from ..context_parallel.models import DISTINCT, MESHES
 from ..marks import slow_but
 from .wan_animate2 import (
     LIKE_ONE_PROCESS,
@@ -40,13 +40,8 @@ def results(pool, job, mesh, **options):
 
 @pytest.mark.parametrize(
     ("mesh", "name"),
-    [
-        (mesh, name)
-        for name in LIKE_ONE_PROCESS
-        for mesh in MESHES
-        if name == "as the pipeline" or mesh in (*WITH_VARIANTS, "ulysses 2")
-    ]
-    + [("gather 2", "last block skipped")],
+    [(mesh, name) for name in LIKE_ONE_PROCESS for mesh in DISTINCT]
+    + [("ring 2 x ulysses 2", "as the pipeline"), ("gather 2", "last block skipped")],
 )
 def test_like_one_process(pool, mesh, name):
     errors = results(pool, compare, mesh, name=name, removal=mesh == "gather 2")

@@ -303,7 +303,7 @@ def kandinsky6_sr(draw: Draw) -> Inputs:
     "SanaWMTransformer3DModel",
     notes="self-attention, linear or softmax, is in no processor; boolean key mask in cross-attention",
     in_channels=4,
-    num_layers=4,
+    num_layers=2,
     hidden_size=64,
     num_attention_heads=4,
     linear_head_dim=16,

@@ -49,7 +49,7 @@ def check(answers):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", slow_but([True], [False, True]))
 def test_one_graph(pool, strategy, masked):
     ring, ulysses, method = STRATEGIES[strategy]
     check(pool.run(2, compare, ring=ring, ulysses=ulysses, rotate_method=method, backend="aot_eager", masked=masked))
@@ -59,7 +59,6 @@ def test_one_graph(pool, strategy, masked):
 NOTHING_TO_DO = {
     "causal ring": (3, 1, "alltoall", {"is_causal": True}),
     "causal gather": (3, 1, "allgather", {"is_causal": True}),
-    "causal unified": (2, 2, "allgather", {"is_causal": True}),
     "no tokens, ring": (3, 1, "alltoall", {"length": 1, "masked": True}),
     "no tokens, gather": (3, 1, "allgather", {"length": 2, "masked": True}),
     "no heads, ulysses": (1, 3, "allgather", {"heads": 1, "masked": True}),
@@ -67,13 +66,15 @@ NOTHING_TO_DO = {
 }
 
 
-# Inductor, which takes long, does so in more ways.
+# Inductor, which takes long, does so in more ways than the compiler before it.
+INDUCTOR = ("causal gather", "no tokens, ring")
+
+
 @pytest.mark.parametrize(
     ("case", "backend"),
     slow_but(
         [("no tokens, gather", "aot_eager")],
-        [(case, "aot_eager") for case in NOTHING_TO_DO]
-        + [("causal gather", "inductor"), ("no tokens, ring", "inductor")],
+        [(case, "inductor" if case in INDUCTOR else "aot_eager") for case in NOTHING_TO_DO],
     ),
 )
 def test_ranks_without_work_take_part(pool, case, backend):
