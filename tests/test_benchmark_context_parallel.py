@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from . import launching
-from .test_inference_cp import TORCHRUN, launch
 from .test_quickstart import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "context_parallel.py"
@@ -20,7 +18,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("benchmark") / "new" / "report.json"
     strategies = ["single", "diffusers-ulysses", "diffusers-ring", "ulysses", "gather", "auto"]
     options = ["--device", "cpu", "--tiny", "--models", "wan", "--strategies", *strategies, "--steps", "2"]
-    done = launch([*TORCHRUN, SCRIPT, *options, "--extra", "ring:_native_math", "--output", path])
+    done = launching.run_ranks(2, SCRIPT, *options, "--extra", "ring:_native_math", "--output", path)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -40,6 +38,6 @@ def test_every_variant_is_measured_or_says_why_not(report: Path) -> None:
 
 @pytest.mark.slow
 def test_the_report_prints_as_tables(report: Path) -> None:
-    done = launching.run([sys.executable, SCRIPT, "--markdown", report], check=True)
+    done = launching.run_ranks(1, SCRIPT, "--markdown", report)
     assert "| ring | `_native_math` | " in done.stdout
     assert "- tiny Wan, diffusers-ring, native: ValueError" in done.stdout

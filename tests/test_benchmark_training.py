@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from . import launching
-from .test_inference_cp import TORCHRUN, launch
 from .test_quickstart import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "training.py"
@@ -19,7 +17,7 @@ SCRIPT = ROOT / "benchmarks" / "training.py"
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("benchmark") / "new" / "report.json"
     options = ["--device", "cpu", "--size", "tiny", "--rank", "4", "--warm_up", "1", "--rounds", "2"]
-    done = launch([*TORCHRUN, SCRIPT, *options, "--extra", "ring:_native_math:eager", "--output", path])
+    done = launching.run_ranks(2, SCRIPT, *options, "--extra", "ring:_native_math:eager", "--output", path)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -51,7 +49,7 @@ def test_all_variants_take_the_same_first_step(report: Path) -> None:
 
 @pytest.mark.slow
 def test_the_report_prints_as_a_table(report: Path) -> None:
-    done = launching.run([sys.executable, SCRIPT, "--markdown", report], check=True)
+    done = launching.run_ranks(1, SCRIPT, "--markdown", report)
     assert "| ring | `_native_math` | eager | " in done.stdout
     assert "- diffusers-ring, native, eager: ValueError" in done.stdout
     assert "- gather, `native`: context parallelism: WanTransformer3DModel on 2 ranks" in done.stdout
@@ -61,6 +59,6 @@ def test_the_report_prints_as_a_table(report: Path) -> None:
 def test_what_the_time_does_not_allow_is_not_started(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     options = ["--device", "cpu", "--size", "tiny", "--strategies", "single", "--seconds", "0.001", "--output", path]
-    done = launch([*TORCHRUN[:-1], "1", SCRIPT, *options])
+    done = launching.run_ranks(1, SCRIPT, *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["results"][0]["error"] == "not started: --seconds 0.001 were over"

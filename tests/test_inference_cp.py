@@ -96,7 +96,7 @@ def shared(folder: Path) -> subprocess.CompletedProcess[str]:
     job = folder / "job.py"
     job.write_text(JOB.format(script=str(SCRIPT)))
     calls = {name: arguments(name, folder, "shared") for name in PIPELINES}
-    return launch([*TORCHRUN, job, folder, json.dumps(calls)])
+    return launching.run_ranks(2, job, folder, json.dumps(calls))
 
 
 @pytest.mark.slow
@@ -134,6 +134,7 @@ def test_a_rank_that_fails_ends_the_job(shared: subprocess.CompletedProcess[str]
     assert not (folder / "never.png").exists()
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_the_demo(tmp_path: Path) -> None:
     """As `make demo-cp` has it, started by Accelerate."""
     picture = tmp_path / "new" / "picture.png"

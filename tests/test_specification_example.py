@@ -14,8 +14,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
+from . import launching
 from .specification import TEXT, script
-from .test_inference_cp import TORCHRUN, launch
 from .tiny_pipelines import make
 
 SIZE = {"height": 48, "width": 80, "num_frames": 9}
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_makes_the_video_of_one_process(folder: Path) -> None:
     text = script(folder / "wan", *ON_CPU, KEPT, ('"output.mp4"', repr(str(folder / "output.mp4"))))
     (folder / "example.py").write_text(text)
-    done = launch([*TORCHRUN, folder / "example.py"])
+    done = launching.run_ranks(2, folder / "example.py")
     assert done.returncode == 0, done.stderr
     found = np.load(folder / "output.mp4.npy") / 255
     expected = alone(folder / "wan", text)

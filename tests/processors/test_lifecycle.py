@@ -189,6 +189,13 @@ def moments(own_calls):
     return live
 
 
+# Models of which each is bound in another way; the others are more of their kinds.
+QUICK = (
+    "lora-flux", "lora-mochi", "lora-pipeline", "fuse-sd3", "fuse-flux", "lora-and-fuse", "ip-adapter-flux",
+    "ip-adapter-unet", "ip-adapter-sd3", "slicing", "copies-mochi",
+)  # fmt: skip
+
+
 def bindings():
     for name, (_, steps) in LIVES.items():
         last = len(steps)
@@ -196,7 +203,9 @@ def bindings():
             if name == "slicing" and start == 1:
                 continue  # then there is nothing to bind
             for end in sorted({start, min(start + 1, last), last}):
-                yield pytest.param(name, start, end, id=f"{name}-{start}-{end}")
+                yield pytest.param(
+                    name, start, end, id=f"{name}-{start}-{end}", marks=[pytest.mark.slow] * (name not in QUICK)
+                )
 
 
 @pytest.mark.filterwarnings("ignore:SlicedAttnProcessor calls neither:UserWarning")

@@ -67,6 +67,7 @@ def test_a_tracker_is_told_numbers_and_videos(settings_of, tmp_path, monkeypatch
     settings = settings_of("wan", steps=3, trackers=[tracker], tracker_project="tried", **drawing)
     train({**settings, "cache_dir": f"{settings['output_dir']}/cache"})
     if tracker == "wandb":
+        importlib.import_module("wandb").teardown()  # waits for the process that writes the records
         [run] = tmp_path.glob("wandb/offline-run-*")
         [records] = run.glob("run-*.wandb")
         [video] = run.glob("files/media/videos/validation/*")

@@ -67,7 +67,8 @@ def flux(meshes, blocks):
     return (out - expected).abs().max().item(), calls
 
 
-@pytest.mark.parametrize("blocks", slow_but(["single"], BLOCKS))
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", BLOCKS)
 def test_flux(pool, blocks):
     for error, calls in pool.run(2, flux, blocks=blocks):
         assert error < 1e-5
@@ -109,7 +110,7 @@ def masked(meshes, ring, length, kind, is_causal):
     return reference.relative_error(out, expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize("ring", [2, 3])
+@pytest.mark.parametrize("ring", slow_but([2], [2, 3]))
 @pytest.mark.parametrize(
     ("kind", "is_causal", "length"),
     [("none", False, 11), ("key", False, 11), ("rows", False, 11), ("none", True, 13), ("key", False, 2)],

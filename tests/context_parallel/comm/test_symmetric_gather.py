@@ -76,7 +76,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(["inference", "training"], COMPILED))
+@pytest.mark.parametrize("case", slow_but(["training"], COMPILED))
 def test_one_graph(pool, case):
     options = {"is_causal": False, "train": False, **COMPILED[case]}
     for graphs, error, _ in pool.run(options["ring"], compiled, backend="aot_eager", **options):
