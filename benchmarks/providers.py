@@ -33,7 +33,10 @@ from diffusers_attn import attention_dispatch, attention_provider, list_provider
 DTYPE = torch.bfloat16
 ROUNDS = 4
 REFERENCE_ROWS = 256
-PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "sageattention", "xformers")
+PACKAGES = (
+    "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "sageattention", "sageattn3", "xformers",
+    "kernels",
+)  # fmt: skip
 
 
 class Shape(NamedTuple):

@@ -186,12 +186,14 @@ def explain(
     *,
     layout: Layout = "bhsd",
     lossy: str | tuple[str, ...] = (),
+    source: str | None = None,
 ) -> Selection:
-    """Reports which provider `auto` would pick for a call, and why. Computes nothing.
+    """Reports which provider `auto` would pick for a call, and why. Computes nothing, but loads the provider's kernel.
 
     Args:
         query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, layout: as for `attend`.
         lossy: names of lossy providers that `auto` may pick too; default none.
+        source: "package" or "hub", as for `provider_status`.
 
     Returns:
         The selection, which prints as a short report.
@@ -203,9 +205,10 @@ def explain(
     if found is not None and found[1].way == Way.CAUSAL:
         attn_mask = tensor_kinds.causal(attn_mask, is_causal, query.device)
         is_causal = attn_mask is None
+    options = {"lossy": lossy} if source is None else {"lossy": lossy, "source": source}
     call = AttentionCall(
         query, key, value, attn_mask, dropout_p, is_causal, None, enable_gqa, layout, "auto",
-        ProviderChoice.of("auto", lossy=lossy).options, _needs_grad(query, key, value),
+        ProviderChoice.of("auto", **options).options, _needs_grad(query, key, value),
     )  # fmt: skip
     call.check()
     call = call.four_dims()

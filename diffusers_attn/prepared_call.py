@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import masks, shapes
 from .call import AttentionCall
-from .providers import lowering, registry
+from .providers import lowering
 from .providers.decision import decide_call
 
 
@@ -51,7 +51,7 @@ def prepare(given: AttentionCall) -> PreparedCall:
         plan = plan._replace(empty=True)
     if shapes.differ(call.query, call.key, call.value, call.heads_dim):
         plan = plan._replace(broadcast=True)
-    adapter = registry.ADAPTERS[plan.provider]
+    adapter = plan.adapter
     view = None if mask is call.mask else functools.partial(_view_mask, sizes=sizes)
     transpose = plan.layout != call.layout
     differentiated = params.needs_grad or call.derived

@@ -15,7 +15,7 @@ import torch
 
 from . import recompute
 from .errors import AttentionProviderError
-from .providers import registry
+from .providers import hub, registry
 from .providers.base import Option
 from .providers.catalog import SPECS, AttentionProvider
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
     from .context_parallel.mesh import ContextParallelMesh
 
-AUTO_OPTIONS = {"lossy": Option((str, tuple), "names of lossy providers (sage, ...) that it may choose")}
+AUTO_OPTIONS = {
+    "lossy": Option((str, tuple), "names of lossy providers (sage, ...) that it may choose"),
+    "source": hub.SOURCE,
+}
 
 
 class ProviderChoice:
@@ -45,6 +48,9 @@ class ProviderChoice:
         known = AUTO_OPTIONS if name == "auto" else SPECS[name].options
         for option, value in options.items():
             if option not in known:
+                if option == "source":
+                    hub.source_of(SPECS[name], value)  # raises with the reason, except for "package", the only source
+                    continue
                 has = ", ".join(f"{key} ({spec.doc})" for key, spec in known.items()) or "none"
                 raise AttentionProviderError(f"provider '{name}' has no option {option!r}; its options: {has}.")
             known[option].check(name, option, value)
@@ -58,19 +64,26 @@ class ProviderChoice:
                     f"lossy={', '.join(exact)} was given, which is exact; 'auto' chooses among all exact providers "
                     "anyway. Name lossy providers that it may choose too, such as 'sage'."
                 )
+        source = options.pop("source", None)
+        source = source or hub.environment() if name == "auto" else hub.source_of(SPECS[name], source)
+        if source != hub.PACKAGE:
+            options["source"] = source
         return _intern_choice(name, tuple(sorted(options.items())))
 
     def updated(self, **options: object) -> ProviderChoice:
         """This choice with further options. Raises as `of` does."""
-        return ProviderChoice.of(self.provider, **{**dict(self.options), **options})
+        return ProviderChoice.of(self.provider, **{"source": hub.PACKAGE, **dict(self.options), **options})
 
     def check_usable(self) -> None:
         """Raises ProviderUnavailableError if the provider, or one named in `lossy`, cannot be used on this machine."""
         lossy: Any = dict(self.options).get("lossy", ())
         for name in (self.provider, *lossy):
-            status = registry.provider_status(name)
+            source = hub.chosen_source(SPECS[name], self.options) if name in SPECS else None
+            status = registry.provider_status(name, source)
             if not status.available:
                 raise registry.unavailable(status)
+        if self.provider == "auto" and dict(self.options).get("source") == hub.HUB:
+            registry.check_hub()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _intern_choice, (self.provider, self.options)
@@ -162,7 +175,9 @@ class attention_provider(contextlib.ContextDecorator):  # noqa: N801 (used like 
         convert_to_fp32: whether partial results of a ring merge in float32 (default), or else in the query's dtype.
         rotate_method: how keys and values travel in a ring: "allgather" (default), all at once, or "alltoall", from
             rank to rank.
-        options: options of the provider's kernel.
+        options: options of the provider's kernel; and `source="hub"`, which takes the kernel from the Hugging Face Hub
+            in place of the installed package. Default of `source`: the environment variable `DIFFUSERS_ATTN_SOURCE`,
+            or else "package".
 
     A scope applies to the current thread, and scopes nest. A scope overrides the provider that a processor is bound
     to. With gradient checkpointing (`torch.utils.checkpoint`) the backward recomputes in the scope of the forward,

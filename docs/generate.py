@@ -16,7 +16,9 @@ from pathlib import Path
 
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers.base import Capabilities, ProviderSpec
-from diffusers_attn.providers.catalog import SPECS
+from diffusers_attn.providers.catalog import DIFFUSERS_BACKENDS, SPECS
+from diffusers_attn.providers.hub import KERNELS
+from diffusers_attn.providers.registry import as_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,7 +65,10 @@ def parallel(can: Capabilities) -> str:
 
 
 def install(spec: ProviderSpec) -> str:
-    return code(spec.requirement.install.split("   #")[0]) if spec.requirement else "with PyTorch"
+    if spec.requirement is None:
+        return "with PyTorch"
+    package = code(spec.requirement.install.split("   #")[0])
+    return f'{code(KERNELS.install)} and `source="hub"`, or {package}' if spec.hub else package
 
 
 def readme_table() -> str:
@@ -103,6 +108,22 @@ def capability_table() -> str:
                 ", ".join(code(name) for name in spec.options) or "none",
             )
         )
+    return table(header, rows)
+
+
+def hub_table() -> str:
+    """The kernels on the Hub, and the backends of diffusers that take them."""
+    header = ("backend of diffusers", "provider", "kernel on the Hub")
+    rows = []
+    for backend, name in DIFFUSERS_BACKENDS.items():
+        kernel = SPECS[name].hub
+        arguments = as_arguments(backend).replace("'", '"')
+        from_hub = f"{code(kernel.repo)}, version {kernel.version}" if kernel and "source" in arguments else ""
+        rows.append((code(backend), code(arguments), from_hub))
+    named = set(DIFFUSERS_BACKENDS.values())
+    for name, spec in SPECS.items():
+        if spec.hub and name not in named:
+            rows.append(("", code(f'"{name}", source="hub"'), f"{code(spec.hub.repo)}, version {spec.hub.version}"))
     return table(header, rows)
 
 
@@ -173,7 +194,7 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 SECTIONS = {
     "README.md": {"providers": readme_table},
-    "docs/performance.md": {
+    "docs/context_parallel.md": {
         "strategies": strategy_tables,
         "training": training_tables,
         "script": script_tables,
@@ -181,7 +202,12 @@ SECTIONS = {
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
     },
-    "docs/providers.md": {"capabilities": capability_table, "speeds": speed_tables, "overhead": overhead_table},
+    "docs/providers.md": {
+        "capabilities": capability_table,
+        "hub": hub_table,
+        "speeds": speed_tables,
+        "overhead": overhead_table,
+    },
 }
 
 

@@ -14,7 +14,16 @@ import diffusers_attn
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before)}))
 """
-KERNELS = ("flash_attn", "flash_attn_interface", "sageattention", "xformers", "triton", "cutlass")
+KERNELS = (
+    "flash_attn",
+    "flash_attn_interface",
+    "sageattention",
+    "xformers",
+    "triton",
+    "cutlass",
+    "kernels",
+    "sageattn3",
+)
 
 
 def test_no_kernel_package_and_no_diffusers_model_code():

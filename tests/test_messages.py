@@ -58,6 +58,7 @@ def test_what_looks_for_them_finds_them() -> None:
 def test_every_provider_that_is_not_here_says_how_to_install_it(name: str) -> None:
     status = registry.provider_status(name)
     message = str(registry.unavailable(status))
-    assert not unquoted(message) and message.count("`") == (2 if status.install else 0)
+    commands = (status.install is not None) + ("pip install kernels" in status.shortest)
+    assert not unquoted(message) and message.count("`") == 2 * commands
     if status.install:
         assert f" Install it with `{status.install}`. Providers available here: " in message

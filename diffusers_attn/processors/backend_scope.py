@@ -18,6 +18,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from ..errors import AttentionProviderError
+from ..providers.registry import as_arguments
 from ..scope import ProviderChoice, active_choice
 from ..tracing.errors import raise_error
 
@@ -67,6 +68,7 @@ def check_scope(bound: ProviderChoice | None) -> None:
 def _refused(name: str, provider: str) -> AttentionProviderError:
     return AttentionProviderError(
         f"with attention_backend('{name}') is active, but the model's attention is bound to provider '{provider}'. For "
-        f"another provider in a scope, write with attention_provider('{name}'); to keep '{provider}', call the model "
-        "outside of attention_backend; for diffusers' own backends, call set_attention_provider(model, None) first."
+        f"another provider in a scope, write with attention_provider({as_arguments(name)}); to keep '{provider}', call "
+        "the model outside of attention_backend; for diffusers' own backends, call set_attention_provider(model, None) "
+        "first."
     )

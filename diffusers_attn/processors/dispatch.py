@@ -25,7 +25,7 @@ class DispatchProcessor:
     Args:
         provider: a name of `AttentionProvider`. None: the provider of the active `attention_provider` scope, or
             `native` outside of any scope. A scope also overrides the provider that is named here.
-        options: options of the provider's kernel.
+        options: options of the provider's kernel; and `source="hub"`, as for `attention_provider`.
 
     Raises:
         ProviderUnavailableError: the provider cannot be used on this machine; the message says how to install it.

@@ -20,6 +20,7 @@ from ..call import AttentionCall
 from ..context_parallel.sequences.active import active
 from ..dispatch import attend
 from ..errors import AttentionProviderError
+from ..providers.registry import as_arguments
 from ..scope import ProviderChoice, active_choice
 from .backend_scope import backends, check_scope
 from .reachability import sdpa
@@ -134,7 +135,7 @@ def backend_refused(backend: str, choice: ProviderChoice) -> AttentionProviderEr
         f"set_attention_backend('{name}') was called on a model whose attention is bound to provider "
         f"'{choice.provider}'. To keep '{choice.provider}', call model.reset_attention_backend(); for diffusers' own "
         "backends, call set_attention_provider(model, None); for another provider, call "
-        "set_attention_provider(model, name)."
+        f"set_attention_provider(model, {as_arguments(str(name))})."
     )
 
 

@@ -26,7 +26,7 @@ def set_attention_provider(target: Any, provider: str | AttentionProvider | None
             UNets and ControlNets are bound. Pass autoencoders and encoders as models.
         provider: name of a provider. None undoes this function and `DispatchProcessor`, and restores the modules' own
             processors.
-        options: options of the provider's kernel.
+        options: options of the provider's kernel; and `source="hub"`, as for `attention_provider`.
 
     Raises:
         ProviderUnavailableError: the provider cannot be used on this machine; the message says how to install it.

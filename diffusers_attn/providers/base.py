@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -64,6 +65,21 @@ class Requirement:
 
 
 @dataclasses.dataclass(frozen=True)
+class HubKernel:
+    """A kernel on the Hugging Face Hub, compiled for each PyTorch and CUDA. The package `kernels` downloads it."""
+
+    repo: str
+    """Repository of the kernel, such as `kernels-community/flash-attn2`."""
+    version: int
+    """Version of the kernel's interface. Builds for newer versions of PyTorch are added to it."""
+    module: str = ""
+    """Submodule of the kernel that has the functions of the package's module; empty for the kernel itself."""
+
+    def __str__(self) -> str:
+        return f"{self.repo} (version {self.version})"
+
+
+@dataclasses.dataclass(frozen=True)
 class Capabilities:
     """What a provider can compute. Dispatch decides from this alone, before anything runs."""
 
@@ -108,6 +124,10 @@ class ProviderSpec:
     summary: str
     requirement: Requirement | None = None
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    hub: HubKernel | None = None
+    """The kernel on the Hub that can replace the package; None without one."""
+    without_hub: str = "the Hub has no build of it"
+    """Why `hub` is None."""
 
 
 class Params(NamedTuple):
@@ -130,10 +150,28 @@ class Params(NamedTuple):
 
 
 class Adapter:
-    """Calls one kernel. It is never instantiated and has no state. Its spec lists what it can compute."""
+    """Calls one kernel. It is never instantiated and has no state. Its spec lists what it can compute.
+
+    An adapter of a package that the Hub has too is a template: `over` makes the class that calls the functions of one
+    of the two.
+    """
 
     layout: ClassVar[Layout] = "bshd"
     """The layout that the kernel takes; dispatch transposes by view."""
+
+    @classmethod
+    def over(cls, package: ModuleType | None, source: str) -> type[Adapter]:
+        """This adapter with the functions of `package`. Called once per source.
+
+        Args:
+            package: the module that the spec's requirement names, or that of the kernel from the Hub; None for
+                PyTorch's own kernels.
+            source: "package" or "hub".
+
+        Raises:
+            Exception: the package has no such functions.
+        """
+        return cls
 
     @classmethod
     def check_device(cls, device: torch.device) -> str | None:

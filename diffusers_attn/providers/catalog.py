@@ -9,21 +9,24 @@ from collections.abc import Iterable
 import torch
 
 from ..masks import MaskKind
-from .base import Capabilities, Option, ProviderSpec, Requirement
+from .base import Capabilities, HubKernel, Option, ProviderSpec, Requirement
+from .hub import SOURCE
 
 
 class AttentionProvider(str, enum.Enum):
-    """The attention providers, with the names of finetrainers. Members equal their strings."""
+    """The attention providers. Names that finetrainers has too are its names. Members equal their strings."""
 
     AUTO = "auto"
     NATIVE = "native"
     FLASH = "flash"
     FLASH_VARLEN = "flash_varlen"
     FLASH_3 = "flash_3"
+    FLASH_3_FP8 = "flash_3_fp8"
     FLASH_4 = "flash_4"
     FLEX = "flex"
     SAGE = "sage"
     SAGE_VARLEN = "sage_varlen"
+    SAGE_3 = "sage_3"
     XFORMERS = "xformers"
     _NATIVE_CUDNN = "_native_cudnn"
     _NATIVE_EFFICIENT = "_native_efficient"
@@ -38,6 +41,19 @@ class AttentionProvider(str, enum.Enum):
         return self.value
 
 
+DIFFUSERS_BACKENDS = {
+    "_flash_3": "flash_3",
+    "_flash_varlen_3": "flash_3",
+    "flash_hub": "flash",
+    "flash_varlen_hub": "flash_varlen",
+    "flash_4_hub": "flash_4",
+    "_flash_3_hub": "flash_3",
+    "_flash_3_varlen_hub": "flash_3",
+    "sage_hub": "sage",
+    "sage_blackwell_hub": "sage_3",
+}
+"""Attention backends of diffusers, and the providers with the same kernels, where the names differ."""
+
 CPU, CUDA = frozenset({"cpu"}), frozenset({"cuda"})
 CPU_AND_CUDA = CPU | CUDA
 HALF = frozenset({torch.float16, torch.bfloat16})
@@ -49,7 +65,9 @@ KEY_MASK = NO_MASK | {MaskKind.KEY}
 TENSOR_MASKS = KEY_MASK | {MaskKind.KEY_BIAS, MaskKind.DENSE, MaskKind.BIAS}
 ALL_MASKS = TENSOR_MASKS | {MaskKind.BLOCK}
 
-FLASH_ATTN = Requirement("flash-attn", "2.6.3", "flash_attn", "pip install flash-attn --no-build-isolation")
+FLASH_ATTN = Requirement(
+    "flash-attn", "2.6.3", "flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"
+)
 FLASH_ATTN_3 = Requirement(
     "flash-attn-3",
     "3.0.0b1",
@@ -60,11 +78,24 @@ FLASH_ATTN_4 = Requirement("flash-attn-4", "4.0.0b36", "flash_attn.cute", "pip i
 SAGE_ATTENTION = Requirement(
     "sageattention",
     "2.1.1",
-    "sageattention",
+    "sageattention.core",
     "pip install git+https://github.com/thu-ml/SageAttention --no-build-isolation",
 )
 SAGE_ATTENTION_MASKS = dataclasses.replace(SAGE_ATTENTION, minimum="2.2.0")
+SAGE_ATTENTION_3 = Requirement(
+    "sageattn3",
+    "1.0.0",
+    "sageattn3",
+    "pip install ./sageattention3_blackwell --no-build-isolation"
+    "   # in a clone of https://github.com/thu-ml/SageAttention",
+)
 XFORMERS_PACKAGE = Requirement("xformers", "0.0.29.post3", "xformers", "pip install -U xformers")
+
+# The repositories and versions that diffusers 0.42.1 takes, too.
+FLASH_ATTN_HUB = HubKernel("kernels-community/flash-attn2", 3, "flash_attn_interface")
+FLASH_ATTN_3_HUB = HubKernel("kernels-community/flash-attn3", 1, "flash_attn_interface")
+SAGE_ATTENTION_HUB = HubKernel("SageAttention/sage-attention", 3)
+SAGE_ATTENTION_3_HUB = HubKernel("SageAttention/sage-blackwell", 1)
 
 WINDOW = Option(
     tuple, "(left, right) keys that a query sees around its own position; -1 is unlimited", by_place=True, off=(-1, -1)
@@ -101,7 +132,10 @@ _SAGE = Capabilities(
     exact=False,
     min_compute_capability=(8, 0),
 )
-_FLASH_2_OPTIONS = {"deterministic": DETERMINISTIC, "softcap": SOFTCAP, "window_size": WINDOW}
+_NO_SAGE_TRITON = "of SageAttention, only the CUDA kernels are taken from the Hub"
+_FLASH_OPTIONS = {"deterministic": DETERMINISTIC, "softcap": SOFTCAP, "window_size": WINDOW}
+_FROM_HUB = {"source": SOURCE}
+_FLASH_2_OPTIONS = _FLASH_OPTIONS | _FROM_HUB
 
 
 def _with(capabilities: Capabilities, **changes: object) -> Capabilities:
@@ -190,6 +224,7 @@ _SPECS = (
         "FlashAttention-2; key masks through its variable-length kernel",
         FLASH_ATTN,
         _FLASH_2_OPTIONS,
+        FLASH_ATTN_HUB,
     ),
     ProviderSpec(
         "flash_varlen",
@@ -198,6 +233,7 @@ _SPECS = (
         "FlashAttention-2's variable-length kernel, for every call",
         FLASH_ATTN,
         _FLASH_2_OPTIONS,
+        FLASH_ATTN_HUB,
     ),
     ProviderSpec(
         "flash_3",
@@ -206,6 +242,22 @@ _SPECS = (
         "FlashAttention-3, for Hopper",
         FLASH_ATTN_3,
         _FLASH_2_OPTIONS,
+        FLASH_ATTN_3_HUB,
+    ),
+    ProviderSpec(
+        "flash_3_fp8",
+        "flash3_fp8:Flash3Fp8",
+        _with(
+            _FLASH_2,
+            head_dim_multiple=16,
+            backward=False,
+            exact=False,
+            compute_capabilities=frozenset({(9, 0)}),
+        ),
+        "FlashAttention-3 with query, key and value in float8; lossy",
+        FLASH_ATTN_3,
+        {"softcap": SOFTCAP, "window_size": WINDOW} | _FROM_HUB,
+        FLASH_ATTN_3_HUB,
     ),
     ProviderSpec(
         "flash_4",
@@ -221,7 +273,9 @@ _SPECS = (
         ),
         "FlashAttention-4: written in CuTe DSL, compiled on first use; bool masks of any form",
         FLASH_ATTN_4,
-        _FLASH_2_OPTIONS,
+        _FLASH_OPTIONS,
+        without_hub="the kernel on the Hub is older (4.0.0b8) than the oldest that gives right results (4.0.0b36), and "
+        "the package needs no compiler",
     ),
     ProviderSpec(
         "flex",
@@ -243,6 +297,8 @@ _SPECS = (
         _with(_SAGE, compute_capabilities=frozenset({(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)})),
         "SageAttention's own choice of int8/fp8 kernel for this GPU; lossy",
         SAGE_ATTENTION,
+        _FROM_HUB,
+        SAGE_ATTENTION_HUB,
     ),
     ProviderSpec(
         "sage_varlen",
@@ -251,6 +307,7 @@ _SPECS = (
         "SageAttention's variable-length int8 kernel, for key masks; lossy",
         SAGE_ATTENTION,
         {"smooth_k": SMOOTH_K},
+        without_hub=_NO_SAGE_TRITON,
     ),
     ProviderSpec(
         "_sage_qk_int8_pv_fp8_cuda",
@@ -262,7 +319,9 @@ _SPECS = (
             "smooth_k": SMOOTH_K,
             "qk_quant_gran": QUANT_GRANULARITY,
             "pv_accum_dtype": _accumulator("fp32", "fp32+fp32", "fp32+fp16"),
-        },
+        }
+        | _FROM_HUB,
+        SAGE_ATTENTION_HUB,
     ),
     ProviderSpec(
         "_sage_qk_int8_pv_fp8_cuda_sm90",
@@ -270,7 +329,8 @@ _SPECS = (
         _with(_SAGE, compute_capabilities=frozenset({(9, 0)})),
         "SageAttention, fp8 values, Hopper kernel; lossy",
         SAGE_ATTENTION,
-        {"smooth_k": SMOOTH_K, "qk_quant_gran": QUANT_GRANULARITY},
+        {"smooth_k": SMOOTH_K, "qk_quant_gran": QUANT_GRANULARITY} | _FROM_HUB,
+        SAGE_ATTENTION_HUB,
     ),
     ProviderSpec(
         "_sage_qk_int8_pv_fp16_cuda",
@@ -282,7 +342,9 @@ _SPECS = (
             "smooth_k": SMOOTH_K,
             "qk_quant_gran": QUANT_GRANULARITY,
             "pv_accum_dtype": _accumulator("fp32", "fp16", "fp16+fp32"),
-        },
+        }
+        | _FROM_HUB,
+        SAGE_ATTENTION_HUB,
     ),
     ProviderSpec(
         "_sage_qk_int8_pv_fp16_triton",
@@ -291,6 +353,24 @@ _SPECS = (
         "SageAttention, fp16 values, Triton kernel; bool masks; lossy",
         SAGE_ATTENTION_MASKS,
         {"smooth_k": SMOOTH_K},
+        without_hub=_NO_SAGE_TRITON,
+    ),
+    ProviderSpec(
+        "sage_3",
+        "sage3:Sage3",
+        # The package also compiles for 10.0, where its kernel refuses to run.
+        _with(
+            _SAGE,
+            gqa=False,
+            lse=False,
+            cuda_graph=True,
+            min_compute_capability=None,
+            compute_capabilities=frozenset({(12, 0), (12, 1)}),
+        ),
+        "SageAttention 3 (FP4), for consumer Blackwell; lossy",
+        SAGE_ATTENTION_3,
+        _FROM_HUB,
+        SAGE_ATTENTION_3_HUB,
     ),
     ProviderSpec(
         "xformers",

@@ -16,6 +16,7 @@ from ..masks import MaskKind
 from . import registry
 from .base import Params
 from .catalog import SPECS
+from .hub import PACKAGE, chosen_source, source_of
 from .selection import select
 from .serving import CallProperties, Serving, plan, refusal
 
@@ -63,7 +64,7 @@ def decide(provider: str, properties: CallProperties) -> Serving:
         provider = "native"
     if provider == "auto":
         return select(properties).plan
-    status = registry.provider_status(provider)
+    status = registry.provider_status(provider, chosen_source(SPECS[provider], properties.options))
     if not status.available:
         raise registry.unavailable(status)
     reason = refusal(SPECS[provider], properties)
@@ -92,7 +93,12 @@ def _decided(provider: str, *properties: Any) -> tuple[Any, ...]:
 
 
 def able_providers(properties: CallProperties) -> list[str]:
-    """The available providers that serve a call with these `properties` without its options."""
-    properties = properties._replace(options=())
-    usable = (status.name for status in registry.list_providers() if status.available)
-    return [name for name in usable if not refusal(SPECS[name], properties)]
+    """The available providers that serve a call with these `properties` without its options. Downloads nothing."""
+    able = []
+    for status in registry.list_providers():
+        if status.available:
+            spec = SPECS[status.name]
+            source = source_of(spec)
+            if source == PACKAGE or (status.name, source) in registry.ADAPTERS:
+                able += [status.name] * (not refusal(spec, properties._replace(options=(("source", source),))))
+    return able

@@ -1,52 +1,73 @@
-"""FlashAttention-2 (arXiv 2307.08691), from the package flash-attn.
+"""FlashAttention-2 (arXiv 2307.08691), from the package flash-attn or from the Hub.
 
 The adapter calls the low-level functions of the package. They return the lse and accept another lse in the backward.
 Since 2.7 they are registered operators, which trace into one graph. Those of 2.6 take the window as one pair and return
-more results.
+more results. The kernel on the Hub has those of 2.8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from flash_attn import flash_attn_interface
 from torch import Tensor
 
-from ..errors import AttentionProviderError
-from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings
+from .base import Adapter
+from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings, call_kernel, takes_window_pair
 
-OPERATORS = hasattr(torch.ops.flash_attn, "_flash_attn_forward")
-_functions: Any = torch.ops.flash_attn if OPERATORS else flash_attn_interface
-_dense_forward, _dense_backward = _functions._flash_attn_forward, _functions._flash_attn_backward
-_varlen_forward, _varlen_backward = _functions._flash_attn_varlen_forward, _functions._flash_attn_varlen_backward
-_LSE = 1 if OPERATORS else 5
+
+class Functions(NamedTuple):
+    """The functions of `flash_attn_interface`."""
+
+    dense_forward: Callable[..., Any]
+    dense_backward: Callable[..., Any]
+    varlen_forward: Callable[..., Any]
+    varlen_backward: Callable[..., Any]
+    window_pair: bool
+    """Whether they take the window as one pair."""
+    lse: int
+    """Index of the lse in what a forward returns."""
 
 
 class Flash2(FlashAttention):
     """The dense kernel, and the variable-length one for key masks."""
 
+    functions: ClassVar[Functions]
+
+    @classmethod
+    def over(cls, package: ModuleType | None, source: str) -> type[Adapter]:
+        names = "forward", "backward", "varlen_forward", "varlen_backward"
+        forward, backward, varlen_forward, varlen_backward = (getattr(package, f"_flash_attn_{name}") for name in names)
+        pair = takes_window_pair(forward)
+        functions = Functions(forward, backward, varlen_forward, varlen_backward, pair, 5 if pair else 1)
+        return type(cls.__name__, (cls,), {"functions": functions})
+
     @classmethod
     def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-        result = _call(_dense_forward, query, key, value, *_forward_constants(settings), None, False)
-        return result[0], result[_LSE]
+        result = call_kernel(
+            cls.functions.dense_forward, query, key, value, *cls._forward_constants(settings), None, False
+        )
+        return result[0], result[cls.functions.lse]
 
     @classmethod
     def dense_backward(
         cls, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, settings: Settings
     ) -> Gradients:
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        constants = (*_forward_constants(settings), None, settings.deterministic)
-        _call(_dense_backward, grad_out, query, key, value, out, lse, *grads, *constants)
+        constants = (*cls._forward_constants(settings), None, settings.deterministic)
+        call_kernel(cls.functions.dense_backward, grad_out, query, key, value, out, lse, *grads, *constants)
         return grads
 
     @classmethod
     def varlen_forward(
         cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        result = _call(_varlen_forward, query, key, value, *lengths, *_forward_constants(settings), None, False)
-        return result[0], result[_LSE]
+        result = call_kernel(
+            cls.functions.varlen_forward, query, key, value, *lengths, *cls._forward_constants(settings), None, False
+        )
+        return result[0], result[cls.functions.lse]
 
     @classmethod
     def varlen_backward(
@@ -61,31 +82,18 @@ class Flash2(FlashAttention):
         settings: Settings,
     ) -> Gradients:
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        constants = (*_forward_constants(settings), None, settings.deterministic)
-        _call(_varlen_backward, grad_out, query, key, value, out, lse, *grads, *lengths, *constants)
+        constants = (*cls._forward_constants(settings), None, settings.deterministic)
+        call_kernel(cls.functions.varlen_backward, grad_out, query, key, value, out, lse, *grads, *lengths, *constants)
         return grads
+
+    @classmethod
+    def _forward_constants(cls, settings: Settings) -> tuple[Any, ...]:
+        """dropout_p, softmax_scale, causal, window, softcap: in one order everywhere."""
+        window = (settings.window,) if cls.functions.window_pair else settings.window
+        return 0.0, settings.scale, settings.is_causal, *window, settings.softcap
 
 
 class Flash2Varlen(Flash2):
     """The variable-length kernel for every call."""
 
     always_varlen: ClassVar[bool] = True
-
-
-def _forward_constants(settings: Settings) -> tuple[Any, ...]:
-    """dropout_p, softmax_scale, causal, window, softcap: in one order everywhere."""
-    window = settings.window if OPERATORS else (settings.window,)
-    return 0.0, settings.scale, settings.is_causal, *window, settings.softcap
-
-
-def _call(kernel: Callable[..., Any], *args: Any) -> Any:
-    """Calls `kernel`. Raises AttentionProviderError for a feature that the installed build was compiled without."""
-    try:
-        return kernel(*args)
-    except RuntimeError as error:
-        if "flash attention build does not support" not in str(error):
-            raise
-        raise AttentionProviderError(
-            f"{str(error).splitlines()[0]} The installed flash-attn was compiled without it: leave that option out, or "
-            "install a build that has it."
-        ) from error

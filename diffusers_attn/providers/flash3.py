@@ -1,41 +1,59 @@
-"""FlashAttention-3 (arXiv 2407.08608), for Hopper: `flash_attn_interface`, built from `hopper` in its repository.
+"""FlashAttention-3 (arXiv 2407.08608), for Hopper: `flash_attn_interface`, built from `hopper` in its repository, or
+from the Hub.
 
 One operator serves dense and variable-length calls.
 """
 
 from __future__ import annotations
 
-import flash_attn_interface  # noqa: F401 (registers the operators)
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
 import torch
 from torch import Tensor
 
-from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings
+from .base import Adapter
+from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings, call_kernel, takes_window_pair
 
-if not hasattr(torch.ops.flash_attn_3, "_flash_attn_forward"):
-    raise ImportError(
-        "flash_attn_interface has no operator flash_attn_3::_flash_attn_forward; builds since 2025-09 have it"
-    )
-_forward, _backward = torch.ops.flash_attn_3._flash_attn_forward, torch.ops.flash_attn_3._flash_attn_backward
+
+class Functions(NamedTuple):
+    """The operators of `flash_attn_interface`."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 class Flash3(FlashAttention):
     """The dense and the variable-length form of one operator."""
 
+    functions: ClassVar[Functions]
+
+    @classmethod
+    def over(cls, package: ModuleType | None, source: str) -> type[Adapter]:
+        forward = getattr(package, "_flash_attn_forward")  # noqa: B009 (mypy: the package may be None)
+        if takes_window_pair(forward):
+            raise ImportError(
+                "flash_attn_interface has no operator flash_attn_3::_flash_attn_forward; builds since 2025-09 have it"
+            )
+        functions = Functions(forward, getattr(package, "_flash_attn_backward"))  # noqa: B009
+        return type(cls.__name__, (cls,), {"functions": functions})
+
     @classmethod
     def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-        return _run(query, key, value, None, settings)
+        return cls._run(query, key, value, None, settings)
 
     @classmethod
     def dense_backward(
         cls, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, settings: Settings
     ) -> Gradients:
-        return _run_backward(grad_out, query, key, value, out, lse, None, settings)
+        return cls._run_backward(grad_out, query, key, value, out, lse, None, settings)
 
     @classmethod
     def varlen_forward(
         cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        return _run(query, key, value, lengths, settings)
+        return cls._run(query, key, value, lengths, settings)
 
     @classmethod
     def varlen_backward(
@@ -49,37 +67,46 @@ class Flash3(FlashAttention):
         lengths: SequenceLengths,
         settings: Settings,
     ) -> Gradients:
-        return _run_backward(grad_out, query, key, value, out, lse, lengths, settings)
+        return cls._run_backward(grad_out, query, key, value, out, lse, lengths, settings)
 
+    @classmethod
+    def _run(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: SequenceLengths | None,
+        settings: Settings,
+        **descales: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Output and lse. `descales` are the factors of float8 tensors."""
+        cu_query, cu_key, max_query, max_key = lengths or (None, None, None, None)
+        out, lse, _, _ = call_kernel(
+            cls.functions.forward, query, key, value, cu_seqlens_q=cu_query, cu_seqlens_k=cu_key,
+            max_seqlen_q=max_query, max_seqlen_k=max_key, softmax_scale=settings.scale, causal=settings.is_causal,
+            window_size_left=settings.window[0], window_size_right=settings.window[1], softcap=settings.softcap,
+            **descales,
+        )  # fmt: skip
+        return out, lse
 
-def _run(
-    query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths | None, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    cu_query, cu_key, max_query, max_key = lengths or (None, None, None, None)
-    out, lse, _, _ = _forward(
-        query, key, value, cu_seqlens_q=cu_query, cu_seqlens_k=cu_key, max_seqlen_q=max_query, max_seqlen_k=max_key,
-        softmax_scale=settings.scale, causal=settings.is_causal, window_size_left=settings.window[0],
-        window_size_right=settings.window[1], softcap=settings.softcap,
-    )  # fmt: skip
-    return out, lse
-
-
-def _run_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: SequenceLengths | None,
-    settings: Settings,
-) -> Gradients:
-    cu_query, cu_key, max_query, max_key = lengths or (None, None, None, None)
-    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    _backward(
-        grad_out, query, key, value, out, lse, cu_seqlens_q=cu_query, cu_seqlens_k=cu_key, max_seqlen_q=max_query,
-        max_seqlen_k=max_key, dq=grad_query, dk=grad_key, dv=grad_value, softmax_scale=settings.scale,
-        is_causal=settings.is_causal, window_size_left=settings.window[0], window_size_right=settings.window[1],
-        softcap=settings.softcap, deterministic=settings.deterministic,
-    )  # fmt: skip
-    return grad_query, grad_key, grad_value
+    @classmethod
+    def _run_backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: SequenceLengths | None,
+        settings: Settings,
+    ) -> Gradients:
+        cu_query, cu_key, max_query, max_key = lengths or (None, None, None, None)
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        call_kernel(
+            cls.functions.backward, grad_out, query, key, value, out, lse, cu_seqlens_q=cu_query, cu_seqlens_k=cu_key,
+            max_seqlen_q=max_query, max_seqlen_k=max_key, dq=grad_query, dk=grad_key, dv=grad_value,
+            softmax_scale=settings.scale, is_causal=settings.is_causal, window_size_left=settings.window[0],
+            window_size_right=settings.window[1], softcap=settings.softcap, deterministic=settings.deterministic,
+        )  # fmt: skip
+        return grad_query, grad_key, grad_value

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import AttentionProviderError
@@ -36,6 +39,24 @@ class Settings(NamedTuple):
         return Settings(params.scale, params.is_causal, window, softcap, options.get("deterministic", False))
 
 
+def takes_window_pair(function: Callable[..., Any]) -> bool:
+    """Whether a function of a package takes the window as one pair, as versions before operators did."""
+    return "window_size" in inspect.signature(function).parameters
+
+
+def call_kernel(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `kernel`. Raises AttentionProviderError for a feature that the installed build was compiled without."""
+    try:
+        return kernel(*args, **kwargs)
+    except RuntimeError as error:
+        if "flash attention build does not support" not in str(error):
+            raise
+        raise AttentionProviderError(
+            f"{str(error).splitlines()[0]} The installed flash-attn was compiled without it: leave that option out, or "
+            "install a build that has it."
+        ) from error
+
+
 class SequenceLengths(NamedTuple):
     """The cu_seqlens and maximal lengths of a batch for a variable-length kernel."""
 
@@ -57,12 +78,9 @@ class FlashAttention(Adapter):
         if mask is None and not cls.always_varlen:
             out, lse = cls.dense_forward(query, key, value, settings)
             return out, lse.transpose(1, 2)
-        batch, query_len, heads, _ = query.shape
         packed_key, packed_value, lengths, _ = pack(query, key, value, mask)
         out, lse = cls.varlen_forward(query.flatten(0, 1), packed_key, packed_value, lengths, settings)
-        # FlashAttention-2 returns +inf for a sequence without keys.
-        lse = lse.masked_fill(lse == math.inf, -math.inf)
-        return out.view(query.shape), lse.view(heads, batch, query_len).permute(1, 2, 0)
+        return unpack_results(out, lse, query.shape)
 
     @classmethod
     def backward(
@@ -126,6 +144,14 @@ class FlashAttention(Adapter):
     ) -> Gradients:
         """The gradients, from the results of `varlen_forward`. Positions outside of all sequences are not written."""
         raise NotImplementedError
+
+
+def unpack_results(out: Tensor, lse: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The results of `varlen_forward` for a query of `shape`, as those of an adapter."""
+    batch, query_len, heads, _ = shape
+    # FlashAttention-2 returns +inf for a sequence without keys.
+    lse = lse.masked_fill(lse == math.inf, -math.inf)
+    return out.view(shape), lse.view(heads, batch, query_len).permute(1, 2, 0)
 
 
 def pack(

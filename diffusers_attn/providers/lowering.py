@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import masks, shapes
-from . import registry
 from .base import Adapter, Params
 from .serving import Serving
 
@@ -68,7 +67,7 @@ def forward(
     value_dim = value.shape[-1]
     query, key, value = to_layout(plan, query, key, value)
     query, key, value, mask = _lower(plan, query, key, value, mask, heads, seq)
-    out, lse = registry.ADAPTERS[plan.provider].forward(query, key, value, mask, params)
+    out, lse = plan.adapter.forward(query, key, value, mask, params)
     return to_layout(plan, out)[0][..., :value_dim], lse
 
 
@@ -89,7 +88,7 @@ def backward(
     query, key, value = to_layout(plan, query, key, value)
     query, key, value, mask = _lower(plan, query, key, value, mask, heads, seq)
     grad_out, out = _pad_head_dim(plan, *to_layout(plan, grad_out, out))
-    grads = registry.ADAPTERS[plan.provider].backward(grad_out, query, key, value, mask, out, lse, params)
+    grads = plan.adapter.backward(grad_out, query, key, value, mask, out, lse, params)
     grad_query, grad_key, grad_value = to_layout(plan, *grads)
     if plan.repeat_kv:
         grad_key, grad_value = (grad.unflatten(2, (kv_heads, -1)).sum(dim=3) for grad in (grad_key, grad_value))

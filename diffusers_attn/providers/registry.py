@@ -17,11 +17,12 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from ..errors import AttentionProviderError, ProviderUnavailableError, command
+from . import hub
 from .base import Adapter, ProviderSpec, Requirement
-from .catalog import SPECS, AttentionProvider
+from .catalog import DIFFUSERS_BACKENDS, SPECS, AttentionProvider
 
-ADAPTERS: dict[str, type[Adapter]] = {}
-"""The adapters imported so far, by provider name. Compiled code looks adapters up here."""
+ADAPTERS: dict[tuple[str, str], type[Adapter]] = {}
+"""The adapters imported so far, by provider and source of its kernel. Compiled code looks adapters up here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,15 @@ class ProviderStatus:
     install: str | None
     """The command that installs the missing package; None if there is none."""
     version: str | None
-    """Version of the installed package; None without one."""
+    """Version of the installed package, or the kernel on the Hub with its version; None without one."""
     summary: str
+    shortest: str = ""
+    """The shortest way to a kernel for this provider, if the package is missing and the Hub has one; else empty."""
 
     def __str__(self) -> str:
         version = f" ({self.version})" if self.version else ""
-        return f"{self.name}{version}: {'available' if self.available else self.reason}"
+        shortest = f" (shortest: {self.shortest})" if self.shortest else ""
+        return f"{self.name}{version}: {'available' if self.available else self.reason + shortest}"
 
 
 def provider_name(name: str | AttentionProvider) -> str:
@@ -52,10 +56,23 @@ def provider_name(name: str | AttentionProvider) -> str:
     try:
         return AttentionProvider(name).value
     except ValueError:
+        if str(name) in DIFFUSERS_BACKENDS:
+            raise AttentionProviderError(
+                f"{str(name)!r} is a backend of diffusers, and no provider. The provider with the same kernel: "
+                f"attention_provider({as_arguments(str(name))})."
+            ) from None
         known = [member.value for member in AttentionProvider]
         alike = _spelled_alike(str(name).lower().replace("-", "_"), known)
         instead = f"Did you mean {' or '.join(map(repr, alike))}?" if alike else f"There are: {', '.join(known)}."
         raise AttentionProviderError(f"there is no attention provider {name!r}. {instead}") from None
+
+
+def as_arguments(backend: str) -> str:
+    """The arguments that name the provider with the kernel of a backend of diffusers; "name" if there is none."""
+    name = DIFFUSERS_BACKENDS.get(backend, backend)
+    if name not in SPECS:
+        return "name"
+    return f"'{name}', source='hub'" if backend.endswith("_hub") and SPECS[name].hub else f"'{name}'"
 
 
 def _spelled_alike(name: str, known: list[str]) -> list[str]:
@@ -66,35 +83,87 @@ def _spelled_alike(name: str, known: list[str]) -> list[str]:
 
 
 def list_providers() -> list[ProviderStatus]:
-    """All providers with their status on this machine, available ones first."""
-    return sorted((provider_status(name) for name in SPECS), key=lambda status: not status.available)
+    """All providers with their status on this machine, available ones first.
+
+    It downloads nothing: a kernel from the Hub that no call has used yet is listed as available if the package
+    `kernels` is installed and a device fits.
+    """
+    statuses = (_status(name, hub.source_of(spec), download=False) for name, spec in SPECS.items())
+    return sorted(statuses, key=lambda status: not status.available)
 
 
-def provider_status(name: str | AttentionProvider) -> ProviderStatus:
-    """The status of a provider on this machine: its availability, or what is missing and the command to install it.
+def provider_status(name: str | AttentionProvider, source: str | None = None) -> ProviderStatus:
+    """The status of a provider on this machine: its availability, or what is missing and how to install it.
+
+    Args:
+        name: name of the provider.
+        source: "package" or "hub", the source of its kernel. "hub" downloads the kernel if it is not in the cache.
+            Default: what the environment variable `DIFFUSERS_ATTN_SOURCE` names, or else "package".
 
     Raises:
-        AttentionProviderError: there is no provider of that name.
+        AttentionProviderError: there is no provider of that name, or the Hub has no kernel for it.
     """
     name = provider_name(name)
     if name == "auto":
         return ProviderStatus(name, True, "", None, None, "the fastest exact provider that can serve a call")
-    return _status(name)
+    return _status(name, hub.source_of(SPECS[name], source), download=True)
+
+
+def status_without_download(name: str, source: str) -> ProviderStatus:
+    """`provider_status` without loading a kernel from the Hub: available if it may be, as far as is known here."""
+    return _status(name, source, download=False)
+
+
+def _status(name: str, source: str, *, download: bool) -> ProviderStatus:
+    return _hub_status(name, download) if source == hub.HUB else _package_status(name)
 
 
 @functools.cache
-def _status(name: str) -> ProviderStatus:
+def _package_status(name: str) -> ProviderStatus:
     spec = SPECS[name]
     version, reason = _check_package(spec.requirement) if spec.requirement else (torch.__version__, "")
-    install = spec.requirement.install if spec.requirement and reason else None
+    missing = bool(reason)
     if not reason:
         reason = _check_devices(spec)
     if not reason:
         try:
             load(name)
         except ProviderUnavailableError as error:
-            reason, install = str(error), spec.requirement.install if spec.requirement else None
-    return ProviderStatus(name, not reason, reason, install, version, spec.summary)
+            reason, missing = str(error), True
+    install = spec.requirement.install if spec.requirement and missing else None
+    shortest = _shortest(spec) if missing and spec.hub else ""
+    return ProviderStatus(name, not reason, reason, install, version, spec.summary, shortest)
+
+
+def _shortest(spec: ProviderSpec) -> str:
+    """The shortest way to a kernel of a provider that the Hub has a kernel for."""
+    _, missing = _check_package(hub.KERNELS)
+    first = f"{command(hub.KERNELS.install)}, then " if missing else ""
+    return f'{first}source="hub", which downloads {spec.hub}'
+
+
+def check_hub() -> None:
+    """Raises ProviderUnavailableError if the package that loads kernels from the Hub is missing."""
+    _, reason = _check_package(hub.KERNELS)
+    if reason:
+        raise ProviderUnavailableError(
+            f"source='hub' was given, by the option or by {hub.ENVIRONMENT} in the environment, but {reason}. Install "
+            f"it with {command(hub.KERNELS.install)}, or leave it out."
+        )
+
+
+def _hub_status(name: str, download: bool) -> ProviderStatus:
+    """Not cached: a Hub that cannot be reached now may be reached later."""
+    spec = SPECS[name]
+    _, reason = _check_package(hub.KERNELS)
+    install = hub.KERNELS.install if reason else None
+    reason = f"{reason}, and source='hub' needs it" if reason else _check_devices(spec)
+    if download and not reason:
+        try:
+            load(name, hub.HUB)
+        except ProviderUnavailableError as error:
+            reason = str(error)
+    return ProviderStatus(name, not reason, reason, install, f"Hub: {spec.hub}", spec.summary)
 
 
 def _check_package(requirement: Requirement) -> tuple[str | None, str]:
@@ -139,31 +208,38 @@ def capability_reason(spec: ProviderSpec, capability: tuple[int, int]) -> str:
     return ""
 
 
-def load(name: str) -> type[Adapter]:
-    """The adapter of a provider, importing its package on first use.
+def load(name: str, source: str = hub.PACKAGE) -> type[Adapter]:
+    """The adapter of a provider, importing its package, or loading its kernel from the Hub, on first use.
 
     Raises:
-        ProviderUnavailableError: the package does not import.
+        ProviderUnavailableError: the package does not import, or the kernel cannot be loaded.
     """
-    adapter = ADAPTERS.get(name)
+    adapter = ADAPTERS.get((name, source))
     if adapter is None:
         spec = SPECS[name]
+        package = hub.load(spec) if source == hub.HUB else None
         module, _, attribute = spec.adapter.partition(":")
         try:
-            if spec.requirement:
-                importlib.import_module(spec.requirement.module)
-            adapter = getattr(importlib.import_module(f".{module}", __package__), attribute)
+            if package is None and spec.requirement:
+                package = importlib.import_module(spec.requirement.module)
+            template: type[Adapter] = getattr(importlib.import_module(f".{module}", __package__), attribute)
+            adapter = template.over(package, source)
         except Exception as error:  # a broken binary may raise any type: OSError, RuntimeError, AttributeError
-            raise ProviderUnavailableError(
-                f"its package is installed but cannot be imported: {type(error).__name__}: {error}"
-            ) from error
-        ADAPTERS[name] = adapter
+            problem = f"{type(error).__name__}: {error}"
+            if source == hub.HUB:
+                problem = f"its kernel {spec.hub} was loaded from the Hub but does not fit: {problem}"
+            else:
+                problem = f"its package is installed but cannot be imported: {problem}"
+            raise ProviderUnavailableError(problem) from error
+        ADAPTERS[name, source] = adapter
     return adapter
 
 
 def unavailable(status: ProviderStatus) -> ProviderUnavailableError:
     """The error for a provider that is not available here: what is missing, the remedy, and the alternatives."""
     remedy = f" Install it with {command(status.install)}." if status.install else ""
+    if status.shortest:
+        remedy = f" The shortest way: {status.shortest}.{remedy}"
     usable = ", ".join(other.name for other in list_providers() if other.available)
     return ProviderUnavailableError(
         f"attention provider '{status.name}' cannot be used here: {status.reason}.{remedy} Providers available here: "

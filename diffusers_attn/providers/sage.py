@@ -1,4 +1,5 @@
-"""SageAttention 2 (arXiv 2411.10958): int8 scores, fp8 or fp16 values. Lossy, and forward only.
+"""SageAttention 2 (arXiv 2411.10958), from its package or from the Hub: int8 scores, fp8 or fp16 values. Lossy, and
+forward only.
 
 The package launches its CUDA kernels on the default stream of the device, whatever stream is current. So a call on
 another stream runs on the default stream, and both streams wait for each other; otherwise the kernels would read
@@ -13,11 +14,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar
 
-import sageattention
 import torch
-from sageattention import core
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -25,6 +25,7 @@ from .. import masks
 from ..errors import AttentionProviderError
 from . import varlen
 from .base import Adapter, Params
+from .devices import device_of
 
 TILE = 64
 """Keys in one tile of the fp16 CUDA kernel."""
@@ -33,10 +34,30 @@ TILE = 64
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 
-class SageAttention(Adapter):
-    """The common part of the adapters. A subclass names a function of the package."""
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""The functions in use, by source and name: "hub:sageattn". Operators take strings, and look functions up here."""
+
+
+class _FromPackage(Adapter):
+    """An adapter of one function of the package."""
 
     kernel: ClassVar[str]
+    """Name of the function; in an adapter made by `over`, its key in `_FUNCTIONS`."""
+    core: ClassVar[Any]
+    """The module with the functions, and with flags for the compiled modules that were found."""
+
+    @classmethod
+    def over(cls, package: ModuleType | None, source: str) -> type[Adapter]:
+        # The kernel on the Hub has the package's module `core`, and may export functions of it too.
+        core = getattr(package, "core", package)
+        key = f"{source}:{cls.kernel}"
+        _FUNCTIONS[key] = getattr(core, cls.kernel, None) or getattr(package, cls.kernel)
+        return type(cls.__name__, (cls,), {"kernel": key, "core": core})
+
+
+class SageAttention(_FromPackage):
+    """The common part of the adapters for dense calls."""
+
     extensions: ClassVar[dict[tuple[int, int] | None, str]] = {}
     """The compiled module of the package that is needed, by compute capability; None is for all others."""
 
@@ -49,7 +70,7 @@ class SageAttention(Adapter):
     def check_device(cls, device: torch.device) -> str | None:
         needed = cls.extension(device)
         # The package imports without its missing modules, and fails with an assertion when it is called.
-        if needed is None or getattr(core, f"{needed}_ENABLED", True):
+        if needed is None or getattr(cls.core, f"{needed}_ENABLED", True):
             return None
         return (
             f"the installed sageattention was built without its {needed} kernels (rebuild it with this GPU's compute "
@@ -134,8 +155,10 @@ class Fp16Triton(SageAttention):
     kernel = "sageattn_qk_int8_pv_fp16_triton"
 
 
-class SageVarlen(Adapter):
+class SageVarlen(_FromPackage):
     """Key masks become lengths (`varlen.py`). A call synchronises with the device: the package allocates by lengths."""
+
+    kernel = "sageattn_varlen"
 
     @classmethod
     def attention(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, params: Params) -> Tensor:
@@ -153,8 +176,8 @@ class SageVarlen(Adapter):
         run = varlen_op if torch.compiler.is_compiling() else _varlen
         smooth_k = dict(params.options).get("smooth_k")
         out = run(
-            query.flatten(0, 1), packed_key, packed_value, cu_query, cu_key, query_len, key_len, params.is_causal,
-            params.scale, smooth_k,
+            query.flatten(0, 1), packed_key, packed_value, cu_query, cu_key, query_len, key_len, cls.kernel,
+            params.is_causal, params.scale, smooth_k,
         )  # fmt: skip
         return out.view(query.shape)
 
@@ -182,12 +205,13 @@ def _dense(
     }  # fmt: skip
     given = {name: option for name, option in options.items() if option is not None}
     call = functools.partial(
-        getattr(sageattention, kernel), query, key, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale,
+        _FUNCTIONS[kernel], query, key, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale,
         return_lse=return_lse, **given,
     )  # fmt: skip
     # The package changes the current device; this restores it.
-    with torch.cuda.device(query.device):
-        result = call() if kernel == Fp16Triton.kernel else _on_default_stream(call)
+    with device_of(query):
+        by_package = kernel.endswith(Fp16Triton.kernel) or not query.is_cuda
+        result = call() if by_package else _on_default_stream(call)
     return result if return_lse else (result, query.new_empty(0, dtype=torch.float32))
 
 
@@ -199,17 +223,18 @@ def _varlen(
     cu_key: Tensor,
     max_query: int,
     max_key: int,
+    kernel: str,
     is_causal: bool,
     scale: float,
     smooth_k: bool | None,
 ) -> Tensor:
     given = {} if smooth_k is None else {"smooth_k": smooth_k}
     call = functools.partial(
-        sageattention.sageattn_varlen, query, key, value, cu_query, cu_key, max_query, max_key, is_causal=is_causal,
+        _FUNCTIONS[kernel], query, key, value, cu_query, cu_key, max_query, max_key, is_causal=is_causal,
         sm_scale=scale, **given,
     )  # fmt: skip
-    with torch.cuda.device(query.device):
-        return _on_default_stream(call)
+    with device_of(query):
+        return _on_default_stream(call) if query.is_cuda else call()
 
 
 def _on_default_stream(call: Callable[[], Any]) -> Any:
@@ -233,7 +258,7 @@ def _on_default_stream(call: Callable[[], Any]) -> Any:
     return result
 
 
-@torch.library.custom_op("diffusers_attn::sage", mutates_args=(), device_types="cuda", tags=_TAGS)
+@torch.library.custom_op("diffusers_attn::sage", mutates_args=(), tags=_TAGS)
 def dense_op(
     query: Tensor,
     key: Tensor,
@@ -259,7 +284,7 @@ def _(query, key, value, mask, kernel, is_causal, scale, return_lse, *options): 
     return query.new_empty(query.shape), lse
 
 
-@torch.library.custom_op("diffusers_attn::sage_varlen", mutates_args=(), device_types="cuda", tags=_TAGS)
+@torch.library.custom_op("diffusers_attn::sage_varlen", mutates_args=(), tags=_TAGS)
 def varlen_op(
     query: Tensor,
     key: Tensor,
@@ -268,11 +293,12 @@ def varlen_op(
     cu_key: Tensor,
     max_query: int,
     max_key: int,
+    kernel: str,
     is_causal: bool,
     scale: float,
     smooth_k: bool | None,
 ) -> Tensor:
-    return _varlen(query, key, value, cu_query, cu_key, max_query, max_key, is_causal, scale, smooth_k)
+    return _varlen(query, key, value, cu_query, cu_key, max_query, max_key, kernel, is_causal, scale, smooth_k)
 
 
 @varlen_op.register_fake

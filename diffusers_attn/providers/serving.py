@@ -15,8 +15,9 @@ from ..masks import ADDITIVE, MaskKind
 from ..shapes import Layout
 from ..tracing.symbolic import constant
 from . import registry, speeds
-from .base import ProviderSpec
+from .base import Adapter, ProviderSpec
 from .catalog import options_by_place
+from .hub import PACKAGE, chosen_source
 
 
 class CallProperties(NamedTuple):
@@ -117,6 +118,13 @@ class Serving(NamedTuple):
     """Whether batch sizes and numbers of heads that are one are expanded."""
     empty: bool = False
     """Whether there is no query or no key: the result is zeros, and no kernel is called."""
+    source: str = PACKAGE
+    """Source of the kernel: "package" or "hub"."""
+
+    @property
+    def adapter(self) -> type[Adapter]:
+        """The adapter of the provider."""
+        return registry.ADAPTERS[self.provider, self.source]
 
     @property
     def lowers(self) -> bool:
@@ -135,9 +143,9 @@ def refusal(spec: ProviderSpec, call: CallProperties) -> str:
     can = spec.capabilities
     if call.device.type not in (*can.devices, "meta"):
         return f"it runs on {_names(can.devices)}, not on {call.device.type}"
-    if call.device.type == "cuda" and (can.min_compute_capability or can.compute_capabilities):
+    compute_capability = can.min_compute_capability or can.compute_capabilities
+    if call.device.type == "cuda" and compute_capability:
         reason = registry.capability_reason(spec, torch.cuda.get_device_capability(call.device))
-        reason = reason or registry.load(spec.name).check_device(call.device) or ""
         if reason:
             return reason
     if call.dtype not in can.dtypes:
@@ -180,6 +188,8 @@ def refusal(spec: ProviderSpec, call: CallProperties) -> str:
             "it has no backward for a part of the keys, which a ring needs (set ring_degree=1 and use ulysses_degree, "
             "which works with any provider)"
         )
+    if call.device.type == "cuda" and compute_capability:  # last, because it imports the package
+        return registry.load(spec.name, chosen_source(spec, call.options)).check_device(call.device) or ""
     return ""
 
 
@@ -203,14 +213,16 @@ def plan(spec: ProviderSpec, call: CallProperties) -> Serving:
         causal = "drop_keys" if call.query_len == "shorter" else "two_calls"
     step = can.head_dim_multiple
     head_dim = max(call.head_dim, call.value_head_dim)
+    source = chosen_source(spec, call.options)
     aligned = step == 1 or call.head_dim % step == call.value_head_dim % step == 0 < call.head_dim
     return Serving(
         provider=spec.name,
-        layout=registry.load(spec.name).layout,
+        layout=registry.load(spec.name, source).layout,
         repeat_kv=call.heads != call.kv_heads and not can.gqa,
         pad_head_dim=0 if aligned else -(-head_dim // step) * step,
         causal=causal,
         mask_kind=mask_kind,
+        source=source,
     )
 
 

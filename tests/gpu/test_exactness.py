@@ -9,6 +9,7 @@ from diffusers_attn import attention_dispatch, attention_provider
 from diffusers_attn.masks import classify
 from diffusers_attn.providers.base import Params
 from diffusers_attn.providers.catalog import SPECS
+from diffusers_attn.providers.hub import source_of
 from diffusers_attn.providers.registry import load
 
 from .. import reference
@@ -118,7 +119,7 @@ def params(kind, query, key):
 @pytest.mark.parametrize(("provider", "case"), provider_cases(lambda can: can.lse, ADAPTER_CASES))
 def test_lse(provider, case, record):
     """The natural logarithm of the true sum, `[B, Lq, H]` in float32, and -inf where there is no key."""
-    adapter, mask = load(provider), case.make_mask()
+    adapter, mask = load(provider, source_of(SPECS[provider])), case.make_mask()
     query, key, value = lower(provider, case, case.inputs())
     kind, view = classify(mask, 2, case.heads, case.query_len, case.key_len)
     _, lse = adapter.forward(*to_layout(adapter, query, key, value), view, params(kind, query, key))
@@ -138,7 +139,7 @@ def test_lse(provider, case, record):
 )
 def test_parts_of_the_keys_add_up(provider, case, record):
     """What ring attention does: each part forward, merged by lse; then each part backward from the merged result."""
-    adapter, mask = load(provider), case.make_mask()
+    adapter, mask = load(provider, source_of(SPECS[provider])), case.make_mask()
     query, key, value = lower(provider, case, case.inputs(grad=True))
     split = case.key_len // 3
     parts = []

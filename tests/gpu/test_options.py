@@ -90,7 +90,7 @@ def test_sage(provider, options):
     assert error < 2 * exact_tolerance(provider, tensors[0].dtype)
 
 
-@pytest.mark.parametrize("provider", ["sage", "sage_varlen", "_sage_qk_int8_pv_fp16_triton"])
+@pytest.mark.parametrize("provider", ["sage", "sage_varlen", "_sage_qk_int8_pv_fp16_triton", "sage_3", "flash_3_fp8"])
 def test_sage_refuses_gradients(provider):
     need(provider)
     with pytest.raises(AttentionProviderError, match="no backward"):

@@ -4,7 +4,6 @@ answers by the definition of attention, in the shapes and with the conventions o
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 import sys
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers.base import Params
+from diffusers_attn.providers.catalog import SPECS
 from diffusers_attn.providers.native import Math
 
 from .signatures import PARAMETERS, signature
@@ -113,9 +113,32 @@ def flash_2(package: str) -> dict[str, Callable[[Call], Any]]:
 
 def flash_3_forward(call: Call) -> tuple:
     check_constants(call)
+    if call.q.dtype == torch.float8_e4m3fn:
+        call = dequantized(call)
+    else:
+        assert call.q_descale is call.k_descale is call.v_descale is None
     if call.cu_seqlens_q is not None:
         return *packed(call, call.softmax_scale, call.causal), None, None
     return *dense(call.q, call.k, call.v, call.softmax_scale, call.causal), None, None
+
+
+def dequantized(call: Call) -> Call:
+    """The call in float64. (The real operator's output is bfloat16: one rounding more.)"""
+    assert call.q.dtype == call.k.dtype == call.v.dtype == torch.float8_e4m3fn
+    assert call.q.shape[-1] % 16 == 0
+    batch = call.q.shape[0] if call.cu_seqlens_q is None else len(call.cu_seqlens_q) - 1
+    tensors = {}
+    for name, starts in (("q", call.cu_seqlens_q), ("k", call.cu_seqlens_k), ("v", call.cu_seqlens_k)):
+        tensor, factor = getattr(call, name), getattr(call, f"{name}_descale")
+        assert factor.dtype == torch.float32 and factor.shape == (batch, call.k.shape[-2])
+        factor = factor.double().repeat_interleave(tensor.shape[-2] // factor.shape[1], dim=1)  # [batch, heads]
+        if starts is None:
+            factor = factor[:, None]
+        else:  # behind the last sequence there are dropped keys, which nothing reads
+            sample = torch.bucketize(torch.arange(len(tensor)), starts[1:], right=True).clamp(max=batch - 1)
+            factor = factor[sample]
+        tensors[name] = tensor.double() * factor.unsqueeze(-1)
+    return Call(**{**vars(call), **tensors})
 
 
 def flash_3_backward(call: Call) -> None:
@@ -164,6 +187,15 @@ def sage(call: Call) -> Any:
     return (out, lse) if call.return_lse else out
 
 
+def sage_3(call: Call) -> Tensor:
+    assert call.attn_mask is None and call.per_block_mean is None and call.q.shape[-1] in (64, 128)
+    assert call.q.shape[1] == call.k.shape[1] == call.v.shape[1]
+    assert call.q.is_contiguous() and call.k.is_contiguous() and call.v.is_contiguous()
+    call.k -= call.k.mean(dim=-2, keepdim=True)
+    tensors = (each.transpose(1, 2) for each in (call.q, call.k, call.v))
+    return dense(*tensors, call.q.shape[-1] ** -0.5, call.is_causal)[0].transpose(1, 2).contiguous()
+
+
 def xformers_forward(call: Call) -> tuple:
     causal = type(call.attn_bias).__name__ == "LowerTriangularMask"
     out, lse = dense(call.query, call.key, call.value, call.scale, causal, xformers_bias(call))
@@ -195,6 +227,7 @@ FUNCTIONS: dict[str, dict[str, Callable[[Call], Any]]] = {
         name: sage if name != "sageattn_varlen" else lambda call: packed(call, call.sm_scale, call.is_causal)[0]
         for name in PARAMETERS["sageattention 2.2.0"]
     },
+    "sageattn3 1.0.0": {"sageattn3_blackwell": sage_3},
     "xformers 0.0.35": {
         "memory_efficient_attention_forward_requires_grad": xformers_forward,
         "memory_efficient_attention_backward": xformers_backward,
@@ -210,33 +243,41 @@ def stand_in(package: str, function: str) -> Callable[..., Any]:
         arguments.apply_defaults()
         return answer(Call(**arguments.arguments))
 
+    call.__signature__ = bound  # type: ignore[attr-defined]
     return call
 
 
-def install(package: str, monkeypatch: Any) -> types.ModuleType:
-    """The adapter's module, imported over placeholders for `package`."""
+MODULES = {
+    "flash-attn": "flash_attn.flash_attn_interface",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute.interface",
+    "sageattention": "sageattention.core",
+    "sageattn3": "sageattn3",
+    "xformers": "xformers.ops.fmha",
+}
+"""The module of each package that has the functions."""
+
+
+def install(package: str, adapter: str, monkeypatch: Any) -> types.SimpleNamespace:
+    """Placeholders for `package` in `sys.modules`.
+
+    Returns:
+        `kernel`, the adapter over these placeholders; `module`, the adapter's module; and `package`, the placeholder of
+        the package's module with the functions.
+    """
     functions = {name: stand_in(package, name) for name in FUNCTIONS[package]}
-    operators = types.SimpleNamespace(**functions)
     kind = package.split()[0]
-    if kind == "flash-attn":
-        modules = {"flash_attn": {}, "flash_attn.flash_attn_interface": functions}
-        monkeypatch.setattr(
-            torch.ops, "flash_attn", types.SimpleNamespace() if package.endswith("2.6.3") else operators, raising=False
-        )
-    elif kind == "flash-attn-3":
-        modules = {"flash_attn_interface": {}}
-        monkeypatch.setattr(torch.ops, "flash_attn_3", operators, raising=False)
-    elif kind == "flash-attn-4":
-        modules = {
-            "cutlass": {}, "cutlass.cute": {"jit": lambda function: function},
-            "flash_attn": {}, "flash_attn.cute": {}, "flash_attn.cute.utils": {},
-            "flash_attn.cute.interface": functions,
-        }  # fmt: skip
-    elif kind == "sageattention":
-        modules = {"sageattention": functions, "sageattention.core": {}}
-    else:
-        bias = types.SimpleNamespace(LowerTriangularMask=type("LowerTriangularMask", (), {}))
-        modules = {"xformers": {}, "xformers.ops": {}, "xformers.ops.fmha": {**functions, "attn_bias": bias}}
+    source = MODULES[kind]
+    modules: dict[str, dict[str, Any]] = {}
+    if kind == "flash-attn-4":
+        modules |= {"cutlass": {}, "cutlass.cute": {"jit": lambda function: function}}
+    parts = source.split(".")
+    modules |= {".".join(parts[: end + 1]): {} for end in range(len(parts))}
+    modules[source] = functions
+    if kind == "flash-attn-4":
+        modules["flash_attn.cute.utils"] = {}
+    if kind == "xformers":
+        functions["attn_bias"] = types.SimpleNamespace(LowerTriangularMask=type("LowerTriangularMask", (), {}))
     for name, contents in modules.items():
         module = types.ModuleType(name)
         module.__dict__.update(contents, __path__=[])
@@ -244,18 +285,16 @@ def install(package: str, monkeypatch: Any) -> types.ModuleType:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
-    adapter = {"flash-attn": "flash", "flash-attn-3": "flash3", "flash-attn-4": "flash4", "sageattention": "sage"}
-    name = f"diffusers_attn.providers.{adapter.get(kind, kind)}"
+    (file,) = {spec.adapter.partition(":")[0] for spec in SPECS.values() if spec.adapter.endswith(f":{adapter}")}
+    name = f"diffusers_attn.providers.{file}"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(torch.library, "custom_op", unregistered)
-    module = importlib.import_module(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.library, "custom_op", unregistered)
+        module = importlib.import_module(name)
     monkeypatch.delitem(sys.modules, name)
-    # What needs a GPU.
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    if kind == "sageattention":
-        monkeypatch.setattr(module, "_on_default_stream", lambda call: call())
-    return module
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # flash4 compares it with the tensor's
+    kernel = getattr(module, adapter).over(sys.modules[source], "package")
+    return types.SimpleNamespace(kernel=kernel, module=module, package=sys.modules[source])
 
 
 def unregistered(*args: Any, **kwargs: Any) -> Callable[..., Any]:

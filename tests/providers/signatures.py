@@ -107,6 +107,7 @@ PARAMETERS = {
             "q k v / tensor_layout is_causal qk_quant_gran sm_scale pv_accum_dtype smooth_k return_lse"
         ),
     },
+    "sageattn3 1.0.0": {"sageattn3_blackwell": "q k v / attn_mask is_causal per_block_mean"},
     "xformers 0.0.35": {
         "memory_efficient_attention_forward_requires_grad": ("query key value / attn_bias p scale * op output_dtype"),
         "memory_efficient_attention_backward": "grad output lse query key value / attn_bias p scale * op",

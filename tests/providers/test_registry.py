@@ -12,8 +12,8 @@ from diffusers_attn.providers.catalog import SPECS
 from .. import launching
 
 SPECIFIED = {
-    "flash", "flash_varlen", "flash_3", "flash_4", "flex", "native", "_native_cudnn", "_native_efficient",
-    "_native_flash", "_native_math", "sage", "sage_varlen", "_sage_qk_int8_pv_fp8_cuda",
+    "flash", "flash_varlen", "flash_3", "flash_3_fp8", "flash_4", "flex", "native", "_native_cudnn",
+    "_native_efficient", "_native_flash", "_native_math", "sage", "sage_varlen", "sage_3", "_sage_qk_int8_pv_fp8_cuda",
     "_sage_qk_int8_pv_fp8_cuda_sm90", "_sage_qk_int8_pv_fp16_cuda", "_sage_qk_int8_pv_fp16_triton", "xformers",
 }  # fmt: skip
 

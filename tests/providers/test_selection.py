@@ -47,14 +47,16 @@ def hopper(monkeypatch):
     """A machine with a Hopper GPU and every package, as far as a decision sees it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(
-        registry, "provider_status", lambda name: ProviderStatus(str(name), name != "flash_3", "absent", None, "1", "")
+        registry,
+        "status_without_download",
+        lambda name, source: ProviderStatus(name, name != "flash_3", "absent", None, "1", ""),
     )
     kept = dict(registry.ADAPTERS)
 
-    def load(name):
+    def load(name, source="package"):
         from diffusers_attn.providers.base import Adapter
 
-        return kept.get(name, Adapter)
+        return kept.get((name, source), Adapter)
 
     monkeypatch.setattr(registry, "load", load)
     return CALL._replace(device=torch.device("cuda", 0), dtype=torch.bfloat16, head_dim=128, value_head_dim=128)
@@ -77,6 +79,21 @@ def test_lossy_ones_only_by_name(hopper):
     assert chosen.plan.provider == "sage"
     with_gradient = hopper._replace(long=True, needs_grad=True, options=(("lossy", ("sage",)),))
     assert selection.select(with_gradient).plan.provider != "sage"
+
+
+def test_lossy_ones_that_are_named_and_not_measured_come_first(hopper, monkeypatch):
+    """They are named for their speed. On a device without measurements they were never chosen."""
+    call = hopper._replace(options=(("lossy", ("flash_3_fp8", "sage")),))
+    chosen = selection.select(call)
+    assert chosen.plan.provider == "flash_3_fp8"
+    assert chosen.reason == "named in lossy=..., and not measured on sm_90 with head_dim 128 and short sequences"
+    assert selection.select(call._replace(mask_kind=MaskKind.DENSE)).plan.provider not in ("flash_3_fp8", "sage")
+    assert selection.select(call._replace(needs_grad=True)).plan.provider == "_native_cudnn"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    assert selection.select(call).plan.provider == "sage"
+    assert selection.select(call._replace(options=())).plan.provider == "flash"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
+    assert selection.select(call._replace(options=(("lossy", ("sage_3",)),))).plan.provider == "sage_3"
 
 
 def test_a_part_of_a_ring_goes_to_who_can_merge(hopper, monkeypatch):

@@ -59,13 +59,12 @@ def heads_first(*tensors):
     [(*each, mask) for each in EXACT for mask in MASKS if mask in TAKES.get(each[1], {"none", "key", "no key"})],
 )
 def test_forward_and_backward(package, adapter, mask, monkeypatch):
-    module = packages.install(package, monkeypatch)
+    kernel = packages.install(package, adapter, monkeypatch).kernel
     kv_heads = HEADS if adapter == "Xformers" else 2
     tensors = make(kv_heads)
     kind, view = classify(MASKS[mask], B, HEADS, LQ, LK)
     options = OPTIONS.get(adapter, (("deterministic", True),))
     params = Params(kind, False, 0.11, False, 0.0, kv_heads != HEADS, "cuda", options)
-    kernel = getattr(module, adapter)
     out, lse = kernel.forward(*tensors, view, params)
     inputs = [tensor.clone().requires_grad_() for tensor in heads_first(*tensors)]
     expected, expected_lse = reference.attention(*inputs, MASKS[mask], scale=0.11)
@@ -79,13 +78,12 @@ def test_forward_and_backward(package, adapter, mask, monkeypatch):
 
 @pytest.mark.parametrize(("package", "adapter"), EXACT)
 def test_causal(package, adapter, monkeypatch):
-    module = packages.install(package, monkeypatch)
+    kernel = packages.install(package, adapter, monkeypatch).kernel
     query, key, value = make()
     key, value = key[:, :LQ], value[:, :LQ]
     params = Params(
         MaskKind.NONE, True, 0.11, False, 0.0, False, "cuda", OPTIONS.get(adapter, (("deterministic", True),))
     )
-    kernel = getattr(module, adapter)
     out, lse = kernel.forward(query, key, value, None, params)
     inputs = [tensor.clone().requires_grad_() for tensor in heads_first(query, key, value)]
     expected, expected_lse = reference.attention(*inputs, is_causal=True, scale=0.11)
@@ -112,7 +110,7 @@ SAGE_OPTIONS = {
     + [("SageVarlen", "key"), ("Fp16Triton", "key"), ("Fp16Triton", "no key"), ("Fp16Triton", "dense")],
 )
 def test_sage(adapter, mask, monkeypatch):
-    kernel = getattr(packages.install("sageattention 2.2.0", monkeypatch), adapter)
+    kernel = packages.install("sageattention 2.2.0", adapter, monkeypatch).kernel
     tensors = make(kv_heads=2)
     kind, view = classify(MASKS[mask], B, HEADS, LQ, LK)
     options = tuple(sorted(SAGE_OPTIONS[adapter].items()))
@@ -125,36 +123,86 @@ def test_sage(adapter, mask, monkeypatch):
         assert torch.allclose(lse, expected_lse.transpose(1, 2))
 
 
+@pytest.mark.parametrize("mask", ["none", "key", "no key", "causal"])
+@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+def test_float8(mask, kv_heads, monkeypatch):
+    """The operator is called with its factors, and its output and lse are those of the quantised tensors."""
+    from diffusers_attn.providers import fp8
+
+    kernel = packages.install("flash-attn-3 3.0.0", "Flash3Fp8", monkeypatch).kernel
+    causal, mask = mask == "causal", MASKS.get(mask)
+    query, key, value = make(kv_heads)
+    query, key, value = (query if not causal else query.repeat(1, 2, 1, 1)[:, :LK]).half(), key.half(), value.half()
+    if mask is not None:
+        key[0, 6], value[0, 6] = 1e4, math.nan  # dropped keys change nothing
+        value[1, 1] = 3e4
+    kind, view = classify(mask, B, HEADS, query.shape[1], LK)
+    options = () if causal else (("softcap", 0.0), ("window_size", (-1, -1)))
+    out, lse = kernel.forward(query, key, value, view, Params(kind, causal, 0.11, False, 0.0, True, "cuda", options))
+    keep = torch.ones(B, LK, 1, 1, dtype=torch.bool) if mask is None else mask.view(B, LK, 1, 1)
+    quantised = []
+    for tensor in (query, *(each.masked_fill(~keep, 0.0) for each in (key, value))):
+        data, factor = fp8.quantize(tensor, kv_heads)
+        quantised.append(
+            data.double() * factor.double().repeat_interleave(data.shape[2] // kv_heads, 1)[:, None, :, None]
+        )
+    expected, expected_lse = reference.attention(*heads_first(*quantised), mask, causal, scale=0.11)
+    assert out.dtype == torch.float16
+    assert torch.allclose(*heads_first(out), expected.half(), atol=2e-3, rtol=2e-3)
+    assert torch.allclose(lse.double(), expected_lse.transpose(1, 2), atol=1e-6)
+    true, true_lse = reference.attention(
+        *heads_first(query, key.masked_fill(~keep, 0.0), value.masked_fill(~keep, 0.0)), mask, causal, scale=0.11
+    )
+    assert reference.relative_error(out, true.transpose(1, 2)) < 6e-2
+    alive = true_lse > -math.inf
+    assert torch.allclose(lse.transpose(1, 2).double()[alive], true_lse[alive], atol=0.15)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("default_scale", [False, True])
+def test_sage_3(is_causal, default_scale, monkeypatch):
+    """The function has no scale, takes heads first, and changes its key."""
+    kernel = packages.install("sageattn3 1.0.0", "Sage3", monkeypatch).kernel
+    query, key, value = (tensor.transpose(1, 2)[:, :1] for tensor in make())  # one head: already contiguous
+    key, value = (key[:, :, :LQ], value[:, :, :LQ]) if is_causal else (key, value)
+    key = key.contiguous()
+    before = key.clone()
+    scale = D**-0.5 if default_scale else 0.11
+    params = Params(MaskKind.NONE, is_causal, scale, default_scale, 0.0, False, "cuda", ())
+    out, lse = kernel.forward(query, key, value, None, params)
+    expected, _ = reference.attention(query, before, value, None, is_causal, scale=scale)
+    assert torch.allclose(out, expected)
+    assert torch.equal(key, before)
+    assert lse.numel() == 0 and kernel.layout == "bhsd"
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_sage_is_given_keys_for_a_whole_tile(is_causal, monkeypatch):
     """Of fewer, the fp16 CUDA kernel reads what another kernel left behind."""
-    module = packages.install("sageattention 2.2.0", monkeypatch)
-    real = getattr(module.sageattention, module.Fp16Cuda.kernel)
     lengths = []
 
     def recorded(query, key, value, **rest):
         lengths.append(key.shape[1])
-        return real(query, key, value, **rest)
+        return packages.stand_in("sageattention 2.2.0", "sageattn_qk_int8_pv_fp16_cuda")(query, key, value, **rest)
 
-    monkeypatch.setattr(module.sageattention, module.Fp16Cuda.kernel, recorded)
+    made = packages.install("sageattention 2.2.0", "Fp16Cuda", monkeypatch)
+    monkeypatch.setitem(made.module._FUNCTIONS, made.kernel.kernel, recorded)
     query, key, value = make()
     query = key.flip(1) if is_causal else query
     params = Params(MaskKind.NONE, is_causal, 0.11, False, 0.0, False, "cuda", ())
-    out, lse = module.Fp16Cuda.forward(query, key, value, None, params)
+    out, lse = made.kernel.forward(query, key, value, None, params)
     expected, expected_lse = reference.attention(*heads_first(query, key, value), None, is_causal, scale=0.11)
     assert torch.allclose(*heads_first(out), expected)
     assert torch.allclose(lse, expected_lse.transpose(1, 2))
-    assert min(lengths) >= module.TILE
+    assert min(lengths) >= made.module.TILE
 
 
 def test_sage_clears_rows_without_keys(monkeypatch):
-    module = packages.install("sageattention 2.2.0", monkeypatch)
+    made = packages.install("sageattention 2.2.0", "Fp16Triton", monkeypatch)
     mask = MASKS["no key"]
     params = Params(MaskKind.KEY, False, 0.11, False, 0.0, False, "cuda", ())
-    monkeypatch.setattr(
-        module.sageattention, module.Fp16Triton.kernel, lambda q, *_, **__: (q, q[..., 0].transpose(1, 2))
-    )
-    out, lse = module.Fp16Triton.forward(*make(), mask, params)
+    monkeypatch.setitem(made.module._FUNCTIONS, made.kernel.kernel, lambda q, *_, **__: (q, q[..., 0].transpose(1, 2)))
+    out, lse = made.kernel.forward(*make(), mask, params)
     assert not out[0].any()
     assert (lse[0] == -math.inf).all()
     assert out[1].all()
@@ -163,25 +211,25 @@ def test_sage_clears_rows_without_keys(monkeypatch):
 def test_a_build_without_an_option_says_so(monkeypatch):
     from diffusers_attn import AttentionProviderError
 
-    module = packages.install("flash-attn 2.8.3", monkeypatch)
-
     def refuse(*args):
         raise RuntimeError("This flash attention build does not support softcap.\nException raised from ...")
 
-    monkeypatch.setattr(module, "_dense_forward", refuse)
+    made = packages.install("flash-attn 2.8.3", "Flash2", monkeypatch)
+    made.package._flash_attn_forward = refuse
+    kernel = made.module.Flash2.over(made.package, "package")
     params = Params(MaskKind.NONE, False, 0.11, False, 0.0, False, "cuda", (("softcap", 2.0),))
     with pytest.raises(AttentionProviderError, match="does not support softcap. The installed flash-attn was compiled"):
-        module.Flash2.forward(*make(), None, params)
+        kernel.forward(*make(), None, params)
 
 
 @pytest.mark.parametrize("window", [(1, 2, 3), (1.5, 2), (None, 1)])
 def test_a_window_is_two_whole_numbers(window, monkeypatch):
     from diffusers_attn import AttentionProviderError
 
-    module = packages.install("flash-attn 2.8.3", monkeypatch)
+    kernel = packages.install("flash-attn 2.8.3", "Flash2", monkeypatch).kernel
     params = Params(MaskKind.NONE, False, 0.11, False, 0.0, False, "cuda", (("window_size", window),))
     with pytest.raises(AttentionProviderError, match="two whole numbers"):
-        module.Flash2.forward(*make(), None, params)
+        kernel.forward(*make(), None, params)
 
 
 DOWNLOADS = {

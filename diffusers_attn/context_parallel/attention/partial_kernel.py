@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import masks
 from ...call import AttentionCall
 from ...masks import MaskKind
-from ...providers import catalog, lowering, registry
+from ...providers import catalog, lowering
 from ...providers.base import Params
 from ...providers.catalog import SPECS
 from ...providers.decision import decide_call
@@ -59,7 +59,7 @@ class PartialKernel(NamedTuple):
             return depends_on(sums * value.sum(dim=(1, 2), keepdim=True) * 0.0, mask)
         plan, params, mask = self._prepare(query, key, value, mask, is_causal, partial=False)
         query, key, value = lowering.to_layout(plan, query, key, value)
-        adapter = registry.ADAPTERS[plan.provider]
+        adapter = plan.adapter
         out = lowering.attention(query, key, value, mask, adapter=adapter, plan=plan, params=params)
         return lowering.to_layout(plan, out)[0]
 

@@ -45,13 +45,13 @@ class Windowed(Math):
 def with_window():
     spec = catalog.SPECS["_native_math"]
     registry.load("_native_math")
-    before = registry.ADAPTERS["_native_math"]
+    before = registry.ADAPTERS["_native_math", "package"]
     catalog.SPECS["_native_math"] = dataclasses.replace(spec, options={"window_size": catalog.WINDOW})
-    registry.ADAPTERS["_native_math"] = Windowed
+    registry.ADAPTERS["_native_math", "package"] = Windowed
     try:
         yield
     finally:
-        catalog.SPECS["_native_math"], registry.ADAPTERS["_native_math"] = spec, before
+        catalog.SPECS["_native_math"], registry.ADAPTERS["_native_math", "package"] = spec, before
 
 
 def split_sequences(mesh, **lengths):
