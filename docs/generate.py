@@ -194,7 +194,7 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 SECTIONS = {
     "README.md": {"providers": readme_table},
-    "docs/context_parallel.md": {
+    "docs/performance.md": {
         "strategies": strategy_tables,
         "training": training_tables,
         "script": script_tables,

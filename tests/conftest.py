@@ -1,6 +1,7 @@
 """Settings that all tests share."""
 
 import os
+from pathlib import Path
 
 # Threads that wait should sleep: spinning ones slow down a machine that runs other tests, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,6 +24,33 @@ torch.set_num_threads(int(os.environ.get("DIFFUSERS_ATTN_TEST_THREADS", "1")))
 def pytest_xdist_auto_num_workers() -> int:
     """The workers of `-n auto`: the cores that this process may use, up to eight, since each takes a gigabyte."""
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+
+
+# Files that take longest begin first. Otherwise one of them may run alone at the end, while other workers have no work.
+LONGEST = (
+    "cp_plans/test_models.py",
+    "training/test_parallel_runs.py",
+    "test_benchmark_train_lora.py",
+    "parallelize/test_enable.py",
+    "context_parallel/compile/test_sizes.py",
+    "context_parallel/compile/test_one_graph.py",
+    "cp_plans/test_nabla.py",
+    "zoo/test_zoo.py",
+    "context_parallel/comm/test_symmetric_gather.py",
+    "context_parallel/attention/test_allgather_kv_one_call.py",
+    "cp_plans/test_anyflow_far.py",
+    "verify_plan/test_verify.py",
+    "cp_plans/test_wan_animate2.py",
+    "processors/test_compile.py",
+    "processors/test_lifecycle.py",
+    "training/test_trainer.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)

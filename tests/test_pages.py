@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 from torch import Tensor
 
 import diffusers_attn
@@ -15,7 +17,7 @@ from diffusers_attn.providers.base import KernelFunction, Params
 
 from . import reference
 from .documents import ROOT, snippets
-from .test_quickstart import example
+from .test_quickstart import MODEL, example
 
 PAGES = sorted(
     str(page.relative_to(ROOT))
@@ -74,6 +76,28 @@ def test_the_provider_of_contributing() -> None:
     ]
     torch.testing.assert_close(parts[0][0] + parts[1][0], found[0])
     torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]], dim=1), found[1])
+
+
+def guide(meshes: Any, codes: list[str]) -> list[Any]:
+    """The image of each snippet, on this rank."""
+    pipe = FluxPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 32}
+    names: dict[str, Any] = {"pipe": pipe, "settings": size}
+    images = []
+    for code in codes:
+        exec(code, names)
+        diffusers_attn.disable_context_parallel(pipe)
+        images.append(np.asarray(names["image"], dtype=float))
+    generator = torch.Generator("cpu").manual_seed(0)
+    return [*images, np.asarray(pipe("a cat", generator=generator, **size).images[0], dtype=float)]
+
+
+def test_the_guide_to_context_parallelism(pool: Any) -> None:
+    codes = [*snippets("docs/context_parallel.md", "Start"), *snippets("docs/context_parallel.md", "Recipes")]
+    assert len(codes) == 4
+    for *_, seeded, alone in pool.run(4, guide, codes=codes):
+        assert abs(seeded - alone).max() <= 1
 
 
 def test_the_plan_of_contributing_is_right() -> None:

@@ -29,88 +29,29 @@ class Resumed(enum.Enum):
     REFUSED = "the values must be equal"
 
 
+_REFUSED = """
+    adapter rank alpha targets optimizer
+    seed resolution aspects num_frames repeats incomplete_batches
+"""
+"""The first row determines what the adapter's weights and the optimizer's state mean, the second the examples of a
+step."""
+_GIVEN = """
+    model revision data output_dir cache_dir overwrite
+    batch_size gradient_accumulation_steps cp_degree ulysses_degree ring_degree rotate_method attn_provider cpu timeout
+    mixed_precision compile gradient_checkpointing find_unused_parameters
+    steps learning_rate adam_betas weight_decay adam_eps lr_schedule lr_warmup_steps max_grad_norm adapter_dropout
+    ema_decay timestep_sampling logit_mean logit_std mode_scale shift guidance
+    fps frame_pick max_upscale crop caption_column caption_dropout max_sequence_length on_bad_data cache_batch_size
+    checkpoint_every checkpoints_kept resume log_every metrics trackers tracker_project
+    validation_prompts validation_every validation_steps validation_guidance validation_size validation_frames
+    evaluation_every evaluation_data evaluation_examples push_to_hub hub_model_id
+"""
+"""Of `model` and `data` the content is compared: the base model's weights below, the data by the loader. An average of
+the weights (`ema_decay`) cannot be added or removed. The number of examples per step must be the same."""
 SETTINGS = {
-    # The shapes and the meaning of the adapter's weights and the optimizer's state depend on these.
-    "adapter": Resumed.REFUSED,
-    "rank": Resumed.REFUSED,
-    "alpha": Resumed.REFUSED,
-    "targets": Resumed.REFUSED,
+    **dict.fromkeys(_REFUSED.split(), Resumed.REFUSED),
+    **dict.fromkeys(_GIVEN.split(), Resumed.GIVEN),
     "adapter_init": Resumed.KEPT,  # "olora" also changed the base model, which the checkpoint restores
-    "optimizer": Resumed.REFUSED,
-    "ema_decay": Resumed.GIVEN,  # but an average cannot be added or removed
-    # The examples of a step depend on these.
-    "seed": Resumed.REFUSED,
-    "resolution": Resumed.REFUSED,
-    "aspects": Resumed.REFUSED,
-    "num_frames": Resumed.REFUSED,
-    "repeats": Resumed.REFUSED,
-    "incomplete_batches": Resumed.REFUSED,
-    # Names and folders may change. Their content is compared: the base model's weights below, the data by the loader.
-    "model": Resumed.GIVEN,
-    "revision": Resumed.GIVEN,
-    "data": Resumed.GIVEN,
-    "output_dir": Resumed.GIVEN,
-    "cache_dir": Resumed.GIVEN,
-    "overwrite": Resumed.GIVEN,
-    # Another machine may have other processes. Only the number of examples per step must be the same.
-    "batch_size": Resumed.GIVEN,
-    "gradient_accumulation_steps": Resumed.GIVEN,
-    "cp_degree": Resumed.GIVEN,
-    "ulysses_degree": Resumed.GIVEN,
-    "ring_degree": Resumed.GIVEN,
-    "rotate_method": Resumed.GIVEN,
-    "attn_provider": Resumed.GIVEN,
-    "cpu": Resumed.GIVEN,
-    "timeout": Resumed.GIVEN,
-    "mixed_precision": Resumed.GIVEN,
-    "compile": Resumed.GIVEN,
-    "gradient_checkpointing": Resumed.GIVEN,
-    "find_unused_parameters": Resumed.GIVEN,
-    # Optimization and noise.
-    "steps": Resumed.GIVEN,
-    "learning_rate": Resumed.GIVEN,
-    "adam_betas": Resumed.GIVEN,
-    "weight_decay": Resumed.GIVEN,
-    "adam_eps": Resumed.GIVEN,
-    "lr_schedule": Resumed.GIVEN,
-    "lr_warmup_steps": Resumed.GIVEN,
-    "max_grad_norm": Resumed.GIVEN,
-    "adapter_dropout": Resumed.GIVEN,
-    "timestep_sampling": Resumed.GIVEN,
-    "logit_mean": Resumed.GIVEN,
-    "logit_std": Resumed.GIVEN,
-    "mode_scale": Resumed.GIVEN,
-    "shift": Resumed.GIVEN,
-    "guidance": Resumed.GIVEN,
-    # Preparation of the examples.
-    "fps": Resumed.GIVEN,
-    "frame_pick": Resumed.GIVEN,
-    "max_upscale": Resumed.GIVEN,
-    "crop": Resumed.GIVEN,
-    "caption_column": Resumed.GIVEN,
-    "caption_dropout": Resumed.GIVEN,
-    "max_sequence_length": Resumed.GIVEN,
-    "on_bad_data": Resumed.GIVEN,
-    "cache_batch_size": Resumed.GIVEN,
-    # Output.
-    "checkpoint_every": Resumed.GIVEN,
-    "checkpoints_kept": Resumed.GIVEN,
-    "resume": Resumed.GIVEN,
-    "log_every": Resumed.GIVEN,
-    "metrics": Resumed.GIVEN,
-    "trackers": Resumed.GIVEN,
-    "tracker_project": Resumed.GIVEN,
-    "validation_prompts": Resumed.GIVEN,
-    "validation_every": Resumed.GIVEN,
-    "validation_steps": Resumed.GIVEN,
-    "validation_guidance": Resumed.GIVEN,
-    "validation_size": Resumed.GIVEN,
-    "validation_frames": Resumed.GIVEN,
-    "evaluation_every": Resumed.GIVEN,
-    "evaluation_data": Resumed.GIVEN,
-    "evaluation_examples": Resumed.GIVEN,
-    "push_to_hub": Resumed.GIVEN,
-    "hub_model_id": Resumed.GIVEN,
 }
 """Policy of every setting of `TrainConfig`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import textwrap
@@ -27,10 +28,13 @@ from .. import launching
 ROOT = Path(__file__).parents[2]
 
 
-def build(name, **options):
+def build(name, seed=0, **config):
+    """A model of the zoo, with changes to its configuration."""
     from tests.zoo import CASES
 
-    return CASES[name].build(dtype=torch.float64, **options).double()
+    case = CASES[name]
+    case = dataclasses.replace(case, config={**case.config, **config})
+    return case.build(dtype=torch.float64, seed=seed).double()
 
 
 def inputs(name, rank=0):
@@ -251,8 +255,6 @@ def test_refused_on_all_ranks_and_nothing_changed(pool):
 
 def without_lse(meshes):
     """A provider without log-sum-exp, as the catalog has it: refused in a ring, and what is chosen for it otherwise."""
-    import dataclasses
-
     from diffusers_attn.providers.catalog import SPECS
 
     model, kept = build("wan"), SPECS["_native_math"]
@@ -351,10 +353,14 @@ def test_a_model_within_a_peft_model(pool):
         assert wrong < 1e-10 and models == ("FluxTransformer2DModel",) and restored
 
 
+SHALLOW = {"wan": {"num_layers": 1}, "flux": {"num_layers": 1, "num_single_layers": 1}}
+"""Every block more is compiled, too, and shows no more."""
+
+
 def compiled(meshes, name, scope, first, checkpointing):
     """Errors of output and gradients: enabled before or after compilation, called in between, and after disabling."""
     torch._dynamo.reset()
-    model = build(name)
+    model = build(name, **SHALLOW[name])
     if checkpointing:
         model.train().enable_gradient_checkpointing()
     mesh = meshes.lines[2]
@@ -401,7 +407,7 @@ def reused(meshes):
         return given | {"img_ids": given["img_ids"][:image], "txt_ids": given["txt_ids"][:text]}
 
     torch._dynamo.reset()
-    model = build("flux")
+    model = build("flux", **SHALLOW["flux"])
     set_attention_provider(model, "native")  # as it then stays, nothing but hooks tells the two apart
     expected = output(model, tokens(32, 12)).detach()
     apply_compile(model, backend="eager", dynamic=False)

@@ -9,6 +9,8 @@ from .runs import SETTINGS, train_all, train_sharded
 from .worlds import World
 
 FAMILIES = list(SETTINGS)
+STEPS = 6
+"""of a run; half of them before it is resumed."""
 ONE = {"batch_size": 2}
 SPLIT = {
     "ring": {"batch_size": 2, "cp_degree": 2, "ring_degree": 2, "rotate_method": "alltoall"},
@@ -24,15 +26,16 @@ def runs(run_worlds, settings_of):
     """The steps of every family, on one process and on several: the same four examples in each step."""
 
     def job(size, several, **more):
-        return World(size, train_all, {"several": [settings_of(name, **several, **more) for name in FAMILIES]})
+        several = [settings_of(name, steps=STEPS, **several, **more) for name in FAMILIES]
+        return World(size, train_all, {"several": several})
 
-    alone = job(1, ONE, checkpoint_every=5, checkpoints_kept=0)
+    alone = job(1, ONE, checkpoint_every=STEPS // 2, checkpoints_kept=0)
     first = run_worlds(alone, job(2, SPLIT["ring"]))
-    halfway = [f"{settings['output_dir']}/checkpoints/step-00000005" for settings in alone.arguments["several"]]
-    resumed = [settings_of(name, **SPLIT["ring"], resume=path) for name, path in zip(FAMILIES, halfway)]
+    halfway = [f"{settings['output_dir']}/checkpoints/step-{STEPS // 2:08}" for settings in alone.arguments["several"]]
+    resumed = [settings_of(name, steps=STEPS, **SPLIT["ring"], resume=path) for name, path in zip(FAMILIES, halfway)]
     second = run_worlds(job(2, SPLIT["ulysses"]), World(2, train_all, {"several": resumed}))
     third = run_worlds(job(4, SPLIT["dp x cp"]))
-    sharded = settings_of("cogview4", batch_size=1, resume=halfway[-1])
+    sharded = settings_of("cogview4", steps=STEPS, batch_size=1, resume=halfway[-1])
     arguments = {"settings": sharded, "block": "CogView4TransformerBlock", "cp_degree": 2}
     [fourth] = run_worlds(World(4, train_sharded, arguments))
     # What Accelerate makes of a mixed precision with FSDP2 is not what it makes of it without.
@@ -49,8 +52,8 @@ def runs(run_worlds, settings_of):
 @pytest.mark.parametrize("split", list(SPLIT))
 def test_loss_and_gradient_norm_are_those_of_one_process(runs, family, split):
     expected = runs["one"][0][family]["steps"]
-    assert len(expected) == 10
-    assert len({step["loss"] for step in expected}) == 10
+    assert len(expected) == STEPS
+    assert len({step["loss"] for step in expected}) == STEPS
     for of_rank in runs[split]:
         for ours, theirs in zip(of_rank[family]["steps"], expected, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -59,7 +62,7 @@ def test_loss_and_gradient_norm_are_those_of_one_process(runs, family, split):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_one_process_goes_on_on_two(runs, family):
-    expected = runs["one"][0][family]["steps"][5:]
+    expected = runs["one"][0][family]["steps"][STEPS // 2 :]
     for ours, theirs in zip(runs["resumed"][0][family]["steps"], expected, strict=True):
         assert ours["step"] == theirs["step"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -72,7 +75,7 @@ def test_a_checkpoint_of_one_process_goes_on_sharded_over_four(runs):
     expected = runs["one"][0]["cogview4"]
     for of_rank in runs["sharded"]:
         assert "on 2 of 4 ranks" in of_rank["report"]
-        for ours, theirs in zip(of_rank["steps"], expected["steps"][5:], strict=True):
+        for ours, theirs in zip(of_rank["steps"], expected["steps"][STEPS // 2 :], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
             assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
     saved, alone = (load_file(each["path"]) for each in (runs["sharded"][0], expected))

@@ -162,6 +162,7 @@ def test_the_command_line():
     assert "processes and attention:" in TrainConfig.parser().format_help()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_alike(settings_of):
     """Each as one graph, also under DDP, which would otherwise cut it where its buckets of gradients end."""
     plain = train(settings_of("cogview4", steps=2, gradient_accumulation_steps=1, lr_warmup_steps=0))

@@ -19,13 +19,14 @@ from torch import nn
 
 from diffusers_attn import AttentionProviderError, get_cp_plan, list_cp_plans, verify_cp_plan
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
-from diffusers_attn.verify_plan.rank import STRATEGIES, Job, attention_names, work
-from diffusers_attn.verify_plan.verify import _check_plan, _report
+from diffusers_attn.verify_plan.rank import attention_names
+from diffusers_attn.verify_plan.verify import _check_plan
 from examples import writing_plans
 from tests.zoo import CASES
 from tests.zoo.weights import randomize
 
 from .. import launching
+from .on_pool import verify_on_pool
 
 LENGTH, WIDTH = 13, 32
 
@@ -82,23 +83,14 @@ def small_inputs() -> dict[str, torch.Tensor]:
     return {"hidden_states": torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))}
 
 
-def job_of(meshes, folder, told, name, model, inputs):
-    """What a process of verify_cp_plan does, on a process of the pool."""
-    built = CASES[name].build() if model is None else model
-    inputs = CASES[name].inputs() if model is None else inputs
-    rank = meshes(2, 1).rank
-    work(told, built, inputs, rank, pathlib.Path(folder), lambda ring, ulysses, **how: meshes(ring, ulysses, **how))
-
-
 @pytest.fixture
 def verify(pool, tmp_path):
-    def verify(name, plan, model=None, strategies=tuple(STRATEGIES), **options):
-        settings = {"gradients": False, "replace_sdpa": False, "inputs": small_inputs(), **options}
-        for path in tmp_path.iterdir():  # of an earlier call
-            path.unlink()
-        job = Job(plan, 2, strategies, "native", settings["replace_sdpa"], settings["gradients"], 1e-4, 60.0, None)
-        pool.run(2, job_of, folder=str(tmp_path), told=job, name=name, model=model, inputs=settings["inputs"])
-        return _report(tmp_path, job, name, [0, 0])
+    def verify(name, plan, model=None, inputs=None, **options):
+        if model is None:
+            inputs = CASES[name].inputs()
+        elif inputs is None:
+            inputs = small_inputs()
+        return verify_on_pool(pool, tmp_path, name, plan, model, inputs, **options)
 
     return verify
 
@@ -301,6 +293,7 @@ class Dies(nn.Module):
         return hidden_states
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_does_not_hang_the_others(folder_is_importable):
     start, limit = time.monotonic(), launching.TIMEOUT
     report = verify_cp_plan(Small(Dies, Attention), small_inputs(), PLAN, replace_sdpa=True, timeout=limit)

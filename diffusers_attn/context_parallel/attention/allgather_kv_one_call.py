@@ -17,7 +17,7 @@ from ..comm.gathered_kv import EVERYONE
 from ..comm.transport import SYMMETRIC
 from .block_attention import BlockAttention
 
-# Figures of H200s. docs/context_parallel.md has measurements of the decisions that follow from them.
+# Figures of H200s. docs/performance.md has measurements of the decisions that follow from them.
 BYTES_PER_SECOND = 320e9
 """Bytes per second that one GPU writes into the memory of another."""
 FLOPS = 650e12

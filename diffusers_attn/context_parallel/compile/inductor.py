@@ -3,51 +3,96 @@
 On a GPU, Inductor may leave gaps between the rows of a tensor so that they begin at aligned addresses
 (`comprehensive_padding`). Before PyTorch 2.13 this silently gives wrong gradients when a concatenation reads a tensor
 with gaps (as in the backward of rotary embeddings) and the memory layout of the tensor follows from its inputs (as for
-gradients of attention, heads first): the two assume different layouts. For these versions the gaps are turned off in
-this process.
+gradients of attention, heads first): the two assume different layouts. For these versions the gaps are turned off.
 
-Inductor also runs `overlap_pass.begin_early` on each graph, which does not change graphs without our exchanges. A pass
-that is already set runs before it.
+Inductor also runs `overlap_pass.begin_early`. A pass that is already set runs before it.
 
-docs/design.md, "What changes for the whole process", explains why both are set for the process and not for one model.
+Both are set while a graph with an exchange is compiled, and not for other graphs of the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import logging
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from packaging.version import Version
+from torch._guards import CompileContext
 from torch.fx import Graph
 
 from . import overlap_pass
 from .overlap_pass import begin_early
 
-logger = logging.getLogger(__name__)
 ORDERS_AGREE = Version("2.13")
 
 
 @torch._dynamo.assume_constant_result
 def prepare_for_exchanges() -> bool:
-    """Called where an exchange is traced, which is before Inductor receives the graph."""
-    return _prepare()
+    """Called where an exchange is traced, which is before the compiler receives the graph."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # slow to import, and needed only for compilation
 
-
-@functools.cache
-def _prepare() -> bool:
-    from torch._inductor import config  # slow to import, and needed only for compilation
-
-    config.pre_grad_custom_pass = _make_pass(config.pre_grad_custom_pass)
-    if Version(torch.__version__) < ORDERS_AGREE and config.comprehensive_padding:
-        config.comprehensive_padding = False
-        logger.info(
-            "torch._inductor.config.comprehensive_padding is off from here on: with it, PyTorch %s computes wrong "
-            "gradients of compiled blocks under context parallelism",
-            torch.__version__,
-        )
+    output = InstructionTranslator.current_tx().output
+    if output.compiler_fn is not None and not hasattr(output.compiler_fn, _READY):
+        output.compiler_fn = _compiler(output.compiler_fn)
     return True
+
+
+_READY = "_diffusers_attn_exchanges"
+
+
+def _compiler(compiler: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compiler)
+    def compile_exchanges(*args: Any, **kwargs: Any) -> Any:
+        with settings():
+            compiled = compiler(*args, **kwargs)
+        if Version(torch.__version__) < ORDERS_AGREE:
+            _backwards.expect(CompileContext.get())
+        return compiled
+
+    setattr(compile_exchanges, _READY, True)
+    return compile_exchanges
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """The settings of Inductor for graphs with exchanges."""
+    from torch._inductor import config
+
+    changes: dict[str, Any] = {"pre_grad_custom_pass": _make_pass(config.pre_grad_custom_pass)}
+    if Version(torch.__version__) < ORDERS_AGREE:
+        changes["comprehensive_padding"] = False
+    with config.patch(changes):
+        yield
+
+
+class _Backwards:
+    """Applies the settings to a graph's backward, which is compiled at its first call."""
+
+    def __init__(self) -> None:
+        self._expected: weakref.WeakSet[CompileContext] = weakref.WeakSet()
+        self._scope = contextlib.ExitStack()
+
+    def expect(self, context: CompileContext) -> None:
+        """`context` is that of a graph's forward, and will be that of its backward."""
+        from torch._dynamo.callback import callback_handler
+
+        self._expected.add(context)
+        if self._begin not in callback_handler.start_callbacks:  # torch.compiler.reset() removes it
+            callback_handler.register_start_callback(self._begin)
+            callback_handler.register_end_callback(self._end)
+
+    def _begin(self, _: Any) -> None:
+        if CompileContext.try_get() in self._expected:
+            self._scope.enter_context(settings())
+
+    def _end(self, _: Any) -> None:
+        self._scope.close()
+
+
+_backwards = _Backwards()
 
 
 def _make_pass(others: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from ...tracing.errors import raise_error
 from ..comm import one_thread, rank_progress, shared_groups
 from ..comm.symmetric_gather import SymmetricGather
 from ..comm.transport import choose_transport
+from ..compile.own_forward import OwnForwards
 from ..mesh import ContextParallelMesh
 from ..sequences.active import keep_active
 from ..sequences.tracker import SequenceTracker
@@ -69,10 +70,11 @@ class _Entry:
             for hook in self.hooks_of(module, self.path, self.spec, self.tracker, names.get(id(module), self.path))
         ]
 
-    def set(self) -> None:
+    def set(self, forwards: OwnForwards) -> None:
         self.handles = [set_hook() for set_hook in self.hooks]
         for module in self._alive():
             copies.leave_hooks_out(module)
+            forwards.give(module)
         self.hooks = []  # they reference the modules, and would keep the model alive
 
     def remove(self) -> None:
@@ -85,14 +87,14 @@ class _Entry:
     def _alive(self) -> list[nn.Module]:
         return [module for module in (then() for then in self.modules) if module is not None]
 
-    def refresh(self, model: nn.Module) -> None:
+    def refresh(self, model: nn.Module, forwards: OwnForwards) -> None:
         """Moves the hooks if modules were replaced, as by adapters (LoRA) that were added or unloaded."""
         if self._is_followed:
             modules = list(submodules(model, self.path))
             if any(original(now) is not original(then()) for now, then in zip(modules, self.modules)):
                 self.remove()
                 self._find(modules, {})
-                self.set()
+                self.set(forwards)
 
 
 class _Applied(NamedTuple):
@@ -106,6 +108,7 @@ class _Applied(NamedTuple):
     """Owner of the transport's memory. None if collectives are the transport."""
     dynamic: DynamicSizes
     attention: KnownAttention
+    forwards: OwnForwards
 
 
 _applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
@@ -117,8 +120,8 @@ def apply_context_parallel(
     """Splits and gathers tensors of `module` over the ranks of `mesh`, as `plan` says.
 
     On GPUs all ranks of the mesh must call this, each with its GPU as the current device, because they test whether
-    they can access each other's memory. All compiled code of this process is compiled again at its next call, also
-    after `remove_context_parallel`, because Dynamo does not notice hooks.
+    they can access each other's memory. A compiled model is compiled again at its next call, and other models keep
+    their graphs.
 
     Args:
         module: a model. Every rank must run it with the same inputs.
@@ -156,14 +159,17 @@ def apply_context_parallel(
         entries += [_Entry("", None, [each], tracker, names, within.hooks_of) for each in parts]
     tracker.transport, gather = choose_transport(mesh.ring, mesh.device_type)
     install()
-    _forget_graphs()
     dynamic = DynamicSizes(module, tracker)
     begin = module.register_forward_pre_hook(_Begin(tracker))
     copies.leave_hooks_out(module)
+    forwards = OwnForwards(module)
     for entry in entries:
-        entry.set()
+        entry.set(forwards)
+    for each in _parents(module, entries):
+        copies.leave_hooks_out(each)
+        forwards.give(each)
     end = module.register_forward_hook(_End(tracker), always_call=True)  # after the plan's own hooks on the model
-    _applied[module] = _Applied(tracker, (begin, end), entries, gather, dynamic, KnownAttention(module))
+    _applied[module] = _Applied(tracker, (begin, end), entries, gather, dynamic, KnownAttention(module), forwards)
     diffusers_hooks.watch(module, plan, tracker)
     return tracker
 
@@ -176,7 +182,6 @@ def remove_context_parallel(module: nn.Module) -> None:
     """
     copies.check_not_shallow(module)
     if module in _applied:
-        _forget_graphs()
         applied = _applied.pop(module)
         applied.dynamic.unwatch()
         diffusers_hooks.unwatch(module)
@@ -184,17 +189,17 @@ def remove_context_parallel(module: nn.Module) -> None:
             entry.remove()
         for handle in applied.ends:
             handle.remove()
-        copies.keep_hooks(module)
+        for each in (*applied.forwards.remove(), module):
+            copies.keep_hooks(each)
 
 
-def _forget_graphs() -> None:
-    """Drops all compiled code of the process, which is compiled again at its next call.
-
-    Dynamo sets no guards on the hooks of modules: a graph that was compiled without the plan would go on running
-    without it. docs/design.md, "What changes for the whole process", says why the graphs of other models are dropped.
-    """
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+def _parents(model: nn.Module, entries: Iterable[_Entry]) -> Iterator[nn.Module]:
+    """The modules within `model` that call a module with hooks."""
+    hooked = {id(each()) for entry in entries for each in entry.modules}
+    for each in model.modules():
+        if each is not model and id(each) not in hooked and not isinstance(each, (nn.ModuleList, nn.ModuleDict)):
+            if any(id(part) in hooked for part in each.modules()):
+                yield each
 
 
 def applied_tracker(module: nn.Module) -> SequenceTracker | None:
@@ -234,10 +239,11 @@ class _Begin:
                 shared_groups.keep_if_captured(self.groups)
         self.tracker.start(None if torch.compiler.is_compiling() else sys._getframe(1))
         if not torch.compiler.is_compiling() and module in _applied:
-            for entry in _applied[module].entries:
-                entry.refresh(module)
-            _applied[module].attention.check(module)
-            _applied[module].dynamic.watch()
+            applied = _applied[module]
+            for entry in applied.entries:
+                entry.refresh(module, applied.forwards)
+            applied.attention.check(module)
+            applied.dynamic.watch()
 
 
 class _End:

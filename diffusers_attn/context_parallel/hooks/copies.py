@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import AttentionProviderError
+from ..compile.own_forward import without_own
 
 _GETSTATE = "__getstate__"  # as an attribute of the module itself: copy and pickle ask there before they ask its class
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -93,7 +94,7 @@ class _State:
     def __call__(self) -> dict[str, Any]:
         module = self._module()
         assert module is not None  # the module makes this call
-        state = dict(type(module).__getstate__(module))
+        state = without_own(type(module).__getstate__(module))
         del state[_GETSTATE]
         ours = _numbers(module)
         for name in (*_HOOKS, *_FLAGS):

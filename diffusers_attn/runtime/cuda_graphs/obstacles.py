@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ...context_parallel.compile.own_forward import is_replaced
 from ...providers.catalog import SPECS
 
 _OWN = __name__.partition(".")[0]
@@ -28,7 +29,7 @@ def of_model(model: nn.Module) -> str | None:
         return "it is compiled as a whole"
     for name, module in model.named_modules():
         where = f"'{name}' ({type(module).__name__})" if name else "it"
-        if module is not model and "forward" in vars(module):
+        if module is not model and is_replaced(module):
             return f"the forward of {where} was replaced (by offloading, caching or layerwise casting)"
         foreign = None if module is model else _foreign_hook(module)
         if foreign is not None:

@@ -99,6 +99,8 @@ def read_image(source: Source) -> Tensor:
     image_module, ops = _pil()
     with _broken("image"), source.open() as file:
         data = file.read()
+    with _broken("image"), image_module.open(io.BytesIO(data)) as closed:
+        closed.verify()  # the checksums of a PNG, which decoding skips
     with _broken("image"), image_module.open(io.BytesIO(data)) as opened:
         check_image(data)
         if opened.format in ("BMP", "DIB", "TIFF"):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from packaging.version import Version
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
@@ -83,29 +85,38 @@ def test_ranks_without_work_take_part(pool, case, backend):
     check(pool.run(ring * ulysses, compare, **arguments, **options))
 
 
-def gaps(meshes, orders_agree):
-    """Whether Inductor may leave gaps once an exchange was compiled, by a PyTorch before or after `orders_agree`."""
+def settings_seen(meshes, orders_agree):
+    """Inductor's settings, by a PyTorch before or after `orders_agree`: while the forward and the backward of a graph
+    with an exchange are compiled, then of one without, and afterwards."""
     from torch._inductor import config
 
     group = meshes(2, 1).ring
+    seen = []
+
+    def look(graph, inputs):
+        seen.append((config.comprehensive_padding, config.pre_grad_custom_pass is not None))
+        return make_boxed_func(graph)
 
     def send(tensor):
-        return collectives.wait(collectives.start_gather_others(tensor.sin(), (3, 3), group), group)
+        return tensor.sin() + collectives.wait(collectives.start_gather_others(tensor.detach(), (3, 3), group), group)
 
     torch._dynamo.reset()
-    real, tensor = inductor.ORDERS_AGREE, torch.ones(3, 2)
+    real = inductor.ORDERS_AGREE
     try:
         inductor.ORDERS_AGREE = Version(orders_agree)
-        inductor._prepare.cache_clear()
         with config.patch(comprehensive_padding=True):
-            assert torch.equal(torch.compile(send, fullgraph=True, backend="aot_eager")(tensor), tensor.sin())
-            return config.comprehensive_padding
+            for function in (send, torch.sin):
+                tensor = torch.ones(3, 2, requires_grad=True)
+                out = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=look))(tensor)
+                out.sum().backward()
+            look(torch.nn.Identity(), ())
     finally:
         inductor.ORDERS_AGREE = real
-        inductor._prepare.cache_clear()
+    return seen
 
 
-@pytest.mark.parametrize(("orders_agree", "allowed"), [("99", False), ("2.0", True)])
-def test_a_compiler_that_misreads_gaps_leaves_none(pool, orders_agree, allowed):
-    """What comes of them on a GPU is seen by `tests/gpu/test_context_parallel.py`, with Wan in bfloat16."""
-    assert pool.run(2, gaps, orders_agree=orders_agree) == [allowed] * 2
+def test_settings_hold_for_graphs_with_exchanges_alone(pool):
+    """Gradients that the gaps would give on a GPU are tested with Wan, by `tests/gpu/test_context_parallel.py`."""
+    usual = (True, False)
+    assert pool.run(2, settings_seen, orders_agree="99") == [[(False, True)] * 2 + [usual] * 3] * 2
+    assert pool.run(2, settings_seen, orders_agree="2.0") == [[(True, True)] + [usual] * 4] * 2

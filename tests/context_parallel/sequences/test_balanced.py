@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_attn import AttentionProviderError, attention_dispatch, verify_cp_plan
+from diffusers_attn import AttentionProviderError, attention_dispatch
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.cp_plans import advanced
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput
 
+from ...verify_plan.on_pool import verify_on_pool
 from ..hooks.test_plan_words import mesh_of, tracker_of
 from ..models import MESHES, without_exchange
 
@@ -94,13 +95,13 @@ def test_like_one_process(pool, mesh):
         assert errors[0] > 1e-3
 
 
-@pytest.mark.slow
-def test_verify_knows_the_parts():
+def test_verify_knows_the_parts(pool, tmp_path):
     model, inputs = make()
-    report = verify_cp_plan(model, inputs, PLAN, strategies=("ring",))
+    model, inputs = model.float(), {name: each.float() for name, each in inputs.items()}
+    report = verify_on_pool(pool, tmp_path, "Causal", PLAN, model, inputs, strategies=("ring",))
     assert report.ok, str(report)
     plan = {**PLAN, "": {"tokens": PLAN[""]["tokens"], "places": CPInput(1, 2, sequence="others")}}
-    report = verify_cp_plan(model, inputs, plan, strategies=("ring",))
+    report = verify_on_pool(pool, tmp_path, "Causal", plan, model, inputs, strategies=("ring",))
     # The model adds both, before its first layer.
     assert not report.ok and report.difference.module == "" and "split alike" in report.difference.hint, str(report)
 

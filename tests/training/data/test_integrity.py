@@ -54,7 +54,7 @@ def test_zeros_in_the_middle_of_a_picture(tmp_path, name):
     start, end = len(data) // 2, len(data) * 3 // 4
     data[start:end] = bytes(end - start)
     path.write_bytes(data)
-    with pytest.raises(TrainingDataError, match="zeros|checksum"):
+    with pytest.raises(TrainingDataError, match="zeros|broken PNG file"):
         decode.read_image(FileSource(path))
 
 
@@ -63,7 +63,7 @@ def test_one_wrong_bit_of_a_png(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(TrainingDataError, match="the checksum of its chunk 'IDAT'"):
+    with pytest.raises(TrainingDataError, match="broken PNG file .*IDAT"):
         decode.read_image(FileSource(path))
 
 

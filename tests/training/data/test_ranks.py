@@ -53,7 +53,7 @@ def _on_rank(rank, folder, results):
 
 def test_two_ranks_on_gloo(tmp_path):
     album(tmp_path / "data", 5)
-    context = torch.multiprocessing.get_context("spawn")
+    context = launching.forkserver()
     results = context.Queue()
     arguments = [(_on_rank, rank, tmp_path, results) for rank in range(2)]
     processes = [context.Process(target=launching.as_child, args=each, daemon=True) for each in arguments]
