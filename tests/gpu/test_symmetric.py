@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffusers_attn import AttentionProviderError, apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.attention import allgather_kv_one_call
 from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
-from diffusers_attn.context_parallel.comm import symmetric_gather, transport
+from diffusers_attn.context_parallel.comm import symmetric_gather, symmetric_memory, transport
 from diffusers_attn.context_parallel.comm.gather_in_flight import GatherInFlight
 from diffusers_attn.context_parallel.comm.gathered_kv import EVERYONE, OTHERS
 from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC, choose_transport
@@ -276,20 +276,28 @@ def test_memory_lives_as_long_as_a_model_needs_it(gpus):
         assert depends_on - before < 8
 
 
-def fall_back(meshes):
-    """What is chosen where one rank fails."""
+def fall_back(meshes, step):
+    """The transport that is chosen where the last rank fails in a step."""
     mesh = meshes("gather")
-    real = transport._try
-    if mesh.rank == 1:
-        transport._try = lambda gather: "as intended"
-    try:
+    real = {"_make": transport._make, "_try": transport._try, "_interface": symmetric_memory._interface}[step]
+
+    def fails(*args):
+        if step == "_try":  # sends, and finds wrong data
+            real(*args)
+        raise RuntimeError("as intended")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.rank == SIZE - 1:
+            patch.setattr(symmetric_memory if step == "_interface" else transport, step, fails)
+        patch.setattr(symmetric_memory, "missing_interface", lambda: None)
         return choose_transport(mesh.ring, mesh.device_type)[0]
-    finally:
-        transport._try = real
 
 
-def test_all_ranks_choose_alike(gpus):
-    assert gpus.run(SIZE, fall_back) == [transport.Transport(COLLECTIVE, "as intended")] * SIZE
+@pytest.mark.parametrize("step", ["_make", "_interface", "_try"])
+def test_all_ranks_choose_alike(gpus, step):
+    """The other ranks would otherwise wait on their GPUs for the one that failed."""
+    for kind, reason in gpus.run(SIZE, fall_back, step=step):
+        assert kind == COLLECTIVE and "RuntimeError: as intended" in reason
 
 
 def different_from_float64(meshes, batch):

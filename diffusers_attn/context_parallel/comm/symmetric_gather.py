@@ -37,6 +37,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ...errors import AttentionProviderError
@@ -111,6 +112,16 @@ class SymmetricGather:
 
         needed = _SLOTS * -(-nbytes // ALIGNMENT) * ALIGNMENT
         return needed <= (self._nbytes if self._lane.is_captured() else max(self._nbytes, most))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the memory, after `reserve`."""
+        memory: Any = self._memory
+        return memory.buffers[self.group.rank].device
+
+    def reserve(self, nbytes: int) -> None:
+        """Allocates memory for gathers whose received data takes `nbytes`. A collective of all ranks."""
+        self._reserve(nbytes, _SLOTS)
 
     def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0, shift: int = OTHERS) -> None:
         """Sends this rank's contiguous `[batch, rows, heads, head_dim]` tensors. They must not be written to or freed

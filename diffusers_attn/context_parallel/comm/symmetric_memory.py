@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import AttentionProviderError
+from .everyone import everyone
 from .group import Group
+from .process_groups import resolve
 
 ALIGNMENT = 2 * 1024 * 1024
 """Bytes of the smallest allocation of the driver."""
@@ -24,6 +27,9 @@ class SymmetricMemory:
 
     The constructor is a collective: all ranks of the group must call it with the same `nbytes`, and not while a CUDA
     graph is captured. The memory returns to the driver when the object is freed.
+
+    Raises:
+        AttentionProviderError: on all ranks, if the memory of any rank is exhausted.
     """
 
     def __init__(self, group: Group, nbytes: int, device: torch.device) -> None:
@@ -31,14 +37,28 @@ class SymmetricMemory:
 
         # Tensors that are created in inference mode cannot be written to outside of it.
         with torch.inference_mode(False):
-            # Not `_symmetric_memory.empty`: its pool keeps the memory after it is freed.
-            self._local: Tensor = _interface().empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
+            # The rendezvous waits for all ranks, so all must have memory before any of them begins it.
+            failures = everyone(self._allocate(nbytes, device), [resolve(group.name)])
+            if any(failures):
+                raise AttentionProviderError(
+                    f"{nbytes} bytes of symmetric memory are needed on every rank: "
+                    + "; ".join(f"shard {rank}: {failure}" for rank, failure in enumerate(failures) if failure)
+                )
             self._handle: Any = _symmetric_memory.rendezvous(self._local, group.name)  # type: ignore[arg-type]
             self.buffers: list[Tensor] = [
                 self._local if rank == group.rank else self._handle.get_buffer(rank, (nbytes,), torch.uint8)
                 for rank in range(group.size)
             ]
         """The memory of each rank as bytes; all are tensors of this rank's device."""
+
+    def _allocate(self, nbytes: int, device: torch.device) -> str | None:
+        """Allocates this rank's memory. Returns the error, if there is one."""
+        try:
+            # Not `_symmetric_memory.empty`: its pool keeps the memory after it is freed.
+            self._local: Tensor = _interface().empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}".partition("\n")[0]
+        return None
 
     def barrier(self, channel: int) -> None:
         """Waits, on the current stream, until all ranks have reached their barrier of this `channel`. Data that they

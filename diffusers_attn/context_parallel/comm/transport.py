@@ -8,6 +8,7 @@ collective (`collectives`) and works everywhere. The results are the same.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,16 +53,18 @@ def choose_transport(ring: Group, device_type: str) -> tuple[Transport, Symmetri
         return Transport(COLLECTIVE, missing[0]), None
     if len(machines) > 1:
         return Transport(COLLECTIVE, f"the ring's {ring.size} ranks are on {len(machines)} machines"), None
+    group = resolve(ring.name)
     gather: SymmetricGather | None = None
-    failure: str | None = None
-    try:
+
+    def open_here() -> None:
+        nonlocal gather
         gather = open_gather(ring, lambda: _make(ring))
-        failure = _try(gather)
-    except Exception as error:
-        failure = f"symmetric memory cannot be used: {type(error).__name__}: {error}".partition("\n")[0]
-    failures = [each for each in everyone(failure, [resolve(ring.name)]) if each is not None]
-    if failures:
-        return Transport(COLLECTIVE, failures[0]), None
+
+    # Each step waits for all ranks on their GPUs. So all ranks must have done the one before it.
+    for step in (open_here, lambda: _allocate(gather), lambda: _try(gather)):
+        failures = [each for each in everyone(_failure(step), [group]) if each is not None]
+        if failures:
+            return Transport(COLLECTIVE, failures[0]), None
     return Transport(SYMMETRIC, f"{ring.size} GPUs that reach each other's memory"), gather
 
 
@@ -89,12 +92,26 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _try(gather: SymmetricGather) -> str | None:
+def _failure(step: Callable[[], str | None]) -> str | None:
+    """Why a step failed on this rank: what it returns, or the error that it raises; None if it succeeded."""
+    try:
+        return step()
+    except Exception as error:
+        return f"symmetric memory cannot be used: {type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _allocate(gather: SymmetricGather | None) -> None:
+    """Allocates the least memory, which maps that of every rank into this process."""
+    assert gather is not None
+    gather.reserve(1)
+
+
+def _try(gather: SymmetricGather | None) -> str | None:
     """Gathers one row from every rank. Returns the reason of a failure, or None."""
+    assert gather is not None
     group = gather.group
-    device = torch.device("cuda", torch.cuda.current_device())
     for attempt in range(2):  # both slots
-        own = torch.full((1, 1, 1, 8), float(group.rank + 10 * attempt), device=device)
+        own = torch.full((1, 1, 1, 8), float(group.rank + 10 * attempt), device=gather.device)
         sizes = (1,) * group.size
         key, value = GatherInFlight.start(own, own, own, sizes, group, needs_grad=False).finish(own)
         expected = [float(rank + 10 * attempt) for rank in range(group.size) if rank != group.rank]

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.attention import allgather_kv_one_call
 from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
-from diffusers_attn.context_parallel.comm import symmetric_memory
+from diffusers_attn.context_parallel.comm import symmetric_memory, transport
 from diffusers_attn.context_parallel.comm.gather_in_flight import GatherInFlight
 from diffusers_attn.context_parallel.comm.gathered_kv import EVERYONE, OTHERS, GatheredKV
 from diffusers_attn.context_parallel.comm.symmetric_gather import gather_of
@@ -243,3 +243,34 @@ def test_pytorch_has_what_symmetric_memory_needs():
         signature = getattr(interface, name).__doc__
         found = re.findall(r"(\w+): ", signature)
         assert found[: len(parameters)] == parameters, f"{name} has become {signature}"
+
+
+def chosen(meshes, fails):
+    """The transport over memory of this kind, if the last rank fails in a step."""
+    mesh = meshes(3, 1)
+    steps = {"_not_cuda": lambda *_: None, "_make": lambda group: open_shared(group)}
+    real = {name: getattr(transport, name) for name in (*steps, "_try")}
+
+    def failing(*args):
+        if fails == "_try":  # sends, and finds wrong data
+            real["_try"](*args)
+        raise RuntimeError("as intended")
+
+    if fails and mesh.rank == mesh.size - 1:
+        steps[fails] = failing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(symmetric_memory, "missing_interface", lambda: None)
+        for name, step in steps.items():
+            patch.setattr(transport, name, step)
+        return choose_transport(mesh.ring, mesh.device_type)[0]
+
+
+@pytest.mark.parametrize("fails", [None, "_make", "_try"])
+def test_all_ranks_choose_alike(pool, fails):
+    """Ranks without a failure would otherwise wait in the next step for the one that failed."""
+    expected = (
+        transport.Transport(COLLECTIVE, "symmetric memory cannot be used: RuntimeError: as intended")
+        if fails
+        else transport.Transport(SYMMETRIC, "3 GPUs that reach each other's memory")
+    )
+    assert pool.run(3, chosen, fails=fails) == [expected] * 3
