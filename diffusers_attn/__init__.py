@@ -1,4 +1,13 @@
-"""Attention kernels by name under diffusers models, and context parallelism over several ranks."""
+"""Attention kernels by name under diffusers models, and context parallelism over several ranks.
+
+The folders follow the way of an attention call. `processors` redirects the call of a diffusers model to `dispatch`,
+which finds the provider (`scope`) and describes the call (`call`). `context_parallel` serves it if the model's tokens
+are split between ranks, and `providers` computes it on one device.
+
+`cp_plans` states where the tensors of each model class are split, and `verify_plan` verifies such a plan. `parallelize`
+enables context parallelism for a pipeline, `runtime` compiles models and records CUDA graphs, and `training` trains
+LoRAs. Folders import only from those below them (`tests/test_layers.py`).
+"""
 
 import importlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""The rows of all ranks, in one call, by the fastest way that a group has.
+"""Gathers the rows of all ranks in one call, through symmetric memory where a group has it.
 
 Where GPUs reach each other's memory (`symmetric_gather`), rows go through it, as keys and values do. NCCL then has
 nothing to do in a forward and makes no communicator, which takes hundreds of MiB of every GPU. Elsewhere rows go by the

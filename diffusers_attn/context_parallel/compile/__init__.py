@@ -1,1 +1,5 @@
-"""Settings and a graph pass of Inductor for compiled exchanges."""
+"""Compiled graphs of split models.
+
+- `own_forward`: graphs from before a plan do not run with it, and graphs of other models stay.
+- `overlap_pass`: starts exchanges early. `inductor` sets this pass, for graphs with exchanges only.
+"""

@@ -1,1 +1,9 @@
-"""Which rank holds which tokens, and what a forward knows of its sequences."""
+"""The tokens of each rank, in one forward of a split model.
+
+- `sharding`: shards, and how tensors are split and gathered; `placeholders` for ranks without a token.
+- `tracker`: the state of a model's forward, made of `layout` (lengths and shards), `forwards` (running and nested
+  forwards), `split_gather` and `attention_calls` (the shards of a call's queries and keys). `active` has the tracker
+  that runs in this thread.
+- Masks: `sharded_masks`, `rectangles`, `block_masks`; `causal_tiles` divides causal attention into calls that kernels
+  support.
+"""

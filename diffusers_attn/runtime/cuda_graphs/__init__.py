@@ -1,1 +1,9 @@
-"""A model's forward recorded as a CUDA graph once, and replayed for every step that follows."""
+"""A model's forward, recorded as a CUDA graph once and replayed for later steps.
+
+1. `apply`: the public functions.
+2. `graphed`: a forward that decides for each call whether to run, record or replay.
+3. Before a recording: `obstacles` and `waiting` find what a graph cannot hold. `arguments` separates tensors from the
+   constants of a graph.
+4. `recording`: one graph with its inputs and outputs. `snapshot` detects changes of the model; `group_end` and
+   `capture_failure` clean up.
+"""
