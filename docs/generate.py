@@ -157,6 +157,43 @@ def strategy_tables() -> str:
     return "\n".join(context_parallel.markdown(json.loads(path.read_text())) for path in runs).rstrip()
 
 
+def prediction_table() -> str:
+    """Every recorded step beside its prediction."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import predictions
+
+    header = ("run", "model", "GPUs", "strategy", "provider", "measured", "predicted", "step", "part", "")
+    rows = [
+        (
+            row.run,
+            row.model.partition(", 8 of")[0],
+            str(row.ranks),
+            row.strategy if row.compiled else f"{row.strategy}, eager",
+            code(row.provider),
+            f"{row.measured:.1f}",
+            f"{row.predicted:.1f}",
+            f"{row.error:+.1%}",
+            f"{row.part_error:+.1%}",
+            "" if abs(row.error) <= predictions.WITHIN else "miss",
+        )
+        for row in predictions.rows()
+    ]
+    return table(header, rows)
+
+
+def layer_table() -> str:
+    """Every layer in docs/design.md beside its prediction."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import predictions
+
+    header = ("model", "variant", "measured", "predicted", "error")
+    rows = [
+        (model.partition(", 8 of")[0], variant, f"{measured:,.0f}", f"{found:,.0f}", f"{found / measured - 1:+.1%}")
+        for model, variant, measured, found in predictions.layer_rows()
+    ]
+    return table(header, rows)
+
+
 def training_tables() -> str:
     """One section for each recorded run of benchmarks/training.py."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -196,6 +233,8 @@ SECTIONS = {
     "README.md": {"providers": readme_table},
     "docs/performance.md": {
         "strategies": strategy_tables,
+        "predictions": prediction_table,
+        "layers": layer_table,
         "training": training_tables,
         "script": script_tables,
     },

@@ -26,7 +26,7 @@ from ..processors.dispatch import DispatchProcessor
 from ..providers.catalog import SPECS, AttentionProvider, options_by_place
 from ..runtime.cuda_graphs.apply import CudaGraphs, check_mode
 from ..scope import ProviderChoice
-from .degrees import Degrees, Topology, complete_degrees
+from .degrees import Degrees, Topology, complete_degrees, required_degrees
 from .input_sync import MODES
 from .model_sync import Adapters, described_model, described_plan, versions
 from .targets import Target, find_targets, split_heads
@@ -45,8 +45,10 @@ class Choices(NamedTuple):
     """Whether attention that is bound already is bound to `request` as well."""
     providers: list[str]
     """Names of the providers that attention will use; "scope" for those of `attention_provider`."""
-    degrees: Degrees
-    config: ContextParallelConfig
+    topology: Topology
+    degrees: Degrees | None
+    """None: several degrees are possible, and all ranks decide together (`decide.py`)."""
+    convert_to_fp32: bool
     inputs: str
     """"broadcast", "check" or "trust"."""
     cuda_graphs: CudaGraphs
@@ -93,14 +95,17 @@ def choose(
     by_place = _options_by_place(targets, request, rebind)
     topology = _topology(targets, names, device, sharing, rotate_method, by_place)
     degrees = _degrees(topology, names, sharing, ulysses_degree, ring_degree, by_place)
+    if degrees is not None:
+        config_for(degrees, convert_to_fp32)  # raises for settings that it does not accept
     return Choices(
         targets,
         without_plan,
         request,
         rebind,
         names,
+        topology,
         degrees,
-        _config(degrees, convert_to_fp32),
+        convert_to_fp32,
         inputs,
         cuda_graphs,
         shared_groups.as_timeout(timeout, device),
@@ -133,8 +138,8 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
         found = (
             [target.name for target in chosen.targets],
             chosen.providers,
-            chosen.degrees,
-            chosen.config,
+            "degrees to be decided" if chosen.degrees is None else chosen.degrees,
+            f"convert_to_fp32={chosen.convert_to_fp32}",
             chosen.inputs,
             chosen.cuda_graphs,
         )
@@ -221,8 +226,6 @@ def _topology(
         device_type=device,
         heads=tuple(sorted({heads for target in targets for heads in split_heads(target)})),
         ranks_per_node=per_node,
-        peer_access=job.peer_access(device),
-        nvlink=job.nvlink(device),
         lse=not _lacking_lse(names),
         by_place=bool(by_place),
         rotate_method=rotate_method,
@@ -236,8 +239,8 @@ def _degrees(
     ulysses_degree: int | None,
     ring_degree: int | None,
     by_place: Sequence[str],
-) -> Degrees:
-    """The degrees of the mesh, the given ones, or those chosen by the rules.
+) -> Degrees | None:
+    """The degrees of the mesh, the given ones, or those that leave no choice; None if there is a choice.
 
     Raises:
         AttentionProviderError: the degrees contradict the mesh, or the provider does not support them.
@@ -261,25 +264,32 @@ def _degrees(
                     'ring (or Ulysses, if it is named "ulysses"), two must be named "ring" and "ulysses".'
                 )
         ulysses_degree, ring_degree = sharing.ulysses.size, sharing.ring.size
-    degrees = complete_degrees(topology, ulysses_degree, ring_degree)
+    unnamed = ulysses_degree is None and ring_degree is None
+    degrees = required_degrees(topology) if unnamed else complete_degrees(topology, ulysses_degree, ring_degree)
+    ring = topology.nodes if degrees is None else degrees.ring_degree  # what is chosen later goes between all nodes
     lacking = _lacking_lse(names)
-    if degrees.ring_degree > 1 and lacking:
+    if ring > 1 and lacking:
         with_lse = ", ".join(name for name, spec in SPECS.items() if spec.capabilities.lse)
         raise AttentionProviderError(
             f"attention provider {', '.join(map(repr, lacking))} returns no log-sum-exp (lse), which a ring "
-            f"(ring_degree={degrees.ring_degree}) needs to merge partial results. Set ulysses_degree="
+            f"(ring_degree={ring}) needs to merge partial results. Set ulysses_degree="
             f"{topology.ranks}, ring_degree=1, which works with any provider, or use one of: {with_lse}."
         )
-    if degrees.ring_degree > 1 and by_place:
+    if ring > 1 and by_place:
         raise AttentionProviderError(
             f"{', '.join(by_place)} counts positions in the full sequence, but in a ring (ring_degree="
-            f"{degrees.ring_degree}) a kernel sees only parts of it. Set ulysses_degree={topology.ranks}, "
+            f"{ring}) a kernel sees only parts of it. Set ulysses_degree={topology.ranks}, "
             "ring_degree=1, or leave the option out."
         )
-    return degrees if sharing is None else degrees._replace(reason="given by the mesh")
+    return degrees if sharing is None or degrees is None else degrees._replace(reason="given by the mesh")
 
 
-def _config(degrees: Degrees, convert_to_fp32: bool) -> ContextParallelConfig:
+def config_for(degrees: Degrees, convert_to_fp32: bool) -> ContextParallelConfig:
+    """The settings of context parallelism.
+
+    Raises:
+        AttentionProviderError: a setting is not accepted, or does not apply to these degrees.
+    """
     if degrees.ring_degree == 1 and convert_to_fp32 is not True:
         raise AttentionProviderError(
             f"convert_to_fp32={convert_to_fp32!r} applies to a ring, but there is none (ulysses_degree="

@@ -1,6 +1,7 @@
-"""Chooses Ulysses and ring degrees when the user names none, by a table of rules. The first that applies decides.
+"""Chooses Ulysses and ring degrees when the user names none.
 
-Degrees depend on the `Topology` alone. Statements about speed are measured in docs/context_parallel.md.
+What a provider, an option or the user requires is a table of rules. Among the strategies that remain, the one with the
+shortest predicted time is chosen (`cost.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..errors import AttentionProviderError
+from ..providers.hardware import KINDS, TYPICAL, Hardware
+from .cost import Strategy, Workload, step_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,30 +28,29 @@ class Topology:
     """Distinct numbers of heads of the attention that is split; with grouped heads, numbers of key heads."""
     ranks_per_node: int | None = None
     """Number of ranks in each node. None: all ranks are in one node."""
-    peer_access: bool = True
-    """Whether the devices of a node can read each other's memory."""
-    nvlink: bool = False
-    """Whether the devices of a node are connected by NVLink."""
     lse: bool = True
     """Whether every provider in use returns the log-sum-exp, and in training has a backward of partial results."""
     by_place: bool = False
     """Whether an option of a provider counts positions of the full sequence."""
     rotate_method: str | None = None
     """The rotate_method that the user gave; None if none was given."""
-
-    @property
-    def heads_divide(self) -> bool:
-        """Whether Ulysses over all ranks gives every rank the same number of heads."""
-        return self._divide(self.ranks)
-
-    def _divide(self, ranks: int) -> bool:
-        return all(heads % ranks == 0 for heads in self.heads)
+    works: tuple[Workload, ...] = ()
+    """The attention that is split."""
+    hardware: Hardware = TYPICAL["cpu"]
+    """Speeds of the devices and links."""
+    hardware_source: str = "speeds are typical ones"
+    """Where `hardware` comes from, for the report."""
 
     @property
     def nodes(self) -> int:
         """Number of nodes; 1 if the ranks do not fill complete nodes."""
+        return self.ranks // self.per_node
+
+    @property
+    def per_node(self) -> int:
+        """Number of neighbouring ranks that are in one node."""
         per_node = self.ranks_per_node or self.ranks
-        return self.ranks // per_node if self.ranks % per_node == 0 else 1
+        return per_node if self.ranks % per_node == 0 else self.ranks
 
 
 class Degrees(NamedTuple):
@@ -63,91 +65,93 @@ class Degrees(NamedTuple):
 
 class _Rule(NamedTuple):
     applies: Callable[[Topology], bool]
-    ulysses_degree: Callable[[Topology], int]
-    """Computes the Ulysses degree; the ring has the remaining factor."""
-    rotate_method: str
-    """The rotate_method of the ring, if there is one."""
+    ring: bool
+    """Whether all ranks form a ring; otherwise they use Ulysses."""
     reason: str
 
-
-def _all(job: Topology) -> int:
-    return job.ranks
-
-
-def _none(job: Topology) -> int:
-    return 1
-
-
-def _within_nodes(job: Topology) -> int:
-    return job.ranks // job.nodes
-
-
-_MOST_OF_A_GATHER = 4
-"""The largest number of devices with NVLink for which a gather was measured, and was faster than Ulysses."""
 
 RULES = (
     _Rule(
         lambda job: not job.lse and job.rotate_method is None,
-        _all,
-        "allgather",
+        False,
         "the provider gives no log-sum-exp, and only Ulysses does without",
     ),
     _Rule(
         lambda job: job.by_place and job.rotate_method is None,
-        _all,
-        "allgather",
+        False,
         "an option of the provider counts positions of the whole sequence, which only Ulysses gives a kernel",
     ),
     _Rule(
-        lambda job: job.nodes > 1,
-        _within_nodes,
-        "alltoall",
-        "the ring, which hides what it sends under attention, goes between the nodes, and Ulysses within them",
-    ),
-    _Rule(
-        lambda job: job.rotate_method is not None,
-        _none,
-        "allgather",
+        lambda job: job.rotate_method is not None and job.nodes == 1,
+        True,
         "a rotate_method was asked for, so that there is a ring",
     ),
-    _Rule(
-        lambda job: job.device_type == "cpu" and job.heads_divide,
-        _all,
-        "allgather",
-        "on CPUs nothing hides an exchange, Ulysses sends the fewest bytes, and the heads divide",
-    ),
-    _Rule(
-        lambda job: not job.peer_access and job.heads_divide,
-        _all,
-        "allgather",
-        "the devices do not read each other's memory, Ulysses sends the fewest bytes, and the heads divide",
-    ),
-    _Rule(
-        lambda job: job.ranks > (_MOST_OF_A_GATHER if job.nvlink else 2) and job.heads_divide,
-        _all,
-        "allgather",
-        "among so many devices a gather of all keys does not hide in every model, and the heads divide",
-    ),
-    _Rule(
-        lambda job: job.peer_access and job.ranks <= (_MOST_OF_A_GATHER if job.nvlink else 2),
-        _none,
-        "allgather",
-        "keys and values are gathered from the other devices of the node under the attention to the local ones",
-    ),
-    _Rule(
-        lambda job: True,
-        _none,
-        "allgather",
-        "the heads do not divide among the ranks, so that keys and values travel",
-    ),
 )
+"""What leaves no choice. The first that applies decides."""
+
+
+def required_degrees(job: Topology) -> Degrees | None:
+    """The degrees that leave no choice: those of the first rule in `RULES` that applies, or of the only possible
+    strategy; None if there are several strategies."""
+    rule = next((rule for rule in RULES if rule.applies(job)), None)
+    if rule is not None:
+        ulysses, ring = (1, job.ranks) if rule.ring else (job.ranks, 1)
+        return _with_method(job, ulysses, ring, "allgather", rule.reason)
+    only, *others = _possible(job)
+    return None if others else Degrees(*only, _WITHOUT_CHOICE)
+
+
+_WITHOUT_CHOICE = "keys and values travel, since Ulysses needs heads that divide among several ranks of a node"
 
 
 def choose_degrees(job: Topology) -> Degrees:
-    """The degrees for a job whose user named none, by the first rule in `RULES` that applies."""
-    rule = next(rule for rule in RULES if rule.applies(job))
-    ulysses = rule.ulysses_degree(job)
-    return _with_method(job, ulysses, job.ranks // ulysses, rule.rotate_method, rule.reason)
+    """The degrees for a job whose user named none: the required ones, otherwise those of the strategy with the shortest
+    predicted time."""
+    required = required_degrees(job)
+    if required is not None:
+        return required
+    predicted = predictions(job)
+    return Degrees(*predicted[0][0], _reason(job, predicted))
+
+
+def predictions(job: Topology) -> list[tuple[Strategy, float]]:
+    """Every possible strategy with its predicted seconds per forward (`cost.step_seconds`), the shortest first."""
+    kind = KINDS.get(job.device_type, KINDS["cuda"])
+    found = [(each, step_seconds(job.works, each, job.hardware, kind, job.per_node)) for each in _possible(job)]
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def _possible(job: Topology) -> list[Strategy]:
+    """The strategies that these ranks can use: Ulysses gives every rank the same number of heads, and does not reach
+    beyond a node. Strategies with more Ulysses come first: they need less memory than a gather."""
+    found = []
+    for ulysses in range(job.per_node, 0, -1):
+        if job.per_node % ulysses or (ulysses > 1 and any(heads % ulysses for heads in job.heads)):
+            continue
+        ring = job.ranks // ulysses
+        if ring == 1:
+            found.append(Strategy(ulysses, 1, None))
+            continue
+        # Two ranks send the same with both methods. Between nodes, a ring keeps less of it in memory.
+        methods = ["alltoall" if job.nodes > 1 else "allgather"] if ring == 2 else ["allgather", "alltoall"]
+        methods = methods if job.rotate_method is None else [job.rotate_method]
+        found += [Strategy(ulysses, ring, method) for method in methods]
+    return found
+
+
+def _reason(job: Topology, predicted: list[tuple[Strategy, float]]) -> str:
+    if not job.works:
+        return "no attention is split whose time would differ"
+    tokens = " and ".join(f"{each:,}" for each in sorted({work.tokens for work in job.works}))
+    (_, shortest), (second, longer), *_ = predicted
+    return (
+        f"predicted at {tokens} tokens: {_milliseconds(shortest)} of attention and exchanges per step, "
+        f"{_milliseconds(longer)} with {second}; {job.hardware_source}"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds * 1e3:.0f} ms"
 
 
 def complete_degrees(job: Topology, ulysses_degree: int | None, ring_degree: int | None) -> Degrees:

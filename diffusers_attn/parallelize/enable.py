@@ -24,7 +24,8 @@ from ..errors import AttentionProviderError
 from ..providers.catalog import AttentionProvider
 from ..runtime.cuda_graphs.apply import CudaGraphs
 from .attach import attach, detach
-from .choices import Choices, choose, choose_on_all_ranks
+from .choices import Choices, choose, choose_on_all_ranks, config_for
+from .decide import decide_degrees
 from .record import record
 from .report import ContextParallelReport
 from .targets import device_type, models_of
@@ -53,11 +54,14 @@ def enable_context_parallel(
         pipeline_or_model: a diffusers pipeline, of which every component with a plan is split; or one such model, which
             may be compiled or inside a PEFT model. It must be on its device already.
         ulysses_degree: number of ranks that exchange heads. `ulysses_degree * ring_degree` must be the number of ranks.
-            None: it follows from the other degree, or the rules in `degrees.py` choose both.
+            None: it follows from the other degree, or those with the shortest predicted time are chosen
+            (docs/performance.md). The prediction needs the speed of the links between ranks, which is measured once
+            and kept in a file; see `measure_hardware.py` for the environment variable DIFFUSERS_ATTN_LINKS.
         ring_degree: number of ranks that pass keys and values around; None as for `ulysses_degree`.
         provider: name of the attention kernel. None: attention bound to a `DispatchProcessor` keeps its provider, and
             all other attention uses "auto" on CUDA devices and "native" elsewhere.
-        rotate_method: how keys and values travel in a ring: "allgather" or "alltoall". None: chosen by the rules.
+        rotate_method: how keys and values travel in a ring: "allgather" or "alltoall". None: chosen with the
+            degrees.
         convert_to_fp32: merges partial results of a ring in float32 if True, in the query's dtype if False.
         plan: where tensors are split and gathered, see `diffusers_attn.cp_plans.plan`. None: the plan registered for
             the model's class.
@@ -124,19 +128,19 @@ def enable_context_parallel(
 
     with rank_progress.waiting_for(members):
         chosen = choose_on_all_ranks(choose_here, axes)
+        degrees = chosen.degrees or decide_degrees(chosen.topology, chosen.targets, chosen.providers)
+    config = config_for(degrees, convert_to_fp32)
     if sharing is None:
         sharing = ContextParallelMesh.from_degrees(
-            chosen.config.ring_degree,
-            chosen.config.ulysses_degree,
+            config.ring_degree,
+            config.ulysses_degree,
             device_type=device,
-            rotate_method=chosen.config.rotate_method,
+            rotate_method=config.rotate_method,
             convert_to_fp32=convert_to_fp32,
             timeout=chosen.timeout,
         )
     else:
-        sharing = ContextParallelMesh.of(
-            sharing, rotate_method=chosen.config.rotate_method, convert_to_fp32=convert_to_fp32
-        )
+        sharing = ContextParallelMesh.of(sharing, rotate_method=config.rotate_method, convert_to_fp32=convert_to_fp32)
         for axis in axes:
             shared_groups.give_timeout(axis, chosen.timeout, device, always=timeout is not None)  # type: ignore[arg-type]
     names = [group.name for group in (sharing.ring, sharing.ulysses) if group.size > 1]
@@ -154,10 +158,10 @@ def enable_context_parallel(
     report = ContextParallelReport(
         models=tuple(target.name for target in chosen.targets),
         without_plan=tuple(chosen.without_plan),
-        ulysses_degree=chosen.degrees.ulysses_degree,
-        ring_degree=chosen.degrees.ring_degree,
-        rotate_method=chosen.degrees.rotate_method,
-        reason=chosen.degrees.reason,
+        ulysses_degree=degrees.ulysses_degree,
+        ring_degree=degrees.ring_degree,
+        rotate_method=degrees.rotate_method,
+        reason=degrees.reason,
         provider=", ".join(chosen.providers),
         inputs=inputs,
         cuda_graphs=graphs,

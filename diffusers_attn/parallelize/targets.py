@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -98,16 +99,20 @@ def device_type(pipeline_or_model: Any) -> str:
 
 def split_heads(target: Target) -> tuple[int, ...]:
     """The distinct numbers of heads of the attention that is split; with grouped heads, numbers of key heads."""
-    local = _local(target)
     found = {spec.heads for _, spec in entries(target.plan) if isinstance(spec, CPHeads)}
-    for _, module in attention_modules_of(target.model):
+    return tuple(sorted(found | {min(heads, kv_heads) for _, _, heads, kv_heads in split_attention(target)}))
+
+
+def split_attention(target: Target) -> Iterator[tuple[str, Any, int, int]]:
+    """The attention modules that are split: name, module, number of query heads and of key heads."""
+    local = _local(target)
+    for name, module in attention_modules_of(target.model):
         heads = _number(module, "heads", "num_heads", "num_attention_heads")
         if heads is not None and id(module) not in local:
             inner: Any = getattr(module, "inner_dim", None) or 1
             inner_kv: Any = getattr(module, "inner_kv_dim", None) or inner
             kv_heads = _number(module, "kv_heads", "num_kv_heads", "num_key_value_heads")
-            found.add(min(heads, heads * inner_kv // inner if kv_heads is None else kv_heads))
-    return tuple(sorted(found))
+            yield name, module, heads, heads * inner_kv // inner if kv_heads is None else kv_heads
 
 
 def _number(module: Any, *names: str) -> int | None:

@@ -1,7 +1,8 @@
 """Measured speeds of the providers, by which `auto` chooses.
 
 The figures are forward TFLOP/s (4 * batch * heads * Lq * Lk * head_dim over the time of one call) in bfloat16 without a
-mask, measured by `benchmarks/providers.py`; docs/providers.md lists the runs. Only their order matters here.
+mask, measured by `benchmarks/providers.py`; docs/providers.md lists the runs. `auto` needs only their order; the cost
+model of context parallelism (`parallelize/cost.py`) needs the figures.
 """
 
 from __future__ import annotations

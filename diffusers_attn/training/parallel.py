@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ..context_parallel import job as jobs
 from ..context_parallel.comm import shared_groups
 from ..context_parallel.config import ContextParallelConfig
+from ..parallelize.decide import decide_degrees
 from ..parallelize.degrees import Degrees, Topology, complete_degrees
 from ..parallelize.enable import enable_context_parallel
 from ..parallelize.fingerprint import fingerprint
@@ -216,16 +217,17 @@ class TrainingParallel:
     def _degrees(self, pipeline_or_model: Any, provider: str | None, device: str) -> Degrees:
         targets, _ = find_targets(pipeline_or_model, None)
         name = None if provider is None else provider_name(provider)
-        topology = Topology(
+        job = Topology(
             ranks=self.cp_degree,
             device_type=device,
             heads=tuple(sorted({heads for target in targets for heads in split_heads(target)})),
             ranks_per_node=jobs.ranks_per_node(),
-            peer_access=jobs.peer_access(device),
             lse=name not in SPECS or SPECS[name].capabilities.lse,
             rotate_method=self._rotate_method,
         )
-        return complete_degrees(topology, self._ulysses_degree, self._ring_degree)
+        if self._ulysses_degree is None and self._ring_degree is None:
+            return decide_degrees(job, targets, [name or ("auto" if device == "cuda" else "native")])
+        return complete_degrees(job, self._ulysses_degree, self._ring_degree)
 
     def generator(self, seed: int, step: int) -> torch.Generator:
         """A generator on the CPU for everything random in a step: noise, timesteps, caption dropout, posterior samples.

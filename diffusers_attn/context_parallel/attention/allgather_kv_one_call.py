@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...providers import hardware
 from ...tracing.symbolic import ceil_div, constant
 from ..comm import collectives
 from ..comm.gather_in_flight import GatherInFlight
@@ -17,15 +18,11 @@ from ..comm.gathered_kv import EVERYONE
 from ..comm.transport import SYMMETRIC
 from .block_attention import BlockAttention
 
-# Figures of H200s. docs/performance.md has measurements of the decisions that follow from them.
-BYTES_PER_SECOND = 320e9
-"""Bytes per second that one GPU writes into the memory of another."""
-FLOPS = 650e12
-"""Floating-point operations per second of matrix products in half precision."""
-MEMORY_BYTES_PER_SECOND = 3.5e12
-"""Bytes per second of the local memory, read and written."""
-SECONDS_OF_A_SECOND_CALL = 60e-6
-"""Additional time of attention in two calls: a partly empty last wave in each, and the merge."""
+# Figures of the reference device. docs/performance.md has measurements of the decisions that follow from them.
+BYTES_PER_SECOND = hardware.REFERENCE_COPIES.bytes_per_second
+FLOPS = hardware.REFERENCE.matrix_flops
+MEMORY_BYTES_PER_SECOND = hardware.REFERENCE.memory_bytes_per_second
+SECONDS_OF_A_SECOND_CALL = hardware.SECONDS_OF_A_SECOND_CALL
 
 
 def allgather_kv_one_call_attention(
