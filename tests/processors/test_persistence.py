@@ -50,26 +50,27 @@ def test_state_dicts_fit_both_ways():
     model.load_state_dict(bound.state_dict())
 
 
-def test_a_pickled_model_comes_back_bound_in_another_process(tmp_path):
+def test_the_first_line_of_a_process(tmp_path):
+    """It may bind a model of any class: Python looks `set_attn_processor` up before it makes the processor, and these
+    classes do not have it. And it may load a bound model from a pickle."""
     model = CASES["cogview4"].build()
     model.set_attn_processor(DispatchProcessor("_native_math"))
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     script = """
-import pickle, sys
+import os, pickle, sys
 from pathlib import Path
-model = pickle.loads(Path(sys.argv[1]).read_bytes())
-from diffusers_attn.processors import attention_modules
-print(*{module.provider for module in attention_modules(model)})
-"""
-    result = launching.run([sys.executable, "-c", script, tmp_path / "model.pickle"], check=True)
-    assert result.stdout.split() == ["_native_math"]
-
-
-def test_the_first_line_of_a_process_may_be_on_any_model():
-    """Python looks `set_attn_processor` up before it makes the processor; these model classes do not have it."""
-    script = """
-import diffusers_attn, diffusers
+import diffusers
 from diffusers.models.attention_processor import Attention, MochiAttention
+
+# Two processes that have imported diffusers, and nothing of diffusers_attn.
+if child := os.fork():
+    os.waitpid(child, 0)
+    model = pickle.loads(Path(sys.argv[1]).read_bytes())
+    from diffusers_attn.processors import attention_modules
+    print(*{module.provider for module in attention_modules(model)})
+    sys.exit()
+
+import diffusers_attn
 from diffusers.models.modeling_utils import ModelMixin
 plain = Attention.set_processor
 assert not hasattr(MochiAttention, "set_processor") and not hasattr(ModelMixin, "set_attn_processor")
@@ -80,5 +81,5 @@ model.set_attn_processor(DispatchProcessor("native"))
 from diffusers_attn.processors import attention_modules
 print(*{module.provider for module in attention_modules(model)})
 """
-    result = launching.run([sys.executable, "-c", script], check=True)
-    assert result.stdout.split() == ["native"]
+    result = launching.run([sys.executable, "-c", script, tmp_path / "model.pickle"], check=True)
+    assert result.stdout.split() == ["native", "_native_math"]

@@ -39,14 +39,13 @@ def relative_change(result: Any, reference: Any) -> float:
 
 
 @torch.no_grad()
-def attention_sensitivity(case: Case) -> list[AttentionCall]:
-    """Disturb every attention call of the case in turn, and measure the effect on the output.
+def attention_sensitivity(case: Case, model: nn.Module) -> list[AttentionCall]:
+    """Disturb every attention call of the case's model in turn, and measure the effect on the output.
 
     The calls are caught at F.scaled_dot_product_attention, where diffusers' native backend and nearly all other
     processors end. Linear attention, flex attention and spelled-out softmax do not get there; of those, the output of
     the whole attention module is zeroed.
     """
-    model = case.build()
     attention = attention_modules(model)
     callers: list[str] = []
 

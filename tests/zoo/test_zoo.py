@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from . import CASES, Case, Inputs, attention_sensitivity, outputs, relative_change
 
@@ -22,38 +24,44 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-@torch.no_grad()
-def test_output_is_finite_and_of_order_one(case: Case) -> None:
-    values = torch.cat([tensor.flatten() for tensor in outputs(case.build()(**case.inputs()))])
+@pytest.fixture(scope="module")
+def model(case: Case) -> nn.Module:
+    """The case's model, which no test changes."""
+    return case.build()
+
+
+@pytest.fixture(scope="module")
+def reference(case: Case, model: nn.Module) -> Any:
+    """Its output."""
+    with torch.no_grad():
+        return model(**case.inputs())
+
+
+def test_output_is_finite_and_of_order_one(reference: Any) -> None:
+    values = torch.cat([tensor.flatten() for tensor in outputs(reference)])
     assert values.isfinite().all()
     assert 0.1 < values.std() < 10
     assert values.abs().max() < 100
 
 
 @torch.no_grad()
-def test_seed_determines_output(case: Case) -> None:
-    first = case.build()(**case.inputs())
-    torch.rand(1)  # the global generator must not matter
-    second = case.build()(**case.inputs())
+def test_seed_alone_determines_output(case: Case, reference: Any) -> None:
+    """Neither is the global generator used, nor does it change."""
+    state = torch.rand(1), torch.get_rng_state()
+    again = case.build()(**case.inputs())
+    assert torch.equal(torch.get_rng_state(), state[1])
     other = case.build(seed=1)(**case.inputs())
-    assert all(torch.equal(*pair) for pair in zip(outputs(first), outputs(second), strict=True))
-    assert relative_change(other, first) > 0.1
+    assert all(torch.equal(*pair) for pair in zip(outputs(again), outputs(reference), strict=True))
+    assert relative_change(other, reference) > 0.1
 
 
-def test_building_leaves_the_global_generator_alone(case: Case) -> None:
-    state = torch.get_rng_state()
-    case.build()
-    case.inputs()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_output_depends_on_every_attention_call(case: Case) -> None:
-    calls = attention_sensitivity(case)
+def test_output_depends_on_every_attention_call(case: Case, model: nn.Module) -> None:
+    calls = attention_sensitivity(case, model)
     assert calls
     blind = {call.module for call in calls if min(call.zeroed, call.uniform) < 1e-4}
     for pattern in case.silent:
@@ -64,9 +72,7 @@ def test_output_depends_on_every_attention_call(case: Case) -> None:
 
 
 @torch.no_grad()
-def test_output_depends_on_every_mask(case: Case) -> None:
-    model = case.build()
-    reference = model(**case.inputs())
+def test_output_depends_on_every_mask(case: Case, model: nn.Module, reference: Any) -> None:
     for name in _masks(case.inputs()):
         inputs = case.inputs()
         holder = next(values for values in (inputs, *inputs.values()) if isinstance(values, dict) and name in values)
@@ -83,11 +89,11 @@ def _masks(inputs: Inputs) -> list[str]:
 
 
 @torch.no_grad()
-def test_bfloat16_agrees_with_float32(case: Case) -> None:
+def test_bfloat16_agrees_with_float32(case: Case, reference: Any) -> None:
     if case.only_float32:
         pytest.skip(case.only_float32)
     low = case.build(dtype=torch.bfloat16)(**case.inputs(dtype=torch.bfloat16))
-    assert relative_change(low, case.build()(**case.inputs())) < 0.1
+    assert relative_change(low, reference) < 0.1
 
 
 def test_inputs_go_to_the_device(case: Case) -> None:
