@@ -12,6 +12,7 @@ of the real size), and the first call with `--steps` steps.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -51,6 +52,22 @@ def first_picture(variant: str, device: str, tiny: bool, steps: int, began: floa
     return {name: round(each, 2) for name, each in parts.items()} | {name: counts[name] for name in HITS}
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a run."""
+    where = report["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    lines = [
+        f"{where['device']}; {packages}; {where['date']}, commit {where['commit']}: `{where['command']}`",
+        "",
+        "| variant | compile cache | imports | making the pipeline | first call | all, in seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in report["results"]:
+        seconds = " | ".join(f"{each[name]:.1f}" for name in ("import_s", "make_s", "call_s", "total_s"))
+        lines.append(f"| {each['variant']} | {each['cache']} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -81,7 +98,11 @@ def main() -> None:
         from versions import versions
 
         command = " ".join([Path(sys.executable).name, *sys.argv])
-        environment = {"command": command, **versions(args.device, args.commit)}
+        environment = {
+            "command": command,
+            "date": datetime.date.today().isoformat(),
+            **versions(args.device, args.commit),
+        }
         args.output.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
 
 

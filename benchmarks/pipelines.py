@@ -142,6 +142,31 @@ def difference(pictures: list[Any], others: list[Any]) -> float:
     return (one - other).abs().mean().item()
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a run."""
+    where = report["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    lines = [
+        f"{where['ranks']} x {where['device']}; {packages}; {where['date']}, commit {where['commit']}: "
+        f"`{where['command']}`",
+        "",
+        "| variant | seconds of a call | all calls | first call | kept by CUDA graphs |",
+        "|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        graphs = result["cuda_graphs"] or ""
+        pool = graphs.partition("pool_mib=")[2].partition(",")[0]
+        cells = [
+            result["variant"],
+            f"{result['median_s']:.2f}",
+            ", ".join(f"{each:.2f}" for each in result["calls_s"]),
+            f"{result['first_calls_s'][0]:.1f}",
+            f"{pool} MiB" if pool else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def variants_of(size: int) -> list[str]:
     if size == 1:
         return ["diffusers-eager", "ours-eager", "diffusers", "ours"]

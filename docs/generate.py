@@ -157,6 +157,19 @@ def strategy_tables() -> str:
     return "\n".join(context_parallel.markdown(json.loads(path.read_text())) for path in runs).rstrip()
 
 
+def pipeline_tables() -> str:
+    """One section for each recorded run of benchmarks/pipelines.py and benchmarks/first_picture.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import first_picture
+    import pipelines
+
+    return "\n".join(
+        script.markdown(json.loads(path.read_text()))
+        for script in (pipelines, first_picture)
+        for path in sorted(RESULTS.glob(f"{script.__name__}-*.json"))
+    ).rstrip()
+
+
 def prediction_table() -> str:
     """Every recorded step beside its prediction."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -232,6 +245,7 @@ def replace_section(text: str, name: str, content: str) -> str:
 SECTIONS = {
     "README.md": {"providers": readme_table},
     "docs/performance.md": {
+        "pipelines": pipeline_tables,
         "strategies": strategy_tables,
         "predictions": prediction_table,
         "layers": layer_table,
