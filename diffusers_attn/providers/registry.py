@@ -142,6 +142,7 @@ def _shortest(spec: ProviderSpec) -> str:
     return f'{first}source="hub", which downloads {spec.hub}'
 
 
+@functools.cache  # only what does not raise
 def check_hub() -> None:
     """Raises ProviderUnavailableError if the package that loads kernels from the Hub is missing."""
     _, reason = _check_package(hub.KERNELS)
@@ -155,9 +156,11 @@ def check_hub() -> None:
 def _hub_status(name: str, download: bool) -> ProviderStatus:
     """Not cached: a Hub that cannot be reached now may be reached later."""
     spec = SPECS[name]
-    _, reason = _check_package(hub.KERNELS)
-    install = hub.KERNELS.install if reason else None
-    reason = f"{reason}, and source='hub' needs it" if reason else _check_devices(spec)
+    reason, install = "", None
+    if (name, hub.HUB) not in ADAPTERS:
+        _, reason = _check_package(hub.KERNELS)
+        install = hub.KERNELS.install if reason else None
+        reason = f"{reason}, and source='hub' needs it" if reason else _check_devices(spec)
     if download and not reason:
         try:
             load(name, hub.HUB)

@@ -61,7 +61,8 @@ class CallProperties(NamedTuple):
         """
         query, key, value, heads, seq = call.query, call.key, call.value, call.heads_dim, call.seq_dim
         query_len = "equal"
-        if compare_lengths and (call.is_causal or call.options) and query.shape[seq] != key.shape[seq]:
+        own_options = [name for name, _ in call.options if name != "source"]
+        if compare_lengths and (call.is_causal or own_options) and query.shape[seq] != key.shape[seq]:
             query_len = "shorter" if query.shape[seq] < key.shape[seq] else "longer"
         sizes = [constant(tensor.shape[heads]) for tensor in (query, key, value)]
         all_heads = shapes.joint(*sizes)

@@ -227,6 +227,8 @@ def test_listing_downloads_nothing(on_cpu, monkeypatch):
 
 def test_kernels_that_are_not_installed(on_cpu, monkeypatch):
     monkeypatch.setattr(registry, "_check_package", lambda requirement: (None, "package kernels>=0.14 is missing"))
+    monkeypatch.setattr(registry, "ADAPTERS", {})
+    registry.check_hub.cache_clear()
     with pytest.raises(
         ProviderUnavailableError, match=r"is missing, and source='hub' needs it. Install it with `pip in"
     ):
