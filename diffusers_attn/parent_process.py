@@ -19,14 +19,14 @@ from pathlib import Path
 _STDIN = 0
 """the descriptor. `sys.stdin` may be another object, for instance in a notebook and under pytest."""
 _POLL = 1.0
-"""seconds between two looks at the parent, where nothing else tells that it has ended."""
+"""Seconds between two checks of the parent, if no pipe or sentinel reports its end."""
 
 
 def end_with_parent(folder: Path | None = None) -> None:
-    """Starts a thread that ends this process as soon as its parent has ended, for whatever reason.
+    """Starts a thread that ends this process as soon as its parent has ended for any reason.
 
     A process of `multiprocessing` has a sentinel of its parent. Any other child reads its standard input, if that is a
-    pipe of which the parent holds the other end (`stdin=subprocess.PIPE`), and otherwise asks for its parent's number.
+    pipe from the parent (`stdin=subprocess.PIPE`), and otherwise checks its parent's process number.
 
     Args:
         folder: a temporary folder of the parent, which is removed then, since the parent no longer can.

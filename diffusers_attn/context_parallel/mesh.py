@@ -113,8 +113,8 @@ class ContextParallelMesh:
         convert_to_fp32: bool = True,
         timeout: datetime.timedelta | float | None = None,
     ) -> ContextParallelMesh:
-        """New groups over all ranks of the job, every one of which must call this. Each `ring_degree * ulysses_degree`
-        neighbouring ranks share a sequence; the others are data parallel.
+        """Makes groups over all ranks of the job. All ranks must call this. Every `ring_degree * ulysses_degree`
+        neighbouring ranks share a sequence; data parallelism uses the other dimension.
 
         Groups of the same degrees and timeout are shared, and end with the last mesh that uses them.
 
@@ -146,7 +146,7 @@ class ContextParallelMesh:
         shared_groups.end_unused()
         lease = shared_groups.lease(
             ("axes", ring_degree, ulysses_degree, limit),
-            lambda said: everyone(said, [None]),
+            lambda value: everyone(value, [None]),
             lambda number: _new_groups(ring_degree, ulysses_degree, shared_groups.of_device(limit)),
         )
         names = iter(lease.names)

@@ -82,17 +82,16 @@ class CPInput:
     A named sequence may have fewer tokens than there are ranks. A rank without a token receives the first token as a
     placeholder, which attention and gathering leave out. For an unnamed sequence, this case is an error.
 
-    Several names stand for sequences that the model has joined in this order. Each is split separately. The length of
-    one of them is what the others leave: of the first that has not been split before, or else of the first."""
+    Several names stand for sequences that the model has joined in this order. Each is split separately. The first
+    one without a known length (or the first, if all are known) has the tokens that the other lengths leave."""
     leave_other_dims: bool = False
     """Whether the argument may hold one value for all tokens, as a timestep may. A tensor whose number of dimensions
     is not `expected_dims`, or whose `split_dim` has a single entry, is then not split."""
     split_already: tuple[str, ...] = ()
-    """Names in `sequence` of which the tensor holds only this rank's tokens, because the model made it after the split.
-    """
+    """Names in `sequence` whose tokens are split in the tensor already, because the model made it after the split."""
     flattened: bool = False
-    """Whether `split_dim` is the batch and the sequence in one, the tokens of each sample after those of the sample
-    before. This is so where a model attends over frames at every pixel. Accepts a single sequence, which has been split
+    """Whether `split_dim` joins batch and sequence: all tokens of the first sample, then of the second, and so on. This
+    is so where a model attends over frames at every pixel. Accepts a single sequence, which has been split
     earlier in the forward."""
     grouped: bool = False
     """Whether every entry of the sequence is several consecutive tokens, such as the pixels of a row. Accepts a single

@@ -54,8 +54,8 @@ def _apply_or_raise(model: nn.Module, agree: Agree) -> None:
         apply.apply_on_ranks(model, None)
     except AttentionProviderError as error:
         problem = error
-    said = next((each for each in agree(None if problem is None else str(problem)) if each is not None), None)
+    reason = next((each for each in agree(None if problem is None else str(problem)) if each is not None), None)
     if problem is not None:
         raise problem
-    if said is not None:
-        raise AttentionProviderError(f"another rank cannot record CUDA graphs: {said}")
+    if reason is not None:
+        raise AttentionProviderError(f"another rank cannot record CUDA graphs: {reason}")

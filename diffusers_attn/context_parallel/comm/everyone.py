@@ -11,18 +11,18 @@ import torch.distributed as dist
 from . import process_groups, rank_progress
 
 
-def everyone(said: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any]:
+def everyone(value: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any]:
     """The objects of all ranks of these groups, in the order of the ranks.
 
     Args:
-        said: this rank's object; it is pickled.
+        value: this rank's object; it is pickled.
         groups: the groups whose ranks take part. With two groups, objects are gathered along the last one first. None
             is all ranks of the job.
 
     Raises:
         RankMissingError: a rank has not called this within the timeout of its group.
     """
-    answers = [said]
+    answers = [value]
     for group in reversed(groups):
         members = list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
         device = dist.get_backend_config(group).partition(":")[0]

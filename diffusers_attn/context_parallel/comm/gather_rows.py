@@ -19,10 +19,10 @@ from .group import Group
 from .symmetric_gather import SymmetricGather, opened_gather
 
 _MOST = 64 * 2**20
-"""bytes of symmetric memory that are taken for rows, where attention has not taken more already. What needs more goes
-by a collective."""
+"""Largest symmetric memory for rows, in bytes, unless attention has allocated more. Larger rows go through a
+collective."""
 _TICKET = -1
-"""which no attention call has."""
+"""The ticket of rows; attention calls have tickets from 0."""
 
 
 def gather_rows(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
@@ -30,7 +30,7 @@ def gather_rows(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
 
     Args:
         tensor: this rank's rows, `[sizes[group.rank], ...]`.
-        sizes: how many rows each rank has; 0 is accepted.
+        sizes: number of rows of each rank; 0 is accepted.
     """
     if group.size == 1:
         return tensor

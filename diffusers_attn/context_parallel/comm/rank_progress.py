@@ -105,8 +105,8 @@ def note_failure(error: BaseException, groups: Sequence[str] = ()) -> None:
     if groups and isinstance(error, RuntimeError) and not is_own and _is_of_exchange(error):
         error.add_note(str(explained(error, groups[0])))
     elif not isinstance(error, RankMissingError):
-        said = str(error).strip().partition("\n")[0]
-        note(f"{_here} (which failed there with {type(error).__name__}: {said[:200]})")
+        message = str(error).strip().partition("\n")[0]
+        note(f"{_here} (which failed there with {type(error).__name__}: {message[:200]})")
 
 
 def _write(state: str) -> None:
@@ -161,7 +161,7 @@ def _runs(process: str) -> bool:
 def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
     """The error for an exchange between these ranks that failed. Takes `GRACE` seconds at most."""
     _write(_WAITS)
-    said = str(cause).strip().partition("\n")[0]
+    message = str(cause).strip().partition("\n")[0]
     deadline = time.monotonic() + GRACE
     try:
         while True:
@@ -174,7 +174,7 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
     except Exception:  # the store has ended with its process
         return RankMissingError(
             f"rank {dist.get_rank()}, at {_here}, got no answer from others of the {ranks_in_words(ranks)}. Which one "
-            f"is missing is unknown: the job's store, kept by the first rank or the launcher, has ended. ({said})"
+            f"is missing is unknown: the job's store, kept by the first rank or the launcher, has ended. ({message})"
         )
     # A rank at the same place as those that waited may still be waiting: it is not missing.
     places = {position.place for position in found.values() if position.waits}
@@ -191,7 +191,7 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
     return RankMissingError(
         f"ranks that share a sequence got no answer from each other: {what}Waiting: {waiting}. See the messages of the "
         "other ranks: one may have ended, failed, skipped a call or be slow. (enable_context_parallel(timeout=...) "
-        f"sets how long ranks wait. {said})"
+        f"sets how long ranks wait. {message})"
     )
 
 
@@ -247,9 +247,9 @@ def explained(error: RuntimeError, group: str) -> Exception:
 
 def _is_of_exchange(error: RuntimeError) -> bool:
     """Whether an error says that another rank did not answer. Only NCCL and stores have a class for that."""
-    said = str(error)
+    message = str(error)
     return isinstance(error, dist.DistError) or any(
-        word in said for word in ("gloo", "imed out", "imeout", "onnection")
+        word in message for word in ("gloo", "imed out", "imeout", "onnection")
     )
 
 
@@ -262,7 +262,7 @@ def meet(ranks: Sequence[int], timeout: datetime.timedelta) -> None:
     tell(ranks, b"", timeout)
 
 
-def tell(ranks: Sequence[int], said: bytes, timeout: datetime.timedelta) -> list[bytes]:
+def tell(ranks: Sequence[int], data: bytes, timeout: datetime.timedelta) -> list[bytes]:
     """Gathers the bytes of each of these ranks, in their order. All of them must call this equally often.
 
     The bytes go through the job's store. A collective would make NCCL create a communicator, which takes hundreds of
@@ -280,7 +280,7 @@ def tell(ranks: Sequence[int], said: bytes, timeout: datetime.timedelta) -> list
     own = f"{place}/{number}/{dist.get_rank()}"
     store = job_store()
     with waiting_for(members):
-        store.set(own, said)
+        store.set(own, data)
         try:
             keys = [f"{place}/{number}/{rank}" for rank in members]
             store.wait(keys, timeout)

@@ -82,9 +82,9 @@ def lease(key: Hashable, agree: Agree, make: Callable[[int], Sequence[dist.Proce
     if made is not None and not all(map(process_groups.is_alive, made.groups)):
         made = None
     # A rank may have lost its groups with a model that was freed without being disabled. Then all ranks make new ones.
-    said = agree((None if made is None else made.number, _numbers.get(key, 0)))
-    if made is None or any(number != made.number for number, _ in said):
-        _numbers[key] = number = 1 + max(used for _, used in said)
+    answers = agree((None if made is None else made.number, _numbers.get(key, 0)))
+    if made is None or any(number != made.number for number, _ in answers):
+        _numbers[key] = number = 1 + max(used for _, used in answers)
         made = _latest[key] = _Made(number, make(number))
         _all.append(made)
     return Lease(made)

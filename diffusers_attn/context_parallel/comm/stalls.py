@@ -57,15 +57,15 @@ class Watch:
         """
         if quiet < self.seconds or _told.get(self.ranks) == number:
             return
-        said = rank_progress.behind(self.ranks)
-        if said is not None:
+        missing = rank_progress.behind(self.ranks)
+        if missing is not None:
             _told[self.ranks] = number
             log.error(
                 "ranks that share a sequence have waited for each other for %.0f s, which is the timeout: %s They may "
                 "have failed, skipped a call or be slow: see their messages. This process keeps waiting, and NCCL ends "
                 "it with an error that names no rank.",
                 quiet,
-                said,
+                missing,
             )
 
 

@@ -26,8 +26,8 @@ A gather after a ring, or a ring after a gather, begins with the same barrier, b
 A gather may include the rank's own rows, for a call that needs all keys in one tensor. That copy runs concurrently with
 the copies to other ranks.
 
-Memory on each rank: the slots for the largest call so far. A gather has two slots for the keys and values of all other
-ranks, or of all ranks. A ring has three slots for those of one rank.
+Memory on each rank: the slots for the largest call so far. A gather has two slots, each for the keys and values
+of all other ranks or of all ranks. A ring has three slots, each for one rank's keys and values.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _machine() -> str:
 
 
 def _failure(step: Callable[[], str | None]) -> str | None:
-    """Why a step failed on this rank: what it returns, or the error that it raises; None if it succeeded."""
+    """The reason why a step failed on this rank: its result, or the error that it raises. None if it succeeded."""
     try:
         return step()
     except Exception as error:

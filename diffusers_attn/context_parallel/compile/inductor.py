@@ -76,7 +76,7 @@ class _Backwards:
         self._scope = contextlib.ExitStack()
 
     def expect(self, context: CompileContext) -> None:
-        """`context` is that of a graph's forward, and will be that of its backward."""
+        """Expects the backward of a graph, which is compiled in the same context as its forward."""
         from torch._dynamo.callback import callback_handler
 
         self._expected.add(context)

@@ -57,7 +57,7 @@ class OwnForwards:
         for module in modules:
             if _is_own(vars(module).get("forward")):
                 _restore(vars(module))
-            else:  # another tool has replaced it since, maybe by what graphs with hooks were compiled for
+            else:  # another tool has replaced it, and graphs with hooks may depend on the replacement
                 _replace(module, _calling(None).__code__.replace())
         self._modules.clear()
         if "torch._dynamo" in sys.modules:

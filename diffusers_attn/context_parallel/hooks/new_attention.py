@@ -1,5 +1,5 @@
-"""Attention modules that came into a model after its plan was applied: they have no hooks, and would attend to this
-rank's tokens alone."""
+"""Finds attention modules that were added to a model after its plan was applied. They have no hooks, and would attend
+only to this rank's tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .submodules import original
 
 
 class KnownAttention:
-    """Notices that attention modules of a model, or what holds them, were replaced.
+    """Detects that attention modules of a model, or modules around them, were replaced.
 
-    Looking at all modules takes too long for every forward. So the modules on the way to an attention module are
-    remembered, and what they hold is compared.
+    To visit all modules in every forward takes too long. So the modules on the way to attention modules are stored, and
+    their children are compared.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Forward(NamedTuple):
-    """A running forward, and what it interrupted."""
+    """A running forward, and the state that it interrupted."""
 
     frame: FrameType | None
     """Frame of the call of the model. None while the model is being compiled, and for a recomputation."""
@@ -52,7 +52,7 @@ class RunningForwards(SequenceLayout):
         """For each running attention module, whether it has made a call here, or need not make one."""
 
     def begin(self) -> None:
-        """Forgets what an earlier forward has recorded."""
+        """Clears the records of an earlier forward."""
         super().begin()
         self._made: dict[int, tuple[Any, Any]] = {}
 
@@ -176,8 +176,8 @@ class RunningForwards(SequenceLayout):
             self._reached[-1] = True
 
     def once(self, of: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns for an object that all layers of a forward share. It is made for the first layer and kept
-        until the forward ends."""
+        """The result of `make` for an object that all layers of a forward share. It is computed in the first layer and
+        kept until the forward ends."""
         if torch.compiler.is_compiling():
             return make()
         if id(of) not in self._made:

@@ -34,23 +34,23 @@ class SequenceLayout:
         self.named: set[str] = set()
         """Sequences that the plan names. A rank without a token of one receives a placeholder."""
         self.balanced: set[str] = set()
-        """Sequences of which each rank has one part from the front and one from the back."""
+        """Sequences whose shards have one part from the front and one from the back."""
         self.replicated: set[str] = set()
-        """Sequences of which every rank has all tokens. In the keys of a longer call and in gathered tensors, each rank
-        contributes its shard only, as of a split sequence. So nothing counts twice, and the mean of gradients over the
-        ranks is right."""
+        """Sequences that are complete on every rank. In the keys of a longer call and in gathered tensors, each rank
+        contributes only its shard, as for a split sequence, so that no token counts twice and the mean of gradients
+        over the ranks is right."""
         self.begin()
 
     def begin(self) -> None:
         """Forgets the sequences of an earlier forward."""
-        # New objects, rather than empty ones: a compiled graph would depend on what was in them.
+        # New objects, since a compiled graph would depend on the earlier contents of cleared ones.
         self.lengths = Lengths()
         self.blocks: dict[str, int] = {}
         """Tokens per block, for sequences that are split between blocks only."""
         self._forget_computed()
 
     def _forget_computed(self) -> None:
-        """Empties what every layer of a forward would compute again from the lengths."""
+        """Clears the values that are computed from the lengths once per forward."""
         self._shards: dict[tuple[str, ...], Shards] = {}
         self._local_tokens: dict[tuple[tuple[str, ...], int], LocalTokens | None] = {}
         self._calls: dict[tuple[Role | None, int, int], SplitCall | None] = {}
@@ -73,7 +73,7 @@ class SequenceLayout:
     # Recording lengths.
 
     def shard_length(self, name: str, length: int) -> int:
-        """Records that the sequence `name` has `length` tokens. Returns the number that this rank's model has.
+        """Records that the sequence `name` has `length` tokens. Returns the number in this rank's model.
 
         Raises:
             AttentionProviderError: the length does not divide into blocks as `keep_blocks` demands.
@@ -91,7 +91,7 @@ class SequenceLayout:
         return self.local_length((name,))
 
     def keep_blocks(self, name: str, size: int) -> None:
-        """Has the sequence `name` split only between blocks of `size` tokens.
+        """Makes the sequence `name` split only between blocks of `size` tokens.
 
         Raises:
             AttentionProviderError: the sequence has been split in another way.
@@ -195,11 +195,11 @@ class SequenceLayout:
     # This rank's own tokens.
 
     def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of these sequences that this forward has split. A model may run without reference images."""
+        """The sequences among `names` that this forward has split. A model may run without reference images."""
         return tuple(name for name in names if name in self.lengths)
 
     def kept(self, names: tuple[str, ...], prefix: int = 0) -> LocalTokens | None:
-        """This rank's own tokens among those that its model has; None if all are its own.
+        """This rank's own tokens among the tokens in its model; None if all are its own.
 
         Args:
             names: the sequences that are joined.

@@ -26,13 +26,13 @@ class SplitGather(RunningForwards):
         flattened: bool = False,
         already: tuple[str, ...] = (),
     ) -> Tensor:
-        """This rank's shard of a tensor that all ranks have alike.
+        """This rank's shard of a tensor that is equal on all ranks.
 
         Args:
-            name: the sequence of dimension `dim`, or several that are joined. The length of one of them is what the
-                others leave: of the first that has not been split before, or else of the first.
+            name: the sequence of dimension `dim`, or several that are joined. The first one without a known length (or
+                the first, if all are known) has the tokens that the other lengths leave.
             flattened: whether the dimension holds the sequence once for every sample.
-            already: sequences of which the tensor holds only this rank's tokens.
+            already: sequences whose tokens are split in the tensor already.
 
         Raises:
             AttentionProviderError: the other sequences have not been split, or are longer than the tensor; or some rank
@@ -68,8 +68,8 @@ class SplitGather(RunningForwards):
                 spans += [(start + first, count) for first, count in self.shards((each,)).spans[self.mesh.rank]]
             start += self.lengths[each]
         shard = sharding.take(tensor, tuple(spans), dim)
-        # A contiguous tensor gives a contiguous shard. Otherwise a block would be compiled once for what was split
-        # before it and once more for what other blocks compute.
+        # A contiguous tensor gives a contiguous shard. Otherwise a block would be compiled once for shards and once
+        # more for outputs of other blocks.
         if tensor.is_contiguous() and not _has_contiguous_strides(shard):
             return shard.clone(memory_format=torch.contiguous_format)
         return shard
@@ -133,7 +133,7 @@ class SplitGather(RunningForwards):
         shards = self.shards(names)
         if not self.others_seen and self.is_in_attention:
             return sharding.alone(tensor, shards, dim, self.mesh.rank)
-        return sharding.gather(tensor, shards, dim, self.mesh).contiguous()  # models view what they compute
+        return sharding.gather(tensor, shards, dim, self.mesh).contiguous()  # models call `view` on the result
 
     def split_groups(self, name: str | tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
         """As `split`, for a tensor in which every entry of the sequence is several consecutive tokens.

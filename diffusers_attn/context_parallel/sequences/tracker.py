@@ -28,6 +28,6 @@ class SequenceTracker(SplitGather, AttentionCalls):
         """Whether attention that is computed elsewhere is an error. `verify_cp_plan` lets it run, to see the result."""
 
     def begin(self) -> None:
-        """Forgets what an earlier forward has recorded."""
+        """Clears the records of an earlier forward."""
         super().begin()
         self.checked_keys.begin()

@@ -110,7 +110,7 @@ def apply_automatically(model: nn.Module) -> None:
 
 
 def apply_on_ranks(model: nn.Module, agree: Agree | None) -> None:
-    """Records the forward of `model`, of which several ranks have a part, until `leave_ranks`.
+    """Records the forward of `model`, which is split over several ranks, until `leave_ranks`.
 
     Args:
         model: if `agree` is given, a model without an obstacle (`why_not`).

@@ -30,13 +30,13 @@ class GraphCall(NamedTuple):
         Raises:
             AttentionProviderError: an argument is neither a tensor, a plain value, nor a list or dict of these.
         """
-        said: list[object] = []
+        constants: list[object] = []
         tensors: list[Tensor] = []
         for index, value in enumerate(self.args):
-            _take_apart(f"argument {index}", value, said, tensors, model)
+            _take_apart(f"argument {index}", value, constants, tensors, model)
         for name in sorted(self.kwargs):
-            _take_apart(name, self.kwargs[name], said, tensors, model)
-        return tuple(said), tensors
+            _take_apart(name, self.kwargs[name], constants, tensors, model)
+        return tuple(constants), tensors
 
     def with_tensors(self, tensors: list[Tensor]) -> GraphCall:
         """The same call with these tensors in place of its own."""
@@ -51,21 +51,21 @@ def is_plain(value: object) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _take_apart(name: str, value: Any, said: list[object], tensors: list[Tensor], model: str) -> None:
+def _take_apart(name: str, value: Any, constants: list[object], tensors: list[Tensor], model: str) -> None:
     if isinstance(value, Tensor):
         strides = None if value.is_contiguous() else value.stride()
-        said.append((name, tuple(value.shape), strides, value.dtype, value.device))
+        constants.append((name, tuple(value.shape), strides, value.dtype, value.device))
         tensors.append(value)
     elif isinstance(value, _PLAIN):
-        said.append((name, type(value), value))
+        constants.append((name, type(value), value))
     elif isinstance(value, (list, tuple)):
-        said.append((name, type(value), len(value)))
+        constants.append((name, type(value), len(value)))
         for index, each in enumerate(value):
-            _take_apart(f"{name}[{index}]", each, said, tensors, model)
+            _take_apart(f"{name}[{index}]", each, constants, tensors, model)
     elif isinstance(value, Mapping):
-        said.append((name, type(value), len(value)))
+        constants.append((name, type(value), len(value)))
         for key in sorted(value, key=str):
-            _take_apart(f"{name}[{key!r}]", value[key], said, tensors, model)
+            _take_apart(f"{name}[{key!r}]", value[key], constants, tensors, model)
     else:
         raise AttentionProviderError(
             f"{name} of this call of {model} is {describe(value)}. A CUDA graph takes tensors, plain values, and lists "

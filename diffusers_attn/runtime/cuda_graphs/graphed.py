@@ -130,7 +130,7 @@ def drop_all() -> None:
 
 
 class GraphedForward:
-    """A model's forward, replayed where it was recorded. Copies of the model, and what is unpickled, have no graphs."""
+    """A model's forward, replayed where it was recorded. Copied and unpickled models have no graphs."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -198,10 +198,10 @@ class _Call(NamedTuple):
     def run(self) -> Any:
         return self.forward(*self.given.args, **self.given.kwargs)
 
-    def kind(self, said: object, tracker: SequenceTracker | None) -> object:
+    def kind(self, constants: object, tracker: SequenceTracker | None) -> object:
         # Two lengths of a sequence can give a rank shards of one shape, and all ranks must record in the same call.
         lengths = () if tracker is None else tuple(sorted(tracker.lengths.items()))
-        return said, lengths, surroundings()
+        return constants, lengths, surroundings()
 
     def record(self, tensors: list[Tensor], tracker: SequenceTracker | None) -> Recording:
         graphs = self.graphs
@@ -227,14 +227,14 @@ def _run_always(call: _Call) -> Any:
             f"{call.name} records CUDA graphs, which is for inference, and was called with gradients enabled. Call it "
             "under torch.no_grad() or torch.inference_mode(), or call remove_cuda_graphs(model) to train it."
         )
-    said, tensors = call.given.taken_apart(call.name)
+    constants, tensors = call.given.taken_apart(call.name)
     if not all(tensor.device == graphs.device and tensor.is_contiguous() for tensor in tensors):
         # In every call, also one that is not recorded: device and memory layout of an input can change rounding.
         tensors = [tensor.to(graphs.device, non_blocking=True).contiguous() for tensor in tensors]
         call = call._replace(given=call.given.with_tensors(tensors))
-        said, tensors = call.given.taken_apart(call.name)
+        constants, tensors = call.given.taken_apart(call.name)
     tracker = _tracker(model)
-    kind = call.kind(said, tracker)
+    kind = call.kind(constants, tracker)
     graphs.check()
     if kind not in graphs.recordings:
         output = call.run()
@@ -254,12 +254,12 @@ def _run_automatically(call: _Call) -> Any:
     model, graphs = call.model, call.graphs
     if graphs.off is not None:
         return call.run()
-    said, tensors, reason = _described(call)
+    constants, tensors, reason = _described(call)
     if reason is not None:
         logger.debug("this call of %s is not recorded: %s", call.name, reason)
         return call.run()
     tracker = _tracker(model)
-    kind = call.kind(said, tracker)
+    kind = call.kind(constants, tracker)
     graphs.check()
     if graphs.off is not None:
         logger.warning("%s runs without CUDA graphs: %s", call.name, graphs.off)
@@ -281,10 +281,10 @@ def _described(call: _Call) -> tuple[object, list[Tensor], str | None]:
     if reason is not None:
         return (), [], reason
     try:
-        said, tensors = call.given.taken_apart(call.name)
+        constants, tensors = call.given.taken_apart(call.name)
     except AttentionProviderError as error:
         return (), [], str(error).partition(". ")[0]
-    return said, tensors, obstacles.of_tensors(tensors, call.graphs.device)
+    return constants, tensors, obstacles.of_tensors(tensors, call.graphs.device)
 
 
 def _first_run(call: _Call, kind: object) -> Any:

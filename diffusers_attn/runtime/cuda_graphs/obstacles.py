@@ -83,10 +83,10 @@ def of_tensors(tensors: Iterable[Tensor], device: torch.device) -> str | None:
 
 
 def of_memory(device: torch.device) -> str | None:
-    """Why the forward that ran last is not recorded for want of memory; None if enough stays free.
+    """Why too little memory is free to record the forward that ran last; None if enough stays free.
 
-    A graph has memory of its own, as much as its forward takes beyond weights. The peak of what this process has
-    allocated so far bounds that from above.
+    A graph has memory of its own, as much as its forward takes beyond weights. The peak of this process's allocated
+    memory is an upper bound.
     """
     allocated = torch.cuda.memory_allocated(device)
     needed = torch.cuda.max_memory_allocated(device) - allocated

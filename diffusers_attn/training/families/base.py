@@ -181,9 +181,19 @@ class Family(abc.ABC):
         """(step, offset): accepted numbers of frames are a multiple of step, plus offset."""
         return 1, 0
 
-    @abc.abstractmethod
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """The text inputs of the transformer: tensors [captions, ...] by name, on the CPU."""
+        """The text inputs of the transformer: tensors [captions, ...] by name, on the CPU.
+
+        Here: for pipelines whose `encode_prompt` returns embeddings of the prompt, and then of the negative prompt.
+        """
+        with torch.no_grad():
+            text, _ = self.pipeline.encode_prompt(
+                captions,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+                device=self.text_device,
+            )
+        return {"prompt_embeds": text.cpu()}
 
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """The VAE's distribution of latents for `pixels`, float [batch, 3, frames, height, width] in [-1, 1].

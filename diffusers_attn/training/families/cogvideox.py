@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..loss import Objective, VPrediction
@@ -37,16 +36,6 @@ class CogVideoX(Family):
         # 1.5 packs latent frames in groups of patch_size_t. Accepted are numbers 4n + 1 that fill the groups.
         factor, pack = self.pipeline.vae_scale_factor_temporal, self.config.patch_size_t or 1
         return factor * pack, factor * (pack - 1) + 1
-
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            text, _ = self.pipeline.encode_prompt(
-                captions,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-                device=self.text_device,
-            )
-        return {"prompt_embeds": text.cpu()}
 
     def normalise(self, latents: Tensor) -> Tensor:
         return latents * self.pipeline.vae.config.scaling_factor

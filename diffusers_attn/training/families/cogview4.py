@@ -14,7 +14,11 @@ from .base import Family, part_of
 
 
 class CogView4(Family):
-    """`CogView4Pipeline` with a `CogView4Transformer2DModel`."""
+    """`CogView4Pipeline` with a `CogView4Transformer2DModel`.
+
+    `encode_text` pads to the longest caption of a call, and neither the text encoder nor the transformer masks padding.
+    So captions should be encoded one at a time.
+    """
 
     kind = "image"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -39,20 +43,6 @@ class CogView4(Family):
     @property
     def size_multiple(self) -> int:
         return self.pipeline.vae_scale_factor * self.config.patch_size
-
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """Encodes captions as the pipeline does, padded to the longest caption of the call and a multiple of 16 tokens.
-
-        Neither the text encoder nor the transformer masks padding, so captions should be encoded one at a time.
-        """
-        with torch.no_grad():
-            text, _ = self.pipeline.encode_prompt(
-                captions,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-                device=self.text_device,
-            )
-        return {"prompt_embeds": text.cpu()}
 
     def to_vae(self, pixels: Tensor) -> Tensor:
         return pixels.squeeze(2)

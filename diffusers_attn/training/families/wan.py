@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..loss import Objective, RectifiedFlow, scheduler_shift
@@ -36,16 +35,6 @@ class Wan(Family):
     @property
     def frame_rule(self) -> tuple[int, int]:
         return self.pipeline.vae_scale_factor_temporal, 1
-
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            text, _ = self.pipeline.encode_prompt(
-                captions,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-                device=self.text_device,
-            )
-        return {"prompt_embeds": text.cpu()}
 
     def normalise(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config

@@ -19,7 +19,7 @@ DECLARED = "exact_over_ranks"
 
 
 class Split(NamedTuple):
-    """What a plan splits of the model itself, "". Hooks on the model receive this rank's part of it."""
+    """Arguments and output of the model itself that a plan splits. Hooks on the model receive this rank's part."""
 
     arguments: frozenset[str]
     """Arguments of the model that are changed before its forward."""

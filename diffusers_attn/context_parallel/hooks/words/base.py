@@ -1,4 +1,4 @@
-"""What the hooks of all plan words build on.
+"""The common part of the hooks of all plan words.
 
 A word of an entry (`CPHalo`) has a function `hooks(place, word)`, which yields functions that set its hooks on the
 module. A word of an argument (`CPLength`) has a subclass of `ArgumentHook`, which changes the argument. Names and
