@@ -64,8 +64,7 @@ class ProviderChoice:
                     f"lossy={', '.join(exact)} was given, which is exact; 'auto' chooses among all exact providers "
                     "anyway. Name lossy providers that it may choose too, such as 'sage'."
                 )
-        source = options.pop("source", None)
-        source = source or hub.environment() if name == "auto" else hub.source_of(SPECS[name], source)
+        source = hub.source_of(SPECS.get(name), options.pop("source", None))
         if source != hub.PACKAGE:
             options["source"] = source
         return _intern_choice(name, tuple(sorted(options.items())))
@@ -78,12 +77,9 @@ class ProviderChoice:
         """Raises ProviderUnavailableError if the provider, or one named in `lossy`, cannot be used on this machine."""
         lossy: Any = dict(self.options).get("lossy", ())
         for name in (self.provider, *lossy):
-            source = hub.chosen_source(SPECS[name], self.options) if name in SPECS else None
-            status = registry.provider_status(name, source)
+            status = registry.provider_status(name, hub.chosen_source(SPECS.get(name), self.options))
             if not status.available:
                 raise registry.unavailable(status)
-        if self.provider == "auto" and dict(self.options).get("source") == hub.HUB:
-            registry.check_hub()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _intern_choice, (self.provider, self.options)

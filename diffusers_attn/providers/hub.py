@@ -29,18 +29,19 @@ _TRUST = "DIFFUSERS_TRUST_REMOTE_KERNELS"  # diffusers' variable, with its meani
 _TRUE = ("1", "ON", "YES", "TRUE")
 
 
-def source_of(spec: ProviderSpec, given: object = None) -> str:
+def source_of(spec: ProviderSpec | None, given: object = None) -> str:
     """The source of a provider's kernel: `given`, or else that of the environment.
 
-    The environment only applies to providers that the Hub has a kernel for.
+    The environment only applies to providers that the Hub has a kernel for, and to "auto" (`spec` is None), which
+    chooses between them.
 
     Raises:
         AttentionProviderError: there is no such source, or the Hub has no kernel for the provider.
     """
     if given is None:
-        return environment() if spec.hub else PACKAGE
-    SOURCE.check(spec.name, "source", given)
-    if given == HUB and spec.hub is None:
+        return environment() if spec is None or spec.hub else PACKAGE
+    SOURCE.check(spec.name if spec else "auto", "source", given)
+    if given == HUB and spec is not None and spec.hub is None:
         reason = spec.without_hub if spec.requirement else "PyTorch brings its kernel"
         raise AttentionProviderError(
             f"option source='hub' of provider '{spec.name}': {reason}. Leave source out"
@@ -49,9 +50,10 @@ def source_of(spec: ProviderSpec, given: object = None) -> str:
     return str(given)
 
 
-def chosen_source(spec: ProviderSpec, options: Iterable[tuple[str, object]]) -> str:
-    """The source of a provider's kernel in a call with these options; `ProviderChoice` has put it there."""
-    return str(dict(options).get("source", PACKAGE)) if spec.hub else PACKAGE
+def chosen_source(spec: ProviderSpec | None, options: Iterable[tuple[str, object]]) -> str:
+    """The source of a provider's kernel in a call with these options, in which `ProviderChoice` has put it. `spec` is
+    None for "auto"."""
+    return str(dict(options).get("source", PACKAGE)) if spec is None or spec.hub else PACKAGE
 
 
 def environment() -> str:

@@ -105,7 +105,9 @@ def provider_status(name: str | AttentionProvider, source: str | None = None) ->
     """
     name = provider_name(name)
     if name == "auto":
-        return ProviderStatus(name, True, "", None, None, "the fastest exact provider that can serve a call")
+        summary = "the fastest exact provider that can serve a call"
+        reason = _missing_kernels() if hub.source_of(None, source) == hub.HUB else ""
+        return ProviderStatus(name, not reason, reason, hub.KERNELS.install if reason else None, None, summary)
     return _status(name, hub.source_of(SPECS[name], source), download=True)
 
 
@@ -142,15 +144,10 @@ def _shortest(spec: ProviderSpec) -> str:
     return f'{first}source="hub", which downloads {spec.hub}'
 
 
-@functools.cache  # only what does not raise
-def check_hub() -> None:
-    """Raises ProviderUnavailableError if the package that loads kernels from the Hub is missing."""
+def _missing_kernels() -> str:
+    """Why no kernel can be loaded from the Hub; empty if the package for it is installed."""
     _, reason = _check_package(hub.KERNELS)
-    if reason:
-        raise ProviderUnavailableError(
-            f"source='hub' was given, by the option or by {hub.ENVIRONMENT} in the environment, but {reason}. Install "
-            f"it with {command(hub.KERNELS.install)}, or leave it out."
-        )
+    return reason and f"{reason}, and source='hub' needs it"
 
 
 def _hub_status(name: str, download: bool) -> ProviderStatus:
@@ -158,9 +155,9 @@ def _hub_status(name: str, download: bool) -> ProviderStatus:
     spec = SPECS[name]
     reason, install = "", None
     if (name, hub.HUB) not in ADAPTERS:
-        _, reason = _check_package(hub.KERNELS)
+        reason = _missing_kernels()
         install = hub.KERNELS.install if reason else None
-        reason = f"{reason}, and source='hub' needs it" if reason else _check_devices(spec)
+        reason = reason or _check_devices(spec)
     if download and not reason:
         try:
             load(name, hub.HUB)

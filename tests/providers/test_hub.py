@@ -23,6 +23,7 @@ from diffusers_attn import (
 )
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers import decision, hub, registry, selection
+from diffusers_attn.providers.base import Params
 from diffusers_attn.providers.catalog import CPU_AND_CUDA, DIFFUSERS_BACKENDS, HALF_AND_FLOAT, SPECS
 from diffusers_attn.providers.serving import CallProperties
 from diffusers_attn.scope import ProviderChoice
@@ -78,8 +79,13 @@ def test_exact_kernels(provider, mask, local):
     causal, mask = isinstance(mask, str), mask if torch.is_tensor(mask) else None
     with attention_provider(provider, source="hub"):
         out = attention_dispatch(*inputs, mask, is_causal=causal, scale=0.2, enable_gqa=True)
-    expected, _ = reference.attention(*inputs, mask, causal, scale=0.2)
+    expected, expected_lse = reference.attention(*inputs, mask, causal, scale=0.2)
     assert reference.relative_error(out, expected) < 1e-5
+    if mask is None:  # as a ring calls it
+        params = Params(MaskKind.NONE, causal, 0.2, False, 0.0, True, "cpu", ())
+        tensors = [tensor.detach().transpose(1, 2) for tensor in inputs]
+        _, lse = registry.load(provider, "hub").forward(*tensors, None, params)
+        assert torch.allclose(lse.double(), expected_lse.transpose(1, 2), atol=1e-5)
     grad = torch.randn_like(out)
     pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad.double()))
     assert all(reference.relative_error(ours, true) < 1e-5 for ours, true in pairs)
@@ -197,6 +203,8 @@ def test_the_environment_names_the_source(monkeypatch):
     assert ProviderChoice.of("auto").options == (("source", "hub"),)
     assert ProviderChoice.of("native").options == ProviderChoice.of("flash_4").options == ()
     assert provider_status("native").available
+    with pytest.raises(AttentionProviderError, match="option source='web' of provider 'auto'"):
+        provider_status("auto", source="web")
     monkeypatch.setenv("DIFFUSERS_ATTN_SOURCE", "Hub")
     with pytest.raises(AttentionProviderError, match="DIFFUSERS_ATTN_SOURCE=Hub; accepted are package and hub"):
         ProviderChoice.of("flash")
@@ -228,13 +236,12 @@ def test_listing_downloads_nothing(on_cpu, monkeypatch):
 def test_kernels_that_are_not_installed(on_cpu, monkeypatch):
     monkeypatch.setattr(registry, "_check_package", lambda requirement: (None, "package kernels>=0.14 is missing"))
     monkeypatch.setattr(registry, "ADAPTERS", {})
-    registry.check_hub.cache_clear()
     with pytest.raises(
         ProviderUnavailableError, match=r"is missing, and source='hub' needs it. Install it with `pip in"
     ):
         attention_provider("flash", source="hub")
     with pytest.raises(
-        ProviderUnavailableError, match="source='hub' was given.*is missing. Install it with `pip install"
+        ProviderUnavailableError, match=r"'auto' cannot.*is missing, and source='hub' needs it. Install it with `pip in"
     ):
         DispatchProcessor("auto", source="hub")
 
