@@ -206,6 +206,16 @@ def test_it_takes_the_place_of_sdpa(monkeypatch):
         assert torch.allclose(attention(tokens, tokens, tokens, need_weights=False)[0], expected, atol=1e-6)
 
 
+def test_autocast_leaves_float64_and_other_devices_alone():
+    query = torch.randn(1, 2, 5, 8, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = (each(query, query, query) for each in (attention_dispatch, F.scaled_dot_product_attention))
+    assert found.dtype == expected.dtype == torch.float64 and torch.equal(found, expected)
+    query = query.float()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert attention_dispatch(query, query, query).dtype == torch.float32
+
+
 def test_autocast_is_followed_as_sdpa_follows_it():
     query, key, value = torch.randn(3, 1, 2, 5, 8)
     value = value.bfloat16()

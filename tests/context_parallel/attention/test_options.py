@@ -9,8 +9,12 @@ import torch
 from diffusers_attn import AttentionProviderError, enable_context_parallel
 from diffusers_attn.call import AttentionCall
 from diffusers_attn.context_parallel.attention.entry import split_attention
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.config import ContextParallelConfig
+from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.sequences.roles import REPLICATED, Role
-from diffusers_attn.context_parallel.sequences.sharding import split
+from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
+from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.providers import catalog, registry
 from diffusers_attn.providers.native import Math
@@ -122,6 +126,18 @@ def test_what_counts_positions_is_refused_where_a_rank_does_not_know_them(what):
             split_attention(
                 AttentionCall(*tensors(own + other, own + other), provider="_native_math", **asked), tracker
             )
+
+
+def test_a_window_needs_as_many_keys_as_queries_and_no_mask():
+    mesh = ContextParallelMesh(ContextParallelConfig(ulysses_degree=3), ALONE, Group("none", 1, 3))
+    image, text = Shards.contiguous(IMAGE, 3), Shards.contiguous(TEXT, 3)
+    mask = KeyMask(torch.ones(1, image.sizes[1], dtype=torch.bool))
+    options = {"provider": "_native_math", "options": WINDOW, "mesh": mesh, "query_shards": image}
+    with with_window():
+        for keys, given, said in ((text, None, "14 queries and 5 keys"), (image, mask, "14 keys, and a mask")):
+            query, key, value = tensors(image.sizes[1], keys.sizes[1])
+            with pytest.raises(AttentionProviderError, match=f"equal lengths and no mask. This call has .*{said}"):
+                parallel_attention(query, key, value, given, key_shards=keys, **options)
 
 
 def test_an_option_that_is_off_does_not_count():

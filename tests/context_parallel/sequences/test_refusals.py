@@ -91,6 +91,13 @@ def test_a_mask_that_is_not_the_plans(role, mask, message):
         split_attention(attention(4, 4, torch.ones(1, 1, *mask, dtype=torch.bool)), tracker)
 
 
+def test_a_mask_whose_meaning_the_ranks_may_take_differently():
+    """Of four tokens, two ranks have one: their mask of keys has the shape of a row for a single query."""
+    tracker = tracker_with(image=4)
+    with pytest.raises(AttentionProviderError, match="a mask's shape does not tell every rank what it means"):
+        split_attention(attention(1, 1, torch.ones(1, 1, 1, 4, dtype=torch.bool)), tracker)
+
+
 def test_tokens_that_are_not_split():
     """Split queries attend to keys that every rank has, alone; as many of both are a mistake."""
     tracker = tracker_with(image=11)
