@@ -47,6 +47,8 @@ class Sizes(NamedTuple):
     matrix: int
     """Rows and columns of the matrices to multiply."""
     dtype: torch.dtype
+    free: int
+    """Bytes of a GPU's memory that must be free: for these tensors, and for NCCL's buffers while it measures."""
     memory: int
     """Bytes to copy within the device's memory."""
     small: int
@@ -57,8 +59,8 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    "cuda": Sizes(4096, torch.bfloat16, 2**26, 2**12, 2**24, 10),
-    "cpu": Sizes(256, torch.float32, 2**22, 2**12, 2**20, 3),
+    "cuda": Sizes(4096, torch.bfloat16, 2**31, 2**26, 2**12, 2**24, 10),
+    "cpu": Sizes(256, torch.float32, 0, 2**22, 2**12, 2**20, 3),
 }
 
 
@@ -86,7 +88,7 @@ def job_hardware(device_type: str) -> tuple[Hardware, str]:
     ranks: list[_Rank] = everyone(mine, [None])
     setting = ranks[0].setting
     per_node = _ranks_per_node(len(ranks))
-    if setting == TYPICAL_ONLY:
+    if setting == TYPICAL_ONLY or device_type not in SIZES:
         return _typical(device_type, ranks, per_node), "speeds are typical ones"
     devices = json.dumps([device_type, torch.__version__, per_node, [(each.host, each.device) for each in ranks]])
     file = None if setting == UNCACHED else _folder(setting) / f"links-{_digest(devices)}.json"
@@ -192,7 +194,7 @@ def _typical(device_type: str, ranks: list[_Rank], per_node: int) -> Hardware:
 def _measure(device_type: str, ranks: list[_Rank], per_node: int) -> tuple[Hardware, str | None]:
     """The measured hardware; or the typical one, and the reason why nothing was measured. Equal on every rank."""
     typical = _typical(device_type, ranks, per_node)
-    sizes = SIZES.get(device_type, SIZES["cuda"])
+    sizes = SIZES[device_type]
     bench: Bench | None = None
     problem = None
     try:  # before ranks depend on each other
@@ -240,6 +242,9 @@ class Bench:
         self.multiprocessors = 1
         if self.on_gpu:
             self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+            free, _ = torch.cuda.mem_get_info(device)
+            if free < sizes.free:  # NCCL may fail on one rank, for which the others would wait
+                raise MemoryError(f"{free / 2**20:.0f} MiB of {device} are free, {sizes.free / 2**20:.0f} are needed")
         self.matrix = torch.ones(sizes.matrix, sizes.matrix, dtype=sizes.dtype, device=device)
         self.product = torch.empty_like(self.matrix)
         self.bytes = torch.zeros(max(sizes.memory, sizes.large), dtype=torch.uint8, device=device)
@@ -258,6 +263,7 @@ class Bench:
         begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(self.sizes.repeats):  # while the GPU multiplies, the host launches everything that is timed
             self._multiply()
+        run()  # an exchange waits here for the slowest rank
         begin_event.record()
         for _ in range(self.sizes.repeats):
             run()

@@ -7,4 +7,5 @@ Read in this order:
 3. `lowering`: exact changes of a call's inputs, for kernels that do not support it directly.
 4. `native`, `flash`, `flash3`, `flash4`, `flex`, `sage`, `xformers`: the adapters, imported on first use by `registry`.
    They share `flash_family`, `varlen` and `bias`; `row_liveness` gives zeros to queries without keys.
+5. `hardware`: speeds of devices and of their links, from which context parallelism predicts times.
 """
