@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 
+import pytest
 import torch
 
 from diffusers_attn import DispatchProcessor
@@ -50,6 +51,7 @@ def test_state_dicts_fit_both_ways():
     model.load_state_dict(bound.state_dict())
 
 
+@pytest.mark.slow
 def test_the_first_line_of_a_process(tmp_path):
     """It may bind a model of any class: Python looks `set_attn_processor` up before it makes the processor, and these
     classes do not have it. And it may load a bound model from a pickle."""
