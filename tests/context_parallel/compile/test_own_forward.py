@@ -15,6 +15,7 @@ from diffusers_attn import CPInput, ParamId, apply_context_parallel, remove_cont
 from diffusers_attn.context_parallel.compile.own_forward import is_replaced
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
+from diffusers_attn.runtime.cuda_graphs.obstacles import of_model
 
 MESH = ContextParallelMesh(ContextParallelConfig(3, 1), Group("first of three", 0, 3), ALONE)
 PLAN = {"blocks.0.inner": {ParamId("x"): CPInput(0)}}  # of 6 tokens, this rank keeps the first 2
@@ -143,6 +144,7 @@ def test_beside_another_tool_that_replaces_forward(order):
 
 
 def test_what_others_see():
+    apply_context_parallel(Model(), MESH, PLAN)  # imports diffusers, whose warnings may keep the frames of the import
     model = Model()
     apply_context_parallel(model, MESH, PLAN).strict = False  # it has no attention
     inner = model.blocks[0].inner
@@ -159,3 +161,11 @@ def test_what_others_see():
     assert is_replaced(model.blocks[0].inner)
     remove_context_parallel(model)
     assert is_replaced(model.blocks[0].inner) and "forward" not in vars(model.blocks[0])
+
+
+def test_cuda_graphs_may_record_a_split_model():
+    model = Model()
+    apply_context_parallel(model, MESH, PLAN)
+    assert "forward" not in str(of_model(model))
+    replace(model.blocks[0].inner)
+    assert "forward of 'blocks.0.inner'" in str(of_model(model))
