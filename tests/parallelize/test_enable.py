@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +21,6 @@ from diffusers_attn.context_parallel import job
 from diffusers_attn.cp_plans.plan import CPInput, ParamId
 
 from .. import launching
-
-ROOT = Path(__file__).parents[2]
 
 
 def build(name, seed=0, **config):
@@ -425,7 +420,9 @@ def test_what_was_compiled_before_is_not_used_again(pool):
 
 
 SCRIPT = """
-    import os, sys, torch, torch.distributed as dist
+    import os, sys
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch, torch.distributed as dist
     from diffusers_attn import enable_context_parallel
     from tests.zoo import CASES, outputs
 
@@ -442,13 +439,10 @@ SCRIPT = """
 """
 
 
-@pytest.mark.slow
 def test_a_script_under_torchrun_needs_no_process_group(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = launching.run(command, env=environment, cwd=tmp_path)
+    done = launching.run_ranks(2, script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("context parallelism: ") == 1  # rank 0 says what was done
     assert "on 2 ranks, Ulysses over 2 (predicted at 32,760 tokens: " in done.stdout
