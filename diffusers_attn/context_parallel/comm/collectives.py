@@ -62,8 +62,8 @@ def depends_on(tensor: Tensor, *others: Tensor | None, sent_over: Group | None =
     of a zero from an operator that is opaque to compilers.
 
     Args:
-        sent_over: the group over which a backward sends `tensor` next. In a compiled graph the operator checks that no
-            other thread uses the group, as `start_all_to_all` does otherwise.
+        sent_over: the group over which `tensor` is sent next. In a compiled graph the operator checks that no other
+            thread uses the group, as `start_all_to_all` and the hook that begins a forward do otherwise.
     """
     if torch.compiler.is_compiling():
         given = [other.detach() for other in others if other is not None]
@@ -81,6 +81,8 @@ _library.define("zero_after(Tensor[] others, str group) -> Tensor")
 def _zero_after(others: list[Tensor], group: str) -> Tensor:
     if group and in_backward_id() != -1:
         one_thread.take_in_backward(group)
+    elif group:
+        one_thread.take_in_graph(group)
     return others[0].new_zeros((), dtype=torch.float32)
 
 

@@ -6,8 +6,8 @@ up to the operating system, and may differ between ranks. So the second thread g
 A thread takes the turn of a model's groups when it begins a forward, or when its backward begins to exchange. It does
 not give the turn back. Instead, another thread that wants the turn inspects the stack of the first: is it still inside
 such a forward or backward? A nested forward, and a recomputation in a thread of autograd, count as the thread that
-called them. The backward of a compiled graph calls this file through an operator in the graph
-(`collectives.depends_on`). One case goes unnoticed: a model that is compiled as a whole, with `inputs="trust"`.
+called them. Compiled graphs call this file through an operator (`collectives.depends_on`): in a backward, and at the
+first split of a forward, since the hook that begins the forward of a model that is compiled as a whole is in the graph.
 """
 
 from __future__ import annotations
@@ -65,6 +65,26 @@ def take(groups: Sequence[str], model: nn.Module) -> None:
             turn.models.add(model)
             if in_backward_id() == -1:
                 stash(thread, _STASH)
+
+
+def register(groups: Sequence[str], model: nn.Module) -> None:
+    """Notes that `model` uses these groups, for forwards that `take_in_graph` looks for."""
+    for group in groups:
+        with _lock:
+            _turns.setdefault(group, _Turn()).models.add(model)
+
+
+def take_in_graph(group: str) -> None:
+    """Takes the turn of a group for this thread, which runs the forward of a compiled graph.
+
+    Raises:
+        AttentionProviderError: another thread is inside a forward or a backward over the group. Nothing has been sent.
+    """
+    turn = _turns.get(group)
+    if turn is not None and turn.thread != threading.get_ident():
+        with _lock:
+            _check(turn, "calls a compiled model")
+            turn.thread, turn.backward = threading.get_ident(), -1
 
 
 def take_in_backward(group: str) -> None:

@@ -160,6 +160,7 @@ def apply_context_parallel(
     tracker.transport, gather = choose_transport(mesh.ring, mesh.device_type)
     install()
     dynamic = DynamicSizes(module, tracker)
+    one_thread.register(_names(tracker), module)
     begin = module.register_forward_pre_hook(_Begin(tracker))
     copies.leave_hooks_out(module)
     forwards = OwnForwards(module)

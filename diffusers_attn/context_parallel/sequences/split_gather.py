@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AttentionProviderError
+from ..comm.collectives import depends_on
 from . import sharding
 from .find_by_length import check_lengths_suffice, find_by_length
 from .forwards import RunningForwards
@@ -52,6 +53,7 @@ class SplitGather(RunningForwards):
                 f"they are longer: {self.describe()}. Was it split before?"
             )
         self._check_not_a_shard(rest, length)
+        is_first = not self.lengths.are_known()
         self.shard_length(rest, length)
         spans, start = [], 0
         for each in names:
@@ -68,6 +70,11 @@ class SplitGather(RunningForwards):
                 spans += [(start + first, count) for first, count in self.shards((each,)).spans[self.mesh.rank]]
             start += self.lengths[each]
         shard = sharding.take(tensor, tuple(spans), dim)
+        if is_first and torch.compiler.is_compiling():
+            # The hook that begins the forward may be in the graph too, where it cannot see which thread runs it.
+            for group in (self.mesh.ring, self.mesh.ulysses):
+                if group.size > 1:
+                    shard = depends_on(shard, shard, sent_over=group)
         # A contiguous tensor gives a contiguous shard. Otherwise a block would be compiled once for shards and once
         # more for outputs of other blocks.
         if tensor.is_contiguous() and not _has_contiguous_strides(shard):

@@ -68,3 +68,26 @@ def test_a_compiled_backward_beside_another_threads_forward_is_refused(pool, mes
         assert "while thread 'one' is within a backward of a Model over the same ranks" in forward
         assert "thread 'MainThread' runs a backward of a model" in backward
         assert "while thread 'one' is within a forward of a Model over the same ranks" in backward
+
+
+def compiled_as_a_whole(meshes):
+    """What a thread is told that calls a compiled model, while another is within a forward of it."""
+    model, given = Model(blocks=1).double(), inputs(8, 12, masked=False)
+    other = Model(blocks=1).double()
+    for each in (model, other):
+        apply_context_parallel(each, meshes(1, 2), plan())
+    model.compile(backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        model(**given)
+        said = beside(other.out.register_forward_pre_hook, lambda: other(**given), lambda: model(**given))
+        model(**given)  # one after the other
+    for each in (model, other):
+        remove_context_parallel(each)
+    torch._dynamo.reset()
+    return said
+
+
+def test_a_model_that_is_compiled_as_a_whole_beside_another_is_refused(pool):
+    for said in pool.run(2, compiled_as_a_whole):
+        assert "thread 'MainThread' calls a compiled model" in said
+        assert "while thread 'one' is within a forward of a Model over the same ranks" in said
