@@ -17,13 +17,16 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
 _own: weakref.WeakSet[FunctionType] = weakref.WeakSet()
+_codes_to_drop: list[CodeType] = []
+"""Codes of models that are not split any more. Those of a model that was freed wait for the next call of this file: it
+may be freed by a garbage collection while Dynamo compiles, and Dynamo would go on to use the dropped graphs."""
 
 
 class OwnForwards:
@@ -35,7 +38,8 @@ class OwnForwards:
         self._codes: dict[type[nn.Module], CodeType] = {}
         """A code object per class, since Dynamo limits the number of graphs of one code object."""
         # An instance whose attribute is its own method is not freed before the next garbage collection.
-        weakref.finalize(model, self.remove).atexit = False
+        weakref.finalize(model, self._restore).atexit = False
+        _drop_graphs()
 
     def give(self, module: nn.Module) -> None:
         """Gives `module` a `forward` that no graph was compiled for, unless it is the model itself."""
@@ -53,15 +57,19 @@ class OwnForwards:
 
     def remove(self) -> list[nn.Module]:
         """Restores each `forward`, and drops the graphs that were compiled since. Returns the modules."""
+        modules = self._restore()
+        _drop_graphs()
+        return modules
+
+    def _restore(self) -> list[nn.Module]:
         modules = list(self._modules)
         for module in modules:
             if _is_own(vars(module).get("forward")):
                 _restore(vars(module))
-            else:  # another tool has replaced it, and graphs with hooks may depend on the replacement
+            else:  # another tool has replaced it since, maybe by what graphs with hooks were compiled for
                 _replace(module, _calling(None).__code__.replace())
         self._modules.clear()
-        if "torch._dynamo" in sys.modules:
-            _drop_graphs(self._codes.values())
+        _codes_to_drop.extend(self._codes.values())
         self._codes.clear()
         return modules
 
@@ -116,15 +124,18 @@ def _restore(state: dict[str, Any]) -> None:
         state["forward"] = before
 
 
-def _drop_graphs(codes: Iterable[CodeType]) -> None:
-    """Drops the graphs that depend on one of `codes`."""
+def _drop_graphs() -> None:
+    """Drops the graphs that depend on one of `_codes_to_drop`."""
+    if not _codes_to_drop or "torch._dynamo" not in sys.modules:
+        return
     from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo import convert_frame
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
     with convert_frame.compile_lock:
-        for code in codes:
+        while _codes_to_drop:
+            code = _codes_to_drop.pop()
             # Dynamo waits for the end of each object that a graph depends on. Graphs reference the code, so that it
             # would come late.
             for reference in weakref.getweakrefs(code):

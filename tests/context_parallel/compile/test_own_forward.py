@@ -1,6 +1,7 @@
 """Graphs of a split model and of others: each runs where it belongs, and only those of the split model are dropped."""
 
 import copy
+import gc
 import inspect
 import pickle
 import types
@@ -12,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from diffusers_attn import CPInput, ParamId, apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.compile import own_forward
 from diffusers_attn.context_parallel.compile.own_forward import is_replaced
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
@@ -115,6 +117,29 @@ def test_a_model_may_be_split_often(how):
             assert len(call(TOKENS)) == 2
             remove_context_parallel(model)
             assert len(call(TOKENS)) == 6
+
+
+def test_a_model_may_be_freed_while_another_is_compiled():
+    """A garbage collection may run at any time. Dynamo would then use graphs that were dropped."""
+    models = [by_blocks(Model(), CompileCounter())]
+    models[0](TOKENS)
+    apply_context_parallel(models[0], MESH, PLAN).strict = False  # it has no attention
+    models[0](TOKENS)
+
+    waiting = []
+
+    def backend(graph, inputs):
+        models.clear()
+        gc.collect()
+        waiting.append(len(own_forward._codes_to_drop))
+        return graph.forward
+
+    other = by_blocks(Model(), backend)
+    apply_context_parallel(other, MESH, PLAN).strict = False
+    assert len(other(TOKENS)) == 2
+    remove_context_parallel(other)
+    assert len(other(TOKENS)) == 6
+    assert waiting[0] > 0 and not own_forward._codes_to_drop
 
 
 def replace(module):
