@@ -55,8 +55,8 @@ def enable_context_parallel(
             may be compiled or inside a PEFT model. It must be on its device already.
         ulysses_degree: number of ranks that exchange heads. `ulysses_degree * ring_degree` must be the number of ranks.
             None: it follows from the other degree, or those with the shortest predicted time are chosen
-            (docs/performance.md). The prediction needs the speed of the links between ranks, which is measured once
-            and kept in a file; see `measure_hardware.py` for the environment variable DIFFUSERS_ATTN_LINKS.
+            (docs/performance.md). The environment variable DIFFUSERS_ATTN_LINKS says whether the speed of the links
+            between ranks is measured for it; see `measure_hardware.py`.
         ring_degree: number of ranks that pass keys and values around; None as for `ulysses_degree`.
         provider: name of the attention kernel. None: attention bound to a `DispatchProcessor` keeps its provider, and
             all other attention uses "auto" on CUDA devices and "native" elsewhere.

@@ -222,11 +222,11 @@ def test_the_first_rank_decides(pool):
     assert set(pool.run(4, apart)) == {(4, 1, None)}
 
 
-@pytest.mark.parametrize("setting", ["", "~/elsewhere"])
+@pytest.mark.parametrize("setting", ["measured", "~/elsewhere"])
 def test_the_folder(setting, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    expected = tmp_path / "elsewhere" if setting else tmp_path / ".cache" / "diffusers_attn"
+    expected = tmp_path / "elsewhere" if setting != "measured" else tmp_path / ".cache" / "diffusers_attn"
     assert measuring._folder(setting) == expected
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert measuring._folder("") == tmp_path / "xdg" / "diffusers_attn"
+    assert measuring._folder("measured") == tmp_path / "xdg" / "diffusers_attn"
