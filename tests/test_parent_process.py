@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -83,7 +84,9 @@ def _left_by(command: list[str], where: Path, number: int, ready: int) -> list[s
     environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     said = where / "said"
     with said.open("w") as log:
-        parent = subprocess.Popen(command, cwd=where, env=environment, stdout=log, stderr=log)
+        # A command that runs in the background of a shell ignores SIGINT, and so do all that it starts.
+        heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        parent = subprocess.Popen(command, cwd=where, env=environment, stdout=log, stderr=log, preexec_fn=heeds)
     children: list[psutil.Process] = []
     try:
         until = time.monotonic() + TIMEOUT
