@@ -12,7 +12,9 @@ from .sized import walk
 
 # text and image tokens: even and uneven shards, on two ranks and three, and sizes that were there before
 SIZES = [(8, 35), (13, 46), (8, 35), (9, 24), (12, 49), (13, 50), (10, 23), (16, 64), (11, 31), (8, 36)]
-STRATEGIES = ("ulysses 2", "gather 2", "ring 3", "gather 2 x ulysses 2")
+STRATEGIES = (
+    "ulysses 2", "gather 2", "ring 2", "ulysses 3", "gather 3", "ring 3", "gather 2 x ulysses 2", "ring 2 x ulysses 2",
+)  # fmt: skip
 
 
 @functools.cache
