@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+VARIANTS = "ours-eager", "diffusers", "ours"
 HITS = "fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass"
 
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model and a picture that run quickly on a CPU")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of the picture (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="what to run (default: all)")
     parser.add_argument("--warm", type=int, default=2, help="runs with a warm cache (default: %(default)s)")
     parser.add_argument("--commit", help="the commit that is measured, if this is no git repository")
     parser.add_argument("--output", type=Path, help="file of results, JSON")
@@ -83,7 +85,7 @@ def main() -> None:
         print(json.dumps(first_picture(args.run[0], args.device, args.tiny, args.steps, float(args.run[1]))))
         return
     results = []
-    for variant in ("ours-eager", "diffusers", "ours"):
+    for variant in args.variants:
         with tempfile.TemporaryDirectory() as folder:
             for cache in ("cold", *["warm"] * args.warm):
                 options = ["--device", args.device, "--steps", str(args.steps), *["--tiny"] * args.tiny]

@@ -76,8 +76,8 @@ class CheckedKeys:
             calls = 1
         if calls <= self._compared.get(kind, 0) or tracker is None or not tracker.strict or not _has_values(key):
             return
-        self._compared[kind] = calls
         _compare(key, tracker)
+        self._compared[kind] = calls  # not before: a caller may catch the error and go on
 
 
 def check_local_keys(call: AttentionCall, tracker: SequenceTracker) -> AttentionCall:

@@ -1,0 +1,41 @@
+"""Keys that ranks make from their own tokens are refused over NCCL too, eagerly and in blocks that Inductor compiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ..context_parallel.pool import Pool
+from ..context_parallel.sequences.test_local_keys import KEYS, assert_refused, attended
+from .test_context_parallel import SIZE, TIMEOUT, work
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(SIZE < 2, reason=f"needs two CUDA devices or more; PyTorch sees {SIZE}"),
+]
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    """One process for each GPU."""
+    workers = Pool(work, SIZE, TIMEOUT)
+    yield workers
+    workers.close()
+
+
+def on_gpus(meshes, **arguments):
+    torch.manual_seed(0)
+    return attended(meshes("gather"), **arguments, device="cuda", dtype=torch.float16, backend="inductor")
+
+
+@pytest.mark.parametrize("compiled", [None, "blocks"])
+def test_keys_that_all_ranks_have(gpus, compiled):
+    assert max(gpus.run(SIZE, on_gpus, keys="the text", compiled=compiled)) < 0.05
+
+
+@pytest.mark.parametrize("compiled", [None, "blocks"])
+@pytest.mark.parametrize("keys", KEYS)
+def test_keys_that_a_rank_makes_of_its_own_tokens(gpus, keys, compiled):
+    for messages in gpus.run(SIZE, on_gpus, keys=keys, compiled=compiled):
+        assert_refused(messages)
