@@ -1,4 +1,4 @@
-"""Keys that ranks make from their own tokens are refused over NCCL too, eagerly and in blocks that Inductor compiles."""
+"""Keys that ranks make from their own tokens are refused over NCCL too, eagerly and in compiled blocks."""
 
 from __future__ import annotations
 
