@@ -3,9 +3,9 @@
 All ranks measure together, and the slowest counts. The first rank reads and writes the file, and tells the others. The
 environment variable `DIFFUSERS_ATTN_LINKS` of the first rank changes this:
 
-- not set: "measured" on CPUs, "typical" on GPUs. There the measurement makes an NCCL communicator and destroys it,
-  which takes about a second and drops recorded CUDA graphs; and it has not run on GPUs yet.
-- "measured": the file is in the user's cache folder, `~/.cache/diffusers_attn` (`$XDG_CACHE_HOME/diffusers_attn`).
+- not set, or "measured": the file is in the user's cache folder, `~/.cache/diffusers_attn`
+  (`$XDG_CACHE_HOME/diffusers_attn`). On GPUs the measurement makes an NCCL communicator and destroys it, which takes
+  0.8 s on two H200 and drops recorded CUDA graphs; once for each set of hosts and devices.
 - a path: the file is in this folder. A file can be deleted at any time.
 - "uncached": nothing is read or written; every process measures.
 - "typical": nothing is measured; the table in `providers/hardware.py` serves.
@@ -88,7 +88,7 @@ def job_hardware(device_type: str) -> tuple[Hardware, str]:
         job.peer_access(device_type),
     )  # fmt: skip
     ranks: list[_Rank] = everyone(mine, [None])
-    setting = ranks[0].setting or (TYPICAL_ONLY if device_type == "cuda" else MEASURED)
+    setting = ranks[0].setting or MEASURED
     per_node = _ranks_per_node(len(ranks))
     if setting == TYPICAL_ONLY or device_type not in SIZES:
         return _typical(device_type, ranks, per_node), "speeds are typical ones"
