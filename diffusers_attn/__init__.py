@@ -6,17 +6,21 @@ are split between ranks, and `providers` computes it on one device.
 
 `cp_plans` states where the tensors of each model class are split, and `verify_plan` verifies such a plan. `parallelize`
 enables context parallelism for a pipeline, `runtime` compiles models and records CUDA graphs, and `training` trains
-LoRAs. Folders import only from those below them (`tests/test_layers.py`).
+LoRAs. `cli` is the command `diffusers-attn`. Folders import only from those below them (`tests/test_layers.py`).
+
+Importing the package imports nothing else, not even PyTorch: a name is imported when it is first read. The command
+starts quickly that way, and can examine an environment in which PyTorch does not import.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .dispatch import attention_dispatch
-from .errors import AttentionProviderError, ProviderUnavailableError
-from .providers.catalog import AttentionProvider
-from .providers.registry import ProviderStatus, list_providers, provider_status
-from .scope import attention_provider
+if TYPE_CHECKING:
+    from .dispatch import attention_dispatch
+    from .errors import AttentionProviderError, ProviderUnavailableError
+    from .providers.catalog import AttentionProvider
+    from .providers.registry import ProviderStatus, list_providers, provider_status
+    from .scope import attention_provider
 
 __all__ = [
     "AttentionProvider",
@@ -51,8 +55,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-# Imported on first use, because these need diffusers' attention modules or torch.distributed.
-_LAZY = {
+_MODULES = {
+    "attention_dispatch": "dispatch",
+    "attention_provider": "scope",
+    "AttentionProvider": "providers.catalog",
+    "AttentionProviderError": "errors",
+    "ProviderStatus": "providers.registry",
+    "ProviderUnavailableError": "errors",
+    "list_providers": "providers.registry",
+    "provider_status": "providers.registry",
     "DispatchProcessor": "processors",
     "set_attention_provider": "processors",
     "apply_compile": "runtime.compile",
@@ -74,11 +85,21 @@ _LAZY = {
     "CPPlanReport": "verify_plan.report",
     "verify_cp_plan": "verify_plan.verify",
 }
+"""The modules of the public names."""
+_OF_EVERY_CALL = ("attention_dispatch", "attention_provider")
+"""Names that a program may read for each attention call. They are kept once read."""
+_SUBMODULES = ("call", "context_parallel", "cp_plans", "dispatch", "errors", "masks", "providers", "scope")
+"""Modules that are attributes of the package without an import of their own: `diffusers_attn.dispatch.explain(...)`."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        if name in _OF_EVERY_CALL:
+            globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -27,6 +27,8 @@ LAYERS = (
     ("processors", "runtime"),
     ("parallelize",),
     ("verify_plan", "training"),
+    ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 # These packages have a file per idea that `__init__` collects: it may be imported by what it imports.

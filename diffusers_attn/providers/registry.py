@@ -126,7 +126,7 @@ def _package_status(name: str) -> ProviderStatus:
     version, reason = _check_package(spec.requirement) if spec.requirement else (torch.__version__, "")
     missing = bool(reason)
     if not reason:
-        reason = _check_devices(spec)
+        reason = device_reason(spec)
     if not reason:
         try:
             load(name)
@@ -157,7 +157,7 @@ def _hub_status(name: str, download: bool) -> ProviderStatus:
     if (name, hub.HUB) not in ADAPTERS:
         reason = _missing_kernels()
         install = hub.KERNELS.install if reason else None
-        reason = reason or _check_devices(spec)
+        reason = reason or device_reason(spec)
     if download and not reason:
         try:
             load(name, hub.HUB)
@@ -172,16 +172,19 @@ def _check_package(requirement: Requirement) -> tuple[str | None, str]:
         version = importlib.metadata.version(requirement.distribution)
     except importlib.metadata.PackageNotFoundError:
         return None, f"package {requirement.distribution}>={requirement.minimum} is not installed"
+    except Exception as error:  # damaged metadata raises any type
+        problem = f"{type(error).__name__}: {error}"
+        return None, f"the metadata of package {requirement.distribution} cannot be read ({problem})"
     try:
         too_old = Version(version) < Version(requirement.minimum)
-    except InvalidVersion:
+    except (InvalidVersion, TypeError):  # TypeError: the metadata has no version
         too_old = False
     if too_old:
         return version, f"package {requirement.distribution} {version} is older than {requirement.minimum}"
     return version, ""
 
 
-def _check_devices(spec: ProviderSpec) -> str:
+def device_reason(spec: ProviderSpec) -> str:
     """Why no device of this machine runs the provider; empty if one does."""
     capabilities = spec.capabilities
     if "cpu" in capabilities.devices:

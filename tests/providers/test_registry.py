@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusers_attn import AttentionProvider, AttentionProviderError, list_providers, provider_status
+from diffusers_attn.providers import registry
 from diffusers_attn.providers.catalog import SPECS
 
 from .. import launching
@@ -105,9 +106,20 @@ def test_a_broken_package_breaks_its_provider_only(tmp_path):
         import diffusers_attn
         from diffusers_attn.providers import registry
         # The devices are looked at before the package; this is about the package.
-        registry._check_devices = lambda spec: ""
+        registry.device_reason = lambda spec: ""
         """
         + textwrap.indent(SAY, " " * 8),
     )
     assert "cannot be imported: OSError: undefined symbol" in said
     assert "pip install flash-attn" in said and "Providers available here: native" in said
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"Metadata-Version: 2.1\nName: xformers\n"])
+def test_a_package_with_damaged_metadata_is_not_available(tmp_path, monkeypatch, content):
+    (tmp_path / "xformers-0.0.35.dist-info").mkdir()
+    (tmp_path / "xformers-0.0.35.dist-info" / "METADATA").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._package_status.cache_clear()
+    status = registry.provider_status("xformers", "package")
+    registry._package_status.cache_clear()
+    assert not status.available and ("cannot be read" in status.reason) == content.startswith(b"\xff")

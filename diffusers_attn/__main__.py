@@ -1,0 +1,5 @@
+"""`python -m diffusers_attn`: the command `diffusers-attn`."""
+
+from .cli.main import main
+
+main()

@@ -1,0 +1,162 @@
+"""Collects the findings: metadata here, imports in processes of their own, several at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .combinations import ERROR, WARNING, Environment, Problem, explain_import, problems
+from .installed import Package, installed
+from .isolated import Outcome, run_probe
+from .machine import Machine, this_machine
+
+PROCESSES = 4
+"""Number of probes that run at the same time. Each imports PyTorch, which needs some 300 MB."""
+BROKEN = "its package is installed but cannot be imported: "
+"""The beginning of the reason of a provider whose package does not import."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """The status of a provider on this machine."""
+
+    name: str
+    available: bool
+    reason: str
+    """Why it is not available; empty if it is."""
+    fix: str
+    """The command that makes it available, the shortest first; empty if no command does."""
+    version: str | None
+    exact: bool
+    summary: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All findings."""
+
+    machine: Machine
+    packages: Mapping[str, Package]
+    torch: dict[str, Any] | None
+    """The answer of the probe `pytorch`; None if PyTorch does not import."""
+    diffusers: str | None
+    """Version of diffusers if it imports, and this library with it; else None."""
+    providers: tuple[Provider, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no problem is an error."""
+        return not any(each.level == ERROR for each in self.problems)
+
+
+def examine(timeout: float) -> Report:
+    """Examines this machine.
+
+    Args:
+        timeout: seconds that the import of one package may take.
+    """
+    machine, packages = this_machine(), installed()
+    found: list[Problem] = []
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        asked = {name: pool.submit(run_probe, name, timeout=timeout) for name in ("pytorch", "library", "catalog")}
+        torch, library, catalog = (asked[name].result() for name in ("pytorch", "library", "catalog"))
+        if torch.value is None:
+            found.append(_torch_problem(torch, packages, machine))
+        else:
+            if library.value is None:
+                found.append(_library_problem(library, packages))
+            if catalog.value is None:
+                found.append(Problem(ERROR, f"diffusers-attn itself does not import: {catalog.problem}."))
+        providers: list[Provider] = []
+        if torch.value is not None and catalog.value is not None:
+            groups = _by_package(catalog.value, packages)
+            results = [
+                pool.submit(_providers, names, package, module, timeout, machine)
+                for (package, module), names in groups.items()
+            ]
+            for result in results:
+                group, problem = result.result()
+                providers += group
+                found += [problem] if problem else []
+            order = list(catalog.value)
+            providers.sort(key=lambda each: (not each.available, order.index(each.name)))
+    found = [*problems(Environment(machine, packages, torch.value)), *found]
+    found.sort(key=lambda each: (each.level != ERROR, each.level != WARNING))
+    version = library.value["version"] if library.value else None
+    return Report(machine, packages, torch.value, version, tuple(providers), tuple(found))
+
+
+def _by_package(catalog: dict[str, Any], packages: Mapping[str, Package]) -> dict[tuple[str, str], list[str]]:
+    """The providers to probe in one process: those of one installed package, and all others, which import none."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, needed in catalog.items():
+        package, module = needed if needed and needed[0] in packages else ("", "")
+        groups.setdefault((package, module), []).append(name)
+    return groups
+
+
+def _providers(
+    names: list[str], package: str, module: str, timeout: float, machine: Machine
+) -> tuple[list[Provider], Problem | None]:
+    """The status of the providers of one package, and what is wrong with the package."""
+    outcome = run_probe("providers", *names, timeout=timeout)
+    if outcome.value is None:
+        reason = BROKEN + outcome.problem if package else outcome.problem
+        unknown: dict[str, Any] = {
+            "install": None,
+            "version": None,
+            "exact": True,
+            "summary": "",
+            "shortest": "",
+            "device": "",
+        }
+        statuses = {name: unknown | {"available": False, "reason": reason} for name in names}
+    else:
+        statuses = outcome.value
+    found = [_provider(name, status, machine) for name, status in statuses.items()]
+    if not package:
+        return found, None
+    reasons = [status["reason"] for status in statuses.values()]
+    broken = next((each.removeprefix(BROKEN) for each in reasons if each.startswith(BROKEN)), "")
+    if not broken and all(reasons):  # it is too old, or no device fits, so that it was not imported
+        broken = run_probe("module", module, timeout=timeout).problem
+    if not broken:
+        return found, None
+    text = f"the package {package} is installed but cannot be imported: {broken}. {explain_import(broken)}".strip()
+    fix = next((status["install"] for status in statuses.values() if status["install"]), None)
+    return found, Problem(ERROR if machine.gpus else WARNING, text, fix or f"pip uninstall {package}")
+
+
+def _provider(name: str, status: dict[str, Any], machine: Machine) -> Provider:
+    """The provider with the shortest command first: a kernel from the Hub needs no compiler."""
+    # No package helps where no device runs the provider.
+    reason, fix = (status["device"], "") if status["device"] else (status["reason"], status["install"] or "")
+    if fix and status["shortest"]:
+        fix = f"{status['shortest']}; or {fix}"
+    if fix and machine.system == "Windows":
+        fix = f"in WSL: {fix}"
+    return Provider(name, status["available"], reason, fix, status["version"], status["exact"], status["summary"])
+
+
+def _torch_problem(torch: Outcome, packages: Mapping[str, Package], machine: Machine) -> Problem:
+    if "torch" not in packages and "No module named 'torch'" in torch.problem:
+        return Problem(ERROR, "PyTorch is not installed.", "pip install torch")
+    version = f" {packages['torch'].version}" if "torch" in packages else ""
+    explained = explain_import(torch.problem)
+    text = f"PyTorch{version} cannot be imported: {torch.problem}. No provider can be examined. {explained}".strip()
+    return Problem(ERROR, text, "pip install --force-reinstall torch")
+
+
+def _library_problem(library: Outcome, packages: Mapping[str, Package]) -> Problem:
+    package = packages.get("diffusers")
+    if package is None:
+        return Problem(ERROR, f"diffusers cannot be imported: {library.problem}.", "pip install diffusers")
+    return Problem(
+        ERROR,
+        f"diffusers {package.version} cannot be imported, or does not fit this library: {library.problem}. "
+        f"{explain_import(library.problem)}".strip(),
+        "pip install --force-reinstall --no-deps diffusers",
+    )

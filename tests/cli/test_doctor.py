@@ -1,0 +1,202 @@
+"""`doctor` examines environments in which packages are broken, and survives all of them."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusers_attn.cli.doctor import combinations, examine, isolated
+from diffusers_attn.cli.doctor.combinations import Environment
+from diffusers_attn.cli.doctor.installed import Package, installed
+from diffusers_attn.cli.doctor.machine import Machine
+
+from ..documents import ROOT
+from .programs import command, doctor, package
+
+CPU = Machine("Linux", "3.11.7", "/usr/bin/python3", None, None, (), None)
+GPU = dataclasses.replace(CPU, driver="570.1", driver_cuda="12.8", gpus=("NVIDIA H200",))
+TORCH: dict[str, Any] = {
+    "version": "2.13.0", "cuda": "13.0", "rocm": None, "cuda_error": "", "built_for": ["sm_90", "sm_100"],
+    "gpus": [{"name": "NVIDIA H200", "compute_capability": "9.0"}],
+}  # fmt: skip
+
+
+def found(*packages: Package, torch: dict[str, Any] | None = TORCH, machine: Machine = GPU) -> list[str]:
+    """The problems of an environment that has triton, as text: level, text and fix."""
+    listed = {each.name: each for each in (Package("triton", "3.6.0"), *packages)}
+    return [
+        f"{each.level}: {each.text} {each.fix}" for each in combinations.problems(Environment(machine, listed, torch))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("raise OSError('libcudart.so.12: cannot open shared object file')", "compiled for another CUDA version"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV"),
+        ("import os; os._exit(7)", "exit code 7"),
+        ("import sys; sys.exit('not on this machine')", "SystemExit: not on this machine"),
+        ("import time; time.sleep(600)", "did not end within 3 s"),
+    ],
+)
+def test_a_broken_pytorch_is_reported_and_does_no_harm(tmp_path: Path, code: str, expected: str) -> None:
+    package(tmp_path, "torch", code, version="2.13.0")
+    rc, report = doctor(tmp_path, "--timeout", "3")
+    (problem,) = [each for each in report["problems"] if "PyTorch" in each["text"]]
+    assert rc == 1 and report["ok"] is False and report["torch"] is None
+    assert expected in problem["text"] and problem["fix"] == "pip install --force-reinstall torch"
+    assert report["schema"] == "diffusers-attn/doctor/1"
+
+
+def test_without_pytorch(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(f\"No module named '{name}'\", name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    done = command("doctor", first=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "No module named 'torch'" in done.stdout and "fix: pip install" in done.stdout
+
+
+def test_each_broken_package_costs_only_its_own_providers(tmp_path: Path) -> None:
+    """One run with four broken packages in the way: one raises, one crashes, one's metadata is damaged, and diffusers
+    does not import."""
+    package(tmp_path, "sageattention", "raise ImportError('x.so: undefined symbol: _ZN3c10')", version="2.2.0")
+    package(tmp_path, "xformers", "import os; print('{'); os.abort()", version="0.0.35")
+    package(tmp_path, "diffusers", "raise RuntimeError('broken')", version="0.42.1")
+    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
+    (tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA").write_bytes(b"\xff\xfe\x00")
+    rc, report = doctor(tmp_path)
+    providers = {each["name"]: each for each in report["providers"]}
+    texts = [each["text"] for each in report["problems"]]
+    assert rc == 1 and report["torch"]["version"] and report["diffusers"] is None
+    assert len(providers) == 19 and providers["native"]["available"]
+    assert any("diffusers 0.42.1 cannot be imported" in text and "broken" in text for text in texts)
+    assert any(
+        "sageattention is installed but cannot be imported" in text and "compiled for another" in text for text in texts
+    )
+    assert any("xformers is installed but cannot be imported" in text and "SIGABRT" in text for text in texts)
+    assert not providers["sage"]["available"] and not providers["xformers"]["available"]
+
+
+def test_a_probe_ends_with_the_processes_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = tmp_path / "alive"
+    package(
+        tmp_path,
+        "starts_another",
+        f"""
+        import subprocess, sys, time
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2); open({str(alive)!r}, 'w')"])
+        time.sleep(600)
+        """,
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = isolated.run_probe("module", "starts_another", timeout=1)
+    assert outcome.value is None and "did not end within 1 s" in outcome.problem
+    import time
+
+    time.sleep(2)
+    assert not alive.exists()
+
+
+def test_flash_attn_4_without_flash_attn_breaks_xformers() -> None:
+    both = Package("xformers", "0.0.35"), Package("flash-attn-4", "4.0.0b36")
+    (text,) = found(*both)
+    assert text.startswith("error: xformers and flash-attn-4 are installed without flash-attn")
+    assert found(*both, Package("flash-attn", "2.8.3")) == []
+
+
+def test_files_of_flash_attn_4_that_another_package_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = package(tmp_path, "flash_attn.cute", "new = True", name="flash-attn-4", version="4.0.0b36")
+    digest = hashlib.sha256((folder / "__init__.py").read_bytes()).digest()
+    text = f"flash_attn/cute/__init__.py,sha256={base64.urlsafe_b64encode(digest).rstrip(b'=').decode()},10\n"
+    (tmp_path / "flash_attn_4-4.0.0b36.dist-info" / "RECORD").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed()["flash-attn-4"].changed_files == ()
+    (folder / "__init__.py").write_text("old = True")
+    (problem,) = found(installed()["flash-attn-4"])
+    assert problem.startswith("error: 1 files of flash-attn-4 were replaced") and "--force-reinstall" in problem
+
+
+def test_xformers_for_another_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = package(tmp_path, "xformers", version="0.0.35")
+    (folder / "cpp_lib.json").write_text('{"version": {"cuda": 1208, "torch": "2.10.0+cu128"}}')
+    monkeypatch.syspath_prepend(tmp_path)
+    (problem,) = found(installed()["xformers"])
+    assert "was compiled for CUDA 12.8, and PyTorch for CUDA 13.0" in problem and "whl/cu130" in problem
+    assert found(installed()["xformers"], torch={**TORCH, "cuda": "12.6"}) == []
+    (folder / "cpp_lib.json").write_text("{")
+    assert installed()["xformers"].built_for_cuda is None
+
+
+def test_versions_that_metadata_excludes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "torch", version="2.9.0")
+    package(tmp_path, "torchvision", name="torchvision", version="0.25", requires="torch==2.10.0")
+    package(tmp_path, "da", name="diffusers-attn", version="0.1.0", requires="torch>=2.11")
+    monkeypatch.syspath_prepend(tmp_path)
+    listed = [installed()[name] for name in ("torch", "torchvision", "diffusers-attn")]
+    texts = found(*listed)
+    assert texts[0].startswith("error: diffusers-attn 0.1.0 needs torch>=2.11, and 2.9.0 is installed.")
+    assert texts[1].startswith("warning:")
+    assert any(text.startswith("warning: torchvision 0.25 needs torch==2.10.0") for text in texts)
+
+
+def test_a_package_that_is_installed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path / "one", "xformers", version="0.0.35")
+    package(tmp_path / "two", "xformers", version="0.0.34")
+    monkeypatch.syspath_prepend(tmp_path / "one")
+    monkeypatch.syspath_prepend(tmp_path / "two")
+    (problem,) = found(installed()["xformers"])
+    assert "xformers is installed 2 times" in problem and installed()["xformers"].version == "0.0.34"
+
+
+@pytest.mark.parametrize(
+    ("torch", "expected"),
+    [
+        ({"cuda": None, "gpus": []}, "is a build without CUDA"),
+        ({"gpus": [], "cuda_error": "RuntimeError: the driver is too old"}, "cannot use it: RuntimeError: the driver"),
+        ({"built_for": ["sm_100", "sm_120"]}, "has no code for NVIDIA H200"),
+    ],
+)
+def test_gpus_that_pytorch_cannot_use(torch: dict[str, Any], expected: str) -> None:
+    (problem,) = found(torch=TORCH | torch)
+    assert problem.startswith("error") and expected in problem and "whl/cu128" in problem
+    assert found(torch=TORCH) == []
+    assert found(torch=TORCH | {"cuda": None, "gpus": [], "built_for": []}, machine=CPU) == []
+
+
+def test_old_and_untested_versions() -> None:
+    (problem,) = found(Package("sageattention", "1.0.6"))
+    assert "has only version 1" in problem and "git+https" in problem
+    assert found(Package("sageattention", "2.2.0"), Package("torch", "2.13.1")) == []
+    (problem,) = found(Package("torch", "2.14.0"))
+    assert problem.startswith("note: torch 2.14.0 is newer than the newest tested version, 2.13")
+
+
+def test_the_tested_versions_are_those_of_the_constraints() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    for name, version in combinations.TESTED.items():
+        assert any(line.startswith(f"{name}=={version}.") for line in lines)
+
+
+def test_a_provider_without_a_device_gets_no_command() -> None:
+    status = {
+        "available": False, "reason": "package flash-attn is not installed", "install": "pip install flash-attn",
+        "shortest": 'source="hub"', "version": None, "exact": True, "summary": "", "device": "needs a CUDA device",
+    }  # fmt: skip
+    assert (examine._provider("flash", status, CPU).reason, examine._provider("flash", status, CPU).fix) == (
+        "needs a CUDA device", ""
+    )  # fmt: skip
+    fix = examine._provider("flash", status | {"device": ""}, GPU).fix
+    assert fix == 'source="hub"; or pip install flash-attn'
+    windows = dataclasses.replace(GPU, system="Windows")
+    assert examine._provider("flash", status | {"device": ""}, windows).fix.startswith("in WSL: ")
