@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from tests.zoo.weights import randomize
+from diffusers_attn.tiny_models.weights import randomize
 
 TEXT_DIM = 32
 LATENTS = 16

@@ -13,6 +13,8 @@ from .. import __version__
 from ..errors import AttentionProviderError
 from . import exit_codes
 from .doctor.command import doctor
+from .models.command import models
+from .verify.command import verify
 
 
 class _Group(TyperGroup):
@@ -66,7 +68,8 @@ def options(
     """Attention kernels for diffusers models: examines this machine, measures kernels and shows plans."""
 
 
-app.command()(doctor)
+for each in (doctor, models, verify):
+    app.command()(each)
 
 
 def main() -> None:

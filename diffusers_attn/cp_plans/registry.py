@@ -55,6 +55,15 @@ def get_cp_plan(model: Any) -> Plan:
     )
 
 
+def registered_plan(name: str) -> Plan | PlanOfModel:
+    """The plan registered for a class of this name, or the function that returns the plan for a model.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _plans[name]
+
+
 def uncovered(model: Any) -> str | None:
     """The reason why a model's class has no plan, and what to do instead; None unless the class is in `UNCOVERED`."""
     for cls in type(model).__mro__:

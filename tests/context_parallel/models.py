@@ -15,7 +15,7 @@ from diffusers_attn import attention_dispatch, set_attention_provider
 from diffusers_attn.context_parallel.comm import collectives
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
-from tests.zoo.case import Draw
+from diffusers_attn.tiny_models.case import Draw
 
 from .model_cases import VARIANTS
 

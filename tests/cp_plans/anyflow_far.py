@@ -27,8 +27,8 @@ from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.processors.binding import attention_modules_of
 from diffusers_attn.processors.bound import bind
 from diffusers_attn.scope import ProviderChoice
+from diffusers_attn.tiny_models.case import TEXT, Draw
 from tests.zoo import BATCH, CASES, outputs
-from tests.zoo.case import TEXT, Draw
 
 from ..context_parallel.models import float64_throughout, without_exchange
 

@@ -19,8 +19,8 @@ from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, 
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.processors import entry_points
 from diffusers_attn.scope import ProviderChoice
+from diffusers_attn.tiny_models.case import BATCH, TEXT, Draw
 from tests.zoo import CASES
-from tests.zoo.case import BATCH, TEXT, Draw
 
 from ..context_parallel.models import run, without_exchange
 

@@ -8,8 +8,8 @@ from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
+from diffusers_attn.tiny_models.case import Draw
 from tests.zoo import CASES
-from tests.zoo.case import Draw
 
 from ..context_parallel.models import MESHES, attention_over_ranks, build, check, float64_throughout, inputs, run
 from .test_models import compiled

@@ -67,7 +67,7 @@ def test_every_class_has_a_case_in_the_zoo_or_a_reason() -> None:
     built = {case.model_class for case in CASES.values()}
     # A container of ControlNets has nothing of its own.
     several = {name for name in classes if "Multi" in name}
-    assert not sorted(set(classes) - built - several - set(WITHOUT_A_CASE)), "no case of tests/zoo builds these"
+    assert not sorted(set(classes) - built - several - set(WITHOUT_A_CASE)), "no tiny model is one of these"
     assert set(WITHOUT_A_CASE) <= set(classes) - built
     assert built <= set(classes)
 

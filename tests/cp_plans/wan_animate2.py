@@ -23,8 +23,8 @@ from diffusers_attn import (
 )
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
+from diffusers_attn.tiny_models.case import TEXT, Draw
 from tests.zoo import CASES, outputs
-from tests.zoo.case import TEXT, Draw
 
 from ..context_parallel.models import float64_throughout, without_exchange
 

@@ -19,11 +19,11 @@ from torch import nn
 
 from diffusers_attn import AttentionProviderError, get_cp_plan, list_cp_plans, verify_cp_plan
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
+from diffusers_attn.tiny_models.weights import randomize
 from diffusers_attn.verify_plan.rank import attention_names
 from diffusers_attn.verify_plan.verify import _check_plan
 from examples import writing_plans
 from tests.zoo import CASES
-from tests.zoo.weights import randomize
 
 from .. import launching
 from .on_pool import verify_on_pool

@@ -1,29 +1,7 @@
-"""Tiny random models of diffusers, one case for every way in which they call attention.
+"""The tiny models of `diffusers_attn.tiny_models`, and measures of how their outputs depend on attention."""
 
-    from tests.zoo import CASES, outputs
+from diffusers_attn.tiny_models import BATCH, CASES, Case, Inputs, outputs
 
-    case = CASES["flux"]
-    tensors = outputs(case.build()(**case.inputs()))
-
-Adding a case means adding a decorated function to one of the family modules; see `case.case`. Models may write into
-their inputs (caches, lists): draw new ones for every forward.
-"""
-
-from . import (  # noqa: F401  (they register their cases)
-    audio,
-    controlnet,
-    image_cross,
-    image_flux,
-    image_joint,
-    image_single,
-    packed,
-    protein,
-    unet,
-    video_cross,
-    video_joint,
-    video_wan,
-)
-from .case import BATCH, CASES, Case, Inputs, outputs
 from .sensitivity import AttentionCall, attention_modules, attention_sensitivity, relative_change
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .case import Case, Inputs, outputs
+from diffusers_attn.tiny_models.case import Case, Inputs, outputs
 
 _sdpa = F.scaled_dot_product_attention
 

@@ -3,7 +3,7 @@ Flux with all that it may be given."""
 
 import torch
 
-from tests.zoo.case import BATCH, GRID, IMAGE_TOKENS, TEXT
+from diffusers_attn.tiny_models.case import BATCH, GRID, IMAGE_TOKENS, TEXT
 
 from .shipped import two_words
 

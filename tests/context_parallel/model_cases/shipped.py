@@ -1,7 +1,7 @@
 """The classes that diffusers itself ships a plan for, CogVideoX and CogView4."""
 
 from diffusers_attn.cp_plans.plan import CPInput, CPOutput, ParamId
-from tests.zoo.case import VIDEO_TOKENS
+from diffusers_attn.tiny_models.case import VIDEO_TOKENS
 
 # The plan of the specification's example, with Wan's rope as it is now: it splits the text too, and names no sequences.
 WAN_EXAMPLE = {

@@ -2,7 +2,7 @@
 
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 
-from tests.zoo.case import IMAGE_TOKENS, TEXT, VIDEO_TOKENS
+from diffusers_attn.tiny_models.case import IMAGE_TOKENS, TEXT, VIDEO_TOKENS
 
 MODELS = dict.fromkeys(
     (

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.zoo.case import BATCH, FRAMES, GRID, VIDEO_TOKENS
+from diffusers_attn.tiny_models.case import BATCH, FRAMES, GRID, VIDEO_TOKENS
 
 from .shipped import two_words
 
