@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import AttentionProviderError
 from . import exit_codes
+from .bench.command import bench
 from .doctor.command import doctor
 from .models.command import models
 from .verify.command import verify
@@ -68,7 +69,7 @@ def options(
     """Attention kernels for diffusers models: examines this machine, measures kernels and shows plans."""
 
 
-for each in (doctor, models, verify):
+for each in (doctor, bench, models, verify):
     app.command()(each)
 
 

@@ -7,6 +7,7 @@ row a line, without colours and without line breaks that depend on a width.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -64,6 +65,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequenc
     for row in rows:
         drawn.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     out.print(drawn)
+
+
+def digits(value: float) -> str:
+    """A number with three significant digits, and no exponent: 0.0123, 4.56, 1,250."""
+    if value == 0 or value - value != 0:
+        return str(value)
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
 
 
 def write_json(command: str, version: int, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diffusers_attn.cli.doctor import combinations, examine, isolated
+from diffusers_attn.cli.doctor import combinations, examine, isolated, probe
 from diffusers_attn.cli.doctor.combinations import Environment
 from diffusers_attn.cli.doctor.installed import Package, installed
 from diffusers_attn.cli.doctor.machine import Machine
@@ -200,3 +200,13 @@ def test_a_provider_without_a_device_gets_no_command() -> None:
     assert fix == 'source="hub"; or pip install flash-attn'
     windows = dataclasses.replace(GPU, system="Windows")
     assert examine._provider("flash", status | {"device": ""}, windows).fix.startswith("in WSL: ")
+
+
+def test_a_run_compares_a_provider_with_float64() -> None:
+    found = probe.speed("native")
+    assert found["error"] < 1e-5 and found["ms"] > 0 and (found["device"], found["dtype"]) == ("cpu", "float32")
+    assert examine._run_problem("native", isolated.Outcome(found)) == []
+    (problem,) = examine._run_problem("native", isolated.Outcome(found | {"wrong": True, "error": 0.5}))
+    assert problem.level == "error" and "relative error 5.0e-01" in problem.text
+    (problem,) = examine._run_problem("native", isolated.Outcome(None, "its process was ended by SIGSEGV"))
+    assert "could not be run: its process was ended by SIGSEGV" in problem.text

@@ -13,8 +13,17 @@ VERSION = 1
 
 
 def doctor(
+    run: Annotated[
+        bool,
+        typer.Option("--run", help="Run every usable provider once: compare it with float64, and measure its time."),
+    ] = False,
     timeout: Annotated[
-        float, typer.Option(help="Seconds that the import of one package may take before it counts as broken.", min=1)
+        float,
+        typer.Option(
+            help="Seconds that the import of one package, or the run of one provider, may take before it counts as "
+            "broken.",
+            min=1,
+        ),
     ] = 120.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -27,8 +36,8 @@ def doctor(
     from .examine import examine
 
     err = console(stderr=True)
-    with err.status("importing each package in a process of its own"):
-        report = examine(timeout)
+    with err.status("") as status:
+        report = examine(timeout, run, status.update)
     if json:
         write_json("doctor", VERSION, as_json(report))
     else:
@@ -49,12 +58,13 @@ def as_json(report: Any) -> dict[str, Any]:
         "diffusers": report.diffusers,
         "providers": [dataclasses.asdict(each) for each in report.providers],
         "problems": [dataclasses.asdict(each) for each in report.problems],
+        "runs": report.runs,
     }
 
 
 def show(report: Any) -> None:
     """Prints the report for people."""
-    from ..output import STYLES, heading, say, table
+    from ..output import STYLES, digits, heading, say, table
 
     machine, torch = report.machine, report.torch
     say(f"{machine.system}, Python {machine.python} ({machine.executable})")
@@ -87,6 +97,21 @@ def show(report: Any) -> None:
             for each in report.providers
         ]
         table(("provider", "usable", "version, or why not", "command"), rows)
+    if report.runs:
+        heading("Runs")
+        rows = [
+            (
+                name,
+                f"{each['device']}, {each['dtype']}",
+                *(
+                    (digits(each["ms"]), digits(each["tflops"]), f"{each['error']:.1e}")
+                    if each["ms"] is not None
+                    else ("", "", each["problem"])
+                ),
+            )
+            for name, each in report.runs.items()
+        ]
+        table(("provider", "on", "ms", "TFLOP/s", "error"), rows, numbers=("ms", "TFLOP/s"))
     heading("Problems" if report.problems else "No problems")
     for each in report.problems:
         say(f"{each.level}: {each.text}", STYLES[each.level])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,6 +45,8 @@ class Report:
     """Version of diffusers if it imports, and this library with it; else None."""
     providers: tuple[Provider, ...]
     problems: tuple[Problem, ...]
+    runs: dict[str, dict[str, Any]] | None = None
+    """The answer of the probe `speed` for each usable provider that returned one; None if none was run."""
 
     @property
     def ok(self) -> bool:
@@ -52,12 +54,15 @@ class Report:
         return not any(each.level == ERROR for each in self.problems)
 
 
-def examine(timeout: float) -> Report:
+def examine(timeout: float, run: bool = False, progress: Callable[[str], None] = lambda text: None) -> Report:
     """Examines this machine.
 
     Args:
-        timeout: seconds that the import of one package may take.
+        timeout: seconds that the import of one package may take, and the run of one provider.
+        run: whether to run every usable provider once.
+        progress: called with a short text before each step.
     """
+    progress("importing each package in a process of its own")
     machine, packages = this_machine(), installed()
     found: list[Problem] = []
     with ThreadPoolExecutor(PROCESSES) as pool:
@@ -83,10 +88,18 @@ def examine(timeout: float) -> Report:
                 found += [problem] if problem else []
             order = list(catalog.value)
             providers.sort(key=lambda each: (not each.available, order.index(each.name)))
+    runs: dict[str, dict[str, Any]] | None = {} if run else None
+    if runs is not None:
+        for each in providers:
+            if each.available:  # one at a time, since each is timed
+                progress(f"running {each.name}")
+                outcome = run_probe("speed", each.name, timeout=timeout)
+                runs |= {each.name: outcome.value} if outcome.value else {}
+                found += _run_problem(each.name, outcome)
     found = [*problems(Environment(machine, packages, torch.value)), *found]
     found.sort(key=lambda each: (each.level != ERROR, each.level != WARNING))
     version = library.value["version"] if library.value else None
-    return Report(machine, packages, torch.value, version, tuple(providers), tuple(found))
+    return Report(machine, packages, torch.value, version, tuple(providers), tuple(found), runs)
 
 
 def _by_package(catalog: dict[str, Any], packages: Mapping[str, Package]) -> dict[tuple[str, str], list[str]]:
@@ -139,6 +152,18 @@ def _provider(name: str, status: dict[str, Any], machine: Machine) -> Provider:
     if fix and machine.system == "Windows":
         fix = f"in WSL: {fix}"
     return Provider(name, status["available"], reason, fix, status["version"], status["exact"], status["summary"])
+
+
+def _run_problem(name: str, outcome: Outcome) -> list[Problem]:
+    """What is wrong with the run of a provider."""
+    if outcome.value is None:
+        return [Problem(ERROR, f"the provider {name} could not be run: {outcome.problem}")]
+    result = outcome.value
+    if result["wrong"]:
+        return [Problem(ERROR, f"the provider {name} computes wrong results: relative error {result['error']:.1e}")]
+    if result["problem"] and not result["refused"]:
+        return [Problem(ERROR, f"the provider {name} fails: {result['problem']}")]
+    return []
 
 
 def _torch_problem(torch: Outcome, packages: Mapping[str, Package], machine: Machine) -> Problem:
