@@ -50,6 +50,8 @@ __all__ = [
     "remove_context_parallel",
     "remove_cuda_graphs",
     "set_attention_provider",
+    "split_vae",
+    "unsplit_vae",
     "verify_cp_plan",
 ]
 __version__ = "0.1.0"
@@ -82,6 +84,8 @@ _MODULES = {
     "get_cp_plan": "cp_plans.registry",
     "list_cp_plans": "cp_plans.registry",
     "register_cp_plan": "cp_plans.registry",
+    "split_vae": "vae.split",
+    "unsplit_vae": "vae.split",
     "CPPlanReport": "verify_plan.report",
     "verify_cp_plan": "verify_plan.verify",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,10 @@ def serve_not_plain(call: AttentionCall, is_split: bool, serve_plain: Callable[[
     assert call.not_plain is not None
     argument, kind = call.not_plain
     query, key, value, mask = call.query, call.key, call.value, call.mask
+    if kind.way == Way.OWN:
+        given: tuple[Any, ...] = query, key, value, mask
+        owner = next(each for each in given if hasattr(each, "attention"))
+        return owner.attention(call._replace(not_plain=None), serve_plain)
     if kind.way == Way.STRIPPED:
         query, key, value, plain_mask = (tensor_kinds.stripped(each) for each in (query, key, value, mask))
         out = serve_plain(call._replace(query=query, key=key, value=value, mask=plain_mask))

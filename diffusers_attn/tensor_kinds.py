@@ -28,6 +28,7 @@ class Way:
     TORCH = "by PyTorch's own function, unchanged"
     STRIPPED = "as the plain tensors that they hold"
     CAUSAL = "as is_causal, or as the equivalent mask"
+    OWN = "by a method `attention` of its own, which passes plain tensors on"
     REFUSED = "by no provider"
 
 
@@ -55,6 +56,7 @@ NOBODY = "and no provider accepts it"
 
 # By the full name of the class, so that the table imports nothing.
 _BY_CLASS = {
+    "diffusers_attn.vae.row_split.RowSplit": Kind("a RowSplit", Way.OWN),
     "torch._subclasses.fake_tensor.FakeTensor": Kind("a FakeTensor", Way.ANY),
     "torch._subclasses.functional_tensor.FunctionalTensor": Kind("a FunctionalTensor", Way.ANY),
     "torch.distributed._functional_collectives.AsyncCollectiveTensor": Kind("an AsyncCollectiveTensor", Way.STRIPPED),
@@ -94,7 +96,7 @@ def of(query: Any, key: Any, value: Any, mask: Any) -> tuple[str, Kind] | None:
     return found
 
 
-_FIRST = (Way.REFUSED, Way.CAUSAL, Way.STRIPPED, Way.TORCH, Way.DERIVED, Way.ANY)
+_FIRST = (Way.REFUSED, Way.OWN, Way.CAUSAL, Way.STRIPPED, Way.TORCH, Way.DERIVED, Way.ANY)
 
 
 def check_quantised(query: Tensor, key: Tensor, value: Tensor) -> None:

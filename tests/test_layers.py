@@ -24,7 +24,7 @@ LAYERS = (
     ("scope", "prepared_call", "other_tensors", "context_parallel.sequences"),
     ("context_parallel.attention", "known_calls"),
     ("context_parallel.hooks", "dispatch"),
-    ("processors", "runtime"),
+    ("processors", "runtime", "vae"),
     ("parallelize",),
     ("verify_plan", "training"),
     ("cli",),

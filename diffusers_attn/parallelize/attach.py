@@ -19,7 +19,10 @@ from ..cp_plans.plan import ParamId, Plan, entries
 from ..processors.binding import attention_modules_of, change_processor, install, is_bound
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
 from ..runtime.cuda_graphs.apply import leave_ranks
+from ..vae import split
+from ..vae.split import VaeTarget
 from .choices import Choices
+from .fingerprint import fingerprint
 from .forward_count import CountForward, Forwards
 from .input_sync import InputSync, Links
 from .targets import Target
@@ -79,6 +82,18 @@ def attach(
             )
     if sharing.device_type != "cpu":  # on other devices exchanges hang rather than fail
         enabled.hooks.append(stalls.Watch(sharers, chosen.timeout))
+
+
+def attach_vae(target: VaeTarget, sharing: ContextParallelMesh, lease: shared_groups.Lease, chosen: Choices) -> None:
+    """Splits a VAE by rows between the ranks that share a sequence. `unsplit_vae` undoes it."""
+    split.attach(
+        target,
+        [group for group in (sharing.ring, sharing.ulysses) if group.size > 1],
+        lease,
+        required=chosen.split_vae is True,
+        broadcast=chosen.inputs == "broadcast",
+        compare=fingerprint if chosen.inputs == "check" else None,
+    )
 
 
 def _caches(plan: Plan) -> list[str]:

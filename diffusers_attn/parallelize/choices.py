@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch import nn
 
 from ..context_parallel import job
 from ..context_parallel.comm import shared_groups
@@ -26,6 +27,7 @@ from ..processors.dispatch import DispatchProcessor
 from ..providers.catalog import SPECS, AttentionProvider, options_by_place
 from ..runtime.cuda_graphs.apply import CudaGraphs, check_mode
 from ..scope import ProviderChoice
+from ..vae.split import SplitVae, VaeTarget, find_vaes
 from .degrees import Degrees, Topology, complete_degrees, required_degrees
 from .input_sync import MODES
 from .model_sync import Adapters, described_model, described_plan, versions
@@ -53,6 +55,10 @@ class Choices(NamedTuple):
     """"broadcast", "check" or "trust"."""
     cuda_graphs: CudaGraphs
     """See `enable_context_parallel`."""
+    split_vae: SplitVae
+    """See `enable_context_parallel`."""
+    vaes: list[VaeTarget]
+    """The VAEs to split."""
     timeout: datetime.timedelta
     facts: dict[str, str]
     """Properties that must be equal on all ranks, by name."""
@@ -74,6 +80,7 @@ def choose(
     timeout: datetime.timedelta | float | None,
     check_weights: bool,
     cuda_graphs: CudaGraphs,
+    split_vae: SplitVae,
 ) -> Choices:
     """This rank's choices. Changes nothing and exchanges nothing.
 
@@ -108,6 +115,8 @@ def choose(
         convert_to_fp32,
         inputs,
         cuda_graphs,
+        split_vae,
+        find_vaes({} if isinstance(pipeline_or_model, nn.Module) else pipeline_or_model.components, split_vae),
         shared_groups.as_timeout(timeout, device),
         _facts(targets, request, check_weights),
     )
@@ -142,6 +151,8 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
             f"convert_to_fp32={chosen.convert_to_fp32}",
             chosen.inputs,
             chosen.cuda_graphs,
+            f"split_vae={chosen.split_vae}",
+            [vae.name for vae in chosen.vaes],
         )
         summary = ", ".join(map(str, (*found, chosen.timeout)))
         digest = hashlib.sha256(repr(sorted(chosen.facts.items())).encode()).hexdigest()

@@ -23,7 +23,8 @@ from ..cp_plans.plan import Plan
 from ..errors import AttentionProviderError
 from ..providers.catalog import AttentionProvider
 from ..runtime.cuda_graphs.apply import CudaGraphs
-from .attach import attach, detach
+from ..vae.split import SplitVae, unsplit_vae
+from .attach import attach, attach_vae, detach
 from .choices import Choices, choose, choose_on_all_ranks, config_for
 from .decide import decide_degrees
 from .record import record
@@ -45,6 +46,7 @@ def enable_context_parallel(
     timeout: datetime.timedelta | float | None = None,
     check_weights: bool = False,
     cuda_graphs: CudaGraphs = "auto",
+    split_vae: SplitVae = "auto",
     verbose: bool = True,
     **provider_options: object,
 ) -> ContextParallelReport:
@@ -85,6 +87,9 @@ def enable_context_parallel(
             is recorded where that is possible and gives the same bits, on CUDA devices, under `torch.no_grad()`; other
             calls run as usual, and `cuda_graphs_status(model)` tells why. True: a call that cannot be recorded is an
             error. False: nothing is recorded.
+        split_vae: whether the pipeline's VAEs are split by rows of the image, in encoding and decoding: see
+            `diffusers_attn.split_vae`. "auto": video VAEs are, except in calls that record gradients. True: every VAE
+            is, and a call that records gradients is an error. False: every rank computes whole images.
         verbose: rank 0 prints the report.
         provider_options: options of the provider's kernel.
 
@@ -124,6 +129,7 @@ def enable_context_parallel(
             timeout=timeout,
             check_weights=check_weights,
             cuda_graphs=cuda_graphs,
+            split_vae=split_vae,
         )
 
     with rank_progress.waiting_for(members):
@@ -152,6 +158,9 @@ def enable_context_parallel(
         for target in chosen.targets:
             undo_all.callback(detach, target.model)
             attach(target, sharing, lease, sharers, chosen)
+        for vae in chosen.vaes:
+            undo_all.callback(unsplit_vae, vae.vae)
+            attach_vae(vae, sharing, lease, chosen)
         graphs = record(chosen, device, [resolve(name) for name in names])
         undo_all.pop_all()
     lease.close()
@@ -165,6 +174,7 @@ def enable_context_parallel(
         provider=", ".join(chosen.providers),
         inputs=inputs,
         cuda_graphs=graphs,
+        split_vaes=tuple(vae.name for vae in chosen.vaes),
         ranks=tuple(range(dist.get_world_size()) if mesh is None else mesh.mesh.flatten().tolist()),
         world_size=dist.get_world_size(),
     )
@@ -188,6 +198,7 @@ def disable_context_parallel(pipeline_or_model: Any) -> None:
     """
     for model in models_of(pipeline_or_model):
         detach(model)
+        unsplit_vae(model)
     shared_groups.end_unused()
 
 

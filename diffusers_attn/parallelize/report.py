@@ -25,6 +25,8 @@ class ContextParallelReport:
     """How inputs are kept equal on all ranks: "broadcast", "check" or "trust"."""
     cuda_graphs: str
     """Whether steps are replayed as CUDA graphs, and if not, why; empty on devices other than "cuda"."""
+    split_vaes: tuple[str, ...]
+    """The VAEs that are split by rows: names of the pipeline's components, with their classes."""
     ranks: tuple[int, ...]
     """The ranks that share a sequence with this one, including this one."""
     world_size: int
@@ -51,8 +53,9 @@ class ContextParallelReport:
             "trust": "inputs are trusted to be the same",
         }[self.inputs]
         graphs = f"; {self.cuda_graphs}" if self.cuda_graphs else ""
+        vaes = f"; images are split by rows in {', '.join(self.split_vaes)}" if self.split_vaes else ""
         unsplit = f"; without a plan, so not split: {', '.join(self.without_plan)}" if self.without_plan else ""
         return (
             f"context parallelism: {', '.join(self.models)} on {len(self.ranks)}{of} ranks, {degrees} ({self.reason}); "
-            f"attention by {self.provider}; {inputs}{graphs}{unsplit}"
+            f"attention by {self.provider}; {inputs}{graphs}{vaes}{unsplit}"
         )

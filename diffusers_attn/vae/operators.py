@@ -1,0 +1,295 @@
+"""Rules of ATen operators that treat every element or every row alone: pointwise operators, norms of channels,
+reductions and concatenations. Operands are aligned from the last dimension, as broadcasting does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .row_split import OPERATORS, POINTWISE, RowSplit
+from .rows import Rows
+from .team import Team
+from .unsplittable import unsplittable
+
+aten = torch.ops.aten
+
+
+def rule(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as the rule of these operators."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for operator in operators:
+            OPERATORS[operator] = function
+        return function
+
+    return register
+
+
+def aligned(func: Any, tensors: Sequence[Tensor]) -> tuple[RowSplit, list[Tensor]]:
+    """Operands that broadcast against each other, as local tensors.
+
+    Args:
+        func: the operation, for errors.
+        tensors: operands, at least one of which is split.
+
+    Returns:
+        A split operand, and all operands as local tensors.
+
+    Raises:
+        AttentionProviderError: the operands are split differently.
+    """
+    splits = [each for each in tensors if isinstance(each, RowSplit)]
+    if len(splits) == len(tensors) and all(
+        each.rows == splits[0].rows and each.ndim == splits[0].ndim for each in splits
+    ):
+        return splits[0], [each.local for each in splits]
+    place = splits[0].rows.dim - splits[0].ndim
+    if any(splits[0].rows.halo) and not all(_broadcasts(each, place) for each in tensors if each is not splits[0]):
+        tensors = [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors]
+        splits = [each for each in tensors if isinstance(each, RowSplit)]
+    first = max(splits, key=lambda each: each.ndim)
+    locals_: list[Tensor] = []
+    for each in tensors:
+        if not isinstance(each, RowSplit):
+            locals_.append(part_of(each, place, first.rows, first.team))
+        elif each.rows._replace(dim=0) != first.rows._replace(dim=0) or each.rows.dim - each.ndim != place:
+            raise unsplittable(f"{func} combines tensors that are split differently, {first.rows} and {each.rows}")
+        else:
+            locals_.append(each.local)
+    return first, locals_
+
+
+def _broadcasts(tensor: Tensor, place: int) -> bool:
+    return not isinstance(tensor, RowSplit) and (tensor.ndim < -place or tensor.shape[place] == 1)
+
+
+def part_of(tensor: Tensor, dim: int, rows: Rows, team: Team) -> Tensor:
+    """The part of a replicated tensor that meets this rank's rows.
+
+    Args:
+        tensor: may have size 1 in the split dimension, or not have the dimension.
+        dim: the split dimension, counted from the end: negative.
+    """
+    if tensor.ndim < -dim or tensor.shape[dim] == 1:
+        return tensor
+    if tensor.shape[dim] != rows.size or any(rows.halo):
+        raise unsplittable(f"a tensor of shape {tuple(tensor.shape)} meets one with {rows.size} rows")
+    start, count = rows.bounds[team.shard], rows.count(team.shard)
+    if rows.outer == 1:
+        return tensor.narrow(dim, start, count)
+    dim += tensor.ndim
+    return tensor.unflatten(dim, (rows.outer, rows.total)).narrow(dim + 1, start, count).flatten(dim, dim + 1)
+
+
+def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Computes every element from the elements at the same place."""
+    places = [index for index, each in enumerate(args) if isinstance(each, Tensor)]
+    mutates = func._schema.is_mutable
+    if any(isinstance(each, Tensor) for each in kwargs.values()):
+        raise unsplittable(f"{func} has no rule for tensors that are passed by name")
+    if mutates and not isinstance(args[0], RowSplit):
+        raise unsplittable(f"{func} writes split values into a tensor that is not split")
+    if len(places) == 1:
+        split = args[places[0]]
+        local = [split.local]
+    else:
+        split, local = aligned(func, [args[index] for index in places])
+    if mutates and any(args[0].rows.halo) and local[0] is not args[0].local:
+        raise unsplittable(f"{func} writes into padded rows")
+    given = list(args)
+    for index, each in zip(places, local):
+        given[index] = each
+    out = func(*given, **kwargs)
+    if mutates:
+        return args[0]
+    return split.like(out, dim=out.ndim + split.rows.dim - split.ndim)
+
+
+POINTWISE.append(pointwise)
+rule(
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.copy_.default,
+    aten.fill_.Scalar,
+    aten.zero_.default,
+)(pointwise)
+
+
+@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default)
+def _new(func: Any, tensor: RowSplit, *args: Any, **kwargs: Any) -> Tensor:
+    return func(tensor.local, *args, **kwargs)
+
+
+@functools.cache
+def _place(func: Any, name: str) -> int | None:
+    return next((index for index, each in enumerate(func._schema.arguments) if each.name == name), None)
+
+
+def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, default: Any) -> Any:
+    index = _place(func, name)
+    return kwargs.get(name, args[index] if index is not None and index < len(args) else default)
+
+
+@rule(
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.linalg_vector_norm.default,
+    aten.amax.default,
+    aten.amin.default,
+    aten.var.correction,
+    aten.std.correction,
+    aten.prod.dim_int,
+    aten._softmax.default,
+    aten._log_softmax.default,
+    aten.logsumexp.default,
+    aten.cumsum.default,
+)
+def _reduction(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Reduces dimensions, or normalises within one."""
+    split = args[0].without_halo()
+    dims = _argument(func, args, kwargs, "dim", None)
+    dims = range(split.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    dims = [dim % split.ndim for dim in dims]
+    keepdim = func in _KEEPING or _argument(func, args, kwargs, "keepdim", False)
+    local = func(split.local, *args[1:], **kwargs)
+    if split.rows.dim not in dims:
+        removed = 0 if keepdim else sum(dim < split.rows.dim for dim in dims)
+        return split.like(local, dim=split.rows.dim - removed)
+    if func is aten.sum.dim_IntList:
+        return split.team.sum(local)
+    if func is aten.mean.dim:
+        rows = split.rows
+        return split.team.sum(local * (rows.count(split.team.shard) / rows.total))
+    if func in (aten.amax.default, aten.amin.default):
+        return func(split.team.gather(local), [0])
+    raise unsplittable(f"{func} reduces the split dimension")
+
+
+@rule(aten.sum.default, aten.mean.default)
+def _full_reduction(func: Any, split: RowSplit, **kwargs: Any) -> Any:
+    return _reduction(aten.sum.dim_IntList if func is aten.sum.default else aten.mean.dim, split, None, **kwargs)
+
+
+@rule(aten.flip.default)
+def _flip(func: Any, split: RowSplit, dims: Sequence[int]) -> RowSplit:
+    if split.rows.dim in [dim % split.ndim for dim in dims]:
+        raise unsplittable(f"{func} of rows")
+    return split.like(func(split.local, dims))
+
+
+_KEEPING = (aten._softmax.default, aten._log_softmax.default, aten.cumsum.default)
+
+
+@rule(aten.native_layer_norm.default, aten._fused_rms_norm.default)
+def _norm_of_last(func: Any, split: RowSplit, shape: Sequence[int], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    if split.rows.dim >= split.ndim - len(shape):
+        raise unsplittable(f"{func} normalises over the split dimension")
+    return tuple(split.like(each) for each in func(split.local, shape, *args, **kwargs))
+
+
+@rule(aten.cat.default)
+def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> RowSplit:
+    splits = [each for each in tensors if isinstance(each, RowSplit)]
+    first = splits[0]
+    dim %= first.ndim
+    if dim == first.rows.dim:
+        return _cat_rows(func, [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors])
+    place = first.rows.dim - first.ndim
+    if any(first.rows.halo) and any(not isinstance(each, RowSplit) or each.rows != first.rows for each in tensors):
+        tensors = [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors]
+        first = next(each for each in tensors if isinstance(each, RowSplit))
+    local = []
+    for each in tensors:
+        if not isinstance(each, RowSplit):
+            local.append(part_of(each, place, first.rows, first.team))
+        elif each.rows != first.rows:
+            raise unsplittable(f"{func} combines tensors that are split differently, {first.rows} and {each.rows}")
+        else:
+            local.append(each.local)
+    return first.like(func(local, dim))
+
+
+def _cat_rows(func: Any, tensors: Sequence[Tensor]) -> RowSplit:
+    """Concatenates along the split dimension what slices of one tensor gave: each rank's parts stay neighbours."""
+    bounds: list[int] = []
+    last = 0
+    for each in tensors:
+        if not isinstance(each, RowSplit) or each.rows.outer != 1:
+            raise unsplittable(f"{func} concatenates rows")
+        holders = [shard for shard, count in enumerate(each.rows.counts()) if count]
+        if holders and holders[0] < last:
+            raise unsplittable(f"{func} concatenates rows that belong to ranks in another order")
+        last = holders[-1] if holders else last
+        bounds = [one + other for one, other in zip(bounds, each.rows.bounds)] if bounds else list(each.rows.bounds)
+    first = tensors[0]
+    assert isinstance(first, RowSplit)
+    local = func([each.local for each in tensors if isinstance(each, RowSplit)], first.rows.dim)
+    return first.like(local, bounds=tuple(bounds))
+
+
+@rule(aten.stack.default)
+def _stack(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> RowSplit:
+    dim %= tensors[0].ndim + 1
+    return _cat(aten.cat.default, [each.unsqueeze(dim) for each in tensors], dim)
+
+
+@rule(aten.repeat.default)
+def _repeat(func: Any, split: RowSplit, repeats: Sequence[int]) -> RowSplit:
+    split = split.without_halo()
+    dim = split.rows.dim + len(repeats) - split.ndim
+    if repeats[dim] != 1:
+        return split.like(func(split.local, repeats), dim=dim, outer=split.rows.outer * repeats[dim])
+    return split.like(func(split.local, repeats), dim=dim)
+
+
+@rule(aten.pixel_shuffle.default)
+def _pixel_shuffle(func: Any, split: RowSplit, factor: int) -> RowSplit:
+    split = _plain_rows(func, split, split.ndim - 2)
+    return split.like(func(split.local, factor), bounds=split.rows.scaled(factor).bounds)
+
+
+@rule(aten.pixel_unshuffle.default)
+def _pixel_unshuffle(func: Any, split: RowSplit, factor: int) -> RowSplit:
+    split = _plain_rows(func, split, split.ndim - 2)
+    rows = split.rows.divided(factor)
+    if rows is None:
+        raise unsplittable(f"{func} by {factor} of rows that are split at {split.rows.bounds}")
+    return split.like(func(split.local, factor), bounds=rows.bounds)
+
+
+@rule(aten.avg_pool2d.default, aten.avg_pool3d.default)
+def _pool(func: Any, split: RowSplit, kernel: Sequence[int], *args: Any, **kwargs: Any) -> RowSplit:
+    pooled = 3 if func is aten.avg_pool3d.default else 2
+    place = split.rows.dim - (split.ndim - pooled)
+    if place < 0:  # rows in the batch, as in a pool over time
+        return split.like(func(split.local, kernel, *args, **kwargs))
+
+    def size(value: Sequence[int]) -> int:
+        return value[place] if len(value) > 1 else value[0]
+
+    split = split.without_halo()
+    factor = size(kernel)
+    stride = _argument(func, (split, kernel, *args), kwargs, "stride", [])
+    padding = _argument(func, (split, kernel, *args), kwargs, "padding", [0])
+    rows = split.rows.divided(factor) if split.rows.outer == 1 else None
+    if rows is None or size(padding) or size(stride or kernel) != factor:
+        raise unsplittable(f"{func} of rows that are split at {split.rows.bounds} with kernel {factor}")
+    return split.like(func(split.local, kernel, *args, **kwargs), bounds=rows.bounds)
+
+
+def _plain_rows(func: Any, split: RowSplit, dim: int) -> RowSplit:
+    split = split.without_halo()
+    if split.rows.dim != dim or split.rows.outer != 1:
+        raise unsplittable(f"{func} of a tensor that is split in dimension {split.rows.dim}")
+    return split

@@ -1,0 +1,99 @@
+"""The ranks that compute one VAE together, and gathering over them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..context_parallel.comm import rank_progress
+from ..context_parallel.comm.group import Group
+from ..context_parallel.comm.process_groups import resolve
+
+
+class Team(NamedTuple):
+    """Ranks that hold parts of the same tensors. With fewer rows than ranks, the last ranks repeat the work of the last
+    shard, so that all of them make the same exchanges."""
+
+    axes: tuple[Group, ...]
+    """Groups of ranks; the number of a rank counts along the last group first."""
+    shards: int
+    """Number of different shards."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        size = 1
+        for axis in self.axes:
+            size *= axis.size
+        return size
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+        rank = 0
+        for axis in self.axes:
+            rank = rank * axis.size + axis.rank
+        return rank
+
+    @property
+    def shard(self) -> int:
+        """Number of this rank's shard."""
+        return min(self.rank, self.shards - 1)
+
+    def start_gather(self, tensor: Tensor) -> Gathering:
+        """Starts to gather `tensor`, whose shape is equal on all ranks."""
+        shape = tensor.shape
+        for number, axis in enumerate(reversed(self.axes)):
+            if number:
+                tensor = _arrived(tensor, axis)
+            try:
+                tensor = torch.ops._c10d_functional.all_gather_into_tensor(
+                    tensor.contiguous().view(-1), axis.size, axis.name
+                )
+            except RuntimeError as error:
+                raise rank_progress.explained(error, axis.name) from error
+        return Gathering(tensor, (self.size, *shape), self.axes[0], self.shards)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """`tensor` of every shard, `[shards, ...]`."""
+        return self.start_gather(tensor).wait()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all shards, computed in float32 at least and in the same order on all ranks."""
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        return self.gather(tensor).sum(0, dtype=wide).to(tensor.dtype)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The first rank's values of `tensor`, which has the same shape on all ranks."""
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        for axis in self.axes:
+            group = resolve(axis.name)
+            try:
+                dist.broadcast(tensor, group=group, group_src=0)
+            except RuntimeError as error:
+                raise rank_progress.explained(error, axis.name) from error
+        return tensor
+
+
+class Gathering(NamedTuple):
+    """A gather that may still be in flight."""
+
+    gathered: Tensor
+    shape: tuple[int, ...]
+    """Shape of the result, with all ranks."""
+    axis: Group
+    shards: int
+
+    def wait(self) -> Tensor:
+        """The gathered tensor, `[shards, ...]`. On a GPU, the current stream waits, not the host."""
+        return _arrived(self.gathered, self.axis).view(self.shape)[: self.shards]
+
+
+def _arrived(tensor: Tensor, axis: Group) -> Tensor:
+    try:
+        return torch.ops._c10d_functional.wait_tensor(tensor)
+    except RuntimeError as error:
+        raise rank_progress.explained(error, axis.name) from error
