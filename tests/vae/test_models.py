@@ -7,10 +7,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from diffusers_attn import split_vae, unsplit_vae
+from diffusers_attn.tiny_models.weights import randomize
 from diffusers_attn.vae.row_split import RowSplit
 from diffusers_attn.vae.split import VIDEO_VAES
 
-from ..zoo.weights import randomize
 from .cases import CASES
 
 

@@ -196,12 +196,12 @@ REFUSED = {
 
 def refusals(meshes):
     x = draw(2, 4, 12, 6)
-    return {words: _refusal(lambda: REFUSED[words](split(meshes, x))) for words in REFUSED}
+    return {words: refusal(operation, split(meshes, x)) for words, operation in REFUSED.items()}
 
 
-def _refusal(call):
+def refusal(operation, x):
     try:
-        return f"no error: {call()}"
+        return f"no error: {operation(x)}"
     except AttentionProviderError as error:
         return str(error)
 

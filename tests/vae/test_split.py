@@ -50,7 +50,9 @@ def of_pipeline(meshes, **options):
     return report.split_vaes, str(report), on, off, (found - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("options", [{}, {"inputs": "check"}, {"inputs": "trust", "ulysses_degree": 2, "ring_degree": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"inputs": "check"}, {"inputs": "trust", "ulysses_degree": 2, "ring_degree": 2}]
+)
 def test_a_video_pipeline_splits_its_vae(pool, options):
     for vaes, report, on, off, error in pool.run(4, of_pipeline, **options):
         assert vaes == ("vae (AutoencoderKLWan)",)
