@@ -32,6 +32,7 @@ from .degrees import Degrees, Topology, complete_degrees, required_degrees
 from .input_sync import MODES
 from .model_sync import Adapters, described_model, described_plan, versions
 from .targets import Target, find_targets, split_heads
+from .weights.select import ShardWeights, ToShard, facts_of, models_to_shard
 
 
 class Choices(NamedTuple):
@@ -60,6 +61,8 @@ class Choices(NamedTuple):
     vaes: list[VaeTarget]
     """The VAEs to split."""
     timeout: datetime.timedelta
+    weights: list[ToShard]
+    """The models whose weights are sharded."""
     facts: dict[str, str]
     """Properties that must be equal on all ranks, by name."""
 
@@ -81,6 +84,7 @@ def choose(
     check_weights: bool,
     cuda_graphs: CudaGraphs,
     split_vae: SplitVae,
+    shard_weights: ShardWeights,
 ) -> Choices:
     """This rank's choices. Changes nothing and exchanges nothing.
 
@@ -96,6 +100,7 @@ def choose(
         raise AttentionProviderError(f"inputs={inputs!r}: accepted are {', '.join(map(repr, MODES))}.")
     check_mode(cuda_graphs)
     targets, without_plan = find_targets(pipeline_or_model, plan)
+    weights = models_to_shard(pipeline_or_model, shard_weights, cuda_graphs)
     rebind = provider is not None
     request = _request(provider, provider_options, device)
     names = _provider_names(targets, request, rebind)
@@ -118,7 +123,8 @@ def choose(
         split_vae,
         find_vaes({} if isinstance(pipeline_or_model, nn.Module) else pipeline_or_model.components, split_vae),
         shared_groups.as_timeout(timeout, device),
-        _facts(targets, request, check_weights),
+        weights,
+        _facts(targets, request, check_weights) | facts_of(weights, check_weights),
     )
 
 
@@ -153,6 +159,7 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
             chosen.cuda_graphs,
             f"split_vae={chosen.split_vae}",
             [vae.name for vae in chosen.vaes],
+            *([f"shard_weights={[each.name for each in chosen.weights]}"] if chosen.weights else []),
         )
         summary = ", ".join(map(str, (*found, chosen.timeout)))
         digest = hashlib.sha256(repr(sorted(chosen.facts.items())).encode()).hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -29,7 +30,9 @@ from .choices import Choices, choose, choose_on_all_ranks, config_for
 from .decide import decide_degrees
 from .record import record
 from .report import ContextParallelReport
-from .targets import device_type, models_of
+from .targets import models_of
+from .weights.select import ShardWeights, device_to_use
+from .weights.shard import check_mesh, gather, shard
 
 
 def enable_context_parallel(
@@ -47,6 +50,7 @@ def enable_context_parallel(
     check_weights: bool = False,
     cuda_graphs: CudaGraphs = "auto",
     split_vae: SplitVae = "auto",
+    shard_weights: ShardWeights = False,
     verbose: bool = True,
     **provider_options: object,
 ) -> ContextParallelReport:
@@ -54,7 +58,7 @@ def enable_context_parallel(
 
     Args:
         pipeline_or_model: a diffusers pipeline, of which every component with a plan is split; or one such model, which
-            may be compiled or inside a PEFT model. It must be on its device already.
+            may be compiled or inside a PEFT model. It must be on its device already, unless `shard_weights` moves it.
         ulysses_degree: number of ranks that exchange heads. `ulysses_degree * ring_degree` must be the number of ranks.
             None: it follows from the other degree, or those with the shortest predicted time are chosen
             (docs/performance.md). The environment variable DIFFUSERS_ATTN_LINKS says whether the speed of the links
@@ -90,6 +94,11 @@ def enable_context_parallel(
         split_vae: whether the pipeline's VAEs are split by rows of the image, in encoding and decoding: see
             `diffusers_attn.split_vae`. "auto": video VAEs are, except in calls that record gradients. True: every VAE
             is, and a call that records gradients is an error. False: every rank computes whole images.
+        shard_weights: whether each rank holds only its part of the weights, for models that do not fit. Ranks gather
+            the weights of a block before it runs, with FSDP2. True: those of all transformers and text encoders; or
+            names of components, such as ("transformer", "text_encoder"). The pipeline may be in CPU memory, or these
+            components on the meta device: this call moves everything to the ranks' devices, one block at a time. For
+            inference; sharded weights are not trained. See docs/context_parallel.md#weights-that-do-not-fit.
         verbose: rank 0 prints the report.
         provider_options: options of the provider's kernel.
 
@@ -98,9 +107,10 @@ def enable_context_parallel(
 
     Raises:
         ProviderUnavailableError: the provider cannot be used on this machine; the message says how to install it.
-        AttentionProviderError: context parallelism cannot be enabled; the message says what to do. No rank is changed.
+        AttentionProviderError: context parallelism cannot be enabled; the message says what to do. No rank is changed,
+            unless weights could not be moved or sharded (`shard_weights`), which the message says.
     """
-    device = device_type(pipeline_or_model)
+    device = device_to_use(pipeline_or_model, mesh, shard_weights)
     job.join(device)
     shared_groups.end_unused()
     if mesh is not None and not isinstance(mesh, DeviceMesh):
@@ -114,6 +124,8 @@ def enable_context_parallel(
     rank_progress.meet(members, shared_groups.as_timeout(None, device))
 
     def choose_here() -> Choices:
+        if shard_weights is not False:
+            check_mesh(mesh)
         return choose(
             pipeline_or_model,
             device,
@@ -130,6 +142,7 @@ def enable_context_parallel(
             check_weights=check_weights,
             cuda_graphs=cuda_graphs,
             split_vae=split_vae,
+            shard_weights=shard_weights,
         )
 
     with rank_progress.waiting_for(members):
@@ -155,6 +168,10 @@ def enable_context_parallel(
     lease = sharing.lease or shared_groups.Lease()  # `attach` gives each model its own
     sharing = dataclasses.replace(sharing, lease=None)
     with contextlib.ExitStack() as undo_all:  # an error restores every model
+        if chosen.weights:
+            undo_all.callback(gather, [each.model for each in chosen.weights])
+            agree = functools.partial(everyone, groups=axes)
+            shard(pipeline_or_model, chosen.weights, device, mesh, chosen.timeout, agree)
         for target in chosen.targets:
             undo_all.callback(detach, target.model)
             attach(target, sharing, lease, sharers, chosen)
@@ -177,6 +194,7 @@ def enable_context_parallel(
         split_vaes=tuple(vae.name for vae in chosen.vaes),
         ranks=tuple(range(dist.get_world_size()) if mesh is None else mesh.mesh.flatten().tolist()),
         world_size=dist.get_world_size(),
+        sharded_weights=tuple(each.name for each in chosen.weights),
     )
     if verbose and dist.get_rank() == 0:
         print(report, flush=True)
@@ -187,6 +205,9 @@ def disable_context_parallel(pipeline_or_model: Any) -> None:
     """Undoes `enable_context_parallel`: removes its hooks and restores the former processors. Does nothing where
     context parallelism is not enabled.
 
+    Weights that were sharded (`shard_weights`) are gathered: every rank has all of them again, on the device where they
+    were before, or in CPU memory if they came from the meta device. All ranks must call this then.
+
     Copies of a split model (`copy.deepcopy`, pickle, `torch.save`) are not split: they have the former processors and
     no hooks, so they need no call of this function.
 
@@ -196,9 +217,11 @@ def disable_context_parallel(pipeline_or_model: Any) -> None:
     Raises:
         AttentionProviderError: the argument is neither a model nor a pipeline, or is a shallow copy of a split model.
     """
-    for model in models_of(pipeline_or_model):
+    models = models_of(pipeline_or_model)
+    for model in models:
         detach(model)
         unsplit_vae(model)
+    gather(models)
     shared_groups.end_unused()
 
 

@@ -31,6 +31,8 @@ class ContextParallelReport:
     """The ranks that share a sequence with this one, including this one."""
     world_size: int
     """Number of ranks in the job."""
+    sharded_weights: tuple[str, ...] = ()
+    """Components of which each rank holds an equal part of the weights; for a single model, its class."""
 
     @property
     def strategy(self) -> str:
@@ -55,7 +57,9 @@ class ContextParallelReport:
         graphs = f"; {self.cuda_graphs}" if self.cuda_graphs else ""
         vaes = f"; images are split by rows in {', '.join(self.split_vaes)}" if self.split_vaes else ""
         unsplit = f"; without a plan, so not split: {', '.join(self.without_plan)}" if self.without_plan else ""
+        weights = f"; weights of {', '.join(self.sharded_weights)} in 1/{len(self.ranks)} per rank"
         return (
             f"context parallelism: {', '.join(self.models)} on {len(self.ranks)}{of} ranks, {degrees} ({self.reason}); "
-            f"attention by {self.provider}; {inputs}{graphs}{vaes}{unsplit}"
+            f"attention by {self.provider}; {inputs}{graphs}{vaes}"
+            f"{weights if self.sharded_weights else ''}{unsplit}"
         )

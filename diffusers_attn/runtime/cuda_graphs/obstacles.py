@@ -7,6 +7,7 @@ see is found by `graphed.py`, which compares the first replay with the forward.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -27,7 +28,10 @@ def of_model(model: nn.Module) -> str | None:
     a thousand modules."""
     if model._compiled_call_impl is not None:
         return "it is compiled as a whole"
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes a second
     for name, module in model.named_modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            return "its weights are sharded, and gathered into new memory in every forward"
         where = f"'{name}' ({type(module).__name__})" if name else "it"
         if module is not model and is_replaced(module):
             return f"the forward of {where} was replaced (by offloading, caching or layerwise casting)"

@@ -1,0 +1,149 @@
+"""The classes of sharded models and units: they refuse operations that would be wrong on sharded weights.
+
+Such a class is a subclass of the module's own class and has its name, since diffusers looks up models and blocks by the
+names of their classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import AttentionProviderError
+from .units import adapter_weights
+
+_REMEDY = "Call disable_context_parallel on all ranks first, which gathers them."
+
+REFUSED = {
+    "save_pretrained": f"each rank would save its shard. {_REMEDY}",
+    "fuse_lora": "adapters cannot be merged into shards. Leave them unfused: they are computed beside the weights.",
+    "unfuse_lora": f"merged adapters cannot be taken out of shards. {_REMEDY}",
+    "fuse_qkv_projections": "fused projections copy weights, of which a rank has a shard. Fuse them before "
+    "enable_context_parallel.",
+    "unfuse_qkv_projections": f"fused projections belong to the shards. {_REMEDY}",
+    "enable_group_offload": "offloading moves weights that the ranks gather. shard_weights alone saves the memory; or "
+    "leave it out, and offload.",
+    "enable_layerwise_casting": "it casts weights that the ranks gather. Leave shard_weights out, or this call.",
+}
+"""Methods of diffusers' and transformers' models that are errors while weights are sharded, with the reason."""
+
+
+ADAPTING = ("load_lora_adapter", "add_adapter", "load_adapter")
+"""Methods of these models that add adapters. They need the shapes of full weights."""
+
+
+class ShardedModule:
+    """Base class of sharded models and their units."""
+
+    def _apply(self: Any, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Called by `.to()`, `.cuda()`, `.half()` and the like, which may change neither device nor dtype."""
+        for dtype, device in {(weight.dtype, weight.device) for weight in self.parameters()}:
+            new = fn(torch.empty(0, dtype=dtype, device=device))
+            if (new.dtype, new.device) != (dtype, device):
+                raise AttentionProviderError(
+                    f"the weights of this {type(self).__name__} are sharded over ranks (shard_weights), as "
+                    f"{_name(dtype)} on {device}, and cannot become {_name(new.dtype)} on {new.device}. Offloading, "
+                    "which moves weights, does not combine with shard_weights. To move or cast them, call "
+                    "disable_context_parallel on all ranks first, which gathers them."
+                )
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise _refusal(self, "copy or pickle", f"each rank would have a copy of its shard. {_REMEDY}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__reduce_ex__(0)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def class_for(fsdp_class: type[nn.Module], original: type[nn.Module], call: Callable[..., Any]) -> type[nn.Module]:
+    """The class of a sharded module.
+
+    Args:
+        fsdp_class: the class that FSDP2 gave to it, a subclass of `original`.
+        original: its own class.
+        call: runs the module: called with the module and a function that runs it as its own class would, and arguments.
+    """
+    if fsdp_class not in _classes:
+        methods: dict[str, Any] = {
+            name: _refusing(name, reason) for name, reason in REFUSED.items() if hasattr(original, name)
+        }
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        methods |= {name: _with_full_shapes(getattr(original, name)) for name in ADAPTING if hasattr(original, name)}
+        methods["__call__"] = _calling(original, call)
+        _classes[fsdp_class] = type(original.__name__, (ShardedModule, fsdp_class), methods | names)
+    return _classes[fsdp_class]
+
+
+def _calling(original: type[nn.Module], call: Callable[..., Any]) -> Callable[..., Any]:
+    plain = original.__call__
+
+    # A compiled block is compiled without this function, and a model that is compiled as a whole breaks its graph here.
+    @torch.compiler.disable(recursive=False)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return call(self, plain, args, kwargs)
+
+    return __call__
+
+
+def _with_full_shapes(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def adding(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        known = set(adapter_weights(self))
+        with _placeholders(self):
+            result = method(self, *args, **kwargs)
+        for key, weight in adapter_weights(self).items():
+            if key not in known and weight.isnan().any():
+                raise AttentionProviderError(
+                    f"the new adapter of this {type(self).__name__} is initialised from the model's weights, of which "
+                    "each rank has a shard (shard_weights). Add it before enable_context_parallel, and remove it now: "
+                    "model.delete_adapters(name)."
+                )
+        return result
+
+    return adding
+
+
+@contextlib.contextmanager
+def _placeholders(model: nn.Module) -> Iterator[None]:
+    """Puts tensors of full shape, without memory, in the place of shards: PEFT would take the shape of the shard. They
+    are NaN, so that no value can be taken for that of a weight."""
+    places = [
+        (module, name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if weight is not None and type(weight.data) is not Tensor
+    ]
+    for module, name, weight in places:
+        value = torch.full((), torch.nan if weight.is_floating_point() else 0, dtype=weight.dtype, device=weight.device)
+        module._parameters[name] = nn.Parameter(value.expand(weight.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, weight in places:
+            module._parameters[name] = weight
+
+
+def _refusing(name: str, reason: str) -> Callable[..., NoReturn]:
+    def refused(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _refusal(self, name, reason)
+
+    return refused
+
+
+def _refusal(module: Any, name: str, reason: str) -> AttentionProviderError:
+    return AttentionProviderError(
+        f"{name} of this {type(module).__name__} is not possible: its weights are sharded over ranks (shard_weights), "
+        f"and {reason}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,82 @@
+"""Sharded weights over NCCL: results and memory, from CPU memory to the GPUs and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_attn import apply_compile, disable_context_parallel, enable_context_parallel
+
+from ..context_parallel.pool import Pool
+from .test_context_parallel import SIZE, TIMEOUT, work
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(SIZE < 2, reason=f"needs two CUDA devices or more; PyTorch sees {SIZE}"),
+]
+LAYERS = 12
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    """One process for each GPU."""
+    workers = Pool(work, SIZE, TIMEOUT)
+    yield workers
+    workers.close()
+
+
+def wan():
+    """A Wan model with layers of 26 million weights, in CPU memory."""
+    from diffusers import WanTransformer3DModel
+
+    from ..zoo.weights import randomize
+
+    config = {"num_attention_heads": 16, "attention_head_dim": 64, "ffn_dim": 4096, "text_dim": 256, "freq_dim": 256}
+    model = WanTransformer3DModel(**config, num_layers=LAYERS)
+    randomize(model, torch.Generator().manual_seed(0))
+    return model.eval().to(torch.bfloat16)
+
+
+def sharded(meshes, compiled):
+    """Errors beside one GPU, memory in MiB, and whether the weights come back."""
+    model = wan()
+    values = [weight.clone() for weight in model.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "hidden_states": torch.randn(1, 16, 3, 32, 32, generator=generator).to("cuda", torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 64, 256, generator=generator).to("cuda", torch.bfloat16),
+        "timestep": torch.tensor([500], device="cuda"),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        expected = model.to("cuda")(**given)[0].float()
+        model.to("cpu")
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        weights = sum(weight.nbytes for weight in model.parameters()) / MIB
+        torch.cuda.reset_peak_memory_stats()
+        report = enable_context_parallel(model, shard_weights=True, verbose=False)
+        loading, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        if compiled:
+            apply_compile(model)
+        errors = [((model(**given)[0].float() - expected).norm() / expected.norm()).item() for _ in range(4)]
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        now = torch.cuda.memory_allocated()
+        model(**given)
+        step = torch.cuda.max_memory_allocated() - now
+        disable_context_parallel(model)
+    same = all(torch.equal(now, then) for now, then in zip(model.parameters(), values))
+    return max(errors), weights, loading / MIB, held / MIB, step / MIB, same, str(report)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_from_cpu_memory_and_back(gpus, compiled):
+    for wrong, weights, loading, held, step, same, report in gpus.run(SIZE, sharded, compiled=compiled):
+        block = weights / LAYERS
+        assert wrong < 2e-2 and same
+        assert held < weights / SIZE * 1.1 and loading < weights / SIZE + 2.5 * block
+        assert step < 5 * block  # gathered blocks and activations, not the model
+        assert f"in 1/{SIZE} per rank" in report and "no CUDA graphs: its weights are sharded" in report
