@@ -31,7 +31,7 @@ from ..vae.split import SplitVae, VaeTarget, find_vaes
 from .degrees import Degrees, Topology, complete_degrees, required_degrees
 from .input_sync import MODES
 from .model_sync import Adapters, described_model, described_plan, versions
-from .targets import Target, find_targets, split_heads
+from .targets import Target, find_targets, split_heads, unwrapped
 from .weights.select import ShardWeights, ToShard, facts_of, models_to_shard
 
 
@@ -121,11 +121,17 @@ def choose(
         inputs,
         cuda_graphs,
         split_vae,
-        find_vaes({} if isinstance(pipeline_or_model, nn.Module) else pipeline_or_model.components, split_vae),
+        find_vaes(_components(pipeline_or_model), split_vae),
         shared_groups.as_timeout(timeout, device),
         weights,
         _facts(targets, request, check_weights) | facts_of(weights, check_weights),
     )
+
+
+def _components(pipeline_or_model: Any) -> dict[str, Any]:
+    """The models of a pipeline by name, without wrappers; none for a single model."""
+    components = {} if isinstance(pipeline_or_model, nn.Module) else pipeline_or_model.components
+    return {name: unwrapped(each) if isinstance(each, nn.Module) else each for name, each in components.items()}
 
 
 def _facts(targets: Sequence[Target], request: DispatchProcessor, check_weights: bool) -> dict[str, str]:

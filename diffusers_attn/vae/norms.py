@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
@@ -30,8 +32,7 @@ def group_norm(
     mean, spread = _moments(local.view(batch * num_groups, -1))
     means, spreads = team.gather(torch.stack([mean, spread])).unbind(1)
     # Chan's formula merges means and variances without the cancellation of E[x^2] - E[x]^2.
-    counts = torch.tensor(rows.counts(), dtype=means.dtype)
-    share = (counts / rows.total).to(means.device, non_blocking=True).unsqueeze(1)
+    share = _shares(rows.bounds, means.dtype, means.device)
     mean = (means * share).sum(0)
     variance = ((spreads + (means - mean).square()) * share).sum(0)
 
@@ -47,6 +48,13 @@ def group_norm(
         of_batch(bias), False, 0.0, eps,
     )  # fmt: skip
     return split.like(out.view(local.shape))
+
+
+@functools.lru_cache(maxsize=256)
+def _shares(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Each shard's share of the rows, `[shards, 1]`. Kept, since a copy from the host would wait."""
+    counts = [end - start for start, end in itertools.pairwise(bounds)]
+    return torch.tensor(counts, dtype=dtype, device=device).div_(bounds[-1]).unsqueeze(1)
 
 
 def _moments(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,31 +85,41 @@ def part_of(tensor: Tensor, dim: int, rows: Rows, team: Team) -> Tensor:
     return tensor.unflatten(dim, (rows.outer, rows.total)).narrow(dim + 1, start, count).flatten(dim, dim + 1)
 
 
-def pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
+def pointwise(func: Any, *args: Any, **kwargs: Any) -> RowSplit:
     """Computes every element from the elements at the same place."""
-    places = [index for index, each in enumerate(args) if isinstance(each, Tensor)]
-    mutates = func._schema.is_mutable
-    if any(isinstance(each, Tensor) for each in kwargs.values()):
-        raise unsplittable(f"{func} has no rule for tensors that are passed by name")
-    if mutates and not isinstance(args[0], RowSplit):
-        raise unsplittable(f"{func} writes split values into a tensor that is not split")
-    if len(places) == 1:
-        split = args[places[0]]
-        local = [split.local]
-    else:
-        split, local = aligned(func, [args[index] for index in places])
-    if mutates and any(args[0].rows.halo) and local[0] is not args[0].local:
-        raise unsplittable(f"{func} writes into padded rows")
-    given = list(args)
-    for index, each in zip(places, local):
-        given[index] = each
+    split, given = _pointwise_arguments(func, args, kwargs)
     out = func(*given, **kwargs)
-    if mutates:
-        return args[0]
     return split.like(out, dim=out.ndim + split.rows.dim - split.ndim)
 
 
-POINTWISE.append(pointwise)
+def _pointwise_in_place(func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """As `pointwise`, and writes the result into the first argument."""
+    if not isinstance(args[0], RowSplit):
+        raise unsplittable(f"{func} writes split values into a tensor that is not split")
+    _, given = _pointwise_arguments(func, args, kwargs)
+    if given[0] is not args[0].local:
+        raise unsplittable(f"{func} writes into padded rows")
+    func(*given, **kwargs)
+    return args[0]
+
+
+def _pointwise_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RowSplit, list[Any]]:
+    """A split argument, and all positional arguments as local tensors."""
+    if kwargs and any(isinstance(each, Tensor) for each in kwargs.values()):
+        raise unsplittable(f"{func} has no rule for tensors that are passed by name")
+    given = list(args)
+    places = [index for index, each in enumerate(args) if isinstance(each, Tensor)]
+    if len(places) == 1:
+        split = args[places[0]]
+        given[places[0]] = split.local
+        return split, given
+    split, local = aligned(func, [args[index] for index in places])
+    for index, each in zip(places, local):
+        given[index] = each
+    return split, given
+
+
+POINTWISE += [pointwise, _pointwise_in_place]
 rule(
     aten._to_copy.default,
     aten.clone.default,
@@ -120,10 +130,8 @@ rule(
     aten.ones_like.default,
     aten.full_like.default,
     aten.empty_like.default,
-    aten.copy_.default,
-    aten.fill_.Scalar,
-    aten.zero_.default,
 )(pointwise)
+rule(aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)(_pointwise_in_place)
 
 
 @rule(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ class RowSplit(torch.Tensor):
         self: RowSplit = torch.Tensor._make_wrapper_subclass(
             cls,
             shape,
-            strides=None if local.is_contiguous() else _strides(local, shape),
+            strides=None if local.is_contiguous() else _strides(tuple(local.shape), local.stride(), tuple(shape)),
             dtype=local.dtype,
             device=local.device,
         )
@@ -97,7 +98,7 @@ class RowSplit(torch.Tensor):
         rule = OPERATORS.get(func)
         if rule is None:
             if torch.Tag.pointwise in func.tags:
-                rule = OPERATORS[func] = POINTWISE[0]
+                rule = OPERATORS[func] = POINTWISE[func._schema.is_mutable]
             else:
                 out = func.decompose(*args, **(kwargs or {}))  # as operators reach this in inference mode
                 if out is NotImplemented:
@@ -107,19 +108,25 @@ class RowSplit(torch.Tensor):
 
 
 POINTWISE: list[Rule] = []
-"""The rule of operators that PyTorch tags as pointwise."""
+"""Rules of operators that PyTorch tags as pointwise: of those that return a new tensor, and of those in place."""
 
 
-def _strides(local: Tensor, shape: Sequence[int]) -> list[int]:
+@functools.lru_cache(maxsize=4096)
+def _strides(own: tuple[int, ...], steps: tuple[int, ...], shape: tuple[int, ...]) -> list[int]:
     """Strides of the full tensor in the order of a local tensor that is not contiguous, and contiguous in no memory
-    format in which that one is not."""
-    steps = local.stride()
-    order = sorted(range(local.ndim), key=lambda dim: (-steps[dim], dim))
-    strides, own, dense = [0] * local.ndim, 1, True
-    full = 1
+    format in which that one is not.
+
+    Args:
+        own: shape of the local tensor.
+        steps: its strides.
+        shape: shape of the full tensor.
+    """
+    order = sorted(range(len(own)), key=lambda dim: (-steps[dim], dim))
+    strides, is_dense = [0] * len(own), True
+    full = local = 1
     for dim in reversed(order):
         strides[dim] = full
-        dense &= local.shape[dim] == 1 or steps[dim] == own
+        is_dense &= own[dim] == 1 or steps[dim] == local
         full *= shape[dim]
-        own *= local.shape[dim]
-    return strides if dense else [2 * stride for stride in strides]
+        local *= own[dim]
+    return strides if is_dense else [2 * stride for stride in strides]

@@ -12,6 +12,7 @@ from diffusers_attn import split_vae, unsplit_vae
 from ..context_parallel.pool import Pool
 from ..vae.cases import CASES
 from ..vae.test_models import both, build
+from ..vae.test_split import rounded
 from .test_context_parallel import SIZE, TIMEOUT, work
 
 pytestmark = [
@@ -51,6 +52,17 @@ def test_as_on_one_gpu(gpus, name):
 def test_two_axes(gpus):
     for errors in gpus.run(SIZE, compare, name="wan", two_axes=True):
         assert max(errors) <= 1e-10
+
+
+def rounded_on_gpus(meshes, name):
+    return rounded(None, name, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["kl", "hunyuan", "cogvideox", "dc"])
+def test_bfloat16_is_as_exact_as_on_one_gpu(gpus, name):
+    """Norms add means and variances over the ranks in float32."""
+    for one, split in gpus.run(SIZE, rounded_on_gpus, name=name):
+        assert split <= 1.1 * one
 
 
 @torch.no_grad()

@@ -200,18 +200,20 @@ def test_attention_of_a_bound_vae(pool):
         assert error <= 1e-10
 
 
-def rounded(meshes):
-    """Errors of bfloat16 against float64, split and in one process."""
-    vae, _, latents = build(CASES["kl"])
-    vae.requires_grad_(False)
+@torch.no_grad()
+def rounded(meshes, name, device="cpu"):
+    """Squared errors of bfloat16 against float64, in one process and split."""
+    vae, _, latents = build(CASES[name])
+    vae, latents = vae.to(device), latents.to(device)
     exact = vae.decode(latents).sample
     vae.to(torch.bfloat16)
     latents = latents.bfloat16()
     one = vae.decode(latents).sample
-    split_vae(vae, meshes.lines[2])
+    split_vae(vae, None if meshes is None else meshes.lines[2])
     return [(each.double() - exact).square().mean().item() for each in (one, vae.decode(latents).sample)]
 
 
-def test_bfloat16_is_as_exact_as_in_one_process(pool):
-    for one, split in pool.run(2, rounded):
+@pytest.mark.parametrize("name", ["kl", "hunyuan"])
+def test_bfloat16_is_as_exact_as_in_one_process(pool, name):
+    for one, split in pool.run(2, rounded, name=name):
         assert split <= 1.1 * one
