@@ -31,12 +31,12 @@ def first_picture(variant: str, device: str, tiny: bool, steps: int, began: floa
     """Draws one picture in this process. Returns the seconds of each part."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
-    from pipelines import make_call, make_pipeline
+    from real_pipelines import PIPELINES
 
     import diffusers_attn
 
     imported = time.time()
-    pipe = make_pipeline(torch.device(device), tiny)
+    pipe, call = PIPELINES["flux"](torch.device(device), tiny)
     pipe.set_progress_bar_config(disable=True)
     made = time.time()
     if variant.startswith("ours"):
@@ -45,8 +45,7 @@ def first_picture(variant: str, device: str, tiny: bool, steps: int, began: floa
         diffusers_attn.apply_compile(pipe.transformer)
     if variant == "diffusers":
         pipe.transformer.compile_repeated_blocks()
-    call = make_call(pipe, torch.device(device), 64 if tiny else 1024, steps, 32 if tiny else 512)
-    pipe(**call, generator=torch.Generator("cpu").manual_seed(0))
+    pipe(**call, num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(0))
     drawn = time.time()
     counts = torch._dynamo.utils.counters["inductor"]
     parts = {"import_s": imported - began, "make_s": made - imported, "call_s": drawn - made, "total_s": drawn - began}

@@ -1,12 +1,14 @@
-"""Seconds of a whole call of `FluxPipeline`, from the embeddings of a prompt to a picture: diffusers, and ours.
+"""Seconds of a whole call of a pipeline, from the embeddings of a prompt to a picture or video: diffusers, and ours.
 
-    python benchmarks/pipelines.py --output one.json                              # on one GPU
+    python benchmarks/pipelines.py --output one.json                              # FluxPipeline on one GPU
     torchrun --nproc_per_node 2 benchmarks/pipelines.py --output two.json         # on several
+    torchrun --nproc_per_node 2 benchmarks/pipelines.py --pipeline wan --steps 8  # WanPipeline with guidance
     torchrun --nproc_per_node 2 benchmarks/pipelines.py --device cpu --tiny       # tries the script out
 
 "ours" is what the README's lines give, with every default: on one GPU `set_attention_provider(pipe, "auto")` and
 `apply_compile(pipe.transformer)`, on several `enable_context_parallel(pipe)` and `apply_compile(pipe.transformer)`.
-"-eager" leaves the compiling out. diffusers' variants compile by `compile_repeated_blocks`; on several GPUs they use
+"ours-sequences" splits sequences alone (`guidance_degree=1`), and "ours-alone" runs on each GPU by itself. "-eager"
+leaves the compiling out. diffusers' variants compile by `compile_repeated_blocks`; on several GPUs they use
 `enable_parallelism`. Weights are random, of the real size; the pipeline's own loop, scheduler and VAE run.
 
 All variants exist at once and share their weights. They take turns, in alternating order. A turn is one call; its time
@@ -29,31 +31,17 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import diffusers
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measuring import MIB, Report, diffusers_on_cpu
 from ranks import Ranks, VariantError
-from real_shapes import REAL, TINY, randomize
+from real_pipelines import PIPELINES
 from strategies import STRATEGIES
 
 import diffusers_attn
 
-VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-}
-"""Flux's configuration of the VAE."""
-TINY_VAE = VAE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
 WARM_UP = 3
 """Calls before the first timed one: the first compiles, and a later one records CUDA graphs."""
 
@@ -65,10 +53,10 @@ class Variant:
         self.name, self.ranks = name, ranks
         weights = {id(each): each for each in [*pipe.transformer.parameters(), *pipe.transformer.buffers()]}
         transformer = copy.deepcopy(pipe.transformer, memo=weights)
-        self.pipe = diffusers.FluxPipeline(**{**pipe.components, "transformer": transformer})
+        self.pipe = type(pipe)(**{**pipe.components, "transformer": transformer})
         self.pipe.set_progress_bar_config(disable=True)
         self.calls: list[float] = []
-        self.result: dict[str, Any] = {"pipeline": "FluxPipeline", "variant": name}
+        self.result: dict[str, Any] = {"pipeline": type(pipe).__name__, "variant": name}
 
     def prepare(self, call: dict[str, Any]) -> list[Any]:
         """Applies the variant and makes the first calls. Returns the pictures of the last one."""
@@ -83,15 +71,17 @@ class Variant:
         """The time of one call on this rank."""
         self.ranks.synchronize()
         began = time.perf_counter()
-        self.pictures = self.pipe(**call, generator=torch.Generator("cpu").manual_seed(0)).images
+        self.pictures = self.pipe(**call, generator=torch.Generator("cpu").manual_seed(0), return_dict=False)[0]
         self.ranks.synchronize()
         return time.perf_counter() - began
 
     def _apply(self, name: str, compiled: bool) -> None:
         transformer, ranks = self.pipe.transformer, self.ranks
-        if name == "ours":
-            if ranks.size > 1:
-                self.result["note"] = str(diffusers_attn.enable_context_parallel(self.pipe, verbose=False))
+        if name.startswith("ours"):
+            if ranks.size > 1 and name != "ours-alone":
+                degree = 1 if name == "ours-sequences" else None
+                report = diffusers_attn.enable_context_parallel(self.pipe, guidance_degree=degree, verbose=False)
+                self.result["note"] = str(report)
             else:
                 diffusers_attn.set_attention_provider(self.pipe, "auto")
             if compiled:
@@ -108,38 +98,10 @@ class Variant:
             transformer.compile_repeated_blocks()
 
 
-def make_pipeline(device: torch.device, tiny: bool) -> Any:
-    """FluxPipeline with random weights and without text encoders."""
-    real = (TINY if tiny else REAL)["flux"]
-    with torch.device(device):
-        vae = diffusers.AutoencoderKL(**(TINY_VAE if tiny else VAE)).to(real.dtype)
-    randomize(vae, device)
-    return diffusers.FluxPipeline(
-        transformer=real.make(device),
-        vae=vae.eval().requires_grad_(False),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-    )  # fmt: skip
-
-
-def make_call(pipe: Any, device: torch.device, size: int, steps: int, tokens: int) -> dict[str, Any]:
-    """Keyword arguments of the pipeline."""
-    config, dtype = pipe.transformer.config, pipe.transformer.dtype
-    generator = torch.Generator().manual_seed(1)
-    shapes = {
-        "prompt_embeds": (1, tokens, config.joint_attention_dim),
-        "pooled_prompt_embeds": (1, config.pooled_projection_dim),
-    }
-    embeds = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
-    return {**embeds, "height": size, "width": size, "num_inference_steps": steps}
-
-
 def difference(pictures: list[Any], others: list[Any]) -> float:
-    """The mean difference of two pictures, in levels of 255."""
-    one, other = (
-        torch.frombuffer(bytearray(each[0].tobytes()), dtype=torch.uint8).float() for each in (pictures, others)
-    )
-    return (one - other).abs().mean().item()
+    """The mean difference of two pictures or videos, in levels of 255."""
+    one, other = (torch.from_numpy(np.asarray(each[0])).float() for each in (pictures, others))
+    return (one - other).abs().mean().item() * (1 if one.max() > 1 else 255)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -167,7 +129,9 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def variants_of(size: int) -> list[str]:
+def variants_of(size: int, guides: bool) -> list[str]:
+    if guides and size > 1:
+        return ["ours-alone", "diffusers-ring", "diffusers-ulysses", "ours-sequences", "ours"]
     if size == 1:
         return ["diffusers-eager", "ours-eager", "diffusers", "ours"]
     return ["diffusers-ring-eager", "ours-eager", "diffusers-ring", "diffusers-ulysses", "ours"]
@@ -176,6 +140,9 @@ def variants_of(size: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--pipeline", choices=tuple(PIPELINES), default="flux", help="pipeline to measure (default: %(default)s)"
+    )
     parser.add_argument("--tiny", action="store_true", help="a model and a picture that run quickly on a CPU")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps of a call (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of every variant (default: %(default)s)")
@@ -189,13 +156,13 @@ def main() -> None:
     os.environ.setdefault("MASTER_PORT", "29555")
     ranks = Ranks(args.device, timeout=600)
     report = Report(args.output, ranks, args)
-    pipe = make_pipeline(ranks.device, args.tiny)
-    call = make_call(pipe, ranks.device, 64 if args.tiny else 1024, args.steps, 32 if args.tiny else 512)
+    pipe, call = PIPELINES[args.pipeline](ranks.device, args.tiny)
+    call["num_inference_steps"] = args.steps
     alone = Variant("diffusers-eager", pipe, ranks)
-    alone.seconds(call)
+    alone.seconds(call)  # the result to compare others with
 
     ready: list[Variant] = []
-    for name in args.variants or variants_of(ranks.size):
+    for name in args.variants or variants_of(ranks.size, args.pipeline != "flux"):
         variant = Variant(name, pipe, ranks)
         report.variants.append(variant)
         try:

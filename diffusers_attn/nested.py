@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -33,3 +33,21 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with {', '.join(map(str, value))}"
     return f"a {type(value).__name__}"
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A copy of a nest of lists, tuples and mappings, with each tensor replaced by the result of `change`."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return like(value, [mapped(each, change) for each in value])
+    if isinstance(value, Mapping):
+        return updated(value, {key: mapped(each, change) for key, each in value.items()})
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a nest of lists, tuples and mappings, in order."""
+    found: list[Tensor] = []
+    mapped(value, found.append)
+    return found

@@ -25,6 +25,7 @@ LAYERS = (
     ("context_parallel.attention", "known_calls"),
     ("context_parallel.hooks", "dispatch"),
     ("processors", "runtime", "vae"),
+    ("guidance",),
     ("parallelize",),
     ("verify_plan", "training"),
     ("cli",),

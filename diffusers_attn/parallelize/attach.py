@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,6 +16,7 @@ from ..context_parallel.hooks.apply import apply_context_parallel, names_of_grou
 from ..context_parallel.mesh import ContextParallelMesh
 from ..cp_plans.advanced import CPCache
 from ..cp_plans.plan import ParamId, Plan, entries
+from ..guidance.guided_call import uninstall, without_call
 from ..processors.binding import attention_modules_of, change_processor, install, is_bound
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
 from ..runtime.cuda_graphs.apply import leave_ranks
@@ -24,6 +25,7 @@ from ..vae.split import VaeTarget
 from .choices import Choices
 from .fingerprint import fingerprint
 from .forward_count import CountForward, Forwards
+from .guidance import Guidance, attach_guidance
 from .input_sync import InputSync, Links
 from .targets import Target
 
@@ -48,6 +50,8 @@ def attach(
     lease: shared_groups.Lease,
     sharers: list[int],
     chosen: Choices,
+    guidance: Guidance | None,
+    pipeline: Callable[[], Any],
 ) -> None:
     """Changes one model. Each step is recorded as it is taken, so that `detach` can undo a half-done change.
 
@@ -57,11 +61,14 @@ def attach(
         lease: holds the process groups of `sharing`.
         sharers: numbers of these ranks in the job.
         chosen: the choices of all ranks.
+        guidance: how guidance is divided; None if it is not.
+        pipeline: returns the pipeline of the model, or None.
     """
     install()  # needed even if nothing is bound, so that enable_parallelism raises on a split model
     model = target.model
     enabled = _enabled[model] = _Enabled([], [lease.again()], [], [])
     apply_context_parallel(model, sharing, target.plan)
+    hook: InputSync | None = None
     if chosen.inputs != "trust":
         links = Links.of(sharing, chosen.timeout)
         enabled.leases.append(links.lease)
@@ -80,6 +87,9 @@ def attach(
             copies.change_copies(
                 module, functools.partial(change_processor, change=functools.partial(_as_before, before=processor))
             )
+    if guidance is not None:
+        attach_guidance(target, guidance, sharing, hook, enabled.leases, chosen.timeout, pipeline)
+        copies.change_copies(model, without_call)
     if sharing.device_type != "cpu":  # on other devices exchanges hang rather than fail
         enabled.hooks.append(stalls.Watch(sharers, chosen.timeout))
 
@@ -124,6 +134,7 @@ def detach(model: nn.Module) -> None:
             module.set_processor(_as_before(module.processor, before) if is_bound(module) else before)
     for hook in enabled.hooks:
         hook.remove()
+    uninstall(model)
     remove_context_parallel(model)
     for reference, _ in enabled.processors:
         module = reference()

@@ -5,6 +5,7 @@ Every argument is checked, and the ranks compare their choices, before the first
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from ..runtime.cuda_graphs.apply import CudaGraphs, check_mode
 from ..scope import ProviderChoice
 from ..vae.split import SplitVae, VaeTarget, find_vaes
 from .degrees import Degrees, Topology, complete_degrees, required_degrees
+from .guidance import check_degree
 from .input_sync import MODES
 from .model_sync import Adapters, described_model, described_plan, versions
 from .targets import Target, find_targets, split_heads, unwrapped
@@ -60,6 +62,8 @@ class Choices(NamedTuple):
     """See `enable_context_parallel`."""
     vaes: list[VaeTarget]
     """The VAEs to split."""
+    guidance_degree: int | None
+    """Number of groups that the user asked for."""
     timeout: datetime.timedelta
     weights: list[ToShard]
     """The models whose weights are sharded."""
@@ -84,6 +88,7 @@ def choose(
     check_weights: bool,
     cuda_graphs: CudaGraphs,
     split_vae: SplitVae,
+    guidance_degree: int | None,
     shard_weights: ShardWeights,
 ) -> Choices:
     """This rank's choices. Changes nothing and exchanges nothing.
@@ -106,6 +111,12 @@ def choose(
     names = _provider_names(targets, request, rebind)
     by_place = _options_by_place(targets, request, rebind)
     topology = _topology(targets, names, device, sharing, rotate_method, by_place)
+    check_degree(guidance_degree, topology.ranks, sharing is not None)
+    if guidance_degree is not None and 1 < guidance_degree:  # then the user's degrees are those of a group
+        if guidance_degree < topology.ranks:
+            group = dataclasses.replace(topology, ranks=topology.ranks // guidance_degree)
+            _degrees(group, names, None, ulysses_degree, ring_degree, by_place)
+        ulysses_degree = ring_degree = None
     degrees = _degrees(topology, names, sharing, ulysses_degree, ring_degree, by_place)
     if degrees is not None:
         config_for(degrees, convert_to_fp32)  # raises for settings that it does not accept
@@ -122,6 +133,7 @@ def choose(
         cuda_graphs,
         split_vae,
         find_vaes(_components(pipeline_or_model), split_vae),
+        guidance_degree,
         shared_groups.as_timeout(timeout, device),
         weights,
         _facts(targets, request, check_weights) | facts_of(weights, check_weights),
@@ -165,6 +177,7 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
             chosen.cuda_graphs,
             f"split_vae={chosen.split_vae}",
             [vae.name for vae in chosen.vaes],
+            f"guidance_degree={chosen.guidance_degree}",
             *([f"shard_weights={[each.name for each in chosen.weights]}"] if chosen.weights else []),
         )
         summary = ", ".join(map(str, (*found, chosen.timeout)))

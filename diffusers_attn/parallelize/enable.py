@@ -10,9 +10,12 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..context_parallel import job
@@ -28,6 +31,7 @@ from ..vae.split import SplitVae, unsplit_vae
 from .attach import attach, attach_vae, detach
 from .choices import Choices, choose, choose_on_all_ranks, config_for
 from .decide import decide_degrees
+from .guidance import choose_guidance
 from .record import record
 from .report import ContextParallelReport
 from .targets import models_of
@@ -40,6 +44,7 @@ def enable_context_parallel(
     *,
     ulysses_degree: int | None = None,
     ring_degree: int | None = None,
+    guidance_degree: int | None = None,
     provider: str | AttentionProvider | None = None,
     rotate_method: str | None = None,
     convert_to_fp32: bool = True,
@@ -64,6 +69,12 @@ def enable_context_parallel(
             (docs/performance.md). The environment variable DIFFUSERS_ATTN_LINKS says whether the speed of the links
             between ranks is measured for it; see `measure_hardware.py`.
         ring_degree: number of ranks that pass keys and values around; None as for `ulysses_degree`.
+        guidance_degree: number of groups of ranks that compute different branches of guidance, or different samples
+            of a batch; sequences are split within a group. This needs one exchange per step. But tokens are divided
+            among fewer ranks, so that each needs more memory for activations. `ulysses_degree` and `ring_degree` are
+            then those of a group. None: for a pipeline, without `mesh` and other degrees, as many groups as divide
+            the ranks and the branches (or the samples); calls without guidance are split over all ranks. 1: all ranks
+            split the sequence of every call.
         provider: name of the attention kernel. None: attention bound to a `DispatchProcessor` keeps its provider, and
             all other attention uses "auto" on CUDA devices and "native" elsewhere.
         rotate_method: how keys and values travel in a ring: "allgather" or "alltoall". None: chosen with the
@@ -111,6 +122,7 @@ def enable_context_parallel(
             unless weights could not be moved or sharded (`shard_weights`), which the message says.
     """
     device = device_to_use(pipeline_or_model, mesh, shard_weights)
+    pipeline = _reference(pipeline_or_model)
     job.join(device)
     shared_groups.end_unused()
     if mesh is not None and not isinstance(mesh, DeviceMesh):
@@ -143,11 +155,21 @@ def enable_context_parallel(
             cuda_graphs=cuda_graphs,
             split_vae=split_vae,
             shard_weights=shard_weights,
+            guidance_degree=guidance_degree,
         )
 
     with rank_progress.waiting_for(members):
         chosen = choose_on_all_ranks(choose_here, axes)
         degrees = chosen.degrees or decide_degrees(chosen.topology, chosen.targets, chosen.providers)
+        guidance = choose_guidance(
+            guidance_degree,
+            mesh is None and ulysses_degree is None and ring_degree is None and pipeline() is not None,
+            chosen.topology,
+            chosen.targets,
+            chosen.providers,
+            ulysses_degree,
+            ring_degree,
+        )
     config = config_for(degrees, convert_to_fp32)
     if sharing is None:
         sharing = ContextParallelMesh.from_degrees(
@@ -174,11 +196,11 @@ def enable_context_parallel(
             shard(pipeline_or_model, chosen.weights, device, mesh, chosen.timeout, agree)
         for target in chosen.targets:
             undo_all.callback(detach, target.model)
-            attach(target, sharing, lease, sharers, chosen)
+            attach(target, sharing, lease, sharers, chosen, guidance, pipeline)
         for vae in chosen.vaes:
             undo_all.callback(unsplit_vae, vae.vae)
             attach_vae(vae, sharing, lease, chosen)
-        graphs = record(chosen, device, [resolve(name) for name in names])
+        graphs = record(chosen, device)
         undo_all.pop_all()
     lease.close()
     report = ContextParallelReport(
@@ -188,6 +210,7 @@ def enable_context_parallel(
         ring_degree=degrees.ring_degree,
         rotate_method=degrees.rotate_method,
         reason=degrees.reason,
+        guidance="" if guidance is None else str(guidance),
         provider=", ".join(chosen.providers),
         inputs=inputs,
         cuda_graphs=graphs,
@@ -223,6 +246,11 @@ def disable_context_parallel(pipeline_or_model: Any) -> None:
         unsplit_vae(model)
     gather(models)
     shared_groups.end_unused()
+
+
+def _reference(pipeline_or_model: Any) -> Callable[[], Any]:
+    """Returns the pipeline, without keeping it alive; None for a model."""
+    return (lambda: None) if isinstance(pipeline_or_model, nn.Module) else weakref.ref(pipeline_or_model)
 
 
 def _dims(mesh: DeviceMesh) -> list[int]:

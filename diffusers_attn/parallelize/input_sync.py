@@ -51,6 +51,7 @@ from ..errors import AttentionProviderError
 from ..nested import like, updated
 from .fingerprint import bytes_of as _bytes
 from .fingerprint import fingerprint as _fingerprint
+from .fingerprint import fingerprint_of_all
 from .forward_count import CALL, Forwards, digest_of, forwards_of
 from .received import ReceivedInputs
 
@@ -115,8 +116,17 @@ class InputSync:
         self.compared = False
         """Whether values were compared before they were replaced. This is done once, to warn of unseeded noise."""
         self.received = ReceivedInputs()
+        self.paused = False
+        """Whether calls keep their own inputs. `guidance` exchanges those of a whole step itself."""
+
+    @property
+    def waits_for_values(self) -> bool:
+        """Whether hosts wait for the values of all inputs in every call."""
+        return self.mode == "check"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.paused:
+            return None
         if not torch.compiler.is_compiling():
             one_thread.take(self.groups, module)
         given = _named(self.names, args, kwargs)
@@ -156,6 +166,13 @@ class InputSync:
         new = {name: value if name in self.caches else _replaced(value, *tensors) for name, value in given}
         new_args = [new[name] for name, _ in given[: len(args)]]
         return tuple(new_args), {name: new[name] for name in kwargs}
+
+    def alike(self, tensors: Sequence[Tensor], plain: str) -> bool:
+        """Whether these tensors and texts are equal on all ranks, which must all call this. Waits for the values."""
+        _, host, members, _ = _links(self.links)
+        described = [f"{list(each.shape)} {each.dtype}" for each in tensors]
+        with rank_progress.waiting_for(members):
+            return not _differ(f"{plain} {described} {fingerprint_of_all(tensors)}", host)
 
     def _kept(self, own: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """Tensors with these values: this rank's own tensor objects if the values are its own."""

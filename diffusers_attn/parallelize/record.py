@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from ..context_parallel.comm.everyone import everyone
+from ..context_parallel.comm.process_groups import resolve
+from ..context_parallel.hooks.apply import names_of_groups
 from ..errors import AttentionProviderError
 from ..runtime.cuda_graphs import apply
 from ..runtime.cuda_graphs.graphed import Agree
 from .choices import Choices
 
 
-def record(chosen: Choices, device: str, groups: Sequence[dist.ProcessGroup]) -> str:
-    """Applies CUDA graphs to the split models as the user chose, on all ranks of `groups` alike. All must call it.
+def record(chosen: Choices, device: str) -> str:
+    """Applies CUDA graphs to the split models as the user chose, on all their ranks alike. All must call it.
 
     Args:
         device: device type of the models.
@@ -28,8 +31,8 @@ def record(chosen: Choices, device: str, groups: Sequence[dist.ProcessGroup]) ->
         AttentionProviderError: graphs were asked for, and a model cannot be recorded.
     """
     reasons: dict[str, None] = {}
-    agree = functools.partial(everyone, groups=tuple(groups))
     for target in chosen.targets:
+        agree = _agreement(target.model)
         if chosen.cuda_graphs is True:
             _apply_or_raise(target.model, agree)
         elif chosen.cuda_graphs is False or device != "cuda":
@@ -45,6 +48,18 @@ def record(chosen: Choices, device: str, groups: Sequence[dist.ProcessGroup]) ->
     if chosen.cuda_graphs is False:
         return "no CUDA graphs, as asked for"
     return f"no CUDA graphs: {'; '.join(reasons)}" if reasons else "steps are replayed as CUDA graphs"
+
+
+def _agreement(model: nn.Module) -> Callable[[Any], Sequence[Any]]:
+    """Gathers a value from the ranks that split the forward of `model` that runs now: with guidance, one group's."""
+    reference = weakref.ref(model)
+
+    def agree(value: Any) -> Sequence[Any]:
+        held = reference()
+        groups: list[dist.ProcessGroup | None] = [resolve(name) for name in names_of_groups(held)] if held else []
+        return everyone(value, groups)
+
+    return agree
 
 
 def _apply_or_raise(model: nn.Module, agree: Agree) -> None:

@@ -19,6 +19,8 @@ class ContextParallelReport:
     """Exchange of keys and values in the ring, "allgather" or "alltoall"; None without a ring."""
     reason: str
     """Reason for these degrees."""
+    guidance: str
+    """How branches of guidance and samples of a batch are divided, in words; empty if they are not."""
     provider: str
     """Attention providers of the split models, separated by commas. "scope" is that of `attention_provider`."""
     inputs: str
@@ -58,8 +60,10 @@ class ContextParallelReport:
         vaes = f"; images are split by rows in {', '.join(self.split_vaes)}" if self.split_vaes else ""
         unsplit = f"; without a plan, so not split: {', '.join(self.without_plan)}" if self.without_plan else ""
         weights = f"; weights of {', '.join(self.sharded_weights)} in 1/{len(self.ranks)} per rank"
+        guidance = f"{self.guidance}; other calls by " if self.guidance else ""
         return (
-            f"context parallelism: {', '.join(self.models)} on {len(self.ranks)}{of} ranks, {degrees} ({self.reason}); "
+            f"context parallelism: {', '.join(self.models)} on {len(self.ranks)}{of} ranks, "
+            f"{guidance}{degrees} ({self.reason}); "
             f"attention by {self.provider}; {inputs}{graphs}{vaes}"
             f"{weights if self.sharded_weights else ''}{unsplit}"
         )

@@ -6,6 +6,7 @@ as LoRA replaces layers, its hooks move to the new module when the next forward 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ from ...recompute import install, keep_for_recomputation
 from ...tracing.errors import raise_error
 from ..comm import one_thread, rank_progress, shared_groups
 from ..comm.symmetric_gather import SymmetricGather
-from ..comm.transport import choose_transport
+from ..comm.transport import Transport, choose_transport
 from ..compile.own_forward import OwnForwards
 from ..mesh import ContextParallelMesh
 from ..sequences.active import keep_active
@@ -104,8 +105,8 @@ class _Applied(NamedTuple):
     ends: tuple[RemovableHandle, RemovableHandle]
     """The hooks at the start and the end of a forward of the model."""
     entries: list[_Entry]
-    gather: SymmetricGather | None
-    """Owner of the transport's memory. None if collectives are the transport."""
+    transports: dict[ContextParallelMesh, tuple[Transport, SymmetricGather | None]]
+    """For each mesh, how keys and values travel, with the owner of that memory; None if collectives send them."""
     dynamic: DynamicSizes
     attention: KnownAttention
     forwards: OwnForwards
@@ -158,6 +159,7 @@ def apply_context_parallel(
         parts = [each for each in module.modules() if each is not module]
         entries += [_Entry("", None, [each], tracker, names, within.hooks_of) for each in parts]
     tracker.transport, gather = choose_transport(mesh.ring, mesh.device_type)
+    transports = {mesh: (tracker.transport, gather)}
     install()
     dynamic = DynamicSizes(module, tracker)
     one_thread.register(_names(tracker), module)
@@ -170,7 +172,7 @@ def apply_context_parallel(
         copies.leave_hooks_out(each)
         forwards.give(each)
     end = module.register_forward_hook(_End(tracker), always_call=True)  # after the plan's own hooks on the model
-    _applied[module] = _Applied(tracker, (begin, end), entries, gather, dynamic, KnownAttention(module), forwards)
+    _applied[module] = _Applied(tracker, (begin, end), entries, transports, dynamic, KnownAttention(module), forwards)
     diffusers_hooks.watch(module, plan, tracker)
     return tracker
 
@@ -215,7 +217,28 @@ def names_of_groups(module: nn.Module) -> list[str]:
 
 def applied_gather(module: nn.Module) -> SymmetricGather | None:
     """The symmetric gather of this module's keys and values; None if collectives send them."""
-    return _applied[module].gather if module in _applied else None
+    return _applied[module].transports[_applied[module].tracker.mesh][1] if module in _applied else None
+
+
+def add_mesh(module: nn.Module, mesh: ContextParallelMesh) -> None:
+    """Prepares a split module for forwards over another mesh, see `using_mesh`. All ranks of `mesh` must call this."""
+    applied = _applied[module]
+    if mesh not in applied.transports:
+        applied.transports[mesh] = choose_transport(mesh.ring, mesh.device_type)
+        one_thread.register(_names_of(mesh), module)
+
+
+@contextlib.contextmanager
+def using_mesh(module: nn.Module, mesh: ContextParallelMesh) -> Iterator[None]:
+    """Splits forwards of `module` over the ranks of `mesh`, to which `add_mesh` was applied. A mesh of one rank splits
+    nothing."""
+    tracker, transports = _applied[module].tracker, _applied[module].transports
+    before = tracker.mesh
+    tracker.mesh, tracker.transport = mesh, transports[mesh][0]
+    try:
+        yield
+    finally:
+        tracker.mesh, tracker.transport = before, transports[before][0]
 
 
 keep_for_recomputation(keep_active)
@@ -223,7 +246,11 @@ keep_for_recomputation(keep_active)
 
 def _names(tracker: SequenceTracker) -> list[str]:
     """Names of the groups of ranks that share a model's sequences."""
-    return [group.name for group in (tracker.mesh.ring, tracker.mesh.ulysses) if group.size > 1]
+    return _names_of(tracker.mesh)
+
+
+def _names_of(mesh: ContextParallelMesh) -> list[str]:
+    return [group.name for group in (mesh.ring, mesh.ulysses) if group.size > 1]
 
 
 class _Begin:
@@ -231,13 +258,13 @@ class _Begin:
 
     def __init__(self, tracker: SequenceTracker) -> None:
         self.tracker = tracker
-        self.groups = _names(tracker)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():
-            one_thread.take(self.groups, module)
+            groups = _names(self.tracker)
+            one_thread.take(groups, module)
             if self.tracker.mesh.device_type == "cuda":
-                shared_groups.keep_if_captured(self.groups)
+                shared_groups.keep_if_captured(groups)
         self.tracker.start(None if torch.compiler.is_compiling() else sys._getframe(1))
         if not torch.compiler.is_compiling() and module in _applied:
             applied = _applied[module]
@@ -257,7 +284,6 @@ class _End:
 
     def __init__(self, tracker: SequenceTracker) -> None:
         self.tracker = tracker
-        self.groups = _names(tracker)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tracker = self.tracker
@@ -269,7 +295,7 @@ class _End:
             if error is None:
                 rank_progress.note_end()
             else:
-                rank_progress.note_failure(error, self.groups)
+                rank_progress.note_failure(error, _names(tracker))
         # Without an output, the forward has failed.
         if output is not None and tracker.is_split and not tracker.reached and tracker.strict:
             raise_error(attention_elsewhere, module)

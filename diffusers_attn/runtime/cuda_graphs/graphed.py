@@ -45,6 +45,10 @@ Agree = Callable[[str | None], Sequence[str | None]]
 all."""
 
 
+Kind = tuple[Any, ...]
+"""A kind of call: the mesh over which it is split, and all else that a recording depends on. Hashable."""
+
+
 class NotRecorded(NamedTuple):
     """A kind of call that runs as usual, under "auto"."""
 
@@ -68,7 +72,7 @@ class Graphs:
         """Whether they end with context parallelism."""
         self.pool: Pool | None = None
         self.snapshot: Snapshot | None = None
-        self.recordings: OrderedDict[object, Recording | NotRecorded | None] = OrderedDict()
+        self.recordings: OrderedDict[Kind, Recording | NotRecorded | None] = OrderedDict()
         """By kind of call, most recently used last; None for a kind that has run only once."""
         self.replays = 0
         """Number of calls that were replays."""
@@ -106,9 +110,10 @@ class Graphs:
         self.recordings.clear()
         self.snapshot = None
 
-    def make_room(self, model: str) -> None:
-        while len(self.recordings) > self.max_graphs:
-            self.recordings.popitem(last=False)
+    def make_room(self, model: str, mesh: object) -> None:
+        """Drops graphs of calls over `mesh` that are too many, the least recently used first. All of its ranks do."""
+        while len(kinds := [kind for kind in self.recordings if kind[0] == mesh]) > self.max_graphs:
+            del self.recordings[kinds[0]]
             logger.log(
                 logging.INFO if self.is_automatic else logging.WARNING,
                 "%s was called in more than %d ways (shapes, or arguments that are no tensors), and the CUDA graph of "
@@ -166,7 +171,10 @@ class GraphedForward:
         choice, _, *rest = surroundings()
         replaced = "" if vars(model).get("forward") is self else " through a replaced forward"
         mode = " under a TorchDispatchMode" if obstacles.is_watched() else ""
-        kinds = f"{graphs.recorded} of {len(graphs.recordings)} kinds of calls"
+        # Groups of ranks that divide a step's guidance record calls of their own, over another mesh.
+        tracker = applied_tracker(model)
+        shared = [each for kind, each in graphs.recordings.items() if kind[0] == (tracker and tracker.mesh)]
+        kinds = f"{sum(isinstance(each, Recording) for each in shared)} of {len(shared)} kinds of calls"
         return f"{kinds}; now called{replaced}{mode} in {choice!r}, {rest}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
@@ -198,10 +206,10 @@ class _Call(NamedTuple):
     def run(self) -> Any:
         return self.forward(*self.given.args, **self.given.kwargs)
 
-    def kind(self, constants: object, tracker: SequenceTracker | None) -> object:
+    def kind(self, constants: object, tracker: SequenceTracker | None) -> Kind:
         # Two lengths of a sequence can give a rank shards of one shape, and all ranks must record in the same call.
         lengths = () if tracker is None else tuple(sorted(tracker.lengths.items()))
-        return constants, lengths, surroundings()
+        return None if tracker is None else tracker.mesh, constants, lengths, surroundings()
 
     def record(self, tensors: list[Tensor], tracker: SequenceTracker | None) -> Recording:
         graphs = self.graphs
@@ -239,7 +247,7 @@ def _run_always(call: _Call) -> Any:
     if kind not in graphs.recordings:
         output = call.run()
         graphs.recordings[kind] = None
-        graphs.make_room(call.name)
+        graphs.make_room(call.name, kind[0])
         graphs.snapshot = Snapshot(model)  # after the forward, which may store something in the model
         return output
     graphs.recordings.move_to_end(kind)
@@ -287,16 +295,16 @@ def _described(call: _Call) -> tuple[object, list[Tensor], str | None]:
     return constants, tensors, obstacles.of_tensors(tensors, call.graphs.device)
 
 
-def _first_run(call: _Call, kind: object) -> Any:
+def _first_run(call: _Call, kind: Kind) -> Any:
     graphs = call.graphs
     output = call.run()
     graphs.recordings[kind] = None
-    graphs.make_room(call.name)
+    graphs.make_room(call.name, kind[0])
     graphs.snapshot = Snapshot(call.model)  # after the forward, which may store something in the model
     return output
 
 
-def _run_and_record(call: _Call, kind: object, tensors: list[Tensor], tracker: SequenceTracker | None) -> Any:
+def _run_and_record(call: _Call, kind: Kind, tensors: list[Tensor], tracker: SequenceTracker | None) -> Any:
     """The output of the forward. Records it on the way, if all ranks can and the replay gives the same bits."""
     graphs = call.graphs
     assert graphs.agree is not None

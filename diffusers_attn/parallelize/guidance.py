@@ -1,0 +1,206 @@
+"""Divides the guidance of a pipeline among groups of ranks, when context parallelism is enabled."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import nn
+
+from ..context_parallel.comm import rank_progress, shared_groups
+from ..context_parallel.mesh import ContextParallelMesh
+from ..cp_plans.advanced import CPCache, CPStore
+from ..cp_plans.plan import Plan, entries
+from ..errors import AttentionProviderError
+from ..guidance.batched import divides_batch
+from ..guidance.groups import Groups
+from ..guidance.guided_call import GuidedCall, install
+from ..guidance.inputs import StepInputs
+from .decide import decide_degrees
+from .degrees import Degrees, Topology, complete_degrees
+from .input_sync import InputSync, Links
+from .targets import Target
+
+
+class Guidance(NamedTuple):
+    """How guidance is divided."""
+
+    degree: int | None
+    """Number of groups of ranks; None: as many as divide the branches, or the samples of a batch."""
+    degrees: dict[int, Degrees]
+    """For each possible number of groups, how the ranks of one group split a sequence."""
+
+    def __str__(self) -> str:
+        number = "groups" if self.degree is None else f"{self.degree} groups"
+        within = {str(each): None for each in map(_in_words, self.degrees.values()) if each}
+        return f"branches of guidance and samples of a batch by {number} of ranks{', each with ' * bool(within)}" + (
+            " or ".join(within)
+        )
+
+
+def _in_words(degrees: Degrees) -> str:
+    if degrees.ulysses_degree == degrees.ring_degree == 1:
+        return ""
+    parts = [f"Ulysses over {degrees.ulysses_degree}"] if degrees.ulysses_degree > 1 else []
+    parts += [f"a ring of {degrees.ring_degree}"] if degrees.ring_degree > 1 else []
+    return " and ".join(parts)
+
+
+def check_degree(degree: object, ranks: int, has_mesh: bool) -> None:
+    """Checks a user's `guidance_degree`.
+
+    Raises:
+        AttentionProviderError: it is not accepted.
+    """
+    if degree is None:
+        return
+    if type(degree) is not int or degree < 1 or ranks % degree:
+        accepted = [number for number in range(1, ranks + 1) if ranks % number == 0]
+        raise AttentionProviderError(
+            f"guidance_degree={degree!r}: the number of groups of ranks must divide the {ranks} ranks; accepted are "
+            f"{', '.join(map(str, accepted))}, and None for as many as there are branches of guidance."
+        )
+    if degree > 1 and has_mesh:
+        raise AttentionProviderError(
+            f"guidance_degree={degree} divides all ranks of the job, and mesh=... names some. Leave out one of them."
+        )
+
+
+def choose_guidance(
+    degree: int | None,
+    by_itself: bool,
+    topology: Topology,
+    targets: Sequence[Target],
+    providers: Sequence[str],
+    ulysses_degree: int | None,
+    ring_degree: int | None,
+) -> Guidance | None:
+    """How to divide guidance; None: all ranks split the sequence of every call. All ranks must call this.
+
+    Args:
+        degree: number of groups that the user asked for.
+        by_itself: whether guidance is divided if the user named no number.
+        topology: all ranks.
+        targets: the models to split.
+        providers: names of the attention providers in use.
+        ulysses_degree, ring_degree: what the user asked for within a group, if `degree` is above 1.
+
+    Raises:
+        AttentionProviderError: the degrees do not fit the ranks of a group, or a model cannot divide its calls.
+    """
+    if degree == 1 or (degree is None and not by_itself):
+        return None
+    if degree is not None:
+        keeping = next((target.name for target in targets if keeps_keys(target.plan)), None)
+        if keeping is not None:
+            raise AttentionProviderError(
+                f"guidance_degree={degree}: {keeping} keeps keys from one call to the next, so every rank must make "
+                "all calls. Leave guidance_degree out."
+            )
+    counts = [degree] if degree is not None else [n for n in range(2, topology.ranks + 1) if topology.ranks % n == 0]
+    found: dict[int, Degrees] = {}
+    for count in counts:
+        ranks = topology.ranks // count
+        group = dataclasses.replace(topology, ranks=ranks, rotate_method=topology.rotate_method if ranks > 1 else None)
+        if ranks == 1:
+            _check_alone(count, ulysses_degree, ring_degree)
+            found[count] = Degrees(1, 1, None, "one rank")
+        elif ulysses_degree is None and ring_degree is None:
+            found[count] = decide_degrees(group, targets, providers)
+        else:
+            found[count] = complete_degrees(group, ulysses_degree, ring_degree)
+    return Guidance(degree, found)
+
+
+def _check_alone(count: int, ulysses_degree: int | None, ring_degree: int | None) -> None:
+    if (ulysses_degree or 1) * (ring_degree or 1) != 1:
+        raise AttentionProviderError(
+            f"guidance_degree={count} leaves one rank in each group, so that ulysses_degree={ulysses_degree} and "
+            f"ring_degree={ring_degree} have no ranks. Leave them out, or use more ranks."
+        )
+
+
+def keeps_keys(plan: Plan) -> bool:
+    """Whether a plan has words for keys that stay from one forward to the next."""
+    specs = [spec for _, spec in entries(plan)]
+    words = [word for spec in specs if isinstance(spec, Mapping) for word in spec.values()]
+    return any(isinstance(each, (CPCache, CPStore)) for each in (*specs, *words))
+
+
+def attach_guidance(
+    target: Target,
+    guidance: Guidance,
+    everyone: ContextParallelMesh,
+    hook: InputSync | None,
+    leases: list[shared_groups.Lease],
+    timeout: Any,
+    pipeline: Callable[[], Any],
+) -> None:
+    """Replaces the call of a split model.
+
+    Args:
+        target: the model.
+        guidance: how to divide its calls.
+        everyone: all ranks.
+        hook: keeps the model's inputs equal; None if they are trusted to be.
+        leases: receives the leases of groups that are made later.
+        timeout: how long exchanges wait.
+        pipeline: returns the pipeline of the model, or None.
+    """
+    model = target.model
+    if keeps_keys(target.plan):
+        return
+    reference: weakref.ref[nn.Module] = weakref.ref(model)
+    divide = functools.partial(_divide, guidance=guidance, everyone=everyone, timeout=timeout, leases=leases)
+    name, caches = target.name, () if hook is None else tuple(hook.caches)
+    mode = "trust" if hook is None else hook.mode
+
+    def within(groups: Groups) -> InputSync | None:
+        held = reference()
+        if groups.mesh.size == 1 or held is None:
+            return None
+        links = Links.of(groups.mesh, timeout)
+        leases.append(links.lease)
+        return InputSync(held, links, mode, caches, name)
+
+    call = GuidedCall(
+        model,
+        StepInputs(reference, hook, within),
+        everyone.size,
+        guidance.degree,
+        divide,
+        lambda: bool(getattr(pipeline(), "do_classifier_free_guidance", False)),
+        divides_batch(model),
+    )
+    install(model, call)
+
+
+def _divide(
+    count: int,
+    guidance: Guidance,
+    everyone: ContextParallelMesh,
+    timeout: Any,
+    leases: list[shared_groups.Lease],
+) -> Groups:
+    """Makes the groups of ranks. All ranks must call this."""
+    degrees = guidance.degrees[count]
+    size = everyone.size // count
+    mesh = ContextParallelMesh.from_degrees(
+        degrees.ring_degree,
+        degrees.ulysses_degree,
+        device_type=everyone.device_type,
+        rotate_method=degrees.rotate_method or "allgather",
+        convert_to_fp32=everyone.config.convert_to_fp32,
+        timeout=timeout,
+    )
+    if mesh.lease is not None:
+        leases.append(mesh.lease)
+    first = dist.get_rank() // size * size
+    names = [group.name for group in (mesh.ring, mesh.ulysses) if group.size > 1]
+    rank_progress.belongs_to(names, range(first, first + size))
+    mesh = dataclasses.replace(mesh, lease=None, device_type=everyone.device_type)
+    return Groups(count, mesh, everyone, tuple(range(dist.get_world_size())))

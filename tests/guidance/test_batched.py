@@ -1,0 +1,51 @@
+"""The models that are named as computing the samples of a batch separately do so."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from diffusers_attn.guidance.batch import part_of, samples_of
+from diffusers_attn.guidance.batched import BATCHED, divides_batch
+from tests.zoo import CASES, outputs
+
+# `cosmos` runs in float32 only. `cosmos_i2v`, of the same class, does not.
+NAMES = [name for name, case in CASES.items() if case.model_class in BATCHED and name != "cosmos"]
+
+
+def test_every_class_has_a_case():
+    assert {CASES[name].model_class for name in NAMES} == BATCHED
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_samples_are_computed_separately(name):
+    case = CASES[name]
+    model = case.build(dtype=torch.float64).double().eval()
+    assert divides_batch(model)
+    first = next(iter(inspect.signature(model.forward).parameters))
+    samples = samples_of(case.inputs(dtype=torch.float64)[first])
+    whole = outputs(model(**case.inputs(dtype=torch.float64)))
+    parts = [
+        outputs(model(**part_of(case.inputs(dtype=torch.float64), samples, sample, 1))) for sample in range(samples)
+    ]
+    if len(whole) == len(parts[0]):
+        joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    else:  # a list with an output for each sample
+        joined = [tensor for part in parts for tensor in part]
+    assert samples == 2 and len(joined) == len(whole)
+    for one, other in zip(joined, whole, strict=True):
+        assert (one - other).abs().max() < 1e-10 * other.abs().max()
+
+
+def test_what_belongs_to_a_sample():
+    batch, text, rotary = torch.zeros(2, 3), torch.zeros(2, 5, 4), torch.zeros(7, 4)
+    images = [torch.zeros(4, 1, 2, 3), torch.zeros(4, 1, 3, 2)]
+    blocks = [torch.zeros(2, 5), torch.zeros(2, 5)]  # of a ControlNet: each has all samples
+    given = {"text": text, "more": {"scale": 2.0, "batch": batch}, "rotary": (rotary, rotary), "images": images}
+    part = part_of(given | {"blocks": blocks, "sizes": [[(1, 2, 3)], [(1, 3, 2)]]}, 2, 1, 1)
+    assert part["text"].shape == (1, 5, 4) and part["more"]["batch"].shape == (1, 3) and part["more"]["scale"] == 2.0
+    assert part["rotary"][0] is rotary and part["images"] == [images[1]] and part["sizes"] == [[(1, 3, 2)]]
+    assert [each.shape for each in part["blocks"]] == [(1, 5), (1, 5)]

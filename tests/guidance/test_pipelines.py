@@ -1,0 +1,155 @@
+"""Guidance divided among groups of ranks: unmodified pipelines give the latents of one process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from diffusers_attn import AttentionProviderError, disable_context_parallel, enable_context_parallel
+from diffusers_attn.guidance.guided_call import guided_call
+
+from .families import FAMILIES, STEPS, build, draw
+
+RANKS = 4
+
+
+@functools.cache
+def alone(name, **options):
+    """The latents of one process, and its number of calls of the transformer."""
+    pipe, calls = build(name), []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    return draw(pipe, name, **options), len(calls)
+
+
+def error(one, other):
+    # Some pipelines have their latents in float32 in any case.
+    scale = 1 if other.dtype == torch.float64 else torch.finfo(torch.float32).eps / 1e-13
+    return ((one - other).abs().max() / other.abs().max()).item() / scale
+
+
+def computed(pipe, name, **options):
+    """The error of a call, and the number of calls of the transformer that this rank computes."""
+    call = guided_call(pipe.transformer)
+    before = call.computed
+    result = draw(pipe, name, **options)
+    return error(result, alone(name, **options)[0]), call.computed - before
+
+
+def family(meshes, name):
+    pipe = build(name)
+    report = enable_context_parallel(pipe, verbose=False)
+    answers = [computed(pipe, name) for _ in range(2)]
+    unguided = computed(pipe, name, scale=1)
+    disable_context_parallel(pipe)
+    rest = guided_call(pipe.transformer), error(draw(pipe, name), alone(name)[0])
+    return report.guidance, answers, unguided, rest, alone(name)[1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family(pool, name):
+    for guidance, answers, (off, calls), rest, all_calls in pool.run(RANKS, family, name=name):
+        assert guidance.startswith("branches of guidance and samples of a batch by groups of ranks")
+        assert all(found < 1e-10 for found, _ in answers) and off < 1e-10
+        # One call per branch: of the two of a step, a group computes one. In one batch, it computes a part of each.
+        assert answers[-1][1] == STEPS and all_calls in (STEPS, 2 * STEPS)
+        assert calls <= STEPS  # the first step may still be planned as a guided one
+        assert rest == (None, pytest.approx(0, abs=1e-10))
+
+
+def every_case(meshes):
+    """Errors of calls that are not as the one before."""
+    pipe = build("wan")
+    enable_context_parallel(pipe, verbose=False)
+    rank = torch.distributed.get_rank()
+    found = {}
+    computed(pipe, "wan")
+
+    # All ranks use the latents and prompts of the first, also for branches that it does not compute.
+    call = guided_call(pipe.transformer)
+    noise = draw(pipe, "wan", seed=rank)
+    found["noise of the first rank"] = error(noise, alone("wan", seed=0)[0]) if rank == 0 else 0
+    generator = torch.Generator().manual_seed(100 + rank)
+    negative = torch.randn(1, 13, 32, generator=generator, dtype=torch.float64)
+    first = torch.randn(1, 13, 32, generator=torch.Generator().manual_seed(100), dtype=torch.float64)
+    expected = draw(build("wan"), "wan", negative_prompt_embeds=first)
+    found["prompt of the first rank"] = error(draw(pipe, "wan", negative_prompt_embeds=negative), expected)
+
+    # Guidance that stops, and a callback that changes the latents.
+    def change(pipe, step, time, kept):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+        return {"latents": kept["latents"] * 1.5}
+
+    expected = draw(build("wan"), "wan", callback_on_step_end=change)
+    found["guidance that stops"] = error(draw(pipe, "wan", callback_on_step_end=change), expected)
+    found["and begins again"], number = computed(pipe, "wan")
+
+    # Other sizes, and two videos of one prompt: a batch of two in both branches.
+    found["another size"], _ = computed(pipe, "wan", height=112)
+    both, _ = alone("wan", num_videos_per_prompt=2)
+    found["a batch"] = error(draw(pipe, "wan", num_videos_per_prompt=2), both)
+    call, before = guided_call(pipe.transformer), guided_call(pipe.transformer).computed
+    draw(pipe, "wan", num_videos_per_prompt=2)
+    batch = call.computed - before
+
+    # Where a gradient is recorded, and in training, every rank makes every call.
+    given = {"hidden_states": torch.ones(1, 4, 2, 10, 6, dtype=torch.float64), "timestep": torch.ones(1),
+             "encoder_hidden_states": torch.ones(1, 13, 32, dtype=torch.float64)}  # fmt: skip
+    before = call.computed
+    pipe.transformer(**given).sample.sum().backward()
+    found["gradients"] = float(call.computed - before)
+    return found, number, batch
+
+
+def test_calls_of_other_kinds(pool):
+    for found, number, batch in pool.run(RANKS, every_case):
+        assert {name: value for name, value in found.items() if not value < 1e-10} == {}
+        assert number <= STEPS + 1
+        assert batch == 2 * STEPS  # each group computes one of two samples in both branches
+
+
+def choices(meshes):
+    lines, messages = {}, {}
+    pipe = build("wan")
+    for options in (
+        {"guidance_degree": 1},
+        {"guidance_degree": 2, "ulysses_degree": 2},
+        {"guidance_degree": 4},
+        {"guidance_degree": 2, "ring_degree": 2},
+        {"ulysses_degree": 2, "ring_degree": 2},
+    ):
+        report = enable_context_parallel(pipe, verbose=False, **options)
+        result = error(draw(pipe, "wan"), alone("wan")[0])
+        lines[str(options)] = report.guidance, result, guided_call(pipe.transformer) is not None
+        disable_context_parallel(pipe)
+    for options in ({"guidance_degree": 3}, {"guidance_degree": 4, "ring_degree": 2}, {"guidance_degree": 2.0}):
+        with pytest.raises(AttentionProviderError) as caught:
+            enable_context_parallel(pipe, verbose=False, **options)
+        messages[str(options)] = str(caught.value)
+    with pytest.raises(AttentionProviderError) as caught:
+        enable_context_parallel(pipe, verbose=False, guidance_degree=2, mesh=meshes.lines[4])
+    messages["mesh"] = str(caught.value)
+    model = enable_context_parallel(pipe.transformer, verbose=False).guidance
+    disable_context_parallel(pipe)
+    return lines, messages, model
+
+
+def test_degrees(pool):
+    for lines, messages, model in pool.run(RANKS, choices):
+        assert all(result < 1e-10 for _, result, _ in lines.values())
+        found = [(line, divided) for line, _, divided in lines.values()]
+        divided = "branches of guidance and samples of a batch by {} groups of ranks"
+        assert found == [
+            ("", False),
+            (divided.format(2) + ", each with Ulysses over 2", True),
+            (divided.format(4), True),
+            (divided.format(2) + ", each with a ring of 2", True),
+            ("", False),
+        ]
+        assert model == ""  # a model alone has no guidance
+        assert "must divide the 4 ranks; accepted are 1, 2, 4" in messages["{'guidance_degree': 3}"]
+        assert "leaves one rank in each group" in messages["{'guidance_degree': 4, 'ring_degree': 2}"]
+        assert "accepted are 1, 2, 4" in messages["{'guidance_degree': 2.0}"]
+        assert "mesh=... names some" in messages["mesh"]
