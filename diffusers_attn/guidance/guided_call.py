@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..context_parallel.comm import one_thread
 from ..context_parallel.hooks import diffusers_hooks
@@ -194,6 +195,7 @@ class GuidedCall:
         model, outputs = self._model(), plan.outputs
         assert model is not None and plan.groups is not None
         plan.outputs = []
+        self._keep_pace(model, plan.groups, outputs)
         _exchange(plan.groups, outputs)
         if not self._inputs.confirm():
             for each in outputs:
@@ -201,6 +203,17 @@ class GuidedCall:
                     again = self._whole(model, plan, each.number, *each.given)
                     for pending, value in zip(each.pending, tensors_in(again), strict=True):
                         pending.value = value
+
+    def _keep_pace(self, model: nn.Module, groups: Groups, outputs: list[_Output]) -> None:
+        """Where a step ended early, a group may have computed fewer calls. FSDP gathers weights from all ranks in every
+        forward, so then it computes a call again that another group waits in."""
+        calls = [sum(each.owner == group for each in outputs) for group in range(groups.count)]
+        missing = max(calls) - calls[groups.index]
+        if missing and any(isinstance(each, DTensor) for each in model.parameters()):
+            args, kwargs = outputs[0].given
+            for _ in range(missing):
+                with using_mesh(model, groups.mesh), self._inputs.as_given():
+                    nn.Module._call_impl(model, *args, **kwargs)
 
 
 class _Plan:

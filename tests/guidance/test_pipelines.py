@@ -110,6 +110,28 @@ def test_calls_of_other_kinds(pool):
         assert batch == 2 * STEPS  # each group computes one of two samples in both branches
 
 
+def sharded(meshes):
+    """Errors with weights of which each rank has a part: all ranks gather them in every forward of any of them."""
+
+    def change(pipe, step, time, kept):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    pipe, found = build("wan"), []
+    enable_context_parallel(pipe, verbose=False, shard_weights=True)
+    for options in ({}, {}, {"callback_on_step_end": change}, {}, {"num_videos_per_prompt": 2}):
+        expected = draw(build("wan"), "wan", **options)
+        found.append(error(draw(pipe, "wan", **options), expected))
+    disable_context_parallel(pipe)
+    return found
+
+
+def test_sharded_weights(pool):
+    for found in pool.run(RANKS, sharded):
+        assert max(found) < 1e-10
+
+
 def choices(meshes):
     lines, messages = {}, {}
     pipe = build("wan")
