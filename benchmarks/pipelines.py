@@ -145,6 +145,9 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="a model and a picture that run quickly on a CPU")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps of a call (default: %(default)s)")
+    parser.add_argument(
+        "--warm_up_steps", type=int, help="denoising steps of the first calls of each variant (default: as --steps)"
+    )
     parser.add_argument("--rounds", type=int, default=4, help="turns of every variant (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", help="names of variants (default: all for this number of GPUs)")
     parser.add_argument("--commit", help="the commit that is measured, if this is no git repository")
@@ -158,15 +161,16 @@ def main() -> None:
     report = Report(args.output, ranks, args)
     pipe, call = PIPELINES[args.pipeline](ranks.device, args.tiny)
     call["num_inference_steps"] = args.steps
+    short = {**call, "num_inference_steps": args.warm_up_steps or args.steps}
     alone = Variant("diffusers-eager", pipe, ranks)
-    alone.seconds(call)  # the result to compare others with
+    alone.seconds(short)  # the result to compare others with
 
     ready: list[Variant] = []
     for name in args.variants or variants_of(ranks.size, args.pipeline != "flux"):
         variant = Variant(name, pipe, ranks)
         report.variants.append(variant)
         try:
-            ranks.attempt(lambda variant=variant: variant.prepare(call))  # type: ignore[misc]
+            ranks.attempt(lambda variant=variant: variant.prepare(short))  # type: ignore[misc]
         except VariantError as error:
             variant.result["error"] = str(error)
         else:
