@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 
+from diffusers_attn.nested import mapped
 from tests.zoo import CASES
 
 TEXT = 13
@@ -95,7 +96,7 @@ def draw(pipe: Any, name: str, *, seed: int = 0, scale: float = 4.0, steps: int 
     """The latents that a call of the pipeline returns."""
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(7)
-    prompt, negative = family.prompt(generator), family.prompt(generator)
+    prompt, negative = mapped([family.prompt(generator) for _ in range(2)], lambda each: each.to(pipe.device))
     arguments = prompt | {f"negative_{key}": value for key, value in negative.items()} | family.call
     key = "true_cfg_scale" if "true_cfg_scale" in arguments else "guidance_scale"
     if key == "guidance_scale" or scale == 1:
