@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from diffusers_attn import apply_compile, cuda_graphs_status, disable_context_parallel, enable_context_parallel
 from diffusers_attn.guidance.guided_call import guided_call
