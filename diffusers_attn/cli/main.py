@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import AttentionProviderError
 from . import exit_codes
+from .advise.command import advise
 from .bench.command import bench
 from .doctor.command import doctor
 from .models.command import models
@@ -69,7 +70,7 @@ def options(
     """Attention kernels for diffusers models: examines this machine, measures kernels and shows plans."""
 
 
-for each in (doctor, bench, models, verify):
+for each in (doctor, bench, models, verify, advise):
     app.command()(each)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,24 @@ from .typical_tokens import typical_tokens
 
 
 def workloads(
-    targets: Sequence[Target], providers: Iterable[str], capability: tuple[int, int] | None, hardware: Hardware
+    targets: Sequence[Target],
+    providers: Iterable[str],
+    capability: tuple[int, int] | None,
+    hardware: Hardware,
+    tokens_of: Callable[[Target, str], int] = lambda target, name: typical_tokens(type(target.model)),
 ) -> tuple[Workload, ...]:
     """The split attention of these models, one workload for each size.
 
     Args:
         providers: names of the attention providers in use; the slowest counts.
         capability: compute capability of the GPU; None on other devices.
+        tokens_of: number of tokens of an attention module, given its model and name. Default: the typical number.
     """
     found: collections.Counter[Workload] = collections.Counter()
     for target in targets:
-        tokens, itemsize = typical_tokens(type(target.model)), _itemsize(target.model)
+        itemsize = _itemsize(target.model)
         for name, module, heads, kv_heads in split_attention(target):
+            tokens = tokens_of(target, name)
             head_dim = _head_dim(module, heads)
             flops = attention_flops(providers, capability, head_dim, tokens, hardware)
             beside = _weights_beside(target.model, name, module)

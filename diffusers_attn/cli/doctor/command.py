@@ -83,7 +83,8 @@ def show(report: Any) -> None:
                 f"{gpu['memory_bytes'] / 2**30:.0f} GiB ({gpu['free_bytes'] / 2**30:.0f} free)"
             )
         if torch["connection"]:
-            say(f"The GPUs are connected by {torch['connection'].replace('nvlink', 'NVLink').replace('pcie', 'PCIe')}.")
+            links = torch["connection"].replace("nvlink", "NVLink").replace("pcie", "PCIe")
+            say(f"The GPUs are connected by {links}. `diffusers-attn advise MODEL` predicts strategies.")
     say("Packages: " + ", ".join(f"{name} {each.version}" for name, each in report.packages.items()))
     if report.providers:
         heading("Providers")
