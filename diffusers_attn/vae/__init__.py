@@ -4,8 +4,8 @@
 2. `row_split`: a tensor subclass with the shape of the full tensor, of which a rank holds some rows. `rows` describes
    which, `team` gathers over the ranks.
 3. What operations do to such tensors: `functions` has those of `torch.nn.functional`, `operators`, `views`, `matmul`
-   and `convolution` those of ATen. `halo`, `norms` and `attend` exchange with other ranks. An operation without a rule
-   is an error.
+   and `convolution` those of ATen. `halo` (for `windows`), `norms` and `attend` exchange with other ranks. An operation
+   without a rule is an error.
 
 Why a subclass with the full shape: a VAE computes with shapes (masks, sizes of reshapes, whether to use tiles). With
 the full shape, its code does on every rank what it does in one process, and each tensor carries the place of its rows.

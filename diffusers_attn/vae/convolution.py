@@ -1,20 +1,17 @@
-"""The rule of convolutions. Each shard computes the output rows whose middle it holds, after a halo of the rows that
-the kernel covers."""
+"""Rules of convolutions and pools."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .halo import padded
-from .operators import rule
+from .operators import argument, rule
 from .row_split import RowSplit
-from .rows import Rows
 from .unsplittable import unsplittable
+from .windows import slide
 
 aten = torch.ops.aten
 
@@ -35,48 +32,36 @@ def _convolution(
     if not isinstance(split, RowSplit) or isinstance(weight, RowSplit):
         raise unsplittable("a convolution with split weights")
 
-    def convolve(local: Tensor, padding: Sequence[int]) -> Tensor:
+    def convolve(local: Tensor, padding: Sequence[int] = padding) -> Tensor:
         return func(local, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
-    if split.rows.dim == 0:  # rows in the batch, as in a convolution over time
-        return split.like(convolve(split.local, padding))
     place = split.rows.dim - 2
-    if place < 0 or split.rows.outer != 1:
-        raise unsplittable(f"a convolution of a tensor that is split in dimension {split.rows.dim}")
-    step, pad = stride[place], padding[place]
+    if place == -2:  # rows in the batch, as in a convolution over time
+        return split.like(convolve(split.local))
+    if place == -1:
+        raise unsplittable("a convolution of split channels")
     size = (weight.shape[split.rows.dim] - 1) * dilation[place] + 1
     if transposed:
-        if size != step or pad or output_padding[place]:
-            raise unsplittable(f"a transposed convolution with kernel {size}, stride {step} and padding {pad}")
+        if size != stride[place] or padding[place] or output_padding[place] or split.rows.outer != 1:
+            raise unsplittable(f"a transposed convolution with kernel {size} and stride {stride[place]}")
         split = split.without_halo()
-        return split.like(convolve(split.local, padding), bounds=split.rows.scaled(step).bounds)
-    bounds = _same_places(split.rows, size, step) if pad == 0 else None
-    if bounds is not None:
-        return split.like(convolve(split.local, padding), bounds=bounds, halo=(0, 0))
-    split = split.without_halo()
-    rows, shard = split.rows, split.team.shard
-    total = (rows.total + 2 * pad - size) // step + 1
-    middle = (size - 1) // 2 - pad
-    cut = (-(-(bound - middle) // step) for bound in rows.bounds[1:-1])
-    bounds = (0, *(min(max(row, 0), total) for row in cut), total)
-    if any(start >= end for start, end in itertools.pairwise(bounds)):
-        raise unsplittable(f"a convolution to {total} rows leaves no row for one of {rows.shards} ranks")
-    # The first row that a shard's kernels cover, and the row after the last one.
-    first = [row * step - pad for row in bounds[:-1]]
-    end = [(row - 1) * step - pad + size for row in bounds[1:]]
-    above = max(0, *(bound - row for bound, row in zip(rows.bounds, first)))
-    below = max(0, *(row - bound for bound, row in zip(rows.bounds[1:], end)))
-    beside = [0] * 2 * (split.ndim - 1 - rows.dim)
-    local = padded(split, [*beside, above, below]).local if above or below else split.local
-    local = local.narrow(rows.dim, first[shard] - rows.bounds[shard] + above, end[shard] - first[shard])
-    padding = [0 if index == place else each for index, each in enumerate(padding)]
-    return split.like(convolve(local, padding), bounds=bounds)
+        return split.like(convolve(split.local), bounds=split.rows.scaled(size).bounds)
+    beside = [0 if index == place else each for index, each in enumerate(padding)]
+    return slide(split, size, stride[place], padding[place], lambda local: convolve(local, beside))
 
 
-def _same_places(rows: Rows, size: int, step: int) -> tuple[int, ...] | None:
-    """Bounds of the output if every shard's rows with their halo are just what its output rows need, else None."""
-    spare = sum(rows.halo) - size + step
-    inner = rows.bounds[1:-1]
-    if not 0 <= spare < step or any(bound % step for bound in inner):
-        return None
-    return (0, *(bound // step for bound in inner), (rows.total + sum(rows.halo) - size) // step + 1)
+@rule(aten.avg_pool2d.default, aten.avg_pool3d.default)
+def _pool(func: Any, split: RowSplit, kernel: Sequence[int], *args: Any, **kwargs: Any) -> RowSplit:
+    place = split.rows.dim - (split.ndim - (3 if func is aten.avg_pool3d.default else 2))
+    if place < 0:  # rows in the batch, as in a pool over time
+        return split.like(func(split.local, kernel, *args, **kwargs))
+
+    def of_rows(values: Sequence[int]) -> int:
+        return values[place] if len(values) > 1 else values[0]
+
+    stride = argument(func, (split, kernel, *args), kwargs, "stride", []) or kernel
+    padding = argument(func, (split, kernel, *args), kwargs, "padding", [0])
+    ceil = argument(func, (split, kernel, *args), kwargs, "ceil_mode", False)
+    if of_rows(padding) or ceil:
+        raise unsplittable(f"{func} with padding {padding} and ceil_mode={ceil}")
+    return slide(split, of_rows(kernel), of_rows(stride), 0, lambda local: func(local, kernel, *args, **kwargs))

@@ -43,28 +43,38 @@ def aligned(func: Any, tensors: Sequence[Tensor]) -> tuple[RowSplit, list[Tensor
         AttentionProviderError: the operands are split differently.
     """
     splits = [each for each in tensors if isinstance(each, RowSplit)]
-    if len(splits) == len(tensors) and all(
-        each.rows == splits[0].rows and each.ndim == splits[0].ndim for each in splits
-    ):
-        return splits[0], [each.local for each in splits]
-    place = splits[0].rows.dim - splits[0].ndim
-    if any(splits[0].rows.halo) and not all(_broadcasts(each, place) for each in tensors if each is not splits[0]):
-        tensors = [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors]
-        splits = [each for each in tensors if isinstance(each, RowSplit)]
-    first = max(splits, key=lambda each: each.ndim)
-    locals_: list[Tensor] = []
-    for each in tensors:
-        if not isinstance(each, RowSplit):
-            locals_.append(part_of(each, place, first.rows, first.team))
-        elif each.rows._replace(dim=0) != first.rows._replace(dim=0) or each.rows.dim - each.ndim != place:
-            raise unsplittable(f"{func} combines tensors that are split differently, {first.rows} and {each.rows}")
-        else:
-            locals_.append(each.local)
-    return first, locals_
+    first = splits[0]
+    if len(splits) == len(tensors) and all(each.rows == first.rows and each.ndim == first.ndim for each in splits):
+        return first, [each.local for each in splits]
+    place = first.rows.dim - first.ndim
+    tensors = _same_halo(tensors, place)
+    first = max((each for each in tensors if isinstance(each, RowSplit)), key=lambda each: each.ndim)
+    return first, [_local(func, each, place, first) for each in tensors]
 
 
-def _broadcasts(tensor: Tensor, place: int) -> bool:
-    return not isinstance(tensor, RowSplit) and (tensor.ndim < -place or tensor.shape[place] == 1)
+def _same_halo(tensors: Sequence[Tensor], place: int) -> list[Tensor]:
+    """The operands without halos, if these differ or if a replicated operand has the rows.
+
+    Args:
+        place: the split dimension, counted from the end: negative.
+    """
+    halos = {each.rows.halo for each in tensors if isinstance(each, RowSplit)}
+    if halos == {(0, 0)}:
+        return list(tensors)
+    replicated = [each for each in tensors if not isinstance(each, RowSplit)]
+    if len(halos) == 1 and all(each.ndim < -place or each.shape[place] == 1 for each in replicated):
+        return list(tensors)
+    return [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors]
+
+
+def _local(func: Any, tensor: Tensor, place: int, first: RowSplit) -> Tensor:
+    """This rank's part of an operand, which must be split as `first` is, or replicated."""
+    if not isinstance(tensor, RowSplit):
+        return part_of(tensor, place, first.rows, first.team)
+    rows, wanted = tensor.rows, first.rows
+    if rows._replace(dim=0) != wanted._replace(dim=0) or rows.dim - tensor.ndim != place:
+        raise unsplittable(f"{func} combines tensors that are split differently, {rows} and {wanted}")
+    return tensor.local
 
 
 def part_of(tensor: Tensor, dim: int, rows: Rows, team: Team) -> Tensor:
@@ -144,7 +154,8 @@ def _place(func: Any, name: str) -> int | None:
     return next((index for index, each in enumerate(func._schema.arguments) if each.name == name), None)
 
 
-def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, default: Any) -> Any:
+def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, default: Any) -> Any:
+    """The argument of an operator with this name, given by place or by name."""
     index = _place(func, name)
     return kwargs.get(name, args[index] if index is not None and index < len(args) else default)
 
@@ -166,10 +177,10 @@ def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
 def _reduction(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Reduces dimensions, or normalises within one."""
     split = args[0].without_halo()
-    dims = _argument(func, args, kwargs, "dim", None)
+    dims = argument(func, args, kwargs, "dim", None)
     dims = range(split.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     dims = [dim % split.ndim for dim in dims]
-    keepdim = func in _KEEPING or _argument(func, args, kwargs, "keepdim", False)
+    keepdim = func in _KEEPING or argument(func, args, kwargs, "keepdim", False)
     local = func(split.local, *args[1:], **kwargs)
     if split.rows.dim not in dims:
         removed = 0 if keepdim else sum(dim < split.rows.dim for dim in dims)
@@ -214,18 +225,9 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> RowSplit:
     if dim == first.rows.dim:
         return _cat_rows(func, [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors])
     place = first.rows.dim - first.ndim
-    if any(first.rows.halo) and any(not isinstance(each, RowSplit) or each.rows != first.rows for each in tensors):
-        tensors = [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors]
-        first = next(each for each in tensors if isinstance(each, RowSplit))
-    local = []
-    for each in tensors:
-        if not isinstance(each, RowSplit):
-            local.append(part_of(each, place, first.rows, first.team))
-        elif each.rows != first.rows:
-            raise unsplittable(f"{func} combines tensors that are split differently, {first.rows} and {each.rows}")
-        else:
-            local.append(each.local)
-    return first.like(func(local, dim))
+    tensors = _same_halo(tensors, place)
+    first = next(each for each in tensors if isinstance(each, RowSplit))
+    return first.like(func([_local(func, each, place, first) for each in tensors], dim))
 
 
 def _cat_rows(func: Any, tensors: Sequence[Tensor]) -> RowSplit:
@@ -254,9 +256,9 @@ def _stack(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> RowSplit:
 
 @rule(aten.repeat.default)
 def _repeat(func: Any, split: RowSplit, repeats: Sequence[int]) -> RowSplit:
-    split = split.without_halo()
     dim = split.rows.dim + len(repeats) - split.ndim
     if repeats[dim] != 1:
+        split = split.without_halo()
         return split.like(func(split.local, repeats), dim=dim, outer=split.rows.outer * repeats[dim])
     return split.like(func(split.local, repeats), dim=dim)
 
@@ -274,26 +276,6 @@ def _pixel_unshuffle(func: Any, split: RowSplit, factor: int) -> RowSplit:
     if rows is None:
         raise unsplittable(f"{func} by {factor} of rows that are split at {split.rows.bounds}")
     return split.like(func(split.local, factor), bounds=rows.bounds)
-
-
-@rule(aten.avg_pool2d.default, aten.avg_pool3d.default)
-def _pool(func: Any, split: RowSplit, kernel: Sequence[int], *args: Any, **kwargs: Any) -> RowSplit:
-    pooled = 3 if func is aten.avg_pool3d.default else 2
-    place = split.rows.dim - (split.ndim - pooled)
-    if place < 0:  # rows in the batch, as in a pool over time
-        return split.like(func(split.local, kernel, *args, **kwargs))
-
-    def size(value: Sequence[int]) -> int:
-        return value[place] if len(value) > 1 else value[0]
-
-    split = split.without_halo()
-    factor = size(kernel)
-    stride = _argument(func, (split, kernel, *args), kwargs, "stride", [])
-    padding = _argument(func, (split, kernel, *args), kwargs, "padding", [0])
-    rows = split.rows.divided(factor) if split.rows.outer == 1 else None
-    if rows is None or size(padding) or size(stride or kernel) != factor:
-        raise unsplittable(f"{func} of rows that are split at {split.rows.bounds} with kernel {factor}")
-    return split.like(func(split.local, kernel, *args, **kwargs), bounds=rows.bounds)
 
 
 def _plain_rows(func: Any, split: RowSplit, dim: int) -> RowSplit:

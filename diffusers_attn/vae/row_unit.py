@@ -12,7 +12,7 @@ def row_unit(vae: nn.Module) -> int:
     """Rows per row of latents, from the attributes of diffusers' VAEs."""
     config = getattr(vae, "config", {})
     for ratio in (
-        getattr(vae, "spatial_compression_ratio", None),
+        vars(vae).get("spatial_compression_ratio"),
         config.get("spatial_compression_ratio"),
         config.get("scale_factor_spatial"),
     ):

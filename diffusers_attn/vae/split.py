@@ -23,11 +23,14 @@ SplitVae = bool | Literal["auto"]
 
 VIDEO_VAES = (
     "AutoencoderKLCogVideoX",
+    "AutoencoderKLCosmos",
     "AutoencoderKLHunyuanVideo",
     "AutoencoderKLHunyuanVideo15",
     "AutoencoderKLLTX2Video",
     "AutoencoderKLLTXVideo",
+    "AutoencoderKLMagvit",
     "AutoencoderKLMochi",
+    "AutoencoderKLTemporalDecoder",
     "AutoencoderKLWan",
 )
 """Classes that "auto" splits. They take seconds for a video, and tests hold them to the result of one process. An image

@@ -17,6 +17,8 @@ class Case(NamedTuple):
     make: Callable[[], Any]
     sample: tuple[int, ...]
     latents: tuple[int, ...]
+    options: dict[str, Any] = {}
+    """Arguments of `decode`."""
 
 
 def _kl(**options: Any) -> Any:
@@ -191,6 +193,49 @@ def _tiny() -> Any:
     )
 
 
+def _refiner() -> Any:
+    return diffusers.AutoencoderKLHunyuanImageRefiner(
+        latent_channels=4, block_out_channels=(8, 8, 16), layers_per_block=1, spatial_compression_ratio=4
+    )
+
+
+def _cosmos() -> Any:
+    return diffusers.AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 16),
+        decode_block_out_channels=(8, 8, 16),
+        num_layers=1,
+        attention_resolutions=(8,),
+        resolution=32,
+        patch_size=2,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        latents_mean=[0.0] * 64,
+        latents_std=[1.0] * 64,
+    )
+
+
+def _magvit() -> Any:
+    return diffusers.AutoencoderKLMagvit(
+        block_out_channels=[8, 8, 8],
+        down_block_types=["SpatialDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D"],
+        up_block_types=["SpatialUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D"],
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+
+
+def _temporal_decoder() -> Any:
+    return diffusers.AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 3, block_out_channels=(32, 32, 32), latent_channels=4
+    )
+
+
+def _kvae() -> Any:
+    return diffusers.AutoencoderKLKVAE(channels=32, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 1, 1))
+
+
 CASES = {
     "kl": Case(_kl, (2, 3, 28, 24), (2, 4, 7, 6)),
     "flux2": Case(_flux2, (1, 3, 20, 24), (1, 4, 5, 6)),
@@ -207,4 +252,9 @@ CASES = {
     "dc": Case(lambda: _dc("pixel_unshuffle", "pixel_shuffle"), (1, 3, 28, 24), (1, 4, 7, 6)),
     "dc-conv": Case(lambda: _dc("conv", "interpolate"), (1, 3, 28, 24), (1, 4, 7, 6)),
     "tiny": Case(_tiny, (1, 3, 28, 24), (1, 4, 7, 6)),
+    "refiner": Case(_refiner, (1, 3, 5, 28, 16), (1, 4, 2, 7, 4)),
+    "cosmos": Case(_cosmos, (1, 3, 9, 28, 16), (1, 4, 3, 7, 4)),
+    "magvit": Case(_magvit, (1, 3, 9, 28, 16), (1, 4, 3, 7, 4)),
+    "temporal-decoder": Case(_temporal_decoder, (4, 3, 28, 16), (4, 4, 7, 4), {"num_frames": 4}),
+    "kvae": Case(_kvae, (1, 3, 28, 16), (1, 4, 7, 4)),
 }

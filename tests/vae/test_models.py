@@ -47,9 +47,9 @@ def encoded(vae, sample):
     return out.latents if hasattr(out, "latents") else out.latent
 
 
-def both(vae, sample, latents):
+def both(vae, sample, latents, **options):
     with torch.no_grad(), Double() as counted:
-        return encoded(vae, sample), vae.decode(latents, return_dict=False)[0], counted.splits
+        return encoded(vae, sample), vae.decode(latents, return_dict=False, **options)[0], counted.splits
 
 
 def compare(meshes, name, size, change=None):
@@ -57,10 +57,10 @@ def compare(meshes, name, size, change=None):
     vae, sample, latents = build(CASES[name])
     if change is not None:
         change(vae)
-    *expected, splits = both(vae, sample, latents)
+    *expected, splits = both(vae, sample, latents, **CASES[name].options)
     assert splits == 0
     split_vae(vae, meshes.lines[size])
-    *found, splits = both(vae, sample, latents)
+    *found, splits = both(vae, sample, latents, **CASES[name].options)
     assert splits > 0
     unsplit_vae(vae)
     assert "forward" not in vars(vae.encoder) and "forward" not in vars(vae.decoder)

@@ -110,6 +110,7 @@ OPERATIONS = {
     "nearest to a size": lambda x: F.interpolate(x[:, :, None], size=(3, 24, 9)),
     "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
     "pool": lambda x: F.avg_pool2d(x[..., :6], (1, 2)),
+    "pool of padded rows": lambda x: F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2),
     "pool over time": lambda x: F.avg_pool1d(x.permute(0, 2, 3, 1).flatten(0, 2), 2),
     "attention": attention,
     "causal attention": lambda x: attention(x, is_causal=True),
@@ -126,6 +127,10 @@ OPERATIONS = {
     "parts": lambda x: (*x.chunk(2, 1), *x.unbind(1), *x.split([4, 3, 5], 2), x[:, 1:3, :, ::2]),
     "repeated": lambda x: (x.repeat(1, 2, 1, 1), x.repeat_interleave(2, dim=2), x.repeat_interleave(2, dim=1)),
     "squeezed": lambda x: x[:1, :1].squeeze().unsqueeze(0).expand(3, -1, -1),
+    "padding that is cut": lambda x: torch.cat(
+        [F.pad(x, (0, 0, 1, 1)), F.pad(x + 1, (0, 0, 1, 1))[:, :2], draw(2, 1, 14, 6)], 1
+    ),
+    "other padding": lambda x: F.pad(x, (0, 0, 1, 1)) + F.pad(x, (0, 0, 1, 1)).repeat(1, 1, 1, 1),
     "stacked": lambda x: torch.stack([x, x * 2], 2).flatten(1, 2),
     "cast": lambda x: x.float().double().to(memory_format=torch.channels_last).contiguous(),
 }
@@ -188,7 +193,7 @@ REFUSED = {
     "a tensor of shape (11, 6) meets": lambda x: x + torch.ones(11, 6),
     "not split": lambda x: torch.zeros(2, 4, 12, 6, dtype=torch.float64).copy_(x),
     "split differently": lambda x: x[:, :, :, :1] + x[:, :1].transpose(2, 3)[:, :, :1].transpose(1, 3)[:, :, :, :1],
-    "leaves no row": lambda x: F.conv2d(x, torch.ones(4, 4, 6, 6, dtype=torch.float64), stride=6),
+    "without a row": lambda x: F.conv2d(x, torch.ones(4, 4, 6, 6, dtype=torch.float64), stride=6),
     "aten.flip.default of rows": lambda x: x.flip(2),
     "aten.randn_like": lambda x: torch.randn_like(x),
 }
