@@ -18,9 +18,13 @@ from diffusers_attn import (
     disable_context_parallel,
     enable_context_parallel,
 )
+from diffusers_attn.context_parallel.comm.everyone import everyone
+from diffusers_attn.parallelize.weights.select import models_to_shard
+from diffusers_attn.parallelize.weights.shard import gather, shard
 
 from .. import tiny_pipelines
-from .test_enable import build, error, inputs, output, state, wan_pipeline
+from ..test_quickstart import MODEL
+from .test_enable import build, error, inputs, mean_over_ranks, output, state, wan_pipeline
 
 
 def local_share(model):
@@ -36,6 +40,13 @@ def latents(pipeline):
         return pipeline(
             "a cat", num_inference_steps=2, height=32, width=32, num_frames=5, output_type="latent", generator=generator
         ).frames
+
+
+def shard_alone(model, meshes):
+    """Shards the weights of a model that is not split."""
+    agree = functools.partial(everyone, groups=[meshes.lines[2].get_group()])
+    chosen = models_to_shard(model, True, "auto")
+    shard(model, chosen, "cpu", meshes.lines[2], datetime.timedelta(seconds=100), agree)
 
 
 def a_pipeline(meshes, options, size):
@@ -155,6 +166,130 @@ def test_adapters_from_before_and_after(pool):
         assert "is initialised from the model's weights" in message
 
 
+def lora_files(meshes):
+    """A pipeline's adapters from files: before and after, hot-swapped, scaled and unloaded. Gradients of an adapter."""
+    from diffusers import FluxPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    def pipeline():
+        made = FluxPipeline.from_pretrained(MODEL, local_files_only=True)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def config(*layers):
+        return LoraConfig(r=4, target_modules=list(layers), init_lora_weights=False)
+
+    def file(seed):
+        torch.manual_seed(seed)
+        source, found = pipeline(), {}
+        source.transformer.add_adapter(config("to_q", "proj_mlp", "x_embedder"))
+        source.text_encoder.add_adapter(config("q_proj", "out_proj"))
+        for name in ("transformer", "text_encoder"):
+            for path, weight in get_peft_model_state_dict(getattr(source, name)).items():
+                found[f"{name}.{path}"] = weight * 0.3
+        return found
+
+    def draw(pipeline, **options):
+        size = {"height": 64, "width": 64, "max_sequence_length": 32, "num_inference_steps": 2}
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a cat", **size, generator=generator, output_type="latent", **options).images
+
+    sharded, plain = pipeline(), pipeline()
+    both, answers = (sharded, plain), {}
+
+    def compare(name, **options):
+        answers[name] = error(draw(sharded, **options), draw(plain, **options))
+
+    for each in both:
+        each.load_lora_weights(file(1), adapter_name="before")
+    enable_context_parallel(sharded, shard_weights=True, mesh=meshes.lines[2], verbose=False)
+    compare("before")
+    for each in both:
+        each.load_lora_weights(file(2), adapter_name="after")
+        each.set_adapters(["before", "after"], [0.5, 2.0])
+    compare("after", joint_attention_kwargs={"scale": 0.7})
+    swapped = {name: weight for name, weight in file(3).items() if name.startswith("transformer.")}
+    for each in both:
+        each.load_lora_weights(swapped, adapter_name="before", hotswap=True)
+    compare("swapped")
+    for each in both:
+        each.unload_lora_weights()
+    compare("unloaded")
+    grads = []
+    given = flux_inputs(plain.transformer.config)
+    for each in both:
+        each.transformer.requires_grad_(False)
+        torch.manual_seed(4)
+        each.transformer.add_adapter(config("to_q", "to_k"))
+        each.transformer(**given)[0].square().mean().backward()
+        weights = [weight for name, weight in each.transformer.named_parameters() if "lora" in name]
+        grads.append(torch.cat([weight.grad.flatten() for weight in weights]))
+    answers["gradients"] = error(mean_over_ranks(grads[0], meshes.lines[2].get_group()), grads[1])
+    disable_context_parallel(sharded)
+    return answers
+
+
+def flux_inputs(config):
+    random = torch.Generator().manual_seed(3)
+    return {
+        "hidden_states": torch.randn(1, 16, config.in_channels, generator=random),
+        "encoder_hidden_states": torch.randn(1, 8, config.joint_attention_dim, generator=random),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=random),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+        "return_dict": False,
+    }
+
+
+def test_adapters_from_files_and_their_gradients(pool):
+    for answers in pool.run(2, lora_files):
+        assert len(answers) == 5 and max(answers.values()) < 1e-5, answers
+
+
+def text_encoders(meshes):
+    """Outputs of transformers' models, of parts that are called by themselves, and generated tokens: what differs."""
+    import transformers
+
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    llm = sizes | {"num_key_value_heads": 2}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    tied = transformers.Qwen3Config(**llm, head_dim=8, tie_word_embeddings=True)
+    qwen = transformers.Qwen2_5_VLConfig(text_config=llm | {"rope_scaling": rope}, vision_config=vision)
+    models = {
+        "CLIP": transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes, projection_dim=16)),
+        "tied": transformers.Qwen3ForCausalLM(tied),
+        "Qwen-Image": transformers.Qwen2_5_VLForConditionalGeneration(qwen),
+    }
+    ids = torch.arange(1, 8)[None]
+    answers = {}
+
+    @torch.no_grad()
+    def results(model):
+        found = [*model(input_ids=ids, output_hidden_states=True).hidden_states, model.get_input_embeddings()(ids)]
+        if hasattr(model, "lm_head"):
+            found.append(model.generate(ids, max_new_tokens=4, do_sample=False).float())
+        return found
+
+    for name, model in models.items():
+        expected = results(model.eval())
+        shard_alone(model, meshes)
+        share = local_share(model)
+        found = results(model)
+        gather([model])
+        answers[name] = share, max(error(one, other) for one, other in zip(found, expected))
+    return answers
+
+
+def test_text_encoders(pool):
+    for answers in pool.run(2, text_encoders):
+        for name, (share, wrong) in answers.items():
+            assert share == pytest.approx(0.5, rel=0.02) and wrong < 1e-5, name
+
+
 def compiled(meshes):
     """Blocks compiled before and after: what differs from one process, and the number of graphs."""
     from torch._dynamo.testing import CompileCounter
@@ -251,6 +386,7 @@ def refusals(meshes):
 
     attempt("name", enable(pipeline, shard_weights=("vae",)))
     attempt("kind", enable(pipeline, shard_weights="transformer"))
+    attempt("none", enable(pipeline, shard_weights=()))
     attempt("names of a model", enable(model, shard_weights=("transformer",)))
     attempt("graphs", enable(pipeline, cuda_graphs=True))
     attempt("other names", enable(pipeline, shard_weights=("transformer", "text_encoder")[: 1 + rank]))
@@ -265,7 +401,8 @@ def refusals(meshes):
     model = pipeline.transformer
     enable(pipeline)()
     attempt("to", lambda: pipeline.to(torch.float64))
-    attempt("offload", lambda: model.enable_group_offload(torch.device("meta")))
+    attempt("group offload", lambda: model.enable_group_offload(torch.device("meta")))
+    attempt("offload", lambda: pipeline.enable_model_cpu_offload(device="cpu"))
     attempt("save", lambda: model.save_pretrained("/nowhere"))
     attempt("copy", lambda: copy.deepcopy(model))
     attempt("fuse", lambda: model.fuse_lora())
@@ -280,12 +417,19 @@ def refusals(meshes):
     attempt("twice", enable(pipeline))
     assert cuda_graphs_status(model) is None
     disable_context_parallel(pipeline)
-    return messages, error(first, latents(pipeline))
+    last = latents(pipeline)
+    if rank == 1:
+        pipeline.vae.to = lambda *_: pipeline.vae.no_memory
+    attempt("one rank", enable(pipeline))
+    pipeline.vae.__dict__.pop("to", None)
+    attempt("sharded in part", enable(pipeline))
+    return messages, error(first, last)
 
 
 MESSAGES = {
-    "name": "'vae' can be sharded. Accepted are True, False, and names among 'text_encoder', 'transformer'",
+    "name": "'vae' cannot be sharded. Accepted are True, False, and names among 'text_encoder', 'transformer'",
     "kind": "accepted are True, False, and names of the pipeline's components",
+    "none": "shard_weights=(): there is nothing to shard",
     "names of a model": "names components of a pipeline, but a WanTransformer3DModel was given",
     "graphs": "cuda_graphs=True does not combine with shard_weights",
     "other names": "called enable_context_parallel with different choices",
@@ -293,11 +437,14 @@ MESSAGES = {
     "offloaded": "Accelerate's ModelHook on 'blocks.0' moves or casts them",
     "compiled whole": 'apply_compile(model, "regional")',
     "to": "cannot become float64 on cpu",
-    "offload": "enable_group_offload of this WanTransformer3DModel is not possible",
+    "group offload": "enable_group_offload of this WanTransformer3DModel is not possible",
+    "offload": "offloading of this UMT5EncoderModel is not possible",
     "save": "each rank would save its shard. Call disable_context_parallel on all ranks first",
     "copy": "copy or pickle of this WanTransformer3DModel is not possible",
     "fuse": "adapters cannot be merged into shards",
     "graphs later": "is on cpu; CUDA graphs need",
+    "one rank": "rank 1 could not shard its weights: AttributeError: 'AutoencoderKLWan' object has no attribute",
+    "sharded in part": "is a DTensor, and only plain tensors are sharded. Load the model again",
     "twice": "is split between ranks already",
 }
 
@@ -311,21 +458,15 @@ def test_refusals_name_what_to_do(pool):
 
 def sharded_zoo(meshes):
     """Every model of the zoo, sharded and not split: what differs from the plain model, and what is left of it."""
-    from diffusers_attn.context_parallel.comm.everyone import everyone
-    from diffusers_attn.parallelize.weights.select import models_to_shard
-    from diffusers_attn.parallelize.weights.shard import gather, shard
     from tests.zoo import CASES, outputs
 
-    group = meshes.lines[2].get_group()
     answers = {}
     for name, case in CASES.items():
         model = case.build().eval()
         with torch.no_grad():
             expected = outputs(model(**case.inputs()))
             before = state(model)
-            chosen = models_to_shard(model, True, "auto")
-            limit = datetime.timedelta(seconds=100)
-            shard(model, chosen, "cpu", meshes.lines[2], limit, functools.partial(everyone, groups=[group]))
+            shard_alone(model, meshes)
             share = local_share(model)
             try:
                 found = outputs(model(**case.inputs()))

@@ -1,11 +1,11 @@
 """Applies FSDP2 to a model, and takes it off again, which FSDP2 itself cannot.
 
 FSDP2 sets forward hooks on a unit, which gather its weights and free them. In a compiled block these hooks would be
-traced and break its graph. So `_call` runs them around the whole call of the module, outside of anything compiled.
+traced and break its graph. So `_call` runs them around the whole call of the module, outside of anything compiled. Its
+hooks on `state_dict` and `load_state_dict` are taken off too: they expect shards where adapters are loaded.
 
 Private names of PyTorch, which only this file uses: `_get_fsdp_state` of `FSDPModule`; of this state
-`_pre_forward_hook_handle`, `_post_forward_hook_handle`, `_pre_forward`, `_post_forward`, `_lazy_init`, `_state_ctx`,
-`_training_state`; and `_module_state_mapping`.
+`_pre_forward`, `_post_forward`, `_lazy_init`, `_state_ctx`, `_training_state`; and `_module_state_mapping`.
 """
 
 from __future__ import annotations
@@ -60,28 +60,30 @@ class Sharded:
         }
         """Whether each weight is trained. FSDP2 needs one dtype among trained weights of a unit, so shards are not."""
         attributes = {module: (type(module), set(vars(module))) for module in model.modules()}
+        adapters = adapter_weights(model)
         for unit in found:
             bring(each for module in unit.modules for each in module.modules())
-            weights = sharded_weights(unit, adapter_weights(model))
+            weights = sharded_weights(unit, adapters)
             for weight in weights:
                 weight.requires_grad_(False)
             chosen = {id(weight) for weight in weights}
             _shard(list(unit.modules), mesh, {each for each in unit.weights() if id(each) not in chosen})
         bring(model.modules())
         _shard([model], mesh, set(model.parameters()))
+        root: Any = model
+        root._get_fsdp_state()._lazy_init()  # else the first unit that is called by itself would become a root
         self.changed: list[_Before] = []
         for module, (cls, names) in attributes.items():
             for name in _FOR_DYNAMO:
                 vars(module).pop(name, None)
             self.changed.append(_Before(weakref.ref(module), cls, tuple(set(vars(module)) - names)))
+            _remove_hooks(module)
             if isinstance(module, FSDPModule):
-                _take_hooks(module, cls)
+                module.__class__ = class_for(type(module), cls, _call)  # type: ignore[assignment]
         by_path = {unit.path: unit.modules[0] for unit in found}
         for unit in found:
             if unit.next is not None:
                 by_path[unit.path].set_modules_to_forward_prefetch([by_path[unit.next]])  # type: ignore[operator]
-        root: Any = model
-        root._get_fsdp_state()._lazy_init()  # else the first unit that is called by itself would become a root
 
     def remove(self, model: nn.Module, home: torch.device) -> None:
         """Gathers every weight, one by one, and leaves a plain model on the device `home`. All ranks must call this."""
@@ -100,20 +102,12 @@ class Sharded:
             changed = reference()
             if changed is not None:
                 _clean(changed, cls, added)
-        model.to(home)
+        nn.Module.to(model, home)
 
 
 def _shard(modules: list[nn.Module], mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
     which: Any = modules if len(modules) > 1 else modules[0]
     fully_shard(which, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
-
-
-def _take_hooks(module: Any, cls: type[nn.Module]) -> None:
-    """Makes `_call` run the forward hooks of FSDP2, instead of the module itself."""
-    state = module._get_fsdp_state()
-    state._pre_forward_hook_handle.remove()
-    state._post_forward_hook_handle.remove()
-    module.__class__ = class_for(type(module), cls, _call)
 
 
 def _call(module: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,12 +141,15 @@ def _clean(module: nn.Module, cls: type[nn.Module], added: Iterable[str]) -> Non
     module.__class__ = cls
     for name in added:
         vars(module).pop(name, None)
+    _composable_state._module_state_mapping.pop(module, None)
+
+
+def _remove_hooks(module: nn.Module) -> None:
     hooks = [value for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict)]
     numbers = {number for each in hooks for number, hook in each.items() if _is_of_fsdp(hook)}
     for each in hooks:
         for number in numbers:
             each.pop(number, None)
-    _composable_state._module_state_mapping.pop(module, None)
 
 
 def _is_of_fsdp(hook: Any) -> bool:

@@ -60,10 +60,10 @@ def models_to_shard(pipeline_or_model: Any, shard_weights: ShardWeights, cuda_gr
         possible, others = _of_pipeline(pipeline_or_model)
     unknown = [name for name in names or () if name not in possible]
     if unknown or names == () or not possible:
+        problem = f"{', '.join(map(repr, unknown))} cannot be sharded" if unknown else "there is nothing to shard"
         raise AttentionProviderError(
-            f"shard_weights={names or shard_weights!r}: {', '.join(map(repr, unknown)) or 'nothing'} can be sharded. "
-            f"Accepted are True, False, and names among {', '.join(map(repr, possible)) or '(none)'}: components with "
-            "repeated blocks that are no autoencoders."
+            f"shard_weights={shard_weights!r}: {problem}. Accepted are True, False, and names among "
+            f"{', '.join(map(repr, possible)) or '(none)'}: components with repeated blocks that are no autoencoders."
         )
     if cuda_graphs is True:
         raise AttentionProviderError(
@@ -140,8 +140,8 @@ def _check(chosen: ToShard) -> None:
         if type(weight) not in (nn.Parameter, Tensor):
             raise AttentionProviderError(
                 f"the weights of {name} cannot be sharded: '{path}' is a {type(weight).__name__}, and only plain "
-                "tensors are sharded. Load the model without quantization and without FSDP, or leave it out of "
-                "shard_weights."
+                "tensors are sharded. Load the model again, without quantization and without FSDP, or leave it out "
+                "of shard_weights."
             )
     for path, module in model.named_modules():
         if hasattr(module, "_hf_hook"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import weakref
@@ -61,25 +62,35 @@ def shard(
     group = resolve(lease.names[0]) if lease.names else mesh.get_group(0)  # type: ignore[union-attr]
     # DTensor caches plans by mesh, with the mesh's group. By its name, this mesh differs from those of ended groups.
     weights_mesh = DeviceMesh.from_group(group, device, mesh_dim_names=(f"weights_{group.group_name}",))
-    for name, model, units in chosen:
-        home = next(model.parameters()).device
-        problem: Exception | None = None
-        bring: Any = loading.Mover(here)
-        if loading.is_on_meta(model):
-            home, bring = torch.device("cpu"), _receiver(model, name, pipeline_or_model, here, group, agree)
+    problem: Exception | None = None
+    with contextlib.ExitStack() as forget:
+        forget.callback(_forget, chosen)
+        for name, model, units in chosen:
+            home = next(model.parameters()).device
+            bring: Any = loading.Mover(here)
+            if loading.is_on_meta(model):
+                home, bring = torch.device("cpu"), _receiver(model, name, pipeline_or_model, here, group, agree)
+            try:
+                _applied[model] = _Applied(Sharded(model, units, weights_mesh, bring), home, lease.again())
+            except Exception as error:  # every type, since the others must not wait for this rank
+                problem = error
+            loading.check_all(problem, agree)
         try:
-            _applied[model] = _Applied(Sharded(model, units, weights_mesh, bring), home, lease.again())
-        except Exception as error:  # every type, since the others must not wait for this rank
+            for each in others(pipeline_or_model, chosen):
+                each.to(here)
+        except Exception as error:
             problem = error
         loading.check_all(problem, agree)
+        forget.pop_all()
     lease.close()
-    problem = None
-    try:
-        for each in others(pipeline_or_model, chosen):
-            each.to(here)
-    except Exception as error:
-        problem = error
-    loading.check_all(problem, agree)
+
+
+def _forget(chosen: Sequence[ToShard]) -> None:
+    """Leaves the models as they are after a failure. Ranks differ in what was done, so they cannot gather weights."""
+    for each in chosen:
+        applied = _applied.pop(each.model, None)
+        if applied is not None:
+            applied.lease.close()
 
 
 def gather(models: Iterable[nn.Module]) -> None:

@@ -37,6 +37,10 @@ ADAPTING = ("load_lora_adapter", "add_adapter", "load_adapter")
 """Methods of these models that add adapters. They need the shapes of full weights."""
 
 
+def _absent(self: object) -> NoReturn:
+    raise AttributeError("_old_forward")
+
+
 class ShardedModule:
     """Base class of sharded models and their units."""
 
@@ -58,6 +62,11 @@ class ShardedModule:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self.__reduce_ex__(0)
+
+    def _no_offloading(self: Any, value: object) -> NoReturn:
+        raise _refusal(self, "offloading", REFUSED["enable_group_offload"])
+
+    _old_forward = property(_absent, _no_offloading)  # Accelerate sets it when it offloads a model
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}

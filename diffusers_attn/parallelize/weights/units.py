@@ -7,6 +7,7 @@ pipelines and models call a layer without its parents: `text_encoder.get_input_e
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -38,11 +39,11 @@ def units(model: nn.Module) -> list[Unit]:
     """The units of `model`, in the order of its modules. No unit is part of another, and none shares a weight with a
     module outside of it."""
     total = sum(weight.numel() for weight in model.parameters())
+    adapters = adapter_weights(model)
+    rules = _Rules(frozenset(_block_classes(model)), _input_embeddings(model))
     found: list[Unit] = []
-    for unit, is_block in _without_shared_weights(
-        model, list(_candidates(model, "", frozenset(_block_classes(model))))
-    ):
-        numel = sum(weight.numel() for weight in sharded_weights(unit, adapter_weights(model)))
+    for unit, is_block in _without_shared_weights(model, list(_candidates(model, "", rules))):
+        numel = sum(weight.numel() for weight in sharded_weights(unit, adapters))
         if numel and (is_block or numel >= SMALLEST * total):
             found.append(unit)
     paths = {each.path for each in found}
@@ -61,13 +62,30 @@ class _Candidate(NamedTuple):
     next: str | None = None
 
 
+class _Rules(NamedTuple):
+    blocks: frozenset[str]
+    """Names of classes of blocks."""
+    embeddings: list[nn.Module]
+    """Embeddings of tokens, which pipelines call by themselves."""
+
+    def is_block(self, module: nn.Module, is_listed: bool) -> bool:
+        """Whether a module is a block: of a class of blocks, or in a list and small enough."""
+        if isinstance(module, _CONTAINERS) or not any(True for _ in module.children()):
+            return False
+        if is_listed:
+            return type(module).__name__ in self.blocks or not _has_blocks(module, self.blocks)
+        return type(module).__name__ in self.blocks and not any(
+            each is embedding for each in module.modules() for embedding in self.embeddings
+        )
+
+
 _CALLED_WHOLE = ("HunyuanDiTAttentionPool", "MultiheadAttention", "TransformerEncoderLayer")
 """Names of classes that use the weights of layers within them without calling these. They count as layers."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """Models call the modules in these, often without calling the container."""
 
 
-def _candidates(module: nn.Module, path: str, blocks: frozenset[str]) -> Iterator[_Candidate]:
+def _candidates(module: nn.Module, path: str, rules: _Rules) -> Iterator[_Candidate]:
     """Blocks, and layers outside of blocks."""
     children = list(module.named_children())
     if path and (not children or type(module).__name__ in _CALLED_WHOLE):
@@ -76,12 +94,11 @@ def _candidates(module: nn.Module, path: str, blocks: frozenset[str]) -> Iterato
     listed = isinstance(module, nn.ModuleList)
     for place, (name, child) in enumerate(children):
         inner = f"{path}.{name}" if path else name
-        is_block = type(child).__name__ in blocks or (listed and not _has_blocks(child, blocks))
-        if is_block and not isinstance(child, _CONTAINERS) and any(True for _ in child.children()):
+        if rules.is_block(child, listed):
             following = children[place + 1][0] if listed and place + 1 < len(children) else None
             yield _Candidate(inner, child, True, f"{path}.{following}" if following is not None else None)
         else:
-            yield from _candidates(child, inner, blocks)
+            yield from _candidates(child, inner, rules)
 
 
 def _without_shared_weights(model: nn.Module, candidates: list[_Candidate]) -> Iterator[tuple[Unit, bool]]:
@@ -103,7 +120,8 @@ def _without_shared_weights(model: nn.Module, candidates: list[_Candidate]) -> I
             yield Unit(path, (module,), following), is_block
         elif not is_block and all(owner in layers for owner in sharing):
             done |= sharing
-            yield Unit(path, (module, *(layers[owner].module for owner in sharing)), None), False
+            others = (each.module for key, each in layers.items() if key in sharing)  # in the same order on all ranks
+            yield Unit(path, (module, *others)), False
 
 
 def _block_classes(model: nn.Module) -> set[str]:
@@ -113,6 +131,14 @@ def _block_classes(model: nn.Module) -> set[str]:
         for name in ("_no_split_modules", "_repeated_blocks"):
             found.update(getattr(type(module), name, None) or ())
     return found
+
+
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for module in model.modules():
+        with contextlib.suppress(AttributeError, NotImplementedError):  # transformers: a model without one
+            found.append(module.get_input_embeddings())  # type: ignore[operator]
+    return [each for each in found if isinstance(each, nn.Embedding)]
 
 
 def _has_blocks(module: nn.Module, blocks: frozenset[str]) -> bool:
@@ -125,8 +151,8 @@ def _has_blocks(module: nn.Module, blocks: frozenset[str]) -> bool:
 
 
 def can_be_sharded(weight: Tensor) -> bool:
-    """Whether FSDP2 shards such a tensor: plain, contiguous, with at least one dimension and one element."""
-    return type(weight) in (nn.Parameter, Tensor) and weight.ndim > 0 and weight.numel() > 0 and weight.is_contiguous()
+    """Whether FSDP2 shards tensors of this layout: contiguous, with at least one dimension and one element."""
+    return weight.ndim > 0 and weight.numel() > 0 and weight.is_contiguous()
 
 
 def adapter_weights(model: nn.Module) -> dict[int, Tensor]:
