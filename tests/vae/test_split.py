@@ -17,6 +17,7 @@ from diffusers_attn import (
     split_vae,
     unsplit_vae,
 )
+from diffusers_attn.vae.team import Team
 
 from .cases import CASES
 from .test_models import build
@@ -44,6 +45,7 @@ def of_pipeline(meshes, **options):
     expected = draw(pipe)
     report = enable_context_parallel(pipe, verbose=False, **options)
     on = ["forward" in vars(half) for half in (pipe.vae.encoder, pipe.vae.decoder)]
+    assert not on[0] or Team(vars(pipe.vae.decoder)["forward"].axes, 1).size == 4
     found = draw(pipe)
     disable_context_parallel(pipe)
     off = ["forward" in vars(half) for half in (pipe.vae.encoder, pipe.vae.decoder)]
@@ -51,7 +53,9 @@ def of_pipeline(meshes, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"inputs": "check"}, {"inputs": "trust", "ulysses_degree": 2, "ring_degree": 2}]
+    "options",
+    [{}, {"inputs": "check"}, {"inputs": "trust", "ulysses_degree": 2, "ring_degree": 2}, {"guidance_degree": 2}],
+    ids=str,
 )
 def test_a_video_pipeline_splits_its_vae(pool, options):
     for vaes, report, on, off, error in pool.run(4, of_pipeline, **options):
