@@ -28,7 +28,7 @@ def _interpolate(
     antialias: bool = False,
 ) -> RowSplit:
     """Nearest neighbours, by a whole factor in the split dimension. Other dimensions may change by any factor."""
-    split = input.without_halo()
+    split = input.without_halo().populated("an interpolation")
     dims, place = split.ndim - 2, split.rows.dim - 2
     rows, shard = split.rows, split.team.shard
     if place < 0:

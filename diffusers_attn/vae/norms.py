@@ -25,7 +25,7 @@ def group_norm(
         raise unsplittable("a group norm over split channels")
     if input.rows.dim == 0:
         return input.like(F.group_norm(input.local, num_groups, weight, bias, eps))
-    split = input.without_halo()
+    split = input.without_halo().populated("a group norm")
     rows, team = split.rows, split.team
     local = split.local.contiguous()
     batch, channels = local.shape[:2]

@@ -181,6 +181,8 @@ def _reduction(func: Any, *args: Any, **kwargs: Any) -> Any:
     dims = range(split.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     dims = [dim % split.ndim for dim in dims]
     keepdim = func in _KEEPING or argument(func, args, kwargs, "keepdim", False)
+    if split.rows.dim in dims:
+        split.populated(f"{func}")
     local = func(split.local, *args[1:], **kwargs)
     if split.rows.dim not in dims:
         removed = 0 if keepdim else sum(dim < split.rows.dim for dim in dims)

@@ -64,6 +64,13 @@ class RowSplit(torch.Tensor):
         end = self.local.shape[rows.dim] - (below if shard < last else 0)
         return self.like(self.local.narrow(rows.dim, start, end - start), bounds=bounds, halo=(0, 0))
 
+    def populated(self, operation: str) -> RowSplit:
+        """The same tensor. Raises AttentionProviderError on all ranks if one of them has no rows, as a slice may leave
+        it, which `operation` does not support."""
+        if min(self.rows.counts()) == 0:
+            raise unsplittable(f"{operation} of rows that are split at {self.rows.bounds}, so that a rank has none")
+        return self
+
     def full(self) -> Tensor:
         """The full tensor, gathered from all ranks, which must all call this."""
         split = self.without_halo()

@@ -26,6 +26,7 @@ def slide(split: RowSplit, size: int, step: int, padding: int, compute: Callable
     """
     if split.rows.outer != 1:
         raise unsplittable(f"a window of {size} rows slides over a tensor that is split as {split.rows}")
+    split.populated("a convolution or pool")
     bounds = _same_places(split.rows, size, step) if padding == 0 else None
     if bounds is not None:
         return split.like(compute(split.local), bounds=bounds, halo=(0, 0))
@@ -50,8 +51,8 @@ def slide(split: RowSplit, size: int, step: int, padding: int, compute: Callable
 
 def _same_places(rows: Rows, size: int, step: int) -> tuple[int, ...] | None:
     """Bounds of the output if every shard's rows with their halo are just what its output rows need, else None."""
-    spare = sum(rows.halo) - size + step
-    inner = rows.bounds[1:-1]
+    spare, inner = sum(rows.halo) - size + step, rows.bounds[1:-1]
     if not 0 <= spare < step or any(bound % step for bound in inner):
         return None
-    return (0, *(bound // step for bound in inner), (rows.total + sum(rows.halo) - size) // step + 1)
+    total = (rows.total + sum(rows.halo) - size) // step + 1
+    return (0, *(bound // step for bound in inner), total) if inner[-1] // step < total else None

@@ -96,6 +96,21 @@ def low(meshes, height, size):
         return (vae.decode(latents).sample - expected).abs().max().item()
 
 
+@pytest.mark.parametrize("name", ["kl", "wan", "tiny"])
+def test_heights_that_are_no_multiple_of_a_row_of_latents(pool, name):
+    for error in pool.run(3, odd, name=name):
+        assert error <= 1e-10
+
+
+def odd(meshes, name):
+    vae, sample, _ = build(CASES[name])
+    sample = sample[..., :25, :]
+    with torch.no_grad():
+        expected = encoded(vae, sample)
+        split_vae(vae, meshes.lines[3])
+        return (encoded(vae, sample) - expected).abs().max().item()
+
+
 def tiles(vae):
     vae.enable_tiling()
     for name in ("tile_sample_min_height", "tile_sample_min_width"):

@@ -194,6 +194,9 @@ REFUSED = {
     "not split": lambda x: torch.zeros(2, 4, 12, 6, dtype=torch.float64).copy_(x),
     "split differently": lambda x: x[:, :, :, :1] + x[:, :1].transpose(2, 3)[:, :, :1].transpose(1, 3)[:, :, :, :1],
     "without a row": lambda x: F.conv2d(x, torch.ones(4, 4, 6, 6, dtype=torch.float64), stride=6),
+    "so that a rank has none": lambda x: F.conv2d(x[:, :, :5], draw(4, 4, 3, 3), padding=1),
+    "a group norm of rows": lambda x: F.group_norm(x[:, :, :5], 2),
+    "aten.amax.default of rows": lambda x: x[:, :, 9:].amax(2),
     "aten.flip.default of rows": lambda x: x.flip(2),
     "aten.randn_like": lambda x: torch.randn_like(x),
 }
