@@ -143,7 +143,8 @@ def test_speeds_follow_the_specification() -> None:
     h200, a100 = (gpus.GPUS[name].hardware(None, 1) for name in ("h200", "a100"))
     assert h200 == gpus.REFERENCE
     assert a100.matrix_flops / h200.matrix_flops == pytest.approx(312 / 989)
-    assert gpus.GPUS["rtx-4090"].hardware(None, 1).within == gpus.TYPICAL["pcie"].within
+    assert gpus.GPUS["l40s"].hardware(None, 1).within == gpus.TYPICAL["pcie"].within
+    assert gpus.GPUS["rtx-4090"].hardware(None, 1).within == gpus.TYPICAL["host memory"].within
     assert gpus.GPUS["h100"].hardware("host memory", 2).copies is None
     with pytest.raises(AttentionProviderError, match="has no NVLink"):
         gpus.GPUS["l40s"].hardware("nvlink", 1)

@@ -40,7 +40,8 @@ def advise(
     links: Annotated[
         str | None,
         typer.Option(
-            help="What connects the GPUs of a node: nvlink, pcie, or 'host memory'. Default: nvlink if they have it."
+            help="What connects the GPUs of a node: nvlink, pcie, or 'host memory'. Default: what usually connects "
+            "GPUs of this type."
         ),
     ] = None,
     height: Annotated[

@@ -26,22 +26,24 @@ class GPU(NamedTuple):
     """Bytes of its memory."""
     nvlink: float = 0.0
     """Bytes per second of NVLink in one direction; 0 without it."""
+    links: str = "nvlink"
+    """What usually connects GPUs of this type. The drivers of GeForce GPUs copy through the host's memory."""
 
     def hardware(self, links: str | None, hosts: int) -> Hardware:
         """Speeds for the cost model.
 
         Args:
-            links: "nvlink", "pcie" or "host memory"; None for what the GPU has.
+            links: "nvlink", "pcie" or "host memory"; None for what usually connects these.
             hosts: number of hosts that share a sequence.
 
         Raises:
             AttentionProviderError: the GPU has no NVLink.
         """
-        kind = links or ("nvlink" if self.nvlink else "pcie")
+        kind = links or self.links
         if kind not in LINKS:
             raise AttentionProviderError(f"--links {kind}: accepted are {', '.join(LINKS)}.")
         if kind == "nvlink" and not self.nvlink:
-            raise AttentionProviderError(f"{self.name} has no NVLink: --links pcie or --links 'host memory'.")
+            raise AttentionProviderError(f"{self.name} has no NVLink: give --links pcie or --links 'host memory'.")
         typical = TYPICAL[kind]
         within, copies = typical.within, typical.copies
         if kind == "nvlink":
@@ -64,8 +66,8 @@ GPUS = {
     "h100": GPU("NVIDIA H100 SXM", (9, 0), 989e12, 3.35e12, 132, 80e9, 450e9),
     "b200": GPU("NVIDIA B200", (10, 0), 2250e12, 8.0e12, 148, 180e9, 900e9),
     "a100": GPU("NVIDIA A100 SXM, 80 GB", (8, 0), 312e12, 2.04e12, 108, 80e9, 300e9),
-    "l40s": GPU("NVIDIA L40S", (8, 9), 362e12, 0.864e12, 142, 48e9),
-    "rtx-4090": GPU("NVIDIA GeForce RTX 4090", (8, 9), 165e12, 1.01e12, 128, 24e9),
-    "rtx-5090": GPU("NVIDIA GeForce RTX 5090", (12, 0), 210e12, 1.79e12, 170, 32e9),
+    "l40s": GPU("NVIDIA L40S", (8, 9), 362e12, 0.864e12, 142, 48e9, links="pcie"),
+    "rtx-4090": GPU("NVIDIA GeForce RTX 4090", (8, 9), 165e12, 1.01e12, 128, 24e9, links="host memory"),
+    "rtx-5090": GPU("NVIDIA GeForce RTX 5090", (12, 0), 210e12, 1.79e12, 170, 32e9, links="host memory"),
 }
 """By name, as on the command line."""
