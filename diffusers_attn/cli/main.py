@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from .advise.command import advise
 from .bench.command import bench
 from .doctor.command import doctor
 from .models.command import models
+from .run.command import run
 from .verify.command import verify
 
 
@@ -70,7 +72,7 @@ def options(
     """Attention kernels for diffusers models: examines this machine, measures kernels and shows plans."""
 
 
-for each in (doctor, bench, models, verify, advise):
+for each in (doctor, bench, models, verify, advise, run):
     app.command()(each)
 
 
@@ -79,4 +81,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows another, instead of an error
             stream.reconfigure(errors="replace")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about vision packages
     app()

@@ -70,6 +70,8 @@ def examine(timeout: float, run: bool = False, progress: Callable[[str], None] =
         torch, library, catalog = (asked[name].result() for name in ("pytorch", "library", "catalog"))
         if torch.value is None:
             found.append(_torch_problem(torch, packages, machine))
+            if "diffusers" not in packages:
+                found.append(Problem(ERROR, "diffusers is not installed.", "pip install diffusers"))
         else:
             if library.value is None:
                 found.append(_library_problem(library, packages))
