@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..context_parallel.comm import one_thread
+from ..context_parallel.comm import one_thread, rank_progress
 from ..context_parallel.comm.everyone import everyone
 from ..context_parallel.comm.group import Group
 from ..context_parallel.comm.process_groups import resolve
@@ -113,6 +113,7 @@ class SplitForward:
 
     def _same_on_all_ranks(self, sample: Tensor, team: Team) -> Tensor:
         """The image or latents, equal on all ranks. Hosts compare shapes while devices go on computing."""
+        rank_progress.note(f"the {self.name}")
         call = f"{self.name} of {tuple(sample.shape)}, {sample.dtype}"
         if self.compare is not None:
             call += f", values {self.compare(sample)}"

@@ -153,7 +153,7 @@ def find_vaes(components: Mapping[str, Any], choice: SplitVae) -> list[VaeTarget
     Raises:
         AttentionProviderError: `choice` is none of the accepted, or it is True and there is no VAE.
     """
-    if choice not in (True, False, "auto"):
+    if not isinstance(choice, bool) and choice != "auto":
         raise AttentionProviderError(f"split_vae={choice!r}: True, False and 'auto' are accepted.")
     if choice is False:
         return []

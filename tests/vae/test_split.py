@@ -83,6 +83,7 @@ def of_images(meshes):
     wrong = [
         error_of(lambda: enable_context_parallel(pipe.transformer, mesh=mesh, split_vae=True)),
         error_of(lambda: enable_context_parallel(pipe, mesh=mesh, split_vae="rows")),
+        error_of(lambda: enable_context_parallel(pipe, mesh=mesh, split_vae=1)),
         error_of(lambda: split_vae(pipe.transformer, mesh)),
     ]
     return left, asked, again, wrong
@@ -93,7 +94,8 @@ def test_an_image_vae_is_split_if_asked_for(pool):
         assert left == () and asked == ("vae (AutoencoderKL)",)
         assert "is split by rows already" in again
         assert "split_vae=True" in wrong[0] and "split_vae='rows'" in wrong[1]
-        assert "CogView4Transformer2DModel is no VAE" in wrong[2]
+        assert "split_vae=1: True, False and 'auto' are accepted" in wrong[2]
+        assert "CogView4Transformer2DModel is no VAE" in wrong[3]
 
 
 def with_gradients(meshes):
