@@ -208,6 +208,7 @@ def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
         rotate_method=args.rotate_method,
         provider=args.attn_provider,
         cuda_graphs={"auto": "auto", "on": True, "off": False}[args.cuda_graphs],
+        split_vae={"auto": "auto", "on": True, "off": False}[args.split_vae],
         verbose=False,
     )
     return str(report)
@@ -339,6 +340,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="replay steps as CUDA graphs: auto does so with several processes where possible, on always does and "
         "raises an error where it is not possible, off never does (default: %(default)s)",
+    )
+    shares.add_argument(
+        "--split_vae",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="share the decoding between the processes, by rows of the image: auto does so for videos "
+        "(default: %(default)s)",
     )
     shares.add_argument(
         "--device",

@@ -27,9 +27,9 @@ VIDEO = ["--num_frames", "9", "--frames", "--set", "max_sequence_length=21"]
 CALLS = {
     "wan": [*VIDEO, "--negative_prompt", "bad", "--ulysses_degree", "2"],
     "cogvideox": [*VIDEO, "--ring_degree", "2", "--rotate_method", "alltoall"],
-    "cogview4": ["--set", "max_sequence_length=33", "guidance_scale=3.0", "--ring_degree", "2"],
+    "cogview4": ["--set", "max_sequence_length=33", "guidance_scale=3.0", "--ring_degree", "2", "--split_vae", "on"],
 }
-SHARING = ("--ulysses_degree", "--ring_degree", "--rotate_method")
+SHARING = ("--ulysses_degree", "--ring_degree", "--rotate_method", "--split_vae")
 
 
 def launch(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -123,6 +123,8 @@ def test_two_processes_draw_what_one_draws(
 def test_it_says_what_was_done(shared: subprocess.CompletedProcess[str]) -> None:
     assert "WanTransformer3DModel) on 2 ranks, Ulysses over 2" in shared.stdout
     assert "CogVideoXTransformer3DModel) on 2 ranks, a ring (alltoall) of 2" in shared.stdout
+    for vae in ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLCogVideoX"):
+        assert f"images are split by rows in vae ({vae})" in shared.stdout
     assert shared.stdout.count("steps/s") == len(PIPELINES)  # rank 0 alone speaks
 
 

@@ -22,6 +22,7 @@ SplitVae = bool | Literal["auto"]
 """Whether a pipeline's VAEs are split. "auto": those of `VIDEO_VAES` are."""
 
 VIDEO_VAES = (
+    "AutoencoderKLAllegro",
     "AutoencoderKLCogVideoX",
     "AutoencoderKLCosmos",
     "AutoencoderKLHunyuanVideo",

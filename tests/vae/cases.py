@@ -236,6 +236,22 @@ def _kvae() -> Any:
     return diffusers.AutoencoderKLKVAE(channels=32, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 1, 1))
 
 
+def _allegro() -> Any:
+    """Works with tiles only."""
+    vae = diffusers.AutoencoderKLAllegro(
+        down_block_types=("AllegroDownBlock3D",) * 3,
+        up_block_types=("AllegroUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8),
+        temporal_downsample_blocks=(True, True, False),
+        temporal_upsample_blocks=(False, True, True),
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    vae.enable_tiling()
+    vae.kernel, vae.stride = (8, 28, 16), (4, 24, 12)
+    return vae
+
+
 CASES = {
     "kl": Case(_kl, (2, 3, 28, 24), (2, 4, 7, 6)),
     "flux2": Case(_flux2, (1, 3, 20, 24), (1, 4, 5, 6)),
@@ -257,4 +273,5 @@ CASES = {
     "magvit": Case(_magvit, (1, 3, 9, 28, 16), (1, 4, 3, 7, 4)),
     "temporal-decoder": Case(_temporal_decoder, (4, 3, 28, 16), (4, 4, 7, 4), {"num_frames": 4}),
     "kvae": Case(_kvae, (1, 3, 28, 16), (1, 4, 7, 4)),
+    "allegro": Case(_allegro, (1, 3, 8, 52, 16), (1, 4, 2, 13, 4)),
 }
