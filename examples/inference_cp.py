@@ -76,7 +76,8 @@ def join(device: str) -> PartialState:
 
 
 def load(args: argparse.Namespace, state: PartialState) -> Any:
-    """Loads the pipeline on this process's device. One process per machine downloads it."""
+    """Loads the pipeline on this process's device, or in CPU memory if its weights are to be sharded. One process per
+    machine downloads it."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         if not state.is_main_process or args.model == str(TINY):
@@ -88,7 +89,7 @@ def load(args: argparse.Namespace, state: PartialState) -> Any:
             dtype = {"vae": torch.float32, "default": dtype}
         pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype)
     pipe.set_progress_bar_config(disable=not state.is_main_process, ncols=80)
-    return pipe.to(state.device)
+    return pipe if args.shard_weights else pipe.to(state.device)
 
 
 def call_arguments(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -209,6 +210,7 @@ def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
         provider=args.attn_provider,
         cuda_graphs={"auto": "auto", "on": True, "off": False}[args.cuda_graphs],
         split_vae={"auto": "auto", "on": True, "off": False}[args.split_vae],
+        shard_weights=args.shard_weights,
         verbose=False,
     )
     return str(report)
@@ -349,6 +351,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     shares.add_argument(
+        "--shard_weights",
+        action="store_true",
+        help="each process holds its part of the weights of transformers and text encoders (default: off)",
+    )
+    shares.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -364,6 +371,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--steps must be at least 1: {args.steps}")
     if args.rotate_method and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         parser.error("--rotate_method is for several processes: start it with accelerate launch or torchrun")
+    if args.shard_weights and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        parser.error("--shard_weights is for several processes: start it with accelerate launch or torchrun")
+    if args.shard_weights and args.compare:
+        parser.error("--compare generates with all weights on one device as well: leave out --shard_weights")
     if args.cuda_graphs == "on" and (args.device == "cpu" or args.compile_scope == "full"):
         parser.error("--cuda_graphs on is for CUDA devices, and with --compile_scope none or regional")
     return args

@@ -27,7 +27,10 @@ VIDEO = ["--num_frames", "9", "--frames", "--set", "max_sequence_length=21"]
 CALLS = {
     "wan": [*VIDEO, "--negative_prompt", "bad", "--ulysses_degree", "2"],
     "cogvideox": [*VIDEO, "--ring_degree", "2", "--rotate_method", "alltoall"],
-    "cogview4": ["--set", "max_sequence_length=33", "guidance_scale=3.0", "--ring_degree", "2", "--split_vae", "on"],
+    "cogview4": [
+        *("--set", "max_sequence_length=33", "guidance_scale=3.0", "--ring_degree", "2"),
+        *("--split_vae", "on", "--shard_weights"),
+    ],
 }
 SHARING = ("--ulysses_degree", "--ring_degree", "--rotate_method", "--split_vae")
 
@@ -44,6 +47,7 @@ def arguments(name: str, folder: Path, output: str, alone: bool = False) -> list
     suffix = "" if "--frames" in CALLS[name] else ".png"
     call = list(CALLS[name])
     if alone:
+        call = [option for option in call if option != "--shard_weights"]
         for option in SHARING:
             if option in call:
                 del call[call.index(option) : call.index(option) + 2]
@@ -125,6 +129,7 @@ def test_it_says_what_was_done(shared: subprocess.CompletedProcess[str]) -> None
     assert "CogVideoXTransformer3DModel) on 2 ranks, a ring (alltoall) of 2" in shared.stdout
     for vae in ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLCogVideoX"):
         assert f"images are split by rows in vae ({vae})" in shared.stdout
+    assert "; weights of text_encoder, transformer in 1/2 per rank" in shared.stdout
     assert shared.stdout.count("steps/s") == len(PIPELINES)  # rank 0 alone speaks
 
 
@@ -192,6 +197,12 @@ def test_cuda_graphs_are_for_cuda_devices(script: ModuleType, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         script.main(["--device", "cpu", "--cuda_graphs", "on"])
     assert "--cuda_graphs on is for CUDA devices" in capsys.readouterr().err
+
+
+def test_sharded_weights_need_processes(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script.main(["--device", "cpu", "--shard_weights"])
+    assert "--shard_weights is for several processes" in capsys.readouterr().err
 
 
 def test_a_video_without_an_encoder_is_refused_before_it_is_drawn(

@@ -219,9 +219,11 @@ def lora_files(meshes):
     grads = []
     given = flux_inputs(plain.transformer.config)
     for each in both:
-        each.transformer.requires_grad_(False)
+        each.transformer.requires_grad_(False).train()
         torch.manual_seed(4)
         each.transformer.add_adapter(config("to_q", "to_k"))
+        if each is sharded:
+            each.transformer.enable_gradient_checkpointing()
         each.transformer(**given)[0].square().mean().backward()
         weights = [weight for name, weight in each.transformer.named_parameters() if "lora" in name]
         grads.append(torch.cat([weight.grad.flatten() for weight in weights]))
@@ -405,6 +407,7 @@ def refusals(meshes):
     attempt("offload", lambda: pipeline.enable_model_cpu_offload(device="cpu"))
     attempt("save", lambda: model.save_pretrained("/nowhere"))
     attempt("copy", lambda: copy.deepcopy(model))
+    attempt("compiled whole later", lambda: apply_compile(model, "full", backend="eager"))
     attempt("fuse", lambda: model.fuse_lora())
     attempt("graphs later", lambda: apply_cuda_graphs(model))
     pipeline.to("cpu")
@@ -441,6 +444,7 @@ MESSAGES = {
     "offload": "offloading of this UMT5EncoderModel is not possible",
     "save": "each rank would save its shard. Call disable_context_parallel on all ranks first",
     "copy": "copy or pickle of this WanTransformer3DModel is not possible",
+    "compiled whole later": "compile of this WanTransformer3DModel is not possible",
     "fuse": "adapters cannot be merged into shards",
     "graphs later": "is on cpu; CUDA graphs need",
     "one rank": "rank 1 could not shard its weights: AttributeError: 'AutoencoderKLWan' object has no attribute",

@@ -79,7 +79,7 @@ class Sharded:
             self.changed.append(_Before(weakref.ref(module), cls, tuple(set(vars(module)) - names)))
             _remove_hooks(module)
             if isinstance(module, FSDPModule):
-                module.__class__ = class_for(type(module), cls, _call)  # type: ignore[assignment]
+                module.__class__ = class_for(type(module), cls, _call, module is model)  # type: ignore[assignment]
         by_path = {unit.path: unit.modules[0] for unit in found}
         for unit in found:
             if unit.next is not None:
@@ -114,11 +114,13 @@ def _call(module: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs:
     """Runs a module with its weights gathered. The module receives its own arguments: FSDP2 would move them to the
     device, and copy the lists and dicts that a model may write into."""
     state = module._get_fsdp_state()
+    in_backward = state._training_state.name == "PRE_BACKWARD"  # a recomputation, which checkpoints end by an exception
     state._pre_forward(module, (), {})
     try:
         output = plain(module, *args, **kwargs)
     except BaseException as error:
-        _end_failed(module, state)
+        if not in_backward:
+            _end_failed(module, state)
         if isinstance(error, RuntimeError) and "mixed torch.Tensor and DTensor" in str(error):
             raise AttentionProviderError(
                 f"{type(module).__name__} uses weights of a layer or block within it without calling that module, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -109,9 +110,10 @@ def device_to_use(pipeline_or_model: Any, mesh: DeviceMesh | None, shard_weights
     if mesh is not None and isinstance(mesh, DeviceMesh):
         return mesh.device_type
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or (
-        dist.is_initialized() and f"{accelerator.type}:" not in dist.get_backend_config(dist.group.WORLD)
-    ):
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return "cpu"
+    backends = dist.get_backend_config(dist.group.WORLD) if dist.is_initialized() else f"{accelerator.type}:"
+    if f"{accelerator.type}:" not in backends or f"{accelerator.type}:gloo" in backends:  # gloo: a job on CPUs
         return "cpu"
     return accelerator.type
 

@@ -33,6 +33,8 @@ REFUSED = {
 """Methods of diffusers' and transformers' models that are errors while weights are sharded, with the reason."""
 
 
+OF_MODELS = {"compile": 'weights are gathered between its blocks. Compile these: apply_compile(model, "regional").'}
+"""The same for methods of a model that its blocks and layers keep."""
 ADAPTING = ("load_lora_adapter", "add_adapter", "load_adapter")
 """Methods of these models that add adapters. They need the shapes of full weights."""
 
@@ -72,17 +74,21 @@ class ShardedModule:
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def class_for(fsdp_class: type[nn.Module], original: type[nn.Module], call: Callable[..., Any]) -> type[nn.Module]:
+def class_for(
+    fsdp_class: type[nn.Module], original: type[nn.Module], call: Callable[..., Any], is_model: bool
+) -> type[nn.Module]:
     """The class of a sharded module.
 
     Args:
         fsdp_class: the class that FSDP2 gave to it, a subclass of `original`.
         original: its own class.
         call: runs the module: called with the module and a function that runs it as its own class would, and arguments.
+        is_model: whether it is the sharded model itself.
     """
     if fsdp_class not in _classes:
+        refused = REFUSED | (OF_MODELS if is_model else {})
         methods: dict[str, Any] = {
-            name: _refusing(name, reason) for name, reason in REFUSED.items() if hasattr(original, name)
+            name: _refusing(name, reason) for name, reason in refused.items() if hasattr(original, name)
         }
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
         methods |= {name: _with_full_shapes(getattr(original, name)) for name in ADAPTING if hasattr(original, name)}
