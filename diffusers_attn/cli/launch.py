@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 def launch(module: str, arguments: Sequence[str], processes: int) -> int:
@@ -23,9 +26,23 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> int:
     path = os.pathsep.join(each or os.getcwd() for each in sys.path)
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
     process = subprocess.Popen(command, env=environment, stdout=sys.__stderr__)
-    try:
+    with _signals_go_to(process):
         return process.wait()
-    except BaseException:
-        process.terminate()  # it ends the processes that it started
-        process.wait()
-        raise
+
+
+@contextlib.contextmanager
+def _signals_go_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leaves the end of this process to another one. A terminal sends Ctrl-C to both; SIGTERM is passed on."""
+    handlers: dict[int, Any] = {}
+    try:
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+        handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    except ValueError:
+        pass  # signals are handled in the main thread only
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if process.poll() is None:
+            process.terminate()

@@ -18,6 +18,7 @@ from .bench.command import bench
 from .doctor.command import doctor
 from .models.command import models
 from .run.command import run
+from .train.command import SETTINGS, train
 from .verify.command import verify
 
 
@@ -74,6 +75,7 @@ def options(
 
 for each in (doctor, bench, models, verify, advise, run):
     app.command()(each)
+app.command(context_settings=SETTINGS)(train)
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ def make_parser(
         config: dataclass of settings.
         groups: the first setting of each group, and the group's heading in --help.
         required: names of the settings that must be given.
-        settings: arguments of `argparse.ArgumentParser`.
+        settings: arguments of `argparse.ArgumentParser`, and `list_settings`: the option of the program that lists all
+            settings, for error messages; default "--help".
     """
     parser = _Parser(formatter_class=_Help, allow_abbrev=False, **settings)
     group: Any = parser
@@ -34,9 +35,14 @@ def make_parser(
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, list_settings: str = "--help", **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.list_settings = list_settings
+        """The option of the program that lists all settings."""
+
     def error(self, message: str) -> NoReturn:
         """Prints the message without the long usage, on one process of the job, and exits."""
-        print_once(f"{self.prog}: {message}\nAll settings: {self.prog} --help")
+        print_once(f"{self.prog}: {message}\nAll settings: {self.prog} {self.list_settings}")
         self.exit(2)
 
 

@@ -75,6 +75,7 @@ def test_advice_names_options_that_there_are():
     known |= {name.replace("--", "--no-") for name in known}
     others = {"--no-", "--multi_gpu", "--num_processes", "--fsdp_version", "--parallelism_config_cp_size"}
     others |= {"--use_parallelism_config"}  # of accelerate launch
+    others |= {"--settings"}  # of diffusers-attn train
     for path in (ROOT / "diffusers_attn" / "training").rglob("*.py"):
         found = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", path.read_text()))
         assert found <= known | others, (path.name, found - known - others)
