@@ -44,11 +44,13 @@ def aligned(func: Any, tensors: Sequence[Tensor]) -> tuple[RowSplit, list[Tensor
     """
     splits = [each for each in tensors if isinstance(each, RowSplit)]
     first = splits[0]
-    if len(splits) == len(tensors) and all(each.rows == first.rows and each.ndim == first.ndim for each in splits):
+    if len(splits) == len(tensors) and all(
+        each.rows == first.rows and each.local.ndim == first.local.ndim for each in splits
+    ):
         return first, [each.local for each in splits]
-    place = first.rows.dim - first.ndim
+    place = first.rows.dim - first.local.ndim
     tensors = _same_halo(tensors, place)
-    first = max((each for each in tensors if isinstance(each, RowSplit)), key=lambda each: each.ndim)
+    first = max((each for each in tensors if isinstance(each, RowSplit)), key=lambda each: each.local.ndim)
     return first, [_local(func, each, place, first) for each in tensors]
 
 
@@ -72,7 +74,7 @@ def _local(func: Any, tensor: Tensor, place: int, first: RowSplit) -> Tensor:
     if not isinstance(tensor, RowSplit):
         return part_of(tensor, place, first.rows, first.team)
     rows, wanted = tensor.rows, first.rows
-    if rows._replace(dim=0) != wanted._replace(dim=0) or rows.dim - tensor.ndim != place:
+    if rows._replace(dim=0) != wanted._replace(dim=0) or rows.dim - tensor.local.ndim != place:
         raise unsplittable(f"{func} combines tensors that are split differently, {rows} and {wanted}")
     return tensor.local
 
@@ -99,7 +101,8 @@ def pointwise(func: Any, *args: Any, **kwargs: Any) -> RowSplit:
     """Computes every element from the elements at the same place."""
     split, given = _pointwise_arguments(func, args, kwargs)
     out = func(*given, **kwargs)
-    return split.like(out, dim=out.ndim + split.rows.dim - split.ndim)
+    shift = out.ndim - split.local.ndim
+    return split.like(out, dim=split.rows.dim + shift) if shift else split.like(out)
 
 
 def _pointwise_in_place(func: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -220,13 +223,14 @@ def _norm_of_last(func: Any, split: RowSplit, shape: Sequence[int], *args: Any, 
 
 
 @rule(aten.cat.default)
-def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> RowSplit:
+def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> RowSplit:
+    """Concatenates tensors; `func` does so with plain ones."""
     splits = [each for each in tensors if isinstance(each, RowSplit)]
     first = splits[0]
-    dim %= first.ndim
+    dim %= first.local.ndim
     if dim == first.rows.dim:
         return _cat_rows(func, [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors])
-    place = first.rows.dim - first.ndim
+    place = first.rows.dim - first.local.ndim
     tensors = _same_halo(tensors, place)
     first = next(each for each in tensors if isinstance(each, RowSplit))
     return first.like(func([_local(func, each, place, first) for each in tensors], dim))
@@ -253,7 +257,7 @@ def _cat_rows(func: Any, tensors: Sequence[Tensor]) -> RowSplit:
 @rule(aten.stack.default)
 def _stack(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> RowSplit:
     dim %= tensors[0].ndim + 1
-    return _cat(aten.cat.default, [each.unsqueeze(dim) for each in tensors], dim)
+    return cat(aten.cat.default, [each.unsqueeze(dim) for each in tensors], dim)
 
 
 @rule(aten.repeat.default)

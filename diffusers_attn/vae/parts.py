@@ -19,7 +19,7 @@ from ..context_parallel.comm.group import Group
 from ..context_parallel.comm.process_groups import resolve
 from ..errors import AttentionProviderError
 from ..nested import updated
-from . import attend, convolution, functions, matmul, norms, views  # noqa: F401  (register their rules)
+from . import attend, convolution, functions, matmul, norms, shortcuts, views  # noqa: F401  (register their rules)
 from .row_split import RowSplit
 from .rows import Rows, spread
 from .team import Team

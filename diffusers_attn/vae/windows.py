@@ -3,6 +3,7 @@ it holds, after a halo of the rows that their windows cover."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -26,11 +27,10 @@ def slide(split: RowSplit, size: int, step: int, padding: int, compute: Callable
     """
     if split.rows.outer != 1:
         raise unsplittable(f"a window of {size} rows slides over a tensor that is split as {split.rows}")
-    split.populated("a convolution or pool")
-    bounds = _same_places(split.rows, size, step) if padding == 0 else None
+    bounds = same_places(split.rows, size, step) if padding == 0 else None
     if bounds is not None:
         return split.like(compute(split.local), bounds=bounds, halo=(0, 0))
-    split = split.without_halo()
+    split = split.without_halo().populated("a convolution or pool")
     rows, shard = split.rows, split.team.shard
     total = (rows.total + 2 * padding - size) // step + 1
     middle = (size - 1) // 2 - padding
@@ -43,15 +43,18 @@ def slide(split: RowSplit, size: int, step: int, padding: int, compute: Callable
     end = [(row - 1) * step - padding + size for row in bounds[1:]]
     above = max(0, *(bound - row for bound, row in zip(rows.bounds, first)))
     below = max(0, *(row - bound for bound, row in zip(rows.bounds[1:], end)))
-    beside = [0] * 2 * (split.ndim - 1 - rows.dim)
+    beside = [0] * 2 * (split.local.ndim - 1 - rows.dim)
     local = padded(split, [*beside, above, below]).local if above or below else split.local
     local = local.narrow(rows.dim, first[shard] - rows.bounds[shard] + above, end[shard] - first[shard])
     return split.like(compute(local), bounds=bounds)
 
 
-def _same_places(rows: Rows, size: int, step: int) -> tuple[int, ...] | None:
+@functools.lru_cache(maxsize=4096)
+def same_places(rows: Rows, size: int, step: int) -> tuple[int, ...] | None:
     """Bounds of the output if every shard's rows with their halo are just what its output rows need, else None."""
     spare, inner = sum(rows.halo) - size + step, rows.bounds[1:-1]
+    if min(rows.counts()) == 0:
+        return None
     if not 0 <= spare < step or any(bound % step for bound in inner):
         return None
     total = (rows.total + sum(rows.halo) - size) // step + 1
