@@ -4,8 +4,9 @@ FSDP2 sets forward hooks on a unit, which gather its weights and free them. In a
 traced and break its graph. So `_call` runs them around the whole call of the module, outside of anything compiled. Its
 hooks on `state_dict` and `load_state_dict` are taken off too: they expect shards where adapters are loaded.
 
-Private names of PyTorch, which only this file uses: `_get_fsdp_state` of `FSDPModule`; of this state
-`_pre_forward`, `_post_forward`, `_lazy_init`, `_state_ctx`, `_training_state`; and `_module_state_mapping`.
+Private names of PyTorch, which only this file uses: `_get_fsdp_state` of `FSDPModule`; of this state `_pre_forward`,
+`_post_forward`, `_lazy_init`, `_state_ctx`, `_comm_ctx`, `_training_state` and `_fsdp_param_group`; and
+`_module_state_mapping`.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _call(module: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs:
     device, and copy the lists and dicts that a model may write into."""
     state = module._get_fsdp_state()
     in_backward = state._training_state.name == "PRE_BACKWARD"  # a recomputation, which checkpoints end by an exception
-    state._pre_forward(module, (), {})
+    state._pre_forward(module, _NO_ARGUMENTS, {})
     try:
         output = plain(module, *args, **kwargs)
     except BaseException as error:
@@ -127,7 +128,21 @@ def _call(module: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs:
                 "so that they were not gathered. Leave this model out of shard_weights."
             ) from error
         raise
-    return state._post_forward(module, (), output)
+    output = state._post_forward(module, _NO_ARGUMENTS, output)
+    if state._state_ctx.iter_forward_root is None and not torch.is_grad_enabled():
+        _forget_order(state)
+    return output
+
+
+_NO_ARGUMENTS = (None,)  # on GPUs, PyTorch 2.11 cannot move an empty tuple
+
+
+def _forget_order(state: Any) -> None:
+    """Drops the order of forwards, which FSDP2 keeps for a backward, so that it does not grow with every forward."""
+    state._comm_ctx.post_forward_order.clear()
+    for each in state._state_ctx.all_states:
+        if each._fsdp_param_group is not None:
+            each._fsdp_param_group._post_forward_indices.clear()
 
 
 def _end_failed(module: Any, state: Any) -> None:
