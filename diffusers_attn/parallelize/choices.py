@@ -25,6 +25,7 @@ from ..errors import AttentionProviderError
 from ..processors.binding import attention_modules_of
 from ..processors.bound import BoundProcessor
 from ..processors.dispatch import DispatchProcessor
+from ..providers import speeds_file
 from ..providers.catalog import SPECS, AttentionProvider, options_by_place
 from ..runtime.cuda_graphs.apply import CudaGraphs, check_mode
 from ..scope import ProviderChoice
@@ -148,6 +149,7 @@ def _components(pipeline_or_model: Any) -> dict[str, Any]:
 
 def _facts(targets: Sequence[Target], request: DispatchProcessor, check_weights: bool) -> dict[str, str]:
     facts = versions() | {"provider": repr(request.choice), "check_weights": repr(check_weights)}
+    facts["file of measured speeds"] = speeds_file.fingerprint()  # "auto" chooses by it
     for target in targets:
         found = described_plan(target.plan) | Adapters(target.model).describe(in_training=True)
         found |= described_model(target.model, check_weights)

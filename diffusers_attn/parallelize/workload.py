@@ -48,8 +48,7 @@ def attention_flops(
 ) -> float:
     """Floating-point operations per second of attention with all multiprocessors busy: as measured for the GPU (the
     table in `speeds.py`), otherwise estimated from the speed of matrix products."""
-    sizes = [size for chip, size in speeds.MEASURED if chip == capability and head_dim <= size]
-    table = speeds.MEASURED[capability, min(sizes)] if capability is not None and sizes else {}
+    _, table = speeds.measured(capability, head_dim)
     long = tokens >= speeds.LONG
     known = [_measured(name, table, long) for name in providers]
     if not known or None in known:

@@ -70,10 +70,10 @@ def candidates(call: CallProperties, lossy: tuple[str, ...] = ()) -> list[tuple[
     if call.device.type == "cuda":
         capability = torch.cuda.get_device_capability(call.device)
         where = "on sm_{}{}".format(*capability)
-        sizes = [size for chip, size in speeds.MEASURED if chip == capability and call.head_dim <= size]
-        if sizes and call.dtype in (torch.bfloat16, torch.float16):  # as measured
-            table = speeds.MEASURED[capability, min(sizes)]
-            where += f" with head_dim {min(sizes)} and {'long' if call.long else 'short'} sequences"
+        size, found = speeds.measured(capability, call.head_dim)
+        if found and call.dtype in (torch.bfloat16, torch.float16):  # as measured
+            table = found
+            where += f" with head_dim {size} and {'long' if call.long else 'short'} sequences"
     ranked = sorted(table, key=lambda name: -table[name][call.long])
     measured = [
         (name, f"the fastest that supports the call, {table[name][call.long]:.0f} TFLOP/s measured {where}")

@@ -2,17 +2,20 @@
 
 The figures are forward TFLOP/s (4 * batch * heads * Lq * Lk * head_dim over the time of one call) in bfloat16 without a
 mask, measured by `benchmarks/providers.py`; docs/providers.md lists the runs. `auto` needs only their order; the cost
-model of context parallelism (`parallelize/cost.py`) needs the figures.
+model of context parallelism (`parallelize/cost.py`) needs the figures. Speeds measured on this machine, in a file that
+the environment names, take precedence (`speeds_file.py`).
 """
 
 from __future__ import annotations
+
+from . import speeds_file
 
 LONG = 8192
 """Key length from which the second figure of a provider applies."""
 
 # (compute capability, largest head_dim) -> provider -> (at 4,608 tokens, at 17,776 and more).
 # With head_dim 64 only long sequences were measured; short ones are assumed to rank alike.
-MEASURED: dict[tuple[tuple[int, int], int], dict[str, tuple[float, float]]] = {
+MEASURED: speeds_file.Tables = {
     ((9, 0), 64): {
         "flash_4": (526, 526),
         "sage": (499, 499),
@@ -49,3 +52,24 @@ MEASURED: dict[tuple[tuple[int, int], int], dict[str, tuple[float, float]]] = {
 
 UNMEASURED = ("flash_3", "flash", "_native_cudnn", "native", "xformers", "flex", "flash_varlen", "_native_math")
 """The order without measurements, newest kernels first; also the order after the measured providers."""
+
+
+def measured(capability: tuple[int, int] | None, head_dim: int) -> tuple[int, speeds_file.Table]:
+    """The measured speeds on a GPU, by provider: at short and at long sequences (`LONG`), in TFLOP/s.
+
+    Args:
+        capability: compute capability of the GPU; None on other devices.
+
+    Returns:
+        The head_dim that was measured, the smallest that is not below the given one, with the speeds. 0 and an empty
+        dict if nothing was measured.
+
+    Raises:
+        AttentionProviderError: the environment names a file of speeds that cannot be used.
+    """
+    own = speeds_file.tables()
+    sizes = [size for chip, size in {**MEASURED, **own} if chip == capability and head_dim <= size]
+    if capability is None or not sizes:
+        return 0, {}
+    key = capability, min(sizes)
+    return min(sizes), {**MEASURED.get(key, {}), **own.get(key, {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from diffusers_attn import AttentionProviderError
 from diffusers_attn.cli import main
-from diffusers_attn.cli.bench import measure, timing, workloads
+from diffusers_attn.cli.bench import measure, save, timing, workloads
 from diffusers_attn.cli.bench.reference import reference
 
 from .. import reference as exact
@@ -133,3 +135,27 @@ def test_slow_calls_are_measured_once() -> None:
 
     found = timing.milliseconds({"slow": slow, "quick": quick}, torch.device("cpu"), 0.02)
     assert calls["slow"] == 1 and calls["quick"] > 10 and found["slow"] >= 30 > found["quick"]
+
+
+def test_speeds_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+    def setting(length: int) -> measure.Setting:
+        shape = workloads.Shape(1, 2, length, 64)
+        return measure.Setting(shape, "none", torch.bfloat16, torch.device("cuda"), False, 0.0)
+
+    short = [measure.Result("flash", True, tflops=10.0), measure.Result("flex", True, tflops=99.0, wrong=True)]
+    long = [measure.Result("flash", True, tflops=20.0), measure.Result("sage", False, tflops=30.0)]
+    found = save.speeds_of([(setting(512), short), (setting(10_000), long), (setting(20_000), long[:1])])
+    assert found == {((9, 0), 64): {"flash": (10.0, 20.0), "sage": (30.0, 30.0)}}
+    save.check_savable(setting(512))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, "reads speeds of CUDA GPUs"), ({"device": torch.device("cuda"), "mask": "key"}, "without a mask")],
+)
+def test_speeds_that_auto_cannot_use_are_not_saved(changes: dict[str, Any], expected: str) -> None:
+    given = measure.Setting(workloads.Shape(1, 2, 64, 64), "none", torch.bfloat16, torch.device("cpu"), False, 0.0)
+    with pytest.raises(AttentionProviderError, match=expected):
+        save.check_savable(dataclasses.replace(given, **changes))

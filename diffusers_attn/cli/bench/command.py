@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +43,13 @@ def bench(
         str | None, typer.Option(help="Device, such as cuda:1 or cpu. Default: the first GPU, or the CPU without one.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Seconds to measure each provider at each shape.", min=0)] = 1.0,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to add the speeds to, on a GPU. Where the environment variable DIFFUSERS_ATTN_SPEEDS names it, "
+            "auto chooses by them. Default: none."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Measure providers: error against float64, milliseconds, TFLOP/s and the share of the speed of matrix products.
@@ -52,12 +60,16 @@ def bench(
     """
     import dataclasses
 
-    from ..output import console, write_json
+    from ...providers import speeds_file
+    from ..output import console, say, write_json
     from .measure import measure
+    from .save import check_savable, speeds_of
     from .timing import matmul_tflops
 
     settings, providers = _settings(workloads, shape, provider, mask, backward, dtype, device, seconds)
     first = settings[0][1]
+    if save is not None:
+        check_savable(first)
     measured = []
     with console(stderr=True).status("matrix products") as status:
         peak = matmul_tflops(first.device, first.dtype)
@@ -83,6 +95,12 @@ def bench(
             for name, setting, results in measured
         ]
         write_json("bench", VERSION, {"environment": _environment(first), "matmul_tflops": peak, "runs": runs})
+    if save is not None:
+        speeds_file.write(
+            save, speeds_of([(setting, results) for _, setting, results in measured]), _environment(first)
+        )
+        if not json:
+            say(f"saved {save}; export {speeds_file.SETTING}={save} makes auto choose by it")
     failed = [
         each for _, _, results in measured for each in results if each.wrong or (each.problem and not each.refused)
     ]
