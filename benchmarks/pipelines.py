@@ -47,13 +47,14 @@ WARM_UP = 3
 
 
 class Variant:
-    """A pipeline, with a transformer of its own that shares the weights of all."""
+    """A pipeline, with a transformer and a VAE of its own that share the weights of all."""
 
     def __init__(self, name: str, pipe: Any, ranks: Ranks) -> None:
         self.name, self.ranks = name, ranks
-        weights = {id(each): each for each in [*pipe.transformer.parameters(), *pipe.transformer.buffers()]}
-        transformer = copy.deepcopy(pipe.transformer, memo=weights)
-        self.pipe = type(pipe)(**{**pipe.components, "transformer": transformer})
+        models = pipe.transformer, pipe.vae
+        weights = {id(each): each for model in models for each in (*model.parameters(), *model.buffers())}
+        transformer, vae = (copy.deepcopy(model, memo=dict(weights)) for model in models)
+        self.pipe = type(pipe)(**{**pipe.components, "transformer": transformer, "vae": vae})
         self.pipe.set_progress_bar_config(disable=True)
         self.calls: list[float] = []
         self.result: dict[str, Any] = {"pipeline": type(pipe).__name__, "variant": name}

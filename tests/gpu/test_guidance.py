@@ -47,7 +47,8 @@ def family(meshes, name, compiled):
 @pytest.mark.parametrize("name", ["wan", "qwenimage", "sd3"])
 def test_a_family(gpus, name, compiled):
     for answers, replays, reasons in gpus.run(SIZE, family, name=name, compiled=compiled):
-        assert all(error < 1e-10 for error, _ in answers), answers
+        # Compiled blocks round the float32 parts of these models otherwise.
+        assert all(error < (1e-6 if compiled else 1e-10) for error, _ in answers), answers
         assert answers[-1][1] == STEPS
         assert replays > STEPS or reasons, (replays, reasons)
         print(name, compiled, answers, replays, reasons)

@@ -234,11 +234,13 @@ def using_mesh(module: nn.Module, mesh: ContextParallelMesh) -> Iterator[None]:
     nothing."""
     tracker, transports = _applied[module].tracker, _applied[module].transports
     before = tracker.mesh
-    tracker.mesh, tracker.transport = mesh, transports[mesh][0]
+    tracker.use(mesh)
+    tracker.transport = transports[mesh][0]
     try:
         yield
     finally:
-        tracker.mesh, tracker.transport = before, transports[before][0]
+        tracker.use(before)
+        tracker.transport = transports[before][0]
 
 
 keep_for_recomputation(keep_active)

@@ -30,7 +30,8 @@ class SequenceLayout:
     """The sequences of one model on one mesh. Lengths are those of the latest forward."""
 
     def __init__(self, mesh: ContextParallelMesh) -> None:
-        self.mesh = mesh
+        self._meshes: dict[ContextParallelMesh, str] = {}
+        self.use(mesh)
         self.named: set[str] = set()
         """Sequences that the plan names. A rank without a token of one receives a placeholder."""
         self.balanced: set[str] = set()
@@ -40,6 +41,19 @@ class SequenceLayout:
         contributes only its shard, as for a split sequence, so that no token counts twice and the mean of gradients
         over the ranks is right."""
         self.begin()
+
+    @property
+    def mesh(self) -> ContextParallelMesh:
+        """The ranks that share the sequences of the next forward."""
+        found: ContextParallelMesh = getattr(self, self._mesh)
+        return found
+
+    def use(self, mesh: ContextParallelMesh) -> None:
+        """Splits later forwards over the ranks of `mesh`."""
+        # Each mesh has an attribute of its own, since Dynamo makes a number symbolic if an attribute changes it.
+        name = self._meshes.setdefault(mesh, f"_mesh_{len(self._meshes)}")
+        setattr(self, name, mesh)
+        self._mesh = name
 
     def begin(self) -> None:
         """Forgets the sequences of an earlier forward."""
