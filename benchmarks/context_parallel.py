@@ -40,7 +40,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import real_shapes
-from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, step_milliseconds
+from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, profiled, step_milliseconds
 from mechanisms import switched
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
@@ -119,27 +119,9 @@ class Variant:
 
     def profile(self, inputs: dict[str, Any]) -> None:
         """Profiles a step on this rank's GPU: the kernels that take longest, and the time in which any kernel runs."""
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
-            self.step(inputs)
-            self.ranks.synchronize()
-        events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
-        if not spans:
-            return
-        total: dict[str, list[float]] = {}
-        busy, until = 0.0, spans[0][0]
-        for start, end, name in spans:
-            each = total.setdefault(name[:100], [0, 0.0])
-            each[0], each[1] = each[0] + 1, each[1] + (end - start) / 1e3
-            busy, until = busy + max(0.0, end - max(start, until)) / 1e3, max(until, end)
-        longest = sorted(total.items(), key=lambda item: -item[1][1])[:16]
-        self.result["gpu"] = {
-            "busy_ms": round(busy, 2),
-            "from_first_to_last_ms": round((until - spans[0][0]) / 1e3, 2),
-            "launches": sum(int(count) for count, _ in total.values()),
-            "longest": [{"name": name, "times": int(count), "ms": round(ms, 2)} for name, (count, ms) in longest],
-        }
+        found = profiled(lambda: self.step(inputs))
+        if found is not None:
+            self.result["gpu"] = found
 
     def close(self) -> None:
         """Frees the memory for the next model."""

@@ -48,6 +48,30 @@ def memory_taken(device: torch.device) -> tuple[int, int]:
     return torch.cuda.memory_allocated(), total - free - torch.cuda.memory_reserved()
 
 
+def profiled(step: Callable[[], Any]) -> dict[str, Any] | None:
+    """The kernels of a step that take longest, and the time in which any kernel runs; None if there are no kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
+    if not spans:
+        return None
+    total: dict[str, list[float]] = {}
+    busy, until = 0.0, spans[0][0]
+    for start, end, name in spans:
+        each = total.setdefault(name[:100], [0, 0.0])
+        each[0], each[1] = each[0] + 1, each[1] + (end - start) / 1e3
+        busy, until = busy + max(0.0, end - max(start, until)) / 1e3, max(until, end)
+    longest = sorted(total.items(), key=lambda item: -item[1][1])[:16]
+    return {
+        "busy_ms": round(busy, 2),
+        "from_first_to_last_ms": round((until - spans[0][0]) / 1e3, 2),
+        "launches": sum(int(count) for count, _ in total.values()),
+        "longest": [{"name": name, "times": int(count), "ms": round(ms, 2)} for name, (count, ms) in longest],
+    }
+
+
 def dynamo_counts() -> dict[str, int]:
     counters = torch._dynamo.utils.counters
     return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from measuring import MIB, Report, memory_taken, step_milliseconds
+from measuring import MIB, Report, memory_taken, profiled, step_milliseconds
 from ranks import Ranks, VariantError
 
 from diffusers_attn import split_vae, unsplit_vae
@@ -162,6 +162,11 @@ def bench(model: Model, args: argparse.Namespace, ranks: Ranks, report: Report) 
             for variant in ready[:: 1 if turn % 2 == 0 else -1]:
                 variant.turn(args.repeat)
             report.write()
+        for variant in ready if args.profile and ranks.device.type == "cuda" else ():
+            variant.switch()
+            ranks.gather(None)
+            variant.result["gpu"] = ranks.attempt(lambda: profiled(variant.call))[ranks.rank]  # noqa: B023
+        report.write()
         for variant in ready if ranks.rank == 0 else ():
             print(_line(variant.result), file=sys.stderr, flush=True)
     unsplit_vae(vae)
@@ -211,6 +216,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=2, help="number of timed calls per turn (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="number of turns of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile the GPU in one call of each variant as well (default: off)"
+    )
     parser.add_argument(
         "--timeout",
         type=float,

@@ -131,12 +131,14 @@ def copies(meshes):
     if meshes.lines[2].get_local_rank() == 0:  # alone: a split copy would wait for the other rank
         for each in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
             assert torch.equal(each.decode(latents).sample, expected)
+    wrapped = vae.decoder.forward
+    vae.decoder.forward = lambda *given, **named: wrapped(*given, **named)  # as hooks of accelerate are set
     unsplit_vae(vae)
     unsplit_vae(vae)
     return torch.equal(vae.decode(latents).sample, expected)
 
 
-def test_copies_are_not_split(pool):
+def test_copies_and_wrapped_modules_are_not_split_any_more(pool):
     assert pool.run(2, copies) == [True, True]
 
 
@@ -190,6 +192,20 @@ def compiled(meshes):
 def test_compiled_modules_run_without_compilation(pool):
     for errors in pool.run(2, compiled):
         assert max(errors) <= 1e-10
+
+
+def in_inference_mode(meshes, name):
+    vae, _, latents = build(CASES[name])
+    with torch.inference_mode():
+        expected = vae.decode(latents).sample
+        split_vae(vae, meshes.lines[2])
+        return (vae.decode(latents).sample - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_in_inference_mode(pool, name):
+    for error in pool.run(2, in_inference_mode, name=name):
+        assert error <= 1e-10
 
 
 def bound(meshes):
