@@ -33,10 +33,11 @@ def gpus():
 def compare(meshes, name, two_axes=False):
     vae, *given = build(CASES[name])
     vae, given = vae.cuda(), [each.cuda() for each in given]
-    *expected, _ = both(vae, *given, **CASES[name].options)
+    options = {key: each.cuda() if torch.is_tensor(each) else each for key, each in CASES[name].options.items()}
+    *expected, _ = both(vae, *given, **options)
     mesh = init_device_mesh("cuda", (2, SIZE // 2), mesh_dim_names=("ring", "ulysses")) if two_axes else None
     split_vae(vae, mesh)
-    *found, splits = both(vae, *given, **CASES[name].options)
+    *found, splits = both(vae, *given, **options)
     unsplit_vae(vae)
     assert splits > 0
     return [((one - other).abs().max() / one.abs().max()).item() for one, other in zip(expected, found)]

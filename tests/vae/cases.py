@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffusers
+import torch
 
 
 class Case(NamedTuple):
@@ -108,6 +109,8 @@ def _ltx() -> Any:
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
         patch_size=2,
+        timestep_conditioning=True,
+        decoder_inject_noise=(True,) * 5,
     )
 
 
@@ -258,7 +261,7 @@ CASES = {
     "qwen": Case(_qwen, (1, 3, 1, 28, 16), (1, 4, 1, 7, 4)),
     "wan": Case(_wan, (1, 3, 5, 28, 16), (1, 4, 2, 7, 4)),
     "wan22": Case(_wan22, (1, 3, 5, 56, 32), (1, 4, 2, 7, 4)),
-    "ltx": Case(_ltx, (1, 3, 9, 112, 32), (1, 8, 2, 7, 2)),
+    "ltx": Case(_ltx, (1, 3, 9, 112, 32), (1, 8, 2, 7, 2), {"temb": torch.tensor([0.05], dtype=torch.float64)}),
     "ltx2": Case(_ltx2, (1, 3, 9, 112, 32), (1, 8, 2, 7, 2)),
     "hunyuan": Case(_hunyuan, (1, 3, 5, 56, 16), (1, 4, 2, 7, 2)),
     "hunyuan15": Case(_hunyuan15, (1, 3, 5, 28, 16), (1, 4, 2, 7, 4)),

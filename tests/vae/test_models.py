@@ -48,6 +48,7 @@ def encoded(vae, sample):
 
 
 def both(vae, sample, latents, **options):
+    torch.manual_seed(0)  # LTX draws noise while it decodes
     with torch.no_grad(), Double() as counted:
         return encoded(vae, sample), vae.decode(latents, return_dict=False, **options)[0], counted.splits
 
