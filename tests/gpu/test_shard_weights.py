@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from diffusers_attn import apply_compile, disable_context_parallel, enable_context_parallel
+from diffusers_attn import (
+    AttentionProviderError,
+    apply_compile,
+    apply_cuda_graphs,
+    disable_context_parallel,
+    enable_context_parallel,
+    remove_cuda_graphs,
+)
 
 from ..context_parallel.pool import Pool
 from .test_context_parallel import SIZE, TIMEOUT, work
@@ -41,6 +50,7 @@ def wan():
 
 def sharded(meshes, compiled):
     """Errors beside one GPU, memory in MiB, and whether the weights come back."""
+    os.environ["DIFFUSERS_ATTN_LINKS"] = "typical"  # a measurement would count in the peak of memory
     model = wan()
     values = [weight.clone() for weight in model.parameters()]
     generator = torch.Generator().manual_seed(0)
@@ -56,6 +66,11 @@ def sharded(meshes, compiled):
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         weights = sum(weight.nbytes for weight in model.parameters()) / MIB
+        apply_cuda_graphs(model.to("cuda"))
+        with pytest.raises(AttentionProviderError, match="remove_cuda_graphs"):
+            enable_context_parallel(model, shard_weights=True, verbose=False)
+        remove_cuda_graphs(model.to("cpu"))
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         report = enable_context_parallel(model, shard_weights=True, verbose=False)
         loading, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before

@@ -450,7 +450,7 @@ MESSAGES = {
     "copy": "copy or pickle of this WanTransformer3DModel is not possible",
     "compiled whole later": "compile of this WanTransformer3DModel is not possible",
     "fuse": "adapters cannot be merged into shards",
-    "graphs later": "is on cpu; CUDA graphs need",
+    "graphs later": "the weights of this WanTransformer3DModel are sharded",
     "one rank": "rank 1 could not shard its weights: AttributeError: 'AutoencoderKLWan' object has no attribute",
     "sharded in part": "is a DTensor, and only plain tensors are sharded. Load the model again",
     "twice": "is split between ranks already",

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...context_parallel.hooks.diffusers_hooks.registry import class_name, hooks_in
 from ...errors import AttentionProviderError
+from ...runtime.cuda_graphs.apply import is_applied_by_hand
 from ..model_sync import described_model
 from ..targets import device_type, unwrapped
 from .loading import is_on_meta
@@ -145,6 +146,11 @@ def _check(chosen: ToShard) -> None:
                 "tensors are sharded. Load the model again, without quantization and without FSDP, or leave it out "
                 "of shard_weights."
             )
+    if is_applied_by_hand(model):
+        raise AttentionProviderError(
+            f"{name} records CUDA graphs, which would read gathered weights where they were in another forward. Call "
+            "remove_cuda_graphs(model) first, or leave it out of shard_weights."
+        )
     for path, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise _moved(name, f"Accelerate's {type(module._hf_hook).__name__} on '{path}'")

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...context_parallel.comm import shared_groups
 from ...context_parallel.comm.process_groups import resolve
 from ...errors import AttentionProviderError
+from ...runtime.cuda_graphs.apply import remove_automatic
 from . import loading
 from .select import ToShard, others
 
@@ -66,6 +67,7 @@ def shard(
     with contextlib.ExitStack() as forget:
         forget.callback(_forget, chosen)
         for name, model, units in chosen:
+            remove_automatic(model)
             home = next(model.parameters()).device
             bring: Any = loading.Mover(here)
             if loading.is_on_meta(model):

@@ -48,8 +48,9 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = _MAX_GRAPHS) -> nn.
 
     Raises:
         AttentionProviderError: `model` is not a module, is not on a CUDA device, is compiled as one graph, has a
-            forward replaced by another tool (offloading), or records graphs already. In a later call: gradients are
-            enabled, an argument is not a tensor, plain value, list or dict, or the forward cannot be recorded.
+            forward replaced by another tool (offloading) or sharded weights, or records graphs already. In a later
+            call: gradients are enabled, an argument is not a tensor, plain value, list or dict, or the forward cannot be
+            recorded.
     """
     if not isinstance(model, nn.Module):
         raise AttentionProviderError(
@@ -77,6 +78,11 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = _MAX_GRAPHS) -> nn.
             'apply_compile(model, "regional"), or let the compiler record it: apply_compile(model, "full", '
             'mode="reduce-overhead").'
         )
+    if obstacles.has_sharded_weights(model):
+        raise AttentionProviderError(
+            f"the weights of this {name} are sharded (FSDP2, shard_weights): every forward gathers them into new "
+            "memory, and a CUDA graph would read them where they were. Leave CUDA graphs out, or do not shard the weights."
+        )
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if {device.type for device in devices} != {"cuda"} or len(devices) > 1:
         raise AttentionProviderError(
@@ -94,6 +100,11 @@ def remove_cuda_graphs(model: nn.Module) -> None:
             del model.forward
         # What another tool put around it since calls it still, and it calls the forward.
         torch.cuda.empty_cache()
+
+
+def is_applied_by_hand(model: nn.Module) -> bool:
+    """Whether `apply_cuda_graphs` was called for `model`, by its user."""
+    return model in applied and not applied[model].is_automatic
 
 
 def check_mode(mode: object) -> None:

@@ -28,10 +28,9 @@ def of_model(model: nn.Module) -> str | None:
     a thousand modules."""
     if model._compiled_call_impl is not None:
         return "it is compiled as a whole"
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes a second
+    if has_sharded_weights(model):
+        return "its weights are sharded, and gathered into new memory in every forward"
     for name, module in model.named_modules():
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            return "its weights are sharded, and gathered into new memory in every forward"
         where = f"'{name}' ({type(module).__name__})" if name else "it"
         if module is not model and is_replaced(module):
             return f"the forward of {where} was replaced (by offloading, caching or layerwise casting)"
@@ -46,6 +45,12 @@ def of_model(model: nn.Module) -> str | None:
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return f"it is on {' and '.join(sorted(map(str, devices))) or 'no device'}, not on one CUDA device"
     return None
+
+
+def has_sharded_weights(model: nn.Module) -> bool:
+    """Whether FSDP2 shards weights of `model`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes a second
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def _foreign_hook(module: nn.Module) -> str | None:
