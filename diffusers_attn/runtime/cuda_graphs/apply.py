@@ -49,8 +49,8 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = _MAX_GRAPHS) -> nn.
     Raises:
         AttentionProviderError: `model` is not a module, is not on a CUDA device, is compiled as one graph, has a
             forward replaced by another tool (offloading) or sharded weights, or records graphs already. In a later
-            call: gradients are enabled, an argument is not a tensor, plain value, list or dict, or the forward cannot be
-            recorded.
+            call: gradients are enabled, an argument is not a tensor, plain value, list or dict, or the forward cannot
+            be recorded.
     """
     if not isinstance(model, nn.Module):
         raise AttentionProviderError(
@@ -81,7 +81,8 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = _MAX_GRAPHS) -> nn.
     if obstacles.has_sharded_weights(model):
         raise AttentionProviderError(
             f"the weights of this {name} are sharded (FSDP2, shard_weights): every forward gathers them into new "
-            "memory, and a CUDA graph would read them where they were. Leave CUDA graphs out, or do not shard the weights."
+            "memory, and a CUDA graph would read them where they were. Leave CUDA graphs out, or do not shard the "
+            "weights."
         )
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if {device.type for device in devices} != {"cuda"} or len(devices) > 1:
