@@ -143,6 +143,7 @@ rule(
     aten.ones_like.default,
     aten.full_like.default,
     aten.empty_like.default,
+    aten._prelu_kernel.default,
 )(pointwise)
 rule(aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)(_pointwise_in_place)
 
@@ -176,6 +177,7 @@ def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
     aten._log_softmax.default,
     aten.logsumexp.default,
     aten.cumsum.default,
+    aten.glu.default,
 )
 def _reduction(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Reduces dimensions, or normalises within one."""
@@ -205,6 +207,13 @@ def _full_reduction(func: Any, split: RowSplit, **kwargs: Any) -> Any:
     return _reduction(aten.sum.dim_IntList if func is aten.sum.default else aten.mean.dim, split, None, **kwargs)
 
 
+@rule(aten.index_select.default)
+def _index_select(func: Any, split: RowSplit, dim: int, index: Tensor) -> RowSplit:
+    if dim % split.ndim == split.rows.dim or isinstance(index, RowSplit):
+        raise unsplittable(f"{func} of rows")
+    return split.like(func(split.local, dim, index))
+
+
 @rule(aten.flip.default)
 def _flip(func: Any, split: RowSplit, dims: Sequence[int]) -> RowSplit:
     if split.rows.dim in [dim % split.ndim for dim in dims]:
@@ -212,7 +221,8 @@ def _flip(func: Any, split: RowSplit, dims: Sequence[int]) -> RowSplit:
     return split.like(func(split.local, dims))
 
 
-_KEEPING = (aten._softmax.default, aten._log_softmax.default, aten.cumsum.default)
+_KEEPING = (aten._softmax.default, aten._log_softmax.default, aten.cumsum.default, aten.glu.default)
+"""Operators that keep the dimension in which they work."""
 
 
 @rule(aten.native_layer_norm.default, aten._fused_rms_norm.default)

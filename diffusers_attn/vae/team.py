@@ -62,8 +62,8 @@ class Team(NamedTuple):
         return self.start_gather(tensor).wait()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all shards, computed in float32 at least and in the same order on all ranks."""
-        wide = torch.promote_types(tensor.dtype, torch.float32)
+        """The sum over all shards in the same order on all ranks, computed in float32 at least if not of integers."""
+        wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
         return self.gather(tensor).sum(0, dtype=wide).to(tensor.dtype)
 
     def first(self, tensor: Tensor) -> Tensor:

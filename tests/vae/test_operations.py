@@ -131,6 +131,7 @@ OPERATIONS = {
         [F.pad(x, (0, 0, 1, 1)), F.pad(x + 1, (0, 0, 1, 1))[:, :2], draw(2, 1, 14, 6)], 1
     ),
     "other padding": lambda x: F.pad(x, (0, 0, 1, 1)) + F.pad(x, (0, 0, 1, 1)).repeat(1, 1, 1, 1),
+    "gated": lambda x: (F.glu(x, 1), x.index_select(1, torch.tensor([3, 0])), F.prelu(x, draw(4)), x.gt(0).sum()),
     "stacked": lambda x: torch.stack([x, x * 2], 2).flatten(1, 2),
     "cast": lambda x: x.float().double().to(memory_format=torch.channels_last).contiguous(),
 }
