@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from diffusers_attn import AttentionProviderError, apply_compile, disable_context_parallel, enable_context_parallel
+from diffusers_attn import AttentionProviderError, disable_context_parallel, enable_context_parallel
 from diffusers_attn.guidance.guided_call import guided_call
 
 from .families import FAMILIES, STEPS, build, draw
@@ -175,19 +175,3 @@ def test_degrees(pool):
         assert "leaves one rank in each group" in messages["{'guidance_degree': 4, 'ring_degree': 2}"]
         assert "accepted are 1, 2, 4" in messages["{'guidance_degree': 2.0}"]
         assert "mesh=... names some" in messages["mesh"]
-
-
-def compiled(meshes):
-    pipe = build("qwenimage")
-    apply_compile(pipe.transformer)
-    enable_context_parallel(pipe, verbose=False)
-    found = [computed(pipe, "qwenimage") for _ in range(2)]
-    return found, computed(pipe, "qwenimage", scale=1)
-
-
-@pytest.mark.slow
-def test_compiled_blocks(pool):
-    for found, (off, _) in pool.run(RANKS, compiled):
-        # Compiled blocks round the float32 parts of the model otherwise.
-        assert all(error < 1e-6 for error, _ in found) and off < 1e-6
-        assert found[-1][1] == STEPS
