@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ from diffusers_attn import (
     AttentionProviderError,
     apply_compile,
     apply_cuda_graphs,
+    component_times,
     cuda_graphs_status,
     enable_context_parallel,
     set_attention_provider,
@@ -198,7 +200,7 @@ def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
 
 def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
     """Splits the pipeline's sequences over the processes. Returns a line that describes the result."""
-    degrees = {"ulysses_degree": args.ulysses_degree, "ring_degree": args.ring_degree}
+    degrees = {name: getattr(args, name) for name in ("ulysses_degree", "ring_degree", "guidance_degree")}
     if state.num_processes == 1 and set(degrees.values()) <= {None, 1}:
         if args.attn_provider:
             set_attention_provider(pipe, args.attn_provider)
@@ -263,6 +265,10 @@ def run(args: argparse.Namespace) -> Drawn:
         torch.cuda.reset_peak_memory_stats()
     drawn = draw(pipe, call, args.seed, state.device)
     say(f"took        {drawn.seconds:.2f} s in all, {drawn.steps_per_second:.2f} steps/s")
+    if args.times:
+        with component_times(pipe) as times:
+            draw(pipe, call, args.seed, state.device)
+        say(textwrap.indent(str(times), " " * 12))
     if alone is not None:
         say(f"alone       {alone.seconds:.2f} s in all, {alone.steps_per_second:.2f} steps/s")
         say(f"difference  {difference(alone.pixels, drawn.pixels)}")
@@ -327,6 +333,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--ring_degree", type=int, help="number of processes that exchange keys and values (default: automatic)"
     )
     shares.add_argument(
+        "--guidance_degree",
+        type=int,
+        help="number of groups of processes that compute different branches of guidance (default: automatic)",
+    )
+    shares.add_argument(
         "--rotate_method", choices=("allgather", "alltoall"), help="exchange of keys and values (default: automatic)"
     )
     shares.add_argument("--attn_provider", help="attention kernel by name (default: auto on GPUs, native on CPUs)")
@@ -360,6 +371,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("cuda", "cpu"),
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="device type (default: cuda if available, else cpu)",
+    )
+    shares.add_argument(
+        "--times",
+        action="store_true",
+        help="generate once more, and print the seconds of each component on the first process (default: off)",
     )
     shares.add_argument(
         "--compare",

@@ -29,7 +29,7 @@ CALLS = {
     "cogvideox": [*VIDEO, "--ring_degree", "2", "--rotate_method", "alltoall"],
     "cogview4": [
         *("--set", "max_sequence_length=33", "guidance_scale=3.0", "--ring_degree", "2"),
-        *("--split_vae", "on", "--shard_weights"),
+        *("--split_vae", "on", "--shard_weights", "--times"),
     ],
 }
 SHARING = ("--ulysses_degree", "--ring_degree", "--rotate_method", "--split_vae")

@@ -95,7 +95,7 @@ def guide(meshes: Any, codes: list[str]) -> list[Any]:
 
 def test_the_guide_to_context_parallelism(pool: Any) -> None:
     codes = [*snippets("docs/context_parallel.md", "Start"), *snippets("docs/context_parallel.md", "Recipes")]
-    assert len(codes) == 5
+    assert len(codes) == 6
     for *_, seeded, alone in pool.run(4, guide, codes=codes):
         assert abs(seeded - alone).max() <= 1
 
