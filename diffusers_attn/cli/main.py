@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -73,9 +75,15 @@ def options(
     """Attention kernels for diffusers models: examines this machine, measures kernels and shows plans."""
 
 
+def _paragraphs(command: Callable[..., object]) -> str:
+    """The docstring of a command with one line for each paragraph, which --help wraps to the width of the terminal."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(each.split()) for each in paragraphs)
+
+
 for each in (doctor, bench, models, verify, advise, run):
-    app.command()(each)
-app.command(context_settings=SETTINGS)(train)
+    app.command(help=_paragraphs(each))(each)
+app.command(help=_paragraphs(train), context_settings=SETTINGS)(train)
 
 
 def main() -> None:

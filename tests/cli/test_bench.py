@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.cli import main
-from diffusers_attn.cli.bench import measure, save, timing, workloads
+from diffusers_attn.cli.bench import measure, plot, save, timing, workloads
 from diffusers_attn.cli.bench.reference import reference
 
 from .. import reference as exact
@@ -159,3 +160,29 @@ def test_speeds_that_auto_cannot_use_are_not_saved(changes: dict[str, Any], expe
     given = measure.Setting(workloads.Shape(1, 2, 64, 64), "none", torch.bfloat16, torch.device("cpu"), False, 0.0)
     with pytest.raises(AttentionProviderError, match=expected):
         save.check_savable(dataclasses.replace(given, **changes))
+
+
+def test_without_matplotlib_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    for name, expected in (("speeds.png", "pip install matplotlib"), ("speeds.txt", "accepted are files that end in")):
+        result = CliRunner().invoke(main.app, ["bench", "--plot", str(tmp_path / name)])
+        assert result.exit_code == 2 and expected in result.stderr and result.stdout == ""
+
+
+def test_the_plot_has_a_bar_for_each_provider_and_shape(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib, which is not among the test packages")
+    exact, lossy = measure.Result("flash", True, tflops=10.0), measure.Result("sage", False, tflops=20.0)
+    plot.draw(tmp_path / "speeds.svg", [("flux", [exact, lossy]), ("wan", [exact])], "On a test", 30.0)
+    text = (tmp_path / "speeds.svg").read_text()
+    assert text.startswith("<?xml") and [each.name for each in tmp_path.iterdir()] == ["speeds.svg"]
+
+
+def test_a_lossy_provider_may_quantise_but_not_invent() -> None:
+    setting = measure.Setting(workloads.Shape(1, 1, 8, 8), "none", torch.float32, torch.device("cpu"), False, 0.0)
+    inputs, _ = measure._make(setting)
+    exact_result = reference(*inputs, None, False, False)
+    for scale, wrong in ((1.05, False), (3.0, True), (float("nan"), True)):
+        result = measure.Result("sage", False)
+        out = torch.nn.functional.scaled_dot_product_attention(*inputs) * scale
+        measure._compare(lambda out=out: out, exact_result, result, setting)
+        assert result.wrong == wrong

@@ -19,7 +19,7 @@ def bench(
     workloads: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[WORKLOAD]...",
+            metavar="WORKLOAD",
             help=f"Shapes of real models: {', '.join(WORKLOADS)}. Default: flux-1024 on a GPU, tiny on a CPU.",
         ),
     ] = None,
@@ -50,6 +50,10 @@ def bench(
             "auto chooses by them. Default: none."
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Picture to draw the speeds into, such as speeds.png. Needs matplotlib. Default: none."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Measure providers: error against float64, milliseconds, TFLOP/s and the share of the speed of matrix products.
@@ -63,6 +67,7 @@ def bench(
     from ...providers import speeds_file
     from ..output import console, say, write_json
     from .measure import measure
+    from .plot import check_plottable, draw
     from .save import check_savable, speeds_of
     from .timing import matmul_tflops
 
@@ -70,6 +75,8 @@ def bench(
     first = settings[0][1]
     if save is not None:
         check_savable(first)
+    if plot is not None:
+        check_plottable(plot)
     measured = []
     with console(stderr=True).status("matrix products") as status:
         peak = matmul_tflops(first.device, first.dtype)
@@ -101,6 +108,10 @@ def bench(
         )
         if not json:
             say(f"saved {save}; export {speeds_file.SETTING}={save} makes auto choose by it")
+    if plot is not None:
+        draw(plot, [(name, results) for name, _, results in measured], _title(first), peak)
+        if not json:
+            say(f"saved {plot}")
     failed = [
         each for _, _, results in measured for each in results if each.wrong or (each.problem and not each.refused)
     ]
@@ -179,6 +190,12 @@ def _environment(setting: Any) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "packages": {name: each.version for name, each in installed().items()},
     }
+
+
+def _title(setting: Any) -> str:
+    where = _environment(setting)
+    backward = ", forward and backward" if setting.backward else ""
+    return f"Attention on {where['device']}, {where['dtype']}, mask: {setting.mask}{backward}"
 
 
 def _show(name: str, setting: Any, results: list[Any], peak: float) -> None:

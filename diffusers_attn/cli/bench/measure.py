@@ -20,6 +20,10 @@ from .workloads import Shape, tflop
 LARGEST_ERROR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """The relative error above which an exact provider counts as wrong, by dtype: several times what rounding of inputs and
 output gives."""
+LARGEST_ERROR_TF32 = 2e-3
+"""The same for float32 on a GPU, where kernels may multiply in TF32."""
+LARGEST_ERROR_LOSSY = 0.5
+"""The same for a lossy provider: far above quantisation, to find results that have nothing to do with the call."""
 
 
 @dataclasses.dataclass
@@ -37,7 +41,7 @@ class Result:
     gradient_error: float | None = None
     """The largest relative error of a gradient; None without a backward."""
     wrong: bool = False
-    """Whether an exact provider's error is larger than rounding explains."""
+    """Whether the error is larger than rounding explains, or for a lossy provider than quantisation does."""
     ms: float | None = None
     tflops: float | None = None
     """Speed in TFLOP/s; see `workloads.tflop`."""
@@ -173,5 +177,7 @@ def _compare(call: Callable[[], Any], exact: Reference, result: Result, setting:
         result.gradient_error = exact.gradient_error(grads)
     result.error = exact.error(found)
     errors = [each for each in (result.error, result.gradient_error) if each is not None]
-    # A NaN is not smaller than anything.
-    result.wrong = result.exact and not all(each <= LARGEST_ERROR[setting.dtype] for each in errors)
+    largest = LARGEST_ERROR[setting.dtype] if result.exact else LARGEST_ERROR_LOSSY
+    if result.exact and setting.dtype == torch.float32 and setting.device.type == "cuda":
+        largest = LARGEST_ERROR_TF32
+    result.wrong = not all(each <= largest for each in errors)  # also if one is NaN

@@ -15,7 +15,7 @@ def models(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CLASS]",
+            metavar="CLASS",
             help="A model class, such as WanTransformer3DModel, or a part of its name. Default: all classes.",
         ),
     ] = None,
