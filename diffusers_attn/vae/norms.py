@@ -39,13 +39,13 @@ def group_norm(
     def of_channels(values: Tensor) -> Tensor:
         return values.view(batch, num_groups, 1).expand(-1, -1, channels // num_groups).reshape(-1)
 
-    def of_batch(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(mean.dtype).repeat(batch)
+    def of_batch(values: Tensor | None, default: float) -> Tensor:
+        return mean.new_full((batch * channels,), default) if values is None else values.to(mean.dtype).repeat(batch)
 
     # A batch norm with given statistics computes in their dtype and writes in that of its input, in one kernel.
     out = F.batch_norm(
-        local.view(1, batch * channels, -1), of_channels(mean), of_channels(variance), of_batch(weight),
-        of_batch(bias), False, 0.0, eps,
+        local.view(1, batch * channels, -1), of_channels(mean), of_channels(variance), of_batch(weight, 1.0),
+        of_batch(bias, 0.0), False, 0.0, eps,
     )  # fmt: skip
     return split.like(out.view(local.shape))
 
