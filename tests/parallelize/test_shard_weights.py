@@ -172,7 +172,7 @@ def test_adapters_from_before_and_after(pool):
 
 def lora_files(meshes):
     """A pipeline's adapters from files: before and after, hot-swapped, scaled and unloaded. Gradients of an adapter."""
-    from diffusers import FluxPipeline
+    from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -220,6 +220,13 @@ def lora_files(meshes):
     for each in both:
         each.unload_lora_weights()
     compare("unloaded")
+    for each in both:  # caches find blocks by their classes
+        each.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    compare("cached")
+    for each in both:
+        each.transformer.disable_cache()
+    sibling = FluxImg2ImgPipeline.from_pipe(sharded)  # takes models by their classes
+    assert sibling.transformer is sharded.transformer and sibling.text_encoder is sharded.text_encoder
     grads = []
     given = flux_inputs(plain.transformer.config)
     for each in both:
@@ -251,7 +258,7 @@ def flux_inputs(config):
 
 def test_adapters_from_files_and_their_gradients(pool):
     for answers in pool.run(2, lora_files):
-        assert len(answers) == 5 and max(answers.values()) < 1e-5, answers
+        assert len(answers) == 6 and max(answers.values()) < 1e-5, answers
 
 
 def text_encoders(meshes):

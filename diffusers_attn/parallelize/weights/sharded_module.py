@@ -1,7 +1,7 @@
 """The classes of sharded models and units: they refuse operations that would be wrong on sharded weights.
 
-Such a class is a subclass of the module's own class and has its name, since diffusers looks up models and blocks by the
-names of their classes.
+Such a class is a subclass of the module's own class. It has the same name and equals it, since diffusers looks up
+models and blocks by their classes and the names of these.
 """
 
 from __future__ import annotations
@@ -93,8 +93,23 @@ def class_for(
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
         methods |= {name: _with_full_shapes(getattr(original, name)) for name in ADAPTING if hasattr(original, name)}
         methods["__call__"] = _calling(original, call)
-        _classes[fsdp_class] = type(original.__name__, (ShardedModule, fsdp_class), methods | names)
+        kind: Any = type("EqualClass", (_EqualClass, type(original)), {})
+        made = kind(original.__name__, (ShardedModule, fsdp_class), methods | names)
+        made.original = original
+        _classes[fsdp_class] = made
     return _classes[fsdp_class]
+
+
+class _EqualClass(type):
+    """The type of classes that equal another class, `original`, also as keys of a dict."""
+
+    original: type
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.original
+
+    def __hash__(cls) -> int:
+        return hash(cls.original)
 
 
 def _calling(original: type[nn.Module], call: Callable[..., Any]) -> Callable[..., Any]:
