@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import diffusers
 import pytest
 import torch
 
@@ -108,6 +109,24 @@ def test_calls_of_other_kinds(pool):
         assert {name: value for name, value in found.items() if not value < 1e-10} == {}
         assert number <= STEPS + 1
         assert batch == 2 * STEPS  # each group computes one of two samples in both branches
+
+
+def cached(meshes):
+    """The error under a cache of diffusers, which keeps what it has for each branch from step to step."""
+    pipes = build("wan"), build("wan")
+    for pipe in pipes:
+        pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))
+    enable_context_parallel(pipes[1], verbose=False)
+    results = [draw(pipe, "wan", steps=8) for pipe in pipes]
+    pipes[1].transformer.disable_cache()
+    after = [computed(pipes[1], "wan") for _ in range(2)]
+    return error(*results), error(results[0], draw(build("wan"), "wan", steps=8)), after
+
+
+def test_a_cache_of_diffusers(pool):
+    for found, effect, after in pool.run(RANKS, cached):
+        assert found < 1e-10 < effect  # the cache changes the result
+        assert all(each < 1e-10 for each, _ in after) and after[-1][1] == STEPS
 
 
 def sharded(meshes):
