@@ -171,9 +171,10 @@ def test_without_matplotlib_nothing_is_measured(monkeypatch: pytest.MonkeyPatch,
 
 def test_the_plot_has_a_bar_for_each_provider_and_shape(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib, which is not among the test packages")
-    exact, lossy = measure.Result("flash", True, tflops=10.0), measure.Result("sage", False, tflops=20.0)
+    exact, lossy = measure.Result("_native_math", True, tflops=10.0), measure.Result("sage", False, tflops=20.0)
     plot.draw(tmp_path / "speeds.svg", [("flux", [exact, lossy]), ("wan", [exact])], "On a test", 30.0)
     text = (tmp_path / "speeds.svg").read_text()
+    assert "<!--  _native_math -->" in text and "<!--  sage (lossy) -->" in text
     assert text.startswith("<?xml") and [each.name for each in tmp_path.iterdir()] == ["speeds.svg"]
 
 

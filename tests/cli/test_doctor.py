@@ -12,6 +12,7 @@ import pytest
 
 from diffusers_attn.cli.doctor import combinations, examine, isolated, probe
 from diffusers_attn.cli.doctor.combinations import Environment
+from diffusers_attn.cli.doctor.command import as_json, show
 from diffusers_attn.cli.doctor.installed import Package, installed
 from diffusers_attn.cli.doctor.machine import Machine
 
@@ -210,3 +211,34 @@ def test_a_run_compares_a_provider_with_float64() -> None:
     assert problem.level == "error" and "relative error 5.0e-01" in problem.text
     (problem,) = examine._run_problem("native", isolated.Outcome(None, "its process was ended by SIGSEGV"))
     assert "could not be run: its process was ended by SIGSEGV" in problem.text
+
+
+def test_the_report_of_a_machine_with_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = {"name": "NVIDIA H200", "compute_capability": "9.0", "memory_bytes": 150 * 2**30, "free_bytes": 140 * 2**30}
+    torch = TORCH | {"cudnn": "9.19.0", "nccl": "2.28.9", "connection": "nvlink", "gpus": [gpu, gpu]}
+    flash = examine.Provider("flash", False, "package flash-attn is not installed", "pip install x", None, True, "")
+    sage = examine.Provider("sage", True, "", "", "2.2.0", False, "")
+    run = {"device": "cuda", "dtype": "bfloat16", "ms": 0.5, "tflops": 600.0, "error": 1.2e-2, "problem": ""}
+    problems = (combinations.Problem("error", "it is broken.", "mend it"), combinations.Problem("note", "it is new."))
+    packages = {"torch": Package("torch", "2.13.0")}
+    report = examine.Report(
+        GPU, packages, torch, "0.42.1", (sage, flash), problems, {"sage": run}, (320e9, 319e9)
+    )  # fmt: skip
+    show(report)
+    lines = capsys.readouterr().out.splitlines()
+    for expected in (
+        "NVIDIA driver 570.1, CUDA up to 12.8; no nvcc",
+        "PyTorch 2.13.0, CUDA 13.0, cuDNN 9.19.0, NCCL 2.28.9",
+        "GPU 1: NVIDIA H200, compute capability 9.0, 150 GiB (140 free)",
+        "The GPUs are connected by NVLink. `diffusers-attn advise MODEL` predicts strategies.",
+        "Copies to the next GPU, GB/s: GPU 0: 320, GPU 1: 319",
+        "error: it is broken.",
+        "  fix: mend it",
+        "note: it is new.",
+        "1 error.",
+    ):
+        assert expected in lines
+    assert any(line.split() == ["sage", "(lossy)", "yes", "2.2.0"] for line in lines)
+    assert any(line.split() == ["sage", "cuda,", "bfloat16", "0.500", "600", "1.2e-02"] for line in lines)
+    found = as_json(report)
+    assert found["ok"] is False and found["copies_bytes_per_second"] == (320e9, 319e9)

@@ -37,6 +37,8 @@ def test_a_picture_and_its_times(tmp_path: Path) -> None:
     seconds = found["seconds"]
     parts = seconds["text and first step"] + 2 * seconds["one of the other steps"] + seconds["decoding"]
     assert parts == pytest.approx(seconds["call"], rel=1e-3) and found["memory_bytes"] == []
+    assert {"text_encoder", "transformer", "vae.decode", "other"} <= set(found["components"])
+    assert sum(found["components"].values()) == pytest.approx(seconds["call"], rel=0.1)
     assert found["attention"] == "one process, attention by native" and found["dtype"] == "float32"
     text = CliRunner().invoke(main.app, ["run", FLUX, "a cat", *SMALL, "--output", str(output)]).stdout
     assert "each of the other 2 steps: " in text and text.splitlines()[-1] == f"saved {output}"

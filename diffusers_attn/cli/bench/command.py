@@ -184,7 +184,7 @@ def _environment(setting: Any) -> dict[str, Any]:
     device = setting.device
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU (threads: {torch.get_num_threads()})",
         "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability(device)) if cuda else None,
         "dtype": str(setting.dtype).removeprefix("torch."),
         "cuda": torch.version.cuda,

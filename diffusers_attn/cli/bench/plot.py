@@ -43,8 +43,10 @@ def draw(path: Path, measured: Sequence[tuple[str, Sequence[Result]]], title: st
         ]
         places = [shape - 0.4 + (i + 0.5) * width for shape in range(len(measured))]
         lossy = any(each.provider == name and not each.exact for _, results in measured for each in results)
-        axes.bar(places, heights, width, label=f"{name} (lossy)" if lossy else name, hatch="//" if lossy else None)
-    axes.axhline(matmul_tflops, color="gray", linestyle="--", linewidth=1, label="matrix products")
+        # matplotlib leaves labels that begin with an underscore out of the legend.
+        label = f" {name} (lossy)" if lossy else f" {name}"
+        axes.bar(places, heights, width, label=label, hatch="//" if lossy else None)
+    axes.axhline(matmul_tflops, color="gray", linestyle="--", linewidth=1, label=" matrix products")
     axes.set_xticks(range(len(measured)), [name for name, _ in measured])
     axes.set_ylabel("TFLOP/s")
     axes.set_title(title, fontsize="medium", wrap=True)

@@ -59,6 +59,7 @@ def as_json(report: Any) -> dict[str, Any]:
         "providers": [dataclasses.asdict(each) for each in report.providers],
         "problems": [dataclasses.asdict(each) for each in report.problems],
         "runs": report.runs,
+        "copies_bytes_per_second": report.copies_bytes_per_second,
     }
 
 
@@ -113,6 +114,9 @@ def show(report: Any) -> None:
             for name, each in report.runs.items()
         ]
         table(("provider", "on", "ms", "TFLOP/s", "error"), rows, numbers=("ms", "TFLOP/s"))
+    if report.copies_bytes_per_second:
+        copies = ", ".join(f"GPU {i}: {digits(each / 1e9)}" for i, each in enumerate(report.copies_bytes_per_second))
+        say(f"Copies to the next GPU, GB/s: {copies}")
     heading("Problems" if report.problems else "No problems")
     for each in report.problems:
         say(f"{each.level}: {each.text}", STYLES[each.level])

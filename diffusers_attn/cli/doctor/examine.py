@@ -47,6 +47,8 @@ class Report:
     problems: tuple[Problem, ...]
     runs: dict[str, dict[str, Any]] | None = None
     """The answer of the probe `speed` for each usable provider that returned one; None if none was run."""
+    copies_bytes_per_second: tuple[float, ...] | None = None
+    """Speeds of copies from each GPU to the next; None if they were not measured."""
 
     @property
     def ok(self) -> bool:
@@ -98,10 +100,18 @@ def examine(timeout: float, run: bool = False, progress: Callable[[str], None] =
                 outcome = run_probe("speed", each.name, timeout=timeout)
                 runs |= {each.name: outcome.value} if outcome.value else {}
                 found += _run_problem(each.name, outcome)
+    copies: tuple[float, ...] | None = None
+    if run and torch.value is not None and len(torch.value["gpus"]) > 1:
+        progress("copying between GPUs")
+        outcome = run_probe("links", timeout=timeout)
+        if outcome.value is None:
+            found.append(Problem(ERROR, f"GPUs cannot copy to each other: {outcome.problem}"))
+        else:
+            copies = tuple(outcome.value["copies_bytes_per_second"])
     found = [*problems(Environment(machine, packages, torch.value)), *found]
     found.sort(key=lambda each: (each.level != ERROR, each.level != WARNING))
     version = library.value["version"] if library.value else None
-    return Report(machine, packages, torch.value, version, tuple(providers), tuple(found), runs)
+    return Report(machine, packages, torch.value, version, tuple(providers), tuple(found), runs, copies)
 
 
 def _by_package(catalog: dict[str, Any], packages: Mapping[str, Package]) -> dict[tuple[str, str], list[str]]:

@@ -118,6 +118,30 @@ def speed(name: str) -> dict[str, Any]:
     return dataclasses.asdict(result) | {"device": device.type, "dtype": str(kind).removeprefix("torch.")}
 
 
+def links() -> dict[str, Any]:
+    """Bytes per second of copies from each GPU to the next, one pair at a time."""
+    import torch
+
+    found = []
+    size, repeats = 2**28, 10
+    for source in range(torch.cuda.device_count()):
+        target = (source + 1) % torch.cuda.device_count()
+        data = torch.zeros(size, dtype=torch.uint8, device=f"cuda:{source}")
+        copied = torch.empty(size, dtype=torch.uint8, device=f"cuda:{target}")
+        with torch.cuda.device(source):  # PyTorch copies on the stream of the source
+            copied.copy_(data)
+            torch.cuda.synchronize(source)
+            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            began.record()
+            for _ in range(repeats):
+                copied.copy_(data, non_blocking=True)
+            ended.record()
+            ended.synchronize()
+        torch.cuda.synchronize(target)
+        found.append(size * repeats / (began.elapsed_time(ended) / 1e3))
+    return {"copies_bytes_per_second": found}
+
+
 def _connection(count: int) -> str:
     """What connects the GPUs: "nvlink", "pcie" or "host memory"."""
     import torch
@@ -141,7 +165,7 @@ def _one_line(error: BaseException) -> str:
 
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
-    each.__name__: each for each in (pytorch, library, providers, catalog, module, speed)
+    each.__name__: each for each in (pytorch, library, providers, catalog, module, speed, links)
 }
 
 

@@ -251,6 +251,8 @@ def _show(content: dict[str, Any], steps: int) -> None:
     for name, text in texts.items():
         if name in content["seconds"]:
             say(f"{text}: {digits(content['seconds'][name])} s")
+    parts = ", ".join(f"{name} {digits(seconds)} s" for name, seconds in content["components"].items())
+    say(f"of the call: {parts}")
     for index, each in enumerate(content["memory_bytes"]):
         say(f"GPU {index}: {each / 1e9:.1f} GB at most")
     say(f"saved {content['output']}")
