@@ -28,6 +28,8 @@ def group_norm(
     split = input.without_halo().populated("a group norm")
     rows, team = split.rows, split.team
     local = split.local.contiguous()
+    if torch.is_autocast_enabled(local.device.type):  # which may choose another dtype for this norm
+        local = local.to(F.group_norm(local.flatten(2)[..., :1], num_groups, weight, bias, eps).dtype)
     batch, channels = local.shape[:2]
     mean, spread = _moments(local.view(batch * num_groups, -1))
     means, spreads = team.gather(torch.stack([mean, spread])).unbind(1)

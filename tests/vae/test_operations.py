@@ -169,6 +169,22 @@ def test_in_inference_mode(pool, name):
     assert pool.run(3, run, name=name, mode="inference_mode") == [True] * 3
 
 
+def run_autocast(meshes):
+    x = draw(2, 4, 12, 6).float()
+    weight = draw(4, 4, 3, 3).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for given in (x, x.bfloat16()):
+            expected = F.group_norm(F.conv2d(given, weight, padding=1), 2, weight[:, 0, 0, 0])
+            found = F.group_norm(F.conv2d(split(meshes, given), weight, padding=1), 2, weight[:, 0, 0, 0])
+            assert found.dtype == expected.dtype
+            assert (found.full() - expected).abs().max() < 0.05
+    return True
+
+
+def test_under_autocast(pool):
+    assert pool.run(3, run_autocast) == [True] * 3
+
+
 def run_even(meshes, names):
     x = draw(2, 4, 12, 6)
     for name in names:
