@@ -25,6 +25,7 @@ parameters over data and context parallelism together; for this, Accelerate's co
 from __future__ import annotations
 
 import datetime
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -175,10 +176,11 @@ class TrainingParallel:
             A report of the chosen degrees and what they apply to; None with cp_degree=1.
 
         Raises:
-            TrainingError: the provider has no backward, options are given without a provider, or FSDP2 would drop the
-                model's attention masks.
+            TrainingError: the provider has no backward, options are given without a provider or are for inference
+                (`shard_weights`), or FSDP2 would drop the model's attention masks.
             AttentionProviderError: as in `enable_context_parallel`.
         """
+        _check_options(provider_options)
         device = self._accelerator.device.type
         if provider is not None:
             check_trainable(provider, device, parts=self.cp_degree > 1)
@@ -400,6 +402,16 @@ def _check_degree(accelerator: Any, cp: int) -> None:
         raise TrainingError(
             f"dispatch_batches=True with cp_degree={cp}: rank 0 distributes parts of a batch to processes that need "
             "the same batch. Set dispatch_batches=False in Accelerate's DataLoaderConfiguration."
+        )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    of_inference = sorted(set(options) & set(inspect.signature(enable_context_parallel).parameters))
+    if of_inference:
+        raise TrainingError(
+            f"{', '.join(of_inference)}: enable_context_parallel accepts this for inference, and "
+            "TrainingParallel.enable does not. Give degrees to TrainingParallel.of; to shard weights, use FSDP2 in "
+            "Accelerate's configuration."
         )
 
 

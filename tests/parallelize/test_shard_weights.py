@@ -359,6 +359,16 @@ def from_files(meshes, folder):
     same = all(
         torch.equal(a, b) for a, b in zip(transformer.state_dict().values(), whole.transformer.state_dict().values())
     )
+    with torch.device("meta"):
+        config = WanTransformer3DModel.load_config(folder, subfolder="transformer")
+        alone = WanTransformer3DModel.from_config(config).to(torch.bfloat16)
+    alone.register_to_config(_name_or_path=str(folder / "transformer"))
+    enable_context_parallel(alone, shard_weights=True, mesh=meshes.lines[2], verbose=False)
+    disable_context_parallel(alone)
+    loaded = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=torch.bfloat16)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32, torch.bfloat16}  # some stay as they are
+    pairs = [*zip(alone.parameters(), loaded.parameters()), *zip(alone.buffers(), loaded.buffers())]
+    same = same and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
     missing = copy.deepcopy(pipeline)
     missing.transformer.to("meta")
     missing.register_to_config(_name_or_path=str(folder / "nothing"))

@@ -38,6 +38,8 @@ def test_one_process(accelerator):
     parallel.check({"noise": torch.zeros(2)})
     with pytest.raises(TrainingError, match=r"'deterministic'.*no provider is given"):
         parallel.enable(model, deterministic=True)
+    with pytest.raises(TrainingError, match=r"shard_weights, split_vae: .* for inference.* FSDP2"):
+        parallel.enable(model, split_vae=True, shard_weights=True)
 
 
 @pytest.mark.parametrize(

@@ -170,11 +170,11 @@ def load(model: nn.Module, name: str, pipeline: Any) -> nn.Module:
     """
     cls: Any = type(model)
     tried: list[str] = []
-    dtype = {"dtype" if cls.__module__.startswith("transformers.") else "torch_dtype": dtype_of(model)}
+    dtype = dtype_of(model)
     for path, folder in _sources(model, name, pipeline):
         tried.append(str(Path(path) / folder) if folder else path)
         try:
-            loaded: nn.Module = cls.from_pretrained(path, **({"subfolder": folder} if folder else {}), **dtype)
+            loaded: nn.Module = cls.from_pretrained(path, **({"subfolder": folder} if folder else {}), dtype=dtype)
             return loaded
         except OSError:  # no such files there
             continue
