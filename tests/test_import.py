@@ -39,3 +39,15 @@ def test_every_public_name_is_there():
 
     for name in diffusers_attn.__all__:
         assert getattr(diffusers_attn, name) is not None
+
+
+def test_the_package_alone_imports_no_pytorch():
+    """So that the command starts quickly, and can examine an environment in which PyTorch does not import."""
+    code = "import sys; before = set(sys.modules); import diffusers_attn; print(*(set(sys.modules) - before))"
+    new = launching.run([sys.executable, "-c", code], check=True).stdout.split()
+    assert [each for each in new if each.partition(".")[0] not in sys.stdlib_module_names] == ["diffusers_attn"]
+
+
+def test_modules_are_attributes_of_the_package():
+    code = "import diffusers_attn; print(diffusers_attn.dispatch.explain, diffusers_attn.errors.AttentionProviderError)"
+    assert "explain" in launching.run([sys.executable, "-c", code], check=True).stdout

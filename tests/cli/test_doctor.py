@@ -151,6 +151,51 @@ def test_versions_that_metadata_excludes(tmp_path: Path, monkeypatch: pytest.Mon
     assert any(text.startswith("warning: torchvision 0.25 needs torch==2.10.0") for text in texts)
 
 
+def test_a_file_with_the_name_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(each.hidden_by is None for each in installed().values())
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = installed()["torch"]
+    assert package.hidden_by == str(tmp_path / "torch.py") and package.version.startswith("2.")
+    assert any(
+        f"error: Python imports {tmp_path / 'torch.py'} instead of the installed torch" in text
+        for text in found(package)
+    )
+
+
+def test_the_package_that_breaks_diffusers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "transformers", "def fails():\n    raise RuntimeError('bad')\nfails()", version="5.0")
+    package(tmp_path, "imports_it", "import importlib\nimportlib.import_module('transformers')")
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = isolated.run_probe("module", "imports_it", timeout=60)
+    assert outcome.problem == "RuntimeError: bad" and outcome.package == "transformers"
+    packages = {"diffusers": Package("diffusers", "0.42.1"), "transformers": Package("transformers", "5.0")}
+    problem = examine._library_problem(outcome, packages)
+    assert "The error is raised in transformers 5.0." in problem.text and problem.fix.endswith("--no-deps transformers")
+    problem = examine._library_problem(isolated.Outcome(None, "its process was ended by SIGSEGV"), packages)
+    assert problem.fix.endswith("--no-deps diffusers")
+
+
+def test_a_provider_that_ends_the_process_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the providers that are probed together, since they need no package."""
+    asked: list[tuple[str, ...]] = []
+    status = {
+        "available": True, "reason": "", "install": None, "shortest": "", "version": None, "exact": True,
+        "summary": "", "device": "",
+    }  # fmt: skip
+
+    def probe(name: str, *names: str, timeout: float) -> isolated.Outcome:
+        asked.append(names)
+        if "flex" in names:
+            return isolated.Outcome(None, "its process was ended by SIGSEGV")
+        return isolated.Outcome({each: status for each in names})
+
+    monkeypatch.setattr(examine, "run_probe", probe)
+    providers, problem = examine._providers(["native", "flex"], "", "", 1.0, CPU)
+    assert [each.available for each in providers] == [True, False] and problem is None
+    assert "SIGSEGV" in providers[1].reason and asked == [("native", "flex"), ("native",), ("flex",)]
+
+
 def test_a_package_that_is_installed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path / "one", "xformers", version="0.0.35")
     package(tmp_path / "two", "xformers", version="0.0.34")

@@ -80,6 +80,17 @@ def copies(found: Environment) -> Iterator[Problem]:
             )
 
 
+def hidden(found: Environment) -> Iterator[Problem]:
+    """A file or folder with the name of a package, such as torch.py, which Python imports instead."""
+    for package in found.packages.values():
+        if package.hidden_by:
+            yield Problem(
+                ERROR,
+                f"Python imports {package.hidden_by} instead of the installed {package.name} {package.version}. Rename "
+                "this file or its folder, or take its folder off PYTHONPATH.",
+            )
+
+
 def xformers_without_flash_attn(found: Environment) -> Iterator[Problem]:
     """xformers imports `flash_attn.flash_attn_interface` if there is a package `flash_attn`. flash-attn-4 has the
     package without that module, so that xformers fails to import, and diffusers, which imports it, with it."""
@@ -202,7 +213,9 @@ def _release(version: str) -> tuple[int, int]:
 
 
 RULES = (
-    requirements, copies, xformers_without_flash_attn, flash_attn_4_overwritten, xformers_for_another_cuda,
+    requirements,
+    copies,
+    hidden, xformers_without_flash_attn, flash_attn_4_overwritten, xformers_for_another_cuda,
     old_sageattention, torch_without_cuda, gpu_without_code, untested, without_triton,
 )  # fmt: skip
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from packaging.utils import canonicalize_name
+
 from .combinations import ERROR, WARNING, Environment, Problem, explain_import, problems
 from .installed import Package, installed
 from .isolated import Outcome, run_probe
@@ -128,6 +130,9 @@ def _providers(
 ) -> tuple[list[Provider], Problem | None]:
     """The status of the providers of one package, and what is wrong with the package."""
     outcome = run_probe("providers", *names, timeout=timeout)
+    if outcome.value is None and not package and len(names) > 1 and not outcome.late:
+        # One of them ends the process, such as flex where Triton is broken. The others need not suffer.
+        return [_providers([name], "", "", timeout, machine)[0][0] for name in names], None
     if outcome.value is None:
         reason = BROKEN + outcome.problem if package else outcome.problem
         unknown: dict[str, Any] = {
@@ -184,16 +189,19 @@ def _torch_problem(torch: Outcome, packages: Mapping[str, Package], machine: Mac
     version = f" {packages['torch'].version}" if "torch" in packages else ""
     explained = explain_import(torch.problem)
     text = f"PyTorch{version} cannot be imported: {torch.problem}. No provider can be examined. {explained}".strip()
-    return Problem(ERROR, text, "pip install --force-reinstall torch")
+    hidden = "torch" in packages and packages["torch"].hidden_by is not None
+    return Problem(ERROR, text, "" if hidden else "pip install --force-reinstall torch")
 
 
 def _library_problem(library: Outcome, packages: Mapping[str, Package]) -> Problem:
     package = packages.get("diffusers")
     if package is None:
         return Problem(ERROR, f"diffusers cannot be imported: {library.problem}.", "pip install diffusers")
-    return Problem(
-        ERROR,
-        f"diffusers {package.version} cannot be imported, or does not fit this library: {library.problem}. "
-        f"{explain_import(library.problem)}".strip(),
-        "pip install --force-reinstall --no-deps diffusers",
-    )
+    text = f"diffusers {package.version} cannot be imported, or does not fit this library: {library.problem}."
+    at_fault = canonicalize_name(library.package)
+    if at_fault in packages and at_fault != "diffusers":
+        text += f" The error is raised in {at_fault} {packages[at_fault].version}."
+    else:
+        at_fault = canonicalize_name("diffusers")
+    text = f"{text} {explain_import(library.problem)}".strip()
+    return Problem(ERROR, text, f"pip install --force-reinstall --no-deps {at_fault}")

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import importlib.machinery
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ WATCHED = (
 )  # fmt: skip
 """The packages that the report names, if they are installed, and whose requirements are compared."""
 
+MODULES = {"flash-attn-3": "flash_attn_interface", "flash-attn-4": "", "nvidia-cutlass-dsl": "", "diffusers-attn": ""}
+"""The modules of packages whose name is another; empty for modules that may be elsewhere."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Package:
@@ -34,6 +38,8 @@ class Package:
     """Folders with metadata of this package, in the order in which Python searches them."""
     changed_files: tuple[str, ...] = ()
     """Python files that differ from those that the package installed, among those that packages are known to share."""
+    hidden_by: str | None = None
+    """The file that Python imports instead of the package, if another one of its name comes first."""
     built_for_cuda: str | None = None
     """CUDA version that its binaries were compiled for, such as "12.8", where the package records it."""
 
@@ -63,8 +69,27 @@ def _package(name: str, copies: list[importlib.metadata.Distribution]) -> Packag
         tuple(first.requires or ()),
         folders,
         _changed_files(first) if name == "flash-attn-4" else (),
+        None if _is_editable(first) else _hidden_by(name, folders),
         _xformers_cuda(first) if name == "xformers" else None,
     )
+
+
+def _is_editable(distribution: importlib.metadata.Distribution) -> bool:
+    """Whether the code is elsewhere than the metadata."""
+    return "editable" in (distribution.read_text("direct_url.json") or "")
+
+
+def _hidden_by(name: str, folders: tuple[str, ...]) -> str | None:
+    """The file that Python imports by the name of a package that is installed in these folders, if it is another."""
+    module = MODULES.get(name, name.replace("-", "_"))
+    try:
+        spec = importlib.machinery.PathFinder.find_spec(module) if module else None  # imports nothing
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin in (None, "built-in", "frozen"):
+        return None
+    origin = Path(str(spec.origin)).resolve()
+    return None if any(origin.is_relative_to(folder) for folder in folders) else str(origin)
 
 
 def _changed_files(distribution: importlib.metadata.Distribution) -> tuple[str, ...]:

@@ -22,6 +22,10 @@ class Outcome:
     """What the probe returned; None if it did not return."""
     problem: str = ""
     """Why it did not return: the error, the signal that ended its process, or the time limit."""
+    package: str = ""
+    """The module, without submodules, whose code raised the error; empty if that is not known."""
+    late: bool = False
+    """Whether it was ended at the time limit."""
 
 
 def run_probe(name: str, *arguments: str, timeout: float) -> Outcome:
@@ -57,9 +61,9 @@ def run_probe(name: str, *arguments: str, timeout: float) -> Outcome:
             found = json.loads(answer.read_text())
         except (OSError, ValueError):
             if code is None:
-                return Outcome(None, f"it did not end within {timeout:.0f} s (the limit of --timeout)")
+                return Outcome(None, f"it did not end within {timeout:.0f} s (the limit of --timeout)", late=True)
             return Outcome(None, _ended(code, log.read_text(errors="replace")))
-        return Outcome(found.get("value"), found.get("problem", ""))
+        return Outcome(found.get("value"), found.get("problem", ""), found.get("package", ""))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -2,7 +2,8 @@
 
     python -P -m diffusers_attn.cli.doctor.probe ANSWER NAME [ARGUMENTS]
 
-writes `{"value": ...}` or `{"problem": "ImportError: ..."}` to the file ANSWER. A process that crashes writes nothing.
+writes `{"value": ...}` or `{"problem": "ImportError: ...", "package": "torch"}` to the file ANSWER. A process that
+crashes writes nothing.
 """
 
 from __future__ import annotations
@@ -160,6 +161,15 @@ def _version(number: int | None) -> str | None:
     return None if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
+def _raised_in(error: BaseException) -> str:
+    """The module, without submodules, whose code raised an error. Python's own import machinery does not count."""
+    names = [
+        str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return next((name for name in reversed(names) if name not in ("importlib", "_frozen_importlib", "")), "")
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:600]
 
@@ -175,7 +185,7 @@ def _main(answer: str, name: str, *arguments: str) -> None:
         found = {"value": PROBES[name](*arguments)}
     except BaseException as error:  # a package may raise SystemExit while it is imported
         traceback.print_exc()
-        found = {"problem": _one_line(error)}
+        found = {"problem": _one_line(error), "package": _raised_in(error)}
     Path(answer).write_text(json.dumps(found))
     sys.stdout.flush()
 
