@@ -426,6 +426,7 @@ def refusals(meshes):
     attempt("to", lambda: pipeline.to(torch.float64))
     attempt("group offload", lambda: model.enable_group_offload(torch.device("meta")))
     attempt("offload", lambda: pipeline.enable_model_cpu_offload(device="cpu"))
+    attempt("tokens", lambda: pipeline.text_encoder.resize_token_embeddings(200))
     attempt("save", lambda: model.save_pretrained("/nowhere"))
     attempt("copy", lambda: copy.deepcopy(model))
     attempt("compiled whole later", lambda: apply_compile(model, "full", backend="eager"))
@@ -463,6 +464,7 @@ MESSAGES = {
     "to": "cannot become float64 on cpu",
     "group offload": "enable_group_offload of this WanTransformer3DModel is not possible",
     "offload": "offloading of this UMT5EncoderModel is not possible",
+    "tokens": "Add them, and textual inversions, before enable_context_parallel",
     "save": "each rank would save its shard. Call disable_context_parallel on all ranks first",
     "copy": "copy or pickle of this WanTransformer3DModel is not possible",
     "compiled whole later": "compile of this WanTransformer3DModel is not possible",
@@ -515,6 +517,28 @@ def test_every_model_of_the_zoo(pool):
                 assert "Leave this model out of shard_weights" in wrong
             else:
                 assert wrong < 1e-5, name
+
+
+def families(meshes):
+    """Pipelines with guidance in float64: what differs from one process, with shards and after them."""
+    from tests.guidance.families import FAMILIES, build, draw
+
+    answers = {}
+    for name in FAMILIES:
+        pipeline = build(name)
+        expected = draw(pipeline, name)
+        enable_context_parallel(pipeline, shard_weights=True, verbose=False)
+        wrong = error(draw(pipeline, name), expected)
+        disable_context_parallel(pipeline)
+        answers[name] = wrong, torch.equal(draw(pipeline, name), expected)
+    return answers
+
+
+@pytest.mark.slow  # 15 pipelines
+def test_families_of_pipelines(pool):
+    for answers in pool.run(4, families):
+        for name, (wrong, restored) in answers.items():
+            assert wrong < (1e-6 if name == "sana" else 1e-10) and restored, name  # Sana computes some in float32
 
 
 def freed(meshes):
