@@ -41,6 +41,18 @@ def test_predictions_are_near_measured_steps(name: str) -> None:
     assert "within 6 %" in command.ACCURACY
 
 
+def test_guidance_on_two_gpus_is_near_measured_steps() -> None:
+    """docs/design.md: a step of WanPipeline takes 1.036 s on one GPU, and 0.527 s with a branch on each of two."""
+    found = advise("wan-1.3b", "--gpus", "2", "--gpu", "h200", "--guidance", "--provider", "_native_cudnn")
+    firsts = {each["gpus"]: each for each in reversed(found["predictions"])}
+    assert firsts[1]["seconds"] == pytest.approx(1.036, rel=0.06)
+    assert firsts[2]["seconds"] == pytest.approx(0.527, rel=0.06)
+    assert firsts[2]["strategy"] == "a branch on each half"
+    assert {each["strategy"] for each in found["predictions"] if each["gpus"] == 2} > {"a gather of 2"}
+    found = advise("wan-1.3b", "--gpus", "4", "--gpu", "h200", "--guidance")
+    assert any(each["strategy"] == "a branch on each half, by a gather of 2" for each in found["predictions"])
+
+
 def test_default_sizes_give_the_typical_tokens() -> None:
     for name in GRIDS:
         cls = type(name, (), {})

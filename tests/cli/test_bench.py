@@ -187,3 +187,9 @@ def test_a_lossy_provider_may_quantise_but_not_invent() -> None:
         out = torch.nn.functional.scaled_dot_product_attention(*inputs) * scale
         measure._compare(lambda out=out: out, exact_result, result, setting)
         assert result.wrong == wrong
+
+
+def test_shapes_that_do_not_fit_are_no_fault() -> None:
+    found = bench("--shape", "1,1000000,1000000,100", "--shape", "1,2,64,16", "--provider", "native")
+    large, small = (run["results"][0] for run in found["runs"])
+    assert large["refused"] and "not enough memory" in large["problem"] and small["ms"] > 0

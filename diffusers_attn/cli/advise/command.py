@@ -56,6 +56,13 @@ def advise(
     tokens: Annotated[
         int | None, typer.Option(help="Number of tokens, in place of height, width and frames.", min=2)
     ] = None,
+    guidance: Annotated[
+        bool,
+        typer.Option(
+            "--guidance",
+            help="A step has two forwards, for classifier-free guidance; each half of the GPUs may compute one.",
+        ),
+    ] = False,
     batch: Annotated[
         int, typer.Option(help="Number of samples in a forward; 2 for guidance in one forward.", min=1)
     ] = 1,
@@ -78,7 +85,7 @@ def advise(
     from .gpus import GPUS
     from .grids import size_of
     from .model import described
-    from .predict import predict
+    from .predict import predict_step
 
     device = GPUS[_gpu(gpu)]
     name = provider_name(provider)
@@ -89,7 +96,8 @@ def advise(
     size = size_of(type(found.model), height, width, frames, tokens)
     limit = vram * 1e9 if vram is not None else device.memory
     all_predictions = {
-        count: predict(found, size, hardware, device.capability, [name], count, per_node, batch) for count in counts
+        count: predict_step(found, size, hardware, device.capability, [name], count, per_node, batch, guidance)
+        for count in counts
     }
     best = {count: each[0] for count, each in all_predictions.items()}
     one = best[1].seconds
@@ -103,6 +111,7 @@ def advise(
         "tokens": size.tokens,
         "size": size.words,
         "batch": batch,
+        "guidance": guidance,
         "memory_bytes": int(limit),
         "other_weights_bytes": found.other_bytes,
         "predictions": [
@@ -213,7 +222,7 @@ def _show(content: dict[str, Any]) -> None:
     say(f"{content['gpu']}, {content['memory_bytes'] / 1e9:.0f} GB; attention by {content['provider']}; bfloat16")
     predictions = content["predictions"]
     firsts = {each["gpus"]: each for each in reversed(predictions)}
-    heading("One forward")
+    heading("One step with guidance: two forwards" if content["guidance"] else "One forward")
     header = ("GPUs", "strategy", "ms", "attention, ms", "times as fast", "weights, GB", "activations, GB", "fits")
     table(header, [_row(each) for _, each in sorted(firsts.items())], numbers=[*header[:1], *header[2:-1]])
     most = max(firsts)

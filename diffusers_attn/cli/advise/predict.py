@@ -40,7 +40,7 @@ class Prediction:
     strategy: str
     """Such as "a gather of 4"; "" for one GPU."""
     seconds: float
-    """Of one forward."""
+    """Of one forward, or of both forwards of a step with guidance."""
     attention_seconds: float
     """Of these, attention with its exchanges."""
     weights_bytes: int
@@ -54,6 +54,47 @@ class Prediction:
     def bytes(self) -> int:
         """Weights and activations on each GPU."""
         return self.weights_bytes + self.activations_bytes
+
+
+def predict_step(
+    described: Described,
+    size: Size,
+    hardware: Hardware,
+    capability: tuple[int, int],
+    providers: Sequence[str],
+    gpus: int,
+    per_host: int,
+    batch: int = 1,
+    guidance: bool = False,
+) -> list[Prediction]:
+    """Predictions of a step for a number of GPUs, the fastest strategy first. Arguments are those of `predict`.
+
+    Args:
+        guidance: whether a step has two forwards, for the branches of guidance. Then either all GPUs compute one after
+            the other, or each half of them computes one.
+    """
+
+    def of(count: int) -> list[Prediction]:
+        return predict(described, size, hardware, capability, providers, count, per_host, batch)
+
+    if not guidance:
+        return of(gpus)
+    found = [
+        dataclasses.replace(each, seconds=2 * each.seconds, attention_seconds=2 * each.attention_seconds)
+        for each in of(gpus)
+    ]
+    if gpus % 2 == 0:
+        sharded = found[0].sharded_weights_bytes  # over all GPUs
+        found += [
+            dataclasses.replace(
+                each,
+                gpus=gpus,
+                strategy=f"a branch on each half{', by ' * bool(each.strategy)}{each.strategy}",
+                sharded_weights_bytes=sharded,
+            )
+            for each in of(gpus // 2)
+        ]
+    return sorted(found, key=lambda each: each.seconds)
 
 
 def predict(

@@ -71,14 +71,20 @@ def measure(
         progress: called with a short text before each step.
     """
     progress("exact attention")
-    inputs, mask = _make(setting)
     causal = setting.mask == "causal"
-    exact = reference(inputs[0], inputs[1], inputs[2], mask, causal, setting.backward)
+    try:
+        inputs, mask = _make(setting)
+        exact = reference(inputs[0], inputs[1], inputs[2], mask, causal, setting.backward)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        problem = "not enough memory for the inputs and exact attention"
+        return [Result(name, _is_exact(name), problem, refused=True) for name in providers]
     results = []
     calls: dict[str, Call] = {}
     for name in providers:
         progress(name)
-        result = Result(name, name == "auto" or SPECS[name].capabilities.exact)
+        result = Result(name, _is_exact(name))
         results.append(result)
         result.problem = _too_large(name, setting)
         if result.problem:
@@ -90,11 +96,11 @@ def measure(
             calls[name] = call
         except AttentionProviderError as error:
             result.problem, result.refused = str(error), True
-        except torch.OutOfMemoryError as error:
-            result.problem, result.refused = f"not enough memory: {error}".partition(". ")[0], True
-            torch.cuda.empty_cache()
         except Exception as error:  # of a kernel or its compiler; the others are still measured
-            result.problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+            result.problem, result.refused = (
+                f"{type(error).__name__}: {error}".partition("\n")[0],
+                _out_of_memory(error),
+            )
             if setting.device.type == "cuda":
                 torch.cuda.empty_cache()
     times = milliseconds(calls, setting.device, setting.seconds, progress)
@@ -103,6 +109,15 @@ def measure(
             result.ms = times[result.provider]
             result.tflops = tflop(setting.shape, setting.mask, backward=setting.backward) / result.ms * 1e3
     return results
+
+
+def _is_exact(name: str) -> bool:
+    return name == "auto" or SPECS[name].capabilities.exact
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error is about memory. On a CPU, PyTorch raises a RuntimeError of its allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _too_large(name: str, setting: Setting) -> str:
