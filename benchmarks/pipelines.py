@@ -110,13 +110,15 @@ def markdown(report: dict[str, Any]) -> str:
     where = report["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     lines = [
-        f"{where['ranks']} x {where['device']}; {packages}; {where['date']}, commit {where['commit']}: "
-        f"`{where['command']}`",
+        f"{report['results'][0]['pipeline']}, {where['ranks']} x {where['device']}; {packages}; {where['date']}, "
+        f"commit {where['commit']}: `{where['command']}`",
         "",
         "| variant | seconds of a call | all calls | first call | kept by CUDA graphs |",
         "|---|---|---|---|---|",
     ]
     for result in report["results"]:
+        if "median_s" not in result:
+            continue
         graphs = result["cuda_graphs"] or ""
         pool = graphs.partition("pool_mib=")[2].partition(",")[0]
         cells = [

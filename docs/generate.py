@@ -158,14 +158,16 @@ def strategy_tables() -> str:
 
 
 def pipeline_tables() -> str:
-    """One section for each recorded run of benchmarks/pipelines.py and benchmarks/first_picture.py."""
+    """One section for each recorded run of the benchmarks of pipelines and of their parts."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import first_picture
     import pipelines
+    import sharded_weights
+    import vae
 
     return "\n".join(
         script.markdown(json.loads(path.read_text()))
-        for script in (pipelines, first_picture)
+        for script in (pipelines, first_picture, vae, sharded_weights)
         for path in sorted(RESULTS.glob(f"{script.__name__}-*.json"))
     ).rstrip()
 
