@@ -117,7 +117,8 @@ class StepInputs:
     def _known(self, tensor: Tensor) -> Tensor | None:
         """What is received in place of this tensor; None if that is not known."""
         found = self._received.get(id(tensor))
-        if found is None or found[0]() is not tensor or found[1] != version_of(tensor):
+        version = version_of(tensor)  # None for an inference tensor, of which changes in place go unnoticed
+        if found is None or version is None or found[0]() is not tensor or found[1] != version:
             return None
         return found[2]()
 

@@ -173,10 +173,18 @@ def attach_guidance(
         everyone.size,
         guidance.degree,
         divide,
-        lambda: bool(getattr(pipeline(), "do_classifier_free_guidance", False)),
+        lambda: _guides(pipeline()),
         divides_batch(model),
     )
     install(model, call)
+
+
+def _guides(pipeline: Any) -> bool:
+    """Whether a pipeline says that its running call makes one call of the model per branch."""
+    try:
+        return bool(getattr(pipeline, "do_classifier_free_guidance", False))
+    except TypeError:  # computed from a scale that is not set
+        return False
 
 
 def _divide(

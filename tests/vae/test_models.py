@@ -126,7 +126,9 @@ def slices(vae):
 
 
 @pytest.mark.parametrize(
-    ("name", "change"), [("wan", tiles), ("kl", tiles), ("hunyuan15", tiles), ("kl", slices)], ids=str
+    ("name", "change"),
+    [("wan", tiles), ("kl", tiles), ("hunyuan15", tiles), ("kl", slices)],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_tiles_and_slices_are_split_and_blended(pool, name, change):
     for errors in pool.run(2, compare, name=name, size=2, change=change):
