@@ -25,7 +25,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp demo-train test test-all coverage lint docs docs-check constraints constraints-oldest constraints-newest clean
+.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check constraints constraints-oldest constraints-newest clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -43,8 +43,11 @@ demo-train: $(VENV)/.train  ## train a LoRA on one photograph, and draw its capt
 test: $(VENV)/.dev  ## the tests that take no more than seconds each, on the CPU
 	@$(RUN) -m pytest -q $(WORKERS) $(ARGS)
 
-test-all: $(VENV)/.dev  ## the whole test suite, on the CPU
-	@$(RUN) -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu' $(ARGS)
+test-all: $(VENV)/.dev  ## all tests on the CPU but those of test-thorough
+	@$(RUN) -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu and not thorough' $(ARGS)
+
+test-thorough: $(VENV)/.dev  ## tests of test-all again, on all models and families
+	@$(RUN) -m pytest -q $(WORKERS) -m 'thorough and not gpu and not multi_gpu' $(ARGS)
 
 coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the processes that they start
 	@$(RUN) -m coverage run -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu' $(ARGS); status=$$?; \

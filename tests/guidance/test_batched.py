@@ -9,6 +9,7 @@ import torch
 
 from diffusers_attn.guidance.batch import part_of, samples_of
 from diffusers_attn.guidance.batched import BATCHED, divides_batch
+from tests.marks import thorough_but
 from tests.zoo import CASES, outputs
 
 # `cosmos` runs in float32 only. `cosmos_i2v`, of the same class, does not.
@@ -19,7 +20,7 @@ def test_every_class_has_a_case():
     assert {CASES[name].model_class for name in NAMES} == BATCHED
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough_but(NAMES[::3], NAMES))
 @torch.no_grad()
 def test_samples_are_computed_separately(name):
     case = CASES[name]

@@ -11,6 +11,7 @@ import torch
 from diffusers_attn import AttentionProviderError, disable_context_parallel, enable_context_parallel
 from diffusers_attn.guidance.guided_call import guided_call
 
+from ..marks import thorough_but
 from .families import FAMILIES, STEPS, build, draw
 
 RANKS = 4
@@ -48,7 +49,7 @@ def family(meshes, name):
     return report.guidance, answers, unguided, rest, alone(name)[1]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", thorough_but(["wan", "qwenimage", "sd3", "z_image", "ltx"], FAMILIES))
 def test_a_family(pool, name):
     for guidance, answers, (off, calls), rest, all_calls in pool.run(RANKS, family, name=name):
         assert guidance.startswith("branches of guidance and samples of a batch by groups of ranks")

@@ -507,7 +507,7 @@ def sharded_zoo(meshes):
     return answers
 
 
-@pytest.mark.slow  # a minute
+@pytest.mark.thorough
 def test_every_model_of_the_zoo(pool):
     for answers in pool.run(2, sharded_zoo):
         assert len(answers) > 100
@@ -534,7 +534,7 @@ def families(meshes):
     return answers
 
 
-@pytest.mark.slow  # 15 pipelines
+@pytest.mark.thorough
 def test_families_of_pipelines(pool):
     for answers in pool.run(4, families):
         for name, (wrong, restored) in answers.items():

@@ -70,7 +70,7 @@ def compare(meshes, name, size, change=None):
     return [((one - other).abs().max() / one.abs().max()).item() for one, other in zip(expected, found)]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.thorough), 3])
 @pytest.mark.parametrize("name", CASES)
 def test_as_in_one_process(pool, name, ranks):
     for errors in pool.run(ranks, compare, name=name, size=ranks):
