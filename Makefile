@@ -1,5 +1,6 @@
 # make demo      draws four pictures, with diffusers' own attention and with this library, and compares them
-# make demo-cp   draws a picture on two processes, each with half of its tokens, and on one, and compares them
+# make demo-cp   draws two pictures on two processes and on one, and compares them: each process has half of the
+#                tokens, or with guidance one of the two branches
 # make demo-train  trains a LoRA on one photograph, and draws its caption before and after
 #
 # Everything lives in .venv and outputs/, and `make clean` takes both away. Variables, with examples:
@@ -36,6 +37,9 @@ demo: $(VENV)/.demo  ## install what is needed into .venv, then run examples/qui
 demo-cp: $(VENV)/.demo  ## the demo's model on two processes (on the CPU) and on one
 	@OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc_per_node 2 examples/inference_cp.py \
 	  --device cpu --compare --steps 12 --output outputs/demo_cp.png $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --standalone --nproc_per_node 2 examples/inference_cp.py \
+	  --device cpu --compare --steps 12 --negative_prompt "a dog" --set true_cfg_scale=1.5 --times \
+	  --output outputs/demo_guidance.png
 
 demo-train: $(VENV)/.train  ## train a LoRA on one photograph, and draw its caption before and after
 	@$(RUN) examples/demo_train.py $(ARGS)

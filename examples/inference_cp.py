@@ -277,7 +277,7 @@ def run(args: argparse.Namespace) -> Drawn:
     if state.is_main_process:
         result: np.ndarray | Image.Image = drawn.pixels
         if alone is not None and result.ndim == 3:
-            names = ["one process", f"{state.num_processes} processes, each with a part of the tokens"]
+            names = ["one process", f"{state.num_processes} processes, each with a part of the work"]
             apart = f"largest difference {np.abs(alone.pixels - drawn.pixels).max():.0e} of a pixel's range"
             result = sheet(dict(zip(names, [alone.pixels, drawn.pixels])), f"“{args.prompt}”: {apart}")
         save(result, path, args.fps or 16, as_frames)

@@ -168,7 +168,21 @@ def test_accelerate_launch_with_the_demo(tmp_path: Path) -> None:
 
 def test_make_demo_cp_starts_this_script() -> None:
     printed = launching.run(["make", "-n", "demo-cp"], cwd=ROOT)
-    assert "--nproc_per_node 2 examples/inference_cp.py" in printed.stdout
+    assert printed.stdout.count("--nproc_per_node 2 examples/inference_cp.py") == 2
+    assert "--set true_cfg_scale=1.5" in printed.stdout
+
+
+def test_guidance_of_the_demo(tmp_path: Path) -> None:
+    """As the second picture of `make demo-cp`: each process computes one branch."""
+    options = ["--device", "cpu", "--compare", "--steps", "4", "--negative_prompt", "a dog", "--times"]
+    options += ["--set", "true_cfg_scale=1.5", "--output", str(tmp_path / "guided.png")]
+    done = launching.run_ranks(2, SCRIPT, *options)
+    assert done.returncode == 0, done.stderr
+    difference = re.search(r"^difference  (\S+) .* PSNR (\S+) dB$", done.stdout, re.MULTILINE)
+    assert difference is not None and float(difference[1]) < 1e-4, done.stdout
+    assert "branches of guidance and samples of a batch by groups of ranks" in done.stdout
+    calls = re.search(r"^ *transformer +(\d+) ", done.stdout, re.MULTILINE)
+    assert calls is not None and calls[1] == "8", done.stdout  # of which each process computes four
 
 
 @pytest.mark.parametrize(
