@@ -40,7 +40,7 @@ def wan():
     """A Wan model with layers of 26 million weights, in CPU memory."""
     from diffusers import WanTransformer3DModel
 
-    from ..zoo.weights import randomize
+    from diffusers_attn.tiny_models.weights import randomize
 
     config = {"num_attention_heads": 16, "attention_head_dim": 64, "ffn_dim": 4096, "text_dim": 256, "freq_dim": 256}
     model = WanTransformer3DModel(**config, num_layers=LAYERS)
