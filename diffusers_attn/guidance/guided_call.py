@@ -84,7 +84,7 @@ class GuidedCall:
         if plan.arrival is not None and plan.arrival.is_over and number < plan.branches:
             plan.step.was_interrupted = True
         samples = batch.samples_of(latents)
-        if plan.groups is None or number >= plan.branches > 1 or self._inputs.waits_for_values:
+        if plan.groups is None or number >= plan.branches > 1:
             return self._whole(model, plan, number, args, kwargs)
         if plan.by_batch:
             return self._by_batch(model, plan.groups, samples, args, kwargs)

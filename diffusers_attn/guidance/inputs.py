@@ -28,10 +28,6 @@ class InputHook(Protocol):
 
     paused: bool
 
-    @property
-    def waits_for_values(self) -> bool:
-        """Whether the values of all inputs are compared in every call."""
-
     def alike(self, tensors: Sequence[Tensor], plain: str) -> bool:
         """Whether these are equal on all ranks, which must all call this."""
 
@@ -61,10 +57,6 @@ class StepInputs:
         """Tensors of this rank, by id, and what was received in their place; the tensor itself if that is equal."""
         self._new: list[Tensor] = []
         self._plain: list[str] = []
-
-    @property
-    def waits_for_values(self) -> bool:
-        return self._hook is not None and self._hook.waits_for_values
 
     def exchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The first rank's inputs. All ranks must call this."""

@@ -26,6 +26,7 @@ from .choices import Choices
 from .fingerprint import fingerprint
 from .forward_count import CountForward, Forwards
 from .guidance import Guidance, attach_guidance
+from .guidance import obstacle as guidance_obstacle
 from .input_sync import InputSync, Links
 from .targets import Target
 
@@ -87,7 +88,7 @@ def attach(
             copies.change_copies(
                 module, functools.partial(change_processor, change=functools.partial(_as_before, before=processor))
             )
-    if guidance is not None:
+    if guidance is not None and guidance_obstacle(target, chosen.inputs) is None:
         attach_guidance(target, guidance, sharing, hook, enabled.leases, chosen.timeout, pipeline)
         copies.change_copies(model, without_call)
     if sharing.device_type != "cpu":  # on other devices exchanges hang rather than fail

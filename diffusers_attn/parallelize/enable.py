@@ -74,7 +74,7 @@ def enable_context_parallel(
             among fewer ranks, so that each needs more memory for activations. `ulysses_degree` and `ring_degree` are
             then those of a group. None: for a pipeline, without `mesh` and other degrees, as many groups as divide
             the ranks and the branches (or the samples); calls without guidance are split over all ranks. 1: all ranks
-            split the sequence of every call.
+            split the sequence of every call, as with inputs="check".
         provider: name of the attention kernel. None: attention bound to a `DispatchProcessor` keeps its provider, and
             all other attention uses "auto" on CUDA devices and "native" elsewhere.
         rotate_method: how keys and values travel in a ring: "allgather" or "alltoall". None: chosen with the
@@ -169,6 +169,7 @@ def enable_context_parallel(
             chosen.providers,
             ulysses_degree,
             ring_degree,
+            inputs,
         )
     config = config_for(degrees, convert_to_fp32)
     if sharing is None:

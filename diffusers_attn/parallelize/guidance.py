@@ -78,6 +78,7 @@ def choose_guidance(
     providers: Sequence[str],
     ulysses_degree: int | None,
     ring_degree: int | None,
+    inputs: str,
 ) -> Guidance | None:
     """How to divide guidance; None: all ranks split the sequence of every call. All ranks must call this.
 
@@ -88,19 +89,23 @@ def choose_guidance(
         targets: the models to split.
         providers: names of the attention providers in use.
         ulysses_degree, ring_degree: what the user asked for within a group, if `degree` is above 1.
+        inputs: "broadcast", "check" or "trust".
 
     Raises:
         AttentionProviderError: the degrees do not fit the ranks of a group, or a model cannot divide its calls.
     """
     if degree == 1 or (degree is None and not by_itself):
         return None
+    reasons = [(target.name, obstacle(target, inputs)) for target in targets]
     if degree is not None:
-        keeping = next((target.name for target in targets if keeps_keys(target.plan)), None)
-        if keeping is not None:
-            raise AttentionProviderError(
-                f"guidance_degree={degree}: {keeping} keeps keys from one call to the next, so every rank must make "
-                "all calls. Leave guidance_degree out."
-            )
+        for name, reason in reasons:
+            if reason is not None:
+                raise AttentionProviderError(
+                    f"guidance_degree={degree}: every rank must make all calls of {name}, because {reason}, or leave "
+                    "guidance_degree out."
+                )
+    elif all(reason is not None for _, reason in reasons):
+        return None
     counts = [degree] if degree is not None else [n for n in range(2, topology.ranks + 1) if topology.ranks % n == 0]
     found: dict[int, Degrees] = {}
     for count in counts:
@@ -122,6 +127,17 @@ def _check_alone(count: int, ulysses_degree: int | None, ring_degree: int | None
             f"guidance_degree={count} leaves one rank in each group, so that ulysses_degree={ulysses_degree} and "
             f"ring_degree={ring_degree} have no ranks. Leave them out, or use more ranks."
         )
+
+
+def obstacle(target: Target, inputs: str) -> str | None:
+    """Why every rank must make all calls of this model, and what to do, as a clause; None if they can be divided."""
+    if keeps_keys(target.plan):
+        return "it keeps keys from one call to the next. Use another model"
+    if target.model._compiled_call_impl is not None:
+        return "it is compiled as a whole. Compile its blocks instead (apply_compile(model))"
+    if inputs == "check":
+        return "inputs='check' compares the values of every call before it. Use inputs='broadcast'"
+    return None
 
 
 def keeps_keys(plan: Plan) -> bool:
@@ -152,8 +168,6 @@ def attach_guidance(
         pipeline: returns the pipeline of the model, or None.
     """
     model = target.model
-    if keeps_keys(target.plan):
-        return
     reference: weakref.ref[nn.Module] = weakref.ref(model)
     divide = functools.partial(_divide, guidance=guidance, everyone=everyone, timeout=timeout, leases=leases)
     name, caches = target.name, () if hook is None else tuple(hook.caches)

@@ -119,11 +119,6 @@ class InputSync:
         self.paused = False
         """Whether calls keep their own inputs. `guidance` exchanges those of a whole step itself."""
 
-    @property
-    def waits_for_values(self) -> bool:
-        """Whether hosts wait for the values of all inputs in every call."""
-        return self.mode == "check"
-
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.paused:
             return None

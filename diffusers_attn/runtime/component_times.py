@@ -116,13 +116,14 @@ def component_times(pipeline: Any) -> Iterator[ComponentTimes]:
 
 @contextlib.contextmanager
 def _replaced(model: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Replaces a method of one model."""
+    """Replaces a method of one model. What replaces it again meanwhile, or removes it, stays in effect."""
     has_own, own = name in vars(model), vars(model).get(name)
-    vars(model)[name] = change(getattr(model, name))
+    replaced = vars(model)[name] = change(getattr(model, name))
     try:
         yield
     finally:
-        if has_own:
-            vars(model)[name] = own
-        else:
-            del vars(model)[name]
+        if vars(model).get(name) is replaced:
+            if has_own:
+                vars(model)[name] = own
+            else:
+                del vars(model)[name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 
 import diffusers
 import pytest
@@ -100,6 +102,13 @@ def every_case(meshes):
     with torch.inference_mode():
         found["inference mode"] = error(draw(pipe, "wan", negative_prompt_embeds=negative), expected_of_first)
 
+    # Copies are models of their own.
+    copied = copy.deepcopy(pipe.transformer), pickle.loads(pickle.dumps(pipe.transformer))
+    other = build("wan")
+    for each in copied:
+        other.transformer = each
+        found[f"copy {len(found)}"] = error(draw(other, "wan"), alone("wan")[0]) + (guided_call(each) is not None)
+
     # Where a gradient is recorded, and in training, every rank makes every call.
     given = {"hidden_states": torch.ones(1, 4, 2, 10, 6, dtype=torch.float64), "timestep": torch.ones(1),
              "encoder_hidden_states": torch.ones(1, 13, 32, dtype=torch.float64)}  # fmt: skip
@@ -174,12 +183,27 @@ def choices(meshes):
         with pytest.raises(AttentionProviderError) as caught:
             enable_context_parallel(pipe, verbose=False, **options)
         messages[str(options)] = str(caught.value)
+    for inputs in ("check", "trust"):
+        report = enable_context_parallel(pipe, verbose=False, inputs=inputs)
+        results = [error(draw(pipe, "wan"), alone("wan")[0]) for _ in range(2)]
+        lines[inputs] = report.guidance, max(results), guided_call(pipe.transformer) is not None
+        disable_context_parallel(pipe)
+    with pytest.raises(AttentionProviderError) as caught:
+        enable_context_parallel(pipe, verbose=False, guidance_degree=2, inputs="check")
+    messages["check"] = str(caught.value)
+    pipe.transformer.compile()
+    with pytest.raises(AttentionProviderError) as caught:
+        enable_context_parallel(pipe, verbose=False, guidance_degree=2)
+    messages["compiled"] = str(caught.value)
+    compiled = enable_context_parallel(pipe, verbose=False).guidance
+    disable_context_parallel(pipe)
+    pipe.transformer._compiled_call_impl = None
     with pytest.raises(AttentionProviderError) as caught:
         enable_context_parallel(pipe, verbose=False, guidance_degree=2, mesh=meshes.lines[4])
     messages["mesh"] = str(caught.value)
     model = enable_context_parallel(pipe.transformer, verbose=False).guidance
     disable_context_parallel(pipe)
-    return lines, messages, model
+    return lines, messages, (model, compiled)
 
 
 def test_degrees(pool):
@@ -193,8 +217,12 @@ def test_degrees(pool):
             (divided.format(4), True),
             (divided.format(2) + ", each with a ring of 2", True),
             ("", False),
+            ("", False),
+            (divided.replace("{} ", "") + ", each with Ulysses over 2", True),
         ]
-        assert model == ""  # a model alone has no guidance
+        assert model == ("", "")  # of a model alone, and of one that is compiled as a whole
+        assert "inputs='check' compares the values" in messages["check"]
+        assert "it is compiled as a whole" in messages["compiled"]
         assert "must divide the 4 ranks; accepted are 1, 2, 4" in messages["{'guidance_degree': 3}"]
         assert "leaves one rank in each group" in messages["{'guidance_degree': 4, 'ring_degree': 2}"]
         assert "accepted are 1, 2, 4" in messages["{'guidance_degree': 2.0}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -34,6 +36,16 @@ def test_a_call_that_fails():
         pipe.transformer.register_forward_pre_hook(lambda *_: 1 / 0)
         pipe("a cat", **CALL)
     assert times.calls["transformer"] == 1 and "_call_impl" not in vars(pipe.transformer)
+
+
+def test_a_call_that_is_replaced_meanwhile_stays():
+    """As enabling or disabling context parallelism does."""
+    pipe = make("wan")
+    vars(pipe.transformer)["_call_impl"] = before = pipe.transformer._call_impl
+    with component_times(pipe):
+        assert vars(pipe.transformer).pop("_call_impl") is not before
+        vars(pipe.text_encoder)["_call_impl"] = after = functools.partial(pipe.text_encoder._call_impl)
+    assert "_call_impl" not in vars(pipe.transformer) and vars(pipe.text_encoder)["_call_impl"] is after
 
 
 def test_what_is_refused():
