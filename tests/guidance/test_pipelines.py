@@ -125,6 +125,37 @@ def test_calls_of_other_kinds(pool):
         assert batch == 2 * STEPS  # each group computes one of two samples in both branches
 
 
+def dependent(meshes):
+    """Steps whose second call needs the output of the first: the error, and the computed calls of each step."""
+
+    def steps(model, calls):
+        latents, found = torch.ones(1, 4, 2, 10, 6, dtype=torch.float64), []
+        for _ in range(4):
+            before, prompt = calls(), torch.ones(1, 13, 32, dtype=torch.float64)
+            with torch.no_grad():
+                for _ in range(2):
+                    out = model(latents, torch.ones(1), prompt, return_dict=False)[0]
+                    prompt = prompt * (1 + out.mean())
+                latents = latents - 0.1 * out
+            found.append(calls() - before)
+        return latents, found
+
+    model = build("wan").transformer
+    expected, _ = steps(model, lambda: 0)
+    enable_context_parallel(model, guidance_degree=2, verbose=False)
+    result, found = steps(model, lambda: guided_call(model).computed)
+    disable_context_parallel(model)
+    return error(result, expected), found
+
+
+def test_calls_that_depend_on_each_other(pool):
+    for found, computed_calls in pool.run(RANKS, dependent):
+        assert found < 1e-10
+        # The first step is computed whole. In the second, each group computes one call while the other waits. After
+        # that all ranks compute both together.
+        assert computed_calls == [2, 1, 2, 2]
+
+
 def cached(meshes):
     """The error under a cache of diffusers, which keeps what it has for each branch from step to step."""
     pipes = build("wan"), build("wan")
