@@ -200,7 +200,9 @@ def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
 
 def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
     """Splits the pipeline's sequences over the processes. Returns a line that describes the result."""
-    degrees = {name: getattr(args, name) for name in ("ulysses_degree", "ring_degree", "guidance_degree")}
+    degrees = {
+        name: getattr(args, name) for name in ("ulysses_degree", "ring_degree", "guidance_degree", "data_degree")
+    }
     if state.num_processes == 1 and set(degrees.values()) <= {None, 1}:
         if args.attn_provider:
             set_attention_provider(pipe, args.attn_provider)
@@ -336,6 +338,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--guidance_degree",
         type=int,
         help="number of groups of processes that compute different branches of guidance (default: automatic)",
+    )
+    shares.add_argument(
+        "--data_degree",
+        type=int,
+        help="number of groups of processes that compute different images of a batch (default: automatic)",
     )
     shares.add_argument(
         "--rotate_method", choices=("allgather", "alltoall"), help="exchange of keys and values (default: automatic)"

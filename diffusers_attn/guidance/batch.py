@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,56 +12,90 @@ from ..nested import like, updated
 from .groups import Groups
 
 
-def samples_of(value: Any) -> int:
-    """Number of samples in a model's first argument: a tensor `[batch, ...]`, or a list with an item for each."""
-    if isinstance(value, Tensor):
-        return value.shape[0] if value.ndim else 1
-    return len(value) if isinstance(value, list) else 1
+class Batch(NamedTuple):
+    """The samples of a call."""
 
+    samples: int
+    """Number of samples."""
+    listed: bool = False
+    """Whether the model takes its samples as a list with an item for each."""
 
-def part_of(value: Any, samples: int, start: int, count: int) -> Any:
-    """The samples from `start` on. Tensors `[samples, ...]` and lists with an item for each sample are cut, also
-    within tuples and dicts; everything else is the same for all samples.
+    @staticmethod
+    def of(latents: Any) -> Batch:
+        """The batch of a call with these latents, a tensor `[samples, ...]` or a list with an item for each sample."""
+        if isinstance(latents, Tensor):
+            return Batch(latents.shape[0] if latents.ndim else 1)
+        return Batch(len(latents), True) if isinstance(latents, list) else Batch(1)
 
-    Args:
-        value: an argument of a model.
-        samples: number of samples in the call.
-        start, count: the samples to take.
-    """
-    if isinstance(value, Tensor):
-        return value[start : start + count] if value.ndim and value.shape[0] == samples else value
-    if isinstance(value, list):
-        if len(value) == samples and not all(_is_batch(each, samples) for each in value):
-            return value[start : start + count]
-        return [part_of(each, samples, start, count) for each in value]
-    if isinstance(value, tuple):
-        return like(value, [part_of(each, samples, start, count) for each in value])
-    if isinstance(value, Mapping):
-        return updated(value, {key: part_of(each, samples, start, count) for key, each in value.items()})
-    return value
+    def sizes(self, parts: int) -> list[int]:
+        """Number of samples in each part. They differ by one at most."""
+        return [self.samples // parts + (part < self.samples % parts) for part in range(parts)]
 
+    def part_of(self, value: Any, part: int, parts: int) -> Any:
+        """One part of the samples in `value`, the arguments or the output of a call. Tensors `[samples, ...]` and
+        lists with an item for each sample are cut, also within tuples and dicts; everything else is the same for all
+        samples."""
+        sizes = self.sizes(parts)
+        start = sum(sizes[:part])
+        return self._cut(value, start, start + sizes[part])
 
-def _is_batch(value: Any, samples: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == samples
+    def _cut(self, value: Any, start: int, end: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[start:end] if self._is_batch(value) else value
+        if isinstance(value, list):
+            return value[start:end] if self._is_list(value) else [self._cut(each, start, end) for each in value]
+        if isinstance(value, tuple):
+            return like(value, [self._cut(each, start, end) for each in value])
+        if isinstance(value, Mapping):
+            return updated(value, {key: self._cut(each, start, end) for key, each in value.items()})
+        return value
 
+    def _is_batch(self, value: Tensor) -> bool:
+        return value.ndim > 0 and value.shape[0] == self.samples
 
-def joined(output: Any, samples: int, groups: Groups) -> Any:
-    """The output for all samples, from every group's part. All ranks must call this.
+    def _is_list(self, value: list[Any]) -> bool:
+        """Whether a list has an item for each sample. A list of batches, such as a ControlNet's outputs for each block,
+        may have the same length."""
+        if len(value) != self.samples:
+            return False
+        return self.listed or not all(
+            isinstance(each, Tensor) and each.ndim > 1 and self._is_batch(each) for each in value
+        )
 
-    Args:
-        output: this group's output: tensors `[samples / groups, ...]`, or lists with an item for each of its samples.
-        samples: number of samples of all groups.
-        groups: the groups, each with the same number of samples.
-    """
-    count = samples // groups.count
-    sizes = [count] * groups.count
-    if isinstance(output, Tensor):
-        return groups.gather(output.contiguous(), sizes) if output.ndim else output
-    if isinstance(output, list) and len(output) == count and all(isinstance(each, Tensor) for each in output):
-        if all(each.shape == output[0].shape for each in output):
-            return list(groups.gather(torch.stack(output), sizes).unbind(0))
-    if isinstance(output, (list, tuple)):
-        return like(output, [joined(each, samples, groups) for each in output])
-    if isinstance(output, Mapping):
-        return updated(output, {key: joined(each, samples, groups) for key, each in output.items()})
-    return output
+    def merged(self, parts: list[Any], full: Any) -> Any:
+        """The opposite of `part_of`.
+
+        Args:
+            parts: every part of an output, in order.
+            full: a nest like the full output, with tensors on any device, which tells what was cut.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        if isinstance(full, Tensor):
+            return torch.cat(parts) if self._is_batch(full) else parts[0]
+        if isinstance(full, list) and self._is_list(full):
+            return [each for part in parts for each in part]
+        if isinstance(full, (list, tuple)):
+            return like(full, [self.merged([part[i] for part in parts], each) for i, each in enumerate(full)])
+        if isinstance(full, Mapping):
+            return updated(full, {key: self.merged([part[key] for part in parts], each) for key, each in full.items()})
+        return full
+
+    def joined(self, output: Any, groups: Groups) -> Any:
+        """The output for all samples, from every group's part. All ranks must call this.
+
+        Args:
+            output: this group's output: tensors `[samples of the group, ...]`, or lists with an item for each of them.
+            groups: the groups.
+        """
+        sizes = self.sizes(groups.count)
+        if isinstance(output, Tensor):
+            return groups.gather(output.contiguous(), sizes) if output.ndim else output
+        if isinstance(output, list) and len(output) == sizes[groups.index] and all(map(torch.is_tensor, output)):
+            if all(each.shape == output[0].shape for each in output):
+                return list(groups.gather(torch.stack(output), sizes).unbind(0))
+        if isinstance(output, (list, tuple)):
+            return like(output, [self.joined(each, groups) for each in output])
+        if isinstance(output, Mapping):
+            return updated(output, {key: self.joined(each, groups) for key, each in output.items()})
+        return output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -21,8 +20,9 @@ from ..context_parallel.hooks.apply import add_mesh, applied_tracker, names_of_g
 from ..context_parallel.mesh import ContextParallelMesh
 from ..errors import AttentionProviderError
 from ..nested import mapped, tensors_in
-from . import batch
+from .batch import Batch
 from .branches import Kind, Step, shape_of
+from .division import Divider, Division
 from .groups import Groups
 from .inputs import Arguments, StepInputs
 from .pending import Arrival, PendingTensor, known
@@ -36,10 +36,9 @@ class GuidedCall:
     Args:
         model: a model that is split over all ranks.
         inputs: keeps its inputs equal.
-        ranks: number of ranks.
-        degree: number of groups; None: as many as divide the ranks and the branches (or samples).
+        divider: decides among how many groups a step is divided.
         divide: makes that many groups. All ranks call it together, once for each number.
-        expects_branches: whether the pipeline is about to make one call per branch, as far as is known before.
+        guides: whether the pipeline uses guidance in its running call, as far as is known before.
         divides_batch: whether samples of a batch may be computed apart.
     """
 
@@ -47,18 +46,16 @@ class GuidedCall:
         self,
         model: nn.Module,
         inputs: StepInputs,
-        ranks: int,
-        degree: int | None,
+        divider: Divider,
         divide: Callable[[int], Groups],
-        expects_branches: Callable[[], bool],
+        guides: Callable[[], bool],
         divides_batch: bool,
     ) -> None:
         self._model = weakref.ref(model)
         self._inputs = inputs
-        self._ranks = ranks
-        self._degree = degree
+        self._divider = divider
         self._divide = divide
-        self._expects_branches = expects_branches
+        self._guides = guides
         self._divides_batch = divides_batch
         self._first = next(iter(inspect.signature(type(model).forward.__get__(model)).parameters))
         self._made: dict[int, Groups] = {}
@@ -83,11 +80,8 @@ class GuidedCall:
         plan.step.calls += 1
         if plan.arrival is not None and plan.arrival.is_over and number < plan.branches:
             plan.step.was_interrupted = True
-        samples = batch.samples_of(latents)
-        if plan.groups is None or number >= plan.branches > 1:
-            return self._whole(model, plan, number, args, kwargs)
-        if plan.by_batch:
-            return self._by_batch(model, plan.groups, samples, args, kwargs)
+        if plan.groups is None or number >= plan.branches:
+            return self._together(model, plan, number, args, kwargs)
         return self._by_branch(model, plan, plan.groups, number, latents, args, kwargs)
 
     def _begin(self, latents: Any) -> _Plan:
@@ -95,23 +89,19 @@ class GuidedCall:
         if self._step is not None:
             self._step.step.end()
         kind = self._kinds.setdefault(shape_of(latents), Kind())
-        by_batch = self._count(batch.samples_of(latents)) if self._divides_batch else 1
+        batch, guides = Batch.of(latents), self._guides()
+        samples = batch.samples if self._divides_batch else 1
         branches = 1 if kind.one_by_one or kind.branches is None else kind.branches
-        by_branch = self._count(branches)
-        step = Step(latents, kind)
-        if by_batch >= by_branch and by_batch > 1:
-            return _Plan(step, self._groups(by_batch), 1, by_batch=True)
-        if by_branch > 1:
-            return _Plan(step, self._groups(by_branch), branches)
-        plan = _Plan(step, None, 1)
-        if kind.branches is None and self._count(2) > 1 and self._expects_branches():
-            plan.alone = self._groups(self._count(2))  # so that blocks are compiled for these groups alone
+        division = self._divider.division(samples, branches, guides)
+        plan = _Plan(Step(latents, kind), batch, division, branches)
+        if division.owners > 1:
+            plan.groups = self._groups(division.groups)
+        elif division.parts == 1 and kind.branches is None and guides:
+            owners = self._divider.division(1, 2, guides).owners
+            plan.alone = (
+                self._groups(owners) if owners > 1 else None
+            )  # so that blocks are compiled for these groups alone
         return plan
-
-    def _count(self, parts: int) -> int:
-        """Number of groups for so many branches or samples."""
-        most = math.gcd(parts, self._ranks)
-        return most if self._degree is None else self._degree if most % self._degree == 0 else 1
 
     def _groups(self, count: int) -> Groups:
         if count not in self._made:
@@ -121,27 +111,25 @@ class GuidedCall:
             add_mesh(model, self._made[count].mesh)
         return self._made[count]
 
-    def _whole(self, model: nn.Module, plan: _Plan, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that all ranks compute, with its sequence split over them, and the first time by each group alone."""
-        self.computed += 1
-        mesh = _mesh(model) if plan.alone is None else plan.alone.mesh
-        args, kwargs = self._inputs.exchanged(args, kwargs)
-        with using_mesh(model, mesh), self._inputs.as_given():
-            output = nn.Module._call_impl(model, *args, **kwargs)
-        plan.step.kind.outputs[number, _plain(args, kwargs)] = mapped(output, _like)
-        return output
-
-    def _by_batch(
-        self, model: nn.Module, groups: Groups, samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _together(
+        self, model: nn.Module, plan: _Plan, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """A call that all ranks compute. Groups divide its batch, if the step is divided so; otherwise its sequence is
+        split over all ranks, and the first time over those of each group alone."""
         self.computed += 1
         args, kwargs = self._inputs.exchanged(args, kwargs)
-        count = samples // groups.count
-        args, kwargs = batch.part_of((args, kwargs), samples, groups.index * count, count)
-        one_thread.take(names_of_groups(model), model)
-        with using_mesh(model, groups.mesh), self._inputs.as_given():
+        plain = _plain(args, kwargs)
+        parts, groups = plan.division.parts, plan.alone
+        if parts > 1:
+            groups = self._groups(parts)
+            args, kwargs = plan.batch.part_of((args, kwargs), groups.index, parts)
+            one_thread.take(names_of_groups(model), model)
+        with using_mesh(model, _mesh(model) if groups is None else groups.mesh), self._inputs.as_given():
             output = nn.Module._call_impl(model, *args, **kwargs)
-        return batch.joined(output, samples, groups)
+        if parts > 1 and groups is not None:
+            output = plan.batch.joined(output, groups)
+        plan.step.kind.outputs[number, plain] = mapped(output, _like)
+        return output
 
     def _by_branch(
         self,
@@ -155,7 +143,7 @@ class GuidedCall:
     ) -> Any:
         expected = plan.step.kind.outputs.get((number, _plain(args, kwargs)))
         if expected is None:  # a call of a new kind: its output is not known yet
-            return self._whole(model, plan, number, args, kwargs)
+            return self._together(model, plan, number, args, kwargs)
         given = args, kwargs
         if number == 0:
             args, kwargs = self._inputs.exchanged(args, kwargs)
@@ -165,15 +153,19 @@ class GuidedCall:
             args, kwargs = self._inputs.later(args, kwargs)
         arrival = plan.arrival
         assert arrival is not None
-        owner = number % groups.count
+        division = plan.division
+        part, mine = division.place(groups.index)
+        parts = [plan.batch.part_of(expected, each, division.parts) for each in range(division.parts)]
+        owner = number % division.owners
         values: list[Tensor] | None = None
-        if owner == groups.index:
+        if owner == mine:
             self.computed += 1
             with using_mesh(model, groups.mesh), self._inputs.as_given():
                 if number:
                     args, kwargs = self._inputs.within(groups, args, kwargs)
+                args, kwargs = plan.batch.part_of((args, kwargs), part, division.parts)
                 output = nn.Module._call_impl(model, *args, **kwargs)
-            _check(model, output, expected)
+            _check(model, output, parts[part])
             values = tensors_in(output)
         device = tensors_in(latents)[0].device
         pending: list[PendingTensor] = []
@@ -183,7 +175,7 @@ class GuidedCall:
             return pending[-1]
 
         outputs = mapped(expected, promise)
-        plan.outputs.append(_Output(number, given, owner, pending, values))
+        plan.outputs.append(_Output(number, given, owner, expected, parts, pending, values))
         if arrival.is_over:  # outputs were needed before this call
             self._exchange(plan)
         elif number == plan.branches - 1:
@@ -195,22 +187,23 @@ class GuidedCall:
         model, outputs = self._model(), plan.outputs
         assert model is not None and plan.groups is not None
         plan.outputs = []
-        self._keep_pace(model, plan.groups, outputs)
-        _exchange(plan.groups, outputs)
+        self._keep_pace(model, plan, plan.groups, outputs)
+        _exchange(plan, plan.groups, outputs)
         if not self._inputs.confirm():
             for each in outputs:
                 if each.number:  # the inputs of the first call were exchanged before it
-                    again = self._whole(model, plan, each.number, *each.given)
+                    again = self._together(model, plan, each.number, *each.given)
                     for pending, value in zip(each.pending, tensors_in(again), strict=True):
                         pending.value = value
 
-    def _keep_pace(self, model: nn.Module, groups: Groups, outputs: list[_Output]) -> None:
+    def _keep_pace(self, model: nn.Module, plan: _Plan, groups: Groups, outputs: list[_Output]) -> None:
         """Where a step ended early, a group may have computed fewer calls. FSDP gathers weights from all ranks in every
         forward, so then it computes a call again that another group waits in."""
-        calls = [sum(each.owner == group for each in outputs) for group in range(groups.count)]
-        missing = max(calls) - calls[groups.index]
+        part, mine = plan.division.place(groups.index)
+        calls = [sum(each.owner == owner for each in outputs) for owner in range(plan.division.owners)]
+        missing = max(calls) - calls[mine]
         if missing and any(isinstance(each, DTensor) for each in model.parameters()):
-            args, kwargs = outputs[0].given
+            args, kwargs = plan.batch.part_of(outputs[0].given, part, plan.division.parts)
             for _ in range(missing):
                 with using_mesh(model, groups.mesh), self._inputs.as_given():
                     nn.Module._call_impl(model, *args, **kwargs)
@@ -221,16 +214,18 @@ class _Plan:
 
     Args:
         step: the step.
-        groups: the groups that divide it; None: all ranks compute each call together.
+        batch: the samples of each call.
+        division: among how many groups the step is divided.
         branches: number of calls that it should have.
-        by_batch: whether the groups divide the batch of each call.
     """
 
-    def __init__(self, step: Step, groups: Groups | None, branches: int, by_batch: bool = False) -> None:
+    def __init__(self, step: Step, batch: Batch, division: Division, branches: int) -> None:
         self.step = step
-        self.groups = groups
+        self.batch = batch
+        self.division = division
         self.branches = branches
-        self.by_batch = by_batch
+        self.groups: Groups | None = None
+        """Groups that compute different branches; None: all ranks compute each call together."""
         self.alone: Groups | None = None
         """Groups that each compute all of an unknown step, without an exchange."""
         self.arrival: Arrival | None = None
@@ -246,27 +241,54 @@ class _Output(NamedTuple):
     given: Arguments
     """Arguments of the call on this rank."""
     owner: int
-    """The group that computes it."""
+    """Number, among the owners of a part of the batch, of the group that computes it."""
+    expected: Any
+    """The output, with tensors on "meta"."""
+    parts: list[Any]
+    """The part of the output for each part of the batch, with tensors on "meta"."""
     pending: list[PendingTensor]
     values: list[Tensor] | None
-    """The values in that group; None in others."""
+    """The values of this group's part, if the group is an owner; None otherwise."""
 
 
-def _exchange(groups: Groups, outputs: list[_Output]) -> None:
+class _Slot:
+    """A tensor to receive.
+
+    Args:
+        group: index of the group that computes it.
+        like: a tensor of its shape and dtype.
+        value: the value, in that group.
+    """
+
+    def __init__(self, group: int, like: Tensor, value: Tensor | None) -> None:
+        self.group = group
+        self.like = like
+        self.value = value
+
+
+def _exchange(plan: _Plan, groups: Groups, outputs: list[_Output]) -> None:
     """Sets the values of pending tensors on all ranks."""
-    every = [each for output in outputs for each in output.pending]
-    for dtype in dict.fromkeys(each.dtype for each in every):
-        theirs: list[list[PendingTensor]] = [[] for _ in range(groups.count)]
-        mine: list[Tensor] = []
-        for output in outputs:
-            theirs[output.owner] += [each for each in output.pending if each.dtype == dtype]
-            mine += [each.flatten() for each in output.values or () if each.dtype == dtype]
-        sizes = [sum(each.numel() for each in group) for group in theirs]
-        device = next(each.device for each in every if each.dtype == dtype)
-        rows = groups.gather(torch.cat(mine) if mine else torch.empty(0, dtype=dtype, device=device), sizes)
-        ordered = [each for group in theirs for each in group]
-        for tensor, value in zip(ordered, rows.split([each.numel() for each in ordered])):
-            tensor.value = value.view(tensor.shape)
+    slots: list[_Slot] = []
+    for output in outputs:
+        for part, nest in enumerate(output.parts):
+            group = part * plan.division.owners + output.owner
+            found = tensors_in(nest)
+            mine = output.values if group == groups.index and output.values is not None else [None] * len(found)
+            slots += [_Slot(group, each, value) for each, value in zip(found, mine, strict=True)]
+    device = next(each.device for output in outputs for each in output.pending)
+    for dtype in dict.fromkeys(each.like.dtype for each in slots):
+        ordered = sorted((each for each in slots if each.like.dtype == dtype), key=lambda each: each.group)
+        own = [each.value.flatten() for each in ordered if each.value is not None]
+        sizes = [sum(each.like.numel() for each in ordered if each.group == group) for group in range(groups.count)]
+        rows = groups.gather(torch.cat(own) if own else torch.empty(0, dtype=dtype, device=device), sizes)
+        for slot, value in zip(ordered, rows.split([each.like.numel() for each in ordered]), strict=True):
+            slot.value = value.view(slot.like.shape)
+    arrived = iter(slots)
+    for output in outputs:
+        parts = [mapped(nest, lambda _: next(arrived).value) for nest in output.parts]
+        values = tensors_in(plan.batch.merged(parts, output.expected))
+        for pending, value in zip(output.pending, values, strict=True):
+            pending.value = value
 
 
 def _mesh(model: nn.Module) -> ContextParallelMesh:

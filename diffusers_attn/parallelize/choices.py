@@ -31,7 +31,7 @@ from ..runtime.cuda_graphs.apply import CudaGraphs, check_mode
 from ..scope import ProviderChoice
 from ..vae.split import SplitVae, VaeTarget, find_vaes
 from .degrees import Degrees, Topology, complete_degrees, required_degrees
-from .guidance import check_degree
+from .guidance import check_degrees
 from .input_sync import MODES
 from .model_sync import Adapters, described_model, described_plan, versions
 from .targets import Target, find_targets, split_heads, unwrapped
@@ -64,7 +64,9 @@ class Choices(NamedTuple):
     vaes: list[VaeTarget]
     """The VAEs to split."""
     guidance_degree: int | None
-    """Number of groups that the user asked for."""
+    """Number of groups for branches of guidance that the user asked for."""
+    data_degree: int | None
+    """Number of parts of a batch that the user asked for."""
     timeout: datetime.timedelta
     weights: list[ToShard]
     """The models whose weights are sharded."""
@@ -90,6 +92,7 @@ def choose(
     cuda_graphs: CudaGraphs,
     split_vae: SplitVae,
     guidance_degree: int | None,
+    data_degree: int | None,
     shard_weights: ShardWeights,
 ) -> Choices:
     """This rank's choices. Changes nothing and exchanges nothing.
@@ -112,10 +115,11 @@ def choose(
     names = _provider_names(targets, request, rebind)
     by_place = _options_by_place(targets, request, rebind)
     topology = _topology(targets, names, device, sharing, rotate_method, by_place)
-    check_degree(guidance_degree, topology.ranks, sharing is not None)
-    if guidance_degree is not None and 1 < guidance_degree:  # then the user's degrees are those of a group
-        if guidance_degree < topology.ranks:
-            group = dataclasses.replace(topology, ranks=topology.ranks // guidance_degree)
+    check_degrees(guidance_degree, data_degree, topology.ranks, sharing is not None)
+    groups = (guidance_degree or 1) * (data_degree or 1)
+    if groups > 1:  # then the user's degrees are those of a group
+        if groups < topology.ranks:
+            group = dataclasses.replace(topology, ranks=topology.ranks // groups)
             _degrees(group, names, None, ulysses_degree, ring_degree, by_place)
         ulysses_degree = ring_degree = None
     degrees = _degrees(topology, names, sharing, ulysses_degree, ring_degree, by_place)
@@ -135,6 +139,7 @@ def choose(
         split_vae,
         find_vaes(_components(pipeline_or_model), split_vae),
         guidance_degree,
+        data_degree,
         shared_groups.as_timeout(timeout, device),
         weights,
         _facts(targets, request, check_weights) | facts_of(weights, check_weights),
@@ -180,6 +185,7 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
             f"split_vae={chosen.split_vae}",
             [vae.name for vae in chosen.vaes],
             f"guidance_degree={chosen.guidance_degree}",
+            f"data_degree={chosen.data_degree}",
             *([f"shard_weights={[each.name for each in chosen.weights]}"] if chosen.weights else []),
         )
         summary = ", ".join(map(str, (*found, chosen.timeout)))

@@ -45,6 +45,7 @@ def enable_context_parallel(
     ulysses_degree: int | None = None,
     ring_degree: int | None = None,
     guidance_degree: int | None = None,
+    data_degree: int | None = None,
     provider: str | AttentionProvider | None = None,
     rotate_method: str | None = None,
     convert_to_fp32: bool = True,
@@ -69,12 +70,16 @@ def enable_context_parallel(
             (docs/performance.md). The environment variable DIFFUSERS_ATTN_LINKS says whether the speed of the links
             between ranks is measured for it; see `measure_hardware.py`.
         ring_degree: number of ranks that pass keys and values around; None as for `ulysses_degree`.
-        guidance_degree: number of groups of ranks that compute different branches of guidance, or different samples
-            of a batch; sequences are split within a group. This needs one exchange per step. But tokens are divided
-            among fewer ranks, so that each needs more memory for activations. `ulysses_degree` and `ring_degree` are
-            then those of a group. None: for a pipeline, without `mesh` and other degrees, as many groups as divide
-            the ranks and the branches (or the samples); calls without guidance are split over all ranks. 1: all ranks
-            split the sequence of every call, as with inputs="check".
+        guidance_degree: number of groups of ranks that compute different branches of guidance; sequences are split
+            within a group. This needs one exchange per step. But tokens are divided among fewer ranks, so that each
+            needs more memory for activations. `ulysses_degree` and `ring_degree` are then those of a group. None: for a
+            pipeline, without `mesh` and other degrees, as many groups as divide the ranks and the branches; calls
+            without guidance are split over all ranks. 1: branches are not divided, as with inputs="check".
+        data_degree: number of parts of a batch, each for a group of ranks, as with several prompts or several images of
+            a prompt. The ranks are `data_degree * guidance_degree * ring_degree * ulysses_degree`. Parts may differ
+            by one sample; a batch with fewer samples than parts is not divided. None: where guidance is divided, its
+            groups divide batches too, into as many equal parts as possible. 1: batches are not divided, except into
+            branches of guidance.
         provider: name of the attention kernel. None: attention bound to a `DispatchProcessor` keeps its provider, and
             all other attention uses "auto" on CUDA devices and "native" elsewhere.
         rotate_method: how keys and values travel in a ring: "allgather" or "alltoall". None: chosen with the
@@ -156,6 +161,7 @@ def enable_context_parallel(
             split_vae=split_vae,
             shard_weights=shard_weights,
             guidance_degree=guidance_degree,
+            data_degree=data_degree,
         )
 
     with rank_progress.waiting_for(members):
@@ -163,6 +169,7 @@ def enable_context_parallel(
         degrees = chosen.degrees or decide_degrees(chosen.topology, chosen.targets, chosen.providers)
         guidance = choose_guidance(
             guidance_degree,
+            data_degree,
             mesh is None and ulysses_degree is None and ring_degree is None and pipeline() is not None,
             chosen.topology,
             chosen.targets,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from ..cp_plans.advanced import CPCache, CPStore
 from ..cp_plans.plan import Plan, entries
 from ..errors import AttentionProviderError
 from ..guidance.batched import divides_batch
+from ..guidance.division import Divider
 from ..guidance.groups import Groups
 from ..guidance.guided_call import GuidedCall, install
 from ..guidance.inputs import StepInputs
@@ -27,19 +29,24 @@ from .targets import Target
 
 
 class Guidance(NamedTuple):
-    """How guidance is divided."""
+    """How branches of guidance, and the samples of a batch, are divided."""
 
     degree: int | None
-    """Number of groups of ranks; None: as many as divide the branches, or the samples of a batch."""
+    """Number of groups of ranks for branches; None: as many as divide the branches."""
+    data_degree: int | None
+    """Number of parts of a batch; None: those groups divide samples as well."""
     degrees: dict[int, Degrees]
     """For each possible number of groups, how the ranks of one group split a sequence."""
 
     def __str__(self) -> str:
         number = "groups" if self.degree is None else f"{self.degree} groups"
+        if self.data_degree is None:
+            divided = f"branches of guidance and samples of a batch by {number} of ranks"
+        else:
+            divided = f"samples of a batch by {self.data_degree} groups of ranks"
+            divided += "" if self.degree == 1 else f" and branches of guidance by {number} of each"
         within = {str(each): None for each in map(_in_words, self.degrees.values()) if each}
-        return f"branches of guidance and samples of a batch by {number} of ranks{', each with ' * bool(within)}" + (
-            " or ".join(within)
-        )
+        return f"{divided}{', each with ' * bool(within)}{' or '.join(within)}"
 
 
 def _in_words(degrees: Degrees) -> str:
@@ -50,28 +57,40 @@ def _in_words(degrees: Degrees) -> str:
     return " and ".join(parts)
 
 
-def check_degree(degree: object, ranks: int, has_mesh: bool) -> None:
-    """Checks a user's `guidance_degree`.
+def check_degrees(guidance_degree: object, data_degree: object, ranks: int, has_mesh: bool) -> None:
+    """Checks a user's `guidance_degree` and `data_degree`.
 
     Raises:
-        AttentionProviderError: it is not accepted.
+        AttentionProviderError: they are not accepted.
     """
-    if degree is None:
-        return
-    if type(degree) is not int or degree < 1 or ranks % degree:
-        accepted = [number for number in range(1, ranks + 1) if ranks % number == 0]
+    accepted = [number for number in range(1, ranks + 1) if ranks % number == 0]
+    product = 1
+    for name, degree, default in (
+        ("guidance_degree", guidance_degree, "as many as there are branches of guidance"),
+        ("data_degree", data_degree, "as many as divide the batch evenly"),
+    ):
+        if degree is None:
+            continue
+        if type(degree) is not int or degree < 1 or ranks % degree:
+            raise AttentionProviderError(
+                f"{name}={degree!r}: the number of groups of ranks must divide the {ranks} ranks; accepted are "
+                f"{', '.join(map(str, accepted))}, and None for {default}."
+            )
+        if degree > 1 and has_mesh:
+            raise AttentionProviderError(
+                f"{name}={degree} divides all ranks of the job, and mesh=... names some. Leave out one of them."
+            )
+        product *= degree
+    if ranks % product:
         raise AttentionProviderError(
-            f"guidance_degree={degree!r}: the number of groups of ranks must divide the {ranks} ranks; accepted are "
-            f"{', '.join(map(str, accepted))}, and None for as many as there are branches of guidance."
-        )
-    if degree > 1 and has_mesh:
-        raise AttentionProviderError(
-            f"guidance_degree={degree} divides all ranks of the job, and mesh=... names some. Leave out one of them."
+            f"guidance_degree={guidance_degree} and data_degree={data_degree} make {product} groups, but their number "
+            f"must divide the {ranks} ranks; accepted are {', '.join(map(str, accepted))} groups."
         )
 
 
 def choose_guidance(
     degree: int | None,
+    data_degree: int | None,
     by_itself: bool,
     topology: Topology,
     targets: Sequence[Target],
@@ -80,51 +99,62 @@ def choose_guidance(
     ring_degree: int | None,
     inputs: str,
 ) -> Guidance | None:
-    """How to divide guidance; None: all ranks split the sequence of every call. All ranks must call this.
+    """How to divide guidance and batches; None: all ranks split the sequence of every call. All ranks must call this.
 
     Args:
-        degree: number of groups that the user asked for.
+        degree: number of groups for branches that the user asked for.
+        data_degree: number of parts of a batch that the user asked for.
         by_itself: whether guidance is divided if the user named no number.
         topology: all ranks.
         targets: the models to split.
         providers: names of the attention providers in use.
-        ulysses_degree, ring_degree: what the user asked for within a group, if `degree` is above 1.
+        ulysses_degree, ring_degree: what the user asked for within a group, if one of the degrees is above 1.
         inputs: "broadcast", "check" or "trust".
 
     Raises:
         AttentionProviderError: the degrees do not fit the ranks of a group, or a model cannot divide its calls.
     """
-    if degree == 1 or (degree is None and not by_itself):
+    if degree is None and not by_itself:
+        degree = 1
+    asked = {"guidance_degree": degree or 1, "data_degree": data_degree or 1}
+    if degree == 1 and asked["data_degree"] == 1:
         return None
-    reasons = [(target.name, obstacle(target, inputs)) for target in targets]
-    if degree is not None:
-        for name, reason in reasons:
+    for argument, number in asked.items():
+        for target in targets if number > 1 else ():
+            reason = obstacle(target, inputs)
+            if reason is None and argument == "data_degree" and not divides_batch(target.model):
+                reason = "its samples influence each other. Give each group of ranks a prompt of its own (mesh=...)"
             if reason is not None:
                 raise AttentionProviderError(
-                    f"guidance_degree={degree}: every rank must make all calls of {name}, because {reason}, or leave "
-                    "guidance_degree out."
+                    f"{argument}={number}: every rank must make all calls of {target.name}, because {reason}, or leave "
+                    f"{argument} out."
                 )
-    elif all(reason is not None for _, reason in reasons):
+    if all(obstacle(target, inputs) is not None for target in targets):
         return None
-    counts = [degree] if degree is not None else [n for n in range(2, topology.ranks + 1) if topology.ranks % n == 0]
+    named = math.prod(asked.values())
+    counts = [n for n in range(2, topology.ranks + 1) if topology.ranks % n == 0]
+    if degree is not None:
+        counts = [n for n in counts if n in (*asked.values(), named)]
     found: dict[int, Degrees] = {}
     for count in counts:
         ranks = topology.ranks // count
         group = dataclasses.replace(topology, ranks=ranks, rotate_method=topology.rotate_method if ranks > 1 else None)
+        within = (ulysses_degree, ring_degree) if count == named else (None, None)
         if ranks == 1:
-            _check_alone(count, ulysses_degree, ring_degree)
+            _check_alone(asked, *within)
             found[count] = Degrees(1, 1, None, "one rank")
-        elif ulysses_degree is None and ring_degree is None:
+        elif within == (None, None):
             found[count] = decide_degrees(group, targets, providers)
         else:
-            found[count] = complete_degrees(group, ulysses_degree, ring_degree)
-    return Guidance(degree, found)
+            found[count] = complete_degrees(group, *within)
+    return Guidance(degree, data_degree, found)
 
 
-def _check_alone(count: int, ulysses_degree: int | None, ring_degree: int | None) -> None:
+def _check_alone(asked: Mapping[str, int], ulysses_degree: int | None, ring_degree: int | None) -> None:
     if (ulysses_degree or 1) * (ring_degree or 1) != 1:
+        given = " and ".join(f"{name}={number}" for name, number in asked.items() if number > 1)
         raise AttentionProviderError(
-            f"guidance_degree={count} leaves one rank in each group, so that ulysses_degree={ulysses_degree} and "
+            f"{given} leaves one rank in each group, so that ulysses_degree={ulysses_degree} and "
             f"ring_degree={ring_degree} have no ranks. Leave them out, or use more ranks."
         )
 
@@ -184,8 +214,7 @@ def attach_guidance(
     call = GuidedCall(
         model,
         StepInputs(reference, hook, within),
-        everyone.size,
-        guidance.degree,
+        Divider(everyone.size, guidance.degree, guidance.data_degree),
         divide,
         lambda: _guides(pipeline()),
         divides_batch(model),
@@ -194,7 +223,7 @@ def attach_guidance(
 
 
 def _guides(pipeline: Any) -> bool:
-    """Whether a pipeline says that its running call makes one call of the model per branch."""
+    """Whether a pipeline says that its running call uses guidance."""
     try:
         return bool(getattr(pipeline, "do_classifier_free_guidance", False))
     except TypeError:  # computed from a scale that is not set

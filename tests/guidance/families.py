@@ -92,17 +92,32 @@ def build(name: str) -> Any:
     return pipe
 
 
-def draw(pipe: Any, name: str, *, seed: int = 0, scale: float = 4.0, steps: int = STEPS, **more: Any) -> torch.Tensor:
-    """The latents that a call of the pipeline returns."""
+def _several(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The arguments for several prompts, from those of each."""
+    joined = {}
+    for key, value in found[0].items():
+        every = [each[key] for each in found]
+        joined[key] = [item for each in every for item in each] if isinstance(value, list) else torch.cat(every)
+    return joined
+
+
+def draw(
+    pipe: Any, name: str, *, seed: int = 0, scale: float = 4.0, steps: int = STEPS, prompts: int = 1, **more: Any
+) -> torch.Tensor:
+    """The latents that a call of the pipeline returns. Several prompts have a generator each."""
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(7)
-    prompt, negative = mapped([family.prompt(generator) for _ in range(2)], lambda each: each.to(pipe.device))
+    prompt, negative = (
+        mapped(_several([family.prompt(generator) for _ in range(prompts)]), lambda each: each.to(pipe.device))
+        for _ in range(2)
+    )
     arguments = prompt | {f"negative_{key}": value for key, value in negative.items()} | family.call
     key = "true_cfg_scale" if "true_cfg_scale" in arguments else "guidance_scale"
     if key == "guidance_scale" or scale == 1:
         arguments[key] = scale
     arguments = {"height": 80, "width": 48, "num_inference_steps": steps, "output_type": "latent"} | arguments | more
-    generators = torch.Generator().manual_seed(seed)
+    every = [torch.Generator().manual_seed(seed + number) for number in range(prompts)]
+    generators = every if prompts > 1 else every[0]
     with torch.no_grad():
         result: torch.Tensor = pipe(generator=generators, return_dict=False, **arguments)[0]
     return result

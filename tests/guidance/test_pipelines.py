@@ -122,7 +122,7 @@ def test_calls_of_other_kinds(pool):
     for found, number, batch in pool.run(RANKS, every_case):
         assert {name: value for name, value in found.items() if not value < 1e-10} == {}
         assert number <= STEPS + 1
-        assert batch == 2 * STEPS  # each group computes one of two samples in both branches
+        assert batch == STEPS  # each of four groups computes one of two samples in one branch
 
 
 def dependent(meshes):
