@@ -70,7 +70,7 @@ docs-check: $(VENV)/.dev  ## fail where such a table is stale
 
 # Keeps the versions that constraints.txt has, where they still fit; ARGS=--upgrade takes the newest of all, and
 # ARGS="--upgrade-package peft" the newest of one.
-COMPILE = -m uv pip compile pyproject.toml --extra demo-train --no-emit-index-url --annotation-style line --quiet
+COMPILE = -m uv pip compile pyproject.toml --extra demo-train --extra all --extra docs --no-emit-index-url --annotation-style line --quiet
 HEADER := make constraints  (the versions that are tested; pyproject.toml has the accepted ranges)
 
 constraints: $(VENV)/.dev  ## write constraints.txt anew, from pyproject.toml
@@ -87,7 +87,7 @@ constraints-oldest constraints-newest: constraints-%:
 	@rm .tools.txt
 
 clean:  ## remove .venv, outputs and caches
-	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp goes away before anything is changed and comes back when all went well. So a stale stamp means a sound .venv

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .providers.registry import ProviderStatus, list_providers, provider_status
     from .scope import attention_provider
 
+    __version__: str
+
 __all__ = [
     "AttentionProvider",
     "AttentionProviderError",
@@ -55,8 +57,6 @@ __all__ = [
     "unsplit_vae",
     "verify_cp_plan",
 ]
-__version__ = "0.1.0"
-
 
 _MODULES = {
     "attention_dispatch": "dispatch",
@@ -106,8 +106,20 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(globals().keys() | set(__all__))
+
+
+def _version() -> str:
+    """The installed version, which comes from git tags (pyproject.toml)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("diffusers-attn")
+    except PackageNotFoundError:  # the folder is on sys.path, and was never installed
+        return "0+unknown"

@@ -48,10 +48,6 @@ def test_the_glossary_explains_each_word_once_and_shortly() -> None:
     assert all(entry.strip().count("\n") == 1 for entry in entries if entry.startswith("**"))
 
 
-def test_the_changelog_has_the_version() -> None:
-    assert f"## [{diffusers_attn.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
-
-
 def test_the_provider_of_contributing() -> None:
     """Its adapter, from two parts of the keys, and its row of the catalog."""
     names: dict[str, Any] = {}

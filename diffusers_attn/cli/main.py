@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .. import __version__
 from ..errors import AttentionProviderError
 from . import exit_codes
 from .advise.command import advise
@@ -62,6 +61,8 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
+        from .. import __version__
+
         print(f"diffusers-attn {__version__}")
         raise typer.Exit
 
