@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
@@ -37,6 +38,8 @@ from .report import ContextParallelReport
 from .targets import models_of
 from .weights.select import ShardWeights, device_to_use
 from .weights.shard import check_mesh, gather, shard
+
+log = logging.getLogger(__name__)
 
 
 def enable_context_parallel(
@@ -115,7 +118,7 @@ def enable_context_parallel(
             names of components, such as ("transformer", "text_encoder"). The pipeline may be in CPU memory, or these
             components on the meta device: this call moves everything to the ranks' devices, one block at a time. For
             inference; sharded weights are not trained. See docs/context_parallel.md#weights-that-do-not-fit.
-        verbose: rank 0 prints the report.
+        verbose: whether rank 0 prints the report. It is logged at level "info" otherwise.
         provider_options: options of the provider's kernel.
 
     Returns:
@@ -229,6 +232,8 @@ def enable_context_parallel(
     )
     if verbose and dist.get_rank() == 0:
         print(report, flush=True)
+    elif not verbose:
+        log.info("%s", report)
     return report
 
 

@@ -6,12 +6,14 @@ The provider serves the call exactly, or the call is refused with a reason and t
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
 
 from ..call import AttentionCall
 from ..errors import AttentionProviderError
+from ..logs import debugging
 from ..masks import MaskKind
 from . import registry
 from .base import Params
@@ -19,6 +21,8 @@ from .catalog import SPECS
 from .hub import PACKAGE, chosen_source, source_of
 from .selection import select
 from .serving import CallProperties, Serving, plan, refusal
+
+log = logging.getLogger(__name__)
 
 
 def decide_call(
@@ -89,7 +93,28 @@ def decide_constant(provider: str, *properties: Any) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _decided(provider: str, *properties: Any) -> tuple[Any, ...]:
-    return tuple(decide(provider, CallProperties(*properties)))
+    call = CallProperties(*properties)
+    found = decide(provider, call)
+    if debugging():
+        why = select(call).reason if provider == "auto" and call.device.type != "meta" else "named"
+        source = "" if found.source == PACKAGE else f" from the {found.source}"
+        log.debug("attention by %s%s (%s): %s%s", found.provider, source, why, call, _lowerings(found))
+    return tuple(found)
+
+
+_CAUSAL = {
+    "mask": "causality merged into the mask",
+    "drop_keys": "keys that no query sees dropped",
+    "two_calls": "causality in two calls of the kernel",
+}
+
+
+def _lowerings(plan: Serving) -> str:
+    """The changes with which a kernel serves a call, in words."""
+    words = ["key heads repeated"] * plan.repeat_kv
+    words += [f"head_dim padded to {plan.pad_head_dim}"] * (plan.pad_head_dim > 0)
+    words += [_CAUSAL[each] for each in (plan.causal,) if each in _CAUSAL]
+    return f"; {', '.join(words)}" if words else ""
 
 
 def able_providers(properties: CallProperties) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AttentionProviderError
+from ...logs import debugging
 from ...masks import MaskKind
 from ...tracing.symbolic import constant
 from ..comm import collectives
@@ -24,6 +25,7 @@ from .allgather_kv_one_call import allgather_kv_one_call_attention, is_faster
 from .block_attention import BlockAttention
 from .partial_kernel import PartialKernel, options_by_place
 from .ring import ring_attention
+from .traffic import note
 from .ulysses import ulysses_attention
 
 STRATEGIES: dict[str, Callable[..., Tensor]] = {}
@@ -86,6 +88,8 @@ def parallel_attention(
     call = BlockAttention(
         kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32, transport, seen
     )
+    if debugging():
+        note(query, key, value, call, mesh, _strategy(query, key, value, call, mesh))
     over_ranks = _over_ring if mesh.ulysses.size == 1 else _over_ulysses_and_ring
     out = over_ranks(query, key, value, key_mask, rows, call, mesh)
     return out if dead_queries is None else out.masked_fill(dead_queries[:, :, None, None], 0.0)

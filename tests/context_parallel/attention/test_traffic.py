@@ -1,0 +1,70 @@
+"""The log's message about a split call: once for each kind, with the bytes that the call really sends."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.sequences.sharding import Shards, split
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that go to other ranks."""
+
+    def __init__(self, *groups):
+        super().__init__()
+        self.ranks = {group.name: group.rank for group in groups}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            tensor, _, send, group = args
+            row = math.prod(tensor.shape[1:]) * tensor.element_size()
+            self.bytes += row * sum(each for rank, each in enumerate(send) if rank != self.ranks[group])
+        return func(*args, **(kwargs or {}))
+
+
+def said_and_sent(meshes, ring, ulysses, method, batch):
+    mesh = meshes(ring, ulysses, rotate_method=method)
+    shards = Shards.contiguous(13, mesh.size)
+    query, key, value = (
+        split(torch.randn(batch, 13, heads, dim), shards, 1, mesh.rank) for heads, dim in ((6, 8), (3, 8), (3, 4))
+    )
+    logger = logging.getLogger("diffusers_attn.context_parallel.attention.traffic")
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    level = logging.getLogger("diffusers_attn").level
+    logging.getLogger("diffusers_attn").setLevel(logging.DEBUG)
+    try:
+        with Sent(mesh.ring, mesh.ulysses) as sent:
+            parallel_attention(query, key, value, mesh=mesh, query_shards=shards, key_shards=shards)
+        parallel_attention(query, key, value, mesh=mesh, query_shards=shards, key_shards=shards)
+    finally:
+        logging.getLogger("diffusers_attn").setLevel(level)
+        logger.removeHandler(handler)
+    return messages, sent.bytes
+
+
+@pytest.mark.parametrize(
+    ("ring", "ulysses", "method", "words"),
+    [
+        (1, 3, "allgather", "ulysses_degree=3, ring_degree=1 (every rank attends to the full sequence"),
+        (3, 1, "alltoall", "ulysses_degree=1, ring_degree=3 (keys and values pass from rank to rank"),
+        (3, 1, "allgather", "ring_degree=3 (keys and values of other ranks arrive during"),
+        (2, 2, "alltoall", "attention over 4 ranks by native: ulysses_degree=2, ring_degree=2"),
+    ],
+)
+def test_a_message_has_the_bytes_that_are_sent(pool, ring, ulysses, method, words):
+    for (message,), sent in pool.run(
+        ring * ulysses, said_and_sent, ring=ring, ulysses=ulysses, method=method, batch=11 + ring
+    ):
+        assert words in message
+        assert re.search(r"sends ([\d,]+) bytes", message)[1].replace(",", "") == str(sent) != "0"
