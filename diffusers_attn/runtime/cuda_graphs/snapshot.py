@@ -2,13 +2,15 @@
 
 A graph contains the addresses of weights, the kernels that processors chose, and the scales of adapters. A user may
 change each of these between two steps: load or scale a LoRA, fuse projections, bind another provider, move the model.
-So all modules are compared by object identity before each replay. This takes about a millisecond of Python for a model
-of a thousand modules, while the device still works on earlier launches.
+So all modules are compared by object identity before each replay. A pipeline that waits for its device between two
+steps, as diffusers' UniPC scheduler does, waits for this comparison as well, so it is made of few passes over all
+modules: half a millisecond for the 600 modules of Wan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -37,42 +39,40 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._held: list[tuple[Any, tuple[Any, ...]]] = []
+        self._contents: list[Collection[Any]] = []
+        """Contents of dicts and lists, as they are now: a view of a dict's values follows the dict."""
         self._empty: list[Any] = []
         """Empty containers: most are the dicts of hooks that every module has."""
-        self._addresses: list[tuple[Tensor, int]] = []
+        self._tensors: list[Tensor] = []
         for module in model.modules():
             self._hold(vars(module))
             processor = getattr(getattr(module, "processor", None), "__dict__", None)
             if processor:
                 self._hold(processor)
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    self._addresses.append((tensor, tensor.data_ptr()))
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            self._tensors.extend([tensor for tensor in tensors if tensor is not None])
+        self._lengths = list(map(len, self._contents))
+        self._values = list(chain.from_iterable(self._contents))
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def _hold(self, attributes: dict[str, Any]) -> None:
-        self._held.append((attributes, tuple(attributes.values())))
+        self._contents.append(attributes.values())
         for name, value in attributes.items():
             if isinstance(value, (dict, list)) and name not in _NO_MATTER:
-                if value:
-                    self._held.append((value, tuple(_contents(value))))
-                else:
+                if not value:
                     self._empty.append(value)
+                else:
+                    self._contents.append(value.values() if isinstance(value, dict) else value)
 
     def holds(self) -> bool:
         """Whether nothing has changed since the snapshot was taken."""
-        if any(self._empty):
+        # Each pass runs in C. Nearly always, all objects are the same ones.
+        if any(self._empty) or list(map(len, self._contents)) != self._lengths:
             return False
-        for container, before in self._held:
-            if len(container) != len(before):
-                return False
-            if not (all(map(is_, _contents(container), before)) or all(map(_same, _contents(container), before))):
-                return False
-        return all(tensor.data_ptr() == address for tensor, address in self._addresses)
-
-
-def _contents(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
+        same = all(map(is_, chain.from_iterable(self._contents), self._values))
+        if not same and not all(map(_same, chain.from_iterable(self._contents), self._values)):
+            return False
+        return list(map(Tensor.data_ptr, self._tensors)) == self._addresses
 
 
 def _same(now: Any, before: Any) -> bool:
