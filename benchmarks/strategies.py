@@ -37,6 +37,7 @@ STRATEGIES = {
     "unified-gather": Strategy("ours", ring=2, ulysses=2),
     "auto": Strategy("auto", arguments={"inputs": "trust", "cuda_graphs": False}),
     "defaults": Strategy("auto"),
+    "defaults-trust": Strategy("auto", arguments={"inputs": "trust"}),
     "defaults-no-graph": Strategy("auto", arguments={"cuda_graphs": False}),
 }
 USUAL = [name for name, each in STRATEGIES.items() if each.side != "auto"]
