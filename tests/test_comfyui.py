@@ -113,7 +113,7 @@ def test_an_earlier_override_keeps_working(nodes):
 def test_a_call_that_the_provider_cannot_compute(nodes):
     query, key, value = map(flat, drawn())
     value = value.float()  # of another dtype
-    with pytest.raises(AttentionProviderError, match='refused_calls to "comfyui"'):
+    with pytest.raises(AttentionProviderError, match='refused_calls of the node to "comfyui"'):
         comfyui_attention(query, key, value, HEADS, **patch(nodes))
     found = comfyui_attention(query, key, value, HEADS, **patch(nodes, refused_calls="comfyui"))
     assert found.item() == 7.0

@@ -112,7 +112,7 @@ class AttentionOverride:
             if self.refused == "comfyui":
                 return by_comfyui()
             raise AttentionProviderError(
-                f"{error} Or set the node's refused_calls to \"comfyui\": ComfyUI's own attention then computes such calls."
+                f'{error} Or set refused_calls of the node to "comfyui": ComfyUI then computes such calls itself.'
             ) from error
         return output if skip_output_reshape else output.transpose(1, 2).flatten(2)
 
