@@ -50,7 +50,7 @@ test: $(VENV)/.dev  ## the tests that take no more than seconds each, on the CPU
 test-all: $(VENV)/.dev  ## all tests on the CPU but those of test-thorough
 	@$(RUN) -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu and not thorough' $(ARGS)
 
-test-thorough: $(VENV)/.dev  ## tests of test-all again, on all models and families
+test-thorough: $(VENV)/.dev  ## tests of test-all again, on all models, families and meshes
 	@$(RUN) -m pytest -q $(WORKERS) -m 'thorough and not gpu and not multi_gpu' $(ARGS)
 
 coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the processes that they start

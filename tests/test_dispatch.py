@@ -57,7 +57,7 @@ def test_the_result_is_that_of_the_definition(provider, call):
 
 
 @pytest.mark.slow  # more than a second each: a mask is traced anew
-@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=15, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(call=calls())
 def test_flex_gives_the_result_of_the_definition(call):
     hypothesis.assume(call["query"].dtype != torch.float64)

@@ -67,7 +67,7 @@ def test_verify_cp_plan(tmp_path: Path) -> None:
     assert _left_by([sys.executable, "script.py"], tmp_path, signal.SIGKILL, ready=2) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=_name)
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)], ids=_name)
 def test_pytest(tmp_path: Path, number: int) -> None:
     """A pool, and a launcher whose child is in a session of its own, in two workers of pytest-xdist."""
     (tmp_path / "conftest.py").write_text("from tests.conftest import *")

@@ -17,6 +17,7 @@ from diffusers_attn.cli import launch, main
 from diffusers_attn.training import program
 
 from ..documents import ROOT
+from ..marks import thorough_but
 from ..training.data.media import album
 from .programs import command
 
@@ -27,7 +28,7 @@ RUN = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", thorough_but(["2"], ["1", "2"]))
 def test_a_lora_is_trained(tmp_path: Path, processes: str) -> None:
     data = album(tmp_path / "data", 3)
     done = command("train", "--gpus", processes, *RUN, "--data", str(data), "--output_dir", str(tmp_path / "out"))

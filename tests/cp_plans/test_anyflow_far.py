@@ -19,7 +19,7 @@ from diffusers_attn.verify_plan.rank import STRATEGIES, Job, work
 from diffusers_attn.verify_plan.verify import _report
 
 from ..context_parallel.models import DISTINCT, MESHES, WITH_VARIANTS
-from ..marks import slow_but
+from ..marks import thorough_but
 from .anyflow_far import LIMITS, build, cache_of_flex, compare, compare_enabled, compiled, inputs, said
 
 
@@ -51,7 +51,7 @@ def test_with_gradient_checkpointing(pool):
 
 @pytest.mark.parametrize(
     ("ring", "ulysses", "mode", "provider"),
-    slow_but(
+    thorough_but(
         [(2, 1, "broadcast", None)], [(2, 1, "broadcast", None), (3, 1, "check", "flex"), (2, 2, "broadcast", "flex")]
     ),
 )

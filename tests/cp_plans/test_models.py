@@ -10,8 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
+from diffusers_attn.cp_plans.registry import get_cp_plan
 
-from ..context_parallel.model_cases import FAMILIES
+from ..context_parallel.model_cases import COMPARED, FAMILIES
 from ..context_parallel.models import (
     DISTINCT,
     WITH_VARIANTS,
@@ -22,7 +23,8 @@ from ..context_parallel.models import (
     inputs,
     run,
 )
-from ..marks import slow_but
+from ..marks import thorough_but
+from ..zoo import CASES
 
 MORE = ("gather 3", "ring 2")
 MORE_OF_SHIPPED = ("ulysses 4", "gather 4", "ring 4", "ring 2 x ulysses 2")
@@ -31,13 +33,50 @@ FAMILIES_AND_MESHES = [
 ]
 
 
-def _quick(case):
-    """Tokens on two ranks for every model; heads, and both, for those of the first releases."""
-    family, mesh = case
-    return mesh == "gather 2" or (family == "shipped" and mesh in ("ulysses 2", "gather 2 x ulysses 2"))
+# Every model is compared with its tokens on two ranks. How shards are exchanged on other meshes does not depend on the
+# model but on the words of its plan, so on them these are compared, which have all words.
+REPRESENTATIVES = (
+    "flux, two words",  # joined with a text of fewer tokens than ranks
+    "wan",  # cross-attention
+    "ltx2_masked",  # two sequences with masks
+    "helios_amplified",  # CPLength
+    "glm_image",  # CPStore
+    "nucleus_moe, experts choose",  # CPGatherInput
+    "sana_wm, camera",  # CPHalo and CPHeads
+    "lumina_next, larger than in training",  # CPLogBase
+    "transformer_2d",  # CPRequired
+)
+WORDS_WITH_TESTS_OF_THEIR_OWN = {
+    "CPBlocks": "test_nabla.py",
+    "CPCache": "test_anyflow_far.py",
+    "CPForbidden": "REFUSED",
+}
 
 
-@pytest.mark.parametrize(("family", "mesh"), slow_but(_quick, FAMILIES_AND_MESHES))
+@pytest.mark.parametrize("mesh", [*(mesh for mesh in DISTINCT if mesh != "gather 2"), "ring 2 x ulysses 2"])
+def test_representatives_on_other_meshes(pool, mesh):
+    check(pool, mesh, models=dict.fromkeys(REPRESENTATIVES))
+
+
+def words(plan):
+    """The names of the plan words in a plan, or in a part of one."""
+    if isinstance(plan, dict):
+        return set().union(*map(words, plan.values()))
+    if isinstance(plan, list | tuple):
+        return set().union(*map(words, plan))
+    return set() if plan is None else {type(plan).__name__}
+
+
+def test_representatives_have_all_plan_words():
+    of_models = {
+        name: words(get_cp_plan(CASES[name].build()))
+        for name in {name.partition(",")[0] for family in COMPARED.values() for name in family.MODELS}
+    }
+    found = {word for name in REPRESENTATIVES for word in of_models[name.partition(",")[0]]}
+    assert set().union(*of_models.values()) == found | set(WORDS_WITH_TESTS_OF_THEIR_OWN)
+
+
+@pytest.mark.parametrize(("family", "mesh"), thorough_but(lambda case: case[1] == "gather 2", FAMILIES_AND_MESHES))
 def test_like_one_process(pool, family, mesh):
     models = FAMILIES[family].MODELS
     models = {name: plan for name, plan in models.items() if "," not in name or mesh in WITH_VARIANTS}
@@ -104,8 +143,10 @@ def compiled(meshes, ring, ulysses, rotate_method, names, scope):
     return errors
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("scope", "name"), [("regional", "flux"), ("full", "wan")])
+@pytest.mark.parametrize(  # a whole model with this mesh is compiled in tests/parallelize/test_enable.py, too
+    ("scope", "name"),
+    [pytest.param("regional", "flux", marks=pytest.mark.slow), pytest.param("full", "wan", marks=pytest.mark.thorough)],
+)
 def test_compiled_without_graph_breaks(pool, scope, name):
     arguments = {"ring": 2, "ulysses": 1, "rotate_method": "allgather", "names": [name], "scope": scope}
     for errors in pool.run(2, compiled, **arguments):
@@ -114,7 +155,7 @@ def test_compiled_without_graph_breaks(pool, scope, name):
         assert graphs <= (1 if scope == "full" else 3)  # of four blocks, those of one kind share theirs
 
 
-@pytest.mark.parametrize("family", slow_but(["shipped"], FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["shipped"], FAMILIES))
 def test_the_comparison_notices_a_missing_exchange(pool, family):
     for name, errors in errors_of(pool, "gather 2", FAMILIES[family].MODELS, disabled=True).items():
         assert min(map(min, errors)) > 1e-3, name

@@ -21,7 +21,6 @@ from diffusers_attn.verify_plan.rank import STRATEGIES, Job, work
 from diffusers_attn.verify_plan.verify import _report
 
 from ..context_parallel.models import DISTINCT, MESHES
-from ..marks import slow_but
 from .wan_animate2 import (
     LIKE_ONE_PROCESS,
     build,
@@ -56,15 +55,12 @@ def test_without_exchange_it_is_wrong(pool, name):
 
 @pytest.mark.parametrize(
     ("ring", "ulysses", "mode", "provider", "whole"),
-    slow_but(
-        lambda case: case[3] is None,
-        [
-            (2, 1, "broadcast", None, False),
-            (2, 1, "broadcast", None, True),
-            (3, 1, "check", "flex", False),
-            (2, 2, "broadcast", "flex", False),
-        ],
-    ),
+    [
+        (2, 1, "broadcast", None, False),
+        (2, 1, "broadcast", None, True),
+        pytest.param(3, 1, "check", "flex", False, marks=pytest.mark.slow),
+        pytest.param(2, 2, "broadcast", "flex", False, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, whole):
     """And where it was filled before, by a model that was whole, all."""

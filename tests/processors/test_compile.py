@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffusers_attn import DispatchProcessor, attention_provider, set_attention_provider
 from diffusers_attn.processors.binding import attention_modules_of
 
-from ..marks import slow_but
+from ..marks import thorough_but
 from ..zoo import CASES, outputs, relative_change
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -31,7 +31,7 @@ def attention_in(graph):
 # Both doors, with and without masks, and a hard-coded backend.
 @pytest.mark.parametrize(
     "name",
-    slow_but(
+    thorough_but(
         ["flux", "wan", "qwenimage"],
         ["flux", "wan", "wan_i2v", "sd3", "sdxl_masked", "qwenimage", "flux2", "kandinsky6_sr"],
     ),
@@ -47,7 +47,7 @@ def test_one_graph(name, counter):
     assert relative_change(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", slow_but(["wan"], ["flux", "wan"]))
+@pytest.mark.parametrize("name", thorough_but(["wan"], ["flux", "wan"]))
 def test_one_graph_forward_and_backward_and_two_providers_in_it(name):
     case = CASES[name]
     model = case.build()

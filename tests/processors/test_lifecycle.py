@@ -204,7 +204,7 @@ def bindings():
                 continue  # then there is nothing to bind
             for end in sorted({start, min(start + 1, last), last}):
                 yield pytest.param(
-                    name, start, end, id=f"{name}-{start}-{end}", marks=[pytest.mark.slow] * (name not in QUICK)
+                    name, start, end, id=f"{name}-{start}-{end}", marks=[pytest.mark.thorough] * (name not in QUICK)
                 )
 
 

@@ -9,7 +9,7 @@ from diffusers_attn import AttentionProviderError, apply_compile
 from diffusers_attn.runtime.compile import repeated_blocks
 from tests.zoo import CASES, outputs
 
-from ..marks import slow_but
+from ..marks import thorough_but
 
 BLOCKS = {
     "flux": {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 2},
@@ -33,10 +33,17 @@ def run(model, name):
     return torch.cat([out.flatten(), *(grad.flatten() for grad in grads if grad is not None)]).detach()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+# Blocks that the class names, blocks that it does not name, and a whole model.
 @pytest.mark.parametrize(
-    ("name", "scope", "graphs"),
-    slow_but(lambda case: case[0] == "wan", [("wan", "regional", 1), ("cogview4", "regional", 1), ("flux", "full", 1)]),
+    ("name", "scope", "graphs", "checkpointing"),
+    thorough_but(
+        [("wan", "regional", 1, True), ("cogview4", "regional", 1, False), ("flux", "full", 1, False)],
+        [
+            (*case, checkpointing)
+            for case in (("wan", "regional", 1), ("cogview4", "regional", 1), ("flux", "full", 1))
+            for checkpointing in (False, True)
+        ],
+    ),
 )
 def test_training(name, scope, graphs, checkpointing, fresh_compiler):
     model = CASES[name].build().train()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ..marks import thorough_but
 from . import CASES, Case, Inputs, attention_sensitivity, outputs, relative_change
 
 _ON_CPU = {"offset_grid_sizes"}
@@ -24,7 +25,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Models draw and build alike, so every third shows it; a new model is tried with `pytest -m '' tests/zoo -k NAME`.
+@pytest.fixture(scope="module", params=thorough_but(list(CASES)[::3], CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

@@ -13,7 +13,7 @@ from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask, Row
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
 from ... import reference
-from ...marks import slow_but
+from ...marks import thorough_but
 from ..shared_memory import open_shared
 
 FLUX = {
@@ -68,7 +68,7 @@ def flux(meshes, blocks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("blocks", thorough_but(["joint"], BLOCKS))  # both wait for text; "single" has one projection
 def test_flux(pool, blocks):
     for error, calls in pool.run(2, flux, blocks=blocks):
         assert error < 1e-5
@@ -110,10 +110,15 @@ def masked(meshes, ring, length, kind, is_causal):
     return reference.relative_error(out, expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize("ring", slow_but([2], [2, 3]))
+CASES = [("none", False, 11), ("key", False, 11), ("rows", False, 11), ("none", True, 13), ("key", False, 2)]
+
+
 @pytest.mark.parametrize(
-    ("kind", "is_causal", "length"),
-    [("none", False, 11), ("key", False, 11), ("rows", False, 11), ("none", True, 13), ("key", False, 2)],
+    ("ring", "kind", "is_causal", "length"),
+    thorough_but(
+        lambda case: case[0] == 2 or case[3] == 2,  # on three ranks: one of them without a token
+        [(ring, *case) for ring in (2, 3) for case in CASES],
+    ),
 )
 def test_by_definition(pool, ring, kind, is_causal, length):
     """Lengths that do not divide, ranks with no token, grouped heads, masks and causality."""

@@ -21,7 +21,7 @@ from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC
 from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
-from ...marks import slow_but
+from ...marks import thorough_but
 from ..shared_memory import NoLane, open_shared
 
 LAYERS = 2
@@ -76,7 +76,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(["training"], COMPILED))
+@pytest.mark.parametrize("case", thorough_but(["training", "nothing to see", "a ring, training"], COMPILED))
 def test_one_graph(pool, case):
     options = {"is_causal": False, "train": False, **COMPILED[case]}
     for graphs, error, _ in pool.run(options["ring"], compiled, backend="aot_eager", **options):

@@ -13,7 +13,7 @@ from diffusers_attn.context_parallel.compile import inductor
 from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather, split
 
-from ...marks import slow_but
+from ...marks import thorough_but
 
 STRATEGIES = {"ulysses": (1, 2, "allgather"), "ring": (2, 1, "alltoall"), "gather": (2, 1, "allgather")}
 
@@ -51,7 +51,7 @@ def check(answers):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("masked", slow_but([True], [False, True]))
+@pytest.mark.parametrize("masked", thorough_but([True], [False, True]))
 def test_one_graph(pool, strategy, masked):
     ring, ulysses, method = STRATEGIES[strategy]
     check(pool.run(2, compare, ring=ring, ulysses=ulysses, rotate_method=method, backend="aot_eager", masked=masked))
@@ -68,16 +68,24 @@ NOTHING_TO_DO = {
 }
 
 
-# Inductor, which takes long, does so in more ways than the compiler before it.
+# Inductor, which takes long, drops in more ways than the compiler before it.
 INDUCTOR = ("causal gather", "no tokens, ring")
 
 
+# One for each reason to have nothing to do: no keys to see, no tokens, no heads.
 @pytest.mark.parametrize(
     ("case", "backend"),
-    slow_but(
-        [("no tokens, gather", "aot_eager")],
-        [(case, "inductor" if case in INDUCTOR else "aot_eager") for case in NOTHING_TO_DO],
-    ),
+    [
+        ("no tokens, gather", "aot_eager"),
+        *thorough_but(
+            [("causal ring", "aot_eager"), ("no tokens, ring", "inductor"), ("no heads, ulysses", "aot_eager")],
+            [
+                (case, "inductor" if case in INDUCTOR else "aot_eager")
+                for case in NOTHING_TO_DO
+                if case != "no tokens, gather"
+            ],
+        ),
+    ],
 )
 def test_ranks_without_work_take_part(pool, case, backend):
     ring, ulysses, method, options = NOTHING_TO_DO[case]

@@ -7,7 +7,7 @@ import torch
 
 from diffusers_attn.context_parallel.hooks import dynamic_sizes
 
-from ...marks import slow_but
+from ...marks import thorough_but
 from .sized import walk
 
 # text and image tokens: even and uneven shards, on two ranks and three, and sizes that were there before
@@ -30,7 +30,8 @@ def check(pool, mesh, sizes=SIZES, **arguments):
         assert graphs == one
 
 
-@pytest.mark.parametrize("mesh", slow_but(["gather 2"], STRATEGIES))
+# Sizes reach a graph as heads or as tokens are split; a ring is below.
+@pytest.mark.parametrize("mesh", thorough_but(["ulysses 2", "gather 2"], STRATEGIES))
 def test_ten_sizes(pool, mesh):
     check(pool, mesh, masked=True)
 
@@ -40,7 +41,7 @@ APART = [(8, 35), (8, 36), (8, 37), (9, 38), (10, 37), (8, 35), (12, 51)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["ring 2", "gather 3"])
+@pytest.mark.parametrize("mesh", thorough_but(["ring 2"], ["ring 2", "gather 3"]))
 def test_shards_that_change_apart(pool, mesh):
     for graphs, error in pool.run(int(mesh[-1]), walk, mesh=mesh, sizes=APART, masked=mesh == "gather 3"):
         assert error < 1e-10

@@ -9,7 +9,7 @@ import torch
 
 from diffusers_attn import AttentionProviderError, apply_compile, apply_context_parallel, remove_context_parallel
 
-from ...marks import slow_but
+from ...marks import thorough_but
 from ..models import MESHES
 from .sized import Model, inputs, plan
 
@@ -61,7 +61,7 @@ def backwards(meshes, mesh):
     return forward, backward
 
 
-@pytest.mark.parametrize("mesh", slow_but(["ulysses 2"], ["gather 2", "ring 2", "ulysses 2"]))
+@pytest.mark.parametrize("mesh", thorough_but(["ulysses 2"], ["gather 2", "ring 2", "ulysses 2"]))
 def test_a_compiled_backward_beside_another_threads_forward_is_refused(pool, mesh):
     for forward, backward in pool.run(2, backwards, mesh=mesh):
         assert "thread 'MainThread' calls a Model" in forward
