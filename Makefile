@@ -8,10 +8,12 @@
 #   PIP_ARGS="--index-url https://…"   more arguments for pip; for instance, on Linux without an NVIDIA GPU,
 #                                      "--extra-index-url https://download.pytorch.org/whl/cpu" saves gigabytes
 #   ARGS="--provider auto --steps 30"  arguments for the demo, or for pytest
+#   KEEP=torch                         packages that test-oldest and test-newest use in the tested version
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+KEEP ?=
 # Threads that wait should sleep: if they spin, a machine that is busy with other work runs this ten times as slowly.
 export OMP_WAIT_POLICY ?= passive
 
@@ -26,7 +28,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check constraints constraints-oldest constraints-newest clean
+.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check constraints test-oldest test-newest clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -53,6 +55,11 @@ test-all: $(VENV)/.dev  ## all tests on the CPU but those of test-thorough
 test-thorough: $(VENV)/.dev  ## tests of test-all again, on all models, families and meshes
 	@$(RUN) -m pytest -q $(WORKERS) -m 'thorough and not gpu and not multi_gpu' $(ARGS)
 
+test-oldest: .venv-oldest/.dev  ## tests of `make test` with the oldest versions that pyproject.toml accepts
+test-newest: .venv-newest/.dev  ## tests of `make test` with the newest versions
+test-oldest test-newest: test-%:
+	@.venv-$*/bin/python -m pytest -q $(WORKERS) $(ARGS)
+
 coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the processes that they start
 	@$(RUN) -m coverage run -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu' $(ARGS); status=$$?; \
 	  $(RUN) -m coverage combine --quiet && $(RUN) -m coverage report; exit $$status
@@ -77,17 +84,8 @@ constraints: $(VENV)/.dev  ## write constraints.txt anew, from pyproject.toml
 	@$(RUN) $(COMPILE) --extra dev --universal --python-version 3.11 --custom-compile-command "$(HEADER)" \
 	  --output-file constraints.txt $(ARGS)
 
-# The other ends of the ranges, for CI: they replace constraints.txt, but for the tools, and need uv in $(PYTHON).
-constraints-oldest constraints-newest: constraints-%:
-	@grep -E '^(ruff|mypy|uv|pytest|pytest-[a-z]+|coverage|hypothesis)==' constraints.txt > .tools.txt
-	@rm constraints.txt
-	@$(PYTHON) $(COMPILE) --extra dev --constraints .tools.txt --python-version $$($(PYTHON) -c \
-	  'import sys; print("%d.%d" % sys.version_info[:2])') --output-file constraints.txt \
-	  --resolution $(if $(filter oldest,$*),lowest-direct,highest)
-	@rm .tools.txt
-
 clean:  ## remove .venv, outputs and caches
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp goes away before anything is changed and comes back when all went well. So a stale stamp means a sound .venv
@@ -108,4 +106,18 @@ $(VENV)/.train: $(VENV)/.demo
 $(VENV)/.dev: $(VENV)/.demo
 	@rm -f $@
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# Environments of their own with the ends of pyproject.toml's ranges: the oldest or the newest version of what it names,
+# and the newest of what these need. Tools and packages in KEEP have the tested version.
+.venv-oldest/.dev .venv-newest/.dev: .venv-%/.dev: constraints.txt pyproject.toml
+	@echo "making .venv-$*"
+	@$(PYTHON) -m venv --clear .venv-$*
+	@for name in ruff mypy uv pytest pytest-xdist coverage hypothesis $(KEEP); do \
+	  grep "^$$name==" constraints.txt || exit 1; done > .venv-$*/kept.txt
+	@.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet --constraint .venv-$*/kept.txt $(PIP_ARGS) uv
+	@.venv-$*/bin/python -m uv pip compile pyproject.toml --extra dev --constraints .venv-$*/kept.txt --quiet \
+	  --no-emit-index-url --resolution $(if $(filter oldest,$*),lowest-direct,highest) --output-file .venv-$*/constraints.txt
+	@.venv-$*/bin/python -m pip install --disable-pip-version-check --constraint .venv-$*/constraints.txt $(PIP_ARGS) \
+	  --editable '.[dev]'
 	@touch $@

@@ -33,11 +33,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
 @pytest.mark.slow
 def test_a_job_is_measured_and_what_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "report.json"
-    variants = ["--strategies", "one", "--extra", "one:sage", "--steps", "2", "--warm_up", "1"]
+    variants = ["--strategies", "one", "--extra", "one:sage", "--steps", "3", "--warm_up", "1"]
     printed = run(monkeypatch, *variants, "--output", path)
     one, sage = json.loads(path.read_text())["results"]
     assert "error" not in one, one["error"]
-    assert one["agrees"] and len(one["steps"]) == 2 and one["seconds"] > 0 and one["tensors"] == 2 * 2 * 8
+    assert one["agrees"] and len(one["steps"]) == 3 and one["seconds"] > 0 and one["tensors"] == 2 * 2 * 8
     assert sage["error"].startswith("it ended with 1\n") and "'sage' has no backward" in sage["error"].splitlines()[-1]
     listed = printed[printed.index("- one, sage, eager: it ended with 1\n      ") :]
     assert "\n      train_lora.py: attention provider 'sage'" in listed  # other packages may have said something before

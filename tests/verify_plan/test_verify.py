@@ -295,7 +295,6 @@ def test_a_rank_that_dies_does_not_hang_the_others(folder_is_importable):
 SCRIPT = """
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from diffusers_attn import CPInput, CPOutput, ParamId, verify_cp_plan
 
 class Mine(nn.Module):
@@ -309,7 +308,7 @@ class Mine(nn.Module):
 class Inner(nn.Module):
     processor = None
     def forward(self, x):
-        return scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+        return nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
 
 if __name__ == "__main__":
     plan = {"": {ParamId("x"): CPInput(1)}, "proj": CPOutput(1)}
