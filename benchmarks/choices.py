@@ -31,10 +31,3 @@ def extra_choices(extras: Sequence[str], names: Sequence[str], compiled: bool) -
 def blocks(result: dict[str, Any]) -> str:
     """The variants' compilation in words, for a table."""
     return "compiled" if result["compiled"] else "eager"
-
-
-def heading(where: dict[str, Any], task: str) -> list[str]:
-    """The lines above the table of a run in `where`, its environment."""
-    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
-    command = f"{where['date']}, commit {where['commit']}: `{where['command']}`"
-    return [f"{where['ranks']} x {where['device']}; {packages}; {command}", "", task, ""]

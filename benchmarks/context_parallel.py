@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import os
 import statistics
 import sys
@@ -42,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import real_shapes
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, profiled, step_milliseconds
 from mechanisms import switched
+from options import add_options, heading, parse, print_tables
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
 from strategies import STRATEGIES, USUAL
@@ -204,12 +204,7 @@ def _line(result: dict[str, Any]) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """Tables, one for each model."""
     where, results = report["environment"], report["results"]
-    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
-    compiled = "blocks compiled" if where["blocks_compiled"] else "eager"
-    lines = [
-        f"{where['ranks']} x {where['device']}, {compiled}; {packages}; {where['date']}, commit {where['commit']}: "
-        f"`{where['command']}`"
-    ]
+    lines = [heading(where, "blocks compiled" if where["blocks_compiled"] else "eager")]
     for title in dict.fromkeys(result["model"] for result in results):
         these = [result for result in results if result["model"] == title and "error" not in result]
         alone = min((result["ms"] for result in these if result["strategy"] == "single"), default=None)
@@ -276,35 +271,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--warm_up", type=int, default=2, help="number of untimed steps at the start (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=3, help="number of timed steps per turn (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each variant (default: %(default)s)")
     parser.add_argument(
         "--profile", action="store_true", help="profile the GPU in one step of each variant as well (default: off)"
     )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=90.0,
-        help="seconds that a rank waits for the others in an exchange (default: %(default)s)",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--tiny", action="store_true", help="use tiny models of the same classes, to try this script out (default: off)"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each variant")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="RESULTS", help="print the tables of these earlier results, and run nothing"
-    )
-    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
-    args = parser.parse_args()
-    if args.markdown is None:
-        if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) < 2:
-            parser.error("this measures several ranks: torchrun --nproc_per_node 2 benchmarks/context_parallel.py ...")
-        if args.device == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-            parser.error(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes, and PyTorch sees {torch.cuda.device_count()} CUDA "
-                "devices. Start fewer, or try the script out with --device cpu --tiny."
-            )
+    add_options(parser, rounds=3, steps=3)
+    args = parse(parser, "context_parallel.py")
     usual = ["native" if args.device == "cpu" else "_native_cudnn"]
     args.providers, args.diffusers_backends = args.providers or usual, args.diffusers_backends or usual
     return args
@@ -313,7 +284,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     if args.markdown:
-        print(markdown(json.loads(args.markdown.read_text())), end="")
+        print_tables(args.markdown, markdown)
         return 0
     diffusers.utils.logging.set_verbosity_error()  # that its context parallelism is experimental, for each variant
     # All variants compile the same functions: what one may recompile is not what all may together.

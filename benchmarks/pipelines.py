@@ -36,6 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measuring import MIB, Report, diffusers_on_cpu
+from options import add_options, heading, parse, print_tables
 from ranks import Ranks, VariantError
 from real_pipelines import PIPELINES
 from strategies import STRATEGIES
@@ -108,10 +109,8 @@ def difference(pictures: list[Any], others: list[Any]) -> float:
 def markdown(report: dict[str, Any]) -> str:
     """The table of a run."""
     where = report["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     lines = [
-        f"{report['results'][0]['pipeline']}, {where['ranks']} x {where['device']}; {packages}; {where['date']}, "
-        f"commit {where['commit']}: `{where['command']}`",
+        f"{report['results'][0]['pipeline']}, {heading(where)}",
         "",
         "| variant | seconds of a call | all calls | first call | kept by CUDA graphs |",
         "|---|---|---|---|---|",
@@ -142,25 +141,24 @@ def variants_of(size: int, guides: bool) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--pipeline", choices=tuple(PIPELINES), default="flux", help="pipeline to measure (default: %(default)s)"
     )
-    parser.add_argument("--tiny", action="store_true", help="a model and a picture that run quickly on a CPU")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps of a call (default: %(default)s)")
     parser.add_argument(
         "--warm_up_steps", type=int, help="denoising steps of the first calls of each variant (default: as --steps)"
     )
-    parser.add_argument("--rounds", type=int, default=4, help="turns of every variant (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", help="names of variants (default: all for this number of GPUs)")
-    parser.add_argument("--commit", help="the commit that is measured, if this is no git repository")
-    parser.add_argument("--output", type=Path, help="file of results, JSON")
-    args = parser.parse_args()
-    args.compile = True
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+    add_options(parser, rounds=4, timeout=600.0)
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # without torchrun
+    for name, value in (single | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}).items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29555")
-    ranks = Ranks(args.device, timeout=600)
+    args = parse(parser, "pipelines.py", least=1)
+    if args.markdown:
+        print_tables(args.markdown, markdown)
+        return
+    args.compile = True
+    ranks = Ranks(args.device, args.timeout)
     report = Report(args.output, ranks, args)
     pipe, call = PIPELINES[args.pipeline](ranks.device, args.tiny)
     call["num_inference_steps"] = args.steps

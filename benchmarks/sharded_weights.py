@@ -41,6 +41,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from accelerate import init_empty_weights
 from measuring import MIB, Report, memory_taken, step_milliseconds
+from options import add_options, heading, parse, print_tables
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
 
@@ -169,10 +170,8 @@ def bench(real: RealModel, args: argparse.Namespace, ranks: Ranks, report: Repor
 def markdown(report: dict[str, Any]) -> str:
     """A table of a run."""
     where, results = report["environment"], {each["variant"]: each for each in report["results"]}
-    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     lines = [
-        f"{where['ranks']} x {where['device']}; {packages}; {where['date']}, commit {where['commit']}: "
-        f"`{where['command']}`",
+        heading(where),
         "",
         "| | ms per step | peak MiB per rank | of it held between steps |",
         "|---|---|---|---|",
@@ -200,40 +199,16 @@ def markdown(report: dict[str, Any]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40, help="number of the model's layers (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="number of timed steps per turn (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="number of turns of each variant (default: %(default)s)")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=90.0,
-        help="seconds that a rank waits for the others in an exchange (default: %(default)s)",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--tiny", action="store_true", help="use a tiny model of the same class, to try this script out (default: off)"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each turn")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="RESULTS", help="print the table of these earlier results, and run nothing"
-    )
-    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
-    args = parser.parse_args()
+    add_options(parser, rounds=2, steps=3)
+    args = parse(parser, "sharded_weights.py")
     args.compile = False
-    if args.markdown is None:
-        if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) < 2:
-            parser.error("this measures several ranks: torchrun --nproc_per_node 2 benchmarks/sharded_weights.py ...")
-        if args.device == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-            parser.error(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes, and PyTorch sees {torch.cuda.device_count()} CUDA "
-                "devices. Start fewer, or try the script out with --device cpu --tiny."
-            )
     return args
 
 
 def main() -> int:
     args = parse_arguments()
     if args.markdown:
-        print(markdown(json.loads(args.markdown.read_text())), end="")
+        print_tables(args.markdown, markdown)
         return 0
     full = dataclasses.replace(
         REAL["wan-14b"],

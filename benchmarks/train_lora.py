@@ -46,8 +46,9 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wan_folder
-from choices import Choice, blocks, extra_choices, heading
+from choices import Choice, blocks, extra_choices
 from measuring import Report
+from options import heading
 from versions import installed
 
 from diffusers_attn.parent_process import ended_with_parent
@@ -384,7 +385,10 @@ def markdown(report: dict[str, Any]) -> str:
     loss, norm = where["tolerance"]
     task = f"**{where['task']}**; what agrees is within {loss:g} of the loss and {norm:g} of the gradient norm"
     lines = [
-        *heading(where, task),
+        heading(where),
+        "",
+        task,
+        "",
         "| strategy | provider | blocks | processes | s per step | of one process | tokens per second | peak GB "
         "| first loss | last loss | loss off by | gradient norm off by | agrees | job, s |",
         "|" + "---|" * 14,

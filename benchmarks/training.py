@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import os
 import statistics
 import sys
@@ -47,8 +46,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from choices import Choice, blocks, extra_choices, heading
+from choices import Choice, blocks, extra_choices
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, step_milliseconds
+from options import add_options, heading, parse, print_tables
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
 from strategies import STRATEGIES
@@ -319,7 +319,10 @@ def markdown(report: dict[str, Any]) -> str:
     where, results = report["environment"], report["results"]
     task = f"**{where['task']}**: loss {where['loss']:.5f}, gradient norm {where['gradient_norm']:.5f}"
     lines = [
-        *heading(where, task),
+        heading(where),
+        "",
+        task,
+        "",
         "| strategy | provider | blocks | s per step | of one GPU | efficiency | of diffusers' best | activation MiB "
         "| times ranks, of one GPU's | static MiB | outside MiB | loss | gradient norm | gradient error |",
         "|" + "---|" * 14,
@@ -391,42 +394,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--warm_up", type=int, default=2, help="number of untimed steps after the first (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=2, help="number of timed steps per turn (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each variant (default: %(default)s)")
     parser.add_argument(
         "--seconds", type=float, help="seconds after which no further variant or round is started (default: no limit)"
     )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=90.0,
-        help="seconds that a rank waits for the others in an exchange (default: %(default)s)",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--size",
         choices=("full", "tiny"),
         default="full",
         help="size of the model; tiny is for trying this script out (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each variant")
-    parser.add_argument(
-        "--markdown",
-        type=Path,
-        nargs="+",
-        metavar="RESULTS",
-        help="print the tables of these earlier results, and run nothing",
-    )
-    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
-    args = parser.parse_args()
-    if args.markdown is None:
-        if "WORLD_SIZE" not in os.environ:
-            parser.error("start it with torchrun: torchrun --nproc_per_node 2 benchmarks/training.py ...")
-        if args.device == "cuda" and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-            parser.error(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes, and PyTorch sees {torch.cuda.device_count()} CUDA "
-                "devices. Start fewer, or try the script out with --device cpu --size tiny."
-            )
+    add_options(parser, rounds=3, steps=2, tiny=False)
+    args = parse(parser, "training.py", least=1)
     args.providers = args.providers or (["native"] if args.device == "cpu" else ["_native_cudnn", "flash_4"])
     args.diffusers_backends = args.diffusers_backends or ["native" if args.device == "cpu" else "_native_cudnn"]
     return args
@@ -435,7 +413,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     if args.markdown:
-        print("\n".join(markdown(json.loads(path.read_text())) for path in args.markdown), end="")
+        print_tables(args.markdown, markdown)
         return 0
     began = time.monotonic()
     diffusers.utils.logging.set_verbosity_error()  # that its context parallelism is experimental, for each variant

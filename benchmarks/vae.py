@@ -14,7 +14,6 @@ the input, and the device memory used outside of the allocator since the start, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measuring import MIB, Report, memory_taken, profiled, step_milliseconds
+from options import add_options, heading, parse, print_tables
 from ranks import Ranks, VariantError
 
 from diffusers_attn import split_vae, unsplit_vae
@@ -180,10 +180,8 @@ def _line(result: dict[str, Any]) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """The results as a table."""
     where, results = report["environment"], report["results"]
-    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     lines = [
-        f"{where['ranks']} x {where['device']}; {packages}; {where['date']}, commit {where['commit']}: "
-        f"`{where['command']}`",
+        heading(where),
         "",
         "| model | call | | ms | of whole | host ms | peak MiB | of whole | relative difference |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -215,36 +213,19 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of weights (default: %(default)s)"
     )
     parser.add_argument("--repeat", type=int, default=2, help="number of timed calls per turn (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each variant (default: %(default)s)")
     parser.add_argument(
         "--profile", action="store_true", help="profile the GPU in one call of each variant as well (default: off)"
     )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=90.0,
-        help="seconds that a rank waits for the others in an exchange (default: %(default)s)",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--tiny", action="store_true", help="use a tiny model of the same class, to try this script out (default: off)"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each round")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="RESULTS", help="print the table of these earlier results, and run nothing"
-    )
-    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
-    args = parser.parse_args()
+    add_options(parser, rounds=3)
+    args = parse(parser, "vae.py")
     args.compile = False
-    if args.markdown is None and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        parser.error("this measures several ranks: torchrun --nproc_per_node 2 benchmarks/vae.py ...")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     if args.markdown is not None:
-        print(markdown(json.loads(args.markdown.read_text())), end="")
+        print_tables(args.markdown, markdown)
         return
     ranks = Ranks(args.device, args.timeout)
     report = Report(args.output, ranks, args)
