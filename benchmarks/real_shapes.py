@@ -6,12 +6,15 @@ classes have a size that runs quickly on a CPU, to try out a benchmark.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights as empty_parameters
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
 Inputs = dict[str, Any]
@@ -27,16 +30,27 @@ class RealModel:
     make_inputs: Callable[[], Inputs]
     dtype: torch.dtype = torch.bfloat16
 
-    def make(self, device: torch.device) -> Any:
+    def make(self, device: torch.device, weights: Mapping[str, Tensor] | None = None, model_class: Any = None) -> Any:
         """The model in eval mode, cast as `from_pretrained(torch_dtype=...)` does: what the class lists to stay in
-        float32 stays."""
+        float32 stays.
+
+        Args:
+            device: device of the model.
+            weights: its parameters and persistent buffers, which are used without a copy. None draws them.
+            model_class: a subclass of the model's class to make instead, with the same configuration.
+        """
         usual = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
-            with torch.device(device):
-                model = getattr(diffusers, self.model_class)(**self.config)
+            with contextlib.ExitStack() as stack:
+                for context in (torch.device(device),) if weights is None else (no_init_weights(), empty_parameters()):
+                    stack.enter_context(context)
+                model = (model_class or getattr(diffusers, self.model_class))(**self.config)
         finally:
             torch.set_default_dtype(usual)
+        if weights is not None:
+            model.load_state_dict(weights, assign=True)
+            return model.to(device).eval().requires_grad_(False)
         keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
         for name, parameter in model.named_parameters():
             if keep & set(name.split(".")):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -11,6 +13,8 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "diffusers", "flash-attn", "flash-attn-4", "sageattention", "xformers", "triton")
+
+CPUS = Path("/proc/cpuinfo")
 
 
 def versions(device: str, commit: str | None = None) -> dict[str, object]:
@@ -33,6 +37,17 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def host() -> str:
+    """The machine's CPUs in words, since their speed decides how fast kernels are launched."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        model = next(
+            (line.partition(":")[2].strip() for line in CPUS.read_text().splitlines() if line.startswith("model name")),
+            model,
+        )
+    return f"{len(os.sched_getaffinity(0))} CPUs ({model})"
 
 
 def _head() -> str | None:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers.base import Capabilities, ProviderSpec
@@ -157,6 +158,28 @@ def strategy_tables() -> str:
     return "\n".join(context_parallel.markdown(json.loads(path.read_text())) for path in runs).rstrip()
 
 
+def _rivals() -> list[tuple[str, dict[str, Any]]]:
+    """Name and results of each recorded run of benchmarks/rivals.py."""
+    return [(path.stem, json.loads(path.read_text())) for path in sorted(RESULTS.glob("rivals-*.json"))]
+
+
+def rival_tables() -> str:
+    """One section for each recorded run of benchmarks/rivals.py, with its drawing."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import rivals
+
+    sections = [f"![Milliseconds per step]({name}.svg)\n\n{rivals.markdown(run)}" for name, run in _rivals()]
+    return "\n".join(sections).rstrip() or "Not run yet."
+
+
+def drawings() -> dict[str, str]:
+    """Files that pages show, by path: the drawing of each recorded run of benchmarks/rivals.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import rivals
+
+    return {f"docs/{name}.svg": rivals.plot(run) for name, run in _rivals()}
+
+
 def pipeline_tables() -> str:
     """One section for each recorded run of the benchmarks of pipelines and of their parts."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -248,6 +271,7 @@ SECTIONS = {
     "README.md": {"providers": readme_table},
     "docs/performance.md": {
         "pipelines": pipeline_tables,
+        "rivals": rival_tables,
         "strategies": strategy_tables,
         "predictions": prediction_table,
         "layers": layer_table,
@@ -271,6 +295,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     stale = []
+    for name, drawing in drawings().items():
+        if not (path := ROOT / name).exists() or path.read_text() != drawing:
+            stale.append(name)
+            if not options.check:
+                path.write_text(drawing)
     for name, sections in SECTIONS.items():
         path = ROOT / name
         old = new = path.read_text()

@@ -1,0 +1,329 @@
+"""Milliseconds of one transformer step on several GPUs: this library and others, in one run.
+
+    torchrun --nproc_per_node 2 benchmarks/rivals.py --models flux wan --output rivals.json
+    torchrun --nproc_per_node 2 benchmarks/rivals.py --device cpu --tiny --variants one-gpu-eager ours-eager
+    python benchmarks/rivals.py --markdown rivals.json                       # prints the tables of a run
+
+`libraries.py` has the variants. "ours" is what the README's lines give, with every default; the others are what their
+libraries document. Libraries are optional: if one is not installed, or refuses, its row says why.
+
+Every variant has processes of its own, one per rank, since some libraries change diffusers' classes for the entire
+process (`isolated.py`). All share one copy of the weights on each GPU; if the system cannot share them, a variant has
+its own copy. Variants take turns in rounds, in alternating order. A turn is one untimed step and several timed ones,
+queued without waiting in between. The time of a step is that of its slowest rank. Reported are the median of all steps,
+and the smallest and largest median of a turn. Errors are relative to the model in float32 on one GPU, with the same
+weights; the row of one GPU has the error of its dtype. Memory is what the variant's process reserves in a step beyond
+the weights, and what is used outside PyTorch's allocator, such as NCCL's buffers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import diffusers
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import real_shapes
+from bars import Bar, bars
+from isolated import Isolated, one_line
+from libraries import LIBRARIES, Setting, version_of
+from measuring import MIB, Report, memory_taken, step_milliseconds
+from options import add_options, heading, parse, print_tables
+from ranks import Ranks, VariantError
+from real_shapes import REAL, TINY, RealModel
+from versions import host, installed
+
+USUAL = [name for name, each in LIBRARIES.items() if each.compiled] + ["ours-eager", "diffusers-ring-eager"]
+PACKAGES = ("transformers", "accelerate", "cache-dit", "xfuser", "yunchang", "einops")
+WARM_UP = 3
+"""Untimed steps at the start: the first compiles, and a later one records CUDA graphs."""
+
+
+class Served:
+    """A variant in its own process, whose methods `rivals.py` calls through `Isolated`."""
+
+    weights: dict[str, Tensor] | None = None
+
+    def receive(self, weights: dict[str, Tensor]) -> None:
+        """Takes the weights to use. Without this call, the model makes its own."""
+        self.weights = weights
+
+    @torch.no_grad()
+    def prepare(self, variant: str, model: str, device: torch.device, tiny: bool, expected: Tensor) -> dict[str, Any]:
+        """Makes and compiles the model, and runs the first steps. Returns this rank's measurements."""
+        diffusers.utils.logging.set_verbosity_error()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        real, library = (TINY if tiny else REAL)[model], LIBRARIES[variant]
+        self.device, self.inputs = device, real.inputs(device)
+        reserved, outside = _reserved(device)
+        began = time.perf_counter()
+        setting = Setting(model, real, self.weights, self.inputs, device, library.compiled)
+        self.model, note = library.prepare(setting)
+        for _ in range(WARM_UP):
+            out = self.step()
+        error = ((out.float().cpu() - expected).norm() / expected.norm()).item()
+        found = {"note": note, "relative_error": error, "prepare_seconds": round(time.perf_counter() - began, 1)}
+        del out
+        if device.type == "cuda":
+            memory_taken(device)  # frees what the first steps needed only
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            torch.cuda.synchronize()
+            weights = 0 if self.weights else sum(each.numel() * each.element_size() for each in self.model.parameters())
+            found["peak_mib"] = round((torch.cuda.max_memory_reserved() - reserved - weights) / MIB)
+            found["outside_allocator_mib"] = round((_reserved(device)[1] - outside) / MIB)
+        return found
+
+    def step(self) -> Tensor:
+        return self.model(**self.inputs)[0]
+
+    @torch.no_grad()
+    def turn(self, steps: int) -> list[float]:
+        """Milliseconds of several steps, after an untimed one."""
+        return step_milliseconds(self.step, steps, self.device)
+
+
+def _reserved(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process has reserved for tensors, and bytes of the device in use outside of that."""
+    return (torch.cuda.memory_reserved() if device.type == "cuda" else 0), memory_taken(device)[1]
+
+
+class Variant:
+    """A row of the results, and its process on this rank."""
+
+    def __init__(self, name: str, key: str, real: RealModel, ranks: Ranks, args: argparse.Namespace) -> None:
+        self.name, self.key, self.ranks, self.args = name, key, ranks, args
+        library = LIBRARIES[name]
+        self.result: dict[str, Any] = {"model": real.title, "variant": name, "library": library.distribution}
+        self.result |= {"lines": library.lines, "needs": library.needs}
+        self.turns: list[list[float]] = []
+
+    def prepare(self, device: torch.device, weights: dict[str, Tensor], expected: Tensor) -> None:
+        """Starts the process and prepares the variant.
+
+        Raises:
+            VariantError: this failed, on any rank.
+        """
+        try:
+            self.result["version"] = version_of(LIBRARIES[self.name])
+        except ModuleNotFoundError as failure:
+            raise VariantError(one_line(failure)) from None
+        self.process = Isolated(self.ranks, Served)
+        limit, arguments = self.args.prepare_timeout, (self.name, self.key, device, self.args.tiny, expected)
+        try:
+            self.process.ask(limit, "receive", weights)
+            self.result["weights"] = "shared"
+        except VariantError as failure:
+            self.result["weights"] = f"a copy: {failure}"
+            self.process = Isolated(self.ranks, Served)
+        own = self.process.ask(limit, "prepare", *arguments)
+        self.result["note"] = own[0].pop("note")
+        self.result |= {name: [each[name] for each in own] for name in own[0] if name != "note"}
+
+    def turn(self) -> None:
+        """Times several steps.
+
+        Raises:
+            VariantError: this failed, on any rank.
+        """
+        self.ranks.gather(None)  # they start together
+        own = self.process.ask(self.args.timeout, "turn", self.args.steps)
+        self.turns.append([max(times) for times in zip(*own)])
+        steps = [ms for turn in self.turns for ms in turn]
+        self.result["turns"] = [[round(ms, 3) for ms in turn] for turn in self.turns]
+        self.result["ms"] = round(statistics.median(steps), 3)
+
+
+def references(real: RealModel, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's weights, and what it returns in float32 with the same weights and inputs."""
+    inputs = {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in real.inputs(device).items()
+    }
+    with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
+        expected = real.make(device).float()(**inputs)[0].float().cpu()
+    memory_taken(device)  # frees the model in float32, which is twice as large
+    return real.make(device).state_dict(), expected
+
+
+def bench(key: str, args: argparse.Namespace, ranks: Ranks, device: torch.device, report: Report) -> None:
+    """Measures all variants of a model."""
+    real, began = (TINY if args.tiny else REAL)[key], time.monotonic()
+    weights, expected = references(real, device)
+    ready: list[Variant] = []
+
+    def too_late() -> bool:
+        return ranks.gather(args.seconds is not None and time.monotonic() - began > args.seconds)[0]
+
+    def attempt(variant: Variant, work: Any) -> bool:
+        try:
+            work()
+        except VariantError as failure:
+            variant.result["error"] = str(failure)
+        report.write()
+        return "error" not in variant.result
+
+    for name in args.variants:
+        variant = Variant(name, key, real, ranks, args)
+        report.variants.append(variant)
+        if too_late():
+            variant.result["error"] = f"not started: --seconds {args.seconds:g} were over"
+            continue
+        if attempt(variant, lambda: variant.prepare(device, weights, expected)) and attempt(variant, variant.turn):  # noqa: B023
+            ready.append(variant)
+        if ranks.rank == 0:
+            print(line(variant.result), file=sys.stderr, flush=True)
+    for turn in range(1, args.rounds):
+        if too_late():
+            break
+        for variant in list(ready)[:: 1 if turn % 2 == 0 else -1]:
+            if not attempt(variant, variant.turn):
+                ready.remove(variant)
+    for variant in ready:
+        variant.process.close()
+
+
+def line(result: dict[str, Any]) -> str:
+    """A result in one line."""
+    found = result.get("error") or f"{result['ms']:.1f} ms, prepared in {max(result['prepare_seconds'])} s"
+    return f"{result['model']}, {result['variant']}: {found}"
+
+
+def of_model(results: list[dict[str, Any]], title: str) -> list[dict[str, Any]]:
+    """The results of a model that were measured."""
+    return [each for each in results if each["model"] == title and "error" not in each]
+
+
+def _compiled(result: dict[str, Any]) -> bool:
+    return LIBRARIES[result["variant"]].compiled
+
+
+def spread(result: dict[str, Any]) -> tuple[float, float]:
+    """The smallest and the largest median of a turn, in milliseconds."""
+    medians = [statistics.median(turn) for turn in result["turns"]]
+    return min(medians), max(medians)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Tables, one for each model, with what each library needed and what failed."""
+    where, results = report["environment"], report["results"]
+    lines = [heading(where, where["host"])]
+    for title in dict.fromkeys(each["model"] for each in results):
+        these = of_model(results, title)
+        lines += [
+            "",
+            f"**{title}**",
+            "",
+            "| variant | library | ms per step | turns | of one GPU | of diffusers' best | relative error | peak MiB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for each in these:
+            low, high = spread(each)
+            alike = [other for other in these if _compiled(other) == _compiled(each)]
+            alone = [other["ms"] for other in alike if other["variant"].startswith("one-gpu")]
+            theirs = [other["ms"] for other in alike if other["variant"].startswith("diffusers")]
+            memory = f"{max(each['peak_mib'])} + {max(each['outside_allocator_mib'])}" if "peak_mib" in each else "-"
+            cells = [
+                each["variant"],
+                f"{each['library']} {each['version']}",
+                f"{each['ms']:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                f"{alone[0] / each['ms']:.2f}x" if alone else "-",
+                f"{min(theirs) / each['ms']:.2f}x" if theirs else "-",
+                f"{max(each['relative_error']):.1e}",
+                memory,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    variants = {each["variant"]: each for each in results if "error" not in each}
+    lines.append("")
+    lines += [
+        f"- {name}: {each['lines']}" + (f"; it needed {each['needs']}" if each["needs"] else "")
+        for name, each in variants.items()
+    ]
+    notes = [f"- {each['variant']}, {each['model']}: {each['note']}" for each in results if each.get("note")]
+    failed = [f"- {line(each)}" for each in results if "error" in each]
+    return "\n".join([*lines, "", *notes, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
+
+
+def plot(report: dict[str, Any]) -> str:
+    """A drawing of a run (SVG): the time of a step of each variant, for each model."""
+    results = report["results"]
+    groups = {
+        title: [Bar(each["variant"], each["ms"], *spread(each)) for each in of_model(results, title)]
+        for title in dict.fromkeys(each["model"] for each in results)
+    }
+    return bars(groups, "ms per step", highlighted="ours")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=REAL,
+        default=real_shapes.USUAL,
+        help=f"models to run (default: {' '.join(real_shapes.USUAL)})",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=LIBRARIES,
+        default=USUAL,
+        metavar="VARIANT",
+        help=f"variants to run, of {', '.join(LIBRARIES)} (default: {' '.join(USUAL)})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="seconds for each model, after which no further variant or round is started (default: no limit)",
+    )
+    parser.add_argument(
+        "--prepare_timeout",
+        type=float,
+        default=300.0,
+        help="seconds that a variant may take to start and compile (default: %(default)s)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="file for a drawing of the results (default: none)")
+    add_options(parser, rounds=4, steps=4)
+    args = parse(parser, "rivals.py")
+    args.compile = True
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.markdown:
+        print_tables(args.markdown, markdown)
+        return
+    ranks = Ranks("cpu", args.timeout)  # gloo: only the variants' processes use the GPUs together
+    device = torch.device(args.device, int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else None)
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    ranks.device = device
+    report = Report(args.output, ranks, args)
+    report.environment["host"] = host()
+    report.environment["packages"] |= installed(PACKAGES)
+    for key in args.models:
+        bench(key, args, ranks, device, report)
+        memory_taken(device)
+    if ranks.rank == 0:
+        finished = {"environment": report.environment, "results": [each.result for each in report.variants]}
+        if args.plot:
+            args.plot.write_text(plot(finished))
+        print(markdown(finished), flush=True)
+    ranks.end(0)
+
+
+if __name__ == "__main__":
+    main()
