@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import masks, shapes
+from . import masks, shapes, spans
 from .call import AttentionCall
 from .providers import lowering
 from .providers.decision import decide_call
@@ -42,6 +42,15 @@ def prepare(given: AttentionCall) -> PreparedCall:
     Raises:
         AttentionProviderError: the call is not valid, or the provider does not serve it.
     """
+    prepared, provider = _prepare(given)
+    if spans.is_on():
+        named = spans.within(prepared.attention, spans.ATTENTION, provider, spans.ONE_RANK)
+        return prepared._replace(attention=named)
+    return prepared
+
+
+def _prepare(given: AttentionCall) -> tuple[PreparedCall, str]:
+    """The prepared call, and the name of its provider."""
     given.check()
     call = given.four_dims()
     sizes = call.sizes()
@@ -62,18 +71,18 @@ def prepare(given: AttentionCall) -> PreparedCall:
         attention = adapter.bind(params._replace(gqa=call.enable_gqa))
         if not given.has_four_dims:
             ndim = max(given.query.ndim, given.key.ndim, given.value.ndim)
-            return PreparedCall(attention, False, functools.partial(_mask_of_dims, ndim=ndim))
+            return PreparedCall(attention, False, functools.partial(_mask_of_dims, ndim=ndim)), plan.provider
         as_given = mask is not None and given.mask.ndim == 3
         if plan.broadcast or (params.gqa and not call.enable_gqa) or as_given:
-            return PreparedCall(attention, transpose, None if as_given else view)
+            return PreparedCall(attention, transpose, None if as_given else view), plan.provider
     if plan.lowers:
         attention = functools.partial(lowering.attention, adapter=adapter, plan=plan, params=params)
     else:
         attention = adapter.bind(params)
     prepared = PreparedCall(attention, transpose, view)
     if given.has_four_dims:
-        return prepared
-    return PreparedCall(functools.partial(_serve_four_dims, prepared), False, None)
+        return prepared, plan.provider
+    return PreparedCall(functools.partial(_serve_four_dims, prepared), False, None), plan.provider
 
 
 def _serve_four_dims(prepared: PreparedCall, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Tensor:

@@ -9,13 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..errors import AttentionProviderError
-
-_CALL = "_call_impl"  # what nn.Module's `__call__` runs
-_METHODS = "encode", "decode"
-"""Methods of autoencoders, which pipelines call instead of the module."""
+from .components import components_of, watched
 
 
 class ComponentTimes:
@@ -83,8 +78,8 @@ def component_times(pipeline: Any) -> Iterator[ComponentTimes]:
     """Measures the components of a pipeline while they run within this context.
 
     On GPUs, times are taken by events on the device, and nothing waits for it until the result is read. With several
-    ranks, times are those of this rank, and contain its waiting for others. Recorded CUDA graphs are recorded again,
-    once inside this context and once after it.
+    ranks, times are those of this rank, and contain its waiting for others. CUDA graphs are replayed as
+    before.
 
     Args:
         pipeline: a diffusers pipeline on its device.
@@ -92,38 +87,8 @@ def component_times(pipeline: Any) -> Iterator[ComponentTimes]:
     Raises:
         AttentionProviderError: `pipeline` is no pipeline, or a component is compiled as a whole.
     """
-    components = getattr(pipeline, "components", None)
-    if isinstance(pipeline, nn.Module) or components is None:
-        raise AttentionProviderError(
-            f"component_times was given a {type(pipeline).__name__}; a diffusers pipeline is accepted."
-        )
-    models = {name: each for name, each in components.items() if isinstance(each, nn.Module)}
-    whole = next((name for name, each in models.items() if each._compiled_call_impl is not None), None)
-    if whole is not None:
-        raise AttentionProviderError(
-            f"'{whole}' is compiled as a whole, so that its calls cannot be timed. Compile its blocks instead: "
-            f"apply_compile(pipe.{whole})."
-        )
+    models = components_of(pipeline, "component_times")
     times = ComponentTimes(torch.device(getattr(pipeline, "_execution_device", "cpu")))
-    with contextlib.ExitStack() as undo:
-        for name, model in models.items():
-            undo.enter_context(_replaced(model, _CALL, functools.partial(times._timed, name)))
-            for method in _METHODS if hasattr(model, "decode") else ():
-                undo.enter_context(_replaced(model, method, functools.partial(times._timed, f"{name}.{method}")))
+    with watched(models, times._timed):
         yield times
         times._ended = times._now()
-
-
-@contextlib.contextmanager
-def _replaced(model: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Replaces a method of one model. What replaces it again meanwhile, or removes it, stays in effect."""
-    has_own, own = name in vars(model), vars(model).get(name)
-    replaced = vars(model)[name] = change(getattr(model, name))
-    try:
-        yield
-    finally:
-        if vars(model).get(name) is replaced:
-            if has_own:
-                vars(model)[name] = own
-            else:
-                del vars(model)[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def test_a_picture_and_its_times(tmp_path: Path) -> None:
     text = CliRunner().invoke(main.app, ["run", FLUX, "a cat", *SMALL, "--output", str(output)]).stdout
     assert "each of the other 2 steps: " in text and text.splitlines()[-1] == f"saved {output}"
     assert [each.name for each in output.parent.iterdir()] == ["cat.png"]
+    trace = str(tmp_path / "trace.json")
+    arguments = "run", FLUX, "a cat", *SMALL, "--output", str(output), "--profile", trace
+    text = CliRunner().invoke(main.app, arguments).stdout
+    assert re.search(r"transformer +attention +native +one rank", text) and f"saved the trace {trace}" in text
+    assert json.loads(Path(trace).read_text())["traceEvents"]
 
 
 @pytest.mark.slow

@@ -75,6 +75,14 @@ def run(
     shard_weights: Annotated[
         bool, typer.Option("--shard-weights", help="Each GPU holds only its part of the weights, if they do not fit.")
     ] = False,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Profile the call, which takes longer then: print its time by component, attention provider and "
+            "exchange, and write a trace (.json or .json.gz) for chrome://tracing. Give few --steps.",
+            show_default=False,
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Generate a picture or a video on the GPUs of this machine, and say where time and memory went.
@@ -87,6 +95,8 @@ def run(
     kind, count = _devices(device, gpus, shard_weights)
     if dtype not in (None, *DTYPES):
         raise AttentionProviderError(f"--dtype {dtype}: accepted are {', '.join(DTYPES)}.")
+    if profile is not None and not profile.name.endswith((".json", ".json.gz")):
+        raise AttentionProviderError(f"--profile {profile}: a .json or a .json.gz file is accepted.")
     given = {"height": height, "width": width, "num_frames": frames}
     call = {"prompt": prompt, "num_inference_steps": steps}
     call |= {name: value for name, value in given.items() if value is not None} | dict(map(_name_and_value, set_ or ()))
@@ -105,6 +115,7 @@ def run(
         provider=provider,
         compile=compile_,
         shard_weights=shard_weights,
+        profile=None if profile is None else str(profile.absolute()),
     )
     found = _run(settings)
     content = {"output": str(path), "device": kind, "processes": count, "dtype": settings.dtype, **found}
@@ -255,4 +266,9 @@ def _show(content: dict[str, Any], steps: int) -> None:
     say(f"of the call: {parts}")
     for index, each in enumerate(content["memory_bytes"]):
         say(f"GPU {index}: {each / 1e9:.1f} GB at most")
+    if "profile" in content:
+        from ...runtime.profiling.report import ProfilePart, as_table
+
+        say(as_table([ProfilePart(**each) for each in content["profile"]], content["profile_notes"]))
+        say(f"saved the trace {content['trace']}")
     say(f"saved {content['output']}")

@@ -29,6 +29,8 @@ class Settings:
     compile: bool
     """Whether the blocks of the denoisers are compiled; a call with two steps then precedes the measured one."""
     shard_weights: bool
+    profile: str | None = None
+    """A file for the trace of the measured call; ranks other than the first add their number to its name."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self)))

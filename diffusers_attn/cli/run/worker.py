@@ -8,6 +8,7 @@ rank that fails writes its error to FOLDER/error-RANK and ends at once, so that 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -28,8 +29,10 @@ from ... import (
     apply_compile,
     component_times,
     enable_context_parallel,
+    profile,
     set_attention_provider,
 )
+from ...runtime.profiling.report import ProfileReport
 from .settings import Settings
 
 
@@ -53,19 +56,18 @@ def run(settings: Settings) -> dict[str, Any]:
         each for name, each in pipe.components.items() if name.startswith("transformer") and isinstance(each, nn.Module)
     ]
     times = {"load": time.perf_counter() - began}
-    # One context for both calls: CUDA graphs are recorded anew within it.
-    with component_times(pipe) as components:
-        if settings.compile:
-            for each in denoisers:
-                apply_compile(each)
-            began = time.perf_counter()
-            _call(pipe, settings, device, settings.call | {"num_inference_steps": 2})
-            times["compile"] = time.perf_counter() - began
-        before = components.seconds
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    if settings.compile:
+        for each in denoisers:
+            apply_compile(each)
+        began = time.perf_counter()
+        _call(pipe, settings, device, settings.call | {"num_inference_steps": 2})
+        times["compile"] = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with component_times(pipe) as components, contextlib.ExitStack() as stack:
+        report = None if settings.profile is None else stack.enter_context(profile(pipe))
         pixels, measured = _call(pipe, settings, device, settings.call)
-        after = components.seconds
+        seconds = components.seconds
     times |= measured
     began = time.perf_counter()
     if rank == 0:
@@ -74,8 +76,21 @@ def run(settings: Settings) -> dict[str, Any]:
     return {
         "attention": attention,
         "seconds": times,
-        "components": {name: seconds - before.get(name, 0.0) for name, seconds in after.items()},
+        "components": seconds,
         "memory_bytes": _memory(device, settings.processes),
+        **({} if report is None else _profile(report, Path(str(settings.profile)), rank)),
+    }
+
+
+def _profile(report: ProfileReport, path: Path, rank: int) -> dict[str, Any]:
+    """Writes the trace of this rank. Returns the parts of the time."""
+    if rank:
+        path = path.with_name(path.name.replace(".json", f".rank{rank}.json"))
+    report.save_trace(path)
+    return {
+        "profile": [each._asdict() for each in report.parts],
+        "profile_notes": list(report.notes),
+        "trace": str(path),
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ... import spans
 from ...errors import AttentionProviderError
 from ...logs import debugging
 from ...masks import MaskKind
@@ -25,7 +26,7 @@ from .allgather_kv_one_call import allgather_kv_one_call_attention, is_faster
 from .block_attention import BlockAttention
 from .partial_kernel import PartialKernel, options_by_place
 from .ring import ring_attention
-from .traffic import note
+from .traffic import note, strategy_in_words
 from .ulysses import ulysses_attention
 
 STRATEGIES: dict[str, Callable[..., Tensor]] = {}
@@ -83,14 +84,17 @@ def parallel_attention(
     kernel = PartialKernel(provider, options, scale, needs_grad, block, by_place)
     kind = kernel.block_kind if isinstance(mask, BlockRowMask) else _kind(mask)
     seen = mask.rectangles if isinstance(mask, RectangleMask) else None
-    kernel.check(query, key, value, kind, is_causal, partial=mesh.ring.size > 1 or seen is not None)
+    server = kernel.check(query, key, value, kind, is_causal, partial=mesh.ring.size > 1 or seen is not None)
     key_mask, rows, dead_queries = _reduce_mask(mask, mesh, key_shards)
     call = BlockAttention(
         kernel, mesh.ring, query_shards, key_shards, is_causal, mesh.config.convert_to_fp32, transport, seen
     )
     if debugging():
-        note(query, key, value, call, mesh, _strategy(query, key, value, call, mesh))
+        note(query, key, value, call, mesh, _strategy(query, key, value, call, mesh), server)
     over_ranks = _over_ring if mesh.ulysses.size == 1 else _over_ulysses_and_ring
+    if spans.is_on():
+        strategy = _strategy(query, key, value, call, mesh)
+        over_ranks = spans.within(over_ranks, spans.ATTENTION, server, strategy_in_words(mesh, strategy))
     out = over_ranks(query, key, value, key_mask, rows, call, mesh)
     return out if dead_queries is None else out.masked_fill(dead_queries[:, :, None, None], 0.0)
 

@@ -39,17 +39,21 @@ class PartialKernel(NamedTuple):
 
     def check(
         self, query: Tensor, key: Tensor, value: Tensor, mask_kind: MaskKind, is_causal: bool, partial: bool
-    ) -> None:
+    ) -> str:
         """Checks that this provider serves such a call. Reads only what is equal on all ranks, so that either all ranks
         raise or none does, before data moves.
 
         Args:
             partial: whether the call is one of several, each over a part of the keys.
 
+        Returns:
+            The name of the provider: that which "auto" chooses, or the one that was named.
+
         Raises:
             AttentionProviderError: the provider does not serve the call.
         """
-        decide_call(self._call(query, key, value, is_causal), mask_kind, partial=partial, compare_lengths=False)
+        call = self._call(query, key, value, is_causal)
+        return decide_call(call, mask_kind, partial=partial, compare_lengths=False)[0].provider
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Complete, differentiable attention."""

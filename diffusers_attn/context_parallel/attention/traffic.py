@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...tracing.symbolic import constant
-from ..comm.group import Group
 from ..comm.transport import COLLECTIVE
 from ..mesh import ContextParallelMesh
 from .block_attention import BlockAttention
@@ -23,83 +22,107 @@ STRATEGIES = {
     "allgather_kv_one_call": "keys and values of all ranks are gathered first, which is predicted to be faster here",
 }
 """The strategies of `parallel_attention`, in words."""
+_TOKENS = 1000
+"""A graph may serve any length: the bytes in its message are for so many tokens on every rank, and one sample."""
+Place = tuple[int, int]
+"""Rank in a group, and size of the group."""
 _noted: set[tuple[object, ...]] = set()
 
 
+def strategy_in_words(mesh: ContextParallelMesh, strategy: str) -> str:
+    """A short name with the degrees, such as "ulysses 2 x gather 4".
+
+    Args:
+        strategy: name in `STRATEGIES`.
+    """
+    over_ring = {"allgather_kv": "gather", "allgather_kv_one_call": "gather in one call"}.get(strategy, "ring")
+    degrees = ("ulysses", mesh.ulysses.size), (over_ring, mesh.ring.size)
+    return " x ".join(f"{name} {size}" for name, size in degrees if size > 1)
+
+
 def note(
-    query: Tensor, key: Tensor, value: Tensor, call: BlockAttention, mesh: ContextParallelMesh, strategy: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: BlockAttention,
+    mesh: ContextParallelMesh,
+    strategy: str,
+    provider: str,
 ) -> None:
     """Logs how a call is computed, once for each kind of call.
 
     Args:
         query, key, value: this rank's, `[batch, local tokens, heads, head_dim]`.
         strategy: name in `STRATEGIES`, for the ring.
+        provider: name of the provider that serves the call.
     """
     heads = constant(query.shape[2]), constant(key.shape[2]), constant(query.shape[3]), constant(value.shape[3])
-    fixed = call.kernel.provider, strategy, mesh.ulysses.size, mesh.ring.size, call.transport, heads, query.dtype
-    sizes = query.shape[0], query.shape[1], key.shape[1], call.key_shards.total
-    if any(isinstance(size, torch.SymInt) for size in sizes):  # a compiled graph for any length
-        _note(*fixed, None, None)
-        return
-    sent = bytes_sent(query, key, value, call, mesh, strategy)
-    _note(*fixed, sizes, (sent, call.kernel.needs_grad))
+    places = (mesh.ulysses.rank, mesh.ulysses.size), (mesh.ring.rank, mesh.ring.size)
+    fixed = provider, call.transport, call.kernel.needs_grad, strategy, query.dtype, heads, *places
+    if torch.compiler.is_compiling():
+        _note(*fixed, None)
+    else:
+        _note(*fixed, (query.shape[0], call.query_shards.sizes, call.key_shards.sizes))
 
 
+# A graph contains no message: Dynamo calls this while it traces.
 @torch._dynamo.assume_constant_result
 def _note(
     provider: str,
-    strategy: str,
-    ulysses: int,
-    ring: int,
     transport: str,
-    heads: tuple[int, int, int, int],
+    needs_grad: bool,
+    strategy: str,
     dtype: torch.dtype,
-    sizes: tuple[int, int, int, int] | None,
-    sent: tuple[int, bool] | None,
+    heads: tuple[int, int, int, int],
+    ulysses: Place,
+    ring: Place,
+    sizes: tuple[int, tuple[int, ...], tuple[int, ...]] | None,
 ) -> None:
-    kind = provider, strategy, ulysses, ring, transport, heads, dtype, sizes, sent
+    kind = provider, transport, needs_grad, strategy, dtype, heads, ulysses, ring, sizes
     if kind in _noted:
         return
     _noted.add(kind)
-    lengths, traffic = "any length", "bytes depend on the length"
-    if sizes is not None and sent is not None:
-        batch, queries, keys, total = sizes
-        lengths = f"batch {batch}, {queries:,} queries and {keys:,} of {total:,} keys on this rank"
-        traffic = f"this rank sends {sent[0]:,} bytes" + (" in the forward" if sent[1] else "")
+    ranks, rank = ulysses[1] * ring[1], ring[0] * ulysses[1] + ulysses[0]
+    if sizes is None:
+        batch, queries, keys = 1, (_TOKENS,) * ranks, (_TOKENS,) * ranks
+        lengths, unit = "any length, in a compiled graph", f" for each {_TOKENS:,} of its tokens"
+    else:
+        batch, queries, keys = sizes
+        lengths = f"batch {batch}, {queries[rank]:,} queries and {keys[rank]:,} of {sum(keys):,} keys on this rank"
+        unit = " in the forward" if needs_grad else ""
+    sent = numbers_sent(heads, ulysses, ring, strategy == "ring" and transport == COLLECTIVE, queries, keys)
     log.debug(
         "attention over %d ranks by %s: ulysses_degree=%d, ring_degree=%d (%s); %s; %d query and %d key heads of %d, "
-        "%s; %s (transport: %s)",
-        ulysses * ring, provider, ulysses, ring, STRATEGIES[strategy], lengths, *heads[:3],
-        str(dtype).removeprefix("torch."), traffic, transport,
+        "%s; this rank sends %s bytes%s (transport: %s)",
+        ranks, provider, ulysses[1], ring[1], STRATEGIES[strategy], lengths, *heads[:3],
+        str(dtype).removeprefix("torch."), f"{batch * sent * dtype.itemsize:,}", unit, transport,
     )  # fmt: skip
 
 
-def bytes_sent(
-    query: Tensor, key: Tensor, value: Tensor, call: BlockAttention, mesh: ContextParallelMesh, strategy: str
+def numbers_sent(
+    heads: tuple[int, int, int, int],
+    ulysses: Place,
+    ring: Place,
+    passes_on: bool,
+    queries: Sequence[int],
+    keys: Sequence[int],
 ) -> int:
-    """Bytes of queries, keys, values and outputs that this rank sends to others in a forward; masks are not counted.
+    """Numbers of queries, keys, values and outputs that a rank sends to others for one sample, in a forward. Masks are
+    not counted.
 
     Args:
-        query, key, value: this rank's, `[batch, local tokens, heads, head_dim]`.
-        strategy: name in `STRATEGIES`.
+        heads: numbers of query heads and key heads, head_dim of the query, and of the value.
+        passes_on: whether a rank of the ring sends what it received in the step before, and not always its own keys.
+        queries, keys: numbers of tokens of all ranks.
     """
-    batch, itemsize, head_dim, value_head_dim = query.shape[0], query.element_size(), query.shape[3], value.shape[3]
-    group, ring = mesh.ulysses, mesh.ring
-    heads, kv_heads, repeats = split_heads(query.shape[2], key.shape[2], group.size)
-    own_heads, own_kv_heads = heads[group.rank], kv_heads[group.rank]
-    neighbours = slice(ring.rank * group.size, (ring.rank + 1) * group.size)
-    queries, keys = call.query_shards.sizes[neighbours], call.key_shards.sizes[neighbours]
-    of_key = key.shape[2] * repeats - own_kv_heads
-    numbers = queries[group.rank] * (query.shape[2] - own_heads) * head_dim
-    numbers += keys[group.rank] * of_key * (key.shape[3] + value_head_dim)
-    numbers += (sum(queries) - queries[group.rank]) * own_heads * value_head_dim  # the outputs, back to their ranks
-    rows = _rows_sent(call.key_shards.merged(group.size).sizes, ring, strategy, call.transport)
-    numbers += rows * own_kv_heads * (key.shape[3] + value_head_dim)
-    return batch * numbers * itemsize
-
-
-def _rows_sent(sizes: Sequence[int], ring: Group, strategy: str, transport: str) -> int:
-    """The number of keys that this rank sends to others, `sizes` being the numbers of keys of the ranks of the ring."""
-    steps = range(ring.size - 1)
-    passes_on = strategy == "ring" and transport == COLLECTIVE
-    return sum(sizes[(ring.rank - step) % ring.size if passes_on else ring.rank] for step in steps)
+    (all_heads, all_kv_heads, head_dim, value_head_dim), (rank, size) = heads, ulysses
+    own_heads, own_kv_heads, repeats = split_heads(all_heads, all_kv_heads, size)
+    own, own_kv = own_heads[rank], own_kv_heads[rank]
+    neighbours = slice(ring[0] * size, (ring[0] + 1) * size)
+    local_queries, local_keys = queries[neighbours][rank], keys[neighbours][rank]
+    sent = local_queries * (all_heads - own) * head_dim
+    sent += local_keys * (all_kv_heads * repeats - own_kv) * (head_dim + value_head_dim)
+    sent += (sum(queries[neighbours]) - local_queries) * own * value_head_dim  # the outputs, back to their ranks
+    of_ring = [sum(keys[start : start + size]) for start in range(0, len(keys), size)]
+    rows = sum(of_ring[(ring[0] - step) % ring[1] if passes_on else ring[0]] for step in range(ring[1] - 1))
+    return sent + rows * own_kv * (head_dim + value_head_dim)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import spans
 from ...recompute import in_backward_id
 from ..compile.inductor import prepare_for_exchanges
 from . import gather_operators, one_thread
@@ -59,7 +60,10 @@ class GatherInFlight(NamedTuple):
         if not torch.compiler.is_compiling():
             if in_backward_id() != -1:
                 one_thread.take_in_backward(self.group.name)
-            gather_of(self.group.name).start(self.tensors[0], self.tensors[1], self.sizes, shift=shift)
+            start = gather_of(self.group.name).start
+            if spans.is_on():
+                start = spans.within(start, spans.EXCHANGE, "symmetric memory")
+            start(self.tensors[0], self.tensors[1], self.sizes, shift=shift)
             return self._replace(shift=shift)
         prepare_for_exchanges()
         ticket = gather_operators.new_ticket()
@@ -77,5 +81,8 @@ class GatherInFlight(NamedTuple):
         if torch.compiler.is_compiling():
             flat = gather_operators.finish(self.tensors, [computed], received.length, self.group.name, self.ticket)
         else:
-            flat = gather_of(self.group.name).finish(self.ticket)
+            finish = gather_of(self.group.name).finish
+            if spans.is_on():
+                finish = spans.within(finish, spans.EXCHANGE, "symmetric memory")
+            flat = finish(self.ticket)
         return received.views(flat)

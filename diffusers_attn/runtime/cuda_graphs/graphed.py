@@ -19,7 +19,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +128,20 @@ applied: weakref.WeakKeyDictionary[nn.Module, Graphs] = weakref.WeakKeyDictionar
 """The models whose forward is a `GraphedForward`."""
 
 
+_paused: list[str] = []
+"""Reasons for which all models run without graphs now."""
+
+
+@contextlib.contextmanager
+def paused(reason: str) -> Iterator[None]:
+    """Runs all models without their graphs, which stay. Ranks that share a sequence must do so together."""
+    _paused.append(reason)
+    try:
+        yield
+    finally:
+        _paused.remove(reason)
+
+
 def drop_all() -> None:
     """Drops the graphs of all models. They are recorded again as calls come."""
     for graphs in list(applied.values()):
@@ -152,7 +166,7 @@ class GraphedForward:
             return forward(*args, **kwargs)
         graphs = applied.get(model)
         # Within somebody else's recording it becomes a part of that.
-        if graphs is None or torch.cuda.is_current_stream_capturing():
+        if graphs is None or _paused or torch.cuda.is_current_stream_capturing():
             return forward(*args, **kwargs)
         with _device(graphs.device), graphs.lock:
             run = _run_automatically if graphs.is_automatic else _run_always
@@ -165,6 +179,8 @@ class GraphedForward:
         graphs = None if model is None else applied.get(model)
         if model is None or graphs is None:
             return "nothing"
+        if _paused:
+            return f"nothing during {_paused[0]}"
         graphs.check()
         if graphs.off is not None:
             return f"nothing, because {graphs.off}"

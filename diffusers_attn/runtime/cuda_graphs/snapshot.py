@@ -9,7 +9,7 @@ modules: half a millisecond for the 600 modules of Wan.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -29,6 +29,25 @@ _NO_MATTER = frozenset(
     ).split()
 )
 """Attributes of `nn.Module` that do not affect its forward."""
+_CALL = "_call_impl"
+"""Attribute of a model whose calls are watched, such as by `component_times`: it calls the forward, and only that is
+recorded."""
+
+
+class _WithoutCall(Collection[Any]):
+    """The attributes of the recorded model as they are now, except the one that watches its calls."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self._attributes = attributes
+
+    def __len__(self) -> int:
+        return len(self._attributes) - (_CALL in self._attributes)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (value for name, value in self._attributes.items() if name != _CALL)
+
+    def __contains__(self, value: object) -> bool:
+        return any(each is value for each in self)
 
 
 class Snapshot:
@@ -45,18 +64,19 @@ class Snapshot:
         """Empty containers: most are the dicts of hooks that every module has."""
         self._tensors: list[Tensor] = []
         for module in model.modules():
-            self._hold(vars(module))
+            attributes = vars(module)
+            self._hold(attributes, _WithoutCall(attributes) if module is model else attributes.values())
             processor = getattr(getattr(module, "processor", None), "__dict__", None)
             if processor:
-                self._hold(processor)
+                self._hold(processor, processor.values())
             tensors = (*module._parameters.values(), *module._buffers.values())
             self._tensors.extend([tensor for tensor in tensors if tensor is not None])
         self._lengths = list(map(len, self._contents))
         self._values = list(chain.from_iterable(self._contents))
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
-    def _hold(self, attributes: dict[str, Any]) -> None:
-        self._contents.append(attributes.values())
+    def _hold(self, attributes: dict[str, Any], contents: Collection[Any]) -> None:
+        self._contents.append(contents)
         for name, value in attributes.items():
             if isinstance(value, (dict, list)) and name not in _NO_MATTER:
                 if not value:

@@ -10,8 +10,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusers_attn.context_parallel.attention.block_attention import BlockAttention
 from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
+from diffusers_attn.context_parallel.attention.partial_kernel import PartialKernel
+from diffusers_attn.context_parallel.attention.traffic import note
+from diffusers_attn.context_parallel.comm.group import ALONE, Group
+from diffusers_attn.context_parallel.config import ContextParallelConfig
+from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 from diffusers_attn.context_parallel.sequences.sharding import Shards, split
+from diffusers_attn.logs import debugging
 
 
 class Sent(TorchDispatchMode):
@@ -68,3 +75,23 @@ def test_a_message_has_the_bytes_that_are_sent(pool, ring, ulysses, method, word
     ):
         assert words in message
         assert re.search(r"sends ([\d,]+) bytes", message)[1].replace(",", "") == str(sent) != "0"
+
+
+def test_a_graph_for_any_length(caplog):
+    """Its message is printed while it is compiled, once, with the bytes for 1,000 tokens."""
+    group = Group("of two", 0, 2)
+    mesh = ContextParallelMesh(ContextParallelConfig(ulysses_degree=2), ALONE, group)
+
+    def forward(query):
+        shards = Shards.contiguous(2 * query.shape[1], 2)
+        call = BlockAttention(PartialKernel("native", (), None, False), ALONE, shards, shards)
+        if debugging():
+            note(query, query, query, call, mesh, "one_rank", "native")
+        return query + 1
+
+    caplog.set_level(logging.DEBUG, "diffusers_attn")
+    compiled = torch.compile(forward, backend="eager", fullgraph=True)
+    for length in (4, 6, 7):
+        compiled(torch.randn(2, length, 4, 8))
+    (message,) = [each.getMessage() for each in caplog.records if each.name.endswith(".traffic")]
+    assert "any length" in message and f"sends {4 * 1000 * 2 * 8 * 4:,} bytes for each 1,000 of its tokens" in message

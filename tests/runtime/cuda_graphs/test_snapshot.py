@@ -68,6 +68,18 @@ def test_changes_are_noticed(model, change):
     assert Snapshot(model).holds()
 
 
+def test_watched_calls_are_no_change(model):
+    """Only those of the model itself: its forward is recorded, and what calls it is not."""
+    snapshot = Snapshot(model)
+    vars(model)["_call_impl"] = model._call_impl
+    assert snapshot.holds() and Snapshot(model).holds()
+    later = Snapshot(model)
+    del vars(model)["_call_impl"]
+    assert later.holds()
+    vars(first(model, "processor"))["_call_impl"] = lambda *_: None
+    assert not later.holds()
+
+
 def test_a_processors_settings_are_noticed(model):
     processor = first(model, "processor").processor
     processor.scale = [0.5]  # as IP-Adapters have it
