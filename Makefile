@@ -25,10 +25,10 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 # A stamp is worth nothing without a Python that starts (an interrupted clean, a system Python that was upgraded).
-$(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.dev)
+$(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.docs $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check constraints test-oldest test-newest clean
+.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check docs-site constraints test-oldest test-newest clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -69,11 +69,14 @@ lint: $(VENV)/.dev  ## formatting, lint and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy diffusers_attn
 
-docs: $(VENV)/.dev  ## write the generated tables of README.md and docs/
+docs: $(VENV)/.dev  ## write the generated tables and pictures of docs/
 	@$(RUN) docs/generate.py
 
-docs-check: $(VENV)/.dev  ## fail where such a table is stale
+docs-check: $(VENV)/.dev  ## fail where such a table or picture is stale
 	@$(RUN) docs/generate.py --check
+
+docs-site: $(VENV)/.docs  ## build the pages as a site in outputs/site; fail where a link leads nowhere
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet && echo "open outputs/site/index.html"
 
 # Keeps the versions that constraints.txt has, where they still fit; ARGS=--upgrade takes the newest of all, and
 # ARGS="--upgrade-package peft" the newest of one.
@@ -101,6 +104,11 @@ $(VENV)/.demo: constraints.txt pyproject.toml
 $(VENV)/.train: $(VENV)/.demo
 	@rm -f $@
 	@$(PIP) --editable '.[demo-train]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	@rm -f $@
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

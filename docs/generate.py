@@ -1,4 +1,5 @@
-"""Write the tables in README.md and docs/ from what they describe: the catalog, the recorded runs, diffusers' models.
+"""Write the tables, charts and drawings of README.md and docs/ from what they describe: the catalog, the recorded runs,
+diffusers' models.
 
 python docs/generate.py            # write
 python docs/generate.py --check    # fail where a table is not what would be written
@@ -14,6 +15,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import charts
+import strategy_drawings
 
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers.base import Capabilities, ProviderSpec
@@ -72,7 +76,7 @@ def install(spec: ProviderSpec) -> str:
     return f'{code(KERNELS.install)} and `source="hub"`, or {package}' if spec.hub else package
 
 
-def readme_table() -> str:
+def provider_table() -> str:
     header = ("provider", "install (Linux and WSL)", "runs on", "masks", "training", "context parallelism", "")
     rows = [
         (
@@ -168,16 +172,18 @@ def rival_tables() -> str:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import rivals
 
-    sections = [f"![Milliseconds per step]({name}.svg)\n\n{rivals.markdown(run)}" for name, run in _rivals()]
+    sections = [f"![Milliseconds per step](images/{name}.svg)\n\n{rivals.markdown(run)}" for name, run in _rivals()]
     return "\n".join(sections).rstrip() or "Not run yet."
 
 
 def drawings() -> dict[str, str]:
-    """Files that pages show, by path: the drawing of each recorded run of benchmarks/rivals.py."""
+    """Files that pages show, by path: charts of recorded runs, and drawings of the strategies."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import rivals
 
-    return {f"docs/{name}.svg": rivals.plot(run) for name, run in _rivals()}
+    made = {name: draw() for name, draw in {**charts.CHARTS, **strategy_drawings.DRAWINGS}.items()}
+    made |= {name: rivals.plot(run) for name, run in _rivals()}
+    return {f"docs/images/{name}.svg": drawing for name, drawing in made.items()}
 
 
 def pipeline_tables() -> str:
@@ -267,17 +273,46 @@ def replace_section(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
+GENERATIONS = {
+    "T4, RTX 20": ((7, 5),),
+    "A100, RTX 30": ((8, 0), (8, 6)),
+    "L40S, RTX 40": ((8, 9),),
+    "H100, H200": ((9, 0),),
+    "B200, B300": ((10, 0), (10, 3)),
+    "RTX 50": ((12, 0),),
+}
+"""GPUs, and their compute capabilities."""
+
+
+def generation_table() -> str:
+    """The providers that run on each generation of GPUs, with what decides between them."""
+    header = ("provider", "CPU", *GENERATIONS, "masks", "training", "")
+    rows = []
+    for spec in SPECS.values():
+        can = spec.capabilities
+        on = ["cpu" in can.devices, *(all(runs(spec, each) for each in chips) for chips in GENERATIONS.values())]
+        last = (masks(can), training(can), "" if can.exact else "lossy")
+        rows.append((code(spec.name), *("✓" if here else "" for here in on), *last))
+    return table(header, rows)
+
+
+def runs(spec: ProviderSpec, capability: tuple[int, int]) -> bool:
+    can = spec.capabilities
+    if can.compute_capabilities:
+        return capability in can.compute_capabilities
+    return can.min_compute_capability is None or capability >= can.min_compute_capability
+
+
 SECTIONS = {
-    "README.md": {"providers": readme_table},
-    "docs/performance.md": {
+    "docs/choosing_a_provider.md": {"providers": provider_table, "generations": generation_table},
+    "docs/performance.md": {"rivals": rival_tables},
+    "docs/measured_runs.md": {
         "pipelines": pipeline_tables,
-        "rivals": rival_tables,
         "strategies": strategy_tables,
-        "predictions": prediction_table,
-        "layers": layer_table,
         "training": training_tables,
         "script": script_tables,
     },
+    "docs/cost_model.md": {"predictions": prediction_table, "layers": layer_table},
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
     },

@@ -18,6 +18,11 @@ def snippets(document: str, heading: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it. That of mkdocs has no double hyphens."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def plan_in(document: str, heading: str) -> dict[str, Any]:
     """The plan that is written there."""
     for code in snippets(document, heading):

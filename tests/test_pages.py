@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers.base import KernelFunction, Params
 
 from . import reference
-from .documents import ROOT, snippets
+from .documents import ROOT, slug, snippets
 from .test_quickstart import MODEL, example
 
 PAGES = sorted(
@@ -31,6 +34,31 @@ def test_links_lead_somewhere(page: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
         path = link.partition("#")[0]
         assert link.startswith("http") or not path or (here / path).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_anchors_are_headings(page: str) -> None:
+    """Of links to pages. Headings and anchors are those of GitHub and of the site."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", text):
+        target = ((ROOT / page).parent / link).read_text() if link else text
+        assert anchor in {slug(heading.replace("`", "")) for heading in re.findall(r"^#+ (.+)$", target, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_uses_names_that_exist(page: str) -> None:
+    """Every block of Python parses and imports public names, also those that need a GPU or a large model."""
+    for code in re.findall(r"^ *```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
+        for node in ast.walk(ast.parse(textwrap.dedent(code))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusers_attn"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, each.name) for each in node.names), ast.unparse(node)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """mkdocs says so too, where it is installed."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in navigation]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -90,8 +118,12 @@ def guide(meshes: Any, codes: list[str]) -> list[Any]:
 
 
 def test_the_guide_to_context_parallelism(pool: Any) -> None:
-    codes = [*snippets("docs/context_parallel.md", "Start"), *snippets("docs/context_parallel.md", "Recipes")]
-    assert len(codes) == 6
+    codes = [
+        *snippets("docs/context_parallel.md", "Start"),
+        *snippets("docs/quickstart.md", "Several GPUs"),
+        *snippets("docs/context_parallel.md", "Recipes"),
+    ]
+    assert len(codes) == 7
     for *_, seeded, alone in pool.run(4, guide, codes=codes):
         assert abs(seeded - alone).max() <= 1
 

@@ -1,8 +1,7 @@
-"""The README's first snippets, in their order, on a pipeline: they run without a GPU and without further packages."""
+"""The snippets of README.md and docs/quickstart.md, in their order. They need no GPU and no further package."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,22 @@ from .test_quickstart import MODEL
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": 32}
 
 
-def test_the_first_screen_draws_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text().split("\n## ")[0], re.DOTALL)
+def test_the_readme_draws_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its snippets, but for the one for several GPUs, which tests/test_pages.py runs."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", torch._C._nn.scaled_dot_product_attention)
+    first, _, compiled, in_place = snippets("README.md", "Use")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    names: dict[str, Any] = {}
+    for code in (first, compiled, in_place):
+        exec(code, names)
     assert Image.open(tmp_path / "cat.png").size == (64, 64)
+    assert names["pipe"].transformer.transformer_blocks[0]._compiled_call_impl is not None
+
+
+def test_the_readme_has_one_screen_to_a_result() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 110 and next(i for i, line in enumerate(lines) if line == "```python") < 45
 
 
 def test_the_first_snippets_run_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +57,7 @@ def test_the_first_snippets_run_anywhere(monkeypatch: pytest.MonkeyPatch, capsys
     # It looks at the pipeline's components, and so wants the pipeline itself.
     monkeypatch.setattr("diffusers_attn.processors.set_attention_provider", lambda _, name: set_provider(pipe, name))
     providers = []
-    for code in snippets("README.md", "Use"):
+    for code in snippets("docs/quickstart.md", "One GPU"):
         exec(code, names)
         providers.append({module.provider for module in attention_modules(pipe.transformer)})
     assert providers[0] == {"auto"} and providers[1] == {"scope"} and len(drawn) == 1

@@ -70,7 +70,7 @@ def enable_context_parallel(
             may be compiled or inside a PEFT model. It must be on its device already, unless `shard_weights` moves it.
         ulysses_degree: number of ranks that exchange heads. `ulysses_degree * ring_degree` must be the number of ranks.
             None: it follows from the other degree, or those with the shortest predicted time are chosen
-            (docs/performance.md). The environment variable DIFFUSERS_ATTN_LINKS says whether the speed of the links
+            (docs/cost_model.md). The environment variable DIFFUSERS_ATTN_LINKS says whether the speed of the links
             between ranks is measured for it; see `measure_hardware.py`.
         ring_degree: number of ranks that pass keys and values around; None as for `ulysses_degree`.
         guidance_degree: number of groups of ranks that compute different branches of guidance; sequences are split
@@ -117,7 +117,7 @@ def enable_context_parallel(
             the weights of a block before it runs, with FSDP2. True: those of all transformers and text encoders; or
             names of components, such as ("transformer", "text_encoder"). The pipeline may be in CPU memory, or these
             components on the meta device: this call moves everything to the ranks' devices, one block at a time. For
-            inference; sharded weights are not trained. See docs/context_parallel.md#weights-that-do-not-fit.
+            inference; sharded weights are not trained. See docs/memory.md#weights-that-do-not-fit.
         verbose: whether rank 0 prints the report. It is logged at level "info" otherwise.
         provider_options: options of the provider's kernel.
 

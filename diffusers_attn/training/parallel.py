@@ -101,8 +101,9 @@ class TrainingParallel:
             accelerator: an `accelerate.Accelerator` for one process, DDP or FSDP2.
             cp_degree: number of processes that share a sequence. None: `ulysses_degree * ring_degree` if either is
                 given, else the size in Accelerate's ParallelismConfig, else 1.
-            ulysses_degree, ring_degree: see `enable_context_parallel`. None: derived from `cp_degree` and the other,
-                or chosen automatically.
+            ulysses_degree: see `enable_context_parallel`. None: derived from `cp_degree` and `ring_degree`, or chosen
+                automatically.
+            ring_degree: as `ulysses_degree`.
             rotate_method: exchange of keys and values in a ring: "allgather" or "alltoall". None: automatic.
 
         Returns:

@@ -49,7 +49,7 @@ def measured(meshes, folder):
 
 def test_links_of_gpus(gpus, tmp_path):
     first, second = (gpus.run(SIZE, measured, folder=setting)[0] for setting in ("uncached", str(tmp_path)))
-    print(json.dumps(first, default=str), json.dumps(second, default=str))  # for docs/performance.md; see pytest -s
+    print(json.dumps(first, default=str), json.dumps(second, default=str))  # for docs/cost_model.md; see pytest -s
     for found, source, _, _ in [*first, *second]:
         assert source.startswith("links: "), source
         assert 1e13 < found.matrix_flops < 1e16 and 1e11 < found.memory_bytes_per_second < 1e14

@@ -1,4 +1,4 @@
-"""Plans and code of README.md and docs/from_finetrainers.md, over ranks: what one process computes."""
+"""Plans and code of docs/context_parallel.md and docs/from_finetrainers.md, over ranks: what one process computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.zoo import CASES
 
 PAGE = "docs/from_finetrainers.md"
 PLANS = {
-    "README": ("README.md", "One sequence over several devices"),
+    "any module": ("docs/context_parallel.md", "Any module"),
     "from finetrainers": (PAGE, "Plans"),
     "its own": None,
 }
