@@ -12,7 +12,7 @@ from .uncovered import UNCOVERED
 # The files of this folder that hold plans.
 _NAMES = """
     ace_step allegro anyflow anyflow_far aura_flow bria bria_fibo2 chroma chronoedit cogvideox cogview3plus cogview4
-    consisid cosmos cosmos3 easyanimate ernie_image flux flux2 flux3 framepack glm_image helios hidream
+    consisid controlnets cosmos cosmos3 easyanimate ernie_image flux flux2 flux3 framepack glm_image helios hidream
     hunyuan_dit hunyuan_image hunyuan_video hunyuan_video15 ideogram4 joyimage kandinsky5 kandinsky6
     kandinsky6_sr krea2 latte longcat_audio longcat_image ltx ltx2 lumina2 lumina_next minimax_h3
     minimax_music3 mochi motif_video nucleus_moe omnigen ovis_image pixart prx qwenimage qwenimage21

@@ -6,10 +6,13 @@ convolution reads one row on either side.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 from . import advanced
-from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
+from .plan import CPAttention, CPInput, CPOutput, InputPlan, ParamId, Plan
+
+ROWS = CPInput(1, 3, sequence="rows", grouped=True)
+GATHERED = CPOutput(1, 3, sequence="rows", grouped=True)
 
 
 def _patches(size: int, latents: Any) -> int:
@@ -17,22 +20,27 @@ def _patches(size: int, latents: Any) -> int:
     return int(latents.shape[2]) // size
 
 
-def _plan(model: Any) -> Plan:
+def split_rows(model: Any) -> Plan:
+    """Where the blocks of Sana, or of its ControlNet, are split."""
     patch = model.config.patch_size
-    rows = CPInput(1, 3, sequence="rows", grouped=True)
     return {
-        "": {
-            ParamId("hidden_states"): advanced.CPLength("rows", of=functools.partial(_patches, patch)),
-            ParamId("controlnet_block_samples"): rows,
-        },
-        "transformer_blocks.0": {ParamId("hidden_states"): rows},
+        "": {ParamId("hidden_states"): advanced.CPLength("rows", of=functools.partial(_patches, patch))},
+        "transformer_blocks.0": {ParamId("hidden_states"): ROWS},
         "transformer_blocks.*": {ParamId("height"): advanced.CPLength("rows")},
         "transformer_blocks.*.attn1": CPAttention(("rows",), key=()),
-        "transformer_blocks.*.attn1.to_k": CPOutput(1, 3, sequence="rows", grouped=True),
-        "transformer_blocks.*.attn1.to_v": CPOutput(1, 3, sequence="rows", grouped=True),
+        "transformer_blocks.*.attn1.to_k": GATHERED,
+        "transformer_blocks.*.attn1.to_v": GATHERED,
         "transformer_blocks.*.attn2?": CPAttention(("rows",), key=()),
         "transformer_blocks.*.ff.conv_depth": advanced.CPHalo(2, 1, sequence="rows"),
-        "proj_out": CPOutput(1, 3, sequence="rows", grouped=True),
+    }
+
+
+def _plan(model: Any) -> Plan:
+    plan = split_rows(model)
+    return {
+        **plan,
+        "": {**cast(InputPlan, plan[""]), ParamId("controlnet_block_samples"): ROWS},
+        "proj_out": GATHERED,
     }
 
 

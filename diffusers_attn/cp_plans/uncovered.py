@@ -30,7 +30,10 @@ _CONTROLNET = Uncovered(
     "It takes a small part of the time, and its results are inputs of another model's blocks.",
     "Run it unsplit on every rank: the plan of the transformer that it controls splits its results.",
 )
-_SEVERAL = Uncovered("It only holds several ControlNets, and runs one after the other.", _CONTROLNET.instead)
+_SEVERAL = Uncovered(
+    "It only holds several ControlNets, and runs one after the other.",
+    "Call enable_context_parallel(pipe), which splits each of them, or enable_context_parallel(model.nets[0]).",
+)
 
 UNCOVERED: dict[str, Uncovered] = {
     # Transformers.
@@ -67,17 +70,12 @@ UNCOVERED: dict[str, Uncovered] = {
     "ControlNetUnionModel": _UNET,
     "ControlNetXSAdapter": Uncovered("It only holds weights that a UNetControlNetXSModel takes over.", _UNET.instead),
     "CosmosControlNetModel": _CONTROLNET,
-    "FluxControlNetModel": _CONTROLNET,
     "FluxMultiControlNetModel": _SEVERAL,
-    "HunyuanDiT2DControlNetModel": _CONTROLNET,
     "HunyuanDiT2DMultiControlNetModel": _SEVERAL,
     "MultiControlNetModel": _UNET,
     "MultiControlNetUnionModel": _UNET,
-    "QwenImageControlNetModel": _CONTROLNET,
     "QwenImageMultiControlNetModel": _SEVERAL,
-    "SD3ControlNetModel": _CONTROLNET,
     "SD3MultiControlNetModel": _SEVERAL,
-    "SanaControlNetModel": _CONTROLNET,
     "SparseControlNetModel": _UNET,
     "UNetControlNetXSModel": _UNET,
     "ZImageControlNetModel": _CONTROLNET,

@@ -91,9 +91,9 @@ class Batch(NamedTuple):
         sizes = self.sizes(groups.count)
         if isinstance(output, Tensor):
             return groups.gather(output.contiguous(), sizes) if output.ndim else output
-        if isinstance(output, list) and len(output) == sizes[groups.index] and all(map(torch.is_tensor, output)):
-            if all(each.shape == output[0].shape for each in output):
-                return list(groups.gather(torch.stack(output), sizes).unbind(0))
+        mine = Batch(sizes[groups.index], self.listed)
+        if isinstance(output, list) and all(map(torch.is_tensor, output)) and mine._is_list(output):
+            return list(groups.gather(torch.stack(output), sizes).unbind(0))
         if isinstance(output, (list, tuple)):
             return like(output, [self.joined(each, groups) for each in output])
         if isinstance(output, Mapping):

@@ -67,7 +67,7 @@ def models_of(pipeline_or_model: Any) -> list[nn.Module]:
     """
     if isinstance(pipeline_or_model, nn.Module):
         return [unwrapped(pipeline_or_model)]
-    models = (unwrapped(each) for each in _components(pipeline_or_model).values() if isinstance(each, nn.Module))
+    models = _models(_components(pipeline_or_model)).values()
     return list({id(model): model for model in models}.values())
 
 
@@ -129,14 +129,24 @@ def _components(pipeline: Any) -> dict[str, Any]:
     return dict(components)
 
 
+def _models(components: dict[str, Any]) -> dict[str, nn.Module]:
+    """The models of a pipeline by name, without wrappers. Several ControlNets in one component follow it."""
+    found: dict[str, nn.Module] = {}
+    for name, component in components.items():
+        if not isinstance(component, nn.Module):
+            continue
+        model = found[name] = unwrapped(component)
+        nets = getattr(model, "nets", None)
+        if isinstance(nets, nn.ModuleList):
+            found |= {f"{name}.nets.{number}": unwrapped(each) for number, each in enumerate(nets)}
+    return found
+
+
 def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[str]]:
     targets: dict[int, Target] = {}
     whole: list[str] = []
     components = _components(pipeline)
-    for name, component in components.items():
-        if not isinstance(component, nn.Module):
-            continue
-        model = unwrapped(component)
+    for name, model in _models(components).items():
         transformer = name == "transformer" or name.startswith("transformer_")
         found = plan if plan is not None and transformer else None if plan is not None else _registered(model)
         if found is not None:

@@ -72,7 +72,7 @@ def test_every_class_has_a_case_in_the_zoo_or_a_reason() -> None:
     assert built <= set(classes)
 
 
-@pytest.mark.parametrize("name", ["PriorTransformer", "UNet2DConditionModel", "SD3ControlNetModel"])
+@pytest.mark.parametrize("name", ["PriorTransformer", "UNet2DConditionModel", "SD3MultiControlNetModel"])
 def test_who_asks_for_an_uncovered_class_is_told_why(name: str) -> None:
     cls = getattr(diffusers, name)
     reason, instead = UNCOVERED[name]

@@ -6,9 +6,15 @@ Each module has
     VARIANTS: name -> (changes to the case's configuration, None or a function that changes its drawn inputs).
 """
 
-from . import blocks, image_joint, shipped, single, video
+from . import blocks, controlnets, image_joint, shipped, single, video
 
-FAMILIES = {"shipped": shipped, "image_joint": image_joint, "video": video, "single": single}
+FAMILIES = {
+    "shipped": shipped,
+    "image_joint": image_joint,
+    "video": video,
+    "single": single,
+    "controlnets": controlnets,
+}
 COMPARED = {**FAMILIES, "blocks": blocks}
 """Also those that are compared in a test of their own."""
 VARIANTS = {name: changes for family in FAMILIES.values() for name, changes in family.VARIANTS.items()}
