@@ -62,6 +62,10 @@ def test_the_first_snippets_run_anywhere(monkeypatch: pytest.MonkeyPatch, capsys
         providers.append({module.provider for module in attention_modules(pipe.transformer)})
     assert providers[0] == {"auto"} and providers[1] == {"scope"} and len(drawn) == 1
     assert capsys.readouterr().out.startswith("native")
+    names |= zip(("query", "key", "value"), torch.randn(3, 1, 8, 2, 16))
+    for code in snippets("docs/choosing_a_provider.md", "Why this one?"):
+        exec(code, names)
+    assert capsys.readouterr().out.startswith("native: the first that supports the call")
 
 
 def test_the_public_names_are_in_dir() -> None:

@@ -32,7 +32,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except AttentionProviderError as error:
-            complain(str(error))
+            complain("\n".join([str(error), *error.__notes__]))
             raise typer.Exit(exit_codes.USAGE) from error
         except ImportError as error:
             complain(

@@ -54,13 +54,14 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main.app, "registered_commands", list(main.app.registered_commands))
     main.app.command("fails")(fails)
     for error, code in (
-        (AttentionProviderError("no such provider"), 2),
+        (AttentionProviderError("there is no attention provider 'x'."), 2),
         (ImportError("no torch"), 3),
         (RuntimeError("unexpected"), 3),
     ):
         raised.append(error)
         result = CliRunner().invoke(main.app, ["fails"])
         assert result.exit_code == code and str(error) in result.stderr and result.stdout == ""
+        assert ("docs/troubleshooting.md#an-unknown-provider" in result.stderr) == (code == 2)
     assert CliRunner().invoke(main.app, ["no-such-command"]).exit_code == 2
 
 
