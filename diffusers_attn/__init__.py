@@ -6,7 +6,8 @@ are split between ranks, and `providers` computes it on one device.
 
 `cp_plans` states where the tensors of each model class are split, and `verify_plan` verifies such a plan. `parallelize`
 enables context parallelism for a pipeline, `runtime` compiles models and records CUDA graphs, and `training` trains
-LoRAs. `cli` is the command `diffusers-attn`. Folders import only from those below them (`tests/test_layers.py`).
+LoRAs. `quality` compares images and videos. `cli` is the command `diffusers-attn`. Folders import only from those below
+them (`tests/test_layers.py`).
 
 Importing the package imports nothing else, not even PyTorch: a name is imported when it is first read. The command
 starts quickly that way, and can examine an environment in which PyTorch does not import.
@@ -41,6 +42,7 @@ __all__ = [
     "apply_cuda_graphs",
     "attention_dispatch",
     "attention_provider",
+    "compare_outputs",
     "component_times",
     "cuda_graphs_status",
     "disable_context_parallel",
@@ -61,6 +63,7 @@ __all__ = [
 
 _MODULES = {
     "attention_dispatch": "dispatch",
+    "compare_outputs": "quality.compare",
     "attention_provider": "scope",
     "AttentionProvider": "providers.catalog",
     "AttentionProviderError": "errors",

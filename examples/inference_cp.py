@@ -38,12 +38,13 @@ import transformers
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from diffusers_attn import (
     AttentionProviderError,
     apply_compile,
     apply_cuda_graphs,
+    compare_outputs,
     component_times,
     cuda_graphs_status,
     enable_context_parallel,
@@ -53,8 +54,6 @@ from diffusers_attn import (
 TINY = Path(__file__).resolve().parent / "tiny_flux"
 TINY_CALL = {"height": 64, "width": 64, "max_sequence_length": 32}
 """the only size that the toy has seen."""
-SMALLEST = 384
-"""pixels: pictures smaller than this are enlarged where they are shown side by side."""
 
 
 class Drawn(NamedTuple):
@@ -136,7 +135,7 @@ def draw(pipe: Any, call: dict[str, Any], seed: int, device: torch.device) -> Dr
     return Drawn(np.asarray(pixels), seconds, rate)
 
 
-def save(pixels: np.ndarray | Image.Image, path: Path, fps: int, as_frames: bool) -> None:
+def save(pixels: np.ndarray, path: Path, fps: int, as_frames: bool) -> None:
     """Saves an image, a video, or with `as_frames` a video as a new folder of images, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -145,8 +144,6 @@ def save(pixels: np.ndarray | Image.Image, path: Path, fps: int, as_frames: bool
             scratch.mkdir()
             for number, frame in enumerate(pixels):
                 _picture(frame).save(scratch / f"{number:04d}.png")
-        elif isinstance(pixels, Image.Image):
-            pixels.save(scratch)
         elif pixels.ndim == 4:
             export_to_video(list(pixels), str(scratch), fps=fps)
         else:
@@ -156,24 +153,6 @@ def save(pixels: np.ndarray | Image.Image, path: Path, fps: int, as_frames: bool
 
 def _picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def sheet(pictures: dict[str, np.ndarray], title: str) -> Image.Image:
-    """Images of one size side by side, small ones enlarged, each with its name above, and a title."""
-    height, width = next(iter(pictures.values())).shape[:2]
-    scale = max(1, math.ceil(SMALLEST / max(height, width)))
-    height, width = height * scale, width * scale
-    line = max(28, width // 16)
-    drawn = Image.new("RGB", (len(pictures) * (width + line) + line, height + 5 * line // 2), "white")
-    text, font = ImageDraw.Draw(drawn), ImageFont.load_default(line * 0.6)
-    while text.textlength(title, font) > drawn.width - 2 * line and font.size > 8:
-        font = ImageFont.load_default(font.size - 1)
-    text.text((line, line * 0.75), title, fill="black", font=font, anchor="lm")
-    for column, (name, pixels) in enumerate(pictures.items()):
-        left = line + column * (width + line)
-        text.text((left, line * 1.6), name, fill="#444444", font=ImageFont.load_default(line * 0.5), anchor="lm")
-        drawn.paste(_picture(pixels).resize((width, height), Image.Resampling.LANCZOS), (left, 2 * line))
-    return drawn
 
 
 def target(pipe: Any, args: argparse.Namespace) -> tuple[Path, bool]:
@@ -218,14 +197,6 @@ def share(pipe: Any, args: argparse.Namespace, state: PartialState) -> str:
         verbose=False,
     )
     return str(report)
-
-
-def difference(alone: np.ndarray, shared: np.ndarray) -> str:
-    """The difference of two images, in words."""
-    apart = np.abs(alone.astype(np.float64) - shared.astype(np.float64))
-    noise = float(np.square(apart).mean())
-    ratio = f"{-10 * math.log10(noise):.1f} dB" if noise > 0.0 else "infinite"
-    return f"{apart.max():.1e} of a pixel's range at most; PSNR {ratio}"
 
 
 def largest(value: float, state: PartialState) -> float:
@@ -273,16 +244,17 @@ def run(args: argparse.Namespace) -> Drawn:
         say(textwrap.indent(str(times), " " * 12))
     if alone is not None:
         say(f"alone       {alone.seconds:.2f} s in all, {alone.steps_per_second:.2f} steps/s")
-        say(f"difference  {difference(alone.pixels, drawn.pixels)}")
     if state.device.type == "cuda":
         say(f"memory      {largest(torch.cuda.max_memory_allocated() / 2**30, state):.1f} GiB at most on a device")
     if state.is_main_process:
-        result: np.ndarray | Image.Image = drawn.pixels
-        if alone is not None and result.ndim == 3:
-            names = ["one process", f"{state.num_processes} processes, each with a part of the work"]
-            apart = f"largest difference {np.abs(alone.pixels - drawn.pixels).max():.0e} of a pixel's range"
-            result = sheet(dict(zip(names, [alone.pixels, drawn.pixels])), f"“{args.prompt}”: {apart}")
-        save(result, path, args.fps or 16, as_frames)
+        picture = drawn.pixels.ndim == 3
+        if alone is not None:
+            names = "one process", f"{state.num_processes} processes, each with a part of the work"
+            file, title = path if picture else None, f"“{args.prompt}”"
+            found = compare_outputs(alone.pixels, drawn.pixels, save=file, names=names, title=title, use_lpips=False)
+            say(f"difference  {found.max_difference:.1e} of a pixel's range at most; PSNR {found.psnr:.1f} dB")
+        if alone is None or not picture:
+            save(drawn.pixels, path, args.fps or 16, as_frames)
     say(f"saved       {path}", flush=True)
     return drawn
 

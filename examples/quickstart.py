@@ -28,7 +28,7 @@ import transformers
 from diffusers import FluxPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_attn import AttentionProviderError, DispatchProcessor
+from diffusers_attn import AttentionProviderError, DispatchProcessor, compare_outputs
 
 MODEL = Path(__file__).resolve().parent / "tiny_flux"
 SIZE = 64  # pixels a side: the only size the toy has seen
@@ -121,8 +121,8 @@ def compare(args: argparse.Namespace) -> None:
     print(f"\n{'attention':<16} {'seconds':>8} {'per picture':>12}")
     for label, spent in seconds.items():
         print(f"{label:<16} {spent:8.2f} {spent / len(args.prompt):12.2f}")
-    difference = float(np.abs(pictures[OWN] - pictures[args.provider]).max())
-    print(f"\nlargest difference  {difference:.1e} of a pixel's range")
+    found = compare_outputs(pictures[OWN], pictures[args.provider], use_lpips=False)
+    print(f"\nlargest difference  {found.max_difference:.1e} of a pixel's range; PSNR {found.psnr:.1f} dB")
     save(contact_sheet(pictures, args.prompt), args.output)
     print(f"saved               {args.output}")
 

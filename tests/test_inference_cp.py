@@ -235,13 +235,3 @@ def test_a_video_is_saved(script: ModuleType, tmp_path: Path) -> None:
     script.save(torch.rand(5, 32, 32, 3).numpy(), tmp_path / "video.mp4", fps=8, as_frames=False)
     assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
     assert (tmp_path / "video.mp4").stat().st_size > 100
-
-
-@pytest.mark.parametrize("size", [(64, 64), (90, 160), (1024, 768), (8, 640)])
-def test_pictures_side_by_side(script: ModuleType, size: tuple[int, int]) -> None:
-    """Whole, whatever their size is, and the title is as wide as there is room."""
-    pictures = {"one process": np.zeros((*size, 3)), "2 processes": np.zeros((*size, 3))}
-    sheet = np.asarray(script.sheet(pictures, "“a cat, " + "very " * 40 + "large”").convert("L"))
-    scale = max(1, -(-384 // max(size)))
-    assert (sheet == 0).sum() >= 2 * size[0] * size[1] * scale**2  # both, black
-    assert (sheet[:, :8] == 255).all() and (sheet[:, -8:] == 255).all() and (sheet[-8:] == 255).all()
