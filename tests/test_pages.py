@@ -123,7 +123,7 @@ def test_the_guide_to_context_parallelism(pool: Any) -> None:
         *snippets("docs/quickstart.md", "Several GPUs"),
         *snippets("docs/context_parallel.md", "Recipes"),
     ]
-    assert len(codes) == 7
+    assert len(codes) == 8
     for *_, seeded, alone in pool.run(4, guide, codes=codes):
         assert abs(seeded - alone).max() <= 1
 

@@ -33,6 +33,7 @@ from .attach import attach, attach_vae, detach
 from .choices import Choices, choose, choose_on_all_ranks, config_for
 from .decide import decide_degrees
 from .guidance import choose_guidance
+from .mesh_degrees import GivenDegrees, degrees_of
 from .record import record
 from .report import ContextParallelReport
 from .targets import models_of
@@ -91,7 +92,8 @@ def enable_context_parallel(
         plan: where tensors are split and gathered, see `diffusers_attn.cp_plans.plan`. None: the plan registered for
             the model's class.
         mesh: the ranks that share a sequence, as a DeviceMesh. One dimension is a ring, or Ulysses if it is named
-            "ulysses"; two dimensions must be named "ring" and "ulysses". It may be part of a larger mesh. None: all
+            "ulysses"; two dimensions must be named "ring" and "ulysses". It may be part of a larger mesh. Or a mesh of
+            all ranks of the job with a dimension named "data" or "guidance", which stands for these degrees. None: all
             ranks of the job.
         inputs: what happens when the ranks' inputs differ. "broadcast": all ranks use the first rank's tensors.
             "check": an error names the inputs that differ; every forward then waits for the device. "trust": inputs are
@@ -129,6 +131,9 @@ def enable_context_parallel(
         AttentionProviderError: context parallelism cannot be enabled; the message says what to do. No rank is changed,
             unless weights could not be moved or sharded (`shard_weights`), which the message says.
     """
+    named = degrees_of(mesh, GivenDegrees(data_degree, guidance_degree, ring_degree, ulysses_degree))
+    if named is not None:
+        mesh, (data_degree, guidance_degree, ring_degree, ulysses_degree) = None, named
     device = device_to_use(pipeline_or_model, mesh, shard_weights)
     pipeline = _reference(pipeline_or_model)
     job.join(device)

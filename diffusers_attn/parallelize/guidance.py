@@ -45,7 +45,9 @@ class Guidance(NamedTuple):
         else:
             divided = f"samples of a batch by {self.data_degree} groups of ranks"
             divided += "" if self.degree == 1 else f" and branches of guidance by {number} of each"
-        within = {str(each): None for each in map(_in_words, self.degrees.values()) if each}
+        product = None if self.degree is None else self.degree * (self.data_degree or 1)
+        splits = [each for count, each in self.degrees.items() if product in (None, count)]
+        within = {text: None for text in map(_in_words, splits) if text}
         return f"{divided}{', each with ' * bool(within)}{' or '.join(within)}"
 
 
@@ -78,7 +80,8 @@ def check_degrees(guidance_degree: object, data_degree: object, ranks: int, has_
             )
         if degree > 1 and has_mesh:
             raise AttentionProviderError(
-                f"{name}={degree} divides all ranks of the job, and mesh=... names some. Leave out one of them."
+                f"{name}={degree} divides all ranks of the job, and mesh=... names some. Leave out one of them, or "
+                f"give a mesh of all ranks with a dimension '{name.removesuffix('_degree')}'."
             )
         product *= degree
     if ranks % product:

@@ -3,6 +3,7 @@ results are latents. Transformers are those of the zoo, in float64."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import diffusers
 import torch
 
 from diffusers_attn.nested import mapped
+from diffusers_attn.tiny_models.weights import randomize
+from tests.vae.cases import CASES as VAES
 from tests.zoo import CASES
 
 TEXT = 13
@@ -28,6 +31,10 @@ class Family(NamedTuple):
     """Makes the arguments for one prompt: called with the transformer, for the prompt and for the negative one."""
     call: dict[str, Any] = {}
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
+    config: dict[str, Any] = {}
+    """Changes to the configuration of the transformer."""
+    parts: Callable[[], dict[str, Any]] = dict
+    """Makes other models of the pipeline, which it needs for latents as well."""
 
 
 def _embeds(dim: int, *, mask: bool = False, pooled: int = 0, listed: bool = False) -> Callable[..., dict[str, Any]]:
@@ -45,6 +52,26 @@ def _embeds(dim: int, *, mask: bool = False, pooled: int = 0, listed: bool = Fal
 
 def _qwen(generator: torch.Generator) -> dict[str, Any]:
     return _embeds(32)(generator) | {"prompt_embeds_mask": torch.ones(1, TEXT, dtype=torch.bool)}
+
+
+def _ltx2_parts() -> dict[str, Any]:
+    """Connectors between text encoder and transformer, and the statistics of both VAEs' latents."""
+    heads = {
+        f"{kind}_connector_{name}": number
+        for kind in ("video", "audio")
+        for name, number in {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}.items()
+    }
+    registers = {f"{kind}_connector_num_learnable_registers": None for kind in ("video", "audio")}
+    connectors = diffusers.pipelines.ltx2.LTX2TextConnectors(
+        caption_channels=32, text_proj_in_factor=1, **heads, **registers
+    )
+    audio = {"base_channels": 8, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "latent_channels": 4, "mel_bins": 8}
+    randomize(connectors, torch.Generator().manual_seed(3))
+    return {
+        "connectors": connectors.double().eval(),
+        "vae": VAES["ltx2"].make(),
+        "audio_vae": diffusers.AutoencoderKLLTX2Audio(**audio),
+    }
 
 
 _VIDEO = {"num_frames": 5}
@@ -71,6 +98,15 @@ FAMILIES = {
     "ltx": Family("LTXPipeline", "ltx", _embeds(32, mask=True), {"num_frames": 9} | _BY_32),
     "mochi": Family("MochiPipeline", "mochi", _embeds(32, mask=True), {"num_frames": 7}),
     "aura_flow": Family("AuraFlowPipeline", "aura_flow", _embeds(32, mask=True)),
+    # Both branches of the text in one batch, and a call for each other kind of guidance.
+    "ltx2": Family(
+        "LTX2Pipeline",
+        "ltx2",
+        _embeds(32, mask=True),
+        {"num_frames": 9, "height": 160, "width": 64, "spatio_temporal_guidance_blocks": [1]},
+        config={"perturbed_attn": True},
+        parts=_ltx2_parts,
+    ),
     "hunyuan_video": Family("HunyuanVideoPipeline", "hunyuan_video", _embeds(32, mask=True, pooled=24), _VIDEO),
 }
 
@@ -79,7 +115,9 @@ def build(name: str) -> Any:
     """The pipeline of a family."""
     family = FAMILIES[name]
     cls = getattr(diffusers, family.pipeline)
-    transformer = CASES[family.case].build(dtype=torch.float64).double().eval()
+    case = CASES[family.case]
+    case = dataclasses.replace(case, config={**case.config, **family.config})
+    transformer = case.build(dtype=torch.float64).double().eval()
     names = [each for each in inspect.signature(cls.__init__).parameters if each != "self"]
     required = {
         each: None
@@ -87,7 +125,7 @@ def build(name: str) -> Any:
         if inspect.signature(cls.__init__).parameters[each].default is inspect.Parameter.empty
     }
     scheduler = getattr(diffusers, family.scheduler)()
-    pipe = cls(**required | {"transformer": transformer, "scheduler": scheduler})
+    pipe = cls(**required | {"transformer": transformer, "scheduler": scheduler} | family.parts())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch.distributed.device_mesh import init_device_mesh
 
 from diffusers_attn import AttentionProviderError, disable_context_parallel, enable_context_parallel
 from diffusers_attn.guidance.division import Divider
@@ -96,3 +97,29 @@ def test_degrees_that_do_not_fit_are_refused(pool):
 )
 def test_the_division_of_a_step(degrees, samples, branches, expected):
     assert Divider(4, *degrees).division(samples, branches, guides=True) == expected
+
+
+def by_meshes(meshes):
+    """Reports and errors with meshes that have dimensions for groups, and messages for those that are refused."""
+    found, messages = [], []
+    pipe = build("wan")
+    for names in (("guidance", "ulysses"), ("data", "guidance")):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        report = enable_context_parallel(pipe, verbose=False, mesh=mesh)
+        found.append((report.guidance, computed(pipe, "wan", steps=STEPS, num_videos_per_prompt=2)[0]))
+        disable_context_parallel(pipe)
+    wrong = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ulysses", "guidance"))
+    for options in ({"mesh": wrong}, {"mesh": meshes.pairs}, {"mesh": mesh, "data_degree": 4}):
+        with pytest.raises(AttentionProviderError) as caught:
+            enable_context_parallel(pipe, verbose=False, **options)
+        messages.append(str(caught.value))
+    return found, messages
+
+
+def test_a_mesh_with_dimensions_for_groups(pool):
+    for found, (order, other, degree) in pool.run(RANKS, by_meshes):
+        assert all(error < 1e-10 for _, error in found)
+        assert found[0][0].endswith("by 2 groups of ranks, each with Ulysses over 2")
+        assert found[1][0] == "samples of a batch by 2 groups of ranks and branches of guidance by 2 groups of each"
+        assert "'data', 'guidance', 'ring', 'ulysses', in this order" in order and "('data', 'cp')" in other
+        assert "data_degree=4, but the mesh has 2" in degree

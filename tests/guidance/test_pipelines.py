@@ -17,6 +17,7 @@ from ..marks import thorough_but
 from .families import FAMILIES, STEPS, build, draw
 
 RANKS = 4
+TWO_BRANCHES = [name for name in FAMILIES if name != "ltx2"]
 
 
 @functools.cache
@@ -51,7 +52,7 @@ def family(meshes, name):
     return report.guidance, answers, unguided, rest, alone(name)[1]
 
 
-@pytest.mark.parametrize("name", thorough_but(["wan", "qwenimage", "sd3", "z_image", "ltx"], FAMILIES))
+@pytest.mark.parametrize("name", thorough_but(["wan", "qwenimage", "sd3", "z_image", "ltx"], TWO_BRANCHES))
 def test_a_family(pool, name):
     for guidance, answers, (off, calls), rest, all_calls in pool.run(RANKS, family, name=name):
         assert guidance.startswith("branches of guidance and samples of a batch by groups of ranks")
@@ -60,6 +61,26 @@ def test_a_family(pool, name):
         assert answers[-1][1] == STEPS and all_calls in (STEPS, 2 * STEPS)
         assert calls <= STEPS  # the first step may still be planned as a guided one
         assert rest == (None, pytest.approx(0, abs=1e-10))
+
+
+def guided_four_ways(meshes):
+    """Errors, and the calls that this rank computes, of LTX 2 with four kinds of forwards in a step."""
+    found = {}
+    for degree in (2, 4):
+        pipe = build("ltx2")
+        enable_context_parallel(pipe, verbose=False, guidance_degree=degree)
+        found[degree] = [computed(pipe, "ltx2", steps=2) for _ in range(2)]
+        disable_context_parallel(pipe)
+    return found, alone("ltx2", steps=2)[1]
+
+
+def test_a_step_with_four_branches(pool):
+    """Text guidance has both branches in one batch, which two groups divide. The pipeline uses each output before it
+    makes the next call, so that all ranks compute the others together."""
+    for found, all_calls in pool.run(RANKS, guided_four_ways):
+        assert all_calls == 6 and set(found) == {2, 4}
+        assert all(error < 1e-10 for answers in found.values() for error, _ in answers)
+        assert [calls for _, calls in found[4]] == [6, 6]
 
 
 def every_case(meshes):
