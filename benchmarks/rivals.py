@@ -11,9 +11,9 @@ Every variant has processes of its own, one per rank, since some libraries chang
 process (`isolated.py`). All share one copy of the weights on each GPU; if the system cannot share them, a variant has
 its own copy. Variants take turns in rounds, in alternating order. A turn is one untimed step and several timed ones,
 queued without waiting in between. The time of a step is that of its slowest rank. Reported are the median of all steps,
-and the smallest and largest median of a turn. Errors are relative to the model in float32 on one GPU, with the same
-weights; the row of one GPU has the error of its dtype. Memory is what the variant's process reserves in a step beyond
-the weights, and what is used outside PyTorch's allocator, such as NCCL's buffers.
+and the smallest and largest median of a turn. Errors are relative to an unmodified, uncompiled model of the same dtype
+on one GPU. Memory is what the variant's process reserves in a step beyond the weights, and what is used outside
+PyTorch's allocator, such as NCCL's buffers.
 """
 
 from __future__ import annotations
@@ -146,15 +146,11 @@ class Variant:
 
 
 def references(real: RealModel, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's weights, and what it returns in float32 with the same weights and inputs."""
-    inputs = {
-        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in real.inputs(device).items()
-    }
-    with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
-        expected = real.make(device).float()(**inputs)[0].float().cpu()
-    memory_taken(device)  # frees the model in float32, which is twice as large
-    return real.make(device).state_dict(), expected
+    """The weights of the unmodified, uncompiled model on one GPU, and what it returns."""
+    model = real.make(device)
+    with torch.no_grad():
+        expected = model(**real.inputs(device))[0].float().cpu()
+    return model.state_dict(), expected
 
 
 def bench(key: str, args: argparse.Namespace, ranks: Ranks, device: torch.device, report: Report) -> None:
