@@ -53,6 +53,7 @@ def sharded(meshes, compiled):
     os.environ["DIFFUSERS_ATTN_LINKS"] = "typical"  # a measurement would count in the peak of memory
     model = wan()
     values = [weight.clone() for weight in model.parameters()]
+    kept = list(model.parameters())  # as by a traceback that a notebook keeps
     generator = torch.Generator().manual_seed(0)
     given = {
         "hidden_states": torch.randn(1, 16, 3, 32, 32, generator=generator).to("cuda", torch.bfloat16),
@@ -83,6 +84,7 @@ def sharded(meshes, compiled):
         model(**given)
         step = torch.cuda.max_memory_allocated() - now
         disable_context_parallel(model)
+    assert all(weight.device.type == "cpu" for weight in kept)
     same = all(torch.equal(now, then) for now, then in zip(model.parameters(), values))
     return max(errors), weights, loading / MIB, held / MIB, step / MIB, same, str(report)
 

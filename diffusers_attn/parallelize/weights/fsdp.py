@@ -63,12 +63,16 @@ class Sharded:
         attributes = {module: (type(module), set(vars(module))) for module in model.modules()}
         adapters = adapter_weights(model)
         for unit in found:
+            homes = [(weight, weight.data) for weight in unit.weights()]
             bring(each for module in unit.modules for each in module.modules())
             weights = sharded_weights(unit, adapters)
             for weight in weights:
                 weight.requires_grad_(False)
             chosen = {id(weight) for weight in weights}
             _shard(list(unit.modules), mesh, {each for each in unit.weights() if id(each) not in chosen})
+            for weight, home in homes:  # what refers to a weight, such as a traceback, must not keep it on the device
+                if id(weight) in chosen:
+                    weight.data = home
         bring(model.modules())
         _shard([model], mesh, set(model.parameters()))
         root: Any = model
