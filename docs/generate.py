@@ -1,4 +1,4 @@
-"""Write the tables, charts and drawings of README.md and docs/ from what they describe: the catalog, the recorded runs,
+"""Write the tables, charts and drawings of docs/ from what they describe: the catalog, the recorded runs,
 diffusers' models.
 
 python docs/generate.py            # write
