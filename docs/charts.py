@@ -74,13 +74,14 @@ def _fastest_of_diffusers(run: str, eager: bool) -> Bar:
 def pipelines() -> str:
     """Whole calls of pipelines on one and two GPUs."""
     flux, flux2, wan = "pipelines-flux-h200", "pipelines-flux-h200x2", "pipelines-wan-guidance-h200x2"
+    wan4 = "pipelines-wan-guidance-50-h200x4"
 
     def group(title: str, one: Bar, run: str, eager: bool) -> Group:
         ours = Bar("2 GPUs, this library", _median(run, "ours-eager" if eager else "ours"), OURS)
         return Group(title, [one, _fastest_of_diffusers(run, eager), ours])
 
     return bars(
-        "Seconds of a pipeline call, on one GPU and on two",
+        "Seconds of a pipeline call, on one GPU and on several",
         [
             group("Flux 1024², 28 steps, blocks compiled", Bar("1 GPU", _median(flux, "diffusers"), ONE), flux2, False),
             group(
@@ -91,6 +92,13 @@ def pipelines() -> str:
                 Bar("1 GPU", _median(wan, "ours-alone"), ONE),
                 wan,
                 False,
+            ),
+            Group(
+                "The same with 50 steps",
+                [
+                    Bar("1 GPU", _median(wan4, "ours-alone"), ONE),
+                    Bar("4 GPUs, this library", _median(wan4, "ours"), OURS),
+                ],
             ),
         ],
         "s",
