@@ -238,6 +238,15 @@ def layer_table() -> str:
     return table(header, rows)
 
 
+def quality_tables() -> str:
+    """One section for each recorded run of benchmarks/quality.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import quality
+
+    runs = sorted(RESULTS.glob("quality-*.json"))
+    return "\n".join(quality.markdown(json.loads(path.read_text())) for path in runs).rstrip()
+
+
 def training_tables() -> str:
     """One section for each recorded run of benchmarks/training.py."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -313,6 +322,7 @@ SECTIONS = {
         "script": script_tables,
     },
     "docs/cost_model.md": {"predictions": prediction_table, "layers": layer_table},
+    "docs/measuring.md": {"quality": quality_tables},
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
     },

@@ -14,7 +14,7 @@ VERSION = 1
 PAYS = 1.2
 """The least speed-up from twice as many GPUs at which they are recommended."""
 ACCURACY = (
-    "Predictions for H200 are within 6 % of the measured steps of Flux and Wan 2.1 1.3B with compiled blocks. Those "
+    "Predictions for H200 are within 9 % of the measured steps of Flux and Wan 2.1 1.3B with compiled blocks. Those "
     "for other GPUs follow from specifications; links other than NVLink were not measured."
 )
 
@@ -80,10 +80,13 @@ def advise(
     chooses, by the same predictions. The exit code is 1 if the model does not fit into the
     memory, also with sharded weights.
     """
+    import dataclasses
+
     from ...providers.registry import provider_name
     from ..output import write_json
     from .gpus import GPUS
     from .grids import size_of
+    from .measured import compared
     from .model import described
     from .predict import predict_step
 
@@ -102,6 +105,7 @@ def advise(
     best = {count: each[0] for count, each in all_predictions.items()}
     one = best[1].seconds
     advice = _advice(best, limit, found.other_bytes)
+    measured, steps = compared(found)
     content = {
         "model": found.target.name,
         "parameters": found.parameters,
@@ -129,6 +133,10 @@ def advise(
             for predicted in all_predictions.values()
             for each in predicted
         ],
+        "measured": {
+            "what": measured,
+            "steps": [{**dataclasses.asdict(each), "error": each.error} for each in steps],
+        },
         "recommended_gpus": advice[0],
         "advice": advice[1],
     }
@@ -230,6 +238,20 @@ def _show(content: dict[str, Any]) -> None:
     if len(others) > 1:
         heading(f"Strategies on {most} GPUs")
         table(header, [_row(each) for each in others], numbers=[*header[:1], *header[2:-1]])
+    if content["measured"]["steps"]:
+        heading(f"Measured on NVIDIA H200 with NVLink: {content['measured']['what']}")
+        columns = ("GPUs", "strategy", "measured, ms", "predicted, ms", "error")
+        rows = [
+            (
+                str(each["gpus"]),
+                each["strategy"],
+                digits(each["measured_seconds"] * 1e3),
+                digits(each["predicted_seconds"] * 1e3),
+                f"{each['error']:+.1%}",
+            )
+            for each in content["measured"]["steps"]
+        ]
+        table(columns, rows, numbers=(columns[0], *columns[2:]))
     say()
     for text in content["advice"]:
         say(text)
