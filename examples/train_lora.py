@@ -5,7 +5,7 @@
     accelerate launch --num_processes 4 examples/train_lora.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
         --data my_videos/ --cp_degree 2 --attn_provider flash_4 --mixed_precision bf16 --output_dir lora/
     accelerate launch --config_file examples/accelerate_configs/fsdp2_cp2.yaml examples/train_lora.py ...
-    torchrun --nproc_per_node 2 examples/train_lora.py --cpu ...    # CPUs; or Accelerate, as docs/context_parallel.md says
+    torchrun --nproc_per_node 2 examples/train_lora.py --cpu ...    # CPUs; Accelerate: docs/context_parallel.md
 
 --data is a folder of images or videos with captions: metadata.jsonl, .csv or .parquet (columns file_name, caption), or
 a .txt file per image. Latents and text embeddings are computed once and cached. The run can be killed at any time and
