@@ -15,6 +15,7 @@ from diffusers_attn.cli.doctor.combinations import Environment
 from diffusers_attn.cli.doctor.command import as_json, show
 from diffusers_attn.cli.doctor.installed import Package, installed
 from diffusers_attn.cli.doctor.machine import Machine
+from diffusers_attn.cli.doctor.strategies import suitable
 
 from ..documents import ROOT
 from .programs import command, doctor, package
@@ -258,6 +259,21 @@ def test_a_run_compares_a_provider_with_float64() -> None:
     assert "could not be run: its process was ended by SIGSEGV" in problem.text
 
 
+def test_strategies_follow_from_links() -> None:
+    def chosen(*machine) -> list[tuple[str, bool]]:
+        return [(each["strategy"], each["pays"]) for each in suitable(*machine)]
+
+    assert chosen("nvlink", "NVIDIA H100 80GB HBM3", (9, 0), 2, None) == [("a gather of 2", True)] * 2
+    image, video = chosen("pcie", "NVIDIA L40S", (8, 9), 4, None)
+    assert image == ("Ulysses over 4", False) and video == ("a ring of 4", True)
+    slow = suitable("host memory", "NVIDIA GeForce RTX 4090", (8, 9), 2, 1e9)
+    assert not any(each["pays"] for each in slow)
+    fast = suitable("host memory", "NVIDIA GeForce RTX 4090", (8, 9), 2, 10e9)
+    assert all(one["seconds"] > other["seconds"] for one, other in zip(slow, fast))
+    answer = probe.strategies("host memory", "NVIDIA GeForce RTX 4090", "8.9", "2", "1e9")
+    assert answer == {"strategies": slow}
+
+
 def test_the_report_of_a_machine_with_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     gpu = {"name": "NVIDIA H200", "compute_capability": "9.0", "memory_bytes": 150 * 2**30, "free_bytes": 140 * 2**30}
     torch = TORCH | {"cudnn": "9.19.0", "nccl": "2.28.9", "connection": "nvlink", "gpus": [gpu, gpu]}
@@ -267,7 +283,8 @@ def test_the_report_of_a_machine_with_gpus(capsys: pytest.CaptureFixture[str]) -
     problems = (combinations.Problem("error", "it is broken.", "mend it"), combinations.Problem("note", "it is new."))
     packages = {"torch": Package("torch", "2.13.0")}
     report = examine.Report(
-        GPU, packages, torch, "0.42.1", (sage, flash), problems, {"sage": run}, (320e9, 319e9)
+        GPU, packages, torch, "0.42.1", (sage, flash), problems, {"sage": run}, (320e9, 319e9),
+        tuple(suitable("nvlink", "NVIDIA H200", (9, 0), 2, 319e9)),
     )  # fmt: skip
     show(report)
     lines = capsys.readouterr().out.splitlines()
@@ -275,7 +292,8 @@ def test_the_report_of_a_machine_with_gpus(capsys: pytest.CaptureFixture[str]) -
         "NVIDIA driver 570.1, CUDA up to 12.8; no nvcc",
         "PyTorch 2.13.0, CUDA 13.0, cuDNN 9.19.0, NCCL 2.28.9",
         "GPU 1: NVIDIA H200, compute capability 9.0, 150 GiB (140 free)",
-        "The GPUs are connected by NVLink. `diffusers-attn advise MODEL` predicts strategies.",
+        "The GPUs are connected by NVLink. `diffusers-attn advise MODEL` predicts a model's steps.",
+        "Strategies on 2 GPUs, predicted from measured speeds of links",
         "Copies to the next GPU, GB/s: GPU 0: 320, GPU 1: 319",
         "error: it is broken.",
         "  fix: mend it",
@@ -285,5 +303,7 @@ def test_the_report_of_a_machine_with_gpus(capsys: pytest.CaptureFixture[str]) -
         assert expected in lines
     assert any(line.split() == ["sage", "(lossy)", "yes", "2.2.0"] for line in lines)
     assert any(line.split() == ["sage", "cuda,", "bfloat16", "0.500", "600", "1.2e-02"] for line in lines)
+    (flux,) = [line for line in lines if line.startswith("Flux, 1024 x 1024, 4,608 tokens: a gather of 2. ")]
+    assert " by Ulysses over 2. Keys and values travel while a GPU computes" in flux
     found = as_json(report)
     assert found["ok"] is False and found["copies_bytes_per_second"] == (320e9, 319e9)

@@ -60,6 +60,7 @@ def as_json(report: Any) -> dict[str, Any]:
         "problems": [dataclasses.asdict(each) for each in report.problems],
         "runs": report.runs,
         "copies_bytes_per_second": report.copies_bytes_per_second,
+        "strategies": report.strategies,
     }
 
 
@@ -85,7 +86,7 @@ def show(report: Any) -> None:
             )
         if torch["connection"]:
             links = torch["connection"].replace("nvlink", "NVLink").replace("pcie", "PCIe")
-            say(f"The GPUs are connected by {links}. `diffusers-attn advise MODEL` predicts strategies.")
+            say(f"The GPUs are connected by {links}. `diffusers-attn advise MODEL` predicts a model's steps.")
     say("Packages: " + ", ".join(f"{name} {each.version}" for name, each in report.packages.items()))
     if report.providers:
         heading("Providers")
@@ -117,6 +118,17 @@ def show(report: Any) -> None:
     if report.copies_bytes_per_second:
         copies = ", ".join(f"GPU {i}: {digits(each / 1e9)}" for i, each in enumerate(report.copies_bytes_per_second))
         say(f"Copies to the next GPU, GB/s: {copies}")
+    if report.strategies:
+        speeds = "measured" if report.copies_bytes_per_second else "typical"
+        heading(f"Strategies on {len(torch['gpus'])} GPUs, predicted from {speeds} speeds of links")
+        for each in report.strategies:
+            one, best = digits(each["one_gpu_seconds"] * 1e3), digits(each["seconds"] * 1e3)
+            others = ", ".join(f"{digits(it['seconds'] * 1e3)} by {it['strategy']}" for it in each["others"])
+            verdict = each["strategy"] if each["pays"] else f"one GPU; several do not pay, at best {each['strategy']}"
+            say(
+                f"{each['size']}, {each['tokens']:,} tokens: {verdict}. {best} ms of attention and exchanges in a "
+                f"step; {one} on one GPU{', ' if others else ''}{others}.{' ' + each['why'] if each['pays'] else ''}"
+            )
     heading("Problems" if report.problems else "No problems")
     for each in report.problems:
         say(f"{each.level}: {each.text}", STYLES[each.level])

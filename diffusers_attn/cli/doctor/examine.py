@@ -51,6 +51,8 @@ class Report:
     """The answer of the probe `speed` for each usable provider that returned one; None if none was run."""
     copies_bytes_per_second: tuple[float, ...] | None = None
     """Speeds of copies from each GPU to the next; None if they were not measured."""
+    strategies: tuple[dict[str, Any], ...] | None = None
+    """The answer of `strategies.suitable`, between several GPUs; None otherwise, or if the library does not import."""
 
     @property
     def ok(self) -> bool:
@@ -110,10 +112,19 @@ def examine(timeout: float, run: bool = False, progress: Callable[[str], None] =
             found.append(Problem(ERROR, f"GPUs cannot copy to each other: {outcome.problem}"))
         else:
             copies = tuple(outcome.value["copies_bytes_per_second"])
+    suitable: tuple[dict[str, Any], ...] | None = None
+    if torch.value is not None and library.value and len(torch.value["gpus"]) > 1 and torch.value["connection"]:
+        gpu = torch.value["gpus"][0]
+        slowest = str(min(copies)) if copies else ""
+        outcome = run_probe(
+            "strategies", torch.value["connection"], gpu["name"], gpu["compute_capability"],
+            str(len(torch.value["gpus"])), slowest, timeout=timeout,
+        )  # fmt: skip
+        suitable = tuple(outcome.value["strategies"]) if outcome.value else None
     found = [*problems(Environment(machine, packages, torch.value)), *found]
     found.sort(key=lambda each: (each.level != ERROR, each.level != WARNING))
     version = library.value["version"] if library.value else None
-    return Report(machine, packages, torch.value, version, tuple(providers), tuple(found), runs, copies)
+    return Report(machine, packages, torch.value, version, tuple(providers), tuple(found), runs, copies, suitable)
 
 
 def _by_package(catalog: dict[str, Any], packages: Mapping[str, Package]) -> dict[tuple[str, str], list[str]]:

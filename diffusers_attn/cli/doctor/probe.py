@@ -143,6 +143,15 @@ def links() -> dict[str, Any]:
     return {"copies_bytes_per_second": found}
 
 
+def strategies(connection: str, gpu: str, capability: str, gpus: str, copies: str) -> dict[str, Any]:
+    """Which strategy suits these GPUs, see `strategies.suitable`. `copies` is empty if they were not measured."""
+    from diffusers_attn.cli.doctor.strategies import suitable
+
+    major, minor = capability.split(".")
+    rate = float(copies) if copies else None
+    return {"strategies": suitable(connection, gpu, (int(major), int(minor)), int(gpus), rate)}
+
+
 def _connection(count: int) -> str:
     """What connects the GPUs: "nvlink", "pcie" or "host memory"."""
     import torch
@@ -175,7 +184,7 @@ def _one_line(error: BaseException) -> str:
 
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
-    each.__name__: each for each in (pytorch, library, providers, catalog, module, speed, links)
+    each.__name__: each for each in (pytorch, library, providers, catalog, module, speed, links, strategies)
 }
 
 
