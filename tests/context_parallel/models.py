@@ -162,4 +162,4 @@ def errors_of(pool, mesh, models, **options):
 def check(pool, mesh, models, tolerance=1e-10, **options):
     errors = errors_of(pool, mesh, models, **options)
     wrong = {name: each for name, each in errors.items() if not max(map(max, each)) < tolerance}
-    assert not wrong
+    assert not wrong, wrong
