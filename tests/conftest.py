@@ -31,22 +31,22 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # Files that take longest begin first. Otherwise one of them may run alone at the end, while other workers have no work.
 LONGEST = (
-    "cp_plans/test_models.py",
-    "training/test_parallel_runs.py",
-    "test_benchmark_train_lora.py",
     "parallelize/test_enable.py",
-    "context_parallel/compile/test_sizes.py",
-    "context_parallel/compile/test_one_graph.py",
-    "cp_plans/test_nabla.py",
-    "zoo/test_zoo.py",
-    "context_parallel/comm/test_symmetric_gather.py",
-    "context_parallel/attention/test_allgather_kv_one_call.py",
-    "cp_plans/test_anyflow_far.py",
     "verify_plan/test_verify.py",
-    "cp_plans/test_wan_animate2.py",
-    "processors/test_compile.py",
-    "processors/test_lifecycle.py",
+    "test_inference_cp.py",
+    "context_parallel/compile/test_one_graph.py",
+    "context_parallel/comm/test_symmetric_gather.py",
+    "test_benchmark_training.py",
     "training/test_trainer.py",
+    "context_parallel/compile/test_sizes.py",
+    "cp_plans/test_models.py",
+    "parallelize/test_shard_weights.py",
+    "training/test_parallel_runs.py",
+    "cp_plans/test_nabla.py",
+    "test_dispatch.py",
+    "cli/test_run.py",
+    "cp_plans/test_wan_animate2.py",
+    "context_parallel/attention/test_allgather_kv_one_call.py",
 )
 
 

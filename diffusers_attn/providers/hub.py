@@ -23,7 +23,7 @@ SOURCE = Option(
     f'source of the kernel, the installed package or the Hugging Face Hub; default ${ENVIRONMENT}, or else "package"',
     (PACKAGE, HUB),
 )
-KERNELS = Requirement("kernels", "0.14", "kernels", "pip install kernels")
+KERNELS = Requirement("kernels", "0.15.1", "kernels", "pip install kernels")
 
 _TRUST = "DIFFUSERS_TRUST_REMOTE_KERNELS"  # diffusers' variable, with its meaning
 _TRUE = ("1", "ON", "YES", "TRUE")
