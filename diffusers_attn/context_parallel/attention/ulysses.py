@@ -5,18 +5,20 @@ attends to them by itself with any kernel. A second exchange restores the first 
 divide evenly: every rank has its own sizes.
 
 The exchange to heads packs one copy (`[rank][seq, batch, heads of that rank, head_dim]`), and the received tensor needs
-no further copy. The exchange back sends the tensor as it is and copies the received one.
+no further copy. The exchange back sends the tensor as it is and copies the received one. Query, key and value of equal
+shapes are one exchange, in which they are neighbours along the batch. They arrive as views of one tensor, with the
+distance of tokens that a packed projection has too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...tracing.symbolic import ceil_div, constant
+from ...tracing.symbolic import ceil_div, constant, equal
 from ..comm import collectives
 from ..comm.collectives import depends_on
 from ..comm.group import Group
@@ -38,6 +40,7 @@ def ulysses_attention(
     query_sizes: tuple[int, ...],
     key_sizes: tuple[int, ...],
     attention: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+    together: bool = True,
 ) -> Tensor:
     """Attention of this rank's queries to the keys of all ranks of `group`.
 
@@ -47,6 +50,8 @@ def ulysses_attention(
         query_sizes, key_sizes: number of tokens of every rank.
         attention: computes the output from query, key and value with all tokens (in the order of the ranks) of this
             rank's heads, and the index of the first of these heads.
+        together: whether query, key and value are sent in one exchange, if their shapes are equal. `attention` then
+            receives them with a distance between tokens.
 
     Returns:
         `[batch, local queries, heads, value_head_dim]`.
@@ -55,7 +60,9 @@ def ulysses_attention(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
     queries, keys = HeadLayout(group, query_sizes, heads), HeadLayout(group, key_sizes, kv_heads)
-    query, key, value = TokensToHeads.apply((queries, keys, keys), query, key, value)
+    together = together and all(equal(tuple(query.shape), tuple(other.shape)) for other in (key, value))
+    layouts = (queries,) if together and equal(query_sizes, key_sizes) else (queries, keys, keys)
+    query, key, value = TokensToHeads.apply(layouts, query, key, value)
     out = attention(query, key, value, sum(heads[: group.rank]))
     return HeadsToTokens.apply((queries,), out)[0]
 
@@ -73,7 +80,8 @@ def split_heads(heads: int, kv_heads: int, ranks: int) -> tuple[tuple[int, ...],
 
 
 class TokensToHeads(torch.autograd.Function):
-    """Exchanges several tensors at once. It only moves data, so its adjoint is the exchange back."""
+    """Sends tensors in one exchange, if there is one layout, or else each in its own, all in flight at once. It only
+    moves data, so its adjoint is the exchange back."""
 
     @staticmethod
     def forward(ctx, layouts: tuple[HeadLayout, ...], *tensors):  # type: ignore[no-untyped-def]
@@ -86,6 +94,8 @@ class TokensToHeads(torch.autograd.Function):
 
 
 class HeadsToTokens(torch.autograd.Function):
+    """The inverse of `TokensToHeads`."""
+
     @staticmethod
     def forward(ctx, layouts: tuple[HeadLayout, ...], *tensors):  # type: ignore[no-untyped-def]
         ctx.layouts = layouts
@@ -102,45 +112,55 @@ def _move_back(start, finish, layouts, grads):  # type: ignore[no-untyped-def]
 
 
 def _move(start, finish, layouts, tensors):  # type: ignore[no-untyped-def]
-    in_flight = [start(tensor, layout) for tensor, layout in zip(tensors, layouts)]
+    step = len(tensors) // len(layouts)
+    sent = [tensors[at : at + step] for at in range(0, len(tensors), step)]
+    in_flight = [start(each, layout) for each, layout in zip(sent, layouts)]
     return tuple(
-        finish(arrived, layout, tensor.shape[0], tensor.shape[-1])
-        for arrived, layout, tensor in zip(in_flight, layouts, tensors)
+        tensor for each, layout, arrived in zip(sent, layouts, in_flight) for tensor in finish(arrived, layout, each)
     )
 
 
-def _start_to_heads(tensor: Tensor, layout: HeadLayout) -> Tensor:
-    """Sends `[batch, local tokens, all heads, head_dim]`."""
-    group, (batch, tokens, _, head_dim) = layout.group, tensor.shape
-    pieces = tensor.transpose(0, 1).split(layout.heads, dim=2)
+def _start_to_heads(tensors: Sequence[Tensor], layout: HeadLayout) -> Tensor:
+    """Sends tensors of the shape `[batch, local tokens, all heads, head_dim]`."""
+    group, (batch, tokens, _, head_dim) = layout.group, tensors[0].shape
+    batch = batch * len(tensors)
     if len(set(layout.heads)) == 1:
-        packed = torch.stack(pieces).flatten()
+        # Views of four dimensions: PyTorch concatenates tensors of more dimensions by one kernel for each of them.
+        shape = group.size, layout.heads[0]
+        views = [tensor.transpose(0, 1).unflatten(2, shape).flatten(3).permute(2, 0, 1, 3) for tensor in tensors]
+        packed = torch.cat(views, dim=2).flatten()
     else:
-        packed = torch.cat([piece.flatten() for piece in pieces])
+        pieces = zip(*[tensor.transpose(0, 1).split(layout.heads, dim=2) for tensor in tensors])
+        packed = torch.cat([torch.cat(of_rank, dim=1).flatten() for of_rank in pieces])
     send = [tokens * batch * heads * head_dim for heads in layout.heads]
     receive = [count * batch * layout.heads[group.rank] * head_dim for count in layout.tokens]
     return collectives.start_all_to_all(packed, send, receive, group)
 
 
-def _finish_to_heads(arrived: Tensor, layout: HeadLayout, batch: int, head_dim: int) -> Tensor:
-    """Returns `[batch, all tokens, local heads, head_dim]`."""
+def _finish_to_heads(arrived: Tensor, layout: HeadLayout, sent: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns tensors of the shape `[batch, all tokens, local heads, head_dim]`."""
     arrived = collectives.wait(arrived, layout.group)
-    return arrived.view(sum(layout.tokens), batch, layout.heads[layout.group.rank], head_dim).transpose(0, 1)
+    batch, head_dim = sent[0].shape[0], sent[0].shape[-1]
+    shape = sum(layout.tokens), len(sent) * batch, layout.heads[layout.group.rank], head_dim
+    return arrived.view(shape).transpose(0, 1).split(batch)
 
 
-def _start_to_tokens(tensor: Tensor, layout: HeadLayout) -> Tensor:
-    """Sends `[batch, all tokens, local heads, head_dim]`."""
-    group, (batch, _, own_heads, head_dim) = layout.group, tensor.shape
+def _start_to_tokens(tensors: Sequence[Tensor], layout: HeadLayout) -> Tensor:
+    """Sends tensors of the shape `[batch, all tokens, local heads, head_dim]`."""
+    group, (batch, _, own_heads, head_dim) = layout.group, tensors[0].shape
+    batch = batch * len(tensors)
     send = [tokens * batch * own_heads * head_dim for tokens in layout.tokens]
     receive = [layout.tokens[group.rank] * batch * heads * head_dim for heads in layout.heads]
-    return collectives.start_all_to_all(tensor.transpose(0, 1).flatten(), send, receive, group)
+    views = [tensor.transpose(0, 1) for tensor in tensors]
+    packed = views[0] if len(views) == 1 else torch.cat(views, dim=1)
+    return collectives.start_all_to_all(packed.flatten(), send, receive, group)
 
 
-def _finish_to_tokens(arrived: Tensor, layout: HeadLayout, batch: int, head_dim: int) -> Tensor:
-    """Returns `[batch, local tokens, all heads, head_dim]`."""
+def _finish_to_tokens(arrived: Tensor, layout: HeadLayout, sent: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns tensors of the shape `[batch, local tokens, all heads, head_dim]`."""
     tokens = layout.tokens[layout.group.rank]
-    pieces = collectives.wait(arrived, layout.group).split(
-        [tokens * batch * heads * head_dim for heads in layout.heads]
-    )
-    shaped = [piece.view(tokens, batch, heads, head_dim) for piece, heads in zip(pieces, layout.heads)]
-    return torch.cat(shaped, dim=2).transpose(0, 1)
+    batch, head_dim = sent[0].shape[0], sent[0].shape[-1]
+    rows = tokens * len(sent) * batch
+    pieces = collectives.wait(arrived, layout.group).split([rows * heads * head_dim for heads in layout.heads])
+    shaped = [piece.view(tokens, len(sent) * batch, heads, head_dim) for piece, heads in zip(pieces, layout.heads)]
+    return torch.cat(shaped, dim=2).transpose(0, 1).split(batch)

@@ -22,16 +22,17 @@ from diffusers_attn.logs import debugging
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that go to other ranks."""
+    """Counts the exchanges, and the bytes that go to other ranks."""
 
     def __init__(self, *groups):
         super().__init__()
         self.ranks = {group.name: group.rank for group in groups}
-        self.bytes = 0
+        self.bytes = self.exchanges = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops._c10d_functional.all_to_all_single.default:
             tensor, _, send, group = args
+            self.exchanges += 1
             row = math.prod(tensor.shape[1:]) * tensor.element_size()
             self.bytes += row * sum(each for rank, each in enumerate(send) if rank != self.ranks[group])
         return func(*args, **(kwargs or {}))
@@ -95,3 +96,38 @@ def test_a_graph_for_any_length(caplog):
         compiled(torch.randn(2, length, 4, 8))
     (message,) = [each.getMessage() for each in caplog.records if each.name.endswith(".traffic")]
     assert "any length" in message and f"sends {4 * 1000 * 2 * 8 * 4:,} bytes for each 1,000 of its tokens" in message
+
+
+def exchanges_and_errors(meshes, ulysses, kv_heads, batch):
+    """The exchanges of a forward and of its backward, and the largest difference from one process."""
+    mesh = meshes(1, ulysses)
+    shards = Shards.contiguous(13, mesh.size)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(batch, 13, heads, 8, generator=generator, dtype=torch.float64) for heads in (6, kv_heads, kv_heads)
+    ]
+    whole = [tensor.clone().requires_grad_() for tensor in tensors]
+    repeated = [whole[0], *(tensor.repeat_interleave(6 // kv_heads, dim=2) for tensor in whole[1:])]
+    out = torch.nn.functional.scaled_dot_product_attention(*(each.transpose(1, 2) for each in repeated)).transpose(1, 2)
+    out.square().sum().backward()
+    mine = [split(tensor, shards, 1, mesh.rank).clone().requires_grad_() for tensor in tensors]
+    with Sent(mesh.ring, mesh.ulysses) as forward:
+        found = parallel_attention(*mine, mesh=mesh, query_shards=shards, key_shards=shards)
+    with Sent(mesh.ring, mesh.ulysses) as backward:
+        found.square().sum().backward()
+    pairs = [(found, out), *((one.grad, other.grad) for one, other in zip(mine, whole))]
+    errors = [(one - split(other, shards, 1, mesh.rank)).abs().max().item() for one, other in pairs]
+    return forward.exchanges, backward.exchanges, max(errors)
+
+
+@pytest.mark.parametrize(
+    ("ulysses", "kv_heads", "batch", "exchanges"), [(2, 6, 1, 2), (3, 6, 2, 2), (4, 6, 2, 2), (3, 3, 1, 4)]
+)
+def test_query_key_and_value_of_equal_shapes_are_one_exchange(pool, ulysses, kv_heads, batch, exchanges):
+    """Also for heads that do not divide evenly (6 over 4 ranks), and in the backward. Key heads that are fewer are sent
+    by themselves."""
+    for forward, backward, error in pool.run(
+        ulysses, exchanges_and_errors, ulysses=ulysses, kv_heads=kv_heads, batch=batch
+    ):
+        assert (forward, backward) == (exchanges, exchanges)
+        assert error < 1e-12
