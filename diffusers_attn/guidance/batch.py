@@ -35,6 +35,8 @@ class Batch(NamedTuple):
         """One part of the samples in `value`, the arguments or the output of a call. Tensors `[samples, ...]` and
         lists with an item for each sample are cut, also within tuples and dicts; everything else is the same for all
         samples."""
+        if parts == 1:
+            return value
         sizes = self.sizes(parts)
         start = sum(sizes[:part])
         return self._cut(value, start, start + sizes[part])

@@ -19,6 +19,8 @@ class Kind:
     def __init__(self) -> None:
         self.branches: int | None = None
         """Number of calls in the latest such step; None before the first has ended."""
+        self.most_branches = 1
+        """The largest number of calls in a step so far."""
         self.one_by_one = False
         """Whether a pipeline needs the output of one call before it makes the next."""
         self.outputs: dict[Any, Any] = {}
@@ -51,6 +53,7 @@ class Step:
     def end(self) -> None:
         """Notes the number of branches, from which the next step is planned."""
         self.kind.branches = self.calls
+        self.kind.most_branches = max(self.kind.most_branches, self.calls)
         self.kind.one_by_one |= self.was_interrupted
 
 

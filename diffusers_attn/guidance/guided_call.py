@@ -22,6 +22,7 @@ from ..errors import AttentionProviderError
 from ..nested import mapped, tensors_in
 from .batch import Batch
 from .branches import Kind, Step, shape_of
+from .cached_run import CachedRun
 from .division import Divider, Division
 from .groups import Groups
 from .inputs import Arguments, StepInputs
@@ -73,34 +74,55 @@ class GuidedCall:
         args, kwargs = known((args, kwargs))
         if not _is_divisible(model, (args, kwargs)):
             return nn.Module._call_impl(model, *args, **kwargs)
+        run, branch = _cached_run(model)
+        if run is _NOT_BY_BRANCH:
+            return nn.Module._call_impl(model, *args, **kwargs)
         latents = args[0] if args else kwargs.get(self._first)
         if self._step is None or not self._step.step.continues_with(latents):
-            self._step = self._begin(latents)
+            self._step = self._begin(latents, run, branch is not None)
         plan, number = self._step, self._step.step.calls
         plan.step.calls += 1
         if plan.arrival is not None and plan.arrival.is_over and number < plan.branches:
             plan.step.was_interrupted = True
+        if run is not None and (run.groups is None or branch is None):
+            return self._together(model, plan, number, args, kwargs)
+        if run is not None and branch is not None and run.groups is not None:
+            return self._of_run(model, plan, run, run.groups, branch, number, latents, args, kwargs)
         if plan.groups is None or number >= plan.branches:
             return self._together(model, plan, number, args, kwargs)
-        return self._by_branch(model, plan, plan.groups, number, latents, args, kwargs)
+        owner = number % plan.division.owners
+        return self._by_branch(model, plan, plan.groups, number, owner, latents, args, kwargs)
 
-    def _begin(self, latents: Any) -> _Plan:
-        """Plans a new step."""
+    def _begin(self, latents: Any, run: CachedRun | None, has_name: bool) -> _Plan:
+        """Plans a new step.
+
+        Args:
+            latents: of its first call.
+            run: the run of a cache; None without a cache.
+            has_name: whether the pipeline names the branch that it calls.
+        """
         if self._step is not None:
             self._step.step.end()
         kind = self._kinds.setdefault(shape_of(latents), Kind())
         batch, guides = Batch.of(latents), self._guides()
-        samples = batch.samples if self._divides_batch else 1
+        samples = batch.samples if self._divides_batch and run is None else 1
         branches = 1 if kind.one_by_one or kind.branches is None else kind.branches
+        if run is not None and not run.has_begun and not kind.one_by_one:
+            branches = kind.most_branches  # guidance may have stopped at the end of the run before
         division = self._divider.division(samples, branches, guides)
-        plan = _Plan(Step(latents, kind), batch, division, branches)
-        if division.owners > 1:
-            plan.groups = self._groups(division.groups)
-        elif division.parts == 1 and kind.branches is None and guides:
+        groups = self._groups(division.groups) if division.owners > 1 else None
+        alone: Groups | None = None
+        is_unknown = kind.branches is None and (run is None or batch.samples == 1)  # two samples may be two branches
+        if groups is None and division.parts == 1 and is_unknown and guides:
             owners = self._divider.division(1, 2, guides).owners
-            plan.alone = (
-                self._groups(owners) if owners > 1 else None
-            )  # so that blocks are compiled for these groups alone
+            alone = self._groups(owners) if owners > 1 else None
+        if run is not None:
+            run.begin((groups or alone) if has_name else None)
+            groups = run.groups
+            division = Division(1, 1 if groups is None else groups.count)
+        plan = _Plan(Step(latents, kind), batch, division, branches)
+        plan.groups = groups
+        plan.alone = alone if run is None else run.groups
         return plan
 
     def _groups(self, count: int) -> Groups:
@@ -131,37 +153,74 @@ class GuidedCall:
         plan.step.kind.outputs[number, plain] = mapped(output, _like)
         return output
 
+    def _of_run(
+        self,
+        model: nn.Module,
+        plan: _Plan,
+        run: CachedRun,
+        groups: Groups,
+        branch: str,
+        number: int,
+        latents: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call under a cache. The group that computes a branch is the same in the whole run. In the first step, whose
+        outputs are not known, every group computes every branch by itself."""
+        is_new = branch not in run.owners
+        owner = run.owners.setdefault(branch, number % groups.count)
+        if is_new and (number, _plain(args, kwargs)) not in plan.step.kind.outputs:
+            return self._together(model, plan, number, args, kwargs)
+        return self._by_branch(model, plan, groups, number, owner, latents, args, kwargs, may_be_together=False)
+
     def _by_branch(
         self,
         model: nn.Module,
         plan: _Plan,
         groups: Groups,
         number: int,
+        owner: int,
         latents: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        may_be_together: bool = True,
     ) -> Any:
-        expected = plan.step.kind.outputs.get((number, _plain(args, kwargs)))
-        if expected is None:  # a call of a new kind: its output is not known yet
+        """A call that the group `owner` computes.
+
+        Args:
+            may_be_together: whether all ranks may compute it instead, if its output is not known from an earlier step.
+                Otherwise it must be like that of another call.
+        """
+        outputs_before = plan.step.kind.outputs
+        expected = outputs_before.get((number, _plain(args, kwargs)))
+        if expected is None and may_be_together:  # a call of a new kind
             return self._together(model, plan, number, args, kwargs)
+        if expected is None and not outputs_before:
+            raise AttentionProviderError(
+                f"{type(model).__name__} has a cache of diffusers, and the shape of its latents changed while the "
+                "cache had states of another one. Reset it before (model._reset_stateful_cache()), or call "
+                "enable_context_parallel(pipe, guidance_degree=1)."
+            )
+        expected = next(iter(outputs_before.values())) if expected is None else expected
         given = args, kwargs
-        if number == 0:
+        is_exchanged = plan.arrival is None or not (may_be_together or self._inputs.knows(args, kwargs))
+        if is_exchanged:
             args, kwargs = self._inputs.exchanged(args, kwargs)
+        if plan.arrival is None:
             plan.arrival = Arrival(functools.partial(self._exchange, plan))
             one_thread.take(names_of_groups(model), model)
-        else:
+        if not is_exchanged:
             args, kwargs = self._inputs.later(args, kwargs)
         arrival = plan.arrival
         assert arrival is not None
         division = plan.division
         part, mine = division.place(groups.index)
         parts = [plan.batch.part_of(expected, each, division.parts) for each in range(division.parts)]
-        owner = number % division.owners
         values: list[Tensor] | None = None
         if owner == mine:
             self.computed += 1
             with using_mesh(model, groups.mesh), self._inputs.as_given():
-                if number:
+                if not is_exchanged:
                     args, kwargs = self._inputs.within(groups, args, kwargs)
                 args, kwargs = plan.batch.part_of((args, kwargs), part, division.parts)
                 output = nn.Module._call_impl(model, *args, **kwargs)
@@ -175,7 +234,7 @@ class GuidedCall:
             return pending[-1]
 
         outputs = mapped(expected, promise)
-        plan.outputs.append(_Output(number, given, owner, expected, parts, pending, values))
+        plan.outputs.append(_Output(number, given, is_exchanged, owner, expected, parts, pending, values))
         if arrival.is_over:  # outputs were needed before this call
             self._exchange(plan)
         elif number == plan.branches - 1:
@@ -191,7 +250,7 @@ class GuidedCall:
         _exchange(plan, plan.groups, outputs)
         if not self._inputs.confirm():
             for each in outputs:
-                if each.number:  # the inputs of the first call were exchanged before it
+                if not each.is_exchanged:
                     again = self._together(model, plan, each.number, *each.given)
                     for pending, value in zip(each.pending, tensors_in(again), strict=True):
                         pending.value = value
@@ -240,6 +299,8 @@ class _Output(NamedTuple):
     """Number of the call in its step."""
     given: Arguments
     """Arguments of the call on this rank."""
+    is_exchanged: bool
+    """Whether ranks exchanged them before the call."""
     owner: int
     """Number, among the owners of a part of the batch, of the group that computes it."""
     expected: Any
@@ -298,14 +359,28 @@ def _mesh(model: nn.Module) -> ContextParallelMesh:
     return tracker.mesh
 
 
+_NOT_BY_BRANCH = CachedRun()
+"""Stands for caches whose states do not belong to single branches."""
+
+
+def _cached_run(model: nn.Module) -> tuple[CachedRun | None, str | None]:
+    """The run of a model's cache, and the name of the branch that is called; None without hooks of diffusers."""
+    if not diffusers_hooks.fingerprint(model):
+        return None, None
+    manager = diffusers_hooks.cache_by_branch(model)
+    # With sharded weights, ranks may have to repeat a call to keep pace, which would change the states.
+    if manager is None or any(isinstance(each, DTensor) for each in model.parameters()):
+        return _NOT_BY_BRANCH, None
+    return diffusers_hooks.state_of_run(manager, CachedRun), diffusers_hooks.branch_of(manager)
+
+
 def _is_divisible(model: nn.Module, arguments: Any) -> bool:
-    """Whether a call depends on nothing but its arguments, so that not every rank has to make it."""
+    """Whether a call depends on nothing but its arguments and a cache, so that not every rank has to make it."""
     if torch.is_grad_enabled() or model.training:
         return False
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # into a user's CUDA graph
         return False
-    # Caches of diffusers keep results of this rank's tokens from one step to the next.
-    return not diffusers_hooks.fingerprint(model) and _is_value(arguments)
+    return _is_value(arguments)
 
 
 _VALUES = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum, np.generic, np.ndarray)

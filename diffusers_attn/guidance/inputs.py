@@ -75,6 +75,10 @@ class StepInputs:
         new: Arguments = mapped((args, kwargs), lambda each: each if self._known(each) is None else self._known(each))
         return new
 
+    def knows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether all tensors among the inputs of a later call were received before. Equal on all ranks."""
+        return self._hook is None or all(self._known(each) is not None for each in tensors_in((args, kwargs)))
+
     def confirm(self) -> bool:
         """Whether the inputs of the step's later calls are equal on all ranks. All ranks must call this."""
         new, plain, self._new, self._plain = self._new, self._plain, [], []

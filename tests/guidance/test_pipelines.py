@@ -177,21 +177,54 @@ def test_calls_that_depend_on_each_other(pool):
         assert computed_calls == [2, 1, 2, 2]
 
 
-def cached(meshes):
-    """The error under a cache of diffusers, which keeps what it has for each branch from step to step."""
-    pipes = build("wan"), build("wan")
+CACHES = {
+    "FirstBlockCache": lambda: diffusers.FirstBlockCacheConfig(threshold=10.0),
+    "TaylorSeer": lambda: diffusers.TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=2, cache_identifiers=[r"blocks\.\d\.attn1"]
+    ),
+    "MagCache": lambda: diffusers.MagCacheConfig(
+        mag_ratios=torch.tensor([1.0] * CACHED), num_inference_steps=CACHED, threshold=1.0, retention_ratio=0.2
+    ),
+    # Counts the calls of both branches.
+    "PyramidAttentionBroadcast": lambda: diffusers.PyramidAttentionBroadcastConfig(
+        cross_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+}
+CACHED = 6
+
+
+def stops(pipe, step, time, kept):
+    """Guidance stops within the run of a cache, and its one branch has a state in one group."""
+    if step == 3:
+        pipe._guidance_scale = 1.0
+    return {}
+
+
+def cached(meshes, cache, **degrees):
+    """Errors, and this rank's calls, under a cache of diffusers, which keeps a state from step to step."""
+    pipes, results = (build("wan"), build("wan")), []
     for pipe in pipes:
-        pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))
-    enable_context_parallel(pipes[1], verbose=False)
-    results = [draw(pipe, "wan", steps=8) for pipe in pipes]
+        pipe.transformer.enable_cache(CACHES[cache]())
+    enable_context_parallel(pipes[1], verbose=False, **degrees)
+    call = guided_call(pipes[1].transformer)
+    for options in ({}, {"seed": 1}, {"callback_on_step_end": stops}, {}):
+        expected, before = draw(pipes[0], "wan", steps=CACHED, **options), call.computed
+        results.append((error(draw(pipes[1], "wan", steps=CACHED, **options), expected), call.computed - before))
+    effect = error(expected, draw(build("wan"), "wan", steps=CACHED))
     pipes[1].transformer.disable_cache()
     after = [computed(pipes[1], "wan") for _ in range(2)]
-    return error(*results), error(results[0], draw(build("wan"), "wan", steps=8)), after
+    disable_context_parallel(pipes[1])
+    return results, effect, after
 
 
-def test_a_cache_of_diffusers(pool):
-    for found, effect, after in pool.run(RANKS, cached):
-        assert found < 1e-10 < effect  # the cache changes the result
+@pytest.mark.parametrize("cache", thorough_but(["FirstBlockCache", "TaylorSeer"], CACHES))
+def test_a_cache_of_diffusers(pool, cache):
+    for results, effect, after in pool.run(RANKS, cached, cache=cache):
+        assert all(found < 1e-10 for found, _ in results) and effect > 1e-10  # the cache changes the result
+        if cache != "PyramidAttentionBroadcast":
+            # Each group computes the first step whole, and of later ones its branch: when guidance stops, one group.
+            first, second, stopped, last = (calls for _, calls in results)
+            assert (first, second, last) == (CACHED + 1, CACHED, CACHED) and stopped in (4, CACHED)
         assert all(each < 1e-10 for each, _ in after) and after[-1][1] == STEPS
 
 

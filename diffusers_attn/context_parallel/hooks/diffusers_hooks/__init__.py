@@ -9,6 +9,16 @@ decides by them whether to compute at all.
 enabled and when the hook is registered later. Only this folder touches diffusers' hooks.
 """
 
-from .watch import check, check_in_graph, fingerprint, unwatch, watch
+from .branches import branch_of, state_of_run
+from .watch import cache_by_branch, check, check_in_graph, fingerprint, unwatch, watch
 
-__all__ = ["check", "check_in_graph", "fingerprint", "unwatch", "watch"]
+__all__ = [
+    "branch_of",
+    "cache_by_branch",
+    "check",
+    "check_in_graph",
+    "fingerprint",
+    "state_of_run",
+    "unwatch",
+    "watch",
+]

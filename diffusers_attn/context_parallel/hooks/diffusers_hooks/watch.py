@@ -12,6 +12,7 @@ from torch import nn
 from ....cp_plans.plan import Plan
 from ....errors import AttentionProviderError
 from ...sequences.tracker import SequenceTracker
+from .branches import manager_of
 from .refusal import Split, check_hook
 from .registry import class_name, hooks_in, hooks_on, install
 from .replacing import restore
@@ -26,6 +27,8 @@ class _Watched(NamedTuple):
 _models: weakref.WeakKeyDictionary[nn.Module, _Watched] = weakref.WeakKeyDictionary()
 """The models that are split now."""
 _fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_managers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""The state manager of models with a cache by branch; None for others. Forgotten together with the fingerprint."""
 
 
 def watch(model: nn.Module, plan: Plan, tracker: SequenceTracker) -> None:
@@ -38,6 +41,7 @@ def watch(model: nn.Module, plan: Plan, tracker: SequenceTracker) -> None:
     install(_on_register, _on_remove)
     _models[model] = _Watched(Split.of(model, plan), tracker)
     _fingerprints.pop(model, None)
+    _managers.pop(model, None)
     for _, _, hook in hooks_in(model):
         _adapt(hook, tracker)
 
@@ -45,6 +49,7 @@ def watch(model: nn.Module, plan: Plan, tracker: SequenceTracker) -> None:
 def unwatch(model: nn.Module) -> None:
     """Restores the hooks within `model`."""
     _fingerprints.pop(model, None)
+    _managers.pop(model, None)
     if _models.pop(model, None) is not None:
         for _, _, hook in hooks_in(model):
             restore(hook)
@@ -81,6 +86,14 @@ def fingerprint(model: nn.Module) -> str:
     return _fingerprints[model]
 
 
+def cache_by_branch(model: nn.Module) -> Any | None:
+    """The state manager of a model's cache, if all hooks within the model keep a state for each branch of guidance."""
+    if model not in _fingerprints or model not in _managers:
+        fingerprint(model)
+        _managers[model] = manager_of(hook for _, _, hook in hooks_in(model))
+    return _managers[model]
+
+
 def _adapt(hook: Any, tracker: SequenceTracker) -> None:
     rule = RULES.get(class_name(hook))
     if rule is not None and rule.adapt is not None:
@@ -100,9 +113,11 @@ def _on_register(module: nn.Module, hook: Any, name: str) -> Callable[[], None]:
         if tracker is not None:
             _adapt(hook, tracker)
             _fingerprints.clear()
+            _managers.clear()
 
     return registered
 
 
 def _on_remove() -> None:
     _fingerprints.clear()
+    _managers.clear()
