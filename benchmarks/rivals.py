@@ -34,7 +34,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import real_shapes
-from bars import Bar, bars
 from isolated import Isolated, one_line
 from libraries import LIBRARIES, Setting, version_of
 from measuring import MIB, Report, memory_taken, step_milliseconds
@@ -252,16 +251,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *notes, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
 
 
-def plot(report: dict[str, Any]) -> str:
-    """A drawing of a run (SVG): the time of a step of each variant, for each model."""
-    results = report["results"]
-    groups = {
-        title: [Bar(each["variant"], each["ms"], *spread(each)) for each in of_model(results, title)]
-        for title in dict.fromkeys(each["model"] for each in results)
-    }
-    return bars(groups, "ms per step", highlighted="ours")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -290,7 +279,6 @@ def parse_arguments() -> argparse.Namespace:
         default=300.0,
         help="seconds that a variant may take to start and compile (default: %(default)s)",
     )
-    parser.add_argument("--plot", type=Path, metavar="SVG", help="file for a drawing of the results (default: none)")
     add_options(parser, rounds=4, steps=4)
     args = parse(parser, "rivals.py")
     args.compile = True
@@ -314,10 +302,8 @@ def main() -> None:
         bench(key, args, ranks, device, report)
         memory_taken(device)
     if ranks.rank == 0:
-        finished = {"environment": report.environment, "results": [each.result for each in report.variants]}
-        if args.plot:
-            args.plot.write_text(plot(finished))
-        print(markdown(finished), flush=True)
+        results = [each.result for each in report.variants]
+        print(markdown({"environment": report.environment, "results": results}), flush=True)
     ranks.end(0)
 
 

@@ -106,6 +106,27 @@ def pipelines() -> str:
     )
 
 
+def rivals(name: str, run: dict[str, Any]) -> str:
+    """Steps of this library and of others, from the recorded run `name` of benchmarks/rivals.py."""
+    where, measured = run["environment"], [each for each in run["results"] if "error" not in each]
+    colours = {"ours": OURS, "one": ONE}
+    groups = [
+        Group(
+            title,
+            [
+                Bar(each["variant"], each["ms"], colours.get(each["variant"].partition("-")[0], THEIRS))
+                for each in measured
+                if each["model"] == title
+            ],
+        )
+        for title in dict.fromkeys(each["model"] for each in measured)
+    ]
+    note = (
+        f"{where['ranks']} x {where['device']}, {where['host']}. Shorter is better. Run: benchmarks/results/{name}.json"
+    )
+    return bars("Milliseconds of a step, beside other libraries", groups, "ms", note, 1)
+
+
 def kernels() -> str:
     """Speeds of the exact kernels and the fastest lossy one."""
     groups = []

@@ -178,11 +178,8 @@ def rival_tables() -> str:
 
 def drawings() -> dict[str, str]:
     """Files that pages show, by path: charts of recorded runs, and drawings of the strategies."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import rivals
-
     made = {name: draw() for name, draw in {**charts.CHARTS, **strategy_drawings.DRAWINGS}.items()}
-    made |= {name: rivals.plot(run) for name, run in _rivals()}
+    made |= {name: charts.rivals(name, run) for name, run in _rivals()}
     return {f"docs/images/{name}.svg": drawing for name, drawing in made.items()}
 
 

@@ -103,9 +103,15 @@ def test_the_tables_and_the_drawing_of_a_run(benchmark: Any) -> None:
     assert "| ours | ours 0.1.0 | 75.0 | 75.0 to 76.0 | 1.73x | 1.33x | 2.0e-02 | - |" in text
     assert "| diffusers-ring | diffusers 0.42.1 | 100.0 | 101.0 to 111.0 | 1.30x | 1.00x |" in text
     assert text.endswith("Failed:\n\n- Flux, xdit-ulysses: ModuleNotFoundError: xfuser is not installed\n")
-    drawing = benchmark.plot(report())
-    colors = [sys.modules["bars"].COLORS[highlighted] for highlighted in (True, False)]  # type: ignore[attr-defined]
-    assert [drawing.count(color) for color in colors] == [1, 2]
+
+
+def test_the_chart_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import charts
+
+    drawing = charts.rivals("rivals-here", report())
+    assert [drawing.count(f'fill="{color}"') for color in (charts.OURS, charts.THEIRS, charts.ONE)] == [1, 1, 1]
+    assert "75.0 ms" in drawing and "Run: benchmarks/results/rivals-here.json" in drawing
 
 
 @pytest.mark.thorough
