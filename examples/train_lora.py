@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a LoRA for Flux, Wan, CogVideoX or CogView4, on one device or with each sequence shared by several.
+"""Train a LoRA for an image or video model, on one device or with each sequence shared by several.
 
     python examples/train_lora.py --model black-forest-labs/FLUX.1-dev --data photos/ --mixed_precision bf16
     accelerate launch --num_processes 4 examples/train_lora.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\

@@ -229,9 +229,11 @@ def _check_samples(config: TrainConfig, family: Family) -> None:
     known = inspect.signature(check).parameters
     given = {"prompt": "a", "height": 16 * family.size_multiple, "width": 16 * family.size_multiple, **size}
     given["max_sequence_length"] = family.max_sequence_length
-    empty = {name: None for name, each in known.items() if each.default is inspect.Parameter.empty}
+    called = inspect.signature(family.pipeline.__call__).parameters
+    defaults = {name: called[name].default if name in called else None for name in known}
+    arguments = {name: None if each is inspect.Parameter.empty else each for name, each in defaults.items()}
     try:
-        check(**{**empty, **{name: each for name, each in given.items() if name in known}})
+        check(**arguments | {name: each for name, each in given.items() if name in known})
     except ValueError as error:
         settings = [option("validation_size", config.validation_size)] if size else []
         settings.append(option("max_sequence_length", family.max_sequence_length))

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 DESCRIPTION = (
-    "Train a LoRA for Flux, Wan, CogVideoX or CogView4, on one device or with each sequence shared by several."
+    "Train a LoRA for Flux, Flux.2, Qwen-Image, Z-Image, Wan, CogVideoX or CogView4, on one device or with each "
+    "sequence shared by several."
 )
 COMMAND, LIST_SETTINGS = "diffusers-attn train", "--settings"
 

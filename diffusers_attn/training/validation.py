@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from ..nested import mapped
 from .config import TrainConfig
 from .data.disk import write_file
 from .families import Family
@@ -66,7 +66,7 @@ class Validation:
             self.call |= family.guidance_arguments(scale)
         else:
             scale = inspect.signature(family.pipeline.__call__).parameters[family.guidance_argument].default
-        self.encoded: list[dict[str, Tensor]] = []
+        self.encoded: list[dict[str, Any]] = []
         if self.prompts:
             with placed(list(text_encoders(family.pipeline).values()), device):
                 self.encoded = [family.prompt_arguments(each, None, guided=scale > 1) for each in self.prompts]
@@ -107,7 +107,7 @@ class Validation:
                 if number >= len(self.prompts):  # other groups have one more prompt
                     continue
                 generator = torch.Generator().manual_seed(derived_seed(self.seed, "validate", number))
-                encoded = {name: each.to(device) for name, each in self.encoded[number].items()}
+                encoded = mapped(self.encoded[number], lambda tensor: tensor.to(device))
                 output = pipeline(**self.call, **encoded, generator=generator, output_type="np")
                 if writes:
                     pixels = output.images[0] if hasattr(output, "images") else output.frames[0]

@@ -20,6 +20,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wan": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
     "cogvideox": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 21},
     "cogview4": {"resolution": [48], "aspects": [1.0]},
+    "qwen_image": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 75},
+    "z_image": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 41},
+    "flux2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 15},
 }
 VIDEOS = ("wan", "cogvideox")
 COMMON: dict[str, Any] = {

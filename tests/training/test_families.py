@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
+from diffusers_attn.nested import tensors_in
 from diffusers_attn.training.data.collate import collate
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.families import family_of
@@ -18,7 +22,14 @@ SIZES = {
     "wan": {"height": 48, "width": 32, "num_frames": 9},
     "cogvideox": {"height": 48, "width": 32, "num_frames": 9},
     "cogview4": {"height": 48, "width": 32},
+    "qwen_image": {"height": 48, "width": 32},
+    "z_image": {"height": 48, "width": 32},
+    "flux2": {"height": 48, "width": 32},
 }
+UNGUIDED = {"flux": {"guidance_scale": 3.5}, "qwen_image": {"true_cfg_scale": 1.0}, "z_image": {"guidance_scale": 0.0}}
+"""Arguments with which a pipeline calls its transformer once per step; others have a guidance_scale of 1."""
+PER_THOUSAND = ("flux", "qwen_image", "flux2")
+"""Families whose transformer takes timesteps from 0 to 1."""
 FAMILIES = list(SIZES)
 
 
@@ -31,12 +42,14 @@ def drawn():
         guided = {"guidance": 3.5} if pipeline.transformer.config.get("guidance_embeds") else {}
         family = family_of(pipeline, max_sequence_length=16, **guided)
         calls = []
+        names = list(inspect.signature(type(pipeline.transformer).forward).parameters)[1:]
         handle = pipeline.transformer.register_forward_pre_hook(
-            lambda module, args, kwargs, calls=calls: calls.append(kwargs), with_kwargs=True
+            lambda module, args, kwargs, names=names, calls=calls: calls.append({**dict(zip(names, args)), **kwargs}),
+            with_kwargs=True,
         )
         arguments = {**SIZES[name], "num_inference_steps": 3, "max_sequence_length": 16, "output_type": "latent"}
-        guidance = {"guidance_scale": 3.5 if name == "flux" else 1.0}
-        pipeline("a cat", **arguments, **guidance, generator=torch.Generator().manual_seed(0))
+        guidance = UNGUIDED.get(name, {"guidance_scale": 1.0})
+        pipeline(prompt="a cat", **arguments, **guidance, generator=torch.Generator().manual_seed(0))
         handle.remove()
         made[name] = family, calls
     return made
@@ -52,10 +65,13 @@ def _pipeline(name):
     return make(name)
 
 
-def _latents(family, hidden_states):
-    """A pipeline's latents as families have them."""
+def _latents(family, call):
+    """The latents of a pipeline's call, as families have them."""
+    if "x" in call:
+        return torch.stack(call["x"])
     factor = family.pipeline.vae_scale_factor if family.kind == "image" else family.pipeline.vae_scale_factor_spatial
-    return family.prediction(hidden_states, (0, 0, 0, 48 // factor, 32 // factor))
+    factor *= 2 if type(family).__name__ == "Flux2" else 1  # whose latents are patches
+    return family.prediction(call["hidden_states"], (0, 0, 0, 48 // factor, 32 // factor))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -63,24 +79,28 @@ def test_inputs_are_those_of_the_pipeline(drawn, name):
     family, calls = drawn[name]
     text = family.encode_text(["a cat"])
     call = {key: each for key, each in calls[1].items() if each is not None}
-    noisy = _latents(family, call["hidden_states"])
-    timestep = call["timestep"] * (1000 if name == "flux" else 1)
+    noisy = _latents(family, call)
+    timestep = (
+        1000 - 1000 * call["t"] if name == "z_image" else call["timestep"] * (1000 if name in PER_THOUSAND else 1)
+    )
     ours = {key: each for key, each in family.inputs(noisy, timestep, text).items() if each is not None}
     assert set(ours) == set(call) - {"return_dict", "attention_kwargs", "joint_attention_kwargs"}
     for key, each in ours.items():
-        for one, other in zip(each, call[key]) if isinstance(each, tuple) else [(each, call[key])]:
+        assert len(tensors_in(each)) == len(tensors_in(call[key])) and (tensors_in(each) or each == call[key]), key
+        for one, other in zip(tensors_in(each), tensors_in(call[key])):
             assert torch.allclose(one.float(), other.float(), atol=1e-5), key
-    assert (
-        family.prediction(call["hidden_states"] if name == "flux" else calls[0]["hidden_states"], noisy.shape).shape
-        == noisy.shape
-    )
+    again = [-each for each in call["x"]] if name == "z_image" else calls[0]["hidden_states"]
+    assert family.prediction(again, noisy.shape).shape == noisy.shape
 
 
-@pytest.mark.parametrize("name", ["flux", "cogview4"])
+@pytest.mark.parametrize("name", ["flux", "cogview4", "qwen_image", "z_image"])
 def test_noise_levels_are_those_of_the_sampler(drawn, name):
     family, _ = drawn[name]
     scheduler = family.pipeline.scheduler
-    asked = torch.linspace(1, 1 / 3, 3) if name == "flux" else torch.linspace(1000, 1, 3).long() / 1000
+    asked = {
+        "cogview4": torch.linspace(1000, 1, 3).long() / 1000,
+        "z_image": torch.tensor([1.0, 2 / 3, 1 / 3]),
+    }.get(name, torch.linspace(1, 1 / 3, 3))
     level = family.objective.level(
         asked, family.tokens((1, 48 // family.size_multiple * 2, 32 // family.size_multiple * 2))
     )
@@ -107,11 +127,16 @@ def test_latents_come_back_through_the_pipelines_way_of_decoding(drawn, name):
     clean = family.clean(encoded, torch.zeros_like(encoded["latents_mean"]))
     assert clean.shape[2] == (frames - 1) // 4 + 1
     config = family.pipeline.vae.config
-    if name == "wan":
+    if name == "flux2":
+        bn = family.pipeline.vae.bn
+        mean, std = (each.view(1, -1, 1, 1, 1) for each in (bn.running_mean, (bn.running_var + bn.eps).sqrt()))
+        back = clean * std + mean
+        assert back.shape[1:] == (64, 1, 3, 2)
+    elif name in ("wan", "qwen_image"):
         mean, std = (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
         back = clean * std + mean
     else:
-        back = clean / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0) * (name == "flux")
+        back = clean / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0) * (name != "cogview4")
     assert torch.allclose(back, encoded["latents_mean"], atol=1e-5)
     moved = family.clean(encoded, torch.ones_like(clean))
     assert name == "flux" or not torch.allclose(
@@ -122,8 +147,34 @@ def test_latents_come_back_through_the_pipelines_way_of_decoding(drawn, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_size_rules(drawn, name):
     family, _ = drawn[name]
-    assert family.size_multiple == {"flux": 2, "wan": 16, "cogvideox": 16, "cogview4": 16}[name]
+    assert family.size_multiple == {"flux": 2}.get(name, 16)
     assert family.frame_rule == ((4, 1) if family.kind == "video" else (1, 0))
+
+
+def test_padding_of_captions_is_no_input(drawn):
+    """A batch with a longer caption: Qwen-Image gets a mask, Z-Image each caption without its padding."""
+    for name in ("qwen_image", "z_image"):
+        family, calls = drawn[name]
+        texts = [family.encode_text([each])["prompt_embeds"][0] for each in ("a", "number two")]
+        batch = collate([{"prompt_embeds": each} for each in texts], frozenset({"prompt_embeds"}))
+        noisy = _latents(family, {key: each for key, each in calls[1].items() if each is not None}).expand(
+            2, -1, -1, -1, -1
+        )
+        with torch.no_grad():
+            both = family.predict(family.pipeline.transformer, noisy, torch.tensor([500.0, 500.0]), batch)
+            for i, text in enumerate(texts):
+                alone = family.predict(
+                    family.pipeline.transformer, noisy[:1], torch.tensor([500.0]), {"prompt_embeds": text[None]}
+                )
+                assert torch.allclose(both[i : i + 1], alone, atol=1e-4), name
+
+
+def test_the_shift_of_flux2_is_that_of_its_pipelines(drawn):
+    """Flux 2 takes it from the number of tokens and of steps, here 50."""
+    family, _ = drawn["flux2"]
+    scheduler = family.pipeline.scheduler
+    scheduler.set_timesteps(sigmas=[0.5], mu=compute_empirical_mu(4096, 50))
+    assert family.objective.level(torch.tensor([0.5]), 4096).sigma.item() == pytest.approx(scheduler.sigmas[0].item())
 
 
 def test_captions_of_cogview4_are_padded_one_by_one(drawn):

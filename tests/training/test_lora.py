@@ -47,8 +47,11 @@ def trained(name, kind, **others):
     return pipeline
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", "cogvideox", "cogview4"])
-@pytest.mark.parametrize("kind", IN_DIFFUSERS_FORMAT)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ("flux", "wan", "cogvideox", "cogview4") for kind in IN_DIFFUSERS_FORMAT]
+    + [(name, "lora") for name in ("qwen_image", "z_image", "flux2")],
+)
 def test_through_load_lora_weights(name, kind, tmp_path):
     pipeline = trained(name, kind)
     weights = adapter_weights(pipeline.transformer)

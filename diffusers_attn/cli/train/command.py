@@ -24,7 +24,7 @@ def train(
         bool, typer.Option("--settings", help="Print all settings of the trainer, with their defaults, and exit.")
     ] = False,
 ) -> None:
-    """Train a LoRA for Flux, Wan, CogVideoX or CogView4, from a folder of images or videos with captions.
+    """Train a LoRA for Flux, Flux.2, Qwen-Image, Z-Image, Wan, CogVideoX or CogView4, from captioned images or videos.
 
     All other options are settings of the trainer: --model, --data, --output_dir and those that --settings lists. The
     run can be killed at any time, and continued with --resume latest. After Ctrl-C it saves a checkpoint, and the exit

@@ -14,8 +14,11 @@ from .base import Family
 FAMILIES = {
     "CogVideoXTransformer3DModel": "cogvideox:CogVideoX",
     "CogView4Transformer2DModel": "cogview4:CogView4",
+    "Flux2Transformer2DModel": "flux2:Flux2",
     "FluxTransformer2DModel": "flux:Flux",
+    "QwenImageTransformer2DModel": "qwen_image:QwenImage",
     "WanTransformer3DModel": "wan:Wan",
+    "ZImageTransformer2DModel": "z_image:ZImage",
 }
 """Module and class of the family for each class name of a transformer."""
 

@@ -257,8 +257,8 @@ class Family(abc.ABC):
 
     # ---- Generation
 
-    def prompt_arguments(self, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor]:
-        """The pipeline's arguments for an encoded prompt, with which it needs no text encoder.
+    def prompt_arguments(self, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Any]:
+        """The pipeline's arguments for an encoded prompt, with which it needs no text encoder: tensors, or lists.
 
         Args:
             prompt: the prompt.
