@@ -18,6 +18,8 @@ SEPARATOR = "|"
 ATTENTION, EXCHANGE, COMPONENT, ALL = "attention", "exchange", "component", "profile"
 ONE_RANK = "one rank"
 """Strategy of a call that a rank serves by itself."""
+BETWEEN_GROUPS = "groups of ranks"
+"""Strategy of exchanges between groups that compute different branches of guidance, or different samples."""
 _state = {"on": False}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .. import spans
 from ..context_parallel.comm import rank_progress
 from ..context_parallel.mesh import ContextParallelMesh
 from ..context_parallel.sequences import sharding
@@ -40,10 +42,11 @@ class Groups:
             sizes: number of rows of each group.
         """
         starts = [sum(sizes[:group]) for group in range(self.count)]
-        spans = []
+        rows_of_ranks = []
         for rank in range(self.everyone.size):
             group, place = divmod(rank, self.mesh.size)
-            spans.append(((starts[group], 0 if place else sizes[group]),))
+            rows_of_ranks.append(((starts[group], 0 if place else sizes[group]),))
         mine = rows if self.everyone.rank % self.mesh.size == 0 else rows[:0]
-        with rank_progress.waiting_for(self.members), torch.no_grad():
-            return sharding.gather(mine, sharding.Shards(tuple(spans)), 0, self.everyone)
+        name = spans.span(spans.EXCHANGE, spans.BETWEEN_GROUPS) if spans.is_on() else contextlib.nullcontext()
+        with rank_progress.waiting_for(self.members), torch.no_grad(), name:
+            return sharding.gather(mine, sharding.Shards(tuple(rows_of_ranks)), 0, self.everyone)

@@ -51,6 +51,20 @@ def test_two_ranks(pool):
         assert sum(each.seconds for each in parts) == pytest.approx(seconds)
 
 
+def on_groups(meshes):
+    model, given = build("wan"), inputs("wan")
+    enable_context_parallel(model, guidance_degree=2, verbose=False)  # the two samples, each on two ranks
+    with torch.no_grad(), profile(model) as report:
+        model(**given)
+    disable_context_parallel(model)
+    return {each.strategy: each.calls for each in report.parts if each.kind == "exchange"}
+
+
+def test_groups_of_ranks(pool):
+    for exchanges in pool.run(4, on_groups):
+        assert exchanges["groups of ranks"] == 1 and len(exchanges) == 3
+
+
 def test_a_pipeline(tmp_path):
     pipe = make("wan")
     set_attention_provider(pipe, "native")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ...spans import ATTENTION, EXCHANGE, PREFIX, SEPARATOR
+from ...spans import ATTENTION, BETWEEN_GROUPS, EXCHANGE, PREFIX, SEPARATOR
 
 OTHER, IDLE = "other", "waiting for the host"
 
@@ -21,7 +21,8 @@ class Label(NamedTuple):
     provider: str = ""
     """Provider of the attention; or the operator or kernel, where only that is visible."""
     strategy: str = ""
-    """Strategy of an attention call over several ranks, and of its exchanges; "one rank" for other calls."""
+    """Strategy of an attention call over several ranks, and of its exchanges; "one rank" for other calls, and "groups
+    of ranks" for exchanges of branches of guidance or samples of a batch."""
 
 
 _OPERATORS: tuple[tuple[str, Label], ...] = (
@@ -48,7 +49,9 @@ def of_span(name: str) -> Label | None:
     kind, *words = rest.split(SEPARATOR)
     if prefix != PREFIX or kind not in (ATTENTION, EXCHANGE):
         return None
-    return Label(kind, *words) if kind == ATTENTION else Label(kind, "", "")
+    return (
+        Label(kind, *words) if kind == ATTENTION else Label(kind, "", BETWEEN_GROUPS if BETWEEN_GROUPS in words else "")
+    )
 
 
 def of_operator(name: str) -> Label | None:

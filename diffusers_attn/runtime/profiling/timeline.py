@@ -101,7 +101,7 @@ def _change(name: str) -> Callable[[Part], Part] | None:
         component, outer = around
         if outer.kind == EXCHANGE or (outer.kind == label.kind == ATTENTION):
             return around
-        return component, label._replace(strategy=outer.strategy) if label.kind == EXCHANGE else label
+        return component, label._replace(strategy=outer.strategy or label.strategy) if label.kind == EXCHANGE else label
 
     return within
 
