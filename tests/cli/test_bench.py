@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.cli import main
-from diffusers_attn.cli.bench import measure, plot, save, timing, workloads
+from diffusers_attn.cli.bench import measure, plot, save, strategies, timing, workloads
 from diffusers_attn.cli.bench.reference import reference
 
 from .. import reference as exact
@@ -180,12 +180,12 @@ def test_the_plot_has_a_bar_for_each_provider_and_shape(tmp_path: Path) -> None:
 
 def test_a_lossy_provider_may_quantise_but_not_invent() -> None:
     setting = measure.Setting(workloads.Shape(1, 1, 8, 8), "none", torch.float32, torch.device("cpu"), False, 0.0)
-    inputs, _ = measure._make(setting)
+    inputs, _ = measure.make(setting)
     exact_result = reference(*inputs, None, False, False)
     for scale, wrong in ((1.05, False), (3.0, True), (float("nan"), True)):
         result = measure.Result("sage", False)
         out = torch.nn.functional.scaled_dot_product_attention(*inputs) * scale
-        measure._compare(lambda out=out: out, exact_result, result, setting)
+        measure.compare(lambda out=out: out, exact_result, result, setting)
         assert result.wrong == wrong
 
 
@@ -193,3 +193,36 @@ def test_shapes_that_do_not_fit_are_no_fault() -> None:
     found = bench("--shape", "1,1000000,1000000,100", "--shape", "1,2,64,16", "--provider", "native")
     large, small = (run["results"][0] for run in found["runs"])
     assert large["refused"] and "not enough memory" in large["problem"] and small["ms"] > 0
+
+
+def strategies_on_ranks(meshes, mask: str, backward: bool) -> list[Any]:
+    setting = measure.Setting(workloads.Shape(1, 4, 37, 16), mask, torch.float64, torch.device("cpu"), backward, 0.0)
+    found = strategies.all_strategies(4, "cpu", 4, None)
+    return strategies.measure_strategies(found, ["native"], setting)
+
+
+@pytest.mark.parametrize(("mask", "backward"), [("causal", True), ("key", False), ("bias", False)])
+def test_strategies_are_exact(pool, mask: str, backward: bool) -> None:
+    by_rank = pool.run(4, strategies_on_ranks, mask=mask, backward=backward)
+    names = ["one rank", "ulysses4", "ulysses2-gather2", "gather4", "ring4"]
+    for results in by_rank:
+        assert [each.strategy for each in results] == names and not any(each.wrong for each in results)
+        assert all(0 < each.error < 1e-12 for each in results)
+        assert not backward or all(0 < each.gradient_error < 1e-12 for each in results)
+        assert [each.ms for each in results] == [each.ms for each in by_rank[0]]  # of the slowest rank
+        assert {each.transport for each in results} == {"", "collective"}
+
+
+def test_names_of_strategies() -> None:
+    names = {
+        ("gather", 4): "gather4", ("ring", 2): "ring2", ("ulysses", 8): "ulysses8",
+        ("ulysses2-ring", 8): "ulysses2-ring4",
+        ("ulysses-gather2", 8): "ulysses4-gather2", ("ulysses2-ring4", 8): "ulysses2-ring4",
+    }  # fmt: skip
+    found = {given: strategies.name_of(strategies.strategy_of(*given)) for given in names}
+    assert found == names
+    for wrong in ("x", "", "-gather", "ulysses3", "ulysses-gather", "ring2"):
+        with pytest.raises(AttentionProviderError, match="accepted are gather, ring, ulysses, and with degrees"):
+            strategies.strategy_of(wrong, 4)
+    result = CliRunner().invoke(main.app, ["bench", "tiny", "--strategies", "ring"])
+    assert result.exit_code == 2 and "needs several ranks" in result.stderr

@@ -42,6 +42,13 @@ def bench(
     device: Annotated[
         str | None, typer.Option(help="Device, such as cuda:1 or cpu. Default: the first GPU, or the CPU without one.")
     ] = None,
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            help="Under accelerate launch or torchrun: strategies of context parallelism, separated by commas: gather, "
+            "ring, ulysses, or with degrees ulysses2-gather4. Default: all that these GPUs can use."
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Seconds to measure each provider at each shape.", min=0)] = 1.0,
     save: Annotated[
         Path | None,
@@ -61,7 +68,22 @@ def bench(
     Inputs are random numbers. TFLOP/s count 4 operations per pair of query and key and per head_dim in a forward, 14
     with the backward; of causal attention half of the pairs. The exit code is 1 if a provider fails, or if the error of
     an exact one is larger than rounding explains.
+
+    Started on several ranks (accelerate launch --num_processes 4 -m diffusers_attn bench), it measures each strategy of
+    context parallelism beside one rank: milliseconds of the slowest rank, and the error of the joined output.
     """
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _on_ranks(workloads, shape, provider, mask, backward, dtype, device, strategies, seconds, save, plot, json)
+        return
+    if strategies is not None:
+        from ...errors import AttentionProviderError
+
+        raise AttentionProviderError(
+            "--strategies needs several ranks: `accelerate launch --num_processes 2 -m diffusers_attn bench` or "
+            "`torchrun --nproc_per_node 2 -m diffusers_attn bench`."
+        )
     import dataclasses
 
     from ...providers import speeds_file
@@ -117,6 +139,97 @@ def bench(
     ]
     if failed:
         raise typer.Exit(exit_codes.FOUND)
+
+
+def _on_ranks(
+    workloads: list[str] | None,
+    shapes: list[str] | None,
+    providers: list[str] | None,
+    mask: str,
+    backward: bool,
+    dtype: str | None,
+    device: str | None,
+    strategies: str | None,
+    seconds: float,
+    save: Path | None,
+    plot: Path | None,
+    json: bool,
+) -> None:
+    """Measures strategies on all ranks of the job, prints on rank 0, and ends the process."""
+    import dataclasses
+    import os
+    import sys
+
+    import torch
+    import torch.distributed as dist
+
+    from ...context_parallel import job
+    from ...errors import AttentionProviderError
+    from ..output import write_json
+    from .strategies import all_strategies, measure_strategies, strategy_of
+
+    if save is not None or plot is not None:
+        raise AttentionProviderError("--save and --plot are for one process; leave them out on several ranks.")
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    chosen = providers or ["auto" if device else "native"]
+    settings, names = _settings(workloads, shapes, chosen, mask, backward, dtype, device, seconds)
+    on = settings[0][1].device
+    job.join(on.type)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    named = None if strategies is None else [strategy_of(each, ranks) for each in strategies.split(",")]
+    runs, failed = [], False
+    for name, setting in settings:
+        found = named or all_strategies(ranks, on.type, setting.shape.heads, job.ranks_per_node())
+        results = measure_strategies(found, names, setting)
+        failed |= any(each.wrong for each in results)
+        runs.append(
+            {
+                "workload": name,
+                "shape": setting.shape._asdict(),
+                "mask": mask,
+                "backward": backward,
+                "results": [dataclasses.asdict(each) for each in results],
+            }
+        )
+        if rank == 0 and not json:
+            _show_strategies(name, setting, results, ranks)
+    if rank == 0 and json:
+        write_json("bench", VERSION, {"environment": _environment(settings[0][1]), "ranks": ranks, "runs": runs})
+    sys.stdout.flush()
+    dist.barrier()
+    os._exit(exit_codes.FOUND if failed else 0)  # the threads of gloo may abort a process that ends in the usual way
+
+
+def _show_strategies(name: str, setting: Any, results: list[Any], ranks: int) -> None:
+    from ..output import digits, heading, say, table
+    from .strategies import ONE_RANK
+
+    where = _environment(setting)
+    backward = ", forward and backward" if setting.backward else ""
+    heading(f"{name} on {ranks} ranks: {setting.shape}, {where['dtype']}, mask: {setting.mask}{backward}")
+    say(where["device"])
+    alone = {each.provider: each.ms for each in results if each.strategy == ONE_RANK}
+    rows = [
+        (
+            each.provider + ("" if each.exact else " (lossy)"),
+            each.strategy,
+            digits(each.ms),
+            f"{alone[each.provider] / each.ms:.2f}" if alone.get(each.provider) else "",
+            f"{each.error:.1e}",
+            *([f"{each.gradient_error:.1e}"] if setting.backward else []),
+            each.transport,
+            "wrong" if each.wrong else "",
+        )
+        for each in results
+        if each.ms is not None
+    ]
+    errors = ("error", *(["gradient error"] if setting.backward else []))
+    header = ("provider", "strategy", "ms", "times as fast", *errors, "transport", "")
+    table(header, rows, numbers=header[2 : 4 + len(errors)])
+    for each in results:
+        if each.problem:
+            say(f"{each.provider}, {each.strategy}: not measured: {each.problem}")
 
 
 def _settings(

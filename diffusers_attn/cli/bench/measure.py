@@ -73,26 +73,26 @@ def measure(
     progress("exact attention")
     causal = setting.mask == "causal"
     try:
-        inputs, mask = _make(setting)
+        inputs, mask = make(setting)
         exact = reference(inputs[0], inputs[1], inputs[2], mask, causal, setting.backward)
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
         problem = "not enough memory for the inputs and exact attention"
-        return [Result(name, _is_exact(name), problem, refused=True) for name in providers]
+        return [Result(name, is_exact(name), problem, refused=True) for name in providers]
     results = []
     calls: dict[str, Call] = {}
     for name in providers:
         progress(name)
-        result = Result(name, _is_exact(name))
+        result = Result(name, is_exact(name))
         results.append(result)
         result.problem = _too_large(name, setting)
         if result.problem:
             result.refused = True
             continue
-        call = _call(name, inputs, mask, causal, exact if setting.backward else None)
+        call = call_of(name, inputs, mask, causal, exact if setting.backward else None)
         try:
-            _compare(call, exact, result, setting)
+            compare(call, exact, result, setting)
             calls[name] = call
         except AttentionProviderError as error:
             result.problem, result.refused = str(error), True
@@ -111,7 +111,7 @@ def measure(
     return results
 
 
-def _is_exact(name: str) -> bool:
+def is_exact(name: str) -> bool:
     return name == "auto" or SPECS[name].capabilities.exact
 
 
@@ -137,7 +137,7 @@ def _too_large(name: str, setting: Setting) -> str:
     return f"it forms every score, which needs {needed / 2**30:.0f} GiB of memory, and {free / 2**30:.0f} are free"
 
 
-def _make(setting: Setting) -> tuple[list[Tensor], Tensor | None]:
+def make(setting: Setting) -> tuple[list[Tensor], Tensor | None]:
     """Query, key and value as diffusers has them, `[batch, length, heads, head_dim]` in memory and viewed with heads
     first; and the mask."""
     shape, device = setting.shape, setting.device
@@ -162,7 +162,7 @@ def _make(setting: Setting) -> tuple[list[Tensor], Tensor | None]:
     return inputs, dense | torch.eye(shape.length, dtype=torch.bool, device=device)  # no row without a key
 
 
-def _call(
+def call_of(
     name: str, inputs: Sequence[Tensor], mask: Tensor | None, causal: bool, exact: Reference | None
 ) -> Callable[[], Any]:
     """A function that computes attention, and with a reference also its gradients."""
@@ -183,7 +183,7 @@ def _call(
     return forward if exact is None else both
 
 
-def _compare(call: Callable[[], Any], exact: Reference, result: Result, setting: Setting) -> None:
+def compare(call: Callable[[], Any], exact: Reference, result: Result, setting: Setting) -> None:
     """Runs a call, which may compile its kernel, and fills in its errors."""
     found = call()
     synchronize(setting.device)

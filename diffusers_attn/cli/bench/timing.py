@@ -27,23 +27,23 @@ def milliseconds(
         seconds: time to measure each call in total. A call that takes longer is measured once.
         progress: called with a name before its turn.
     """
-    first = {name: _batch(call, 1, device) for name, call in calls.items()}
+    first = {name: batch_seconds(call, 1, device) for name, call in calls.items()}
     sizes = {name: max(1, int(BATCH_SECONDS / max(took, 1e-7))) for name, took in first.items()}
     times: dict[str, list[float]] = {name: [took] if took > seconds else [] for name, took in first.items()}
     short = [name for name in calls if not times[name]]
     for turn in range(ROUNDS):
         for name in short[:: 1 if turn % 2 == 0 else -1]:
             progress(name)
-            _batch(calls[name], 1, device)  # the caches hold the data of the previous call
+            batch_seconds(calls[name], 1, device)  # the caches hold the data of the previous call
             spent = 0.0
             while spent < seconds / ROUNDS or not times[name]:
-                took = _batch(calls[name], sizes[name], device)
+                took = batch_seconds(calls[name], sizes[name], device)
                 times[name].append(took / sizes[name])
                 spent += took
     return {name: statistics.median(each) * 1e3 for name, each in times.items()}
 
 
-def _batch(call: Call, repeats: int, device: torch.device) -> float:
+def batch_seconds(call: Call, repeats: int, device: torch.device) -> float:
     """Seconds of `repeats` calls."""
     if device.type != "cuda":
         begin = time.perf_counter()
