@@ -191,7 +191,14 @@ def explain(
     """Reports which provider `auto` would pick for a call, and why. Computes nothing, but loads the provider's kernel.
 
     Args:
-        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, layout: as for `attend`.
+        query: `[batch, heads, query_len, head_dim]`, or as `layout` says.
+        key: `[batch, kv_heads, key_len, head_dim]`.
+        value: `[batch, kv_heads, key_len, value_head_dim]`.
+        attn_mask: as for `attention_dispatch`.
+        dropout_p: as for `attention_dispatch`.
+        is_causal: as for `attention_dispatch`.
+        enable_gqa: as for `attention_dispatch`.
+        layout: "bhsd", or "bshd" for tensors `[batch, seq, heads, head_dim]`.
         lossy: names of lossy providers that `auto` may pick too; default none.
         source: "package" or "hub", as for `provider_status`.
 

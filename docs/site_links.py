@@ -1,8 +1,8 @@
 """A hook of mkdocs: pages link to files of the repository, and the site has these files as well.
 
 Links in the pages are relative to their place in the repository, so that they work there. In the site, docs/ is the
-root: CONTRIBUTING.md and CHANGELOG.md become pages of it, README.md is its home, and every other file that a page links
-to is copied below `files/`. Folders are not part of the site; their links become text.
+root: `PAGES` become pages of it, README.md is its home, and every other file that a page links to is copied below
+`files/`. Folders are not part of the site; their links become text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "integrations/comfyui/README.md")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
@@ -56,5 +56,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _in_repository(file: File, target: str) -> str:
     """The path in the repository that a page's link means."""
-    folder = "" if file.src_uri in PAGES else posixpath.dirname(f"docs/{file.src_uri}")
-    return posixpath.normpath(posixpath.join(folder, target))
+    place = file.src_uri if file.src_uri in PAGES else f"docs/{file.src_uri}"
+    return posixpath.normpath(posixpath.join(posixpath.dirname(place), target))

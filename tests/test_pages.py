@@ -24,7 +24,12 @@ from .test_quickstart import MODEL, example
 
 PAGES = sorted(
     str(page.relative_to(ROOT))
-    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob(".github/*.md"))
+    for page in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob(".github/*.md"),
+        *ROOT.glob("integrations/*/*.md"),
+    )
 )
 
 
@@ -54,6 +59,13 @@ def test_code_uses_names_that_exist(page: str) -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusers_attn"):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, each.name) for each in node.names), ast.unparse(node)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert set(diffusers_attn.__all__) <= {path.rpartition(".")[2] for path in listed}
+    for path in listed:
+        assert hasattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2]), path
 
 
 def test_every_page_is_in_the_navigation() -> None:
