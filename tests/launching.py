@@ -33,7 +33,8 @@ PRELOAD = [
 
 def forkserver() -> Any:
     """The context of processes that start with everything imported. There is one server for each process of pytest,
-    and the first who asks for it says what it imports: so all ask here."""
+    and the first who asks for it says what it imports: so all ask here. A fork of pytest itself would have the codecs
+    of PyAV without their threads, and hang when it frees them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 
 import pytest
 
@@ -68,7 +67,7 @@ def forked_in_background():
     started = []
 
     def run(job, *arguments):
-        started.append(multiprocessing.get_context("fork").Process(target=as_child, args=(job, *arguments)))
+        started.append(forkserver().Process(target=as_child, args=(job, *arguments)))
         started[-1].start()
         return started[-1]
 

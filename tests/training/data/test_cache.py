@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import resource
 import shutil
@@ -27,7 +26,7 @@ from diffusers_attn.training.data import (
 from diffusers_attn.training.data.digests import content_digests
 from diffusers_attn.training.data.store import read_tensors
 
-from ...launching import TIMEOUT, as_child
+from ...launching import TIMEOUT, as_child, forkserver
 from .media import album, cut, encode, encode_text, picture, video
 
 BUCKETS = Buckets.of(32 * 32, frames=(1, 5), frame_rule=(4, 1))
@@ -385,7 +384,7 @@ def _fill(folder, moment):
 def test_killed_at_any_moment(tmp_path, moment):
     examples = data(tmp_path, 5)
     cache(tmp_path / "whole").fill(examples, encode)
-    process = multiprocessing.get_context("fork").Process(target=as_child, args=(_fill, tmp_path, moment))
+    process = forkserver().Process(target=as_child, args=(_fill, tmp_path, moment))
     process.start()
     process.join(TIMEOUT)
     assert process.exitcode == -signal.SIGKILL
