@@ -158,9 +158,9 @@ def _calls(
     elif mask is not None:
         local_mask = RowMask(split(mask, shards, 2, mesh.rank).contiguous())
 
-    def attention(*tensors: Tensor) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return parallel_attention(
-            *tensors, local_mask, mesh=mesh, query_shards=shards, key_shards=shards, provider=provider,
+            query, key, value, local_mask, mesh=mesh, query_shards=shards, key_shards=shards, provider=provider,
             is_causal=causal, transport=transport,
         )  # fmt: skip
 
@@ -170,7 +170,7 @@ def _calls(
 
     def both() -> tuple[Tensor, tuple[Tensor, ...]]:
         leaves = [each.detach().requires_grad_() for each in (query, key, value)]
-        out = attention(*leaves)
+        out = attention(leaves[0], leaves[1], leaves[2])
         return out.detach(), torch.autograd.grad(out, leaves, grad_out)
 
     def whole_forward() -> Tensor:
