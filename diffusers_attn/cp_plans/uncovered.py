@@ -78,5 +78,8 @@ UNCOVERED: dict[str, Uncovered] = {
     "SD3MultiControlNetModel": _SEVERAL,
     "SparseControlNetModel": _UNET,
     "UNetControlNetXSModel": _UNET,
-    "ZImageControlNetModel": _CONTROLNET,
+    "ZImageControlNetModel": Uncovered(
+        "It runs modules of the transformer that it controls, and these run only within that model while it is split.",
+        "Run its pipelines on one device, without context parallelism.",
+    ),
 }
