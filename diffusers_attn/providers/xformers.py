@@ -6,6 +6,7 @@ so that a key mask costs one row, not a matrix.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -17,6 +18,22 @@ from . import varlen
 from .base import Adapter, Params
 from .bias import aligned_bias
 from .flash_family import Gradients
+
+
+def _check_kernels() -> None:
+    """Raises ImportError if the package has no kernels here: it then imports all the same, and refuses every call."""
+    try:
+        built = importlib.import_module("xformers._cpp_lib")
+    except ImportError:  # of another version
+        return
+    if not getattr(built, "_built_with_cuda", True) and torch.version.hip is None:
+        raise ImportError(
+            "its CUDA kernels do not load, as it was built for another PyTorch, CUDA or Python "
+            "(`python -m xformers.info` names them)"
+        )
+
+
+_check_kernels()
 
 
 class Xformers(Adapter):

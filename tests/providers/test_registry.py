@@ -97,6 +97,24 @@ def test_a_package_that_is_too_old(tmp_path):
     assert "flash-attn 2.5.9 is older than 2.6.3" in said and "pip install flash-attn" in said
 
 
+def test_an_xformers_without_kernels_is_not_usable(tmp_path):
+    """As a wheel for another CUDA: it imports with a warning, and each of its operators refuses every call."""
+    install(tmp_path, "xformers", "0.0.35", "xformers", "")
+    (tmp_path / "xformers" / "_cpp_lib.py").write_text("_built_with_cuda = False")
+    (tmp_path / "xformers" / "ops").mkdir()
+    (tmp_path / "xformers" / "ops" / "__init__.py").write_text("fmha = None")
+    said = run(
+        tmp_path,
+        """
+        import diffusers_attn
+        from diffusers_attn.providers import registry
+        registry.device_reason = lambda spec: ""
+        print(diffusers_attn.provider_status("xformers"))
+        """,
+    )
+    assert "its CUDA kernels do not load" in said and "python -m xformers.info" in said
+
+
 def test_a_broken_package_breaks_its_provider_only(tmp_path):
     """As a wheel for another CUDA or PyTorch does: it is installed, and importing it raises."""
     install(tmp_path, "flash-attn", "2.8.3", "flash_attn", "raise OSError('undefined symbol: _ZN3c104')")
