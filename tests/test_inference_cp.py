@@ -17,7 +17,7 @@ from PIL import Image
 
 from . import launching
 from .test_quickstart import MODEL, PHOTOS, ROOT, example
-from .tiny_pipelines import PIPELINES, make
+from .tiny_pipelines import make
 
 SCRIPT = ROOT / "examples" / "inference_cp.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -64,7 +64,7 @@ def script() -> ModuleType:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipelines, saved."""
     made = tmp_path_factory.mktemp("pipelines")
-    for name in PIPELINES:
+    for name in CALLS:
         make(name).save_pretrained(made / name)
     return made
 
@@ -99,12 +99,12 @@ def shared(folder: Path) -> subprocess.CompletedProcess[str]:
 
     job = folder / "job.py"
     job.write_text(JOB.format(script=str(SCRIPT)))
-    calls = {name: arguments(name, folder, "shared") for name in PIPELINES}
+    calls = {name: arguments(name, folder, "shared") for name in CALLS}
     return launching.run_ranks(2, job, folder, json.dumps(calls))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", CALLS)
 def test_two_processes_draw_what_one_draws(
     shared: subprocess.CompletedProcess[str], script: ModuleType, folder: Path, name: str
 ) -> None:
@@ -130,7 +130,7 @@ def test_it_says_what_was_done(shared: subprocess.CompletedProcess[str]) -> None
     for vae in ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLCogVideoX"):
         assert f"images are split by rows in vae ({vae})" in shared.stdout
     assert "; weights of text_encoder, transformer in 1/2 per rank" in shared.stdout
-    assert shared.stdout.count("steps/s") == len(PIPELINES)  # rank 0 alone speaks
+    assert shared.stdout.count("steps/s") == len(CALLS)  # rank 0 alone speaks
 
 
 @pytest.mark.slow
