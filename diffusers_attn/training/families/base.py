@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..flag_names import option
-from ..loss import Objective
+from ..loss import Objective, RectifiedFlow, scheduler_shift
 
 FURTHER_INPUTS = {
     "image_dim": "an image embedding",
@@ -58,6 +58,8 @@ class Family(abc.ABC):
     """Components of a pipeline that make training impossible, with the reason."""
     prediction_type: ClassVar[str] = "flow_prediction"
     """Required prediction_type of the scheduler, if its configuration has one."""
+    vae_has_frames: ClassVar[bool] = True
+    """Whether the VAE's images have a dimension of frames, also those of a single frame."""
     packed: ClassVar[int] = 1
     """Number of latent values per channel that are packed into the channels of one token."""
 
@@ -160,9 +162,11 @@ class Family(abc.ABC):
         """The transformer's configuration."""
         return self.pipeline.transformer.config
 
-    @abc.abstractmethod
     def make_objective(self) -> Objective:
-        """The training objective, with the sampler's timestep shift."""
+        """The training objective, with the sampler's timestep shift. Here: rectified flow, with the shift of a
+        flow-matching scheduler."""
+        fixed = self.shift
+        return RectifiedFlow(scheduler_shift(self.pipeline.scheduler.config) if fixed is None else lambda tokens: fixed)
 
     @property
     def text_device(self) -> torch.device:
@@ -210,11 +214,11 @@ class Family(abc.ABC):
 
     def to_vae(self, pixels: Tensor) -> Tensor:
         """Converts pixels [batch, 3, frames, height, width] to the VAE's input shape."""
-        return pixels
+        return pixels if self.vae_has_frames else pixels.squeeze(2)
 
     def from_vae(self, latents: Tensor) -> Tensor:
         """Converts the VAE's output to [batch, channels, frames, height, width]."""
-        return latents
+        return latents if self.vae_has_frames else latents.unsqueeze(2)
 
     @abc.abstractmethod
     def normalise(self, latents: Tensor) -> Tensor:
@@ -287,6 +291,13 @@ class Family(abc.ABC):
                 f"shift={self.shift}: {type(self.pipeline.transformer).__name__} is not trained with rectified flow; "
                 "its scheduler has a fixed noise schedule. Leave it out."
             )
+
+
+def standardised(latents: Tensor, config: Any) -> Tensor:
+    """Latents [batch, channels, frames, height, width], standardised by each channel's mean and deviation in the VAE's
+    configuration."""
+    mean, std = (latents.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
+    return (latents - mean) / std
 
 
 def part_of(batch: Mapping[str, Any], number: int) -> dict[str, Any]:

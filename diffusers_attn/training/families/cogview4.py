@@ -21,6 +21,7 @@ class CogView4(Family):
     """
 
     kind = "image"
+    vae_has_frames = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 1024
     pipelines = ("CogView4Pipeline",)
@@ -43,12 +44,6 @@ class CogView4(Family):
     @property
     def size_multiple(self) -> int:
         return self.pipeline.vae_scale_factor * self.config.patch_size
-
-    def to_vae(self, pixels: Tensor) -> Tensor:
-        return pixels.squeeze(2)
-
-    def from_vae(self, latents: Tensor) -> Tensor:
-        return latents.unsqueeze(2)
 
     def normalise(self, latents: Tensor) -> Tensor:
         return latents * self.pipeline.vae.config.scaling_factor

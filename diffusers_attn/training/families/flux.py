@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss import Objective, RectifiedFlow, scheduler_shift
 from .base import Family
 
 
@@ -16,16 +15,12 @@ class Flux(Family):
     """`FluxPipeline` with a `FluxTransformer2DModel`."""
 
     kind = "image"
+    vae_has_frames = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_length = 512
     pipelines = ("FluxPipeline",)
     provided_inputs = ("guidance_embeds",)
     packed = 4
-
-    def make_objective(self) -> Objective:
-        fixed = self.shift
-        shift = scheduler_shift(self.pipeline.scheduler.config) if fixed is None else lambda tokens: fixed
-        return RectifiedFlow(shift)
 
     @property
     def size_multiple(self) -> int:
@@ -37,12 +32,6 @@ class Flux(Family):
                 captions, max_sequence_length=self.max_sequence_length, device=self.text_device
             )
         return {"prompt_embeds": text.cpu(), "pooled_prompt_embeds": pooled.cpu()}
-
-    def to_vae(self, pixels: Tensor) -> Tensor:
-        return pixels.squeeze(2)
-
-    def from_vae(self, latents: Tensor) -> Tensor:
-        return latents.unsqueeze(2)
 
     def normalise(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config

@@ -20,6 +20,7 @@ class Flux2(Family):
     """`Flux2Pipeline` (dev) or `Flux2KleinPipeline`, with a `Flux2Transformer2DModel`."""
 
     kind = "image"
+    vae_has_frames = False
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
     )  # fmt: skip
@@ -44,9 +45,6 @@ class Flux2(Family):
                 captions, device=self.text_device, max_sequence_length=self.max_sequence_length
             )
         return {"prompt_embeds": text.cpu()}
-
-    def to_vae(self, pixels: Tensor) -> Tensor:
-        return pixels.squeeze(2)
 
     def from_vae(self, latents: Tensor) -> Tensor:
         """The VAE's latents in patches: `[batch, 4 * channels, 1, height / 2, width / 2]`."""

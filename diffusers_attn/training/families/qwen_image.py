@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss import Objective, RectifiedFlow, scheduler_shift
-from .base import Family
+from .base import Family, standardised
 
 
 class QwenImage(Family):
@@ -23,11 +22,6 @@ class QwenImage(Family):
     guidance_argument = "true_cfg_scale"
     pipelines = ("QwenImagePipeline",)
     packed = 4
-
-    def make_objective(self) -> Objective:
-        fixed = self.shift
-        shift = scheduler_shift(self.pipeline.scheduler.config) if fixed is None else lambda tokens: fixed
-        return RectifiedFlow(shift)
 
     @property
     def text_limit(self) -> int | None:
@@ -45,11 +39,7 @@ class QwenImage(Family):
         return {"prompt_embeds": text.cpu()}
 
     def normalise(self, latents: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
-        mean, std = (
-            latents.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std)
-        )
-        return (latents - mean) / std
+        return standardised(latents, self.pipeline.vae.config)
 
     def tokens(self, shape: Sequence[int]) -> int:
         return (shape[-2] // 2) * (shape[-1] // 2)

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..loss import Objective, RectifiedFlow, scheduler_shift
-from .base import Family
+from .base import Family, standardised
 
 
 class Wan(Family):
@@ -23,11 +22,6 @@ class Wan(Family):
         "together. Accepted are pipelines with one transformer: Wan 2.1 and Wan2.2-TI2V-5B."
     }
 
-    def make_objective(self) -> Objective:
-        fixed = self.shift
-        shift = scheduler_shift(self.pipeline.scheduler.config) if fixed is None else lambda tokens: fixed
-        return RectifiedFlow(shift)
-
     @property
     def size_multiple(self) -> int:
         return self.pipeline.vae_scale_factor_spatial * self.config.patch_size[-1]
@@ -37,11 +31,7 @@ class Wan(Family):
         return self.pipeline.vae_scale_factor_temporal, 1
 
     def normalise(self, latents: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
-        mean, std = (
-            latents.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std)
-        )
-        return (latents - mean) / std
+        return standardised(latents, self.pipeline.vae.config)
 
     def tokens(self, shape: Sequence[int]) -> int:
         patch = self.config.patch_size

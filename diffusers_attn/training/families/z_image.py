@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss import Objective, RectifiedFlow, scheduler_shift
 from .base import Family
 
 
@@ -16,14 +15,10 @@ class ZImage(Family):
     """`ZImagePipeline` with a `ZImageTransformer2DModel`."""
 
     kind = "image"
+    vae_has_frames = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 512
     pipelines = ("ZImagePipeline",)
-
-    def make_objective(self) -> Objective:
-        fixed = self.shift
-        shift = scheduler_shift(self.pipeline.scheduler.config) if fixed is None else lambda tokens: fixed
-        return RectifiedFlow(shift)
 
     @property
     def size_multiple(self) -> int:
@@ -38,12 +33,6 @@ class ZImage(Family):
                 device=self.text_device,
             )
         return {"prompt_embeds": torch.stack(texts).cpu()}
-
-    def to_vae(self, pixels: Tensor) -> Tensor:
-        return pixels.squeeze(2)
-
-    def from_vae(self, latents: Tensor) -> Tensor:
-        return latents.unsqueeze(2)
 
     def normalise(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config
