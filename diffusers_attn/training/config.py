@@ -151,7 +151,7 @@ class TrainConfig:
         None, "Folder for cached latents and text embeddings (default: the folder cache in output_dir)"
     )
     cache_batch_size: int = setting(
-        1, "Number of examples that the VAE and the text encoders encode at once", bounds=COUNT
+        1, "Number of examples that the VAE encodes at once; captions are encoded one by one", bounds=COUNT
     )
 
     adapter: str = setting("lora", "Type of adapter to train", KINDS)

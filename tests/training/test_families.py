@@ -108,6 +108,18 @@ def test_noise_levels_are_those_of_the_sampler(drawn, name):
     assert torch.allclose(level.timestep, scheduler.timesteps, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["flux", "cogview4", "qwen_image", "z_image", "flux2"])
+def test_predictions_are_velocities_from_image_to_noise(drawn, name):
+    """A step of the sampler along the prediction leads to the pipeline's next latents. It holds sign and scale."""
+    family, calls = drawn[name]
+    now, after = ({key: each for key, each in call.items() if each is not None} for call in calls[:2])
+    noisy, sigmas = _latents(family, now), family.pipeline.scheduler.sigmas
+    timestep = family.pipeline.scheduler.timesteps[:1]
+    with torch.no_grad():
+        velocity = family.predict(family.pipeline.transformer, noisy, timestep, family.encode_text(["a cat"]))
+    assert torch.allclose(noisy + (sigmas[1] - sigmas[0]) * velocity, _latents(family, after), atol=1e-4)
+
+
 def test_the_shift_of_wan_and_one_of_ones_own(drawn):
     u = torch.tensor([0.5])
     family = drawn["wan"][0]

@@ -4,7 +4,7 @@ A graph contains the addresses of weights, the kernels that processors chose, an
 change each of these between two steps: load or scale a LoRA, fuse projections, bind another provider, move the model.
 So all modules are compared by object identity before each replay. A pipeline that waits for its device between two
 steps, as diffusers' UniPC scheduler does, waits for this comparison as well, so it is made of few passes over all
-modules: half a millisecond for the 600 modules of Wan.
+modules. `benchmarks/cuda_graph_check.py` measures it: a millisecond for the 1,279 modules of Flux.
 """
 
 from __future__ import annotations
