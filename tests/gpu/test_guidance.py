@@ -1,4 +1,5 @@
-"""Guidance divided between GPUs: the latents of one GPU, also with compiled blocks and recorded steps."""
+"""Guidance and batches divided between GPUs: the latents of one GPU, also with compiled blocks and recorded steps, with
+a step cache of diffusers, and with ControlNets."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from diffusers_attn.guidance.guided_call import guided_call
 
 from ..context_parallel.pool import Pool
 from ..guidance.families import STEPS, build, draw
+from ..guidance.test_pipelines import CACHED, CACHES
+from ..parallelize import test_controlnets as controlnets
 from .test_context_parallel import SIZE, TIMEOUT, work
 
 pytestmark = [
@@ -52,3 +55,63 @@ def test_a_family(gpus, name, compiled):
         assert answers[-1][1] == STEPS
         assert replays > STEPS or reasons, (replays, reasons)
         print(name, compiled, answers, replays, reasons)
+
+
+def images(meshes):
+    """Errors of an uneven batch on groups of ranks, and the calls of the transformer that this rank computes."""
+    more = {"steps": 2, "num_videos_per_prompt": 2 * SIZE - 1}
+    expected = draw(build("wan").to("cuda"), "wan", **more).cpu()
+    pipe = build("wan").to("cuda")
+    enable_context_parallel(pipe, verbose=False, data_degree=SIZE, guidance_degree=1)
+    answers = []
+    for _ in range(3):
+        before = guided_call(pipe.transformer).computed
+        error = (draw(pipe, "wan", **more).cpu() - expected).abs().max() / expected.abs().max()
+        answers.append((error.item(), guided_call(pipe.transformer).computed - before))
+    disable_context_parallel(pipe)
+    return answers
+
+
+def test_a_batch_divided_unevenly(gpus):
+    for answers in gpus.run(SIZE, images):
+        assert all(error < 1e-10 for error, _ in answers), answers
+        assert answers[-1][1] == 4  # two steps, and both branches of this rank's images
+
+
+def cached(meshes, cache):
+    pipes = build("wan").to("cuda"), build("wan").to("cuda")
+    for pipe in pipes:
+        pipe.transformer.enable_cache(CACHES[cache]())
+    enable_context_parallel(pipes[1], verbose=False)
+    errors = []
+    for seed in (0, 1, 1):
+        expected, found = (draw(pipe, "wan", steps=CACHED, seed=seed).cpu() for pipe in pipes)
+        errors.append(((found - expected).abs().max() / expected.abs().max()).item())
+    effect = (expected - draw(build("wan").to("cuda"), "wan", steps=CACHED, seed=1).cpu()).abs().max().item()
+    disable_context_parallel(pipes[1])
+    return errors, effect
+
+
+@pytest.mark.parametrize("cache", ["FirstBlockCache", "TaylorSeer"])
+def test_a_cache_of_diffusers(gpus, cache):
+    for errors, effect in gpus.run(SIZE, cached, cache=cache):
+        assert all(error < 1e-10 for error in errors) and effect > 1e-10, (errors, effect)  # the cache has an effect
+
+
+def with_controlnets(meshes, make, **degrees):
+    pipe, _, call = make()
+    pipe.to("cuda")
+    call = {key: value.to("cuda") if hasattr(value, "to") else value for key, value in call.items()}
+    expected = controlnets.draw(pipe, call).cpu()
+    report = enable_context_parallel(pipe, verbose=False, **degrees)
+    found = [controlnets.draw(pipe, call).cpu() for _ in range(3)]
+    disable_context_parallel(pipe)
+    return report.models, [((each - expected).abs().max() / expected.abs().max()).item() for each in found]
+
+
+@pytest.mark.parametrize(("make", "degree"), [(controlnets.flux, 1), (controlnets.sd3, None)], ids=["flux", "sd3"])
+def test_controlnets(gpus, make, degree):
+    """Two ControlNets of Flux with their sequences split; one of SD3 with guidance divided."""
+    for models, errors in gpus.run(SIZE, with_controlnets, make=make, guidance_degree=degree):
+        assert len(models) == (3 if make is controlnets.flux else 2), models
+        assert all(error < 1e-10 for error in errors), errors
