@@ -250,7 +250,7 @@ def test_a_provider_without_a_device_gets_no_command() -> None:
 
 
 def test_a_run_compares_a_provider_with_float64() -> None:
-    found = probe.speed("native")
+    found = probe.speeds("native")["native"]
     assert found["error"] < 1e-5 and found["ms"] > 0 and (found["device"], found["dtype"]) == ("cpu", "float32")
     assert examine._run_problem("native", isolated.Outcome(found)) == []
     (problem,) = examine._run_problem("native", isolated.Outcome(found | {"wrong": True, "error": 0.5}))

@@ -112,10 +112,10 @@ def host(name, start, duration, category="user_annotation", correlation=None):
     return {"ph": "X", "cat": category, "name": name, "pid": 1, "tid": 1, "ts": start, "dur": duration, "args": args}
 
 
-def kernel(name, start, duration, correlation, **args):
+def kernel(name, start, duration, correlation):
     return {
         "ph": "X", "cat": "kernel", "name": name, "pid": 0, "tid": 7, "ts": start, "dur": duration,
-        "args": {"correlation": correlation, **args},
+        "args": {"correlation": correlation},
     }  # fmt: skip
 
 
@@ -133,8 +133,8 @@ def test_a_trace_of_a_gpu():
         kernel("ncclDevKernel_SendRecv", 100, 100, 1),
         kernel("some_cute_kernel", 150, 100, 2),
         kernel("gemm", 300, 100, 3),
-        kernel("cudnn_generated_fort_native_sdpa_sm90", 500, 100, 4, **{"graph node id": 8}),
-        kernel("ncclDevKernel_SendRecv", 550, 100, 4, **{"graph node id": 9}),
+        kernel("cudnn_generated_fort_native_sdpa_sm90", 500, 100, 4),
+        kernel("ncclDevKernel_SendRecv", 550, 100, 4),
     ]
     times = divide(events)
     found = {(component, *label): round(seconds * 1e6) for (component, label), seconds in times.seconds.items()}

@@ -98,12 +98,12 @@ def examine(timeout: float, run: bool = False, progress: Callable[[str], None] =
             providers.sort(key=lambda each: (not each.available, order.index(each.name)))
     runs: dict[str, dict[str, Any]] | None = {} if run else None
     if runs is not None:
-        for each in providers:
-            if each.available:  # one at a time, since each is timed
-                progress(f"running {each.name}")
-                outcome = run_probe("speed", each.name, timeout=timeout)
-                runs |= {each.name: outcome.value} if outcome.value else {}
-                found += _run_problem(each.name, outcome)
+        for names in _by_package(catalog.value or {}, packages).values():  # one at a time, since each is timed
+            usable = [each.name for each in providers if each.available and each.name in names]
+            for name, outcome in _runs(usable, timeout, progress).items():
+                runs |= {name: outcome.value} if outcome.value else {}
+                found += _run_problem(name, outcome)
+        runs = {each.name: runs[each.name] for each in providers if each.name in runs}
     copies: tuple[float, ...] | None = None
     if run and torch.value is not None and len(torch.value["gpus"]) > 1:
         progress("copying between GPUs")
@@ -169,6 +169,19 @@ def _providers(
     text = f"the package {package} is installed but cannot be imported: {broken}. {explain_import(broken)}".strip()
     fix = next((status["install"] for status in statuses.values() if status["install"]), None)
     return found, Problem(ERROR if machine.gpus else WARNING, text, fix or f"pip uninstall {package}")
+
+
+def _runs(names: list[str], timeout: float, progress: Callable[[str], None]) -> dict[str, Outcome]:
+    """The runs of the providers of one package, in one process; if that ends or hangs, in a process for each."""
+    if not names:
+        return {}
+    progress(f"running {', '.join(names)}")
+    outcome = run_probe("speeds", *names, timeout=timeout)
+    if outcome.value is not None:
+        return {name: dataclasses.replace(outcome, value=value) for name, value in outcome.value.items()}
+    if len(names) == 1:
+        return {names[0]: outcome}
+    return {name: found for each in names for name, found in _runs([each], timeout, progress).items()}
 
 
 def _provider(name: str, status: dict[str, Any], machine: Machine) -> Provider:

@@ -103,20 +103,23 @@ def module(name: str) -> dict[str, Any]:
     return {}
 
 
-def speed(name: str) -> dict[str, Any]:
-    """One call of a provider, compared with float64 and timed."""
+def speeds(*names: str) -> dict[str, Any]:
+    """One call of each of these providers, compared with float64 and timed."""
     import torch
 
     from diffusers_attn.cli.bench.measure import Setting, measure
     from diffusers_attn.cli.bench.workloads import workload_shape
     from diffusers_attn.providers.catalog import SPECS
 
-    gpu = torch.cuda.is_available() and "cuda" in SPECS[name].capabilities.devices
-    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
-    kind = torch.bfloat16 if gpu else torch.float32
-    shape = workload_shape("flux-1024" if gpu else "tiny")
-    (result,) = measure([name], Setting(shape, "none", kind, device, False, 0.2))
-    return dataclasses.asdict(result) | {"device": device.type, "dtype": str(kind).removeprefix("torch.")}
+    found = {}
+    for name in names:
+        gpu = torch.cuda.is_available() and "cuda" in SPECS[name].capabilities.devices
+        device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+        kind = torch.bfloat16 if gpu else torch.float32
+        shape = workload_shape("flux-1024" if gpu else "tiny")
+        (result,) = measure([name], Setting(shape, "none", kind, device, False, 0.2))
+        found[name] = dataclasses.asdict(result) | {"device": device.type, "dtype": str(kind).removeprefix("torch.")}
+    return found
 
 
 def links() -> dict[str, Any]:
@@ -184,7 +187,7 @@ def _one_line(error: BaseException) -> str:
 
 
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
-    each.__name__: each for each in (pytorch, library, providers, catalog, module, speed, links, strategies)
+    each.__name__: each for each in (pytorch, library, providers, catalog, module, speeds, links, strategies)
 }
 
 

@@ -80,11 +80,17 @@ def divide(events: Iterable[dict[str, Any]]) -> Times:
     own = threads.get(whole["tid"], _Segments([], []))
     device = [each for each in complete if each.get("cat") in _ON_DEVICE]
     if device:
-        seconds, hidden = _of_device(device, complete, threads, own, start, end)
+        launches = {
+            each["args"]["correlation"]: each
+            for each in complete
+            if each.get("cat") in _LAUNCHES and "correlation" in each.get("args", {})
+        }
+        launched = [(each, launches.get(each.get("args", {}).get("correlation"), each)) for each in device]
+        from_graphs = sum("GraphLaunch" in launch["name"] for _, launch in launched)
+        seconds, hidden = _of_device(launched, threads, own, start, end)
     else:
-        seconds, hidden = _of_thread(own, start, end), 0.0
-    graphs = sum(bool(each.get("args", {}).get("graph node id")) for each in device)
-    return Times(seconds, dict(calls), (end - start) / 1e6, hidden, graphs)
+        seconds, hidden, from_graphs = _of_thread(own, start, end), 0.0, 0
+    return Times(seconds, dict(calls), (end - start) / 1e6, hidden, from_graphs)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,22 +148,15 @@ def _of_thread(own: _Segments, start: float, end: float) -> dict[Part, float]:
 
 
 def _of_device(
-    device: list[dict[str, Any]],
-    complete: list[dict[str, Any]],
+    launched: list[tuple[dict[str, Any], dict[str, Any]]],
     threads: dict[Any, _Segments],
     own: _Segments,
     start: float,
     end: float,
 ) -> tuple[dict[Part, float], float]:
-    """Seconds by part, and those of hidden exchanges."""
-    launches = {
-        each["args"]["correlation"]: each
-        for each in complete
-        if each.get("cat") in _LAUNCHES and "correlation" in each.get("args", {})
-    }
+    """Seconds by part, and those of hidden exchanges, from the kernels, each with the event of its launch."""
     changes: list[tuple[float, int, Part]] = []
-    for each in device:
-        launch = launches.get(each.get("args", {}).get("correlation"), each)
+    for each, launch in launched:
         component, label = threads.get(launch["tid"], own).at(float(launch["ts"]))
         if component == OUTSIDE:  # launched by a thread of autograd
             component = own.at(float(launch["ts"]))[0]
