@@ -59,15 +59,15 @@ SHAPES = (
 )
 
 
-def variants(shape: Shape, mesh: ContextParallelMesh, provider: str, whole: list[Tensor]) -> dict[str, Attention]:
+def variants(shape: Shape, mesh: ContextParallelMesh, provider: str, full: list[Tensor]) -> dict[str, Attention]:
     """The variants by name, as functions of this rank's query, key and value."""
     shards = Shards.contiguous(shape.length, mesh.size)
     kernel = PartialKernel(provider)
     rest = [
         torch.cat([tensor.narrow(1, *run) for run in shards.without(mesh.rank)], dim=1).contiguous()
-        for tensor in whole[1:]
+        for tensor in full[1:]
     ]
-    every = [tensor.contiguous() for tensor in whole[1:]]
+    every = [tensor.contiguous() for tensor in full[1:]]
 
     def complete(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return kernel.forward(query, *every, None, False)[0]
@@ -149,10 +149,10 @@ def slowest(value: float) -> float:
     return tensor.item()
 
 
-def error(out: Tensor, query: Tensor, whole: list[Tensor]) -> float:
+def error(out: Tensor, query: Tensor, full: list[Tensor]) -> float:
     """The relative error of some rows."""
     rows = torch.linspace(0, query.shape[1] - 1, REFERENCE_ROWS, device=query.device).long()
-    q, k, v = query[:, rows].double(), whole[1].double(), whole[2].double()
+    q, k, v = query[:, rows].double(), full[1].double(), full[2].double()
     expected = torch.empty(*q.shape[:3], v.shape[-1], dtype=torch.float64, device=q.device)
     for head in range(q.shape[2]):
         weights = (q[0, :, head] @ k[0, :, head].T * q.shape[-1] ** -0.5).softmax(dim=-1)
@@ -163,10 +163,10 @@ def error(out: Tensor, query: Tensor, whole: list[Tensor]) -> float:
 def bench(shape: Shape, mesh: ContextParallelMesh, args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator("cuda").manual_seed(0)
     size = 1, shape.length, shape.heads, shape.head_dim
-    whole = [torch.randn(size, generator=generator, device="cuda").bfloat16() for _ in range(3)]
+    full = [torch.randn(size, generator=generator, device="cuda").bfloat16() for _ in range(3)]
     shards = Shards.contiguous(shape.length, mesh.size)
-    local = [split(tensor, shards, 1, mesh.rank).contiguous() for tensor in whole]
-    functions = variants(shape, mesh, args.provider, whole)
+    local = [split(tensor, shards, 1, mesh.rank).contiguous() for tensor in full]
+    functions = variants(shape, mesh, args.provider, full)
     # Of its own for each shape: once a graph was captured, its calls have one more barrier.
     chosen, gather = choose_transport(mesh.ring, mesh.device_type)
     if chosen.kind != SYMMETRIC:
@@ -175,14 +175,14 @@ def bench(shape: Shape, mesh: ContextParallelMesh, args: argparse.Namespace) -> 
     errors, times = {}, {}
     for mode, each in (("eager", functions), ("compiled", compiled)):
         for name, function in each.items():
-            errors[f"{name}, {mode}"] = error(function(*local), local[0], whole)
+            errors[f"{name}, {mode}"] = error(function(*local), local[0], full)
         times[mode] = measure(
             {name: lambda f=f: layers(f, local) for name, f in each.items()}, args.rounds, args.seconds
         )
     for mode, each in (("eager, graph", functions), ("compiled, graph", compiled)):
         graphs = {name: graphed(function, local) for name, function in each.items()}
         for name, graph in graphs.items():
-            errors[f"{name}, {mode}"] = error(graph(), local[0], whole)
+            errors[f"{name}, {mode}"] = error(graph(), local[0], full)
         times[mode] = measure(graphs, args.rounds, args.seconds)
     result = {"shape": shape._asdict(), "transport": chosen._asdict(), "microseconds": times, "errors": errors}
     return result | {"symmetric_bytes": 0 if gather is None else gather.nbytes}

@@ -148,10 +148,12 @@ def _variant(each: dict[str, Any], ranks: int, compiled: bool) -> _Variant | Non
     }.get(name.removesuffix("-late"))
     if calls is None:
         return None
-    gather, early = Strategy(1, ranks, "allgather"), compiled and not name.endswith("-late")
+    gather, overlap_pass = Strategy(1, ranks, "allgather"), compiled and not name.endswith("-late")
 
     def layer(work: Workload) -> float:
-        variants = (gather_seconds(work, gather, HARDWARE, KIND, 8, one_call=one, early=early) for one in calls)
+        variants = (
+            gather_seconds(work, gather, HARDWARE, KIND, 8, one_call=one, overlap_pass=overlap_pass) for one in calls
+        )
         return min(variants)
 
     return _Variant(gather, layer)
@@ -181,7 +183,7 @@ def layer_rows() -> Iterator[tuple[str, str, float, float]]:
             seconds = layer_seconds(work, Strategy(2, 1, None), HARDWARE, KIND, 8)
         elif variant.startswith("gather"):
             two = Strategy(1, 2, "allgather")
-            seconds = gather_seconds(work, two, HARDWARE, KIND, 8, one_call=False, early=False)
+            seconds = gather_seconds(work, two, HARDWARE, KIND, 8, one_call=False, overlap_pass=False)
         else:
             seconds = attention_seconds(work, work.tokens / 2, work.tokens, 1, HARDWARE, KIND)
         yield model, variant, measured, seconds * 1e6

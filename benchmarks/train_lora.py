@@ -155,14 +155,14 @@ class Bench:
         if self.device.type == "cpu":  # with --cpu, `accelerate launch` would start one process
             environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         late = time.monotonic() + self.args.timeout
-        with log.open("w") as said:
+        with log.open("w") as output:
             launcher = [sys.executable, "-m", "accelerate.commands.launch"]
             job = subprocess.Popen(
                 ended_with_parent([*launcher, *command]),
                 stdin=subprocess.PIPE,
                 env=environment,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
             )
             try:
                 while job.poll() is None:
@@ -368,12 +368,12 @@ def bench_all(bench: Bench, report: Report, began: float) -> None:
 def _line(result: dict[str, Any]) -> str:
     found = result.get("error") or (
         f"{result['seconds']:.3f} s, {result['peak_gb']:.1f} GB, loss {result['loss'][0]:.5f} to "
-        f"{result['loss'][-1]:.5f}, {_agreement(result)}, {result['wall_seconds']} s in all"
+        f"{result['loss'][-1]:.5f}, {_equality(result)}, {result['wall_seconds']} s in all"
     )
     return f"{result['strategy']}, {result['provider']}, {blocks(result)}: {found}"
 
 
-def _agreement(result: dict[str, Any]) -> str:
+def _equality(result: dict[str, Any]) -> str:
     if "agrees" not in result:
         return "nothing to compare with"
     return "agrees" if result["agrees"] else f"off by {result['loss_error']:.1e}, {result['gradient_norm_error']:.1e}"
@@ -425,13 +425,13 @@ def _resumption(result: dict[str, Any]) -> str:
     if not result["resumed_from"]:
         return ""
     error, other = result.get("adapter_error"), result.get("compared_with")
-    said = (
+    text = (
         f"{result['strategy']}, `{result['provider']}`, {blocks(result)}: killed behind step "
         f"{result['killed_behind']}, went on behind step {result['resumed_from']}"
     )
     if error is None:
-        return said
-    return f"{said}; its adapter {f'is {error:.1e} off that' if error else 'has the bits of that'} of {other}"
+        return text
+    return f"{text}; its adapter {f'is {error:.1e} off that' if error else 'has the bits of that'} of {other}"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import shapes, tensor_kinds
 from .errors import AttentionProviderError
 from .shapes import Layout
-from .tensor_kinds import Kind, Way
+from .tensor_kinds import TensorKind, Way
 
 
 class AttentionCall(NamedTuple):
@@ -40,7 +40,7 @@ class AttentionCall(NamedTuple):
     """Options of the provider, sorted by name."""
     needs_grad: bool = False
     """Whether a gradient of query, key or value may be computed."""
-    not_plain: tuple[str, Kind] | None = None
+    not_plain: tuple[str, TensorKind] | None = None
     """Name and kind of the first argument that is not a plain tensor; None if all are plain."""
 
     @property

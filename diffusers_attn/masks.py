@@ -110,8 +110,8 @@ def and_causal(mask: torch.Tensor, query_len: int, key_len: int) -> torch.Tensor
 
 def dead_rows(mask: torch.Tensor) -> torch.Tensor:
     """The rows without a key: bool `[batch | 1, heads | 1, query | 1, 1]`. Their output is zero and their lse -inf."""
-    alive = mask if mask.dtype == torch.bool else mask != float("-inf")
-    return ~alive.any(dim=-1, keepdim=True)
+    visible = mask if mask.dtype == torch.bool else mask != float("-inf")
+    return ~visible.any(dim=-1, keepdim=True)
 
 
 def as_bias(mask: torch.Tensor, dead: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -120,13 +120,13 @@ def as_bias(mask: torch.Tensor, dead: torch.Tensor | None, dtype: torch.dtype) -
     Kernels divide zero by zero in a fully masked row, and the NaN reaches gradients even if the output is cleared. So
     `dead` rows (None: there are none) attend to all keys in this bias, and the caller clears their output.
     """
-    alive = mask if dead is None else without_dead_rows(mask, dead)
+    lifted = mask if dead is None else without_dead_rows(mask, dead)
     if mask.dtype != torch.bool:
-        return alive.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~alive, float("-inf"))
+        return lifted.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~lifted, float("-inf"))
 
 
 def without_dead_rows(mask: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     """`mask` with all keys visible in its `dead` rows, as kernels need it."""
-    # For a bool mask: where a row is alive, mask != False is the mask; where it is dead, False != True is True.
+    # For a bool mask: where a row is live, mask != False is the mask; where it is dead, False != True is True.
     return mask != dead if mask.dtype == torch.bool else mask.masked_fill(dead, 0.0)

@@ -32,7 +32,7 @@ class Way:
     REFUSED = "by no provider"
 
 
-class Kind(NamedTuple):
+class TensorKind(NamedTuple):
     """A kind of tensors and how it is served."""
 
     name: str
@@ -43,29 +43,31 @@ class Kind(NamedTuple):
     """What to pass instead."""
 
 
-FORWARD = Kind("a dual tensor of forward-mode differentiation", Way.DERIVED)
-TRANSFORMED = Kind("a tensor within a torch.func transform", Way.DERIVED)
-NESTED = Kind("a nested tensor", Way.TORCH, "pass torch.nested.to_padded_tensor(...) and a mask of its padding")
-SPARSE = Kind("a tensor of layout {layout}", Way.REFUSED, "pass {argument}.to_dense()")
-QUANTISED = Kind("a quantised tensor", Way.REFUSED, "pass {argument}.dequantize()")
-NESTED_MASK = Kind("a nested tensor", Way.REFUSED, "pass a plain mask, with False where there is padding")
-LABELLED = Kind("a {cls}", Way.STRIPPED)
-OTHER = Kind("a {cls}, which is a tensor subclass", Way.TORCH, "pass the plain torch.Tensor with the same values")
+FORWARD = TensorKind("a dual tensor of forward-mode differentiation", Way.DERIVED)
+TRANSFORMED = TensorKind("a tensor within a torch.func transform", Way.DERIVED)
+NESTED = TensorKind("a nested tensor", Way.TORCH, "pass torch.nested.to_padded_tensor(...) and a mask of its padding")
+SPARSE = TensorKind("a tensor of layout {layout}", Way.REFUSED, "pass {argument}.to_dense()")
+QUANTISED = TensorKind("a quantised tensor", Way.REFUSED, "pass {argument}.dequantize()")
+NESTED_MASK = TensorKind("a nested tensor", Way.REFUSED, "pass a plain mask, with False where there is padding")
+LABELLED = TensorKind("a {cls}", Way.STRIPPED)
+OTHER = TensorKind("a {cls}, which is a tensor subclass", Way.TORCH, "pass the plain torch.Tensor with the same values")
 
 NOBODY = "and no provider accepts it"
 
 # By the full name of the class, so that the table imports nothing.
 _BY_CLASS = {
-    "diffusers_attn.vae.row_split.RowSplit": Kind("a RowSplit", Way.OWN),
-    "torch._subclasses.fake_tensor.FakeTensor": Kind("a FakeTensor", Way.ANY),
-    "torch._subclasses.functional_tensor.FunctionalTensor": Kind("a FunctionalTensor", Way.ANY),
-    "torch.distributed._functional_collectives.AsyncCollectiveTensor": Kind("an AsyncCollectiveTensor", Way.STRIPPED),
-    "torch.distributed.tensor.DTensor": Kind("a DTensor", Way.TORCH, "pass {argument}.to_local()"),
-    "torch.masked.maskedtensor.core.MaskedTensor": Kind(
+    "diffusers_attn.vae.row_split.RowSplit": TensorKind("a RowSplit", Way.OWN),
+    "torch._subclasses.fake_tensor.FakeTensor": TensorKind("a FakeTensor", Way.ANY),
+    "torch._subclasses.functional_tensor.FunctionalTensor": TensorKind("a FunctionalTensor", Way.ANY),
+    "torch.distributed._functional_collectives.AsyncCollectiveTensor": TensorKind(
+        "an AsyncCollectiveTensor", Way.STRIPPED
+    ),
+    "torch.distributed.tensor.DTensor": TensorKind("a DTensor", Way.TORCH, "pass {argument}.to_local()"),
+    "torch.masked.maskedtensor.core.MaskedTensor": TensorKind(
         "a MaskedTensor", Way.REFUSED, "pass {argument}.get_data(), and its mask as attn_mask"
     ),
     "torch.nested._internal.nested_tensor.NestedTensor": NESTED,
-    "torch.nn.attention.bias.CausalBias": Kind("a CausalBias", Way.CAUSAL),
+    "torch.nn.attention.bias.CausalBias": TensorKind("a CausalBias", Way.CAUSAL),
 }
 
 
@@ -74,7 +76,7 @@ def no_transform() -> bool:
     return forward_ad._current_level < 0 and peek_interpreter_stack() is None
 
 
-def of(query: Any, key: Any, value: Any, mask: Any) -> tuple[str, Kind] | None:
+def of(query: Any, key: Any, value: Any, mask: Any) -> tuple[str, TensorKind] | None:
     """The name of the first argument that is not a plain tensor, with its kind; None if all are plain.
 
     Raises:
@@ -106,18 +108,18 @@ def check_quantised(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise refused(argument, QUANTISED, NOBODY)
 
 
-def traced(query: Any, key: Any, value: Any, mask: Any) -> tuple[str, Kind] | None:
+def traced(query: Any, key: Any, value: Any, mask: Any) -> tuple[str, TensorKind] | None:
     """`of` while Dynamo traces, by types alone: a tensor in a graph shows the type that it has outside."""
     for argument, tensor in (("attn_mask", mask), ("query", query), ("key", key), ("value", value)):
         cls = type(tensor)
         if cls is not Tensor and cls is not Parameter and issubclass(cls, Tensor):
-            kind = Kind(*_constant_of_class(cls))
+            kind = TensorKind(*_constant_of_class(cls))
             if kind.way not in (Way.ANY, Way.STRIPPED):  # Dynamo handles these
                 return argument, kind
     return None
 
 
-def _of_tensor(tensor: Tensor) -> Kind | None:
+def _of_tensor(tensor: Tensor) -> TensorKind | None:
     cls = type(tensor)
     if cls is not Tensor and cls is not Parameter:
         return _of_class(cls)
@@ -138,7 +140,7 @@ def _constant_of_class(cls: type) -> tuple[str, ...]:
 
 
 @functools.cache
-def _of_class(cls: Any) -> Kind:
+def _of_class(cls: Any) -> TensorKind:
     for base in cls.__mro__:
         kind = _BY_CLASS.get(f"{base.__module__}.{base.__qualname__}")
         if kind is not None:
@@ -199,7 +201,7 @@ def is_upper_left(bias: Any) -> bool:
     return bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv
 
 
-def refused(argument: str, kind: Kind, why: str, instead: str = "") -> AttentionProviderError:
+def refused(argument: str, kind: TensorKind, why: str, instead: str = "") -> AttentionProviderError:
     """The error for a kind that is not served: what was given, `why` it is refused, and what to do."""
     remedies = [kind.remedy.format(argument=argument)] * bool(kind.remedy) + [instead] * bool(instead)
     do = ", or ".join(remedies)

@@ -62,12 +62,12 @@ def draw(adapter: Path | None) -> Image.Image:
 def sheet(pictures: dict[str, Image.Image], path: Path) -> None:
     """Images side by side, enlarged four times, with a line of text above each."""
     side, head = 4 * SIZE, 24
-    whole = Image.new("RGB", (side * len(pictures), side + head), "white")
+    canvas = Image.new("RGB", (side * len(pictures), side + head), "white")
     for number, (title, picture) in enumerate(pictures.items()):
-        whole.paste(picture.resize((side, side), Image.Resampling.NEAREST), (number * side, head))
-        ImageDraw.Draw(whole).text((number * side + 6, 6), title, fill="black")
+        canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (number * side, head))
+        ImageDraw.Draw(canvas).text((number * side + 6, 6), title, fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole.save(path)
+    canvas.save(path)
 
 
 def likeness(picture: Image.Image, wanted: Image.Image) -> float:

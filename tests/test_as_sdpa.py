@@ -55,8 +55,8 @@ def calls(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def lead(heads):
-        whole = [*batch, heads]
-        kept = whole[draw(st.integers(0, len(whole))) :] if heads == 1 and draw(st.booleans()) else whole
+        sizes = [*batch, heads]
+        kept = sizes[draw(st.integers(0, len(sizes))) :] if heads == 1 and draw(st.booleans()) else sizes
         return [
             1 if draw(st.integers(0, 5)) == 0 and place < len(kept) - 1 else each for place, each in enumerate(kept)
         ]
@@ -74,12 +74,12 @@ def calls(draw):
     mask = None
     form = draw(st.sampled_from([None, "bool", "bias", "expanded bias"]))
     if form is not None:
-        whole = [*batch, heads, *lengths]
-        ndim = draw(st.integers(1, len(whole)))
-        shape = [each if draw(st.booleans()) else 1 for each in whole][-ndim:]
+        sizes = [*batch, heads, *lengths]
+        ndim = draw(st.integers(1, len(sizes)))
+        shape = [each if draw(st.booleans()) else 1 for each in sizes][-ndim:]
         mask = normal(*shape) > -0.5 if form == "bool" else normal(*shape)
         if form == "expanded bias":
-            mask = mask.expand(whole)
+            mask = mask.expand(sizes)
     causal = draw(st.integers(0, 3)) == 0
     scale = draw(st.sampled_from([None, 0.3]))
     return tensors, {"attn_mask": mask, "is_causal": causal, "scale": scale, "enable_gqa": gqa}
@@ -112,7 +112,7 @@ def test_values_and_all_derivatives_are_those_of_pytorch(call, times):
             if not all(each.numel() for each in tensors) and got.shape != want.shape:
                 # PyTorch does not broadcast where an input is empty: its result has the batch of the query.
                 want = want.new_zeros(torch.broadcast_shapes(got.shape, want.shape))
-            torch.testing.assert_close(got, want, msg=lambda said, name=name: f"{name}: {said}")
+            torch.testing.assert_close(got, want, msg=lambda details, name=name: f"{name}: {details}")
 
 
 @pytest.mark.parametrize("provider", ["flex", "_native_math"])

@@ -77,8 +77,8 @@ def flat(tensor):
 def test_every_layout_and_mask(nodes, mask_shape, skip_reshape, skip_output_reshape):
     query, key, value = drawn()
     mask = None if mask_shape is None else torch.randn(mask_shape, dtype=torch.float64)
-    whole = mask if mask is None or mask.ndim == 4 else (mask[:, None] if mask.ndim == 3 else mask)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=whole, scale=0.3)
+    expanded = mask if mask is None or mask.ndim == 4 else (mask[:, None] if mask.ndim == 3 else mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=expanded, scale=0.3)
     given = (query, key, value) if skip_reshape else (flat(query), flat(key), flat(value))
     found = comfyui_attention(
         *given, HEADS, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, scale=0.3,

@@ -202,8 +202,8 @@ def test_what_cannot_be_done_is_one_clear_message(
     with pytest.raises(SystemExit) as stopped:
         script.main(["--device", "cpu", "--steps", "1", "--output", str(tmp_path / "picture.png"), *options])
     assert stopped.value.code == 1
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    errors = capsys.readouterr().err
+    assert message in errors and "Traceback" not in errors
     assert not list(tmp_path.iterdir())
 
 
@@ -226,8 +226,8 @@ def test_a_video_without_an_encoder_is_refused_before_it_is_drawn(
     call = [*SIZE, "--num_frames", "9", "--output", str(folder / "video.mp4")]
     with pytest.raises(SystemExit):
         script.main(["--model", str(folder / "wan"), *call])
-    said = capsys.readouterr().err
-    assert "`pip install imageio imageio-ffmpeg`" in said and "--frames" in said
+    errors = capsys.readouterr().err
+    assert "`pip install imageio imageio-ffmpeg`" in errors and "--frames" in errors
 
 
 def test_a_video_is_saved(script: ModuleType, tmp_path: Path) -> None:

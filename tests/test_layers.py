@@ -32,7 +32,7 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
+RANK = {layer_name: rank for rank, layer in enumerate(LAYERS) for layer_name in layer}
 # These packages have a file per idea that `__init__` collects: it may be imported by what it imports.
 PACKAGES = {".".join(file.parent.relative_to(ROOT.parent).parts): file for file in ROOT.rglob("__init__.py")}
 MODULES = {
@@ -45,10 +45,10 @@ COLLECTING = ["diffusers_attn", "diffusers_attn.context_parallel"]
 """packages without code of their own."""
 
 
-def room_of(module: str) -> str | None:
+def layer_of(module: str) -> str | None:
     """The layer's name for a module; None for the package itself, whose `__init__` collects the public names."""
     name = module.partition(".")[2]
-    return next((room for room in RANK if name == room or name.startswith(room + ".")), None)
+    return next((layer_name for layer_name in RANK if name == layer_name or name.startswith(layer_name + ".")), None)
 
 
 def imports_of(module: str, types_too: bool) -> Iterator[str]:
@@ -70,7 +70,7 @@ def imports_of(module: str, types_too: bool) -> Iterator[str]:
 
 
 def test_every_module_has_a_layer():
-    without = [module for module in MODULES if room_of(module) is None]
+    without = [module for module in MODULES if layer_of(module) is None]
     assert (
         sorted(without)
         == ["diffusers_attn", "diffusers_attn.context_parallel", "diffusers_attn.runtime"][: len(without)]
@@ -78,13 +78,13 @@ def test_every_module_has_a_layer():
 
 
 @pytest.mark.parametrize("room", RANK)
-def test_a_layer_imports_from_those_below(room):
+def test_a_layer_imports_from_those_below(layer_name):
     wrong = [
         f"{module} imports {other}"
         for module in MODULES
-        if room_of(module) == room
+        if layer_of(module) == layer_name
         for other in imports_of(module, types_too=True)
-        if room_of(other) not in (room, None) and RANK[room_of(other)] >= RANK[room]
+        if layer_of(other) not in (layer_name, None) and RANK[layer_of(other)] >= RANK[layer_name]
     ]
     assert not wrong
 

@@ -82,8 +82,8 @@ def _left_by(command: list[str], where: Path, number: int, ready: int) -> list[s
     folder = Path(tempfile.mkdtemp(prefix="end-"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    said = where / "said"
-    with said.open("w") as log:
+    output = where / "said"
+    with output.open("w") as log:
         # A command that runs in the background of a shell ignores SIGINT, and so do all that it starts.
         heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         parent = subprocess.Popen(command, cwd=where, env=environment, stdout=log, stderr=log, preexec_fn=heeds)
@@ -91,7 +91,7 @@ def _left_by(command: list[str], where: Path, number: int, ready: int) -> list[s
     try:
         until = time.monotonic() + TIMEOUT
         while len(list(folder.glob("ready-*"))) < ready:
-            assert parent.poll() is None and time.monotonic() < until, said.read_text()
+            assert parent.poll() is None and time.monotonic() < until, output.read_text()
             time.sleep(0.1)
         children = psutil.Process(parent.pid).children(recursive=True)
         assert len(children) >= ready

@@ -95,8 +95,8 @@ def test_versions_that_are_named_agree() -> None:
     assert project["tool"]["ruff"]["target-version"] == "py" + floor.replace(".", "")
     assert project["tool"]["mypy"]["python_version"] == floor
     assert f"Programming Language :: Python :: {floor}" in project["project"]["classifiers"]
-    said = " ".join((ROOT / "README.md").read_text().split())
-    assert f"Python {floor}, PyTorch {torch_floor} and diffusers {diffusers_floor} are the oldest that work" in said
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Python {floor}, PyTorch {torch_floor} and diffusers {diffusers_floor} are the oldest that work" in text
     lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
     pinned = {each.name: each.specifier for each in map(Requirement, filter(None, lines))}
     wanted = [

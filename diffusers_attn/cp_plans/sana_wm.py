@@ -60,17 +60,17 @@ def _plan(model: Any) -> Plan:
 
 def _by_heads(block: Any, recurrent: bool) -> list[Entry]:
     """Entries for one branch of a layer."""
-    whole: dict[ParamId | str | int, Any] = {
+    inputs: dict[ParamId | str | int, Any] = {
         ParamId("token_valid_mask"): advanced.CPGatherInput(1, 2, sequence="frames", grouped=True),
     }
     if recurrent:
-        whole |= {
+        inputs |= {
             ParamId("num_frames"): advanced.CPLength("frames", full=True),
             ParamId("beta_valid_mask"): advanced.CPGatherInput(2, 4, sequence="frames"),
             ParamId("decay_valid_mask"): advanced.CPGatherInput(2, 3, sequence="frames"),
         }
     arguments = _BY_TOKEN | _BY_FRAME if recurrent else _BY_TOKEN
-    return [whole, advanced.CPHeads("frames", block.attn.heads, arguments, output=(1, 2))]
+    return [inputs, advanced.CPHeads("frames", block.attn.heads, arguments, output=(1, 2))]
 
 
 PLANS = {"SanaWMTransformer3DModel": _plan}

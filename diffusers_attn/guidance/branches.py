@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Kind:
+class StepKind:
     """What is known of steps with latents of one shape."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Step:
         kind: what is known of such steps.
     """
 
-    def __init__(self, latents: Any, kind: Kind) -> None:
+    def __init__(self, latents: Any, kind: StepKind) -> None:
         self._latents = [(weakref.ref(each), version_of(each)) for each in _tensors(latents)]
         self.kind = kind
         self.calls = 0

@@ -21,7 +21,7 @@ from ..context_parallel.mesh import ContextParallelMesh
 from ..errors import AttentionProviderError
 from ..nested import mapped, tensors_in
 from .batch import Batch
-from .branches import Kind, Step, shape_of
+from .branches import Step, StepKind, shape_of
 from .cached_run import CachedRun
 from .division import Divider, Division
 from .groups import Groups
@@ -60,8 +60,8 @@ class GuidedCall:
         self._divides_batch = divides_batch
         self._first = next(iter(inspect.signature(type(model).forward.__get__(model)).parameters))
         self._made: dict[int, Groups] = {}
-        self._kinds: dict[Any, Kind] = {}
-        self._step: _Plan | None = None
+        self._kinds: dict[Any, StepKind] = {}
+        self._step: _StepInProgress | None = None
         self.computed = 0
         """Number of calls that this rank has computed, alone or with others."""
 
@@ -80,20 +80,20 @@ class GuidedCall:
         latents = args[0] if args else kwargs.get(self._first)
         if self._step is None or not self._step.step.continues_with(latents):
             self._step = self._begin(latents, run, branch is not None)
-        plan, number = self._step, self._step.step.calls
-        plan.step.calls += 1
-        if plan.arrival is not None and plan.arrival.is_over and number < plan.branches:
-            plan.step.was_interrupted = True
+        current, number = self._step, self._step.step.calls
+        current.step.calls += 1
+        if current.arrival is not None and current.arrival.is_over and number < current.branches:
+            current.step.was_interrupted = True
         if run is not None and (run.groups is None or branch is None):
-            return self._together(model, plan, number, args, kwargs)
+            return self._together(model, current, number, args, kwargs)
         if run is not None and branch is not None and run.groups is not None:
-            return self._of_run(model, plan, run, run.groups, branch, number, latents, args, kwargs)
-        if plan.groups is None or number >= plan.branches:
-            return self._together(model, plan, number, args, kwargs)
-        owner = number % plan.division.owners
-        return self._by_branch(model, plan, plan.groups, number, owner, latents, args, kwargs)
+            return self._of_run(model, current, run, run.groups, branch, number, latents, args, kwargs)
+        if current.groups is None or number >= current.branches:
+            return self._together(model, current, number, args, kwargs)
+        owner = number % current.division.owners
+        return self._by_branch(model, current, current.groups, number, owner, latents, args, kwargs)
 
-    def _begin(self, latents: Any, run: CachedRun | None, has_name: bool) -> _Plan:
+    def _begin(self, latents: Any, run: CachedRun | None, has_name: bool) -> _StepInProgress:
         """Plans a new step.
 
         Args:
@@ -103,7 +103,7 @@ class GuidedCall:
         """
         if self._step is not None:
             self._step.step.end()
-        kind = self._kinds.setdefault(shape_of(latents), Kind())
+        kind = self._kinds.setdefault(shape_of(latents), StepKind())
         batch, guides = Batch.of(latents), self._guides()
         samples = batch.samples if self._divides_batch and run is None else 1
         branches = 1 if kind.one_by_one or kind.branches is None else kind.branches
@@ -120,10 +120,10 @@ class GuidedCall:
             run.begin((groups or alone) if has_name else None)
             groups = run.groups
             division = Division(1, 1 if groups is None else groups.count)
-        plan = _Plan(Step(latents, kind), batch, division, branches)
-        plan.groups = groups
-        plan.alone = alone if run is None else run.groups
-        return plan
+        current = _StepInProgress(Step(latents, kind), batch, division, branches)
+        current.groups = groups
+        current.alone = alone if run is None else run.groups
+        return current
 
     def _groups(self, count: int) -> Groups:
         if count not in self._made:
@@ -134,29 +134,29 @@ class GuidedCall:
         return self._made[count]
 
     def _together(
-        self, model: nn.Module, plan: _Plan, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: nn.Module, current: _StepInProgress, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call that all ranks compute. Groups divide its batch, if the step is divided so; otherwise its sequence is
         split over all ranks, and the first time over those of each group alone."""
         self.computed += 1
         args, kwargs = self._inputs.exchanged(args, kwargs)
         plain = _plain(args, kwargs)
-        parts, groups = plan.division.parts, plan.alone
+        parts, groups = current.division.parts, current.alone
         if parts > 1:
             groups = self._groups(parts)
-            args, kwargs = plan.batch.part_of((args, kwargs), groups.index, parts)
+            args, kwargs = current.batch.part_of((args, kwargs), groups.index, parts)
             one_thread.take(names_of_groups(model), model)
         with using_mesh(model, _mesh(model) if groups is None else groups.mesh), self._inputs.as_given():
             output = nn.Module._call_impl(model, *args, **kwargs)
         if parts > 1 and groups is not None:
-            output = plan.batch.joined(output, groups)
-        plan.step.kind.outputs[number, plain] = mapped(output, _like)
+            output = current.batch.joined(output, groups)
+        current.step.kind.outputs[number, plain] = mapped(output, _like)
         return output
 
     def _of_run(
         self,
         model: nn.Module,
-        plan: _Plan,
+        current: _StepInProgress,
         run: CachedRun,
         groups: Groups,
         branch: str,
@@ -169,14 +169,14 @@ class GuidedCall:
         outputs are not known, every group computes every branch by itself."""
         is_new = branch not in run.owners
         owner = run.owners.setdefault(branch, number % groups.count)
-        if is_new and (number, _plain(args, kwargs)) not in plan.step.kind.outputs:
-            return self._together(model, plan, number, args, kwargs)
-        return self._by_branch(model, plan, groups, number, owner, latents, args, kwargs, may_be_together=False)
+        if is_new and (number, _plain(args, kwargs)) not in current.step.kind.outputs:
+            return self._together(model, current, number, args, kwargs)
+        return self._by_branch(model, current, groups, number, owner, latents, args, kwargs, may_be_together=False)
 
     def _by_branch(
         self,
         model: nn.Module,
-        plan: _Plan,
+        current: _StepInProgress,
         groups: Groups,
         number: int,
         owner: int,
@@ -191,10 +191,10 @@ class GuidedCall:
             may_be_together: whether all ranks may compute it instead, if its output is not known from an earlier step.
                 Otherwise it must be like that of another call.
         """
-        outputs_before = plan.step.kind.outputs
+        outputs_before = current.step.kind.outputs
         expected = outputs_before.get((number, _plain(args, kwargs)))
         if expected is None and may_be_together:  # a call of a new kind
-            return self._together(model, plan, number, args, kwargs)
+            return self._together(model, current, number, args, kwargs)
         if expected is None and not outputs_before:
             raise AttentionProviderError(
                 f"{type(model).__name__} has a cache of diffusers, and the shape of its latents changed while the "
@@ -203,26 +203,26 @@ class GuidedCall:
             )
         expected = next(iter(outputs_before.values())) if expected is None else expected
         given = args, kwargs
-        is_exchanged = plan.arrival is None or not (may_be_together or self._inputs.knows(args, kwargs))
+        is_exchanged = current.arrival is None or not (may_be_together or self._inputs.knows(args, kwargs))
         if is_exchanged:
             args, kwargs = self._inputs.exchanged(args, kwargs)
-        if plan.arrival is None:
-            plan.arrival = Arrival(functools.partial(self._exchange, plan))
+        if current.arrival is None:
+            current.arrival = Arrival(functools.partial(self._exchange, current))
             one_thread.take(names_of_groups(model), model)
         if not is_exchanged:
             args, kwargs = self._inputs.later(args, kwargs)
-        arrival = plan.arrival
+        arrival = current.arrival
         assert arrival is not None
-        division = plan.division
+        division = current.division
         part, mine = division.place(groups.index)
-        parts = [plan.batch.part_of(expected, each, division.parts) for each in range(division.parts)]
+        parts = [current.batch.part_of(expected, each, division.parts) for each in range(division.parts)]
         values: list[Tensor] | None = None
         if owner == mine:
             self.computed += 1
             with using_mesh(model, groups.mesh), self._inputs.as_given():
                 if not is_exchanged:
                     args, kwargs = self._inputs.within(groups, args, kwargs)
-                args, kwargs = plan.batch.part_of((args, kwargs), part, division.parts)
+                args, kwargs = current.batch.part_of((args, kwargs), part, division.parts)
                 output = nn.Module._call_impl(model, *args, **kwargs)
             _check(model, output, parts[part])
             values = tensors_in(output)
@@ -234,41 +234,41 @@ class GuidedCall:
             return pending[-1]
 
         outputs = mapped(expected, promise)
-        plan.outputs.append(_Output(number, given, is_exchanged, owner, expected, parts, pending, values))
+        current.outputs.append(_Output(number, given, is_exchanged, owner, expected, parts, pending, values))
         if arrival.is_over:  # outputs were needed before this call
-            self._exchange(plan)
-        elif number == plan.branches - 1:
+            self._exchange(current)
+        elif number == current.branches - 1:
             arrival.finish()
         return known(outputs) if arrival.is_over else outputs
 
-    def _exchange(self, plan: _Plan) -> None:
+    def _exchange(self, current: _StepInProgress) -> None:
         """Sets the values of the step's pending outputs. All ranks call this at the same place of the pipeline."""
-        model, outputs = self._model(), plan.outputs
-        assert model is not None and plan.groups is not None
-        plan.outputs = []
-        self._keep_pace(model, plan, plan.groups, outputs)
-        _exchange(plan, plan.groups, outputs)
+        model, outputs = self._model(), current.outputs
+        assert model is not None and current.groups is not None
+        current.outputs = []
+        self._keep_pace(model, current, current.groups, outputs)
+        _exchange(current, current.groups, outputs)
         if not self._inputs.confirm():
             for each in outputs:
                 if not each.is_exchanged:
-                    again = self._together(model, plan, each.number, *each.given)
+                    again = self._together(model, current, each.number, *each.given)
                     for pending, value in zip(each.pending, tensors_in(again), strict=True):
                         pending.value = value
 
-    def _keep_pace(self, model: nn.Module, plan: _Plan, groups: Groups, outputs: list[_Output]) -> None:
+    def _keep_pace(self, model: nn.Module, current: _StepInProgress, groups: Groups, outputs: list[_Output]) -> None:
         """Where a step ended early, a group may have computed fewer calls. FSDP gathers weights from all ranks in every
         forward, so then it computes a call again that another group waits in."""
-        part, mine = plan.division.place(groups.index)
-        calls = [sum(each.owner == owner for each in outputs) for owner in range(plan.division.owners)]
+        part, mine = current.division.place(groups.index)
+        calls = [sum(each.owner == owner for each in outputs) for owner in range(current.division.owners)]
         missing = max(calls) - calls[mine]
         if missing and any(isinstance(each, DTensor) for each in model.parameters()):
-            args, kwargs = plan.batch.part_of(outputs[0].given, part, plan.division.parts)
+            args, kwargs = current.batch.part_of(outputs[0].given, part, current.division.parts)
             for _ in range(missing):
                 with using_mesh(model, groups.mesh), self._inputs.as_given():
                     nn.Module._call_impl(model, *args, **kwargs)
 
 
-class _Plan:
+class _StepInProgress:
     """How the calls of one step are computed.
 
     Args:
@@ -327,12 +327,12 @@ class _Slot:
         self.value = value
 
 
-def _exchange(plan: _Plan, groups: Groups, outputs: list[_Output]) -> None:
+def _exchange(current: _StepInProgress, groups: Groups, outputs: list[_Output]) -> None:
     """Sets the values of pending tensors on all ranks."""
     slots: list[_Slot] = []
     for output in outputs:
         for part, nest in enumerate(output.parts):
-            group = part * plan.division.owners + output.owner
+            group = part * current.division.owners + output.owner
             found = tensors_in(nest)
             mine = output.values if group == groups.index and output.values is not None else [None] * len(found)
             slots += [_Slot(group, each, value) for each, value in zip(found, mine, strict=True)]
@@ -347,7 +347,7 @@ def _exchange(plan: _Plan, groups: Groups, outputs: list[_Output]) -> None:
     arrived = iter(slots)
     for output in outputs:
         parts = [mapped(nest, lambda _: next(arrived).value) for nest in output.parts]
-        values = tensors_in(plan.batch.merged(parts, output.expected))
+        values = tensors_in(current.batch.merged(parts, output.expected))
         for pending, value in zip(output.pending, values, strict=True):
             pending.value = value
 

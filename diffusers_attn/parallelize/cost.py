@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..providers.hardware import Hardware, Kind, Link
+from ..providers.hardware import DeviceKind, Hardware, Link
 
 
 class Workload(NamedTuple):
@@ -38,8 +38,8 @@ class Workload(NamedTuple):
     """Floating-point operations per second of the attention kernel, if all multiprocessors are busy."""
     itemsize: int = 2
     """Bytes of an element."""
-    weights_beside: int = 0
-    """Number of weights of a layer's matrix products that need neither keys nor values: these travel meanwhile."""
+    weights_overlapped: int = 0
+    """Number of weights of the matrix products of a layer that are computed while keys and values travel."""
 
 
 class Strategy(NamedTuple):
@@ -58,7 +58,7 @@ class Strategy(NamedTuple):
 
 
 def step_seconds(
-    works: Sequence[Workload], strategy: Strategy, hardware: Hardware, kind: Kind, ranks_per_node: int
+    works: Sequence[Workload], strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int
 ) -> float:
     """Seconds of attention, exchanges and merges in one forward.
 
@@ -69,7 +69,9 @@ def step_seconds(
     return sum(each.layers * layer_seconds(each, strategy, hardware, kind, ranks_per_node) for each in works)
 
 
-def layer_seconds(work: Workload, strategy: Strategy, hardware: Hardware, kind: Kind, ranks_per_node: int) -> float:
+def layer_seconds(
+    work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int
+) -> float:
     """Seconds of one layer; see `step_seconds`."""
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
     exchange = _ulysses_seconds(work, strategy, hardware, kind, ranks_per_node) if ulysses > 1 else 0.0
@@ -84,7 +86,7 @@ def layer_seconds(work: Workload, strategy: Strategy, hardware: Hardware, kind: 
 
 
 def attention_seconds(
-    work: Workload, queries: float, keys: float, ulysses: int, hardware: Hardware, kind: Kind
+    work: Workload, queries: float, keys: float, ulysses: int, hardware: Hardware, kind: DeviceKind
 ) -> float:
     """Seconds of one call of the kernel with `1 / ulysses` of the heads."""
     tiles = math.ceil(work.heads / ulysses) * math.ceil(queries / kind.query_tile)
@@ -102,41 +104,45 @@ def gather_seconds(
     work: Workload,
     strategy: Strategy,
     hardware: Hardware,
-    kind: Kind,
+    kind: DeviceKind,
     ranks_per_node: int,
     *,
     one_call: bool,
-    early: bool = True,
+    overlap_pass: bool = True,
 ) -> float:
     """Seconds of one layer with a gather, without the exchange of Ulysses.
 
     Args:
         one_call: one call over all keys when they have arrived; otherwise two calls and a merge.
-        early: whether keys and values are sent before the projections of the queries, as in compiled graphs.
+        overlap_pass: whether keys and values are sent before the projections of the queries, as in compiled graphs.
     """
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
     queries = work.tokens / ring
     transfer = _transfer_seconds(work, strategy, hardware, kind, ranks_per_node, blocks=ring - 1)
-    products = 2 * work.weights_beside * queries / hardware.matrix_flops
-    exposed = max(0.0, transfer - products) if early and ulysses == 1 and kind.overlaps else transfer
+    products = 2 * work.weights_overlapped * queries / hardware.matrix_flops
+    exposed = max(0.0, transfer - products) if overlap_pass and ulysses == 1 and kind.overlaps else transfer
     if one_call:
         own = 2 * _block_bytes(work, strategy) / hardware.memory_bytes_per_second
         return exposed + own + attention_seconds(work, queries, work.tokens, ulysses, hardware, kind)
     local = attention_seconds(work, queries, queries, ulysses, hardware, kind)
     others = attention_seconds(work, queries, queries * (ring - 1), ulysses, hardware, kind)
-    return _together(exposed, local, kind) + others + _merge_seconds(work, strategy, hardware, kind)
+    return _overlapped(exposed, local, kind) + others + _merge_seconds(work, strategy, hardware, kind)
 
 
-def _ring_seconds(work: Workload, strategy: Strategy, hardware: Hardware, kind: Kind, ranks_per_node: int) -> float:
+def _ring_seconds(
+    work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int
+) -> float:
     ring = strategy.ring_degree
     block = work.tokens / ring
     call = attention_seconds(work, block, block, strategy.ulysses_degree, hardware, kind)
     transfer = _transfer_seconds(work, strategy, hardware, kind, ranks_per_node, blocks=1)
     merge = _merge_seconds(work, strategy, hardware, kind)
-    return (ring - 1) * (_together(transfer, call, kind) + merge) + call
+    return (ring - 1) * (_overlapped(transfer, call, kind) + merge) + call
 
 
-def _ulysses_seconds(work: Workload, strategy: Strategy, hardware: Hardware, kind: Kind, ranks_per_node: int) -> float:
+def _ulysses_seconds(
+    work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int
+) -> float:
     """Exchanges of query, key, value and output."""
     ulysses = strategy.ulysses_degree
     token = work.tokens / (ulysses * strategy.ring_degree) * work.head_dim * work.itemsize
@@ -153,7 +159,7 @@ def _ulysses_seconds(work: Workload, strategy: Strategy, hardware: Hardware, kin
 
 
 def _transfer_seconds(
-    work: Workload, strategy: Strategy, hardware: Hardware, kind: Kind, ranks_per_node: int, blocks: int
+    work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int, blocks: int
 ) -> float:
     """Seconds until this number of blocks of keys and values has arrived."""
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
@@ -173,11 +179,11 @@ def _block_bytes(work: Workload, strategy: Strategy) -> float:
     return 2 * tokens * heads * work.head_dim * work.itemsize
 
 
-def _merge_seconds(work: Workload, strategy: Strategy, hardware: Hardware, kind: Kind) -> float:
+def _merge_seconds(work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind) -> float:
     tokens, heads = work.tokens / strategy.ring_degree, work.heads / strategy.ulysses_degree
     nbytes = tokens * heads * work.head_dim * work.itemsize
     return kind.merge_passes * nbytes / hardware.memory_bytes_per_second + kind.launch_seconds
 
 
-def _together(transfer: float, compute: float, kind: Kind) -> float:
+def _overlapped(transfer: float, compute: float, kind: DeviceKind) -> float:
     return max(transfer, compute) if kind.overlaps else transfer + compute

@@ -207,12 +207,12 @@ def attach_guidance(
     mode = "trust" if hook is None else hook.mode
 
     def within(groups: Groups) -> InputSync | None:
-        held = reference()
-        if groups.mesh.size == 1 or held is None:
+        existing = reference()
+        if groups.mesh.size == 1 or existing is None:
             return None
         links = Links.of(groups.mesh, timeout)
         leases.append(links.lease)
-        return InputSync(held, links, mode, caches, name)
+        return InputSync(existing, links, mode, caches, name)
 
     call = GuidedCall(
         model,

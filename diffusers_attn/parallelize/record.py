@@ -32,7 +32,7 @@ def record(chosen: Choices, device: str) -> str:
     """
     reasons: dict[str, None] = {}
     for target in chosen.targets:
-        agree = _agreement(target.model)
+        agree = _gather_in_forward(target.model)
         if chosen.cuda_graphs is True:
             _apply_or_raise(target.model, agree)
         elif chosen.cuda_graphs is False or device != "cuda":
@@ -50,13 +50,13 @@ def record(chosen: Choices, device: str) -> str:
     return f"no CUDA graphs: {'; '.join(reasons)}" if reasons else "steps are replayed as CUDA graphs"
 
 
-def _agreement(model: nn.Module) -> Callable[[Any], Sequence[Any]]:
+def _gather_in_forward(model: nn.Module) -> Callable[[Any], Sequence[Any]]:
     """Gathers a value from the ranks that split the forward of `model` that runs now: with guidance, one group's."""
     reference = weakref.ref(model)
 
     def agree(value: Any) -> Sequence[Any]:
-        held = reference()
-        groups: list[dist.ProcessGroup | None] = [resolve(name) for name in names_of_groups(held)] if held else []
+        now = reference()
+        groups: list[dist.ProcessGroup | None] = [resolve(name) for name in names_of_groups(now)] if now else []
         return everyone(value, groups)
 
     return agree

@@ -35,19 +35,19 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
         AttentionProviderError: there is nothing to split, a model is split already, or attention of a model cannot be
             bound to a provider.
     """
-    whole: list[str] = []
+    unsplit: list[str] = []
     if isinstance(pipeline_or_model, nn.Module):
         model = unwrapped(pipeline_or_model)
         targets = [Target(type(model).__name__, model, get_cp_plan(model) if plan is None else plan)]
     else:
-        targets, whole = _of_pipeline(pipeline_or_model, plan)
+        targets, unsplit = _of_pipeline(pipeline_or_model, plan)
     for target in targets:
         if applied_tracker(target.model) is not None:
             raise AttentionProviderError(
                 f"{target.name} is split between ranks already. To change that, call disable_context_parallel first "
                 "(or remove_context_parallel, if apply_context_parallel split it)."
             )
-        copies.check_whole(target.model)
+        copies.check_not_split(target.model)
         check_bindable(target.model)
         if getattr(target.model, "_parallel_config", None) is not None:
             raise AttentionProviderError(
@@ -56,7 +56,7 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
             )
         _check_routed(target)
         diffusers_hooks.check(target.model, target.plan)
-    return targets, whole
+    return targets, unsplit
 
 
 def models_of(pipeline_or_model: Any) -> list[nn.Module]:
@@ -144,7 +144,7 @@ def _models(components: dict[str, Any]) -> dict[str, nn.Module]:
 
 def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[str]]:
     targets: dict[int, Target] = {}
-    whole: list[str] = []
+    unsplit: list[str] = []
     components = _components(pipeline)
     for name, model in _models(components).items():
         transformer = name == "transformer" or name.startswith("transformer_")
@@ -152,7 +152,7 @@ def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[s
         if found is not None:
             targets.setdefault(id(model), Target(f"{name} ({type(model).__name__})", model, found))
         elif transformer:
-            whole.append(f"{name} ({type(model).__name__})")
+            unsplit.append(f"{name} ({type(model).__name__})")
     if not targets:
         reasons = "".join(f"{reason} " for reason in map(uncovered, components.values()) if reason is not None)
         raise AttentionProviderError(
@@ -167,7 +167,7 @@ def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[s
             f"one plan was given, but {type(pipeline).__name__} has transformers of {len(classes)} classes, "
             f"{', '.join(sorted(classes))}. Register a plan for each class, or enable the models one by one."
         )
-    return list(targets.values()), whole
+    return list(targets.values()), unsplit
 
 
 def _registered(model: nn.Module) -> Plan | None:

@@ -38,8 +38,8 @@ def workloads(
             tokens = tokens_of(target, name)
             head_dim = _head_dim(module, heads)
             flops = attention_flops(providers, capability, head_dim, tokens, hardware)
-            beside = _weights_beside(target.model, name, module)
-            found[Workload(tokens, heads, kv_heads, head_dim, 1, flops, itemsize, beside)] += 1
+            overlapped = _weights_overlapped(target.model, name, module)
+            found[Workload(tokens, heads, kv_heads, head_dim, 1, flops, itemsize, overlapped)] += 1
     return tuple(work._replace(layers=count) for work, count in found.items())
 
 
@@ -77,7 +77,7 @@ def _head_dim(module: Any, heads: int) -> int:
     return max(1, width // heads)
 
 
-def _weights_beside(model: nn.Module, name: str, module: Any) -> int:
+def _weights_overlapped(model: nn.Module, name: str, module: Any) -> int:
     """The number of weights of the query's projection, and of an MLP that runs in parallel with attention."""
     block: Any = model.get_submodule(name.rpartition(".")[0])
     linear = (getattr(module, "to_q", None), getattr(block, "proj_mlp", None))

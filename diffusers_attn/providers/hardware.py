@@ -39,7 +39,7 @@ class Hardware(NamedTuple):
     """Copies into another GPU's memory by copy engines; None if GPUs do not reach each other's memory."""
 
 
-class Kind(NamedTuple):
+class DeviceKind(NamedTuple):
     """What the implementation does on one type of device."""
 
     overlaps: bool
@@ -54,14 +54,14 @@ class Kind(NamedTuple):
     """Number of queries that one multiprocessor attends with at a time."""
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, DeviceKind] = {
     # merge: 73 us for 50.3 MB (Wan 1.3B, context_parallel-wan-h200x2.json) at 3.5 TB/s. pack: exchange kernels minus
     # the same kernels of the gather, about 24 us for 14.2 MB (context_parallel-flux-h200x2.json). launch: attention in
     # two calls takes 8 us more than in one there. tile: 128 queries in all kernels for sm_90 (arXiv 2407.08608).
-    "cuda": Kind(True, 5, 6, 4e-6, 128),
+    "cuda": DeviceKind(True, 5, 6, 4e-6, 128),
     # merge: seven PyTorch operators, some of them in float32 (attention/merge.py). pack: every exchanged tensor is
     # read and written once.
-    "cpu": Kind(False, 23, 8, 20e-6, 1),
+    "cpu": DeviceKind(False, 23, 8, 20e-6, 1),
 }
 """By device type. Other types are treated as "cuda"."""
 

@@ -32,24 +32,24 @@ _LEGACY_STREAM = 0  # what CUDA calls the default stream: it cannot be captured
 class _Owner:
     """The results for a tensor and its views, at one version of the tensor."""
 
-    __slots__ = ("alive", "device_index", "tensor", "version", "views")
+    __slots__ = ("device_index", "live", "tensor", "version", "views")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor, functools.partial(_forget, id(tensor)))
         self.version = tensor._version
         self.device_index = tensor.device.index
         self.views: dict[object, _Answer | None] = {}
-        self.alive = False
+        self.live = False
         """Whether all rows of the tensor itself are known to be live."""
 
 
 class _Answer:
     """The check of one view of a mask, which runs on the device."""
 
-    __slots__ = ("alive", "dead", "ready")
+    __slots__ = ("dead", "live", "ready")
 
     def __init__(self, mask: Tensor) -> None:
-        self.alive = False
+        self.live = False
         self.dead = torch.empty((), dtype=torch.bool, pin_memory=True)
         self.dead.copy_(masks.dead_rows(mask).any(), non_blocking=True)
         self.ready: torch.cuda.Event | None = torch.cuda.Event()
@@ -57,8 +57,8 @@ class _Answer:
 
     def look(self) -> bool:
         if self.ready is not None and self.ready.query():
-            self.alive, self.ready = not self.dead.item(), None
-        return self.alive
+            self.live, self.ready = not self.dead.item(), None
+        return self.live
 
 
 def where_live(attention: Callable[..., Tensor], otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -74,7 +74,7 @@ def where_live(attention: Callable[..., Tensor], otherwise: Callable[..., Tensor
             owner = _owners.get(id(mask))
             if (
                 owner is not None
-                and owner.alive
+                and owner.live
                 and owner.version == mask._version
                 and _raw_stream(owner.device_index) == _LEGACY_STREAM  # type: ignore[misc]
             ):
@@ -110,13 +110,13 @@ def known_live(mask: Tensor) -> bool:
         asks = view in owner.views and not is_functorch_wrapped_tensor(mask)
         owner.views[view] = _Answer(mask) if asks else None
         return False
-    if not (answer.alive or answer.look()):
+    if not (answer.live or answer.look()):
         return False
     if view is None:
-        owner.alive = True
+        owner.live = True
     else:  # most models create a view once and pass it to every layer
         _owners[id(mask)] = own = _Owner(mask)
-        own.alive = True
+        own.live = True
     return True
 
 

@@ -33,11 +33,11 @@ def components_of(pipeline: Any, function: str) -> dict[str, nn.Module]:
             f"{function} was given a {type(pipeline).__name__}; a diffusers pipeline is accepted."
         )
     models = {name: each for name, each in components.items() if isinstance(each, nn.Module)}
-    whole = next((name for name, each in models.items() if each._compiled_call_impl is not None), None)
-    if whole is not None:
+    compiled = next((name for name, each in models.items() if each._compiled_call_impl is not None), None)
+    if compiled is not None:
         raise AttentionProviderError(
-            f"'{whole}' is compiled as a whole, so that its calls cannot be timed. Compile its blocks instead: "
-            f"apply_compile(pipe.{whole})."
+            f"'{compiled}' is compiled as a whole, so that its calls cannot be timed. Compile its blocks instead: "
+            f"apply_compile(pipe.{compiled})."
         )
     return models
 

@@ -56,7 +56,7 @@ class ModuleCall(NamedTuple):
     outputs: list[Tensor]
 
 
-class Watch:
+class ModuleWatch:
     """Context manager that sets hooks on all modules of a model.
 
     Args:
@@ -77,7 +77,7 @@ class Watch:
         self.running: list[tuple[str, int, dict[str, Tensor]]] = []
         """The running modules, innermost last. A module that raises stays in the list."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ModuleWatch:
         self._calls: dict[str, int] = {}
         self._handles = []
         for name, module in self._model.named_modules():
@@ -128,7 +128,7 @@ def record(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[tuple[str, in
         # Copies, as models write into tensors.
         calls[name, number] = ModuleCall({each: tensor.detach().clone() for each, tensor in inputs.items()}, [])
 
-    with Watch(model, ended, began):
+    with ModuleWatch(model, ended, began):
         return calls, run()
 
 
@@ -198,7 +198,7 @@ def compare(
             attention_calls[0] = 0
 
     tracker.attention = counting  # type: ignore[method-assign]
-    watch = Watch(model, ended, began)
+    watch = ModuleWatch(model, ended, began)
     try:
         with watch:
             return run(), found[0] if found else None, None

@@ -35,7 +35,7 @@ from ..errors import AttentionProviderError
 from ..parent_process import end_with_parent
 from ..scope import attention_provider
 from .compare import compare, record, relative_error, tensors_in
-from .report import Strategy
+from .report import StrategyReport
 
 STRATEGIES = {"ulysses": ("ulysses", "allgather"), "gather": ("ring", "allgather"), "ring": ("ring", "alltoall")}
 """Dimension of the mesh and rotate_method of each strategy."""
@@ -153,17 +153,19 @@ def work(
             outputs, difference, raised = compare(
                 model, lambda: _forward(model, inputs), alone, tracker, names, job.tolerance
             )
-        found = Strategy(name, difference=None if difference is None else difference[1])
+        found = StrategyReport(name, difference=None if difference is None else difference[1])
         order = difference[0] if difference is not None else 0
         if raised is not None:
             if difference is None:
-                found = Strategy(name, failure="".join(traceback.format_exception_only(raised)).strip())
+                found = StrategyReport(name, failure="".join(traceback.format_exception_only(raised)).strip())
             _write(folder, name, rank, (order, found))
             return  # the other ranks may be waiting for this one, so no further exchange is possible
         error, gradient_error, gradient = _error(outputs, expected), None, ""
         if job.gradients and error <= job.tolerance:
             gradient_error, gradient = _gradient_error(_gradients(model, outputs), expected_grads, mesh)
-        found = Strategy(name, error, gradient_error, gradient, None if error <= job.tolerance else found.difference)
+        found = StrategyReport(
+            name, error, gradient_error, gradient, None if error <= job.tolerance else found.difference
+        )
         _write(folder, name, rank, (order, found))
         remove_context_parallel(model)
 

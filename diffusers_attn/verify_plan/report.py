@@ -53,7 +53,7 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Strategy:
+class StrategyReport:
     """The results of one strategy."""
 
     name: str
@@ -76,12 +76,12 @@ class CPPlanReport:
     model: str
     world_size: int
     tolerance: float
-    strategies: tuple[Strategy, ...]
+    strategies: tuple[StrategyReport, ...]
     unexchanged: float | None
     """Relative error of the output when attention exchanges nothing between ranks. It must exceed the tolerance, or the
     comparison proves nothing. Infinite if the model does not run that way, None if this was not tried."""
 
-    def right(self, strategy: Strategy) -> bool:
+    def right(self, strategy: StrategyReport) -> bool:
         """Whether this strategy gives the results of one process, within the tolerance."""
         errors = [error for error in (strategy.error, strategy.gradient_error) if error is not None]
         return strategy.error is not None and all(error <= self.tolerance for error in errors)
@@ -124,7 +124,7 @@ class CPPlanReport:
             )
         return "\n".join(lines)
 
-    def _summary(self, strategy: Strategy) -> str:
+    def _summary(self, strategy: StrategyReport) -> str:
         text = "right" if self.right(strategy) else "wrong" if strategy.error is not None else "failed"
         if strategy.error is not None:
             text += f", output {strategy.error:.1e}"

@@ -34,7 +34,7 @@ from ..parallelize.targets import unwrapped
 from ..providers.catalog import AttentionProvider
 from ..providers.registry import provider_name
 from .rank import IN_RANK, STRATEGIES, UNEXCHANGED, Job
-from .report import CPPlanReport, Strategy
+from .report import CPPlanReport, StrategyReport
 
 _GRACE = 10.0
 """Seconds that the other ranks get to end by themselves when one has ended early."""
@@ -215,7 +215,7 @@ def _run(folder: Path, job: Job) -> list[int | None]:
 
 
 def _report(folder: Path, job: Job, model: str, codes: list[int | None]) -> CPPlanReport:
-    strategies: list[Strategy] = []
+    strategies: list[StrategyReport] = []
     for name in job.strategies:
         found = _answers(folder, name, job.world_size)
         strategies.append(_combined(name, list(found.values()), len(found) == job.world_size))
@@ -224,9 +224,9 @@ def _report(folder: Path, job: Job, model: str, codes: list[int | None]) -> CPPl
             # After a rank has died, the errors of the others are about the lost connection.
             difference = None if died else strategies[-1].difference
             failure = "" if difference else (not died and strategies[-1].failure) or _why(folder, job, codes)
-            strategies[-1] = Strategy(name, difference=difference, failure=failure)
+            strategies[-1] = StrategyReport(name, difference=difference, failure=failure)
             strategies += [
-                Strategy(other, failure="not run after this failure")
+                StrategyReport(other, failure="not run after this failure")
                 for other in job.strategies[job.strategies.index(name) + 1 :]
             ]
             break
@@ -240,17 +240,17 @@ def _answers(folder: Path, name: str, ranks: int) -> dict[int, Any]:
     return {rank: pickle.loads(path.read_bytes()) for rank, path in paths.items() if path.exists()}
 
 
-def _combined(name: str, found: list[tuple[int, Strategy]], complete: bool) -> Strategy:
+def _combined(name: str, found: list[tuple[int, StrategyReport]], complete: bool) -> StrategyReport:
     """Combines the ranks' results: the largest errors, and the earliest difference."""
     strategies = [strategy for _, strategy in found]
     differing = [(order, i) for i, (order, strategy) in enumerate(found) if strategy.difference is not None]
     difference = strategies[min(differing)[1]].difference if differing else None
     failure = next((strategy.failure for strategy in strategies if strategy.failure), "")
     if not complete or any(strategy.error is None for strategy in strategies):
-        return Strategy(name, difference=difference, failure=failure)
+        return StrategyReport(name, difference=difference, failure=failure)
     error = max(strategy.error for strategy in strategies if strategy.error is not None)
     worst = max(strategies, key=lambda each: each.gradient_error or 0.0)
-    return Strategy(name, error, worst.gradient_error, worst.gradient, difference)
+    return StrategyReport(name, error, worst.gradient_error, worst.gradient, difference)
 
 
 def _why(folder: Path, job: Job, codes: list[int | None]) -> str:

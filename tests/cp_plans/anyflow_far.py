@@ -109,10 +109,10 @@ def rollout(model, dtype=torch.float64, chunks=CHUNKS):
 @float64_throughout()
 def run(model, name):
     """Everything that comes out, and the gradients of a loss that every element of the samples takes part in."""
-    samples, held = rollout(model) if name == "rollout" else (outputs(model(**inputs(name))), [])
+    samples, cached = rollout(model) if name == "rollout" else (outputs(model(**inputs(name))), [])
     loss = torch.cat([each.flatten() for each in samples]).square().mean()
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    found = torch.cat([each.detach().flatten() for each in samples + held])
+    found = torch.cat([each.detach().flatten() for each in samples + cached])
     return found, torch.cat([(p * 0 if grad is None else grad).flatten() for grad, p in zip(grads, model.parameters())])
 
 
@@ -200,7 +200,7 @@ def cache_of_flex(meshes, provider):
     return error(*caches)
 
 
-def said(meshes, provider, change):
+def refusal(meshes, provider, change):
     """What a forward is refused with, by whoever refuses it, on 3 ranks."""
     model, drawn = build("compressed", torch.float32), inputs("compressed", torch.float32)
     apply_context_parallel(model, meshes(3, 1))

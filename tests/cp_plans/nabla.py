@@ -133,7 +133,7 @@ def compare_flex(meshes, ring, ulysses, rotate_method, name, provider):
         return error(model(**given).sample, expected)
 
 
-def said(meshes, ring, ulysses, name, provider, frames):
+def refusal(meshes, ring, ulysses, name, provider, frames):
     """What the forward, in training, is refused with."""
     model = build(name, torch.float32)
     apply_context_parallel(model, meshes(ring, ulysses))

@@ -20,7 +20,7 @@ from diffusers_attn.verify_plan.verify import _report
 
 from ..context_parallel.models import DISTINCT, MESHES, WITH_VARIANTS
 from ..marks import thorough_but
-from .anyflow_far import LIMITS, build, cache_of_flex, compare, compare_enabled, compiled, inputs, said
+from .anyflow_far import LIMITS, build, cache_of_flex, compare, compare_enabled, compiled, inputs, refusal
 
 
 def results(pool, job, mesh, **options):
@@ -79,7 +79,7 @@ def test_who_does_not_take_the_mask_leaves_it_to_flex(pool):
 )
 def test_refused(pool, provider, change, reason):
     """On all ranks alike, before attention exchanges anything."""
-    for answer in pool.run(3, said, provider=provider, change=change):
+    for answer in pool.run(3, refusal, provider=provider, change=change):
         assert re.search(reason, answer), answer
 
 
@@ -90,17 +90,17 @@ def test_compiles_without_breaks(pool):
         assert error < 1e-5
 
 
-def verify(meshes, folder, told):
+def verify(meshes, folder, job_of_rank):
     rank = meshes(2, 1).rank
     drawn = inputs("compressed", torch.float32)
     model = build("compressed", torch.float32)
-    work(told, model, drawn, rank, pathlib.Path(folder), lambda **mesh: meshes(**mesh))
+    work(job_of_rank, model, drawn, rank, pathlib.Path(folder), lambda **mesh: meshes(**mesh))
 
 
 def test_verify_cp_plan_finds_it_right(pool, tmp_path):
     plan = get_cp_plan(build("compressed"))
     job = Job(plan, 2, tuple(STRATEGIES), "native", False, False, 1e-4, 60.0, None)
-    pool.run(2, verify, folder=str(tmp_path), told=job)
+    pool.run(2, verify, folder=str(tmp_path), job_of_rank=job)
     report = _report(tmp_path, job, "AnyFlowFARTransformer3DModel", [0, 0])
     assert report.ok and report.unexchanged > 1e-2, str(report)
 
@@ -112,10 +112,10 @@ def test_rows_of_a_mask_over_the_whole_sequence():
         return (query // 7 >= key // 7) & (query < 150) & (key < 150)
 
     mask = create_block_mask(sees, None, None, 256, 256, device="cpu")
-    whole = sees(0, 0, places[:, None], places)
+    expected = sees(0, 0, places[:, None], places)
     for start, length, keys in ((0, 200, 200), (60, 41, 131), (3, 1, 150), (5, 0, 150), (0, 5, 0)):
         rows = rows_of(mask, start, length, keys)
-        assert rows.shape == (1, 1, length, keys) and torch.equal(rows[0, 0], whole[start : start + length, :keys])
+        assert rows.shape == (1, 1, length, keys) and torch.equal(rows[0, 0], expected[start : start + length, :keys])
 
 
 # Of the source that own code stands in for. Where it differs: read what has changed in diffusers, follow it in

@@ -24,7 +24,7 @@ from diffusers_attn.processors import nabla
 
 from ..context_parallel.models import DISTINCT, MESHES
 from ..marks import thorough_but
-from .nabla import compare, compare_flex, compiled, said
+from .nabla import compare, compare_flex, compiled, refusal
 
 NAMES = ["kandinsky5", "kandinsky6_sr"]
 
@@ -83,7 +83,7 @@ def test_compiles_without_breaks(pool, name, provider):
 )
 def test_refused(pool, name, provider, frames, reason):
     """On all ranks alike, before attention exchanges anything."""
-    answers = pool.run(3, said, ring=3, ulysses=1, name=name, provider=provider, frames=frames)
+    answers = pool.run(3, refusal, ring=3, ulysses=1, name=name, provider=provider, frames=frames)
     for answer in answers:
         assert re.search(reason, answer), answer
 

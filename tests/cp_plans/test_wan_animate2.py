@@ -29,7 +29,7 @@ from .wan_animate2 import (
     compare_enabled,
     masks_without_a_compiler,
     passes,
-    said,
+    refusal,
 )
 
 
@@ -70,13 +70,13 @@ def test_without_exchange_it_is_wrong(pool, name):
         pytest.param(2, 2, "broadcast", "flex", False, marks=pytest.mark.thorough),
     ],
 )
-def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, whole):
+def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, filled_before):
     """And where it was filled before, by a model that was whole, all."""
-    options = {"ring": ring, "ulysses": ulysses, "inputs": mode, "provider": provider, "whole": whole}
+    options = {"ring": ring, "ulysses": ulysses, "inputs": mode, "provider": provider, "whole": filled_before}
     found = pool.run(ring * ulysses, compare_enabled, **options)
     assert max(error for error, _ in found) < 2e-5
-    held = [tokens for _, tokens in found]
-    assert held == [105] * 2 if whole else sum(held) == 105 and max(held) - min(held) <= 1
+    cached = [tokens for _, tokens in found]
+    assert cached == [105] * 2 if filled_before else sum(cached) == 105 and max(cached) - min(cached) <= 1
 
 
 @pytest.mark.parametrize(
@@ -99,24 +99,24 @@ def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, whole):
 )
 def test_refused(pool, provider, name, change, reason):
     """On all ranks alike, before attention exchanges anything."""
-    for answer in pool.run(3, said, provider=provider, name=name, change=change):
+    for answer in pool.run(3, refusal, provider=provider, name=name, change=change):
         assert re.search(reason, answer), answer
 
 
 @torch.no_grad()
-def verify(meshes, folder, told, last):
+def verify(meshes, folder, job_of_rank, last):
     rank, name = meshes(2, 1).rank, "smaller"
     given, model = passes(name, torch.float32), build(name, torch.float32)
     with masks_without_a_compiler():
         if last:
             model(**given[0])
-        work(told, model, given[last], rank, pathlib.Path(folder), lambda **mesh: meshes(**mesh))
+        work(job_of_rank, model, given[last], rank, pathlib.Path(folder), lambda **mesh: meshes(**mesh))
 
 
 @pytest.mark.parametrize("last", [0, 1])
 def test_verify_cp_plan_finds_it_right(pool, tmp_path, last):
     job = Job(get_cp_plan(build("smaller")), 2, tuple(STRATEGIES), "native", False, False, 1e-4, 60.0, None)
-    pool.run(2, verify, folder=str(tmp_path), told=job, last=last)
+    pool.run(2, verify, folder=str(tmp_path), job_of_rank=job, last=last)
     report = _report(tmp_path, job, "WanAnimate2Transformer3DModel", [0, 0])
     assert report.ok and report.unexchanged > 1e-2, str(report)
 
@@ -126,11 +126,11 @@ def test_tokens_are_rotated_by_their_places():
     model = build("smaller", torch.float32)
     angles = model._rope_freqs((2, 0, 7), torch.device("cpu"))
     tensor = torch.randn(2, 60, 4, 16)
-    whole = rope_apply(tensor, grids, angles, 2)
+    filled_before = rope_apply(tensor, grids, angles, 2)
     for start, length in ((0, 60), (13, 29), (59, 1), (7, 0)):
         turns = wan_animate2._turns(angles, grids, 2, start, length)
         found = wan_animate2._rotated(tensor[:, start : start + length], turns)
-        assert torch.equal(found, whole[:, start : start + length])
+        assert torch.equal(found, filled_before[:, start : start + length])
 
 
 # Of the source that own code stands in for. Where one differs: read what has changed in diffusers, follow it in

@@ -153,14 +153,14 @@ def compare(meshes, ring, ulysses, rotate_method, name, disabled=False, removal=
 
 
 @torch.no_grad()
-def compare_enabled(meshes, ring, ulysses, inputs, provider, whole=False):
+def compare_enabled(meshes, ring, ulysses, inputs, provider, filled_before=False):
     """The relative error of what all passes give, in float32, as a user runs them; and how many reference tokens every
     rank's cache holds. `whole`: in which context parallelism is enabled after the cache was filled."""
     name, results = "as the pipeline", []
     for split in (False, True):
         model, given = build(name, torch.float32), passes(name, torch.float32)
         with masks_without_a_compiler(), contextlib.nullcontext() if split else token_by_token():
-            if split and whole:
+            if split and filled_before:
                 model(**given.pop(0))
             if split:
                 mesh = meshes.square if ring > 1 and ulysses > 1 else meshes.lines[ring]
@@ -171,7 +171,7 @@ def compare_enabled(meshes, ring, ulysses, inputs, provider, whole=False):
     return error(*results[::-1]), given[-1]["kv_cache"].get(0).key.shape[1]
 
 
-def said(meshes, provider, name, change):
+def refusal(meshes, provider, name, change):
     """What a pass over the video, after one over its reference, is refused with on 3 ranks."""
     model, given = build(name, torch.float32), passes(name, torch.float32)
     apply_context_parallel(model, meshes(3, 1))

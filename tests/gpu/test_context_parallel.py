@@ -141,13 +141,13 @@ def _attention(mesh, provider, case, dtype, train):
     query, grad_out = (normal(2, queries.total, case["heads"], HEAD_DIM) for _ in range(2))
     key = normal(2, keys.total, case["kv_heads"], HEAD_DIM) + 0.5  # the mean that keys of trained models have
     value = normal(2, keys.total, case["kv_heads"], HEAD_DIM)
-    whole, mask = None, None
+    full, mask = None, None
     if case["mask"] == MaskKind.KEY:
         valid = torch.arange(keys.total, device="cuda") < torch.tensor([[0.6], [1.0]], device="cuda") * keys.total
-        whole, mask = valid[:, None, None], KeyMask(split(valid, keys, 1, mesh.rank))
+        full, mask = valid[:, None, None], KeyMask(split(valid, keys, 1, mesh.rank))
     elif case["mask"] == MaskKind.DENSE:
-        whole = torch.rand(1, 1, queries.total, keys.total, generator=random, device="cuda") < 0.5
-        mask = RowMask(split(whole, queries, 2, mesh.rank))
+        full = torch.rand(1, 1, queries.total, keys.total, generator=random, device="cuda") < 0.5
+        mask = RowMask(split(full, queries, 2, mesh.rank))
 
     shards = (queries, keys, keys)
     local = [split(tensor, each, 1, mesh.rank).clone() for tensor, each in zip((query, key, value), shards)]
@@ -157,7 +157,7 @@ def _attention(mesh, provider, case, dtype, train):
     assert out.dtype == dtype
     found, wanted = [out.detach()], [queries]
     complete = [tensor.transpose(1, 2).double().requires_grad_(train) for tensor in (query, key, value)]
-    expected_out, _ = reference.attention(*complete, whole, is_causal=case["causal"])
+    expected_out, _ = reference.attention(*complete, full, is_causal=case["causal"])
     expected = [expected_out]
     if train:
         found += torch.autograd.grad(out, local, split(grad_out, queries, 1, mesh.rank))

@@ -74,7 +74,7 @@ def sharded(meshes, compiled):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         report = enable_context_parallel(model, shard_weights=True, verbose=False)
-        loading, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        loading, allocated = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
         if compiled:
             apply_compile(model)
         errors = [((model(**given)[0].float() - expected).norm() / expected.norm()).item() for _ in range(4)]
@@ -86,14 +86,14 @@ def sharded(meshes, compiled):
         disable_context_parallel(model)
     assert all(weight.device.type == "cpu" for weight in kept)
     same = all(torch.equal(now, then) for now, then in zip(model.parameters(), values))
-    return max(errors), weights, loading / MIB, held / MIB, step / MIB, same, str(report)
+    return max(errors), weights, loading / MIB, allocated / MIB, step / MIB, same, str(report)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_from_cpu_memory_and_back(gpus, compiled):
-    for wrong, weights, loading, held, step, same, report in gpus.run(SIZE, sharded, compiled=compiled):
+    for wrong, weights, loading, allocated, step, same, report in gpus.run(SIZE, sharded, compiled=compiled):
         block = weights / LAYERS
         assert wrong < 2e-2 and same
-        assert held < weights / SIZE * 1.1 and loading < weights / SIZE + 2.5 * block
+        assert allocated < weights / SIZE * 1.1 and loading < weights / SIZE + 2.5 * block
         assert step < 5 * block  # gathered blocks and activations, not the model
         assert f"in 1/{SIZE} per rank" in report and "no CUDA graphs: its weights are sharded" in report

@@ -76,9 +76,9 @@ def wrong_numbers(meshes, batch, sizes, calls, shift):
     for call in range(calls):
         key, value = (numbers(call + 1000 * n, mesh.rank, sizes[mesh.rank], batch) for n in (0, 1))
         delay()
-        push_ = GatherInFlight.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
+        started = GatherInFlight.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
         delay()
-        found = push_.finish(key)
+        found = started.finish(key)
         delay()  # what has arrived must stay until it is read
         for n, part in enumerate(found):
             senders = [rank for rank in range(mesh.size) if shift == EVERYONE or rank != mesh.rank]
@@ -108,16 +108,16 @@ def replays(meshes, layers, rounds, shift):
         found = []
         for layer in range(count):
             key, value = given[0] + layer, given[1] + layer
-            push_ = GatherInFlight.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
+            started = GatherInFlight.start(key, key, value, sizes, mesh.ring, needs_grad=False, shift=shift)
             key.sum()
-            found.append([part.clone() for part in push_.finish(key)])
+            found.append([part.clone() for part in started.finish(key)])
         return found
 
     def check(found, call):
         for layer, parts in enumerate(found):
             for n, part in enumerate(parts):
-                whole = torch.cat([numbers(call + 1000 * n, rank, sizes[rank], 1) for rank in others], dim=1)
-                wrong.add_((part != whole + layer).sum())
+                full = torch.cat([numbers(call + 1000 * n, rank, sizes[rank], 1) for rank in others], dim=1)
+                wrong.add_((part != full + layer).sum())
 
     graphs = []
     gathers(1)
@@ -201,8 +201,8 @@ def attention(meshes, strategy, mode, length, heads, calls):
     train = mode.endswith("training")
     generator = torch.Generator("cuda").manual_seed(0)
     for _ in range(calls):
-        whole = [torch.randn(2, length, heads, 64, generator=generator, device="cuda").to(BF16) for _ in range(3)]
-        local = [split(tensor, shards, 1, mesh.rank).clone().requires_grad_(train) for tensor in whole]
+        full = [torch.randn(2, length, heads, 64, generator=generator, device="cuda").to(BF16) for _ in range(3)]
+        local = [split(tensor, shards, 1, mesh.rank).clone().requires_grad_(train) for tensor in full]
         results = []
         for function, kind in ((ours, SYMMETRIC), (layers, COLLECTIVE)):
             delay()
@@ -304,11 +304,11 @@ def different_from_float64(meshes, batch):
     mesh, gather = opened(meshes)
     shards = Shards.contiguous(777, mesh.size)
     generator = torch.Generator("cuda").manual_seed(0)
-    whole = [torch.randn(batch, 777, 6, 128, generator=generator, device="cuda").to(BF16) for _ in range(3)]
-    local = [split(tensor, shards, 1, mesh.rank) for tensor in whole]
+    full = [torch.randn(batch, 777, 6, 128, generator=generator, device="cuda").to(BF16) for _ in range(3)]
+    local = [split(tensor, shards, 1, mesh.rank) for tensor in full]
     options = {"query_shards": shards, "key_shards": shards, "mesh": mesh, "transport": SYMMETRIC}
     out = parallel_attention(*local, provider="_native_cudnn", **options)
-    expected, _ = reference.attention(*(tensor.transpose(1, 2) for tensor in whole))
+    expected, _ = reference.attention(*(tensor.transpose(1, 2) for tensor in full))
     dist.barrier()
     del gather
     return reference.relative_error(out, split(expected.transpose(1, 2), shards, 1, mesh.rank))

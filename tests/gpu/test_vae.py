@@ -87,6 +87,6 @@ def peaks(meshes):
 
 
 def test_wan_decodes_with_a_share_of_the_memory(gpus):
-    for (whole, split), error in gpus.run(SIZE, peaks):
-        assert split <= 0.6 * whole
+    for (replicated, split), error in gpus.run(SIZE, peaks):
+        assert split <= 0.6 * replicated
         assert error < 0.02

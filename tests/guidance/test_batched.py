@@ -28,17 +28,17 @@ def test_samples_are_computed_separately(name):
     assert divides_batch(model)
     first = next(iter(inspect.signature(model.forward).parameters))
     batch = Batch.of(case.inputs(dtype=torch.float64)[first])
-    whole = outputs(model(**case.inputs(dtype=torch.float64)))
+    full = outputs(model(**case.inputs(dtype=torch.float64)))
     parts = [
         outputs(model(**batch.part_of(case.inputs(dtype=torch.float64), sample, batch.samples)))
         for sample in range(batch.samples)
     ]
-    if len(whole) == len(parts[0]):
+    if len(full) == len(parts[0]):
         joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     else:  # a list with an output for each sample
         joined = [tensor for part in parts for tensor in part]
-    assert batch.samples == 2 and len(joined) == len(whole)
-    for one, other in zip(joined, whole, strict=True):
+    assert batch.samples == 2 and len(joined) == len(full)
+    for one, other in zip(joined, full, strict=True):
         assert (one - other).abs().max() < 1e-10 * other.abs().max()
 
 

@@ -58,22 +58,22 @@ def by_memory(meshes):
     """Whether rows that go through shared memory are those of collectives, and the collectives that were made."""
     mesh = meshes(3, 1)
     group, shards = mesh.ring, Shards.contiguous(7, 3)
-    whole = torch.arange(14.0).view(7, 2)
-    mine = split(whole, shards, 0, mesh.rank)
-    by_collective = gather(mine, shards, 0, mesh), first_ranks_rows(whole * (1 + mesh.rank), 7, group)
+    full = torch.arange(14.0).view(7, 2)
+    mine = split(full, shards, 0, mesh.rank)
+    by_collective = gather(mine, shards, 0, mesh), first_ranks_rows(full * (1 + mesh.rank), 7, group)
     lane = NoLane()
     memory = open_shared(group, lane)
     gather_rows(mine, shards.sizes, group)  # takes the memory
     with Operations() as operations:
         for turn in range(3):
             lane.captured = turn > 0  # a CUDA graph holds what ran before: NCCL cannot make a communicator in it
-            found = gather(mine, shards, 0, mesh), first_ranks_rows(whole * (1 + mesh.rank), 7, group)
+            found = gather(mine, shards, 0, mesh), first_ranks_rows(full * (1 + mesh.rank), 7, group)
             more = gather_rows(mine.to(torch.uint8) + turn, shards.sizes, group)
-            assert more.tolist() == (whole.to(torch.uint8) + turn).tolist()
+            assert more.tolist() == (full.to(torch.uint8) + turn).tolist()
     lane.captured = False
-    right = all(torch.equal(one, whole) and torch.equal(one, other) for one, other in zip(found, by_collective))
+    right = all(torch.equal(one, full) and torch.equal(one, other) for one, other in zip(found, by_collective))
     leaf = mine.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad((gather(leaf, shards, 0, mesh) * whole).sum(), leaf)
+    (gradient,) = torch.autograd.grad((gather(leaf, shards, 0, mesh) * full).sum(), leaf)
     right = right and torch.equal(gradient, 3 * mine)
     assert gather_of(group.name) is memory
     # More than attention has taken, and than is taken for rows, goes by a collective.

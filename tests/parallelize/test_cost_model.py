@@ -110,7 +110,7 @@ def test_faster_parts_never_make_a_prediction_longer(work, degrees, method, on, 
 @settings(max_examples=40, deadline=None)
 @given(works, ranks, methods, hardware, kinds, nodes, st.integers(0, 10_000))
 def test_more_tokens_never_take_less_time(work, degrees, method, on, kind, per_node, more):
-    work = work._replace(weights_beside=0)  # these products are no part of the prediction but hide exchanges
+    work = work._replace(weights_overlapped=0)  # these products are no part of the prediction but hide exchanges
     longer = work._replace(tokens=work.tokens + more)
     assert seconds(longer, degrees, method, on, kind, per_node) >= seconds(
         work, degrees, method, on, kind, per_node
@@ -143,8 +143,8 @@ def test_a_partly_empty_wave_takes_as_long_as_a_full_one():
     """Flux on an H200: 864 tiles are 7 waves on 132 multiprocessors, and half of the queries are 4."""
     work = Workload(4608, 24, 24, 128, 1, 600e12)
     free = CUDA._replace(launch_seconds=0.0)
-    whole, half = (attention_seconds(work, queries, 4608, 1, NVLINK, free) for queries in (4608, 2304))
-    assert half / whole == pytest.approx(4 / 7)  # measured: 241.4 of 422.5 us
+    full, half = (attention_seconds(work, queries, 4608, 1, NVLINK, free) for queries in (4608, 2304))
+    assert half / full == pytest.approx(4 / 7)  # measured: 241.4 of 422.5 us
     assert peak_flops(555, 864, 132) == pytest.approx(555 * 7 * 132 / 864)
 
 
@@ -170,8 +170,8 @@ def test_the_workload_of_a_model():
     width, (double, single) = model.inner_dim, found
     assert double[:5] == (4608, 4, 4, 16, len(model.transformer_blocks))
     assert single[:5] == (4608, 4, 4, 16, len(model.single_transformer_blocks))
-    assert double.itemsize == 2 and double.weights_beside == width**2
-    assert single.weights_beside == 5 * width**2  # the MLP of a single block is computed beside its attention
+    assert double.itemsize == 2 and double.weights_overlapped == width**2
+    assert single.weights_overlapped == 5 * width**2  # the MLP of a single block is computed beside its attention
     grouped = CASES["lumina2"].build()
     (work,) = workloads([Target("lumina2", grouped, get_cp_plan(grouped))], ["native"], None, TYPICAL["cpu"])
     assert (work.heads, work.kv_heads, work.itemsize) == (4, 2, 4)

@@ -24,7 +24,7 @@ def flux(hardware: Hardware) -> tuple[Workload, ...]:
     """1024 x 1024: 19 double and 38 single blocks."""
     flops = attention_flops(["native"], (9, 0) if hardware is NVLINK else None, 128, 4608, hardware)
     of_block = Workload(4608, 24, 24, 128, 19, flops, 2, 3072**2)
-    return of_block, of_block._replace(layers=38, weights_beside=5 * 3072**2)
+    return of_block, of_block._replace(layers=38, weights_overlapped=5 * 3072**2)
 
 
 def wan(hardware: Hardware, heads: int = 12, layers: int = 30, tokens: int = 32760) -> tuple[Workload, ...]:

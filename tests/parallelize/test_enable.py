@@ -336,12 +336,12 @@ def wrapped(meshes):
     import peft
 
     model = build("flux")
-    whole = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    expected = output(whole, inputs("flux")).detach()
-    report = enable_context_parallel(whole, mesh=meshes.lines[2], inputs="check", verbose=False)
-    found = output(whole, inputs("flux")).detach()
-    disable_context_parallel(whole)
-    return error(found, expected), report.models, torch.equal(output(whole, inputs("flux")), expected)
+    peft_model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    expected = output(peft_model, inputs("flux")).detach()
+    report = enable_context_parallel(peft_model, mesh=meshes.lines[2], inputs="check", verbose=False)
+    found = output(peft_model, inputs("flux")).detach()
+    disable_context_parallel(peft_model)
+    return error(found, expected), report.models, torch.equal(output(peft_model, inputs("flux")), expected)
 
 
 def test_a_model_within_a_peft_model(pool):

@@ -78,8 +78,8 @@ def test_all_ranks_are_given_the_first_ones_tensors(pool, mesh):
 class Recorded:
     """A forward as `apply_cuda_graphs` leaves it, of which it says what is recorded."""
 
-    def __init__(self, said):
-        self.standing = said
+    def __init__(self, text):
+        self.standing = text
 
     def __call__(self, x):
         return x

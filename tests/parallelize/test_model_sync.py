@@ -36,11 +36,11 @@ def moved(model):
 
 def test_weights_that_only_move_are_not_read_for_ever(model, readings):
     adapters, keep = model_sync.Adapters(model), []
-    said = adapters.describe(in_training=False)
+    described = adapters.describe(in_training=False)
     for _ in range(20):
         keep += [parameter.data for parameter in model.parameters()]  # so that no address is used again
         moved(model)
-        assert adapters.describe(in_training=False) == said
+        assert adapters.describe(in_training=False) == described
     assert 2 <= len(readings) <= 6
 
 
@@ -49,8 +49,8 @@ def test_an_adapter_that_takes_the_place_of_another_is_read(model, readings):
     assert "adapter 'default'" in adapters.describe(in_training=False)
     model.delete_adapters("default")
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "other")
-    said = adapters.describe(in_training=False)
-    assert "weights none" not in said["adapter 'other'"] and len(readings) == 2
+    described = adapters.describe(in_training=False)
+    assert "weights none" not in described["adapter 'other'"] and len(readings) == 2
 
 
 def test_training_reads_nothing(model, readings):

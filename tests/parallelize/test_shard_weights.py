@@ -338,8 +338,8 @@ def from_files(meshes, folder):
     from transformers import UMT5Config, UMT5EncoderModel
 
     rank = torch.distributed.get_rank()
-    whole = WanPipeline.from_pretrained(folder)
-    expected = latents(whole)
+    unsharded = WanPipeline.from_pretrained(folder)
+    expected = latents(unsharded)
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(
             WanTransformer3DModel.load_config(folder, subfolder="transformer")
@@ -357,7 +357,8 @@ def from_files(meshes, folder):
     wrong = error(latents(pipeline), expected)
     disable_context_parallel(pipeline)
     same = all(
-        torch.equal(a, b) for a, b in zip(transformer.state_dict().values(), whole.transformer.state_dict().values())
+        torch.equal(a, b)
+        for a, b in zip(transformer.state_dict().values(), unsharded.transformer.state_dict().values())
     )
     with torch.device("meta"):
         config = WanTransformer3DModel.load_config(folder, subfolder="transformer")

@@ -28,7 +28,7 @@ def attention_in(graph):
     return [MATH if MATH in name else SDPA for name in names if SDPA in name]
 
 
-# Both doors, with and without masks, and a hard-coded backend.
+# Both entry points, with and without masks, and a hard-coded backend.
 @pytest.mark.parametrize(
     "name",
     thorough_but(

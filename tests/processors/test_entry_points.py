@@ -180,7 +180,7 @@ class Listening(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])  # the one door, and the other
+@pytest.mark.parametrize("name", ["flux", "sd3"])  # one entry point each
 @torch.no_grad()
 def test_torch_function_modes_see_the_call_and_pass_it_on(name, routed):
     case = CASES[name]

@@ -28,9 +28,9 @@ def parameters(function):
 
 def test_arguments_of_dispatch_attention_fn():
     assert parameters(dispatch_entry_point(None)) == parameters(dispatch_attention_fn), (
-        "diffusers' dispatch_attention_fn has other arguments than doors.dispatch_entry_point gives its placeholder"
+        "diffusers' dispatch_attention_fn has other arguments than the placeholder in entry_points.py"
     )
-    assert AttentionBackendName.FLEX == "flex", "doors.py compares the backend that models ask for with 'flex'"
+    assert AttentionBackendName.FLEX == "flex", "entry_points.py compares the backend that models ask for with 'flex'"
 
 
 def test_arguments_of_scaled_dot_product_attention():

@@ -299,13 +299,16 @@ def refused():
 def test_a_hub_that_cannot_be_reached_and_the_advice_for_it(online, local_kernels, monkeypatch):
     """The advice in the error is followed."""
     online("http://127.0.0.1:9")
-    told = refused()
+    message = refused()
     assert (
-        "attention provider 'flash' cannot be used here: its kernel kernels-community/flash-attn2 (version 3)" in told
+        "attention provider 'flash' cannot be used here: its kernel kernels-community/flash-attn2 (version 3)"
+        in message
     )
-    assert "could not be loaded from the Hub: ConnectError" in told
-    assert "LOCAL_KERNELS=kernels-community/flash-attn2=/path/to/the/copy" in told
-    assert "Or use source='package', after `pip install flash-attn --no-build-isolation`. Providers available" in told
+    assert "could not be loaded from the Hub: ConnectError" in message
+    assert "LOCAL_KERNELS=kernels-community/flash-attn2=/path/to/the/copy" in message
+    assert (
+        "Or use source='package', after `pip install flash-attn --no-build-isolation`. Providers available" in message
+    )
     monkeypatch.setenv("LOCAL_KERNELS", local_kernels)
     attention_provider("flash", source="hub")
 
@@ -313,11 +316,13 @@ def test_a_hub_that_cannot_be_reached_and_the_advice_for_it(online, local_kernel
 @needs_kernels
 def test_a_kernel_without_a_build_for_this_machine(online, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", hub_kernels.build(tmp_path, "rocm"))
-    told = refused()
-    if "metadata.json" not in told:  # which `kernels` before 0.17 looks for in a local folder without a fitting build
-        assert "FileNotFoundError: Cannot find a build variant for this system" in told and "torch-rocm" in told
-    assert "could not be loaded from the Hub" in told
-    assert "Use source='package', after `pip" in told and "huggingface.co" not in told
+    message = refused()
+    if (
+        "metadata.json" not in message
+    ):  # which `kernels` before 0.17 looks for in a local folder without a fitting build
+        assert "FileNotFoundError: Cannot find a build variant for this system" in message and "torch-rocm" in message
+    assert "could not be loaded from the Hub" in message
+    assert "Use source='package', after `pip" in message and "huggingface.co" not in message
 
 
 @needs_kernels
@@ -325,9 +330,9 @@ def test_a_kernel_without_the_functions(online, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", hub_kernels.build(tmp_path))
     (interface,) = tmp_path.glob("flash-attn2/build/*/flash_attn_interface.py")
     interface.write_text("")
-    told = refused()
-    assert "(version 3) was loaded from the Hub but does not fit: AttributeError" in told
-    assert "_flash_attn_forward" in told
+    message = refused()
+    assert "(version 3) was loaded from the Hub but does not fit: AttributeError" in message
+    assert "_flash_attn_forward" in message
 
 
 class Untrusting(http.server.BaseHTTPRequestHandler):
@@ -352,11 +357,11 @@ def test_a_publisher_that_is_not_trusted(online, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Untrusting) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         online(f"http://127.0.0.1:{server.server_port}")
-        told = refused()
-        assert "is not from a trusted publisher" in told and "set DIFFUSERS_TRUST_REMOTE_KERNELS=true" in told
+        message = refused()
+        assert "is not from a trusted publisher" in message and "set DIFFUSERS_TRUST_REMOTE_KERNELS=true" in message
         monkeypatch.setenv("DIFFUSERS_TRUST_REMOTE_KERNELS", "true")
-        told = refused()
-        assert "could not be loaded from the Hub" in told and "trusted publisher" not in told
+        message = refused()
+        assert "could not be loaded from the Hub" in message and "trusted publisher" not in message
         monkeypatch.setenv("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
         assert "is not from a trusted publisher" in refused()
         server.shutdown()

@@ -84,17 +84,17 @@ except diffusers_attn.ProviderUnavailableError as error:
 
 
 def test_a_missing_package(tmp_path):
-    said = run(tmp_path, SAY)
+    output = run(tmp_path, SAY)
     if torch.cuda.is_available() and provider_status("flash").available:
         pytest.skip("flash-attn is installed here, so it cannot be missing")
-    assert "flash-attn>=2.6.3 is not installed" in said
-    assert "Install it with `pip install flash-attn --no-build-isolation`. Providers available here: native" in said
+    assert "flash-attn>=2.6.3 is not installed" in output
+    assert "Install it with `pip install flash-attn --no-build-isolation`. Providers available here: native" in output
 
 
 def test_a_package_that_is_too_old(tmp_path):
     install(tmp_path, "flash-attn", "2.5.9", "flash_attn", "raise ImportError('never to be imported')")
-    said = run(tmp_path, SAY)
-    assert "flash-attn 2.5.9 is older than 2.6.3" in said and "pip install flash-attn" in said
+    output = run(tmp_path, SAY)
+    assert "flash-attn 2.5.9 is older than 2.6.3" in output and "pip install flash-attn" in output
 
 
 def test_an_xformers_without_kernels_is_not_usable(tmp_path):
@@ -103,7 +103,7 @@ def test_an_xformers_without_kernels_is_not_usable(tmp_path):
     (tmp_path / "xformers" / "_cpp_lib.py").write_text("_built_with_cuda = False")
     (tmp_path / "xformers" / "ops").mkdir()
     (tmp_path / "xformers" / "ops" / "__init__.py").write_text("fmha = None")
-    said = run(
+    output = run(
         tmp_path,
         """
         import diffusers_attn
@@ -112,13 +112,13 @@ def test_an_xformers_without_kernels_is_not_usable(tmp_path):
         print(diffusers_attn.provider_status("xformers"))
         """,
     )
-    assert "its CUDA kernels do not load" in said and "python -m xformers.info" in said
+    assert "its CUDA kernels do not load" in output and "python -m xformers.info" in output
 
 
 def test_a_broken_package_breaks_its_provider_only(tmp_path):
     """As a wheel for another CUDA or PyTorch does: it is installed, and importing it raises."""
     install(tmp_path, "flash-attn", "2.8.3", "flash_attn", "raise OSError('undefined symbol: _ZN3c104')")
-    said = run(
+    output = run(
         tmp_path,
         """
         import diffusers_attn
@@ -128,8 +128,8 @@ def test_a_broken_package_breaks_its_provider_only(tmp_path):
         """
         + textwrap.indent(SAY, " " * 8),
     )
-    assert "cannot be imported: OSError: undefined symbol" in said
-    assert "pip install flash-attn" in said and "Providers available here: native" in said
+    assert "cannot be imported: OSError: undefined symbol" in output
+    assert "pip install flash-attn" in output and "Providers available here: native" in output
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"Metadata-Version: 2.1\nName: xformers\n"])

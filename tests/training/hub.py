@@ -27,7 +27,7 @@ class Hub:
         self.address = ""
         self.tokens: set[str | None] = set()
         self.files: dict[str, dict[str, bytes]] = {}
-        self.said: list[str] = []
+        self.requests: list[str] = []
         self.objects: dict[str, bytes] = {}
 
     def answer(self, method: str, path: str, body: bytes) -> Any:
@@ -89,7 +89,7 @@ def hub() -> Iterator[Hub]:
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.split("?")[0]
-            there.said.append(f"{self.command} {self.path}")
+            there.requests.append(f"{self.command} {self.path}")
             there.tokens.add(self.headers.get("Authorization"))
             found = there.answer(self.command, path, body)
             text = json.dumps({"error": f"nothing at {path}"} if found is None else found).encode()

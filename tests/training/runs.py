@@ -136,9 +136,9 @@ def run_script(arguments: list[str], folder: str, number: int | None = None, sig
             time.sleep(0.01)
         os.kill(os.getpid(), number or 0)
 
-    said = os.open(os.path.join(folder, "said"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    log = os.open(os.path.join(folder, "said"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     if number is not None:
         threading.Thread(target=send, daemon=True).start()
     script = str(ROOT / "examples" / "train_lora.py")

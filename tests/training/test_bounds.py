@@ -122,11 +122,11 @@ def test_bounds_in_words():
 
 
 def test_a_message_is_short_and_in_the_words_of_the_command_line():
-    said = io.StringIO()
-    with pytest.raises(SystemExit) as left, contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with pytest.raises(SystemExit) as left, contextlib.redirect_stderr(output):
         TrainConfig.from_arguments(["--model", "m", "--data", "d", "--max_grad_norm", "-1"], prog="train_lora.py")
     assert left.value.code == 2
-    assert said.getvalue().splitlines() == [
+    assert output.getvalue().splitlines() == [
         "train_lora.py: --max_grad_norm -1.0: numbers from 0, up to 2147483647 are accepted.",
         "All settings: train_lora.py --help",
     ]

@@ -22,7 +22,7 @@ STEPS = {"steps": 6, "checkpoint_every": 1, "checkpoints_kept": 2, "ema_decay": 
 
 
 @pytest.fixture(scope="module")
-def whole(settings_of, forked, tmp_path_factory):
+def uninterrupted(settings_of, forked, tmp_path_factory):
     """An uninterrupted run: its settings, what it said, and its weights."""
     answer = tmp_path_factory.mktemp("whole") / "answer"
     settings = settings_of("cogview4", **STEPS)
@@ -46,8 +46,8 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("share", [0.02, 0.37, 0.53, 0.71, 0.97])
-def test_killed_while_checkpoints_change(whole, settings_of, forked, tmp_path, share):
-    result, weights = whole
+def test_killed_while_checkpoints_change(uninterrupted, settings_of, forked, tmp_path, share):
+    result, weights = uninterrupted
     settings = settings_of("cogview4", **STEPS)
     event = max(1, round(result["changes"] * share))
     assert forked(train_and_die, settings, event, str(tmp_path / "answer")) == -9
@@ -59,8 +59,8 @@ def test_killed_while_checkpoints_change(whole, settings_of, forked, tmp_path, s
     assert left == {"step-00000005", "step-00000006"}
 
 
-def test_terminated(whole, settings_of, forked, tmp_path):
-    result, weights = whole
+def test_terminated(uninterrupted, settings_of, forked, tmp_path):
+    result, weights = uninterrupted
     settings = settings_of("cogview4", **{**STEPS, "checkpoint_every": 0})
     assert forked(train_until_terminated, settings, 3) == 143
     steps, resumed = finish(settings, forked, tmp_path)
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"step": -1}, "step is -1, but a whole number from 0"),
         ({"step": "2"}, "step is '2'"),
@@ -146,12 +146,12 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(tmp_path, damage):
         (None, "'step' is missing"),
     ],
 )
-def test_a_state_that_cannot_be_meant_is_refused(tmp_path, change, said):
+def test_a_state_that_cannot_be_meant_is_refused(tmp_path, change, message):
     folder = tmp_path / "step-00000002"
     folder.mkdir()
     state = {"format": 2, "step": 2, "average_steps": 0, "loader": {"epoch": 0, "position": 2, "batches": "a"}}
     (folder / "state.json").write_text(json.dumps({"format": 2} if change is None else {**state, **change}))
-    with pytest.raises(TrainingError, match=said) as error:
+    with pytest.raises(TrainingError, match=message) as error:
         restore(None, folder)
     assert str(folder / "state.json") in str(error.value)
 
@@ -183,7 +183,7 @@ def test_a_disk_that_will_not_have_it(tmp_path, what):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
     assert checkpoints.find("latest") == checkpoints.path(1)
-    said = str(error.value)
-    assert f"the checkpoint of step 2 could not be written to {checkpoints.path(2)}: " in said
-    assert re.search(r"It needs \S+ (bytes|kB)\. \S+ [kMGT]B are free there\.", said)
-    assert f"The previous checkpoint, {checkpoints.path(1)}, is complete" in said
+    message = str(error.value)
+    assert f"the checkpoint of step 2 could not be written to {checkpoints.path(2)}: " in message
+    assert re.search(r"It needs \S+ (bytes|kB)\. \S+ [kMGT]B are free there\.", message)
+    assert f"The previous checkpoint, {checkpoints.path(1)}, is complete" in message

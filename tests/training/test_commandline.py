@@ -18,7 +18,7 @@ from .runs import ROOT, TINY_FLUX
 
 
 @pytest.mark.parametrize(
-    "message, told",
+    "message, shown",
     [
         ("pass on_bad_data='skip' to train", "pass --on_bad_data skip to train"),
         ("Name the column with caption_column=...", "Name the column with --caption_column ..."),
@@ -41,8 +41,8 @@ from .runs import ROOT, TINY_FLUX
         ("a model of 3 frames, seed 5", "a model of 3 frames, seed 5"),
     ],
 )
-def test_words(message, told):
-    assert with_options(message) == told
+def test_words(message, shown):
+    assert with_options(message) == shown
 
 
 def test_warnings_are_in_these_words_and_beside_bars(tmp_path):

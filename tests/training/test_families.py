@@ -241,16 +241,16 @@ def test_rectified_flow():
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode"])
 def test_draws_belong_to_positions_not_to_processes(sampling):
-    whole = SampleRandomness(0, 3, range(4))
+    all_samples = SampleRandomness(0, 3, range(4))
     halves = [SampleRandomness(0, 3, range(2)), SampleRandomness(0, 3, range(2, 4))]
-    u = sample_u(sampling, whole.generators("level"))
+    u = sample_u(sampling, all_samples.generators("level"))
     assert u.equal(torch.cat([sample_u(sampling, half.generators("level")) for half in halves]))
     assert len(set(u.tolist())) == 4 and 0 <= u.min() and u.max() <= 1
-    assert whole.normal("noise", [5]).equal(torch.cat([half.normal("noise", [5]) for half in halves]))
-    assert not whole.normal("noise", [5]).equal(whole.normal("posterior", [5]))
-    assert not whole.normal("noise", [5]).equal(SampleRandomness(0, 4, range(4)).normal("noise", [5]))
+    assert all_samples.normal("noise", [5]).equal(torch.cat([half.normal("noise", [5]) for half in halves]))
+    assert not all_samples.normal("noise", [5]).equal(all_samples.normal("posterior", [5]))
+    assert not all_samples.normal("noise", [5]).equal(SampleRandomness(0, 4, range(4)).normal("noise", [5]))
     with pytest.raises(TrainingError, match="timestep_sampling='often'"):
-        sample_u("often", whole.generators("level"))
+        sample_u("often", all_samples.generators("level"))
 
 
 def test_a_model_that_is_not_known():

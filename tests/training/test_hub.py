@@ -41,7 +41,7 @@ def test_adapter_card_and_samples_arrive(settings_of, tmp_path: Path) -> None:
     settings["cache_dir"] = str(output / "cache")
     with hub() as there:
         done = train(settings, HF_ENDPOINT=there.address, HF_TOKEN="hf_tried", HF_HOME=str(tmp_path))
-    assert done.returncode == 0, "\n".join([done.stderr, *there.said])
+    assert done.returncode == 0, "\n".join([done.stderr, *there.requests])
     names = ["README.md", "pytorch_lora_weights.safetensors", "samples/last/00-a-cat.png"]
     assert there.files == {"me/tried": {name: (output / name).read_bytes() for name in names}}
     assert "Bearer hf_tried" in there.tokens

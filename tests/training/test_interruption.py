@@ -28,17 +28,17 @@ def test_the_script_saves_and_says_how_to_go_on(settings_of, forked, tmp_path, n
     settings = settings_of("cogview4", steps=400, metrics=True)
     metrics = str(Path(settings["output_dir"], "metrics.jsonl"))
     assert forked(run_script, command_line(settings), str(tmp_path), int(number), metrics) == code
-    said = (tmp_path / "said").read_text()
+    log = (tmp_path / "said").read_text()
     [step] = steps_of(settings)
     assert 1 <= step < 400
-    assert "Interrupt again to exit at once" in said
-    assert f"interrupted by {number.name}; resume from {settings['output_dir']}" in said
-    assert "Traceback" not in said
+    assert "Interrupt again to exit at once" in log
+    assert f"interrupted by {number.name}; resume from {settings['output_dir']}" in log
+    assert "Traceback" not in log
     again = {**settings, "steps": step, "resume": "latest"}
     assert forked(run_script, command_line(again), str(tmp_path)) == 0
-    said = (tmp_path / "said").read_text()
-    assert said.count(f"resuming from {settings['output_dir']}/checkpoints/step-{step:08d}") == 1
-    assert said.count(f"--steps {step}, until now 400") == 1
+    log = (tmp_path / "said").read_text()
+    assert log.count(f"resuming from {settings['output_dir']}/checkpoints/step-{step:08d}") == 1
+    assert log.count(f"--steps {step}, until now 400") == 1
     assert Path(settings["output_dir"], "pytorch_lora_weights.safetensors").is_file()
 
 
@@ -68,7 +68,7 @@ def test_what_a_launcher_passes_on_is_no_second_one(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def _one_is_told(settings):
+def _one_is_signalled(settings):
     """Only the second process, while it is at the second step."""
 
     def tell(number, _):
@@ -84,13 +84,13 @@ def _one_is_told(settings):
 
 def test_all_processes_leave_behind_the_same_step(run_worlds, settings_of):
     settings = settings_of("cogview4", steps=6, cp_degree=2)
-    [answers] = run_worlds(World(2, _one_is_told, {"settings": settings}))
+    [answers] = run_worlds(World(2, _one_is_signalled, {"settings": settings}))
     assert steps_of(settings) == [3]  # the step in which it is told is the next one
     path = f"{settings['output_dir']}/checkpoints/step-00000003"
     assert answers == [(signal.SIGINT, path), (signal.SIGINT, path)]
 
 
-def _told_while_drawing(settings):
+def _signalled_while_drawing(settings):
     """The first process, as soon as the first of three pictures is there."""
 
     def tell():
@@ -112,7 +112,7 @@ def test_while_pictures_are_drawn_the_rest_is_left_out(run_worlds, settings_of):
     prompts = [f"number {i}" for i in range(12)]
     drawing = {"validation_prompts": prompts, "validation_every": 1, "validation_steps": 12}
     settings = settings_of("cogview4", steps=3, cp_degree=2, gradient_accumulation_steps=1, **drawing)
-    [answers] = run_worlds(World(2, _told_while_drawing, {"settings": settings}))
+    [answers] = run_worlds(World(2, _signalled_while_drawing, {"settings": settings}))
     assert answers == [f"{settings['output_dir']}/checkpoints/step-00000001"] * 2
     assert steps_of(settings) == [1]
     assert 1 <= len(list(Path(settings["output_dir"], "samples", "step-00000001").glob("*.png"))) < len(prompts)

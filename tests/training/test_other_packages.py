@@ -35,16 +35,16 @@ def test_an_optimizer_goes_on_exactly(settings_of, optimizer, package):
     _needs(package)
     # Of matrices with fewer than 4096 entries, bitsandbytes keeps the state in float32.
     settings = {"steps": 4, "optimizer": optimizer, "checkpoint_every": 2, "rank": 128, "learning_rate": None}
-    whole = train(settings_of("cogview4", **settings))
-    checkpoint = Path(whole["path"]).parent / "checkpoints" / "step-00000002"
+    uninterrupted = train(settings_of("cogview4", **settings))
+    checkpoint = Path(uninterrupted["path"]).parent / "checkpoints" / "step-00000002"
     kept = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
     assert len(kept) > 10 and _dtypes(kept) == (
         {torch.uint8, torch.float32} if package == "bitsandbytes" else {torch.float32}
     )
     _reset()
     resumed = train(settings_of("cogview4", **settings, resume=str(checkpoint)))
-    assert resumed["steps"] == whole["steps"][2:]
-    ours, theirs = load_file(resumed["path"]), load_file(whole["path"])
+    assert resumed["steps"] == uninterrupted["steps"][2:]
+    ours, theirs = load_file(resumed["path"]), load_file(uninterrupted["path"])
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 

@@ -53,8 +53,8 @@ def test_a_second_run_is_refused_with_who_has_the_folder(tmp_path, other):
         if isinstance(error, OtherRankError):
             continue
         assert isinstance(error, TrainingError)
-        said = f"is in use by another run: process {other.pid} on host {socket.gethostname()}, since 20"
-        assert said in str(error)
+        message = f"is in use by another run: process {other.pid} on host {socket.gethostname()}, since 20"
+        assert message in str(error)
     # However the first one ends, the folder is free then.
     os.kill(other.pid, signal.SIGKILL)
     other.join()

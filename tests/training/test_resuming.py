@@ -145,13 +145,13 @@ def again(run, tmp_path):
 
 def test_the_command_line_counts_for_learning_rate_betas_and_weight_decay(again, capfd):
     given = {"learning_rate": 7e-5, "adam_betas": [0.5, 0.9], "weight_decay": 0.25, "adam_eps": 1e-6}
-    told = []
-    trainer = Trainer(TrainConfig(**{**again, **given, "steps": 6}), on_step=lambda *step: told.append(step))
+    logged = []
+    trainer = Trainer(TrainConfig(**{**again, **given, "steps": 6}), on_step=lambda *step: logged.append(step))
     trainer.run()
-    assert [(step, numbers["learning rate"]) for step, numbers in told] == [(5, 7e-5), (6, 7e-5)]
+    assert [(step, numbers["learning rate"]) for step, numbers in logged] == [(5, 7e-5), (6, 7e-5)]
     [group] = trainer.training.optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (7e-5, (0.5, 0.9), 0.25, 1e-6)
-    said = capfd.readouterr().err
+    log = capfd.readouterr().err
     for line in (
         f"resuming from {again['output_dir']}/checkpoints/step-00000004\n",
         "  --learning_rate 7e-05, until now 0.001\n",
@@ -159,7 +159,7 @@ def test_the_command_line_counts_for_learning_rate_betas_and_weight_decay(again,
         "  --weight_decay 0.25, until now 0.01\n",
         "  --steps 6, until now 4\n",
     ):
-        assert said.count(line) == 1, said
+        assert log.count(line) == 1, log
     assert read_settings(Path(again["output_dir"], "checkpoints", "step-00000006"))["learning_rate"] == 7e-5
 
 
@@ -182,12 +182,12 @@ def test_an_adapter_that_moved_the_base_goes_on_and_loads(settings_of, mixed_pre
         "cogview4", steps=4, adapter_init="olora", checkpoint_every=2, ema_decay=0.5, mixed_precision=mixed_precision
     )
     settings["cache_dir"] = f"{settings['output_dir']}/cache"
-    whole = train(settings)
+    uninterrupted = train(settings)
     forget()
-    weights = load_file(whole["path"])
+    weights = load_file(uninterrupted["path"])
     # Without the initialisation in the command line: it is the checkpoint's.
     resumed = train({**settings, "resume": "2", "adapter_init": "default"})
-    assert resumed["steps"] == whole["steps"][2:]
+    assert resumed["steps"] == uninterrupted["steps"][2:]
     again = load_file(resumed["path"])
     assert all(again[name].equal(each) for name, each in weights.items())
     pipeline = DiffusionPipeline.from_pretrained(settings["model"])

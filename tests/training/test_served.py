@@ -52,9 +52,11 @@ def test_only_pipelines_that_draw_from_text_are_served(transformer):
     for name in OTHERS[transformer]:
         with pytest.raises(TrainingError) as refused:
             family_class(getattr(diffusers, name), transformer)
-        said = str(refused.value)
-        assert f"is a {name}. " in said and served.__name__ in said.partition("supports only ")[2].partition(", ")[0]
-        assert all(each in said for each in SERVED.values())
+        message = str(refused.value)
+        assert (
+            f"is a {name}. " in message and served.__name__ in message.partition("supports only ")[2].partition(", ")[0]
+        )
+        assert all(each in message for each in SERVED.values())
 
 
 def test_it_is_refused_before_weights_are_read(tmp_path):

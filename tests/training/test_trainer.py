@@ -42,18 +42,18 @@ def test_all_that_a_run_leaves(settings_of, tmp_path, capfd):
         validation_steps=2,
         evaluation_every=2,
     )
-    told = []
-    trainer = Trainer(TrainConfig(**settings), on_step=lambda step, numbers: told.append((step, numbers)))
+    logged = []
+    trainer = Trainer(TrainConfig(**settings), on_step=lambda step, numbers: logged.append((step, numbers)))
     path = trainer.run()
     output = Path(settings["output_dir"])
-    assert [step for step, _ in told] == [1, 2, 3, 4]
-    assert [numbers["learning rate"] for _, numbers in told] == [0.0, 5e-4, 1e-3, 1e-3]
-    said = capfd.readouterr().err
-    assert "tok/s" in said and "evaluation loss" in said and "GB" in said
+    assert [step for step, _ in logged] == [1, 2, 3, 4]
+    assert [numbers["learning rate"] for _, numbers in logged] == [0.0, 5e-4, 1e-3, 1e-3]
+    log = capfd.readouterr().err
+    assert "tok/s" in log and "evaluation loss" in log and "GB" in log
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [each["step"] for each in metrics] == [1, 2, 2, 3, 4, 4]  # two of them of evaluations
     losses = [each["loss"] for each in metrics if "loss" in each]
-    assert losses == [numbers["loss"] for _, numbers in told]
+    assert losses == [numbers["loss"] for _, numbers in logged]
 
     averaged, last = load_file(path), load_file(output / "not_averaged" / path.name)
     assert path == output / "pytorch_lora_weights.safetensors"
@@ -155,10 +155,10 @@ def test_the_command_line():
         (["--model", "m", "--data", "d", "--optimizer", "sgd"], "invalid choice: 'sgd'"),
         (["--model", "m", "--data", "d", "--ranks", "2"], "unrecognized arguments: --ranks"),
     ):
-        said = io.StringIO()
-        with pytest.raises(SystemExit), contextlib.redirect_stderr(said):
+        log = io.StringIO()
+        with pytest.raises(SystemExit), contextlib.redirect_stderr(log):
             TrainConfig.from_arguments(arguments)
-        assert message in said.getvalue()
+        assert message in log.getvalue()
     assert "processes and attention:" in TrainConfig.parser().format_help()
 
 
@@ -182,10 +182,10 @@ def test_compiled_blocks_train_alike(settings_of):
 def test_adapter_dropout_needs_no_state(settings_of):
     """It draws from the global generator, which is seeded for every forward."""
     settings = {"steps": 4, "adapter_dropout": 0.5, "checkpoint_every": 2}
-    whole = train(settings_of("cogview4", **settings))
+    uninterrupted = train(settings_of("cogview4", **settings))
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    checkpoint = Path(whole["path"]).parent / "checkpoints" / "step-00000002"
+    checkpoint = Path(uninterrupted["path"]).parent / "checkpoints" / "step-00000002"
     torch.rand(7)
     resumed = train(settings_of("cogview4", **settings, resume=str(checkpoint)))
-    assert resumed["steps"] == whole["steps"][2:]
+    assert resumed["steps"] == uninterrupted["steps"][2:]

@@ -247,8 +247,8 @@ def test_a_comparison_that_notices_nothing_is_no_proof(verify):
 def test_gradients_are_looked_at(verify):
     """A sequence that every rank has whole counts once for each rank."""
     plan = {"proj_out": CPAttention(())}
-    whole = verify("small", plan, Small(Attention), replace_sdpa=True, gradients=True)
-    assert whole.strategies[0].gradient_error < 1e-4 and whole.insensitive
+    report = verify("small", plan, Small(Attention), replace_sdpa=True, gradients=True)
+    assert report.strategies[0].gradient_error < 1e-4 and report.insensitive
 
 
 def test_the_page_about_plans_says_what_is_printed(verify):

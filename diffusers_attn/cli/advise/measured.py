@@ -15,7 +15,7 @@ from .model import Described
 from .predict import predict
 
 
-class Step(NamedTuple):
+class MeasuredStep(NamedTuple):
     """A measured step."""
 
     gpus: int
@@ -35,7 +35,7 @@ class Model(NamedTuple):
     words: str
     run_words: str
     """Name of the model in the runs."""
-    steps: tuple[Step, ...]
+    steps: tuple[MeasuredStep, ...]
 
 
 MEASURED = (
@@ -45,10 +45,10 @@ MEASURED = (
         "Flux, 1024 x 1024",
         "Flux 1024²",
         (
-            Step(1, "", 130.8, "context_parallel-flux-h200x2", "single"),
-            Step(2, "a gather of 2", 74.0, "context_parallel-flux-h200x2", "gather+graph"),
-            Step(2, "Ulysses over 2", 80.4, "context_parallel-flux-h200x2", "ulysses"),
-            Step(4, "a gather of 4", 42.2, "context_parallel-flux-by-default-h200x4", "defaults"),
+            MeasuredStep(1, "", 130.8, "context_parallel-flux-h200x2", "single"),
+            MeasuredStep(2, "a gather of 2", 74.0, "context_parallel-flux-h200x2", "gather+graph"),
+            MeasuredStep(2, "Ulysses over 2", 80.4, "context_parallel-flux-h200x2", "ulysses"),
+            MeasuredStep(4, "a gather of 4", 42.2, "context_parallel-flux-by-default-h200x4", "defaults"),
         ),
     ),
     Model(
@@ -57,12 +57,12 @@ MEASURED = (
         "Wan 2.1 1.3B, 480 x 832, 81 frames",
         "Wan 2.1 1.3B 480p, 81 frames",
         (
-            Step(1, "", 522.7, "context_parallel-wan-h200x2", "single"),
-            Step(2, "a gather of 2", 265.9, "context_parallel-wan-h200x2", "gather"),
-            Step(2, "Ulysses over 2", 275.3, "context_parallel-wan-providers-h200x2", "ulysses"),
-            Step(4, "a gather of 4", 137.3, "context_parallel-wan-by-default-cudnn-h200x4", "gather"),
-            Step(4, "a ring of 4", 145.6, "context_parallel-wan-by-default-cudnn-h200x4", "ring"),
-            Step(4, "Ulysses over 4", 145.1, "context_parallel-wan-by-default-cudnn-h200x4", "ulysses"),
+            MeasuredStep(1, "", 522.7, "context_parallel-wan-h200x2", "single"),
+            MeasuredStep(2, "a gather of 2", 265.9, "context_parallel-wan-h200x2", "gather"),
+            MeasuredStep(2, "Ulysses over 2", 275.3, "context_parallel-wan-providers-h200x2", "ulysses"),
+            MeasuredStep(4, "a gather of 4", 137.3, "context_parallel-wan-by-default-cudnn-h200x4", "gather"),
+            MeasuredStep(4, "a ring of 4", 145.6, "context_parallel-wan-by-default-cudnn-h200x4", "ring"),
+            MeasuredStep(4, "Ulysses over 4", 145.1, "context_parallel-wan-by-default-cudnn-h200x4", "ulysses"),
         ),
     ),
 )

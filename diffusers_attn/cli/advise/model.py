@@ -91,7 +91,7 @@ def _of_folder(name: str) -> Described:
                 raise AttentionProviderError(f"no model of {name} has a plan. It has: {listed}.")
             cls = getattr(diffusers, parts[known[0]])
             config = {**cls.load_config(name, subfolder=known[0]), "_class_name": parts[known[0]]}
-            other = _bytes_beside(Path(name), known[0])
+            other = _bytes_of_other_models(Path(name), known[0])
     except OSError as error:
         raise AttentionProviderError(
             f"{name} has no configuration that can be read: {' '.join(str(error).split())[:300]}. Accepted are "
@@ -101,7 +101,7 @@ def _of_folder(name: str) -> Described:
     return Described(_target(cls_name, {k: v for k, v in config.items() if not k.startswith("_")}), other)
 
 
-def _bytes_beside(folder: Path, transformer: str) -> int | None:
+def _bytes_of_other_models(folder: Path, transformer: str) -> int | None:
     """Bytes of the weights of a pipeline's other models; None if the folder has none, as on the Hub."""
     files = [each for each in folder.glob("*/*") if each.suffix in (".safetensors", ".bin")]
     sizes = [each.stat().st_size for each in files if each.parent.name != transformer]
@@ -163,7 +163,7 @@ def local_attention_flops(described: Described, size: Size) -> float:
     return found
 
 
-def attention_tokens(rows: Rows, name: str, size: Size) -> int:
+def attention_tokens(rows: LayerRows, name: str, size: Size) -> int:
     """The tokens of an attention module: all, or fewer where it attends to another sequence, such as audio. Queries and
     keys of different lengths count as their geometric mean."""
     shares = (min(1.0, each / rows.attention) for each in (rows.of_queries(name), rows.of_keys(name)))
@@ -176,7 +176,7 @@ def pattern(name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class LayerRows:
     """The linear layers of a tiny model."""
 
     seen: dict[str, float]
@@ -204,7 +204,7 @@ def _parent(name: str) -> str:
 
 
 @functools.cache
-def rows_of_tiny(cls_name: str) -> Rows:
+def rows_of_tiny(cls_name: str) -> LayerRows:
     """The rows in each linear layer of a tiny model of a class."""
     case = next(case for case in CASES.values() if case.model_class == cls_name)
     model = case.build()
@@ -225,8 +225,8 @@ def rows_of_tiny(cls_name: str) -> Rows:
         model(**case.inputs())
     for handle in handles:
         handle.remove()
-    rows = Rows(found, max(found.values(), default=1.0))
+    rows = LayerRows(found, max(found.values(), default=1.0))
     names = [pattern(name) for name, *_ in split_attention(Target(cls_name, model, get_cp_plan(model)))]
     counts = collections.Counter(names)
     usual = [rows.of_queries(name) for name, count in counts.items() if count == max(counts.values())]
-    return Rows(found, max(usual, default=rows.attention))
+    return LayerRows(found, max(usual, default=rows.attention))

@@ -79,8 +79,8 @@ def reference(
             out[b, h] = result.detach()
             if backward:
                 found = torch.autograd.grad(result, inputs, grad_out[b, h, rows].to(exact))
-                for whole, each in zip(grads, found):
-                    whole[b, h] = each
+                for grad, of_head in zip(grads, found):
+                    grad[b, h] = of_head
     return Reference(rows, out, grad_out, (grads[0], grads[1], grads[2]) if backward else None)
 
 

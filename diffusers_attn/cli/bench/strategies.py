@@ -110,10 +110,10 @@ def measure_strategies(
             )
             transport, memory = choose_transport(mesh.ring, setting.device.type)
             kept += [mesh, memory]
-            local, whole = _calls(name, inputs, mask, setting, exact, mesh, transport.kind)
+            local, gathered = _calls(name, inputs, mask, setting, exact, mesh, transport.kind)
             found = StrategyResult(name, is_exact(name), strategy=name_of(strategy), transport=transport.kind)
             results.append(found)
-            _try(local, whole, exact, found, setting)
+            _try(local, gathered, exact, found, setting)
             calls[f"{name} {found.strategy}"] = local
     measured = {f"{each.provider} {each.strategy}" for each in results if not each.problem}
     times = _milliseconds({name: calls[name] for name in calls if name in measured}, setting, progress)
@@ -122,10 +122,10 @@ def measure_strategies(
     return results
 
 
-def _try(local: Call, whole: Call, exact: Reference, result: StrategyResult, setting: Setting) -> None:
+def _try(local: Call, gathered: Call, exact: Reference, result: StrategyResult, setting: Setting) -> None:
     """Fills in the errors of a call. A refusal is equal on all ranks, and raised before anything is sent."""
     try:
-        compare(whole, exact, result, setting)
+        compare(gathered, exact, result, setting)
         local()
     except AttentionProviderError as error:
         result.problem, result.refused = str(error), True
@@ -147,7 +147,7 @@ def _calls(
     def own(tensor: Tensor) -> Tensor:
         return split(tensor.transpose(1, 2), shards, 1, mesh.rank).contiguous()
 
-    def full(tensor: Tensor) -> Tensor:
+    def gathered(tensor: Tensor) -> Tensor:
         return gather(tensor.contiguous(), shards, 1, mesh).transpose(1, 2)
 
     query, key, value = map(own, inputs)
@@ -173,15 +173,15 @@ def _calls(
         out = attention(leaves[0], leaves[1], leaves[2])
         return out.detach(), torch.autograd.grad(out, leaves, grad_out)
 
-    def whole_forward() -> Tensor:
-        return full(forward())
+    def gathered_forward() -> Tensor:
+        return gathered(forward())
 
-    def whole_both() -> tuple[Tensor, tuple[Tensor, ...]]:
+    def gathered_both() -> tuple[Tensor, tuple[Tensor, ...]]:
         out, grads = both()
         with torch.no_grad():
-            return full(out), tuple(full(each) for each in grads)
+            return gathered(out), tuple(gathered(each) for each in grads)
 
-    return (both, whole_both) if setting.backward else (forward, whole_forward)
+    return (both, gathered_both) if setting.backward else (forward, gathered_forward)
 
 
 def _milliseconds(calls: Mapping[str, Call], setting: Setting, progress: Callable[[str], None]) -> dict[str, float]:

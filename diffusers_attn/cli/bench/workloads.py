@@ -21,7 +21,7 @@ class Shape(NamedTuple):
         return f"batch {self.batch}, {self.heads} heads, {self.length:,} tokens, head_dim {self.head_dim}"
 
 
-class Workload(NamedTuple):
+class NamedShape(NamedTuple):
     """A named shape."""
 
     shape: Shape
@@ -29,14 +29,14 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "tiny": Workload(Shape(1, 4, 512, 64), "small enough for a CPU"),
-    "flux-1024": Workload(Shape(1, 24, 4608, 128), "Flux, 1024 x 1024: 64 * 64 + 512 tokens of text"),
-    "qwen-image": Workload(Shape(1, 24, 7145, 128), "Qwen-Image, 1328 x 1328: 83 * 83 + 256 tokens of text"),
-    "cogvideox": Workload(Shape(2, 48, 17776, 64), "CogVideoX-5B with guidance, 49 frames of 480 x 720"),
-    "ltx2": Workload(Shape(1, 32, 6144, 128), "LTX 2, video: 121 frames of 512 x 768"),
-    "wan-480p": Workload(Shape(1, 12, 32760, 128), "Wan 2.1 1.3B, 81 frames of 480 x 832"),
-    "wan-720p": Workload(Shape(1, 40, 75600, 128), "Wan 2.1 14B, 81 frames of 720 x 1280"),
-    "hunyuan15-720p": Workload(Shape(1, 16, 111600, 128), "HunyuanVideo 1.5, 121 frames of 720 x 1280"),
+    "tiny": NamedShape(Shape(1, 4, 512, 64), "small enough for a CPU"),
+    "flux-1024": NamedShape(Shape(1, 24, 4608, 128), "Flux, 1024 x 1024: 64 * 64 + 512 tokens of text"),
+    "qwen-image": NamedShape(Shape(1, 24, 7145, 128), "Qwen-Image, 1328 x 1328: 83 * 83 + 256 tokens of text"),
+    "cogvideox": NamedShape(Shape(2, 48, 17776, 64), "CogVideoX-5B with guidance, 49 frames of 480 x 720"),
+    "ltx2": NamedShape(Shape(1, 32, 6144, 128), "LTX 2, video: 121 frames of 512 x 768"),
+    "wan-480p": NamedShape(Shape(1, 12, 32760, 128), "Wan 2.1 1.3B, 81 frames of 480 x 832"),
+    "wan-720p": NamedShape(Shape(1, 40, 75600, 128), "Wan 2.1 14B, 81 frames of 720 x 1280"),
+    "hunyuan15-720p": NamedShape(Shape(1, 16, 111600, 128), "HunyuanVideo 1.5, 121 frames of 720 x 1280"),
 }
 """By name, as on the command line."""
 

@@ -24,7 +24,7 @@ FUNCTION = "case"
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Comparison:
     """One comparison."""
 
     name: str
@@ -34,7 +34,7 @@ class Case:
     """None: the plan that is registered for the model's class."""
 
 
-def cases_of(target: str, call: Mapping[str, Any]) -> Iterator[Case]:
+def cases_of(target: str, call: Mapping[str, Any]) -> Iterator[Comparison]:
     """The comparisons that a target stands for.
 
     Args:
@@ -59,17 +59,17 @@ def cases_of(target: str, call: Mapping[str, Any]) -> Iterator[Case]:
         yield from _of_class(target)
 
 
-def _of_class(target: str) -> Iterator[Case]:
+def _of_class(target: str) -> Iterator[Comparison]:
     """Tiny models of a class, with random weights."""
     name = one_class(target, [*list_cp_plans(), *UNCOVERED])
     if name in UNCOVERED:
         raise AttentionProviderError(str(uncovered(type(name, (), {})())))
     for case in CASES.values():
         if case.model_class == name:
-            yield Case(f"{name} ({case.name})", case.build(), case.inputs(), None)
+            yield Comparison(f"{name} ({case.name})", case.build(), case.inputs(), None)
 
 
-def _of_file(path: Path, function: str) -> Case:
+def _of_file(path: Path, function: str) -> Comparison:
     """What a function of a Python file returns: (model, inputs) or (model, inputs, plan)."""
     if not path.is_file():
         raise AttentionProviderError(f"there is no file {path}.")
@@ -94,10 +94,10 @@ def _of_file(path: Path, function: str) -> Case:
             "accepted, with a torch.nn.Module and the arguments of its forward as a dict or a tuple."
         )
     model, inputs, plan = (*found, None)[:3]
-    return Case(f"{type(model).__name__} of {path.name}", model, inputs, plan)
+    return Comparison(f"{type(model).__name__} of {path.name}", model, inputs, plan)
 
 
-def _of_folder(path: Path, call: Mapping[str, Any]) -> Iterator[Case]:
+def _of_folder(path: Path, call: Mapping[str, Any]) -> Iterator[Comparison]:
     """The transformers of a pipeline, with the inputs that the pipeline gives them."""
     if not (path / "model_index.json").is_file():
         raise AttentionProviderError(
@@ -123,7 +123,7 @@ def _of_folder(path: Path, call: Mapping[str, Any]) -> Iterator[Case]:
                 "there are no inputs for it. Write a function that returns (model, inputs), and give FILE.py:FUNCTION."
             )
         get_cp_plan(model)
-        yield Case(f"{name} ({type(model).__name__}) of {path.name}", model, inputs, None)
+        yield Comparison(f"{name} ({type(model).__name__}) of {path.name}", model, inputs, None)
 
 
 class _FirstCallError(Exception):

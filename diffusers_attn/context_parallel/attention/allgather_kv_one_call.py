@@ -35,11 +35,11 @@ def allgather_kv_one_call_attention(
 ) -> Tensor:
     """As `allgather_kv_attention`, without gradients and only with the symmetric transport."""
     group, shards = call.group, call.key_shards
-    push = GatherInFlight.start(
+    gather = GatherInFlight.start(
         query, key.contiguous(), value.contiguous(), shards.sizes, group, needs_grad=False, shift=EVERYONE
     )
     masks = [] if key_mask is None else [collectives.start_gather(key_mask.transpose(0, 1), shards.sizes, group)]
-    block = [tensor.transpose(0, 1) for tensor in push.finish(query)]
+    block = [tensor.transpose(0, 1) for tensor in gather.finish(query)]
     block += [collectives.wait(mask, group) for mask in masks]
     return call.forward(query, block, sum(shards.spans, ()), rows, last=True)[0]
 

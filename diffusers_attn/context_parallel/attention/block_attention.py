@@ -74,7 +74,7 @@ class BlockAttention(NamedTuple):
         plan = self._tiles(spans)
         mask = self._mask(block, rows, spans)
         dtype = self._merge_dtype(query)
-        if _is_whole(plan, query, block):
+        if _is_one_tile(plan, query, block):
             part = self.kernel.forward(query, *_batch_first(block), mask, plan[0].is_causal)
             if so_far is None:
                 return part
@@ -110,7 +110,7 @@ class BlockAttention(NamedTuple):
         The dtype is the kernel's; sums of several calls are float32 at least."""
         plan = self._tiles(spans)
         mask = self._mask(block, rows, spans)
-        if _is_whole(plan, query, block):
+        if _is_one_tile(plan, query, block):
             grads = self.kernel.backward(grad_out, query, *_batch_first(block), mask, plan[0].is_causal, out, lse)
             return grads[0], grads[1].transpose(0, 1), grads[2].transpose(0, 1)
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -144,7 +144,7 @@ class BlockAttention(NamedTuple):
         return block[2].transpose(0, 1)[:, None, None, :] if len(block) == 3 else None
 
 
-def _is_whole(plan: list[Tile], query: Tensor, block: Block) -> bool:
+def _is_one_tile(plan: list[Tile], query: Tensor, block: Block) -> bool:
     return len(plan) == 1 and plan[0].query[1] == query.shape[1] and plan[0].key[1] == block[0].shape[0]
 
 

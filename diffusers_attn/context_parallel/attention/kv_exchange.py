@@ -63,7 +63,7 @@ class SymmetricRing(NamedTuple):
     """`CollectiveRing` for ranks that write keys and values into each other's memory."""
 
     key_value: Block
-    push: GatherInFlight
+    gather: GatherInFlight
     masks: CollectiveRing
 
     @property
@@ -81,18 +81,18 @@ class SymmetricRing(NamedTuple):
     ) -> SymmetricRing:
         """As `CollectiveRing.start`."""
         key, value = (depends_on(tensor, grad_out, sent_over=call.group).contiguous() for tensor in (key, value))
-        push = GatherInFlight.start(
+        gather = GatherInFlight.start(
             query, key, value, call.key_shards.sizes, call.group, needs_grad=call.kernel.needs_grad, shift=1
         )
         masks = [] if key_mask is None else [depends_on(key_mask, grad_out).transpose(0, 1).contiguous()]
-        return SymmetricRing(_sequence_first(push.tensors[:2]), push, CollectiveRing.send(call, 0, masks))
+        return SymmetricRing(_sequence_first(gather.tensors[:2]), gather, CollectiveRing.send(call, 0, masks))
 
     def next(self, computed: Tensor) -> SymmetricRing:
         """As `CollectiveRing.next`."""
-        key_value = _sequence_first(self.push.finish(computed))
+        key_value = _sequence_first(self.gather.finish(computed))
         masks = self.masks.next(computed)
         is_last = masks.step + 1 == masks.call.group.size
-        return SymmetricRing(key_value, self.push if is_last else self.push.send(masks.step + 1), masks)
+        return SymmetricRing(key_value, self.gather if is_last else self.gather.send(masks.step + 1), masks)
 
 
 class CollectiveFetch(NamedTuple):
@@ -123,7 +123,7 @@ class SymmetricFetch(NamedTuple):
     """`CollectiveFetch` for ranks that write keys and values into each other's memory."""
 
     key_value: Block
-    push: GatherInFlight
+    gather: GatherInFlight
     masks: CollectiveFetch
 
     @property
@@ -135,17 +135,17 @@ class SymmetricFetch(NamedTuple):
         query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, call: BlockAttention
     ) -> SymmetricFetch:
         """As `CollectiveFetch.start`."""
-        push = GatherInFlight.start(
+        gather = GatherInFlight.start(
             query, key.contiguous(), value.contiguous(), call.key_shards.sizes, call.group,
             needs_grad=call.kernel.needs_grad,
         )  # fmt: skip
         masks = [] if key_mask is None else [key_mask.transpose(0, 1)]
-        return SymmetricFetch(_sequence_first(push.tensors[:2]), push, CollectiveFetch.send(call, masks))
+        return SymmetricFetch(_sequence_first(gather.tensors[:2]), gather, CollectiveFetch.send(call, masks))
 
     def finish(self, computed: Tensor) -> Block:
         """As `CollectiveFetch.finish`."""
         masks = self.masks.finish(computed)
-        return [*_sequence_first(self.push.finish(computed)), *masks]
+        return [*_sequence_first(self.gather.finish(computed)), *masks]
 
 
 def _sequence_first(tensors: list[Tensor] | tuple[Tensor, ...]) -> Block:

@@ -55,11 +55,11 @@ class Watch:
             number: number of notes that this rank has made.
             quiet: seconds since the last of them.
         """
-        if quiet < self.seconds or _told.get(self.ranks) == number:
+        if quiet < self.seconds or _reported.get(self.ranks) == number:
             return
         missing = rank_progress.behind(self.ranks)
         if missing is not None:
-            _told[self.ranks] = number
+            _reported[self.ranks] = number
             log.error(
                 "ranks that share a sequence have waited for each other for %.0f s, which is the timeout: %s They may "
                 "have failed, skipped a call or be slow: see their messages. This process keeps waiting, and NCCL ends "
@@ -69,7 +69,7 @@ class Watch:
             )
 
 
-_told: dict[tuple[int, ...], int] = {}
+_reported: dict[tuple[int, ...], int] = {}
 """The ranks for which an error was logged, with the number of notes that this rank had made then."""
 _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 _lock = threading.Lock()

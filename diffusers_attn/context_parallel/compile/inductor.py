@@ -5,7 +5,7 @@ On a GPU, Inductor may leave gaps between the rows of a tensor so that they begi
 with gaps (as in the backward of rotary embeddings) and the memory layout of the tensor follows from its inputs (as for
 gradients of attention, heads first): the two assume different layouts. For these versions the gaps are turned off.
 
-Inductor also runs `overlap_pass.begin_early`. A pass that is already set runs before it.
+Inductor also runs `overlap_pass.start_exchanges_early`. A pass that is already set runs before it.
 
 Both are set while a graph with an exchange is compiled, and not for other graphs of the process.
 """
@@ -24,7 +24,7 @@ from torch._guards import CompileContext
 from torch.fx import Graph
 
 from . import overlap_pass
-from .overlap_pass import begin_early
+from .overlap_pass import start_exchanges_early
 
 ORDERS_AGREE = Version("2.13")
 
@@ -96,7 +96,7 @@ _backwards = _Backwards()
 
 
 def _make_pass(others: Any) -> Any:
-    """`begin_early` as a pass of Inductor that first runs `others`: None, a pass, or several."""
+    """`start_exchanges_early` as a pass of Inductor that first runs `others`: None, a pass, or several."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     passes = others if isinstance(others, (list, tuple)) else [] if others is None else [others]
@@ -105,7 +105,7 @@ def _make_pass(others: Any) -> Any:
         def __call__(self, graph: Graph) -> None:
             for other in passes:
                 other(graph)
-            begin_early(graph)
+            start_exchanges_early(graph)
 
         def uuid(self) -> Any:
             """Key of the pass in Inductor's cache. None disables caching, for example if another pass has no key."""

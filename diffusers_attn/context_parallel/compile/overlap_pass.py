@@ -49,7 +49,7 @@ _MODULES = ("torch", "_operator", "math", "builtins")
 """Modules whose functions are recognised by their names."""
 
 
-def begin_early(graph: Graph) -> None:
+def start_exchanges_early(graph: Graph) -> None:
     """Moves nodes that keys and values do not need behind the `symmetric_gather_start` that sends them, if some of
     these nodes take long. Makes every start depend on the readers of the exchange before. The results do not change."""
     finishes = {node.args[TICKET_OF_FINISH]: node for node in _calls(graph, "symmetric_gather_finish")}
@@ -60,7 +60,7 @@ def begin_early(graph: Graph) -> None:
         start.update_arg(TENSORS, [*tied, *query])
         finish = finishes.get(start.args[TICKET_OF_START])
         if finish is not None:  # without fullgraph, the graph may break between them
-            _begin_early(start, finish, tied)
+            _move_behind(start, finish, tied)
 
 
 def _calls(graph: Graph, name: str) -> list[Node]:
@@ -72,33 +72,33 @@ def _results_to_wait_for(start: Node, sent: Sequence[Node]) -> list[Node]:
     them."""
     received = {_memory(finish) for finish in _calls(start.graph, "symmetric_gather_finish")} - {None}
     before = dict.fromkeys(itertools.takewhile(lambda node: node is not start, start.graph.nodes))
-    seen_to = _ancestors(sent, set(before))
+    ancestors = _ancestors(sent, set(before))
     results: list[Node] = []
     for node in before:  # views of that memory do not read it
         reads = _memory(node) not in received and any(_memory(each) in received for each in node.all_input_nodes)
-        if reads and node not in seen_to:
+        if reads and node not in ancestors:
             # An operator with several results, such as attention with its lse, is no tensor; its users select one.
             results += [each for each in (node, *node.users) if each in before]
     return _own_tensors(results, sent, start.graph)
 
 
-def _begin_early(start: Node, finish: Node, tied: Sequence[Node]) -> None:
+def _move_behind(start: Node, finish: Node, tied: Sequence[Node]) -> None:
     """Moves nodes behind `start`. `tied` are keys, values and other nodes that `start` must come after."""
     before = _movable_before(start)
     needed = _ancestors([*tied, *_nodes(start.args[1:])], set(before))
-    beside = [node for node in before if node not in needed]
-    long, read = _long_and_what_they_read(beside)
+    movable = [node for node in before if node not in needed]
+    long, read = _long_nodes_and_inputs(movable)
     anchors = _own_tensors(read, tied, start.graph)
     if not anchors:
         return  # without a dependency, a compiler could compute the moved nodes earlier
     last = start
-    for node in beside:
+    for node in movable:
         last.append(node)
         last = node
     start.update_arg(TENSORS, [*tied, *anchors])
     finish.update_arg(TENSORS, [*tied[:2]])
     computed: Any = finish.args[COMPUTED]
-    awaited = _ancestors(computed, set(beside))
+    awaited = _ancestors(computed, set(movable))
     finish.update_arg(COMPUTED, [*computed, *(node for node in long if node not in awaited)])
 
 
@@ -132,13 +132,13 @@ def _must_stay(node: Node) -> bool:
     return not name or writes or switches or name in _RANDOM or name.strip("_") in _IN_PLACE
 
 
-def _long_and_what_they_read(beside: Sequence[Node]) -> tuple[list[Node], list[Node]]:
-    """The nodes that take long, and the nodes outside of `beside` that the first of them depend on."""
+def _long_nodes_and_inputs(movable: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """The nodes that take long, and the nodes outside of `movable` that the first of them depend on."""
     long: list[Node] = []
     read: dict[Node, None] = {}
     outside: dict[Node, dict[Node, None]] = {}
     """For each node, the outside nodes it reads; none behind a node that takes long, which already depends on them."""
-    for node in beside:
+    for node in movable:
         inputs = [outside.get(each, {each: None}) for each in node.all_input_nodes]
         outside[node] = dict.fromkeys(itertools.chain(*inputs))
         if _name(node) in _LONG:

@@ -73,7 +73,7 @@ class _Entry:
 
     def set(self, forwards: OwnForwards) -> None:
         self.handles = [set_hook() for set_hook in self.hooks]
-        for module in self._alive():
+        for module in self._existing_modules():
             copies.leave_hooks_out(module)
             forwards.give(module)
         self.hooks = []  # they reference the modules, and would keep the model alive
@@ -82,10 +82,10 @@ class _Entry:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        for module in self._alive():
+        for module in self._existing_modules():
             copies.keep_hooks(module)
 
-    def _alive(self) -> list[nn.Module]:
+    def _existing_modules(self) -> list[nn.Module]:
         return [module for module in (then() for then in self.modules) if module is not None]
 
     def refresh(self, model: nn.Module, forwards: OwnForwards) -> None:
@@ -140,7 +140,7 @@ def apply_context_parallel(
             f"context parallelism is applied to this {type(module).__name__} already; call "
             "remove_context_parallel(module) first."
         )
-    copies.check_whole(module)
+    copies.check_not_split(module)
     if isinstance(mesh, DeviceMesh):
         mesh = ContextParallelMesh.from_mesh(mesh)
     tracker = SequenceTracker(mesh)

@@ -50,7 +50,7 @@ def change_copies(module: nn.Module, change: Callable[[dict[str, Any]], None]) -
     vars(module)[_GETSTATE].change = change
 
 
-def check_whole(module: nn.Module) -> None:
+def check_not_split(module: nn.Module) -> None:
     """Raises AttentionProviderError if modules within `module` belong to a split model."""
     shared = next((path for path, each in module.named_modules() if _GETSTATE in vars(each)), None)
     if shared is not None or _shallow(module) is not None:

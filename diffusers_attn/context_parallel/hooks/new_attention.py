@@ -31,13 +31,13 @@ class KnownAttention:
                 for part in parts:
                     holders[id(holder)] = holder
                     holder = holder._modules[part]  # type: ignore[assignment]
-        self._held = [
+        self._children = [
             (weakref.ref(holder), [None if each is None else weakref.ref(each) for each in holder._modules.values()])
             for holder in holders.values()
         ]
 
     def _is_as_before(self) -> bool:
-        for reference, before in self._held:
+        for reference, before in self._children:
             holder = reference()
             if holder is None or len(holder._modules) != len(before):
                 return False

@@ -100,8 +100,8 @@ class Sharded:
             for name, weight in module._parameters.items():
                 if weight is not None and isinstance(weight.data, DTensor):
                     if id(weight) not in full:
-                        whole = weight.data.full_tensor().to(home)
-                        full[id(weight)] = nn.Parameter(whole, self.trained.get((id(module), name), False))
+                        full_weight = weight.data.full_tensor().to(home)
+                        full[id(weight)] = nn.Parameter(full_weight, self.trained.get((id(module), name), False))
                     module._parameters[name] = full[id(weight)]
         for reference, cls, added in self.changed:
             changed = reference()

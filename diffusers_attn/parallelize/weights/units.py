@@ -79,7 +79,7 @@ class _Rules(NamedTuple):
         )
 
 
-_CALLED_WHOLE = ("HunyuanDiTAttentionPool", "MultiheadAttention", "TransformerEncoderLayer")
+_LEAF_CLASSES = ("HunyuanDiTAttentionPool", "MultiheadAttention", "TransformerEncoderLayer")
 """Names of classes that use the weights of layers within them without calling these. They count as layers."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """Models call the modules in these, often without calling the container."""
@@ -88,7 +88,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 def _candidates(module: nn.Module, path: str, rules: _Rules) -> Iterator[_Candidate]:
     """Blocks, and layers outside of blocks."""
     children = list(module.named_children())
-    if path and (not children or type(module).__name__ in _CALLED_WHOLE):
+    if path and (not children or type(module).__name__ in _LEAF_CLASSES):
         yield _Candidate(path, module, False)
         return
     listed = isinstance(module, nn.ModuleList)

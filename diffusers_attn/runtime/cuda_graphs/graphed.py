@@ -45,7 +45,7 @@ Agree = Callable[[str | None], Sequence[str | None]]
 all."""
 
 
-Kind = tuple[Any, ...]
+CallKind = tuple[Any, ...]
 """A kind of call: the mesh over which it is split, and all else that a recording depends on. Hashable."""
 
 
@@ -72,7 +72,7 @@ class Graphs:
         """Whether they end with context parallelism."""
         self.pool: Pool | None = None
         self.snapshot: Snapshot | None = None
-        self.recordings: OrderedDict[Kind, Recording | NotRecorded | None] = OrderedDict()
+        self.recordings: OrderedDict[CallKind, Recording | NotRecorded | None] = OrderedDict()
         """By kind of call, most recently used last; None for a kind that has run only once."""
         self.replays = 0
         """Number of calls that were replays."""
@@ -222,7 +222,7 @@ class _Call(NamedTuple):
     def run(self) -> Any:
         return self.forward(*self.given.args, **self.given.kwargs)
 
-    def kind(self, constants: object, tracker: SequenceTracker | None) -> Kind:
+    def kind(self, constants: object, tracker: SequenceTracker | None) -> CallKind:
         # Two lengths of a sequence can give a rank shards of one shape, and all ranks must record in the same call.
         lengths = () if tracker is None else tuple(sorted(tracker.lengths.items()))
         return None if tracker is None else tracker.mesh, constants, lengths, surroundings()
@@ -311,7 +311,7 @@ def _described(call: _Call) -> tuple[object, list[Tensor], str | None]:
     return constants, tensors, obstacles.of_tensors(tensors, call.graphs.device)
 
 
-def _first_run(call: _Call, kind: Kind) -> Any:
+def _first_run(call: _Call, kind: CallKind) -> Any:
     graphs = call.graphs
     output = call.run()
     graphs.recordings[kind] = None
@@ -320,7 +320,7 @@ def _first_run(call: _Call, kind: Kind) -> Any:
     return output
 
 
-def _run_and_record(call: _Call, kind: Kind, tensors: list[Tensor], tracker: SequenceTracker | None) -> Any:
+def _run_and_record(call: _Call, kind: CallKind, tensors: list[Tensor], tracker: SequenceTracker | None) -> Any:
     """The output of the forward. Records it on the way, if all ranks can and the replay gives the same bits."""
     graphs = call.graphs
     assert graphs.agree is not None

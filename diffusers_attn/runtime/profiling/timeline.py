@@ -22,7 +22,7 @@ _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _PRIORITY = (ATTENTION, OTHER, EXCHANGE)
 OUTSIDE = "outside of components"
-_WHOLE = SEPARATOR.join((PREFIX, ALL))
+_ALL_SPAN = SEPARATOR.join((PREFIX, ALL))
 _COMPONENT = SEPARATOR.join((PREFIX, COMPONENT, ""))
 Part = tuple[str, Label]
 """A component, and what happens in it."""
@@ -67,8 +67,8 @@ def divide(events: Iterable[dict[str, Any]]) -> Times:
         events: the "traceEvents" of a chrome trace, with one span of the kind "profile" around everything.
     """
     complete = [each for each in events if each.get("ph") == "X"]
-    whole = next(each for each in complete if each["name"] == _WHOLE and each.get("cat") == "user_annotation")
-    start, end = float(whole["ts"]), float(whole["ts"]) + float(whole["dur"])
+    full_span = next(each for each in complete if each["name"] == _ALL_SPAN and each.get("cat") == "user_annotation")
+    start, end = float(full_span["ts"]), float(full_span["ts"]) + float(full_span["dur"])
     calls: collections.Counter[Part] = collections.Counter()
     by_thread: dict[Any, list[_Interval]] = collections.defaultdict(list)
     for each in complete:
@@ -77,7 +77,7 @@ def divide(events: Iterable[dict[str, Any]]) -> Times:
             began = float(each["ts"])
             by_thread[each["tid"]].append(_Interval(began, began + float(each["dur"]), change))
     threads = {thread: _segments(found, calls) for thread, found in by_thread.items()}
-    own = threads.get(whole["tid"], _Segments([], []))
+    own = threads.get(full_span["tid"], _Segments([], []))
     device = [each for each in complete if each.get("cat") in _ON_DEVICE]
     if device:
         launches = {

@@ -81,7 +81,7 @@ def masked(meshes, ring, length, kind, is_causal):
     memory = open_shared(mesh.ring)
     shards = (Shards.zigzag if is_causal else Shards.contiguous)(length, mesh.size)
     generator = torch.Generator().manual_seed(0)
-    whole = [torch.randn(2, length, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)]
+    full = [torch.randn(2, length, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)]
     keys, rows = (torch.rand(shape, generator=generator) > 0.4 for shape in ((2, length), (2, 1, length, length)))
     seen = {"none": None, "key": keys[:, None, None, :], "rows": rows}[kind]
     mask = {
@@ -90,7 +90,7 @@ def masked(meshes, ring, length, kind, is_causal):
         "rows": lambda: RowMask(split(rows, shards, 2, mesh.rank)),
     }[kind]()
     options = {"mesh": mesh, "query_shards": shards, "key_shards": shards, "transport": SYMMETRIC}
-    local = [split(tensor, shards, 1, mesh.rank) for tensor in whole]
+    local = [split(tensor, shards, 1, mesh.rank) for tensor in full]
     function = torch.compile(
         lambda *tensors: parallel_attention(*tensors, mask, is_causal=is_causal, **options),
         backend="aot_eager",
@@ -105,7 +105,7 @@ def masked(meshes, ring, length, kind, is_causal):
         allgather_kv_one_call.SECONDS_OF_A_SECOND_CALL = real
         torch._dynamo.reset()
     del memory
-    query, key, value = (tensor.transpose(1, 2) for tensor in whole)
+    query, key, value = (tensor.transpose(1, 2) for tensor in full)
     expected, _ = reference.attention(query, key, value, seen, is_causal=is_causal)
     return reference.relative_error(out, expected.transpose(1, 2))
 

@@ -28,8 +28,8 @@ def over_ranks(meshes, ring, ulysses):
     tracker.split("text", torch.zeros(TEXT), 0)
     role = Role(("text", "image"), ("text", "image"))
     shards = tracker.shards(role.query)
-    whole = [torch.randn(BATCH, JOINT, HEADS, 8, dtype=torch.float64) for _ in range(3)]
-    local = [split(tensor, shards, 1, mesh.rank) for tensor in whole]
+    full = [torch.randn(BATCH, JOINT, HEADS, 8, dtype=torch.float64) for _ in range(3)]
+    local = [split(tensor, shards, 1, mesh.rank) for tensor in full]
     runs = shards.spans[mesh.rank]
 
     keys = torch.rand(BATCH, 1, 1, JOINT) > 0.4
@@ -53,11 +53,11 @@ def over_ranks(meshes, ring, ulysses):
     for name, (mask, complete) in masks.items():
         tracker.role = role._replace(outer_mask=name == "outer product")
         out = split_attention(AttentionCall(*local, mask), tracker)
-        expected, _ = reference.attention(*(tensor.transpose(1, 2) for tensor in whole), complete)
+        expected, _ = reference.attention(*(tensor.transpose(1, 2) for tensor in full), complete)
         errors[name] = (out - split(expected.transpose(1, 2), shards, 1, mesh.rank)).abs().max().item()
 
     tracker.role = role
-    assert split_attention(AttentionCall(local[0], whole[1][:, :7], whole[2][:, :7]), tracker) is None
+    assert split_attention(AttentionCall(local[0], full[1][:, :7], full[2][:, :7]), tracker) is None
     refused = {}
     for name, settings in {
         "dropout": {"dropout_p": 0.1},
@@ -118,12 +118,12 @@ def forms(meshes, ring):
     active.tracker = tracker
     try:
         for name, (*shapes, rest) in calls.items():
-            whole = [normal(*shape, IMAGE, 8) for shape in shapes]
-            of_whole = {"is_causal": True} if name.startswith("causal") else rest
-            expected = split(sdpa(*whole, **of_whole), shards, -2, mesh.rank)
+            full = [normal(*shape, IMAGE, 8) for shape in shapes]
+            full_options = {"is_causal": True} if name.startswith("causal") else rest
+            expected = split(sdpa(*full, **full_options), shards, -2, mesh.rank)
             if name == "rows":
                 rest = {"attn_mask": split(rest["attn_mask"], shards, -2, mesh.rank)}
-            found = attention_dispatch(*(split(each, shards, -2, mesh.rank) for each in whole), **rest)
+            found = attention_dispatch(*(split(each, shards, -2, mesh.rank) for each in full), **rest)
             assert found.shape == expected.shape, name
             errors[name] = (found - expected).abs().max().item()
         local = split(normal(2, HEADS, IMAGE, 8), shards, -2, mesh.rank)
@@ -147,5 +147,5 @@ def forms(meshes, ring):
 def test_forms_of_calls(pool, ring):
     for errors, refused in pool.run(ring, forms, ring=ring):
         assert not {name: error for name, error in errors.items() if not error < 1e-12}
-        for what, said in zip(("torch.func transform", "nested tensor", "CausalBias"), refused):
-            assert what in said and "split over ranks" in said
+        for what, message in zip(("torch.func transform", "nested tensor", "CausalBias"), refused):
+            assert what in message and "split over ranks" in message

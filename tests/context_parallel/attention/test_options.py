@@ -73,15 +73,15 @@ def windows(meshes, ring, ulysses, rotate_method):
         tracker = split_sequences(mesh, **{name: {"text": TEXT, "image": IMAGE}[name] for name in names})
         tracker.role = JOINT if len(names) > 1 else None
         shards = tracker.shards(names)
-        whole = [torch.randn(2, shards.total, 3, 8, dtype=torch.float64) for _ in range(3)]
-        local = [split(tensor, shards, 1, mesh.rank) for tensor in whole]
+        full = [torch.randn(2, shards.total, 3, 8, dtype=torch.float64) for _ in range(3)]
+        local = [split(tensor, shards, 1, mesh.rank) for tensor in full]
         with with_window():
             try:
                 out = split_attention(AttentionCall(*local, provider="_native_math", options=WINDOW), tracker)
             except AttentionProviderError as error:
                 answers[names] = str(error)
                 continue
-        expected, _ = reference.attention(*(each.transpose(1, 2) for each in whole), seen(shards.total))
+        expected, _ = reference.attention(*(each.transpose(1, 2) for each in full), seen(shards.total))
         answers[names] = (out - split(expected.transpose(1, 2), shards, 1, mesh.rank)).abs().max().item()
     return answers
 
@@ -134,9 +134,9 @@ def test_a_window_needs_as_many_keys_as_queries_and_no_mask():
     mask = KeyMask(torch.ones(1, image.sizes[1], dtype=torch.bool))
     options = {"provider": "_native_math", "options": WINDOW, "mesh": mesh, "query_shards": image}
     with with_window():
-        for keys, given, said in ((text, None, "14 queries and 5 keys"), (image, mask, "14 keys, and a mask")):
+        for keys, given, message in ((text, None, "14 queries and 5 keys"), (image, mask, "14 keys, and a mask")):
             query, key, value = tensors(image.sizes[1], keys.sizes[1])
-            with pytest.raises(AttentionProviderError, match=f"equal lengths and no mask. This call has .*{said}"):
+            with pytest.raises(AttentionProviderError, match=f"equal lengths and no mask. This call has .*{message}"):
                 parallel_attention(query, key, value, given, key_shards=keys, **options)
 
 
@@ -158,15 +158,15 @@ def enabled(meshes):
                 model, mesh=meshes.lines[2], provider="_native_math", window_size=(2, 1), verbose=False
             )
         except AttentionProviderError as error:
-            said = str(error)
+            message = str(error)
         report = enable_context_parallel(
             model, mesh=meshes.heads[2], provider="_native_math", window_size=(2, 1), verbose=False
         )
         disable_context_parallel(model)
-    return said, report.strategy
+    return message, report.strategy
 
 
 def test_enabling_tells(pool):
-    for said, strategy in pool.run(2, enabled):
-        assert "window_size=(2, 1) counts positions" in said and "ulysses_degree=2, ring_degree=1" in said
+    for message, strategy in pool.run(2, enabled):
+        assert "window_size=(2, 1) counts positions" in message and "ulysses_degree=2, ring_degree=1" in message
         assert strategy == "ulysses"

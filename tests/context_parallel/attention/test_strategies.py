@@ -96,7 +96,7 @@ def make(case):
     if case["mask"] == "no key":
         key_values = torch.arange(batch).view(batch, 1).expand(batch, keys) > 0
     rows = normal(1, heads if case["mask"] in ("head rows", "bias") else 1, queries, keys)
-    whole = {
+    full = {
         None: None,
         "key": key_values[:, None, None],
         "no key": key_values[:, None, None],
@@ -109,12 +109,12 @@ def make(case):
         else None,
         "outer bias": query_values[:, None, :, None] * key_values[:, None, None, :],
     }[case["mask"]]
-    return case, query, key, value, grad_out, whole, query_values, key_values
+    return case, query, key, value, grad_out, full, query_values, key_values
 
 
 def run_case(mesh, case, transport):
     """This rank's output (of inference and training) and gradients, and what they should be."""
-    case, query, key, value, grad_out, whole, query_values, key_values = make(case)
+    case, query, key, value, grad_out, full, query_values, key_values = make(case)
     queries, keys = (shards_of(case[name], mesh.size, case["order"]) for name in ("queries", "keys"))
 
     def local(tensor, shards, dim=1):
@@ -125,7 +125,7 @@ def run_case(mesh, case, transport):
     if kind.startswith("outer"):
         mask = OuterMask(local(query_values, queries), local(key_values, keys))
     elif "rows" in kind or kind == "bias":
-        mask = RowMask(local(whole, queries, 2))
+        mask = RowMask(local(full, queries, 2))
     elif kind:
         mask = KeyMask(local(key_values, keys))
     options = {"is_causal": case.get("is_causal", False), "scale": case.get("scale")}
@@ -138,7 +138,7 @@ def run_case(mesh, case, transport):
     found = [again, out, *torch.autograd.grad(out, inputs, local(grad_out, queries))]
 
     complete = [tensor.transpose(1, 2).requires_grad_() for tensor in (query, key, value)]
-    expected_out, _ = reference.attention(*complete, whole, **options)
+    expected_out, _ = reference.attention(*complete, full, **options)
     expected = [expected_out, expected_out, *torch.autograd.grad(expected_out, complete, grad_out.transpose(1, 2))]
     expected = [
         local(tensor.transpose(1, 2), shards)
@@ -209,16 +209,16 @@ def low_precision(meshes, ring, ulysses, rotate_method):
     random = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, 96, 2, 16, generator=random).bfloat16() for _ in range(3)]
     shards = Shards.contiguous(96, ring * ulysses)
-    whole = [tensor.transpose(1, 2) for tensor in tensors]
+    full = [tensor.transpose(1, 2) for tensor in tensors]
     errors = []
     for convert_to_fp32 in (True, False):
         mesh = meshes(ring, ulysses, rotate_method=rotate_method, convert_to_fp32=convert_to_fp32)
-        expected = split(reference.attention(*whole)[0].transpose(1, 2), shards, 1, mesh.rank)
+        expected = split(reference.attention(*full)[0].transpose(1, 2), shards, 1, mesh.rank)
         local = [split(tensor, shards, 1, mesh.rank) for tensor in tensors]
         out = parallel_attention(*local, mesh=mesh, query_shards=shards, key_shards=shards)
         assert out.dtype == torch.bfloat16
         errors.append(reference.relative_error(out, expected))
-    alone = torch.nn.functional.scaled_dot_product_attention(*whole).transpose(1, 2)
+    alone = torch.nn.functional.scaled_dot_product_attention(*full).transpose(1, 2)
     return *errors, reference.relative_error(split(alone, shards, 1, mesh.rank), expected)
 
 

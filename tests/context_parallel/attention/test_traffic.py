@@ -38,7 +38,7 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def said_and_sent(meshes, ring, ulysses, method, batch):
+def predicted_and_sent(meshes, ring, ulysses, method, batch):
     mesh = meshes(ring, ulysses, rotate_method=method)
     shards = Shards.contiguous(13, mesh.size)
     query, key, value = (
@@ -72,7 +72,7 @@ def said_and_sent(meshes, ring, ulysses, method, batch):
 )
 def test_a_message_has_the_bytes_that_are_sent(pool, ring, ulysses, method, words):
     for (message,), sent in pool.run(
-        ring * ulysses, said_and_sent, ring=ring, ulysses=ulysses, method=method, batch=11 + ring
+        ring * ulysses, predicted_and_sent, ring=ring, ulysses=ulysses, method=method, batch=11 + ring
     ):
         assert words in message
         assert re.search(r"sends ([\d,]+) bytes", message)[1].replace(",", "") == str(sent) != "0"
@@ -106,8 +106,8 @@ def exchanges_and_errors(meshes, ulysses, kv_heads, batch):
     tensors = [
         torch.randn(batch, 13, heads, 8, generator=generator, dtype=torch.float64) for heads in (6, kv_heads, kv_heads)
     ]
-    whole = [tensor.clone().requires_grad_() for tensor in tensors]
-    repeated = [whole[0], *(tensor.repeat_interleave(6 // kv_heads, dim=2) for tensor in whole[1:])]
+    full = [tensor.clone().requires_grad_() for tensor in tensors]
+    repeated = [full[0], *(tensor.repeat_interleave(6 // kv_heads, dim=2) for tensor in full[1:])]
     out = torch.nn.functional.scaled_dot_product_attention(*(each.transpose(1, 2) for each in repeated)).transpose(1, 2)
     out.square().sum().backward()
     mine = [split(tensor, shards, 1, mesh.rank).clone().requires_grad_() for tensor in tensors]
@@ -115,7 +115,7 @@ def exchanges_and_errors(meshes, ulysses, kv_heads, batch):
         found = parallel_attention(*mine, mesh=mesh, query_shards=shards, key_shards=shards)
     with Sent(mesh.ring, mesh.ulysses) as backward:
         found.square().sum().backward()
-    pairs = [(found, out), *((one.grad, other.grad) for one, other in zip(mine, whole))]
+    pairs = [(found, out), *((one.grad, other.grad) for one, other in zip(mine, full))]
     errors = [(one - split(other, shards, 1, mesh.rank)).abs().max().item() for one, other in pairs]
     return forward.exchanges, backward.exchanges, max(errors)
 

@@ -159,12 +159,12 @@ def unlike_later(meshes):
 def test_ranks_that_differ_after_it_was_enabled(pool):
     one, two = pool.run(2, unlike_later)
     assert one == two
-    for name, said in one.items():
+    for name, message_of_rank in one.items():
         if name.endswith("again"):
-            assert said == "no error", name
+            assert message_of_rank == "no error", name
         else:
-            assert "the ranks that share a sequence have different models" in said, (name, said)
-            assert "on rank 0" in said and "on rank 1" in said, (name, said)
+            assert "the ranks that share a sequence have different models" in message_of_rank, (name, message_of_rank)
+            assert "on rank 0" in message_of_rank and "on rank 1" in message_of_rank, (name, message_of_rank)
     assert "adapter 'style': active in" in one["scale"] and "scale 0.5" in one["scale"]
     assert "adapters merged into the model: none on rank 0" in one["merged"]
 
@@ -249,7 +249,7 @@ def gone(meshes, how, inputs_are):
     dist.barrier()
     for group in [group for made in shared_groups._all for group in made.groups]:
         process_groups.set_timeout(group, datetime.timedelta(seconds=3))
-    said = None
+    message_of_rank = None
     if how == "stays away":
         model.transformer_blocks[0].compile(backend="eager", fullgraph=True)
     if odd and how == "disables":
@@ -263,14 +263,14 @@ def gone(meshes, how, inputs_are):
         with pytest.raises(RuntimeError if how == "stays away" else RankMissingError) as failure:
             output(model, given)
             output(model, given)
-        said = "".join([str(failure.value), *getattr(failure.value, "__notes__", [])])
+        message_of_rank = "".join([str(failure.value), *getattr(failure.value, "__notes__", [])])
     model.transformer_blocks[0]._compiled_call_impl = None  # what follows needs no compiler
     dist.barrier()
     disable_context_parallel(model)
     enable_context_parallel(model, verbose=False)
     output(model, given)
     disable_context_parallel(model)
-    return said
+    return message_of_rank
 
 
 GONE = {
@@ -287,12 +287,12 @@ GONE = {
 @pytest.mark.parametrize("how", GONE)
 def test_a_rank_that_does_not_come_is_named_with_where_it_was(pool, how):
     expected, inputs_are = GONE[how]
-    for rank, said in enumerate(pool.run(4, gone, how=how, inputs_are=inputs_are)):
-        assert (said is None) == (rank == 1 and how != "goes on")
-        assert said is None or expected in said, said
+    for rank, message_of_rank in enumerate(pool.run(4, gone, how=how, inputs_are=inputs_are)):
+        assert (message_of_rank is None) == (rank == 1 and how != "goes on")
+        assert message_of_rank is None or expected in message_of_rank, message_of_rank
 
 
-class Told(logging.Handler):
+class Logged(logging.Handler):
     """Keeps what is logged, and has the other rank go on."""
 
     def __init__(self):
@@ -310,8 +310,8 @@ def hanging(meshes):
     odd = dist.get_rank() == 1
     model, given = build("flux"), inputs("flux")
     enable_context_parallel(model, mesh=meshes.lines[2], inputs="trust", verbose=False)
-    told = Told()
-    stalls.log.addHandler(told)
+    logged = Logged()
+    stalls.log.addHandler(logged)
     watch = stalls.Watch([0, 1], datetime.timedelta(seconds=1))
     wait = process_groups.job_store().wait
     output(model, given)
@@ -328,9 +328,9 @@ def hanging(meshes):
     output(model, given)
     dist.barrier(meshes.lines[2].get_group())
     watch.remove()
-    stalls.log.removeHandler(told)
+    stalls.log.removeHandler(logged)
     disable_context_parallel(model)
-    return told.lines
+    return logged.lines
 
 
 def test_a_hang_without_an_error_names_the_rank_that_is_behind(pool):
@@ -349,14 +349,14 @@ def missing_when_enabled(meshes):
     rank_progress.GRACE = 1.0
     job = process_groups.timeout_of(None, "cpu")
     process_groups.set_timeout(None, datetime.timedelta(seconds=3))
-    said = None
+    message_of_rank = None
     if dist.get_rank() == 1:
         rank_progress.note("a place of its own")
     else:
-        said = message(lambda: enable_context_parallel(build("flux"), verbose=False))
+        message_of_rank = message(lambda: enable_context_parallel(build("flux"), verbose=False))
     process_groups.set_timeout(None, job)
     dist.barrier()
-    return said
+    return message_of_rank
 
 
 def test_a_rank_that_is_not_enabled_is_named(pool):
@@ -414,9 +414,10 @@ def threads(meshes):
 
 def test_two_threads_are_refused(pool):
     for refused, not_disabled, gradient, right in pool.run(2, threads):
-        for said in (*refused, not_disabled):
+        for message_of_rank in (*refused, not_disabled):
             assert (
-                "thread 'MainThread' calls a FluxTransformer2DModel" in said and "while thread 'one' is within" in said
+                "thread 'MainThread' calls a FluxTransformer2DModel" in message_of_rank
+                and "while thread 'one' is within" in message_of_rank
             )
         assert gradient and all(right.values()), right
 

@@ -95,12 +95,12 @@ def names_again(meshes):
     """Groups of some ranks only, made and destroyed, on ranks that have different numbers of other groups."""
     members = [1, 0]
     if dist.get_rank() == 0:
-        held = process_groups.new_gloo_group([0], "alone", datetime.timedelta(seconds=20))
+        group_of_one = process_groups.new_gloo_group([0], "alone", datetime.timedelta(seconds=20))
     for _ in range(3):
         lease = shared_groups.control_group(
             members,
             datetime.timedelta(seconds=20),
-            lambda said: [each for each in _said(meshes, said)],
+            lambda value: [each for each in _exchanged(meshes, value)],
         )
         tensor = torch.tensor([float(dist.get_rank())])
         dist.broadcast(tensor, members[0], group=process_groups.resolve(lease.names[0]))
@@ -108,13 +108,13 @@ def names_again(meshes):
         lease.close()
         shared_groups.end_unused()
     if dist.get_rank() == 0:
-        dist.destroy_process_group(held)
+        dist.destroy_process_group(group_of_one)
 
 
-def _said(meshes, said):
+def _exchanged(meshes, value):
     from diffusers_attn.context_parallel.comm.everyone import everyone
 
-    return everyone(said, [meshes.lines[2].get_group()])
+    return everyone(value, [meshes.lines[2].get_group()])
 
 
 def test_a_group_of_the_same_ranks_is_a_new_one_each_time(pool):

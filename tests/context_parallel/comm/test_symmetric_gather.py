@@ -100,9 +100,9 @@ def test_inductor(pool, method):
             "symmetric_gather_start", "flash_attention_for_cpu", "symmetric_gather_finish", "flash_attention_for_cpu"
         ] * LAYERS  # fmt: skip
         for start, local, finish in zip(calls[::4], calls[1::4], calls[2::4]):
-            held = re.match(r"\[(buf\d+), (buf\d+), (buf\d+)\]", start[1])
-            assert finish[1].startswith(held[0])
-            assert sorted(re.findall(r"buf\d+", local[1])) == sorted(held.groups())
+            tensors = re.match(r"\[(buf\d+), (buf\d+), (buf\d+)\]", start[1])
+            assert finish[1].startswith(tensors[0])
+            assert sorted(re.findall(r"buf\d+", local[1])) == sorted(tensors.groups())
 
 
 def rotations(meshes, captured, known, shifts, calls):
@@ -137,9 +137,9 @@ def rotations(meshes, captured, known, shifts, calls):
         if min([shift, *(before for _, before, _ in unread)]) <= 0 or (captured and call % 3 == 0):
             read()
         key = torch.full((2, sizes[mesh.rank], 1, 4), float(10 * call + mesh.rank))
-        push = GatherInFlight.start(key, key, -key, sizes, mesh.ring, needs_grad=False, shift=shift)
+        started = GatherInFlight.start(key, key, -key, sizes, mesh.ring, needs_grad=False, shift=shift)
         read()  # of a ring: beside the next step
-        unread.append((call, shift, push.finish(key)))
+        unread.append((call, shift, started.finish(key)))
     read()
     del memory
     return wrong
@@ -169,8 +169,8 @@ def lives(meshes):
         return key, GatherInFlight.start(key, key, key, (rows, rows), mesh.ring, needs_grad=False)
 
     for rows in (10, 20, 5000, 10):
-        key, push = send(rows)
-        assert torch.equal(push.finish(key)[0], key)
+        key, started = send(rows)
+        assert torch.equal(started.finish(key)[0], key)
         sizes.append(memory.nbytes)
     assert sizes[0] == sizes[1] < sizes[2] == sizes[3]
     assert 2 * 2 * key.nbytes * 500 < sizes[2] < 1.6 * 2 * 2 * key.nbytes * 500
@@ -193,7 +193,7 @@ def lives(meshes):
     with pytest.raises(RuntimeError, match="block by block"):
         memory.finish(1)
 
-    del memory, push
+    del memory, started
     try:
         gather_of(mesh.ring.name)
     except AttentionProviderError as error:

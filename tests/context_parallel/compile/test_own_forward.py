@@ -60,7 +60,7 @@ def by_blocks(model, counter):
     return model
 
 
-def whole(model, counter):
+def as_one_graph(model, counter):
     model.compile(backend=counter, fullgraph=True)
     return model
 
@@ -80,7 +80,7 @@ def no_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("how", [by_blocks, whole, in_a_function])
+@pytest.mark.parametrize("how", [by_blocks, as_one_graph, in_a_function])
 @pytest.mark.parametrize("cls", [Model, Other])
 def test_other_models_keep_their_graphs(how, cls):
     counters = CompileCounter(), CompileCounter()
@@ -95,7 +95,7 @@ def test_other_models_keep_their_graphs(how, cls):
         remove_context_parallel(model)
         assert torch.equal(split(TOKENS), expected)
         assert torch.equal(other(TOKENS).abs(), expected)
-    again = 2 if how is whole and cls is Model else 0  # both models compile the forward of their class
+    again = 2 if how is as_one_graph and cls is Model else 0  # both models compile the forward of their class
     assert counters[1].frame_count <= before + again
 
 
@@ -107,7 +107,7 @@ def test_a_graph_of_another_model_does_not_run_in_a_split_one():
     assert len(other(TOKENS)) == 6 and len(model(TOKENS)) == 2 and len(other(TOKENS)) == 6
 
 
-@pytest.mark.parametrize("how", [by_blocks, whole, in_a_function])
+@pytest.mark.parametrize("how", [by_blocks, as_one_graph, in_a_function])
 def test_a_model_may_be_split_often(how):
     """Dynamo refuses to compile one function more often than `recompile_limit`."""
     call = how(model := Model(), CompileCounter())

@@ -34,11 +34,11 @@ def beside(register, work, other):
     thread = threading.Thread(target=work, name="one")
     thread.start()
     assert inside.wait(60)
-    said = message(other)
+    message_of_other = message(other)
     free.set()
     thread.join()
     handle.remove()
-    return said
+    return message_of_other
 
 
 def backwards(meshes, mesh):
@@ -79,15 +79,15 @@ def compiled_as_a_whole(meshes):
     model.compile(backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         model(**given)
-        said = beside(other.out.register_forward_pre_hook, lambda: other(**given), lambda: model(**given))
+        message_of_other = beside(other.out.register_forward_pre_hook, lambda: other(**given), lambda: model(**given))
         model(**given)  # one after the other
     for each in (model, other):
         remove_context_parallel(each)
     torch._dynamo.reset()
-    return said
+    return message_of_other
 
 
 def test_a_model_that_is_compiled_as_a_whole_beside_another_is_refused(pool):
-    for said in pool.run(2, compiled_as_a_whole):
-        assert "thread 'MainThread' calls a compiled model" in said
-        assert "while thread 'one' is within a forward of a Model over the same ranks" in said
+    for message_of_other in pool.run(2, compiled_as_a_whole):
+        assert "thread 'MainThread' calls a compiled model" in message_of_other
+        assert "while thread 'one' is within a forward of a Model over the same ranks" in message_of_other

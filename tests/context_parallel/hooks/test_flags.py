@@ -47,19 +47,19 @@ def flags(meshes, ring, ulysses, rotate_method):
         name: ((run(mask) - expected[name]).norm() / expected[name].norm()).item()
         for name, mask in masks(tokens).items()
     }
-    said = {}
+    refusals = {}
     for name, (make, expected_words) in REFUSED.items():
         with pytest.raises(AttentionProviderError) as caught:
             run(make(masks(tokens)["flags"]))
-        said[name] = expected_words.format(more=tokens + 1, tokens=tokens), str(caught.value)
+        refusals[name] = expected_words.format(more=tokens + 1, tokens=tokens), str(caught.value)
     remove_context_parallel(model)
-    return errors, said
+    return errors, refusals
 
 
 @pytest.mark.parametrize("mesh", ["ulysses 2", "gather 2", "ring 3", "gather 2 x ulysses 2"])
 def test_masks_of_all_tokens(pool, mesh):
     ring, ulysses, method = MESHES[mesh]
-    for errors, said in pool.run(ring * ulysses, flags, ring=ring, ulysses=ulysses, rotate_method=method):
+    for errors, refusals in pool.run(ring * ulysses, flags, ring=ring, ulysses=ulysses, rotate_method=method):
         assert not {name: each for name, each in errors.items() if not each < 1e-6}
-        for expected, message in said.values():
+        for expected, message in refusals.values():
             assert expected in message

@@ -107,18 +107,18 @@ def beside(meshes, ring, ulysses, lengths):
     for length, reach, grouped in lengths:
         tracker, spec = SequenceTracker(mesh), advanced.CPHalo(1, reach, "frames", grouped)
         tracker.shard_length("frames", length)
-        whole = torch.randn(2, length * (3 if grouped else 1), 2, generator=torch.Generator().manual_seed(0)).double()
-        weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1)).double()
-        own = (tracker.split_groups if grouped else tracker.split)("frames", whole, 1).requires_grad_()
+        full = torch.randn(2, length * (3 if grouped else 1), 2, generator=torch.Generator().manual_seed(0)).double()
+        weights = torch.randn(full.shape, generator=torch.Generator().manual_seed(1)).double()
+        own = (tracker.split_groups if grouped else tracker.split)("frames", full, 1).requires_grad_()
         shards = tracker.shards(("frames",))
-        each, ((start, size),) = whole.shape[1] // length, shards.spans[mesh.rank]
-        seen = [(max(0, begin - reach), min(length, begin + held + reach)) for ((begin, held),) in shards.spans]
+        each, ((start, size),) = full.shape[1] // length, shards.spans[mesh.rank]
+        seen = [(max(0, begin - reach), min(length, begin + count + reach)) for ((begin, count),) in shards.spans]
 
         def part(tensor, first, last, each=each):
             return tensor[:, first * each : last * each]
 
         found = with_neighbours(tracker, spec, own)
-        error = (found - part(whole, *seen[mesh.rank])).abs().max()
+        error = (found - part(full, *seen[mesh.rank])).abs().max()
         (found * part(weights, *seen[mesh.rank])).sum().backward()
         counts = sum(torch.tensor([float(first <= index < last) for index in range(length)]) for first, last in seen)
         expected = part(weights * counts.repeat_interleave(each)[:, None], start, start + size)

@@ -352,10 +352,10 @@ def exchanged(meshes):
 
 def test_processors_exchanged_after_it_was_enabled(pool):
     for answers in pool.run(2, exchanged):
-        for name, (wrong, said, same) in answers.items():
+        for name, (wrong, message, same) in answers.items():
             assert wrong < 1e-5 and same, name
             expected = "disable_context_parallel first" if name == "unbound" else "'transformer_blocks.0.attn'"
-            assert expected in said
+            assert expected in message
 
 
 # A forward that is called without the hooks of the model.

@@ -149,8 +149,8 @@ def test_a_whole_mask_of_keys_is_cut_to_those_of_this_rank():
     tracker.role = Role(("text", "video"), ("text", "video"), key_mask=True)
     call = tracker.attention(2, 2)
     mask = torch.arange(8.0).expand(2, 4, 1, 8)
-    for whole in (mask, torch.nn.functional.pad(mask, (0, 2)), mask.expand(2, 4, 2, 8)):
-        found = call_module._mask(whole, call, tracker, None, None)
+    for replicated in (mask, torch.nn.functional.pad(mask, (0, 2)), mask.expand(2, 4, 2, 8)):
+        found = call_module._mask(replicated, call, tracker, None, None)
         assert isinstance(found, KeyMask) and found.values.tolist() == [[2, 7]] * 2
     for shape in ((1, 1, 2, 8), (2, 1, 1, 7)):
         with pytest.raises(AttentionProviderError, match="one row, with columns for all 8 keys"):

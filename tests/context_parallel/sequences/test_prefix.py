@@ -95,12 +95,12 @@ def keys_of_a_cache(meshes, name):
             apply_context_parallel(model, mesh)
         with attention_over_ranks():
             first = model(**given).sample
-            held = [tensor for layer in given["kv_cache"].layer_caches for tensor in layer.get()]
+            cached = [tensor for layer in given["kv_cache"].layer_caches for tensor in layer.get()]
             last = model(**{**given, "kv_cache_mode": "cached", "hidden_states": given["hidden_states"] * 2}).sample
         grads = torch.autograd.grad(first.square().mean() + last.square().mean(), model.parameters())
         if split:
             grads = [torch.stack(list(_everyones(grad, mesh))).mean(dim=0) for grad in grads]
-        results.append([first, *held, last, *grads])
+        results.append([first, *cached, last, *grads])
     return max((one - other).abs().max().item() for one, other in zip(*results))
 
 

@@ -47,10 +47,10 @@ def test_every_pair_is_in_one_call():
         found = torch.zeros(QUERIES, KEYS, dtype=torch.int)
         queries, keys = cut(QUERIES, 4, rng), cut(KEYS, 5, rng)
         rng.shuffle(keys)
-        for own, at_hand in ((queries[:2], keys[:3]), (queries[2:], keys[:3]), (queries, keys[3:])):
+        for own, available in ((queries[:2], keys[:3]), (queries[2:], keys[:3]), (queries, keys[3:])):
             rows = torch.cat([torch.arange(start, start + length) for start, length in own])
-            columns = torch.cat([torch.arange(start, start + length) for start, length in at_hand])
-            for tile in tiles_within(SEEN, tuple(own), tuple(at_hand)):
+            columns = torch.cat([torch.arange(start, start + length) for start, length in available])
+            for tile in tiles_within(SEEN, tuple(own), tuple(available)):
                 assert not tile.is_causal and tile.query[1] > 0 and tile.key[1] > 0
                 of_queries, of_keys = (slice(start, start + length) for start, length in tile[:2])
                 found[rows[of_queries][:, None], columns[of_keys]] += 1
@@ -70,8 +70,8 @@ def compare(meshes, ring, ulysses, rotate_method, seen):
     rank, generator = mesh.rank, torch.Generator().manual_seed(0)
 
     def drawn(shards, heads):
-        whole = torch.randn(2, shards.total, heads, 8, dtype=torch.float64, generator=generator)
-        return torch.cat([whole[:, start : start + length] for start, length in shards.spans[rank]], dim=1)
+        full = torch.randn(2, shards.total, heads, 8, dtype=torch.float64, generator=generator)
+        return torch.cat([full[:, start : start + length] for start, length in shards.spans[rank]], dim=1)
 
     given = [drawn(queries, 4), drawn(keys, 2), drawn(keys, 2)]
     ((start, length),) = queries.spans[rank]

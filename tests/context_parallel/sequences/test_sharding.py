@@ -65,9 +65,9 @@ def test_zigzag_gives_every_rank_the_same_work_in_few_calls():
     assert len(set(work)) == 1
 
 
-def two_layers(x, before, inside, after, whole):
+def two_layers(x, before, inside, after, outer):
     """A model with parameters before the split, between split and gather, and after the gather."""
-    split_, gather_ = whole if whole else (lambda x: x, lambda x: x)
+    split_, gather_ = outer if outer else (lambda x: x, lambda x: x)
     x = split_((x @ before).tanh())
     x = (x @ inside).tanh()
     return ((gather_(x) @ after) ** 2).mean()

@@ -17,14 +17,14 @@ class Gives(torch.nn.Module):
 
 
 def test_all_ranks_refuse_what_one_would_have_nothing_of():
-    said = set()
+    messages = set()
     for rank in range(3):
         model = Gives()
         apply_context_parallel(model, mesh_of(rank), {"": {"tokens": CPInput(1)}})
         with pytest.raises(AttentionProviderError) as caught:
             model(torch.ones(2, 2, 32))
-        said.add(str(caught.value))
-    (message,) = said
+        messages.add(str(caught.value))
+    (message,) = messages
     assert message.startswith("a tensor [2, 2, 32] is to be split along dimension 1 over 3 ranks, and ':tokens' has a")
 
 

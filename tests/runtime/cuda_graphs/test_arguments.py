@@ -24,26 +24,26 @@ def call(**changes):
     return GraphCall((torch.zeros(1), 7), arguments | changes)
 
 
-def said(**changes):
+def described(**changes):
     return call(**changes).taken_apart("Model")[0]
 
 
 def test_calls_of_a_kind():
-    assert said() == said(hidden_states=torch.ones(2, 3), timestep=torch.ones(2))
-    assert hash(said()) == hash(said(hidden_states=torch.ones(2, 3)))
+    assert described() == described(hidden_states=torch.ones(2, 3), timestep=torch.ones(2))
+    assert hash(described()) == hash(described(hidden_states=torch.ones(2, 3)))
     others = [
-        said(hidden_states=torch.zeros(3, 2)),
-        said(hidden_states=torch.zeros(2, 3, dtype=torch.float64)),
-        said(hidden_states=torch.zeros(3, 2).T),
-        said(hidden_states=None),
-        said(ids=[torch.zeros(1), [torch.zeros(2), None]]),
-        said(pair=Pair(torch.zeros(4), 6)),
-        said(attention_kwargs={"scale": 1.0, "mask": torch.zeros(3, dtype=torch.bool)}),
-        said(return_dict=True),
-        said(return_dict=0),
-        said(guidance=None),
+        described(hidden_states=torch.zeros(3, 2)),
+        described(hidden_states=torch.zeros(2, 3, dtype=torch.float64)),
+        described(hidden_states=torch.zeros(3, 2).T),
+        described(hidden_states=None),
+        described(ids=[torch.zeros(1), [torch.zeros(2), None]]),
+        described(pair=Pair(torch.zeros(4), 6)),
+        described(attention_kwargs={"scale": 1.0, "mask": torch.zeros(3, dtype=torch.bool)}),
+        described(return_dict=True),
+        described(return_dict=0),
+        described(guidance=None),
     ]
-    assert len({said(), *others}) == 1 + len(others)
+    assert len({described(), *others}) == 1 + len(others)
 
 
 def test_tensors_go_back_to_their_places():
@@ -69,4 +69,4 @@ def test_an_output_keeps_its_kind():
 
 def test_what_a_graph_cannot_be_given():
     with pytest.raises(AttentionProviderError, match=r"cache\['keys'\] of this call of Model is a object"):
-        said(cache={"keys": object()})
+        described(cache={"keys": object()})

@@ -211,8 +211,8 @@ def test_bad_data_is_skipped_by_name(tmp_path, caplog):
         filled = cache(tmp_path / "cache").fill(examples, encode, on_bad_data="skip")
     assert [each.example.name for each in filled] == ["00.png", "01.png"]
     (record,) = caplog.records
-    for said in ("half.jpg: a broken image", "tiny.png: 8x8 pixels would have to be"):
-        assert said in record.message
+    for message in ("half.jpg: a broken image", "tiny.png: 8x8 pixels would have to be"):
+        assert message in record.message
     # Once it is mended, it is used.
     picture(tmp_path / "data" / "half.jpg", 256, 256)
     examples = read_examples(tmp_path / "data", on_bad_data="skip")
@@ -296,15 +296,15 @@ def test_folders_that_are_not_shared_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         (lambda pixels: {"latents_mean": pixels * float("nan")}, "NaN or infinity for 0.*png.*float32"),
         (lambda pixels: {"latents_mean": pixels[0]}, "the first dimension must be 2"),
         (lambda pixels: {}, "returned no tensors"),
     ],
 )
-def test_encoders_that_give_something_else(tmp_path, wrong, said):
-    with pytest.raises(TrainingDataError, match=said):
+def test_encoders_that_give_something_else(tmp_path, wrong, message):
+    with pytest.raises(TrainingDataError, match=message):
         album(tmp_path / "data", 2)
         cache(tmp_path / "cache").fill(read_folder(tmp_path / "data"), wrong, batch_size=2)
     assert not contents(tmp_path / "cache")
@@ -416,14 +416,14 @@ def test_a_cached_file_that_is_damaged_is_named_when_it_is_read(tmp_path):
     change(paths[2], -4, np.float32("nan").tobytes())
     change(texts["a cat"], -8, bytes([1]))
     paths[3].unlink()
-    for path, said in (
+    for path, message in (
         (paths[0], "the checksum of its tensors has changed"),
         (paths[1], "the checksum of its tensors has changed"),
         (paths[2], "NaN or infinity in latents_mean"),
         (texts["a cat"], "the checksum of its tensors has changed"),
         (paths[3], "is missing"),
     ):
-        with pytest.raises(TrainingDataError, match=said) as error:
+        with pytest.raises(TrainingDataError, match=message) as error:
             read_tensors(path)
         assert str(path) in str(error.value) and "Start again" in str(error.value).replace("start again", "Start again")
         path.unlink(missing_ok=True)

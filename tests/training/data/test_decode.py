@@ -121,13 +121,13 @@ def test_turned_video(tmp_path):
 
 
 def test_broken_videos(tmp_path):
-    whole = video(tmp_path / "a.mp4", frames=100, movflags="faststart")
+    complete = video(tmp_path / "a.mp4", frames=100, movflags="faststart")
     with pytest.raises(TrainingDataError, match="a broken video: .*ends after 100 frames, but number 100 is needed"):
-        list(decode.read_video(FileSource(whole), [0, 100]))
+        list(decode.read_video(FileSource(complete), [0, 100]))
     with pytest.raises(TrainingDataError, match="a broken video: it is cut off: its header states .* bytes"):
-        decode.probe_video(FileSource(cut(whole, 0.6)))
+        decode.probe_video(FileSource(cut(complete, 0.6)))
     with pytest.raises(TrainingDataError, match="a broken video: "):
-        list(decode.read_video(FileSource(whole), [0, 99]))
+        list(decode.read_video(FileSource(complete), [0, 99]))
     (tmp_path / "b.mp4").write_text("no video")
     with pytest.raises(TrainingDataError, match="a broken video: "):
         decode.probe_video(FileSource(tmp_path / "b.mp4"))

@@ -260,8 +260,8 @@ def test_of_many_problems_the_first_are_named_and_the_rest_counted(tmp_path, cap
     with pytest.raises(TrainingDataError) as error:
         read_examples(tmp_path)
     assert len(error.value.problems) == 3000
-    said = str(error.value).splitlines()
-    assert "metadata.jsonl line 20: " in said[20] and said[21] == "  and 2,980 more" and len(said) == 22
+    lines = str(error.value).splitlines()
+    assert "metadata.jsonl line 20: " in lines[20] and lines[21] == "  and 2,980 more" and len(lines) == 22
     assert len(str(error.value)) < 10_000
     with caplog.at_level(logging.WARNING):
         read_examples(tmp_path, on_bad_data="skip")

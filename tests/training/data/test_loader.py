@@ -55,7 +55,7 @@ def take(loader, number):
         iterator.close()
 
 
-def told(batches):
+def rows_of(batches):
     """What the job's batches were, in the order of positions within steps."""
     rows = [
         (batch["step"], position, name, caption, batch["bucket"])
@@ -87,26 +87,26 @@ def test_a_batch_is_what_was_encoded(prepared):
 
 
 def test_the_same_global_batches_on_any_number_of_processes(prepared):
-    alone = told(take(loader(prepared, Share(0, 1, 4)), 12))
+    alone = rows_of(take(loader(prepared, Share(0, 1, 4)), 12))
     assert len({row[2] for row in alone}) == 9 and {row[3] for row in alone} > {"", "moves"}
     for size, micro in [(1, 1), (2, 1), (2, 2), (4, 1)]:
         micros = 12 * 4 // size // micro
         ranks = [take(loader(prepared, Share(rank, size, micro)), micros) for rank in range(size)]
-        assert told(itertools.chain(*ranks)) == alone
+        assert rows_of(itertools.chain(*ranks)) == alone
         assert [batch["last"] for batch in ranks[0]] == ([False] * (4 // size // micro - 1) + [True]) * 12
 
 
 def test_resumed_on_other_numbers_of_processes(prepared):
-    whole = told(take(loader(prepared, Share(0, 1, 4)), 14))
+    uninterrupted = rows_of(take(loader(prepared, Share(0, 1, 4)), 14))
     first = [loader(prepared, Share(rank, 2, 1)) for rank in range(2)]
-    before = told(itertools.chain(*(take(each, 2 * 5) for each in first)))
+    before = rows_of(itertools.chain(*(take(each, 2 * 5) for each in first)))
     (state,) = {json.dumps(each.state_dict()) for each in first}
     after = []
     for rank in range(4):
         resumed = loader(prepared, Share(rank, 4, 1))
         resumed.load_state_dict(json.loads(state))
         after += take(resumed, 9)
-    assert before + told(after) == whole
+    assert before + rows_of(after) == uninterrupted
 
 
 def test_state_is_of_what_was_given_and_not_of_what_was_read(prepared):
@@ -125,9 +125,9 @@ def test_state_is_of_what_was_given_and_not_of_what_was_read(prepared):
 
 
 def test_dropout_is_what_was_asked(prepared):
-    captions = [row[3] for row in told(take(loader(prepared, Share(0, 1, 4), dropout=0.25), 100))]
+    captions = [row[3] for row in rows_of(take(loader(prepared, Share(0, 1, 4), dropout=0.25), 100))]
     assert 0.19 < captions.count("") / len(captions) < 0.31
-    assert "" not in {row[3] for row in told(take(loader(prepared, dropout=0.0), 50))}
+    assert "" not in {row[3] for row in rows_of(take(loader(prepared, dropout=0.0), 50))}
     with pytest.raises(TrainingDataError, match="needs generator"):
         LatentLoader(*prepared, LatentLoader.sampler_for(prepared[0], global_batch_size=1), caption_dropout=0.1)
     with pytest.raises(TrainingDataError, match="caption_dropout=1.5"):

@@ -30,11 +30,11 @@ def test_every_example_in_every_epoch_and_one_bucket_per_batch():
 
 def test_shuffled_by_seed_and_epoch():
     first, same, other = (BatchSampler(BUCKETS, global_batch_size=2, seed=seed) for seed in (1, 1, 2))
-    whole = steps(first, 14)
-    assert whole == steps(same, 14)
-    assert whole != steps(other, 14)
-    assert [step.indices for step in whole[:7]] != [step.indices for step in whole[7:]]
-    assert list(reversed([same.step(i) for i in reversed(range(14))])) == whole  # in any order
+    uninterrupted = steps(first, 14)
+    assert uninterrupted == steps(same, 14)
+    assert uninterrupted != steps(other, 14)
+    assert [step.indices for step in uninterrupted[:7]] != [step.indices for step in uninterrupted[7:]]
+    assert list(reversed([same.step(i) for i in reversed(range(14))])) == uninterrupted  # in any order
 
 
 def test_buckets_take_turns_in_another_order_in_each_epoch():
@@ -90,12 +90,12 @@ def test_position_goes_on_where_it_was():
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [({"global_batch_size": 0}, "global_batch_size=0"), ({"repeats": 0}, "repeats=0"),
      ({"incomplete": "pad"}, "incomplete='pad': accepted are 'fill', 'drop'")],
 )  # fmt: skip
-def test_senseless_settings(settings, said):
-    with pytest.raises(TrainingDataError, match=said):
+def test_senseless_settings(settings, message):
+    with pytest.raises(TrainingDataError, match=message):
         BatchSampler(BUCKETS, **{"global_batch_size": 2, **settings})
     with pytest.raises(TrainingDataError, match="no examples"):
         BatchSampler([], global_batch_size=1)
