@@ -47,7 +47,7 @@ def run(
     the ranks of torchrun, when it takes longer than `timeout` seconds and when pytest is interrupted or killed.
 
     Raises:
-        AssertionError: it took too long, or failed where `check` is set; the message has what it said.
+        AssertionError: it took too long, or failed where `check` is set; the message has its output.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         job = subprocess.Popen(ended_with_parent(command), stdin=subprocess.PIPE, stdout=out, stderr=err, **options)

@@ -77,7 +77,7 @@ def test_every_module_has_a_layer():
     )
 
 
-@pytest.mark.parametrize("room", RANK)
+@pytest.mark.parametrize("layer_name", RANK)
 def test_a_layer_imports_from_those_below(layer_name):
     wrong = [
         f"{module} imports {other}"

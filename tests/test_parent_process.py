@@ -82,7 +82,7 @@ def _left_by(command: list[str], where: Path, number: int, ready: int) -> list[s
     folder = Path(tempfile.mkdtemp(prefix="end-"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    output = where / "said"
+    output = where / "output"
     with output.open("w") as log:
         # A command that runs in the background of a shell ignores SIGINT, and so do all that it starts.
         heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

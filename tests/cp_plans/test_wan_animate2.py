@@ -62,7 +62,7 @@ def test_without_exchange_it_is_wrong(pool, name):
 
 
 @pytest.mark.parametrize(
-    ("ring", "ulysses", "mode", "provider", "whole"),
+    ("ring", "ulysses", "mode", "provider", "filled_before"),
     [
         (2, 1, "broadcast", None, False),
         (2, 1, "broadcast", None, True),
@@ -72,7 +72,7 @@ def test_without_exchange_it_is_wrong(pool, name):
 )
 def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, filled_before):
     """And where it was filled before, by a model that was whole, all."""
-    options = {"ring": ring, "ulysses": ulysses, "inputs": mode, "provider": provider, "whole": filled_before}
+    options = {"ring": ring, "ulysses": ulysses, "inputs": mode, "provider": provider, "filled_before": filled_before}
     found = pool.run(ring * ulysses, compare_enabled, **options)
     assert max(error for error, _ in found) < 2e-5
     cached = [tokens for _, tokens in found]

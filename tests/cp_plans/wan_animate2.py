@@ -155,7 +155,7 @@ def compare(meshes, ring, ulysses, rotate_method, name, disabled=False, removal=
 @torch.no_grad()
 def compare_enabled(meshes, ring, ulysses, inputs, provider, filled_before=False):
     """The relative error of what all passes give, in float32, as a user runs them; and how many reference tokens every
-    rank's cache holds. `whole`: in which context parallelism is enabled after the cache was filled."""
+    rank's cache holds. `filled_before`: context parallelism is enabled after the cache was filled."""
     name, results = "as the pipeline", []
     for split in (False, True):
         model, given = build(name, torch.float32), passes(name, torch.float32)

@@ -20,7 +20,7 @@ class Hub:
         address: for HF_ENDPOINT.
         tokens: with which requests came.
         files: by repository, by path: their bytes, as the last commit left them.
-        said: method and path of every request, for messages of tests.
+        requests: method and path of every request, for messages of tests.
     """
 
     def __init__(self) -> None:

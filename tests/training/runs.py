@@ -122,7 +122,7 @@ def train_until_terminated(settings: dict[str, Any], step: int, *signals: int) -
 
 def run_script(arguments: list[str], folder: str, number: int | None = None, signal_when: str | None = None) -> None:
     """`examples/train_lora.py` with a command line, in a process that has everything imported already. What it prints
-    goes to `said` in `folder`.
+    goes to the file `output` in `folder`.
 
     Args:
         number: of a signal that it is sent as soon as there is a file `signal_when`, with something in it.
@@ -136,7 +136,7 @@ def run_script(arguments: list[str], folder: str, number: int | None = None, sig
             time.sleep(0.01)
         os.kill(os.getpid(), number or 0)
 
-    log = os.open(os.path.join(folder, "said"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(os.path.join(folder, "output"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     if number is not None:

@@ -64,7 +64,7 @@ def test_terminated(uninterrupted, settings_of, forked, tmp_path):
     settings = settings_of("cogview4", **{**STEPS, "checkpoint_every": 0})
     assert forked(train_until_terminated, settings, 3) == 143
     steps, resumed = finish(settings, forked, tmp_path)
-    assert steps == result["steps"][-2:]  # the step in which it is told is the next one
+    assert steps == result["steps"][-2:]  # it ends with the step after the signal
     assert same(resumed, weights)
 
 

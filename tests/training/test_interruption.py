@@ -28,7 +28,7 @@ def test_the_script_saves_and_says_how_to_go_on(settings_of, forked, tmp_path, n
     settings = settings_of("cogview4", steps=400, metrics=True)
     metrics = str(Path(settings["output_dir"], "metrics.jsonl"))
     assert forked(run_script, command_line(settings), str(tmp_path), int(number), metrics) == code
-    log = (tmp_path / "said").read_text()
+    log = (tmp_path / "output").read_text()
     [step] = steps_of(settings)
     assert 1 <= step < 400
     assert "Interrupt again to exit at once" in log
@@ -36,7 +36,7 @@ def test_the_script_saves_and_says_how_to_go_on(settings_of, forked, tmp_path, n
     assert "Traceback" not in log
     again = {**settings, "steps": step, "resume": "latest"}
     assert forked(run_script, command_line(again), str(tmp_path)) == 0
-    log = (tmp_path / "said").read_text()
+    log = (tmp_path / "output").read_text()
     assert log.count(f"resuming from {settings['output_dir']}/checkpoints/step-{step:08d}") == 1
     assert log.count(f"--steps {step}, until now 400") == 1
     assert Path(settings["output_dir"], "pytorch_lora_weights.safetensors").is_file()
@@ -85,7 +85,7 @@ def _one_is_signalled(settings):
 def test_all_processes_leave_behind_the_same_step(run_worlds, settings_of):
     settings = settings_of("cogview4", steps=6, cp_degree=2)
     [answers] = run_worlds(World(2, _one_is_signalled, {"settings": settings}))
-    assert steps_of(settings) == [3]  # the step in which it is told is the next one
+    assert steps_of(settings) == [3]  # it ends with the step after the signal
     path = f"{settings['output_dir']}/checkpoints/step-00000003"
     assert answers == [(signal.SIGINT, path), (signal.SIGINT, path)]
 

@@ -301,7 +301,7 @@ class Logged(logging.Handler):
 
     def emit(self, record):
         self.lines.append(record.getMessage())
-        process_groups.job_store().set(f"told/{len(self.lines)}", "")
+        process_groups.job_store().set(f"logged/{len(self.lines)}", "")
 
 
 @torch.no_grad()
@@ -316,14 +316,14 @@ def hanging(meshes):
     wait = process_groups.job_store().wait
     output(model, given)
     if odd:
-        wait(["told/1"])
+        wait(["logged/1"])
     output(model, given)
     output(model, given)
     handle = model.register_forward_pre_hook(lambda *_: None)
     if odd:
-        handle = model.proj_out.register_forward_hook(lambda *_: wait(["told/2"]))
+        handle = model.proj_out.register_forward_hook(lambda *_: wait(["logged/2"]))
     output(model, given)
-    wait(["told/2"])
+    wait(["logged/2"])
     handle.remove()
     output(model, given)
     dist.barrier(meshes.lines[2].get_group())

@@ -137,7 +137,7 @@ def test_what_a_replay_would_leave_out(model, what, caplog):
     call(model)
     assert Replayed.made == 0
     assert reason in cuda_graphs_status(model).reasons[0]
-    assert [record.levelno for record in caplog.records] == [logging.WARNING], "said once"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING], "more than one warning"
 
 
 def test_a_forward_that_is_wrapped_later(model):
