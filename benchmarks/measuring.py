@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import itertools
 import json
-import os
 import shlex
 import sys
 import time
@@ -18,6 +17,8 @@ from unittest import mock
 
 import torch
 from versions import versions
+
+from diffusers_attn.atomic_files import write_atomically
 
 MIB = 2**20
 
@@ -116,7 +117,5 @@ class Report:
     def write(self) -> None:
         if self.path is not None:
             report = {"environment": self.environment, "results": [variant.result for variant in self.variants]}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = self.path.with_name(self.path.name + ".tmp")
-            scratch.write_text(json.dumps(report, indent=1) + "\n")
-            os.replace(scratch, self.path)
+            text = json.dumps(report, indent=1) + "\n"
+            write_atomically(self.path, lambda unfinished: unfinished.write_text(text))

@@ -114,6 +114,7 @@ def test_shipped_vae_is_the_identity(dtype: torch.dtype, tolerance: float) -> No
 
 
 def test_the_script_trains_saves_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
     maker = example("make_tiny_flux")
     monkeypatch.setattr(maker, "draw", functools.partial(maker.draw, steps=1))
     output, work = tmp_path / "model", tmp_path / "work"

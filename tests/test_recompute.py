@@ -17,7 +17,8 @@ from diffusers_attn import DispatchProcessor, attention_provider, recompute
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh
 from diffusers_attn.dispatch import attend
-from diffusers_attn.providers.native import Math, Native
+from diffusers_attn.providers.aten_kernels import Math
+from diffusers_attn.providers.native import Native
 from diffusers_attn.scope import ProviderChoice, active_choice, active_parallel, scope
 
 from .zoo import CASES

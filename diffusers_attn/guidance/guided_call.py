@@ -7,7 +7,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from .branches import Step, StepKind, shape_of
 from .cached_run import CachedRun
 from .division import Divider, Division
 from .groups import Groups
-from .inputs import Arguments, StepInputs
+from .inputs import StepInputs
 from .pending import Arrival, PendingTensor, known
+from .step_in_progress import Output, StepInProgress, exchange
 
 _CALL = "_call_impl"  # what nn.Module's `__call__` runs, with all hooks, unless the module is compiled as a whole
 
@@ -61,7 +62,7 @@ class GuidedCall:
         self._first = next(iter(inspect.signature(type(model).forward.__get__(model)).parameters))
         self._made: dict[int, Groups] = {}
         self._kinds: dict[Any, StepKind] = {}
-        self._step: _StepInProgress | None = None
+        self._step: StepInProgress | None = None
         self.computed = 0
         """Number of calls that this rank has computed, alone or with others."""
 
@@ -93,7 +94,7 @@ class GuidedCall:
         owner = number % current.division.owners
         return self._by_branch(model, current, current.groups, number, owner, latents, args, kwargs)
 
-    def _begin(self, latents: Any, run: CachedRun | None, has_name: bool) -> _StepInProgress:
+    def _begin(self, latents: Any, run: CachedRun | None, has_name: bool) -> StepInProgress:
         """Plans a new step.
 
         Args:
@@ -120,7 +121,7 @@ class GuidedCall:
             run.begin((groups or alone) if has_name else None)
             groups = run.groups
             division = Division(1, 1 if groups is None else groups.count)
-        current = _StepInProgress(Step(latents, kind), batch, division, branches)
+        current = StepInProgress(Step(latents, kind), batch, division, branches)
         current.groups = groups
         current.alone = alone if run is None else run.groups
         return current
@@ -134,7 +135,7 @@ class GuidedCall:
         return self._made[count]
 
     def _together(
-        self, model: nn.Module, current: _StepInProgress, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: nn.Module, current: StepInProgress, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call that all ranks compute. Groups divide its batch, if the step is divided so; otherwise its sequence is
         split over all ranks, and the first time over those of each group alone."""
@@ -156,7 +157,7 @@ class GuidedCall:
     def _of_run(
         self,
         model: nn.Module,
-        current: _StepInProgress,
+        current: StepInProgress,
         run: CachedRun,
         groups: Groups,
         branch: str,
@@ -176,7 +177,7 @@ class GuidedCall:
     def _by_branch(
         self,
         model: nn.Module,
-        current: _StepInProgress,
+        current: StepInProgress,
         groups: Groups,
         number: int,
         owner: int,
@@ -234,20 +235,20 @@ class GuidedCall:
             return pending[-1]
 
         outputs = mapped(expected, promise)
-        current.outputs.append(_Output(number, given, is_exchanged, owner, expected, parts, pending, values))
+        current.outputs.append(Output(number, given, is_exchanged, owner, expected, parts, pending, values))
         if arrival.is_over:  # outputs were needed before this call
             self._exchange(current)
         elif number == current.branches - 1:
             arrival.finish()
         return known(outputs) if arrival.is_over else outputs
 
-    def _exchange(self, current: _StepInProgress) -> None:
+    def _exchange(self, current: StepInProgress) -> None:
         """Sets the values of the step's pending outputs. All ranks call this at the same place of the pipeline."""
         model, outputs = self._model(), current.outputs
         assert model is not None and current.groups is not None
         current.outputs = []
         self._keep_pace(model, current, current.groups, outputs)
-        _exchange(current, current.groups, outputs)
+        exchange(current, current.groups, outputs)
         if not self._inputs.confirm():
             for each in outputs:
                 if not each.is_exchanged:
@@ -255,7 +256,7 @@ class GuidedCall:
                     for pending, value in zip(each.pending, tensors_in(again), strict=True):
                         pending.value = value
 
-    def _keep_pace(self, model: nn.Module, current: _StepInProgress, groups: Groups, outputs: list[_Output]) -> None:
+    def _keep_pace(self, model: nn.Module, current: StepInProgress, groups: Groups, outputs: list[Output]) -> None:
         """Where a step ended early, a group may have computed fewer calls. FSDP gathers weights from all ranks in every
         forward, so then it computes a call again that another group waits in."""
         part, mine = current.division.place(groups.index)
@@ -266,90 +267,6 @@ class GuidedCall:
             for _ in range(missing):
                 with using_mesh(model, groups.mesh), self._inputs.as_given():
                     nn.Module._call_impl(model, *args, **kwargs)
-
-
-class _StepInProgress:
-    """How the calls of one step are computed.
-
-    Args:
-        step: the step.
-        batch: the samples of each call.
-        division: among how many groups the step is divided.
-        branches: number of calls that it should have.
-    """
-
-    def __init__(self, step: Step, batch: Batch, division: Division, branches: int) -> None:
-        self.step = step
-        self.batch = batch
-        self.division = division
-        self.branches = branches
-        self.groups: Groups | None = None
-        """Groups that compute different branches; None: all ranks compute each call together."""
-        self.alone: Groups | None = None
-        """Groups that each compute all of an unknown step, without an exchange."""
-        self.arrival: Arrival | None = None
-        self.outputs: list[_Output] = []
-        """Outputs that were not exchanged yet."""
-
-
-class _Output(NamedTuple):
-    """The output of one call of a step."""
-
-    number: int
-    """Number of the call in its step."""
-    given: Arguments
-    """Arguments of the call on this rank."""
-    is_exchanged: bool
-    """Whether ranks exchanged them before the call."""
-    owner: int
-    """Number, among the owners of a part of the batch, of the group that computes it."""
-    expected: Any
-    """The output, with tensors on "meta"."""
-    parts: list[Any]
-    """The part of the output for each part of the batch, with tensors on "meta"."""
-    pending: list[PendingTensor]
-    values: list[Tensor] | None
-    """The values of this group's part, if the group is an owner; None otherwise."""
-
-
-class _Slot:
-    """A tensor to receive.
-
-    Args:
-        group: index of the group that computes it.
-        like: a tensor of its shape and dtype.
-        value: the value, in that group.
-    """
-
-    def __init__(self, group: int, like: Tensor, value: Tensor | None) -> None:
-        self.group = group
-        self.like = like
-        self.value = value
-
-
-def _exchange(current: _StepInProgress, groups: Groups, outputs: list[_Output]) -> None:
-    """Sets the values of pending tensors on all ranks."""
-    slots: list[_Slot] = []
-    for output in outputs:
-        for part, nest in enumerate(output.parts):
-            group = part * current.division.owners + output.owner
-            found = tensors_in(nest)
-            mine = output.values if group == groups.index and output.values is not None else [None] * len(found)
-            slots += [_Slot(group, each, value) for each, value in zip(found, mine, strict=True)]
-    device = next(each.device for output in outputs for each in output.pending)
-    for dtype in dict.fromkeys(each.like.dtype for each in slots):
-        ordered = sorted((each for each in slots if each.like.dtype == dtype), key=lambda each: each.group)
-        own = [each.value.flatten() for each in ordered if each.value is not None]
-        sizes = [sum(each.like.numel() for each in ordered if each.group == group) for group in range(groups.count)]
-        rows = groups.gather(torch.cat(own) if own else torch.empty(0, dtype=dtype, device=device), sizes)
-        for slot, value in zip(ordered, rows.split([each.like.numel() for each in ordered]), strict=True):
-            slot.value = value.view(slot.like.shape)
-    arrived = iter(slots)
-    for output in outputs:
-        parts = [mapped(nest, lambda _: next(arrived).value) for nest in output.parts]
-        values = tensors_in(current.batch.merged(parts, output.expected))
-        for pending, value in zip(output.pending, values, strict=True):
-            pending.value = value
 
 
 def _mesh(model: nn.Module) -> ContextParallelMesh:

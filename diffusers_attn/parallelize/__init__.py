@@ -5,7 +5,8 @@
    has the degrees that nobody named, by the rules in `degrees` and by the predictions of `cost`, which `workload`,
    `typical_tokens` and `measure_hardware` feed.
 3. `attach`: changes one model, and undoes this. `report`: what was chosen.
-4. In every forward: `input_sync` keeps inputs equal, with `received`, `fingerprint`, `forward_count`, `model_sync` and
-   `weight_kinds`. `record` records the forward as CUDA graphs.
+4. In every forward: `input_sync` keeps inputs equal. `call_inputs` describes them and `input_exchange` sends them, with
+   `received`, `fingerprint`, `forward_count`, `model_sync` and `weight_kinds`. `record` records the forward as CUDA
+   graphs.
 5. `weights`: shards the weights of models over the ranks, and gathers them again.
 """

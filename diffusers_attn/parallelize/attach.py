@@ -27,7 +27,8 @@ from .fingerprint import fingerprint
 from .forward_count import CountForward, Forwards
 from .guidance import Guidance, attach_guidance
 from .guidance import obstacle as guidance_obstacle
-from .input_sync import InputSync, Links
+from .input_exchange import Links
+from .input_sync import InputSync
 from .targets import Target
 
 

@@ -24,7 +24,8 @@ from ..guidance.guided_call import GuidedCall, install
 from ..guidance.inputs import StepInputs
 from .decide import decide_degrees
 from .degrees import Degrees, Topology, complete_degrees
-from .input_sync import InputSync, Links
+from .input_exchange import Links
+from .input_sync import InputSync
 from .targets import Target
 
 

@@ -161,7 +161,7 @@ _SPECS = (
     ),
     ProviderSpec(
         "_native_cudnn",
-        "native:Cudnn",
+        "aten_kernels:Cudnn",
         Capabilities(
             devices=CUDA,
             dtypes=HALF,
@@ -176,7 +176,7 @@ _SPECS = (
     ),
     ProviderSpec(
         "_native_flash",
-        "native:Flash",
+        "aten_kernels:Flash",
         Capabilities(
             devices=CUDA,
             dtypes=HALF,
@@ -190,7 +190,7 @@ _SPECS = (
     ),
     ProviderSpec(
         "_native_efficient",
-        "native:Efficient",
+        "aten_kernels:Efficient",
         Capabilities(
             devices=CUDA,
             dtypes=HALF_AND_FLOAT,
@@ -204,7 +204,7 @@ _SPECS = (
     ),
     ProviderSpec(
         "_native_math",
-        "native:Math",
+        "aten_kernels:Math",
         Capabilities(
             devices=CPU_AND_CUDA | {"mps", "xpu", "npu"},
             dtypes=FLOATS,

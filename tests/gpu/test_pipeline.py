@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_attn import DispatchProcessor, attention_provider, set_attention_provider
 from diffusers_attn.dispatch import attend
+from diffusers_attn.providers.aten_kernels import Math
 from diffusers_attn.providers.catalog import SPECS
-from diffusers_attn.providers.native import Math
 
 from .cases import build_lacks, providers
 

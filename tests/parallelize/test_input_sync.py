@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_attn import AttentionProviderError
 from diffusers_attn.parallelize.fingerprint import fingerprint
-from diffusers_attn.parallelize.input_sync import InputSync, Links
+from diffusers_attn.parallelize.input_exchange import Links
+from diffusers_attn.parallelize.input_sync import InputSync
 
 MESHES = {"ring 3": (3, 1), "ulysses 2": (1, 2), "unified 2x2": (2, 2)}
 

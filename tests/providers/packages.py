@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from diffusers_attn.masks import MaskKind
+from diffusers_attn.providers.aten_kernels import Math
 from diffusers_attn.providers.base import Params
 from diffusers_attn.providers.catalog import SPECS
-from diffusers_attn.providers.native import Math
 
 from .signatures import PARAMETERS, signature
 

@@ -7,9 +7,9 @@ import torch
 
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers import varlen
+from diffusers_attn.providers.aten_kernels import Math
 from diffusers_attn.providers.base import KernelFunction, Params
 from diffusers_attn.providers.flash_family import FlashAttention
-from diffusers_attn.providers.native import Math
 
 from .. import reference
 

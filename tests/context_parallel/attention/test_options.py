@@ -17,7 +17,7 @@ from diffusers_attn.context_parallel.sequences.sharded_masks import KeyMask
 from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.providers import catalog, registry
-from diffusers_attn.providers.native import Math
+from diffusers_attn.providers.aten_kernels import Math
 
 from ... import reference
 from ..hooks.test_invariant import MESH
