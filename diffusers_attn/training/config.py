@@ -50,8 +50,8 @@ class TrainConfig:
 
     model: str = setting(
         "",
-        "Pipeline to train: a folder or a name on the Hugging Face Hub (Flux, Flux.2, Qwen-Image, Z-Image, Wan, "
-        "CogVideoX or CogView4)",
+        "Pipeline to train: a folder or a name on the Hugging Face Hub (Flux, Qwen-Image, Wan and the other "
+        "families in docs/training.md)",
     )
     data: str = setting("", "Training data: a folder of images or videos with captions, or a Hugging Face dataset")
     output_dir: str = setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")

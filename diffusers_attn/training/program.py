@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 DESCRIPTION = (
-    "Train a LoRA for Flux, Flux.2, Qwen-Image, Z-Image, Wan, CogVideoX or CogView4, on one device or with each "
-    "sequence shared by several."
+    "Train a LoRA for Flux, Qwen-Image, Wan or another diffusion transformer, on one device or with each sequence "
+    "shared by several."
 )
 COMMAND, LIST_SETTINGS = "diffusers-attn train", "--settings"
 

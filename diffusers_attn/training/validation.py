@@ -6,7 +6,6 @@ sample alone would wait for the others forever.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,7 +64,7 @@ class Validation:
         if scale is not None:
             self.call |= family.guidance_arguments(scale)
         else:
-            scale = inspect.signature(family.pipeline.__call__).parameters[family.guidance_argument].default
+            scale = family.default_guidance
         self.encoded: list[dict[str, Any]] = []
         if self.prompts:
             with placed(list(text_encoders(family.pipeline).values()), device):

@@ -20,11 +20,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wan": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
     "cogvideox": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 21},
     "cogview4": {"resolution": [48], "aspects": [1.0]},
-    "qwen_image": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 75},
+    "qwen_image": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 275},
     "z_image": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 41},
     "flux2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 15},
+    "sd3": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43},
+    "chroma": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43},
 }
 VIDEOS = ("wan", "cogvideox")
+QUICK = ("flux", "wan", "cogvideox", "cogview4", "qwen_image", "z_image", "flux2")
+"""Families that the usual tests train. The tests called thorough train the others."""
 COMMON: dict[str, Any] = {
     "steps": 10,
     "rank": 4,
@@ -44,7 +48,7 @@ def make_model(name: str, folder: Path) -> Path:
     """A pipeline on the disk."""
     if name == "flux":
         return TINY_FLUX
-    from ..tiny_pipelines import make
+    from .pipelines import make
 
     make(name).save_pretrained(folder)
     return folder

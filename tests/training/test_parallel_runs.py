@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-from .runs import SETTINGS, train_all, train_sharded
+from .runs import QUICK, train_all, train_sharded
 from .worlds import World
 
-FAMILIES = list(SETTINGS)
+FAMILIES = list(QUICK)
 STEPS = 4
 """of a run; half of them before it is resumed."""
 ONE = {"batch_size": 2}

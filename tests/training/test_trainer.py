@@ -19,7 +19,7 @@ from diffusers_attn.training.data.decode import probe_video
 from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.data.source import FileSource
 
-from .runs import SETTINGS, train
+from .runs import QUICK, train
 from .worlds import World
 
 
@@ -84,7 +84,7 @@ def test_other_adapters(settings_of, adapter):
     assert Path(result["path"]).is_file()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", QUICK)
 def test_a_base_in_bfloat16(settings_of, name):
     settings = settings_of(name, steps=2, mixed_precision="bf16", gradient_accumulation_steps=1, lr_warmup_steps=0)
     drawing = {"validation_prompts": ["a cat"], "validation_steps": 1, "cache_dir": f"{settings['output_dir']}/cache"}

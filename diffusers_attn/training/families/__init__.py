@@ -1,6 +1,6 @@
 """Model families: the parts of training that differ between models, one file per family.
 
-A family is found by the class of the pipeline's transformer.
+A family is found by the classes of the pipeline and of its transformer.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from typing import Any
 from ..errors import TrainingError
 from .base import Family
 
-FAMILIES = {
-    "CogVideoXTransformer3DModel": "cogvideox:CogVideoX",
-    "CogView4Transformer2DModel": "cogview4:CogView4",
-    "Flux2Transformer2DModel": "flux2:Flux2",
-    "FluxTransformer2DModel": "flux:Flux",
-    "QwenImageTransformer2DModel": "qwen_image:QwenImage",
-    "WanTransformer3DModel": "wan:Wan",
-    "ZImageTransformer2DModel": "z_image:ZImage",
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "ChromaTransformer2DModel": ("chroma:Chroma",),
+    "CogVideoXTransformer3DModel": ("cogvideox:CogVideoX",),
+    "CogView4Transformer2DModel": ("cogview4:CogView4",),
+    "Flux2Transformer2DModel": ("flux2:Flux2",),
+    "FluxTransformer2DModel": ("flux:Flux",),
+    "QwenImageTransformer2DModel": ("qwen_image:QwenImage",),
+    "SD3Transformer2DModel": ("sd3:SD3",),
+    "WanTransformer3DModel": ("wan:Wan",),
+    "ZImageTransformer2DModel": ("z_image:ZImage",),
 }
-"""Module and class of the family for each class name of a transformer."""
+"""Module and class of each family for the class name of a transformer. Families of one transformer support different
+pipelines."""
 
 registered: dict[str, type[Family]] = {}
 
 
 def register_family(transformer: str, family: type[Family]) -> None:
-    """Registers a family for pipelines whose transformer has the class name `transformer`. Replaces an earlier one."""
+    """Registers a family for pipelines whose transformer has the class name `transformer`. It replaces the library's
+    families of this transformer, and an earlier registered one."""
     registered[transformer] = family
 
 
@@ -57,23 +61,28 @@ def family_class(pipeline: type, transformer: str) -> type[Family]:
             f"{', '.join(sorted({**FAMILIES, **registered}))}. For another one, write a `Family` "
             "(diffusers_attn.training.families.base) and register it with register_family."
         )
-    family = _family(transformer)
-    if family.pipelines and not {each.__name__ for each in pipeline.__mro__}.intersection(family.pipelines):
-        supported = sorted(name for each in {**FAMILIES, **registered} for name in _family(each).pipelines)
-        raise TrainingError(
-            f"--model is a {pipeline.__name__}. With a transformer of class {transformer}, training supports only "
-            f"{' and '.join(family.pipelines)}, since other pipelines give it other inputs. Supported pipelines: "
-            f"{', '.join(supported)}. Give a model of one of these, or write a `Family` whose `pipelines` names "
-            f"{pipeline.__name__} and register it with register_family."
-        )
-    return family
+    families = _families(transformer)
+    names = {each.__name__ for each in pipeline.__mro__}
+    for family in families:
+        if not family.pipelines or names.intersection(family.pipelines):
+            return family
+    accepted = " and ".join(name for each in families for name in each.pipelines)
+    supported = sorted(name for each in {**FAMILIES, **registered} for one in _families(each) for name in one.pipelines)
+    raise TrainingError(
+        f"--model is a {pipeline.__name__}. With a transformer of class {transformer}, training supports only "
+        f"{accepted}, since other pipelines give it other inputs. Supported pipelines: {', '.join(supported)}. Give a "
+        f"model of one of these, or write a `Family` whose `pipelines` names {pipeline.__name__} and register it with "
+        "register_family."
+    )
 
 
-def _family(transformer: str) -> type[Family]:
+def _families(transformer: str) -> list[type[Family]]:
     if transformer in registered:
-        return registered[transformer]
-    module, _, cls = FAMILIES[transformer].partition(":")
-    found: type[Family] = getattr(importlib.import_module(f".{module}", __name__), cls)
+        return [registered[transformer]]
+    found = []
+    for name in FAMILIES[transformer]:
+        module, _, cls = name.partition(":")
+        found.append(getattr(importlib.import_module(f".{module}", __name__), cls))
     return found
 
 

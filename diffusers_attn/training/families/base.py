@@ -7,6 +7,7 @@ them to the shapes that its VAE and transformer use.
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -48,6 +49,8 @@ class Family(abc.ABC):
     """Default number of text tokens."""
     guidance_argument: ClassVar[str] = "guidance_scale"
     """Argument of the pipeline's call for the guidance scale."""
+    negative_prompts: ClassVar[bool] = True
+    """Whether a guidance scale above 1 needs a negative prompt. False: the scale is an input of a distilled model."""
     fps: ClassVar[float] = 16.0
     """Frame rate of generated videos if that of the data is unknown."""
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -60,6 +63,11 @@ class Family(abc.ABC):
     """Required prediction_type of the scheduler, if its configuration has one."""
     vae_has_frames: ClassVar[bool] = True
     """Whether the VAE's images have a dimension of frames, also those of a single frame."""
+    encoded: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    """Names of the first tensors that the pipeline's `encode_prompt` returns; "" for one that is not used. They are the
+    names of the arguments with which the pipeline's call accepts them."""
+    encoding_arguments: ClassVar[Mapping[str, Any]] = {}
+    """Further arguments of the pipeline's `encode_prompt`."""
     packed: ClassVar[int] = 1
     """Number of latent values per channel that are packed into the channels of one token."""
 
@@ -186,18 +194,19 @@ class Family(abc.ABC):
         return 1, 0
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """The text inputs of the transformer: tensors [captions, ...] by name, on the CPU.
-
-        Here: for pipelines whose `encode_prompt` returns embeddings of the prompt, and then of the negative prompt.
-        """
+        """The text inputs of the transformer: tensors [captions, ...] by name, on the CPU."""
+        encode_prompt = self.pipeline.encode_prompt
+        settings = {
+            "do_classifier_free_guidance": False,
+            "max_sequence_length": self.max_sequence_length,
+            "device": self.text_device,
+            **self.encoding_arguments,
+        }
+        accepted = inspect.signature(encode_prompt).parameters
         with torch.no_grad():
-            text, _ = self.pipeline.encode_prompt(
-                captions,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-                device=self.text_device,
-            )
-        return {"prompt_embeds": text.cpu()}
+            # A copy of the list, since some pipelines write to it.
+            returned = encode_prompt(list(captions), **{name: settings[name] for name in settings if name in accepted})
+        return {name: each.cpu() for name, each in zip(self.encoded, returned) if name}
 
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """The VAE's distribution of latents for `pixels`, float [batch, 3, frames, height, width] in [-1, 1].
@@ -270,10 +279,20 @@ class Family(abc.ABC):
             guided: whether the pipeline is called with classifier-free guidance.
         """
         arguments = self.encode_text([prompt])
-        if guided:
-            negative = self.encode_text([negative_prompt or ""])
+        if guided and self.negative_prompts:
+            negative = self.encode_negative(negative_prompt or "")
             arguments |= {f"negative_{name}": each for name, each in negative.items()}
         return arguments
+
+    def encode_negative(self, prompt: str) -> dict[str, Tensor]:
+        """The text inputs of the transformer for a negative prompt, in the form of `encode_text`."""
+        return self.encode_text([prompt])
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance scale of the pipeline's call if none is given."""
+        scale: float = inspect.signature(self.pipeline.__call__).parameters[self.guidance_argument].default
+        return scale
 
     def size_arguments(self, frames: int, height: int, width: int) -> dict[str, int]:
         """The pipeline's arguments for a sample's size, in frames and pixels."""
@@ -298,6 +317,16 @@ def standardised(latents: Tensor, config: Any) -> Tensor:
     configuration."""
     mean, std = (latents.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
     return (latents - mean) / std
+
+
+def patches(shape: Sequence[int], size: int, frames: int = 1) -> int:
+    """Number of patches of `frames` x `size` x `size` in latents of shape [..., frames, height, width]."""
+    return (shape[-3] // frames) * (shape[-2] // size) * (shape[-1] // size)
+
+
+def shifted_and_scaled(latents: Tensor, config: Any) -> Tensor:
+    """Latents with the shift and scale of an `AutoencoderKL`'s configuration."""
+    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
 def part_of(batch: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..loss import Objective, VPrediction
-from .base import Family
+from .base import Family, patches
 
 
 class CogVideoX(Family):
@@ -41,8 +41,7 @@ class CogVideoX(Family):
         return latents * self.pipeline.vae.config.scaling_factor
 
     def tokens(self, shape: Sequence[int]) -> int:
-        patch = self.config.patch_size
-        return (shape[-3] // (self.config.patch_size_t or 1)) * (shape[-2] // patch) * (shape[-1] // patch)
+        return patches(shape, self.config.patch_size, self.config.patch_size_t or 1)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         *_, frames, height, width = noisy.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..loss import Objective, RectifiedFlow, dynamic_shift, scheduler_shift
-from .base import Family, part_of
+from .base import Family, part_of, patches
 
 
 class CogView4(Family):
@@ -49,7 +49,7 @@ class CogView4(Family):
         return latents * self.pipeline.vae.config.scaling_factor
 
     def tokens(self, shape: Sequence[int]) -> int:
-        return (shape[-2] // self.config.patch_size) * (shape[-1] // self.config.patch_size)
+        return patches(shape, self.config.patch_size)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         batch, _, _, height, width = noisy.shape

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Family
+from .base import Family, patches, shifted_and_scaled
 
 
 class Flux(Family):
@@ -19,47 +19,50 @@ class Flux(Family):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_length = 512
     pipelines = ("FluxPipeline",)
-    provided_inputs = ("guidance_embeds",)
+    provided_inputs: ClassVar[tuple[str, ...]] = ("guidance_embeds",)
     packed = 4
+    negative_prompts = False
+    encoded: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
 
     @property
     def size_multiple(self) -> int:
         return 2 * self.pipeline.vae_scale_factor
 
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            text, pooled, _ = self.pipeline.encode_prompt(
-                captions, max_sequence_length=self.max_sequence_length, device=self.text_device
-            )
-        return {"prompt_embeds": text.cpu(), "pooled_prompt_embeds": pooled.cpu()}
-
     def normalise(self, latents: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
-        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+        return shifted_and_scaled(latents, self.pipeline.vae.config)
 
     def tokens(self, shape: Sequence[int]) -> int:
-        return (shape[-2] // 2) * (shape[-1] // 2)
+        return patches(shape, 2)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
-        batch, channels, _, height, width = noisy.shape
         words = text["prompt_embeds"]
-        guidance = noisy.new_full((batch,), self.guidance, dtype=torch.float32)
         return {
-            "hidden_states": self.pipeline._pack_latents(noisy, batch, channels, height, width),
+            "hidden_states": self.pack(noisy),
             "timestep": timestep / 1000,
-            "guidance": guidance if self.config.guidance_embeds else None,
-            "pooled_projections": text["pooled_prompt_embeds"],
             "encoder_hidden_states": words,
             "txt_ids": words.new_zeros(words.shape[1], 3),
-            "img_ids": self.pipeline._prepare_latent_image_ids(
-                batch, height // 2, width // 2, noisy.device, noisy.dtype
-            ),
+            "img_ids": self.coordinates(noisy),
+            **self.conditions(noisy, text),
+        }
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Packs latents [batch, channels, 1, height, width] to tokens [batch, tokens, 4 * channels]."""
+        batch, channels, _, height, width = latents.shape
+        return self.pipeline._pack_latents(latents, batch, channels, height, width)
+
+    def coordinates(self, latents: Tensor) -> Tensor:
+        """The coordinates of the tokens of `pack`, [tokens, 3]."""
+        batch, _, _, height, width = latents.shape
+        return self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, latents.dtype)
+
+    def conditions(self, noisy: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The arguments of the transformer's forward that Chroma does not share."""
+        guidance = noisy.new_full((len(noisy),), self.guidance, dtype=torch.float32)
+        return {
+            "guidance": guidance if self.config.guidance_embeds else None,
+            "pooled_projections": text["pooled_prompt_embeds"],
         }
 
     def prediction(self, output: Tensor, shape: Sequence[int]) -> Tensor:
         factor = self.pipeline.vae_scale_factor
         return self.pipeline._unpack_latents(output, shape[-2] * factor, shape[-1] * factor, factor).unsqueeze(2)
-
-    def prompt_arguments(self, prompt: str, negative_prompt: str | None, guided: bool) -> dict[str, Tensor]:
-        # guidance_scale is an input of the model. A negative prompt needs true_cfg_scale, which is not used.
-        return self.encode_text([prompt])

@@ -39,13 +39,6 @@ class Flux2(Family):
     def size_multiple(self) -> int:
         return 2 * self.pipeline.vae_scale_factor
 
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            text, _ = self.pipeline.encode_prompt(
-                captions, device=self.text_device, max_sequence_length=self.max_sequence_length
-            )
-        return {"prompt_embeds": text.cpu()}
-
     def from_vae(self, latents: Tensor) -> Tensor:
         """The VAE's latents in patches: `[batch, 4 * channels, 1, height / 2, width / 2]`."""
         return self.pipeline._patchify_latents(latents).unsqueeze(2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Family, standardised
+from .base import Family, patches, standardised
 
 
 class QwenImage(Family):
@@ -31,18 +31,11 @@ class QwenImage(Family):
     def size_multiple(self) -> int:
         return 2 * self.pipeline.vae_scale_factor
 
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            text, _ = self.pipeline.encode_prompt(
-                captions, device=self.text_device, max_sequence_length=self.max_sequence_length
-            )
-        return {"prompt_embeds": text.cpu()}
-
     def normalise(self, latents: Tensor) -> Tensor:
         return standardised(latents, self.pipeline.vae.config)
 
     def tokens(self, shape: Sequence[int]) -> int:
-        return (shape[-2] // 2) * (shape[-1] // 2)
+        return patches(shape, 2)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         batch, channels, _, height, width = noisy.shape

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Family
+from .base import Family, patches, shifted_and_scaled
 
 
 class ZImage(Family):
@@ -35,11 +35,10 @@ class ZImage(Family):
         return {"prompt_embeds": torch.stack(texts).cpu()}
 
     def normalise(self, latents: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
-        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+        return shifted_and_scaled(latents, self.pipeline.vae.config)
 
     def tokens(self, shape: Sequence[int]) -> int:
-        return (shape[-2] // 2) * (shape[-1] // 2)
+        return patches(shape, 2)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         words, mask = text["prompt_embeds"], text.get("prompt_embeds_mask")

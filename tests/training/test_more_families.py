@@ -1,0 +1,55 @@
+"""Families that `test_parallel_runs` does not train: one process trains like two that share each sequence by a ring.
+The pipeline loads the adapter."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from .runs import QUICK, SETTINGS, train_all
+from .worlds import World
+
+OTHERS = [name for name in SETTINGS if name not in QUICK]
+
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
+
+
+def pictures(name, settings, adapter):
+    """What the model draws, in three steps, before and after it loads the adapter."""
+    pipeline = DiffusionPipeline.from_pretrained(settings["model"], dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    accepted = inspect.signature(pipeline.__call__).parameters
+    arguments = {
+        "height": settings["resolution"][0],
+        "width": settings["resolution"][0],
+        "num_frames": settings.get("num_frames", [1])[0],
+        "max_sequence_length": settings.get("max_sequence_length"),
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
+    arguments = {key: each for key, each in arguments.items() if key in accepted and each is not None}
+
+    def draw():
+        return pipeline("number 1", **arguments, generator=torch.Generator().manual_seed(0))[0]
+
+    before = draw()
+    pipeline.load_lora_weights(adapter)
+    return before, draw()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_ring_of_two_trains_like_one_process(name, run_worlds, settings_of):
+    few = {"steps": 2, "batch_size": 2, "lr_warmup_steps": 0, "caption_dropout": 0.3}
+    samples = {"validation_prompts": ["a cat"], "validation_every": 1, "validation_steps": 2}
+    one, two = settings_of(name, **few, **samples), settings_of(name, **few, cp_degree=2, ring_degree=2)
+    [[alone]], together = run_worlds(World(1, train_all, {"several": [one]}), World(2, train_all, {"several": [two]}))
+    assert len({step["loss"] for step in alone["steps"]}) == 2
+    for [of_rank] in together:
+        for ours, theirs in zip(of_rank["steps"], alone["steps"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
+    before, after = pictures(name, one, alone["path"])
+    assert not torch.allclose(torch.as_tensor(before), torch.as_tensor(after), atol=1e-3)

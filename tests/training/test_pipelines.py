@@ -1,0 +1,204 @@
+"""What training gives a transformer, and what it makes of its output, compared with the pipeline while it draws."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from diffusers_attn.nested import tensors_in
+from diffusers_attn.training.data.collate import collate, varying
+from diffusers_attn.training.families import Family, family_of
+from diffusers_attn.training.loss import Level, RectifiedFlow
+
+from .pipelines import PIPELINES, make
+
+PROMPT, LONGER = "a cat", "a cat that looks"
+
+
+class Case(NamedTuple):
+    """How a pipeline draws."""
+
+    arguments: dict[str, Any] = {"guidance_scale": 1.0}
+    """Arguments of the pipeline's call, with which it calls its transformer once per step."""
+    text_length: int = 16
+    frames: int = 1
+    width: int = 32
+    """Width in pixels. The height is 1.5 times as much."""
+    multiple: int = 16
+    """Number that sizes in pixels are multiples of."""
+    frame_rule: tuple[int, int] = (4, 1)
+    """Of videos."""
+    unpacked: bool = False
+    """Whether the pipeline's scheduler gets images [batch, channels, height, width]. Otherwise it gets what the
+    transformer returns."""
+    given: tuple[str, ...] = ()
+    """Arguments of the transformer that have no effect, and that training leaves out."""
+
+
+CASES = {
+    "flux": Case({"guidance_scale": 3.5}, multiple=2),
+    "wan": Case(frames=9),
+    "cogvideox": Case(frames=9),
+    "cogview4": Case(),
+    "qwen_image": Case({"true_cfg_scale": 1.0}, text_length=260),
+    "z_image": Case({"guidance_scale": 0.0}, unpacked=True),
+    "flux2": Case(),
+    "sd3": Case(),
+    "chroma": Case(),
+}
+
+
+class Drawn(NamedTuple):
+    """What a pipeline did."""
+
+    calls: list[dict[str, Any]]
+    """Arguments of the transformer in each step."""
+    steps: list[tuple[Any, Tensor, Tensor, Tensor]]
+    """Timestep, sample, model output and next sample of the scheduler in each step."""
+    decoded: Tensor
+    """What the VAE decoded."""
+    mu: dict[str, float]
+    """The argument `mu` of the scheduler's `set_timesteps`, if the pipeline gave one."""
+
+
+def draw(family: Family, case: Case) -> Drawn:
+    """Lets a pipeline draw, and records its transformer, scheduler and VAE."""
+    pipeline = family.pipeline
+    scheduler, transformer, vae = pipeline.scheduler, pipeline.transformer, pipeline.vae
+    drawn = Drawn([], [], [], {})
+    names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: drawn.calls.append({**dict(zip(names, args)), **kwargs}), with_kwargs=True
+    )
+    step, set_timesteps, decode = scheduler.step, scheduler.set_timesteps, vae.decode
+
+    def recording_step(output, timestep, sample, *args, **kwargs):
+        result = step(output, timestep, sample, *args, **kwargs)
+        drawn.steps.append((timestep, sample, output, result[0]))
+        return result
+
+    def recording_timesteps(*args, **kwargs):
+        drawn.mu.update({"mu": kwargs["mu"]} if "mu" in kwargs else {})
+        return set_timesteps(*args, **kwargs)
+
+    def recording_decode(latents, *args, **kwargs):
+        drawn.decoded.append(latents)
+        return decode(latents, *args, **kwargs)
+
+    for recording, original in ((recording_step, step), (recording_timesteps, set_timesteps)):
+        recording.__signature__ = inspect.signature(original)  # which pipelines read
+    scheduler.step, scheduler.set_timesteps, vae.decode = recording_step, recording_timesteps, recording_decode
+    arguments = {
+        "num_inference_steps": 3,
+        "max_sequence_length": case.text_length,
+        "generator": torch.Generator().manual_seed(0),
+        **family.size_arguments(case.frames, case.width * 3 // 2, case.width),
+        **case.arguments,
+    }
+    accepted = inspect.signature(pipeline.__call__).parameters
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(prompt=PROMPT, output_type="pt", **{name: arguments[name] for name in arguments if name in accepted})
+    hook.remove()
+    del scheduler.step, scheduler.set_timesteps, vae.decode
+    return drawn._replace(decoded=drawn.decoded[0])
+
+
+def level_at(family: Family, timestep: float, tokens: int) -> Level:
+    """The noise level at a timestep of the sampler, found by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _level(family, middle, tokens).timestep.item() >= timestep else (middle, high)
+    return _level(family, high, tokens)
+
+
+def _level(family: Family, u: float, tokens: int) -> Level:
+    return family.objective.level(torch.tensor([u], dtype=torch.float64), tokens)
+
+
+def step_to(family: Family, noisy: Tensor, prediction: Tensor, level: Level, sigma: float) -> Tensor:
+    """The sample at noise level `sigma`, by a step of first order along the prediction at `level`."""
+    now = level.sigma.item()
+    if isinstance(family.objective, RectifiedFlow):
+        clean, noise = noisy - now * prediction, noisy + (1 - now) * prediction
+        return (1 - sigma) * clean + sigma * noise
+    alpha = (1 - now**2) ** 0.5
+    clean, noise = alpha * noisy - now * prediction, alpha * prediction + now * noisy
+    return (1 - sigma**2) ** 0.5 * clean + sigma * noise
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_does_what_the_pipeline_does(name):
+    """Inputs of the transformer, noise levels, sign and scale of the prediction, and the range of latents."""
+    assert set(CASES) == {*PIPELINES, "flux"}
+    pipeline, case = make(name), CASES[name]
+    guidance = {"guidance": 3.5} if pipeline.transformer.config.get("guidance_embeds") else {}
+    family = family_of(pipeline, max_sequence_length=case.text_length, **guidance)
+    assert family.size_multiple == case.multiple
+    assert family.frame_rule == ((1, 0) if family.kind == "image" else case.frame_rule)
+    drawn = draw(family, case)
+    shape = family.encode(torch.zeros(1, 3, case.frames, case.width * 3 // 2, case.width))["latents_mean"].shape
+    tokens = family.tokens(shape)
+
+    def latents(sample: Tensor) -> Tensor:
+        return sample.unsqueeze(2) if case.unpacked else family.prediction(sample, shape)
+
+    # The range of latents: those that the VAE decodes are the last ones of the sampler.
+    assert torch.allclose(family.normalise(family.from_vae(drawn.decoded)), latents(drawn.steps[-1][3]), atol=1e-4)
+
+    # Inputs.
+    timestep, sample, *_ = drawn.steps[1]
+    text = family.encode_text([PROMPT])
+    ours = family.inputs(latents(sample), timestep.view(1).float(), text)
+    ours = {key: each for key, each in ours.items() if each is not None}
+    theirs = {key: each for key, each in drawn.calls[1].items() if each is not None and key not in case.given}
+    assert set(ours) == set(theirs) - {"return_dict", "attention_kwargs", "joint_attention_kwargs"}
+    for key, each in ours.items():
+        assert len(tensors_in(each)) == len(tensors_in(theirs[key])), key
+        assert tensors_in(each) or each == theirs[key], key
+        for one, other in zip(tensors_in(each), tensors_in(theirs[key])):
+            assert torch.allclose(one.float(), other.float(), atol=1e-4), key
+
+    # Noise levels: the schedulers of some pipelines round timesteps.
+    flow = isinstance(family.objective, RectifiedFlow)
+    level = level_at(family, float(timestep), tokens)
+    assert level.timestep.item() == pytest.approx(float(timestep), abs=1e-2)
+    assert not flow or level.sigma.item() == pytest.approx(pipeline.scheduler.sigmas[1].item(), abs=1e-3)
+
+    # Sign and scale of the prediction.
+    timestep, sample, _, after = drawn.steps[0]
+    level, then = (level_at(family, float(each[0]), tokens) for each in drawn.steps[:2])
+    sigma = pipeline.scheduler.sigmas[1].item() if flow else then.sigma.item()
+    if flow:
+        level = level._replace(sigma=pipeline.scheduler.sigmas[:1])
+    with torch.no_grad():
+        prediction = family.predict(pipeline.transformer, latents(sample), timestep.view(1).float(), text)
+    assert torch.allclose(step_to(family, latents(sample), prediction, level, sigma), latents(after), atol=1e-4)
+
+    # The shift. (That of Flux 2 depends on the number of steps, and has a test of its own.)
+    if flow and name != "flux2":
+        flow_match = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+        pipeline.scheduler.set_timesteps(
+            **({"sigmas": [0.5], **drawn.mu} if flow_match else {"num_inference_steps": 2})
+        )
+        middle = pipeline.scheduler.sigmas[0 if flow_match else 1].item()
+        assert _level(family, 0.5, tokens).sigma.item() == pytest.approx(middle, abs=1e-6 if flow_match else 2e-3)
+
+    # Padding: a sample gets the same prediction beside one with a longer caption.
+    texts = [{key: each[0] for key, each in family.encode_text([caption]).items()} for caption in (PROMPT, LONGER)]
+    both = collate(texts, varying({key: tuple(each.shape) for key, each in text.items()} for text in texts))
+    noisy = latents(sample).expand(2, -1, -1, -1, -1)
+    with torch.no_grad():
+        predicted = torch.cat(
+            [
+                family.predict(pipeline.transformer, noisy[: len(part["at"])], part["at"], part)
+                for part in family.parts({**both, "at": timestep.float().expand(2)})
+            ]
+        )
+    assert torch.allclose(predicted[:1], prediction, atol=1e-4)
+    assert not torch.allclose(predicted[1:], prediction, atol=1e-4)
