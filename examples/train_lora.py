@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Train a LoRA for an image or video model, on one device or with each sequence shared by several.
 
+    python examples/train_lora.py --recipe flux2-klein --data photos/ --output_dir lora/ --dry_run
     python examples/train_lora.py --model black-forest-labs/FLUX.1-dev --data photos/ --mixed_precision bf16
     accelerate launch --num_processes 4 examples/train_lora.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
         --data my_videos/ --cp_degree 2 --attn_provider flash_4 --mixed_precision bf16 --output_dir lora/

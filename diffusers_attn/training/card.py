@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .choices import IN_DIFFUSERS_FORMAT
 from .config import TrainConfig
 from .data.disk import write_file
 from .errors import TrainingError
 from .families import Family
-from .lora import IN_DIFFUSERS_FORMAT
 from .validation import Sample
 
 

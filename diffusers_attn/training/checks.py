@@ -82,10 +82,14 @@ def check_optimizing(config: TrainConfig, device: torch.device) -> None:
 
 
 def check_folders(config: TrainConfig) -> None:
-    """Raises TrainingError if the output folder or the cache folder cannot be written. Call it on one process."""
+    """Raises TrainingError if the output folder or the cache folder cannot be written. Call it on one process.
+
+    A dry run makes no folders, and tries those that exist above them.
+    """
     for name, folder in (("output_dir", config.output), ("cache_dir", config.cache)):
         if name == "output_dir" or config.cache_dir:
-            _check_writable(name, folder)
+            there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+            _check_writable(name, there if config.dry_run else folder)
 
 
 def _check_writable(name: str, folder: Path) -> None:

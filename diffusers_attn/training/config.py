@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import make_parser
+from .arguments import given_settings, make_parser
 from .bounds import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
+from .choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS, OPTIMIZERS, SAMPLINGS, SCHEDULES, WITHOUT_WARMUP
 from .errors import TrainingError
 from .flag_names import option
-from .lora import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
-from .loss import SAMPLINGS
-from .optim import OPTIMIZERS, SCHEDULES, WITHOUT_WARMUP
 from .settings import check_value, default_of, metadata_of, setting
 
 WARMUP_STEPS = 50
@@ -56,6 +54,11 @@ class TrainConfig:
     data: str = setting("", "Training data: a folder of images or videos with captions, or a Hugging Face dataset")
     output_dir: str = setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")
     overwrite: bool = setting(False, "Replace the files of an earlier run in output_dir")
+    dry_run: bool = setting(
+        False,
+        "Check the settings and the data, train one step on one example, print the expected memory, the steps per "
+        "epoch and the buckets, and stop without writing anything",
+    )
     revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub (default: main)")
 
     cp_degree: int | None = setting(
@@ -388,10 +391,13 @@ class TrainConfig:
 
     @staticmethod
     def from_arguments(arguments: Sequence[str] | None = None, **settings: Any) -> TrainConfig:
-        """Parses a command line (None: that of this process). Exits with a message if a value is not accepted."""
+        """Parses a command line (None: that of this process), with the run file and the recipe that it names.
+
+        Exits with a message if a value is not accepted.
+        """
         parser = TrainConfig.parser(**settings)
         try:
-            return TrainConfig(**vars(parser.parse_args(arguments)))
+            return TrainConfig(**given_settings(parser, TrainConfig, arguments))
         except TrainingError as error:
             parser.error(str(error))
 

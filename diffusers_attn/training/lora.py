@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 from .data.disk import write_file
 from .errors import TrainingError
 from .flag_names import option
 from .randomness import derived_seed
 
 ADAPTER = "default"
-KINDS = ("lora", "rslora", "dora", "loha", "lokr")
-IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
 MOVES_BASE = ("olora",)
 """Initialisations with a nonzero adapter, which is subtracted from the base model's weights."""
 OF_MATRICES = ("orthogonal", "olora")

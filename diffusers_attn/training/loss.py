@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .choices import SAMPLINGS
 from .errors import TrainingError
 
-SAMPLINGS = ("uniform", "logit_normal", "mode")
 NUM_TRAIN_TIMESTEPS = 1000
 """Timestep of pure noise for the models of rectified flow."""
 

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..errors import command
+from .choices import OPTIMIZERS, SCHEDULES
 from .errors import TrainingError
-
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-WITHOUT_WARMUP = ("constant",)
-
-
-class _Optimizer(NamedTuple):
-    package: str
-    """Python package with the optimizer."""
-    install: str
-    """Command that installs the package."""
-    learning_rate: float
-    """Default learning rate."""
-    state_entries: tuple[str, ...] = ()
-    """Entries of the parameter groups that the optimizer updates itself. All others are settings."""
-
-
-OPTIMIZERS = {
-    "adamw": _Optimizer("torch", "", 1e-4),
-    "adamw8bit": _Optimizer("bitsandbytes", "pip install bitsandbytes", 1e-4),
-    "prodigy": _Optimizer("prodigyopt", "pip install prodigyopt", 1.0, ("d", "d_max", "d_numerator", "k")),
-}
 
 
 def check_optimizer(name: str) -> None:

@@ -11,10 +11,11 @@ from .data.ranks import Ranks, in_step
 from .data.walk import RUN_MARK
 from .errors import TrainingError
 from .flag_names import option
+from .run_file import RESOLVED
 
 RESULTS = ("README.md", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 """Files that a run writes at its end."""
-ALONG_THE_WAY = ("metrics.jsonl", "samples")
+ALONG_THE_WAY = ("metrics.jsonl", "samples", RESOLVED)
 """Files that a run writes before its end, besides checkpoints."""
 
 

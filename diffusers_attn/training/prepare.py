@@ -18,6 +18,7 @@ from .data.frames import FramePicking
 from .data.loader import LatentLoader
 from .data.sampler import Share
 from .data.store import read_shapes, read_tensors
+from .dry_run import Assigned, assign, encode_largest
 from .families import Family
 from .models import fingerprint, placed, text_encoders
 from .parallel import TrainingParallel
@@ -36,6 +37,7 @@ class PreparedData:
         evaluation: cached latents of the examples for evaluations.
         bucket: (frames, height, width) of the first example.
         fps: median frame rate of the training videos; None if unknown or without videos.
+        assigned: in a dry run, all examples with their buckets; `latents` then has only one of them.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class PreparedData:
         text: dict[str, Any],
         evaluation: list[CachedLatents],
         picking: FramePicking | None = None,
+        assigned: Assigned | None = None,
     ) -> None:
-        self.latents, self.text, self.evaluation = latents, text, evaluation
+        self.latents, self.text, self.evaluation, self.assigned = latents, text, evaluation, assigned
         self.bucket = tuple(latents[0].bucket)
         picking = picking or FramePicking()
         rates = [
@@ -65,6 +68,8 @@ class PreparedData:
 def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel, device: torch.device) -> PreparedData:
     """Reads the examples, and encodes those that are not in the cache. The processes divide the work.
 
+    In a dry run, each process encodes one example.
+
     Raises:
         TrainingDataError: the data cannot be used, or fit no bucket.
     """
@@ -81,6 +86,10 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
     captions = [each.caption for each in everything]
     latents = _latent_cache(config, family)
     text = _text_cache(config, family)
+    if config.dry_run:
+        assigned = assign(examples, latents.buckets, config.on_bad_data, main)
+        cached, embedded = encode_largest(assigned, latents, text, family, device)
+        return PreparedData(cached, embedded, cached, latents.buckets.picking, assigned)
     with placed([family.pipeline.vae], device):
         filling: dict[str, Any] = {
             "ranks": parallel.ranks, "on_bad_data": config.on_bad_data, "batch_size": config.cache_batch_size

@@ -15,6 +15,15 @@ DESCRIPTION = (
     "shared by several."
 )
 COMMAND, LIST_SETTINGS = "diffusers-attn train", "--settings"
+EXAMPLES = """\
+examples:
+  {program} --recipe flux2-klein --data photos/ --output_dir lora/ --dry_run
+  {program} --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data videos/ --mixed_precision bf16
+  {program} --config run.yaml --learning_rate 5e-5 --resume latest
+
+recipes, each for one GPU:
+{recipes}"""
+"""Shown by --help above the settings."""
 
 
 def run(program: str, description: str, arguments: Sequence[str] | None = None, list_settings: str = "--help") -> None:
@@ -29,7 +38,6 @@ def run(program: str, description: str, arguments: Sequence[str] | None = None, 
         arguments: the command line; None for that of this process.
         list_settings: the option of the program that lists all settings, for messages.
     """
-    from .commandline import report
     from .errors import TrainingInterrupted
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -45,6 +53,8 @@ def run(program: str, description: str, arguments: Sequence[str] | None = None, 
             print(f"{program}: interrupted before training began, or after its end.", file=sys.stderr)
         _leave(130)
     except Exception as error:
+        from .commandline import report
+
         report(error, program)
         if several:
             _leave(1)
@@ -58,22 +68,36 @@ def run(program: str, description: str, arguments: Sequence[str] | None = None, 
 
 def _train(program: str, description: str, arguments: Sequence[str] | None, list_settings: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about vision packages
+    from .config import TrainConfig
+
+    description = f"{description}\n\n{examples(program)}"
+    config = TrainConfig.from_arguments(arguments, prog=program, description=description, list_settings=list_settings)
+
+    # Large imports, after everything that a command line can be refused for.
     import diffusers
     import transformers
 
     from .commandline import log_warnings
-    from .config import TrainConfig
     from .trainer import Trainer
 
     log_warnings()
-    config = TrainConfig.from_arguments(arguments, prog=program, description=description, list_settings=list_settings)
     if os.environ.get("RANK", "0") != "0":  # only rank 0 shows progress bars
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
     trainer = Trainer(config)
     path = trainer.run()
-    if trainer.main:
+    if trainer.main and not config.dry_run:
         print(f"saved {path}", flush=True)
+
+
+def examples(program: str) -> str:
+    """Examples of a command line, and the recipes."""
+    from .recipes import recipes
+
+    names = recipes()
+    width = max(map(len, names))
+    lines = (f"  {name:{width}}  {description}" for name, description in names.items())
+    return EXAMPLES.format(program=program, recipes="\n".join(lines))
 
 
 def _leave(code: int) -> None:

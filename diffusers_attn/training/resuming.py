@@ -36,7 +36,7 @@ _REFUSED = """
 """The first row determines what the adapter's weights and the optimizer's state mean, the second the examples of a
 step."""
 _GIVEN = """
-    model revision data output_dir cache_dir overwrite
+    model revision data output_dir cache_dir overwrite dry_run
     batch_size gradient_accumulation_steps cp_degree ulysses_degree ring_degree rotate_method attn_provider cpu timeout
     mixed_precision compile gradient_checkpointing find_unused_parameters
     steps learning_rate adam_betas weight_decay adam_eps lr_schedule lr_warmup_steps max_grad_norm adapter_dropout
@@ -94,6 +94,7 @@ def settings_of(config: TrainConfig, dp_degree: int) -> dict[str, Any]:
         "lr_warmup_steps": config.warmup_steps,
         "resume": None,
         "overwrite": False,
+        "dry_run": False,
     }
     found: dict[str, Any] = json.loads(json.dumps({**config.as_dict(), **resolved, "examples of a step": examples}))
     return found

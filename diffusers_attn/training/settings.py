@@ -99,3 +99,42 @@ def check_value(name: str, value: Any, hint: Any, metadata: Metadata) -> None:
     for each in value if several else [value]:
         if each not in bounds or (integers and not isinstance(each, int)):
             raise TrainingError(f"{option(name, value)}: {kind} {bounds} are accepted.")
+
+
+def file_value(name: str, value: Any, hint: Any) -> Any:
+    """Converts a value of a run file to the type of its setting, as the command line would.
+
+    Text that is a number is accepted for a number, a number for text, and a single value for a list.
+
+    Args:
+        name: name of the setting.
+        value: the value as YAML or TOML has it.
+        hint: type of the setting, such as `list[int] | None`.
+
+    Raises:
+        TrainingError: the value has another type.
+    """
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    kind, several = value_type(hint), is_list(hint)
+    if several:
+        return [_converted(name, each, kind) for each in (value if isinstance(value, list) else [value])]
+    return _converted(name, value, kind)
+
+
+_EXPECTED = {bool: "true and false", int: "whole numbers", float: "numbers", str: "text"}
+
+
+def _converted(name: str, value: Any, kind: type) -> Any:
+    is_bool, number = isinstance(value, bool), isinstance(value, (int, float))
+    if kind is bool and is_bool:
+        return value
+    if kind is str and not is_bool and (number or isinstance(value, str)):
+        return str(value)
+    if kind in (int, float) and not is_bool and (number or isinstance(value, str)):
+        try:
+            # A number with a fraction stays one, and is refused for a whole number with the range that is accepted.
+            return value if kind is int and isinstance(value, float) else kind(value)
+        except ValueError:
+            pass
+    raise TrainingError(f"{name}: {value!r}: accepted are {_EXPECTED[kind]}.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from .checkpoint import Checkpoints
 from .checks import check_optimizing, check_settings, check_with_model
 from .config import TrainConfig
 from .data.ranks import in_step
+from .dry_run import reset_peak_memory, summary
 from .ema import AdapterAverage
 from .errors import TrainingError, TrainingInterrupted
 from .evaluation import evaluate
@@ -40,8 +43,9 @@ from .optim import make_optimizer, make_schedule
 from .output import check_output, output_of_this_run
 from .parallel import TrainingParallel, check_trainable
 from .prepare import make_loader, prepare_data
-from .progress import Progress
+from .progress import Progress, peak_memory
 from .randomness import derived_seed
+from .resolved import write_resolved
 from .resuming import check_facts, check_steps, facts_of, read_settings, resume_settings, settings_of
 from .state import Training, read_initial, restore, snapshot, write
 from .validation import Sample, Validation, log_samples
@@ -132,10 +136,10 @@ class Trainer:
     # ---- The run
 
     def run(self) -> Path:
-        """Trains. All processes must call this.
+        """Trains. All processes must call this. With `dry_run`, it prints a report instead and writes nothing.
 
         Returns:
-            The adapter's file; on processes other than rank 0, the output folder.
+            The adapter's file; on processes other than rank 0, and after a dry run, the output folder.
 
         Raises:
             TrainingError: a setting cannot be used with this model, another run uses the output folder, or the loss,
@@ -147,6 +151,8 @@ class Trainer:
         # Blocks are compiled one by one. DDPOptimizer, made for one graph of the entire model, would split each block.
         unsplit_blocks = torch._dynamo.config.patch(optimize_ddp=False)
         with unsplit_blocks if self.config.compile else contextlib.nullcontext():
+            if self.config.dry_run:
+                return self._dry_run()
             with output_of_this_run(self.config.output, self.ranks):
                 return self._run()
 
@@ -170,6 +176,25 @@ class Trainer:
             raise TrainingInterrupted(stop, self.checkpoints.path(self.step))
         return self._finish()
 
+    def _dry_run(self) -> Path:
+        """Trains one step on one example, and prints the report."""
+        asked = self.config
+        with tempfile.TemporaryDirectory() as cache:
+            self.config = dataclasses.replace(asked, cache_dir=cache, incomplete_batches="fill")
+            reset_peak_memory(self.device)
+            self._load()
+            with contextlib.closing(iter(self.training.loader)) as micros:  # type: ignore[type-var]
+                numbers, _, _ = self._train_step(micros)
+        memory = {"encoding": self.encoding_memory, "training": peak_memory(self.device)}
+        degrees = self.parallel.dp_degree, self.parallel.cp_degree
+        assert self.prepared.assigned is not None
+        text = summary(
+            asked, self.family, self.prepared.assigned, degrees, memory, self.training.optimizer, numbers["loss"]
+        )
+        if self.main:
+            print(text, flush=True)
+        return asked.output
+
     def _load(self) -> None:
         config, accelerator = self.config, self.accelerator
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -188,10 +213,14 @@ class Trainer:
         facts = facts_of(config, self.family)
         if self.resumed_settings is not None:
             check_facts(facts, self.resumed_settings)
-        self._start_trackers()
+        if not config.dry_run:
+            self._start_trackers()
+            self._write_settings()
         self.prepared = prepare_data(config, self.family, self.parallel, self.device)
         self.validation = Validation(config, self.family, self.prepared.bucket, self.device, self.prepared.fps)
         drop_text_encoders(pipeline)
+        self.encoding_memory = peak_memory(self.device)
+        reset_peak_memory(self.device)
         noise = Noise(config, self.sampling, pin=self.device.type == "cuda")
         loader = make_loader(config, self.prepared, self.parallel, noise)
 
@@ -254,6 +283,14 @@ class Trainer:
                 self.checkpoints.discard_after(-1)
             self.checkpoints.tidy()
             remove_unfinished(self.config.output)
+
+    def _write_settings(self) -> None:
+        """Writes the settings with their defaults into the output folder, as a run file."""
+
+        def write_settings(_: None) -> None:
+            write_resolved(self.config, self.family, self.accelerator.mixed_precision, self.parallel, self.sampling)
+
+        in_step(self.ranks, [None] if self.main else [], write_settings, "writing the settings")
 
     def _start_trackers(self) -> None:
         if self.config.trackers:

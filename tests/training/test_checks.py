@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.card import check_push
 from diffusers_attn.training.checks import check_optimizing, without_weights
-from diffusers_attn.training.lora import INITIALISATIONS, KINDS
+from diffusers_attn.training.choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 from diffusers_attn.training.trainer import Trainer
 
 from ..tiny_pipelines import make
@@ -110,7 +110,7 @@ def test_a_copy_without_weights():
 def test_adapters_that_exist_are_not_refused(adapter, init):
     from diffusers_attn.training.checks import check_with_model
     from diffusers_attn.training.families import family_of
-    from diffusers_attn.training.lora import IN_DIFFUSERS_FORMAT, adapter_config
+    from diffusers_attn.training.lora import adapter_config
 
     if init != "default" and adapter not in IN_DIFFUSERS_FORMAT:
         return

@@ -71,7 +71,7 @@ def test_another_processs_failure_is_not_told(capsys):
 
 def test_advice_names_options_that_there_are():
     """Every option that a message of training names."""
-    known = {f"--{name}" for name in vars(TrainConfig(model="m", data="d"))} | {"--help"}
+    known = {f"--{name}" for name in vars(TrainConfig(model="m", data="d"))} | {"--help", "--config", "--recipe"}
     known |= {name.replace("--", "--no-") for name in known}
     others = {"--no-", "--multi_gpu", "--num_processes", "--fsdp_version", "--parallelism_config_cp_size"}
     others |= {"--use_parallelism_config"}  # of accelerate launch
@@ -95,4 +95,4 @@ def test_two_processes_say_it_once(tmp_path):
     assert done.stderr.count("00.png: a broken image") == 1
     assert "Traceback" not in done.stderr
     done = launching.run_ranks(2, *script, "--ranks", "2")
-    assert done.stderr.count("unrecognized arguments: --ranks 2") == 1 and "usage:" not in done.stderr
+    assert done.stderr.count("unrecognized arguments: --ranks 2.") == 1 and "usage:" not in done.stderr

@@ -150,10 +150,10 @@ def test_the_command_line():
     assert json.dumps(parsed.as_dict())
     assert parsed == TrainConfig(model="m", data="d", resolution=[256, 512], gradient_checkpointing=False, rank=8)
     for arguments, message in (
-        (["--data", "d"], "required: --model"),
+        (["--data", "d"], "--model is missing. Pipeline to train"),
         (["--model", "m", "--data", "d", "--rank", "0"], "--rank 0: whole numbers from 1"),
         (["--model", "m", "--data", "d", "--optimizer", "sgd"], "invalid choice: 'sgd'"),
-        (["--model", "m", "--data", "d", "--ranks", "2"], "unrecognized arguments: --ranks"),
+        (["--model", "m", "--data", "d", "--ranks", "2"], "unrecognized arguments: --ranks 2. Did you mean '--rank'?"),
     ):
         log = io.StringIO()
         with pytest.raises(SystemExit), contextlib.redirect_stderr(log):

@@ -26,9 +26,11 @@ def train(
 ) -> None:
     """Train a LoRA for Flux, Flux.2, Qwen-Image, Z-Image, Wan, CogVideoX or CogView4, from captioned images or videos.
 
-    All other options are settings of the trainer: --model, --data, --output_dir and those that --settings lists. The
-    run can be killed at any time, and continued with --resume latest. After Ctrl-C it saves a checkpoint, and the exit
-    code is 130.
+    All other options are settings of the trainer: --model, --data, --output_dir and those that --settings lists.
+    --recipe NAME has the settings for a model on a GPU, --config FILE is a run file, and --dry_run says what to expect.
+    For example: `diffusers-attn train --recipe wan-1.3b --data videos/ --output_dir lora/ --dry_run`. The run can be
+    killed at any time, and continued with --resume latest. After Ctrl-C it saves a checkpoint, and the exit code is
+    130.
     """
     import importlib.util
 

@@ -1,0 +1,38 @@
+"""The names that settings accept, as data without PyTorch, so that a command line is parsed in a moment."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KINDS = ("lora", "rslora", "dora", "loha", "lokr")
+"""Types of adapters."""
+IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
+"""Types of adapters that a pipeline's `load_lora_weights` loads."""
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
+"""Initialisations of an adapter's weights."""
+SAMPLINGS = ("uniform", "logit_normal", "mode")
+"""Distributions of noise levels."""
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+"""Learning-rate schedules."""
+WITHOUT_WARMUP = ("constant",)
+"""Schedules whose learning rate does not rise at first."""
+
+
+class Optimizer(NamedTuple):
+    """An optimizer and its package."""
+
+    package: str
+    """Python package with the optimizer."""
+    install: str
+    """Command that installs the package."""
+    learning_rate: float
+    """Default learning rate."""
+    state_entries: tuple[str, ...] = ()
+    """Entries of the parameter groups that the optimizer updates itself. All others are settings."""
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer("torch", "", 1e-4),
+    "adamw8bit": Optimizer("bitsandbytes", "pip install bitsandbytes", 1e-4),
+    "prodigy": Optimizer("prodigyopt", "pip install prodigyopt", 1.0, ("d", "d_max", "d_numerator", "k")),
+}

@@ -1,0 +1,134 @@
+"""A dry run: everything that a run does up to its first step, with a single example, and a report of what to expect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import TrainConfig
+from .data.buckets import Bucket, Buckets
+from .data.cache import LatentCache, TextCache
+from .data.disk import human_size
+from .data.errors import Problem, TrainingDataError, report_problems
+from .data.examples import Example
+from .data.sampler import BatchSampler
+from .families import Family
+from .models import placed, text_encoders
+
+
+class Assigned(NamedTuple):
+    """The usable training examples, and the bucket of each."""
+
+    examples: list[Example]
+    buckets: list[Bucket]
+
+
+def assign(examples: list[Example], buckets: Buckets, on_bad_data: str, main_process: bool) -> Assigned:
+    """Finds the bucket of every example without decoding it.
+
+    Raises:
+        TrainingDataError: examples fit no bucket, and `on_bad_data` is "refuse".
+    """
+    usable, found, problems = [], [], []
+    for example in examples:
+        try:
+            found.append(buckets.bucket(example))
+            usable.append(example)
+        except TrainingDataError as error:
+            problems.append(Problem(example.name, str(error)))
+    report_problems(problems, len(usable), f"{len(examples)} examples", on_bad_data, main_process=main_process)
+    return Assigned(usable, found)
+
+
+def encode_largest(
+    assigned: Assigned, latents: LatentCache, text: TextCache, family: Family, device: torch.device
+) -> tuple[list[Any], dict[str, Path]]:
+    """Encodes an example of the largest bucket, which needs the most memory, with its caption.
+
+    Every process encodes the same example into a cache of its own.
+
+    Returns:
+        What `LatentCache.fill` and `TextCache.fill` return.
+    """
+    sizes = [each.frames * each.height * each.width for each in assigned.buckets]
+    example = assigned.examples[sizes.index(max(sizes))]
+    with placed([family.pipeline.vae], device):
+        cached = latents.fill([example], family.encode)
+    with placed(list(text_encoders(family.pipeline).values()), device):
+        return cached, text.fill([example.caption], family.encode_text)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new measurement of `peak_memory`. On a CPU, it goes on counting from the start of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def summary(
+    config: TrainConfig,
+    family: Family,
+    assigned: Assigned,
+    degrees: tuple[int, int],
+    memory: dict[str, int],
+    optimizer: torch.optim.Optimizer,
+    loss: float,
+) -> str:
+    """The report of a dry run, of several lines.
+
+    Args:
+        config: the settings.
+        family: the family, whose transformer has the adapter.
+        assigned: all examples with their buckets.
+        degrees: numbers of data-parallel groups, and of processes in each.
+        memory: peak memory in bytes of "encoding" and of "training".
+        optimizer: the optimizer after one step.
+        loss: loss of that step.
+    """
+    dp_degree, cp_degree = degrees
+    batch = config.batch_size * config.gradient_accumulation_steps * dp_degree
+    sampler = BatchSampler(
+        assigned.buckets, global_batch_size=batch, repeats=config.repeats, incomplete=config.incomplete_batches
+    )
+    epoch = sampler.steps_per_epoch
+    transformer = family.pipeline.transformer
+    trained = [each for each in transformer.parameters() if each.requires_grad]
+    weights = sum(map(size_of, transformer.parameters())) - sum(map(size_of, trained))
+    state = [each for state in optimizer.state.values() for each in _tensors(state)]
+    adapter = 2 * sum(map(size_of, trained)) + sum(map(size_of, state))
+    rest = memory["training"] - weights - adapter
+    counts = Counter(assigned.buckets)
+    where = "of the GPU" if next(transformer.parameters()).device.type == "cuda" else "of this process"
+    lines = [
+        f"dry run of {epoch} steps per epoch; {config.steps} steps are {config.steps / epoch:.3g} epochs. "
+        "Nothing was written.",
+        f"  model      {type(family.pipeline).__name__}, base model of {human_size(weights)}",
+        f"  adapter    {config.adapter} of rank {config.rank}, {sum(each.numel() for each in trained):,} weights",
+        f"  processes  {dp_degree} x {cp_degree} (data x context parallel), {batch} examples per step",
+        f"  memory     {human_size(memory['training'])} {where} in a step of the largest bucket: base model "
+        f"{human_size(weights)}, adapter with gradient and optimizer {human_size(adapter)}, other tensors "
+        f"{human_size(max(rest, 0))}; {human_size(memory['encoding'])} while data are encoded",
+        f"  loss       {loss:.4f} in the first step",
+        f"  data       {len(assigned.examples)} examples in {len(counts)} bucket{'s' if len(counts) > 1 else ''} "
+        "(frames x height x width):",
+        *(f"             {bucket}: {number} examples" for bucket, number in sorted(counts.items())),
+    ]
+    return "\n".join(lines)
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor on this process. Of a quantised tensor, those of the tensors that it consists of."""
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is not None and not hasattr(tensor, "full_tensor"):
+        names, _ = inner()
+        return sum(size_of(getattr(tensor, name)) for name in names)
+    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP2
+    return int(local.numel() * local.element_size())
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [each for part in value.values() for each in _tensors(part)] if isinstance(value, dict) else []

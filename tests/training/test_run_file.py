@@ -1,0 +1,168 @@
+"""Run files and recipes: settings by name, in YAML or TOML, from which a run can be repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_attn.training import TrainConfig, Trainer, TrainingError
+from diffusers_attn.training.data.errors import TrainingDataError
+from diffusers_attn.training.recipes import FOLDER, recipe_file, recipes
+from diffusers_attn.training.run_file import read_run_file
+
+from ..documents import ROOT
+from ..marks import thorough_but
+from .runs import train
+
+
+@pytest.fixture(autouse=True)
+def _afterwards():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+YAML = """
+model: m
+data: d
+mixed_precision: no        # text, as in YAML 1.2
+learning_rate: 1e-4        # a number, as in YAML 1.2
+resolution: 512            # a list of one
+adam_betas: [0.9, 0.95]
+gradient_checkpointing: false
+resume: 250                # text
+ema_decay:
+"""
+TOML = """
+model = "m"
+data = "d"
+mixed_precision = "no"
+learning_rate = 1e-4
+resolution = [512]
+adam_betas = [0.9, 0.95]
+gradient_checkpointing = false
+resume = "250"
+"""
+
+
+@pytest.mark.parametrize("suffix, text", [("yaml", YAML), ("toml", TOML)])
+def test_a_run_file_has_settings_by_name(tmp_path, suffix, text):
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(text)
+    config = TrainConfig.from_arguments(["--config", str(path)])
+    assert config == TrainConfig(
+        model="m", data="d", mixed_precision="no", learning_rate=1e-4, adam_betas=[0.9, 0.95],
+        gradient_checkpointing=False, resume="250",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rnak: 3", r"run.yaml: 'rnak' is not a setting. Did you mean 'rank'\?"),
+        ("rank: 0", "run.yaml: --rank 0: whole numbers from 1"),
+        ("rank: 2.5", "run.yaml: --rank 2.5: whole numbers from 1"),
+        ("rank: many", "run.yaml: rank: 'many': accepted are whole numbers"),
+        ("rank: true", "run.yaml: rank: True: accepted are whole numbers"),
+        ("rank: [1, 2]", r"run.yaml: rank: \[1, 2\]: accepted are whole numbers"),
+        ("rank:", "run.yaml: rank: None: accepted are whole numbers"),
+        ("compile: yes", "run.yaml: compile: 'yes': accepted are true and false"),
+        ("optimizer: sgd", "run.yaml: --optimizer sgd: accepted are adamw, "),
+        ("rank: 3\nrank: 4", "run.yaml is not valid YAML: 'rank' is there twice"),
+        ("rank: [", "run.yaml is not valid YAML"),
+        ("- rank", "run.yaml: names with values are accepted"),
+        ("config: other.yaml", "'config' is not a setting"),
+        ("recipe: flux2-kleine", "--recipe flux2-kleine: accepted are .* Did you mean 'flux2-klein'?"),
+    ],
+)
+def test_a_mistake_in_a_run_file_is_named(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    said = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(said):
+        TrainConfig.from_arguments(["--config", str(tmp_path / "run.yaml"), "--model", "m", "--data", "d"])
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(said.getvalue())
+
+
+def test_a_run_file_that_cannot_be_read(tmp_path):
+    for name, message in (("run.json", "ends in .yaml, .yml, .toml"), ("none.yaml", "No such file"), ("", "ends in")):
+        with pytest.raises(TrainingError, match=message):
+            read_run_file(tmp_path / name, TrainConfig)
+    (tmp_path / "run.toml").write_text("rank: 3")
+    with pytest.raises(TrainingError, match="not valid TOML"):
+        read_run_file(tmp_path / "run.toml", TrainConfig)
+
+
+def test_the_command_line_overrides_the_file_and_the_file_its_recipe(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: wan-1.3b\ndata: d\nrank: 8\nseed: 5\n")
+    config = TrainConfig.from_arguments(["--config", str(path), "--seed", "6", "--no-compile"])
+    of_recipe = read_run_file(recipe_file("wan-1.3b"), TrainConfig)
+    assert of_recipe["rank"] != 8
+    assert config == TrainConfig(**{**of_recipe, "data": "d", "rank": 8, "seed": 6})
+    other = TrainConfig.from_arguments(["--config", str(path), "--recipe", "z-image"])
+    assert other.model == read_run_file(recipe_file("z-image"), TrainConfig)["model"]
+
+
+def test_a_run_is_repeated_from_the_file_beside_its_adapter(settings_of, tmp_path, monkeypatch):
+    settings = settings_of("cogview4", steps=2, ema_decay=0.5, validation_prompts=['no: \'a "cat"'])
+    settings |= {"validation_steps": 1, "learning_rate": 1e-3}
+    first = train(settings)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    file = Path(settings["output_dir"], "settings.yaml")
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig.from_arguments(["--config", str(file), "--output_dir", "again"])
+    assert config.timestep_sampling == "logit_normal" and config.targets and config.lr_warmup_steps == 2
+    steps = []
+    Trainer(config, on_step=lambda step, numbers: steps.append({"step": step, **numbers})).run()
+    assert steps == first["steps"]
+    assert Path("again/settings.yaml").read_text() == file.read_text().replace(
+        str(Path(settings["output_dir"])), str(tmp_path / "again")
+    )
+    with pytest.raises(TrainingError, match="has checkpoints of an earlier run"):
+        AcceleratorState._reset_state(True)
+        Trainer(TrainConfig.from_arguments(["--config", str(file)]))
+
+
+TINY = {"flux2-klein": "flux2", "wan-1.3b": "wan", "z-image": "z_image"}
+"""The family of each recipe."""
+
+
+def test_every_recipe_is_tried():
+    assert set(TINY) == set(recipes()) and all(recipes().values())
+    assert (ROOT / "examples" / "recipes").resolve() == FOLDER.resolve()
+
+
+@pytest.mark.parametrize("name", thorough_but(["z-image"], list(TINY)))
+def test_a_recipe_trains_a_tiny_model(settings_of, name):
+    of_recipe = read_run_file(recipe_file(name), TrainConfig)
+    tiny = settings_of(TINY[name], steps=1, lr_warmup_steps=0, gradient_accumulation_steps=1)
+    kept = {key: each for key, each in of_recipe.items() if key not in ("model", "resolution", "num_frames", "fps")}
+    config = {**tiny, **kept, "cache_dir": f"{tiny['output_dir']}/cache"}
+    assert len(train(config)["steps"]) == 1
+
+
+def test_a_dry_run_tells_what_to_expect_and_writes_nothing(settings_of, capsys):
+    settings = settings_of("cogview4", dry_run=True, batch_size=2, resolution=[32, 48], repeats=3, max_upscale=1.0)
+    folder = Path(settings["output_dir"])
+    settings["cache_dir"] = str(folder / "cache")
+    steps = train(settings)["steps"]
+    said = capsys.readouterr().out
+    assert steps == [] and not folder.exists()
+    assert "dry run of 4 steps per epoch; 10 steps are 2.5 epochs" in said  # 15 examples, 4 in each step
+    assert "5 examples in 1 bucket" in said and "1x48x48: 5 examples" in said
+    assert "base model of " in said and "while data are encoded" in said and "lora of rank 4" in said
+
+
+def test_a_dry_run_finds_what_a_run_would_be_refused_for(settings_of):
+    with pytest.raises(TrainingDataError, match="max_upscale"):
+        train(settings_of("cogview4", dry_run=True, resolution=[512], max_upscale=1.0))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    with pytest.raises(TrainingError, match="--targets to_x"):
+        train(settings_of("cogview4", dry_run=True, targets=["to_x"]))
