@@ -42,7 +42,7 @@ def test_settings_that_are_not_accepted() -> None:
     for processes in ("1", "2"):
         result = CliRunner().invoke(main.app, ["train", "--gpus", processes, "--model", TINY, "--speed", "3"])
         assert result.exit_code == 2
-        assert "diffusers-attn train: " in result.stderr and "--data" in result.stderr
+        assert "diffusers-attn train: " in result.stderr and "--speed" in result.stderr
         assert "All settings: diffusers-attn train --settings" in result.stderr
 
 

@@ -95,7 +95,7 @@ def test_each_is_what_the_table_says(name):
     else:  # what of the model is needed for is compared with it
         given, lines = resume_settings(now, before, 1)
         assert given == now
-        assert name in ("resume", "overwrite", "targets", "num_frames") or any(
+        assert name in ("resume", "overwrite", "dry_run", "targets", "num_frames") or any(
             line.split()[0].rstrip(",") in (f"--{name}", f"--no-{name}") for line in lines
         )
 
