@@ -5,9 +5,13 @@ which finds the provider (`scope`) and describes the call (`call`). `context_par
 are split between ranks, and `providers` computes it on one device.
 
 `cp_plans` states where the tensors of each model class are split, and `verify_plan` verifies such a plan. `parallelize`
-enables context parallelism for a pipeline, `runtime` compiles models and records CUDA graphs, and `training` trains
-LoRAs. `quality` compares images and videos. `cli` is the command `diffusers-attn`. Folders import only from those below
-them (`tests/test_layers.py`).
+enables context parallelism for a pipeline; `guidance` divides the branches of guidance among ranks, and `vae` the rows
+of an image. `runtime` compiles models and records CUDA graphs, and `training` trains LoRAs. `quality` compares images
+and videos. `cli` is the command `diffusers-attn`. `tiny_models` has a small model of each class, for tests.
+
+Files beside the folders are about one attention call (`masks`, `shapes`, `tensor_kinds`, `known_calls`,
+`prepared_call`, `other_tensors`), or serve all folders (`errors`, `logs`, `spans`, `tracing`, `recompute`, `nested`,
+`atomic_files`, `parent_process`). Folders import only from those below them (`tests/test_layers.py`).
 
 Importing the package imports nothing else, not even PyTorch: a name is imported when it is first read. The command
 starts quickly that way, and can examine an environment in which PyTorch does not import.

@@ -89,6 +89,17 @@ def test_a_layer_imports_from_those_below(layer_name):
     assert not wrong
 
 
+ONE_FILE_PER_MODEL = {"diffusers_attn.cp_plans", "diffusers_attn.tiny_models", "diffusers_attn.training.families"}
+
+
+@pytest.mark.parametrize("package", sorted(set(PACKAGES) - ONE_FILE_PER_MODEL))
+def test_the_docstring_of_a_folder_names_its_files(package):
+    """So that a reader finds what is in it."""
+    text = ast.get_docstring(ast.parse(PACKAGES[package].read_text())) or ""
+    files = {each.rpartition(".")[2] for each in MODULES if each.rpartition(".")[0] == package} - {"__main__"}
+    assert not {each for each in files if f"`{each}`" not in text and f"`{each}." not in text}
+
+
 def test_no_modules_import_in_a_circle():
     edges = {module: {other for other in imports_of(module, types_too=False)} for module in MODULES}
     for module in PACKAGES:  # an __init__ collects names of its own folder

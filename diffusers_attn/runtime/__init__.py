@@ -1,1 +1,5 @@
-"""torch.compile and CUDA graphs for a model."""
+"""Runs models faster, and shows where their time goes: torch.compile, CUDA graphs and profiles.
+
+`compile` compiles a model's blocks, and `cuda_graphs` replays its forward. `component_times` and `profiling` measure a
+pipeline's call, both by `components`.
+"""

@@ -3,9 +3,15 @@
 The public classes are `TrainingParallel`, which adds data and context parallelism to your own loop under Accelerate;
 and `Trainer` with `TrainConfig`, a complete training loop, which `examples/train_lora.py` starts from a command line.
 
-Modules: `parallel` (groups of processes) and `randomness`; `families` (one file per model family) and `loss`; `lora`,
-`optim` and `ema` (the trained weights); `data` (examples, cache, batches); `checkpoint`, `state` and `resuming`;
-`config` (settings); and `trainer`, which uses all of these.
+- A step: `trainer` runs it, with `data` (examples, cache, batches), `families` (one file per model family), `noise`,
+  `loss`, `optim` and `randomness`. `lora` and `ema` are the trained weights.
+- Ranks: `parallel` (groups of processes), `accelerator` and `job_ranks`.
+- Settings: `config`, declared by `settings`, `bounds` and `choices`, and read from a `run_file` or `recipes`; `checks`
+  refuses those that cannot work, `dry_run` tries them, and `resolved` writes them down.
+- Before and after the steps: `models` loads the pipeline, `prepare` encodes the data, `evaluation` and `validation`
+  (with `video`) judge the adapter, and `card` describes and uploads it.
+- Files: `output` (the folder of a run), `checkpoint` with `state` and `manifest`, and `resuming`.
+- As a program: `program`, `arguments`, `commandline` and `flag_names`; `progress`, `once`, `interruption` and `errors`.
 """
 
 import importlib

@@ -5,7 +5,8 @@
    which, `team` gathers over the ranks.
 3. What operations do to such tensors: `functions` has those of `torch.nn.functional`, `operators`, `views`, `matmul`
    and `convolution` those of ATen. `halo` (for `windows`), `norms` and `attend` exchange with other ranks. An operation
-   without a rule is an error.
+   without a rule is an error (`unsplittable`). `shortcuts` has the rules of the most frequent functions.
+4. `row_unit`: rows of an image that become one row of latents.
 
 Why a subclass with the full shape: a VAE computes with shapes (masks, sizes of reshapes, whether to use tiles). With
 the full shape, its code does on every rank what it does in one process, and each tensor carries the place of its rows.

@@ -6,4 +6,7 @@ Read in this order:
 2. `parallel_attention`: exchanges heads (`ulysses`), then attends over the ring with one of the strategies.
 3. `ring`, `allgather_kv` and `allgather_kv_one_call`: the strategies, with `kv_exchange` for transfers.
 4. `block_attention`, `partial_kernel` and `merge`: attention to one block of keys after another, and its merged result.
+   `merge_triton` merges on a GPU in eager mode.
+
+`traffic` logs the strategy of a call and the bytes that it sends.
 """

@@ -2,6 +2,9 @@
 
 There are two calls of the kernel, one over the local keys and one over all others, and one merge. Few, large calls are
 fast, and the only exchange hides under the first. The price is memory for the keys and values of all ranks.
+
+On two H200, a layer of Flux takes 327 µs in this way and 440 with Ulysses; one of Wan 1.3B 6,127 and 6,455
+(docs/design.md).
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ divide evenly: every rank has its own sizes.
 The exchange to heads packs one copy (`[rank][seq, batch, heads of that rank, head_dim]`), and the received tensor needs
 no further copy. The exchange back sends the tensor as it is and copies the received one. Query, key and value of equal
 shapes are one exchange, in which they are neighbours along the batch. They arrive as views of one tensor, with the
-distance of tokens that a packed projection has too.
+distance of tokens that a packed projection has too. An eager step of Flux on two ranks then has 115 exchanges, and 229
+without; its time has not been measured (docs/design.md).
 """
 
 from __future__ import annotations

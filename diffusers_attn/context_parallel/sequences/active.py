@@ -20,11 +20,7 @@ class _Active(threading.local):
 
 
 active = _Active()
-
-
-def active_tracker() -> SequenceTracker | None:
-    """The tracker of the split model whose forward runs in this thread; None outside of such a forward."""
-    return active.tracker
+"""`tracker` is that of the split model whose forward runs in this thread; None outside of such a forward."""
 
 
 def keep_active() -> Callable[[], AbstractContextManager[None]]:

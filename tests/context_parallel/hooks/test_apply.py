@@ -13,7 +13,7 @@ from diffusers_attn import AttentionProviderError
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks.apply import applied_tracker, apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.sequences.active import active_tracker
+from diffusers_attn.context_parallel.sequences.active import active
 from diffusers_attn.context_parallel.sequences.roles import Role
 from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput, ParamId
@@ -189,8 +189,8 @@ def test_attention_modules_are_known_while_they_run():
             self.processor, self.inner, self.seen = None, nn.ModuleList(inner), []
 
         def forward(self, x):
-            self.seen += [active_tracker(), self.inner and [each(x) for each in self.inner], active_tracker()]
-            self.role = active_tracker() and active_tracker().role
+            self.seen += [active.tracker, self.inner and [each(x) for each in self.inner], active.tracker]
+            self.role = active.tracker and active.tracker.role
             return x
 
     model = Layers([Attention(Attention()), Attention()])
@@ -199,7 +199,7 @@ def test_attention_modules_are_known_while_they_run():
     model(tokens(4))
     assert first.seen[0] is first.seen[2] is second.seen[0] is first.inner[0].seen[0] is tracker
     assert first.role == Role(("video",), ()) and second.role is first.inner[0].role is None
-    assert active_tracker() is None
+    assert active.tracker is None
     remove_context_parallel(model)
     model(tokens(4))
     assert first.seen[3] is None
@@ -218,7 +218,7 @@ def test_after_an_error_nobody_takes_another_model_for_this_one():
     tracker = apply_context_parallel(model, MESH, {"layers.0": CPAttention(("video",), key=())})
     with pytest.raises(ValueError, match="three"):
         model(tokens(3))
-    assert active_tracker() is None and tracker.role is None
+    assert active.tracker is None and tracker.role is None
     model(tokens(4))
 
 

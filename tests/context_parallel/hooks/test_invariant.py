@@ -28,7 +28,7 @@ from diffusers_attn import (
 from diffusers_attn.context_parallel.config import ContextParallelConfig
 from diffusers_attn.context_parallel.hooks.apply import _applied, apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
-from diffusers_attn.context_parallel.sequences.active import active_tracker
+from diffusers_attn.context_parallel.sequences.active import active
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from tests.zoo import CASES
 
@@ -116,7 +116,7 @@ def without_processors(meshes, ring, ulysses, rotate_method):
         model.run = run or (lambda block, x: block(x))
         with attention_provider("native", mesh=mesh), attention_over_ranks():
             found, grad = trained(model, *inputs)
-        assert active_tracker() is None
+        assert active.tracker is None
         grad = gather(grad[None], Shards.contiguous(mesh.size, mesh.size), 0, mesh).mean(dim=0)
         errors[name] = error(found, expected), error(grad, expected_grad)
     return errors
@@ -156,7 +156,7 @@ def nested(meshes):
     apply_context_parallel(model.others[0], mesh, PLAN)
     found = model(x, prompt)
     unsplit = model.others[1]
-    assert torch.equal(unsplit(prompt), unsplit(prompt)) and active_tracker() is None
+    assert torch.equal(unsplit(prompt), unsplit(prompt)) and active.tracker is None
     return error(found, expected)
 
 
@@ -176,7 +176,7 @@ def test_a_forward_that_is_left_by_an_error_is_over(kind):
             model(torch.randn(1, 9, WIDTH))
         tensors = torch.randn(3, 1, HEADS, 7, 8)
         assert torch.equal(attention_dispatch(*tensors), sdpa_by_name(*tensors))  # of other tokens: an error otherwise
-        assert active_tracker() is None
+        assert active.tracker is None
 
 
 def test_lengths_that_fit_nothing_name_the_module():
@@ -226,7 +226,7 @@ def test_attention_that_goes_elsewhere_is_named(case, compiled):
         model.blocks[0].compile(fullgraph=case != "of torch", backend="eager")
     with pytest.raises(AttentionProviderError, match=name):
         model(torch.randn(1, 9, WIDTH))
-    assert active_tracker() is None
+    assert active.tracker is None
     remove_context_parallel(model)
     x = torch.randn(1, 9, WIDTH)
     assert torch.equal(model(x), model(x))
@@ -392,7 +392,7 @@ def test_a_forward_without_the_hooks_of_its_model_is_refused(case, compiled, aft
     for _ in range(2):
         with pytest.raises(AttentionProviderError, match="a Model is split between ranks, and 'blocks.0.*call model"):
             called(x)
-        assert active_tracker() is None
+        assert active.tracker is None
     # What the message says is so.
     remove_context_parallel(model)
     assert model.state_dict().keys() == before and torch.equal(model.forward(x), expected)

@@ -5,8 +5,10 @@ hook runs within the hooks of a plan, in whichever order the two were set, and r
 exact if it computes each token separately. It is not if the hook averages over tokens, treats them as a picture, or
 decides by them whether to compute at all.
 
-`rules` has a line for every hook class of diffusers. A class without one is refused, when context parallelism is
-enabled and when the hook is registered later. Only this folder touches diffusers' hooks.
+`rules` has a line for every hook class of diffusers. A class without one is refused (`refusal`), when context
+parallelism is enabled and when the hook is registered later (`watch`). `first_block_cache`, `mag_cache`, `sea_cache`
+and `smoothed_energy_guidance` make one class exact each, with `over_ranks` and `replacing`; `branches` has the states
+that a cache keeps for each branch of guidance. Only this folder touches diffusers' hooks (`registry`).
 """
 
 from .branches import branch_of, state_of_run
