@@ -270,6 +270,13 @@ def models_table(package: str) -> str:
     return table(models_page.HEADER, models_page.rows(package))
 
 
+def compatibility_tables() -> str:
+    """Of every feature of diffusers under every way of using this library."""
+    import compatibility_page
+
+    return compatibility_page.tables()
+
+
 def replace_section(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     begin, end = f"<!-- {name}: made by docs/generate.py -->", f"<!-- end of {name} -->"
@@ -311,6 +318,7 @@ def runs(spec: ProviderSpec, capability: tuple[int, int]) -> bool:
 
 SECTIONS = {
     "docs/choosing_a_provider.md": {"providers": provider_table, "generations": generation_table},
+    "docs/compatibility.md": {"matrix": compatibility_tables},
     "docs/performance.md": {"rivals": rival_tables},
     "docs/measured_runs.md": {
         "pipelines": pipeline_tables,

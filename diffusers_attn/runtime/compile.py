@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import AttentionProviderError
 from .cuda_graphs.apply import CudaGraphs, apply_automatically, apply_cuda_graphs, check_mode, why_not
+from .one_graph import OneGraph
 
 SCOPES = ("regional", "full")
 
@@ -30,7 +31,8 @@ def apply_compile(
             `apply_cuda_graphs`. False: no. `enable_context_parallel` has an argument of its own, which decides for
             split models.
         compile_kwargs: arguments of `torch.compile`. `fullgraph` defaults to True: a part that cannot be compiled is an
-            error and does not run uncompiled.
+            AttentionProviderError at the next call, and does not run uncompiled. Caches of diffusers need
+            fullgraph=False, which compiles the parts between their decisions.
 
     Returns:
         `model`.
@@ -61,8 +63,11 @@ def apply_compile(
             f"{type(model).__name__} has no repeated blocks: it names none (_repeated_blocks), and no nn.ModuleList in "
             "it holds modules with attention. Use compile_scope='full'."
         )
+    options = {"fullgraph": True, **compile_kwargs}
     for module in modules:
-        module.compile(**{"fullgraph": True, **compile_kwargs})
+        module.compile(**options)
+        if options["fullgraph"]:
+            module._compiled_call_impl = OneGraph(module, module._compiled_call_impl)  # type: ignore[arg-type]
     if cuda_graphs is True:
         apply_cuda_graphs(model)
     elif cuda_graphs == "auto" and why_not(model) is None:

@@ -1,0 +1,138 @@
+"""The ways in which this library is put on a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from diffusers_attn import apply_compile, enable_context_parallel, set_attention_provider, split_vae
+from diffusers_attn.context_parallel.hooks.apply import applied_tracker
+from diffusers_attn.processors import attention_modules
+from diffusers_attn.processors.binding import attention_modules_of
+
+from .feature import ORDERS
+
+Effect = Callable[[Any, int], bool]
+"""Whether a pipeline ran as the way says. Called after its calls, with the number of samples that the transformer
+computes in one process."""
+
+
+Put = Callable[[Any, Any], Effect]
+"""Puts this library on a pipeline: called with it and the meshes of the pool, None for one process."""
+
+
+class Way(NamedTuple):
+    """A column of the matrix."""
+
+    title: str
+    """As the page has it."""
+    ranks: int
+    put: Put
+    orders: tuple[str, ...] = ORDERS
+    """When features may be put on, before or after this library."""
+    remedies: Mapping[str, Put] = {}
+    """Other ways of putting it on, by the words with which a refusal advises them. They are tried after the refusal."""
+
+
+def _provider(pipe: Any, meshes: Any) -> Effect:
+    set_attention_provider(pipe, "native")
+    return lambda pipe, _: all(each.provider == "native" for each in attention_modules(pipe.transformer))
+
+
+class _Counting:
+    """A backend of torch.compile that counts the calls of compiled graphs."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.calls += 1
+            return graph(*args)
+
+        return run
+
+
+def _blocks(pipe: Any, meshes: Any, **options: Any) -> Effect:
+    torch._dynamo.reset()
+    set_attention_provider(pipe, "native")
+    backend = _Counting()
+    apply_compile(pipe.transformer, backend=backend, **options)
+    return lambda *_: backend.calls > 0
+
+
+def _whole(pipe: Any, meshes: Any) -> Effect:
+    torch._dynamo.reset()
+    set_attention_provider(pipe, "native")
+    backend = _Counting()
+    pipe.transformer.compile(backend=backend)
+    return lambda *_: backend.calls > 0
+
+
+def _tokens(mesh: Callable[[Any], Any], **options: Any) -> Put:
+    def put(pipe: Any, meshes: Any) -> Effect:
+        enable_context_parallel(pipe, mesh=mesh(meshes), split_vae=False, verbose=False, **options)
+        return lambda pipe, _: applied_tracker(pipe.transformer) is not None
+
+    return put
+
+
+def _blocks_over_ranks(pipe: Any, meshes: Any, **options: Any) -> Effect:
+    compiled, split = _blocks(pipe, meshes, **options), _ulysses(pipe, meshes)
+    return lambda *args: compiled(*args) and split(*args)
+
+
+def count_samples(model: nn.Module) -> list[int]:
+    """A list to which every call of the model adds the number of its samples, if this rank computes it."""
+    samples: list[int] = []
+    _, attention = next(attention_modules_of(model))
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        samples.append(next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).shape[0])
+
+    attention.register_forward_pre_hook(count, with_kwargs=True)
+    return samples
+
+
+def _guidance(pipe: Any, meshes: Any) -> Effect:
+    enable_context_parallel(pipe, guidance_degree=2, split_vae=False, verbose=False)
+    samples = count_samples(pipe.transformer)
+    return lambda _, of_one_process: sum(samples) < of_one_process
+
+
+def _weights(pipe: Any, meshes: Any) -> Effect:
+    enable_context_parallel(pipe, mesh=meshes.heads[2], split_vae=False, shard_weights=True, verbose=False)
+    return lambda pipe, _: any(isinstance(each, DTensor) for each in pipe.transformer.parameters())
+
+
+def _vae(pipe: Any, meshes: Any) -> Effect:
+    split_vae(pipe.vae, meshes.heads[2])
+    return lambda pipe, _: "forward" in vars(pipe.vae.decoder)
+
+
+def _in_parts(put: Callable[..., Effect]) -> Mapping[str, Put]:
+    return {"fullgraph=False": partial(put, fullgraph=False)}
+
+
+_ulysses = _tokens(lambda meshes: meshes.heads[2])
+
+WAYS = {
+    "provider": Way("a provider", 1, _provider),
+    "blocks": Way("compiled blocks", 1, _blocks, remedies=_in_parts(_blocks)),
+    "whole": Way("`torch.compile`", 1, _whole, ORDERS[:1]),
+    "ulysses": Way("Ulysses", 2, _ulysses),
+    "ring": Way("ring", 2, _tokens(lambda meshes: meshes.lines[2], rotate_method="alltoall")),
+    "gather": Way("gather", 2, _tokens(lambda meshes: meshes.lines[2], rotate_method="allgather")),
+    "both": Way("Ulysses and gather", 4, _tokens(lambda meshes: meshes.square, rotate_method="allgather")),
+    "blocks over ranks": Way(
+        "compiled blocks, Ulysses", 2, _blocks_over_ranks, ORDERS[:1], _in_parts(_blocks_over_ranks)
+    ),
+    "guidance": Way("guidance", 4, _guidance),
+    "weights": Way("sharded weights", 2, _weights),
+    "vae": Way("VAE", 2, _vae),
+}
