@@ -19,6 +19,7 @@ PyTorch's allocator, such as NCCL's buffers.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -46,6 +47,10 @@ USUAL = [name for name, each in LIBRARIES.items() if each.compiled] + ["ours-eag
 PACKAGES = ("transformers", "accelerate", "cache-dit", "xfuser", "yunchang", "einops")
 WARM_UP = 3
 """Untimed steps at the start: the first compiles, and a later one records CUDA graphs."""
+
+
+PREPARING = 0.85
+"""Share of `--seconds` in which variants are prepared. The rest is for the rounds."""
 
 
 class Served:
@@ -108,8 +113,8 @@ class Variant:
         self.result |= {"lines": library.lines, "needs": library.needs}
         self.turns: list[list[float]] = []
 
-    def prepare(self, device: torch.device, weights: dict[str, Tensor], expected: Tensor) -> None:
-        """Starts the process and prepares the variant.
+    def prepare(self, device: torch.device, weights: dict[str, Tensor], expected: Tensor, limit: float) -> None:
+        """Starts the process and prepares the variant, each within `limit` seconds.
 
         Raises:
             VariantError: this failed, on any rank.
@@ -119,7 +124,7 @@ class Variant:
         except ModuleNotFoundError as failure:
             raise VariantError(one_line(failure)) from None
         self.process = Isolated(self.ranks, Served)
-        limit, arguments = self.args.prepare_timeout, (self.name, self.key, device, self.args.tiny, expected)
+        arguments = (self.name, self.key, device, self.args.tiny, expected)
         try:
             self.process.ask(limit, "receive", weights)
             self.result["weights"] = "shared"
@@ -158,12 +163,14 @@ def bench(key: str, args: argparse.Namespace, ranks: Ranks, device: torch.device
     weights, expected = references(real, device)
     ready: list[Variant] = []
 
-    def too_late() -> bool:
-        return ranks.gather(args.seconds is not None and time.monotonic() - began > args.seconds)[0]
+    def left(share: float = 1.0) -> float:
+        """Seconds that are left of this share of `--seconds`, equal on all ranks."""
+        limit = math.inf if args.seconds is None else share * args.seconds
+        return ranks.gather(limit - (time.monotonic() - began))[0]
 
-    def attempt(variant: Variant, work: Any) -> bool:
+    def attempt(variant: Variant, work: Any, *arguments: Any) -> bool:
         try:
-            work()
+            work(variant, *arguments)
         except VariantError as failure:
             variant.result["error"] = str(failure)
         report.write()
@@ -172,18 +179,20 @@ def bench(key: str, args: argparse.Namespace, ranks: Ranks, device: torch.device
     for name in args.variants:
         variant = Variant(name, key, real, ranks, args)
         report.variants.append(variant)
-        if too_late():
-            variant.result["error"] = f"not started: --seconds {args.seconds:g} were over"
+        limit = min(args.prepare_timeout, left(PREPARING))
+        if limit <= 0:
+            variant.result["error"] = f"not started, so that --seconds {args.seconds:g} are enough for the rounds"
             continue
-        if attempt(variant, lambda: variant.prepare(device, weights, expected)) and attempt(variant, variant.turn):  # noqa: B023
+        prepared = attempt(variant, Variant.prepare, device, weights, expected, limit)
+        if prepared and attempt(variant, Variant.turn):
             ready.append(variant)
         if ranks.rank == 0:
             print(line(variant.result), file=sys.stderr, flush=True)
     for turn in range(1, args.rounds):
-        if too_late():
+        if left() <= 0:
             break
         for variant in list(ready)[:: 1 if turn % 2 == 0 else -1]:
-            if not attempt(variant, variant.turn):
+            if not attempt(variant, Variant.turn):
                 ready.remove(variant)
     for variant in ready:
         variant.process.close()
@@ -271,7 +280,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="seconds for each model, after which no further variant or round is started (default: no limit)",
+        help="seconds for each model; a variant that is not ready after 85 %% of them is left out, and no round starts "
+        "after all of them (default: no limit)",
     )
     parser.add_argument(
         "--prepare_timeout",
