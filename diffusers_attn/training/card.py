@@ -12,6 +12,7 @@ from .config import TrainConfig
 from .data.disk import write_file
 from .errors import TrainingError
 from .families import Family
+from .lora import loads_adapters
 from .validation import Sample
 
 
@@ -48,7 +49,8 @@ def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     pipeline = type(family.pipeline).__name__
     if config.adapter in IN_DIFFUSERS_FORMAT:
-        load = f'pipe.load_lora_weights("{config.hub_model_id or config.output.name}")'
+        loader = "load_lora_weights" if loads_adapters(type(family.pipeline)) else "transformer.load_lora_adapter"
+        load = f'pipe.{loader}("{config.hub_model_id or config.output.name}")'
     else:
         load = (
             "from diffusers_attn.training.lora import load_adapter\n\n"

@@ -203,8 +203,9 @@ def save_adapter(
 ) -> Path:
     """Saves an adapter atomically.
 
-    "lora", "rslora" and "dora" are written by the pipeline's `save_lora_weights` and can be loaded with its
-    `load_lora_weights`. "loha" and "lokr" are written in PEFT's format for `load_adapter`.
+    "lora", "rslora" and "dora" are written in diffusers' format, for the pipeline's `load_lora_weights`, or for
+    `load_lora_adapter` of its transformer if the pipeline has no such method. "loha" and "lokr" are written in PEFT's
+    format for `load_adapter`.
 
     Args:
         pipeline: a pipeline whose transformer has the adapter.
@@ -234,7 +235,7 @@ def save_adapter(
         file = folder / "pytorch_lora_weights.safetensors"
 
         def write(unfinished: Path) -> None:
-            type(pipeline).save_lora_weights(
+            writer_of(type(pipeline)).save_lora_weights(
                 unfinished.parent,
                 weight_name=unfinished.name,
                 transformer_lora_layers=layers,
@@ -251,6 +252,21 @@ def save_adapter(
 
     write_file(file, write, "the adapter")
     return file
+
+
+def loads_adapters(pipeline: type) -> bool:
+    """Whether a pipeline class has `load_lora_weights`. Otherwise only its transformer has `load_lora_adapter`."""
+    return hasattr(pipeline, "load_lora_weights")
+
+
+def writer_of(pipeline: type) -> Any:
+    """The class whose `save_lora_weights` writes adapters of a pipeline class: the class itself, or the loader of
+    another pipeline if it has none. The files are the same, with names that begin with "transformer."."""
+    if loads_adapters(pipeline):
+        return pipeline
+    from diffusers.loaders.lora_pipeline import HunyuanVideoLoraLoaderMixin
+
+    return HunyuanVideoLoraLoaderMixin
 
 
 def _difference(layers: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:

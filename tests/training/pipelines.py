@@ -15,16 +15,7 @@ import torch
 import transformers
 
 from .. import tiny_pipelines
-from ..tiny_pipelines import (
-    _VAE,
-    ATTENTION,
-    LATENTS,
-    TEXT_DIM,
-    _bytes,
-    _random,
-    _t5,
-    pieces,
-)
+from ..tiny_pipelines import _QWEN, _VAE, ATTENTION, CHAT, LATENTS, TEXT_DIM, _bytes, _random, _t5, pieces
 
 TINY_FLUX = Path(__file__).resolve().parents[2] / "examples" / "tiny_flux"
 _PADDING = {"padding": "<|endoftext|>", "padding_side": "right"}
@@ -94,10 +85,166 @@ def chroma() -> diffusers.ChromaPipeline:
     )  # fmt: skip
 
 
+def ltx() -> diffusers.LTXPipeline:
+    tokenizer, encoder = _t5_encoder()
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=LATENTS, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, scaling_factor=0.9,
+    ).eval()  # fmt: skip
+    vae.latents_mean.fill_(0.1)
+    vae.latents_std.fill_(0.5)
+    return diffusers.LTXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=2.05, base_shift=0.95),
+        transformer=_random(
+            diffusers.LTXVideoTransformer3DModel(
+                **ATTENTION, cross_attention_dim=64, num_layers=2, caption_channels=TEXT_DIM
+            )
+        ),
+    )
+
+
+def sana() -> diffusers.SanaPipeline:
+    """Sana, with the timestep scale and the norms of Sana 1.5."""
+    tokenizer = _bytes(**_PADDING)
+    blocks = 6
+    vae = diffusers.AutoencoderDC(
+        latent_channels=LATENTS, encoder_block_out_channels=(16,) * blocks, decoder_block_out_channels=(16,) * blocks,
+        encoder_layers_per_block=(1,) * blocks, decoder_layers_per_block=(1,) * blocks,
+        encoder_qkv_multiscales=((),) * blocks, decoder_qkv_multiscales=((),) * blocks, scaling_factor=0.4,
+    ).eval()  # fmt: skip
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.Gemma2Model(transformers.Gemma2Config(**_GEMMA, vocab_size=len(tokenizer))).eval(),
+        vae=vae,
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=_random(
+            diffusers.SanaTransformer2DModel(
+                **ATTENTION, num_layers=2, num_cross_attention_heads=4, cross_attention_head_dim=16,
+                cross_attention_dim=64, caption_channels=TEXT_DIM, sample_size=32, timestep_scale=0.5,
+                qk_norm="rms_norm_across_heads",
+            )
+        ),
+    )  # fmt: skip
+
+
+def lumina2() -> diffusers.Lumina2Pipeline:
+    tokenizer = _bytes(**_PADDING)
+    return diffusers.Lumina2Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.Gemma2Model(transformers.Gemma2Config(**_GEMMA, vocab_size=len(tokenizer))).eval(),
+        vae=diffusers.AutoencoderKL(**_VAE, shift_factor=0.1, scaling_factor=0.4).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        transformer=_random(
+            diffusers.Lumina2Transformer2DModel(
+                sample_size=8, in_channels=LATENTS, hidden_size=64, num_layers=2, num_refiner_layers=1,
+                num_attention_heads=4, num_kv_heads=2, multiple_of=8, axes_dim_rope=(4, 6, 6),
+                axes_lens=(300, 32, 32), cap_feat_dim=TEXT_DIM,
+            )
+        ),
+    )  # fmt: skip
+
+
+def hunyuan_video() -> diffusers.HunyuanVideoPipeline:
+    tokenizer = _bytes(**_PADDING)
+    tokenizer_2, config = _clip()
+    llama = transformers.LlamaConfig(**_GEMMA, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    return diffusers.HunyuanVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.LlamaModel(llama).eval(),
+        tokenizer_2=tokenizer_2,
+        text_encoder_2=transformers.CLIPTextModel(config).eval(),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=LATENTS, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4,
+            mid_block_add_attention=False,
+        ).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=_random(
+            diffusers.HunyuanVideoTransformer3DModel(
+                **ATTENTION, num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=TEXT_DIM,
+                pooled_projection_dim=16, rope_axes_dim=(4, 6, 6),
+            )
+        ),
+    )  # fmt: skip
+
+
+def hunyuan_video15() -> diffusers.HunyuanVideo15Pipeline:
+    tokenizer = _bytes(**_PADDING, template=CHAT)
+    tokenizer.model_max_length = 2048
+    config = transformers.Qwen2_5_VLTextConfig(
+        **_QWEN, vocab_size=len(tokenizer), num_hidden_layers=2,
+        rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]},
+    )  # fmt: skip
+    tokenizer_2 = transformers.ByT5Tokenizer()
+    glyphs = transformers.T5Config(**{**_t5(len(tokenizer_2)), "d_model": 16})
+    pipeline = diffusers.HunyuanVideo15Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.Qwen2_5_VLTextModel(config).eval(),
+        tokenizer_2=tokenizer_2,
+        text_encoder_2=transformers.T5EncoderModel(glyphs).eval(),
+        vae=diffusers.AutoencoderKLHunyuanVideo15(
+            latent_channels=LATENTS // 2, block_out_channels=(16,) * 5, layers_per_block=1
+        ).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=1.0),
+        transformer=_random(
+            diffusers.HunyuanVideo15Transformer3DModel(
+                **{**ATTENTION, "in_channels": LATENTS + 1, "out_channels": LATENTS // 2},
+                num_layers=2, num_refiner_layers=1,
+                text_embed_dim=TEXT_DIM, text_embed_2_dim=16, image_embed_dim=8, rope_axes_dim=(4, 6, 6),
+                task_type="t2v",
+            )
+        ),
+    )  # fmt: skip
+    # A pipeline that is loaded has 1000 tokens of text, and 729 of the image that is not given.
+    pipeline.system_message, pipeline.prompt_template_encode_start_idx = "", 8
+    pipeline.tokenizer_max_length, pipeline.vision_num_semantic_tokens = 40, 7
+    return pipeline
+
+
+def krea2() -> diffusers.Krea2Pipeline:
+    tokenizer = _bytes(**_PADDING)
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            **_QWEN, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "head_dim": 8,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "out_hidden_size": TEXT_DIM, "num_heads": 2, "intermediate_size": 16,
+            "deepstack_visual_indexes": [],
+        },
+    )  # fmt: skip
+    return diffusers.Krea2Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.Qwen3VLModel(config).eval(),
+        vae=tiny_pipelines.qwen_image().vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        text_encoder_select_layers=(1, 2),
+        transformer=_random(
+            diffusers.Krea2Transformer2DModel(
+                in_channels=4 * LATENTS, num_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                attention_head_dim=16, intermediate_size=64, timestep_embed_dim=32, text_hidden_dim=TEXT_DIM,
+                num_text_layers=2, text_num_attention_heads=4, text_num_key_value_heads=2, text_intermediate_size=32,
+                axes_dims_rope=(4, 6, 6),
+            )
+        ),
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     **tiny_pipelines.PIPELINES,
     "sd3": sd3,
     "chroma": chroma,
+    "ltx": ltx,
+    "sana": sana,
+    "lumina2": lumina2,
+    "hunyuan_video": hunyuan_video,
+    "hunyuan_video15": hunyuan_video15,
+    "krea2": krea2,
 }
 
 

@@ -25,8 +25,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "flux2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 15},
     "sd3": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43},
     "chroma": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43},
+    "ltx": {"resolution": [96], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 43},
+    "sana": {"resolution": [96], "aspects": [1.0], "max_sequence_length": 43},
+    "lumina2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 243},
+    "hunyuan_video": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 600},
+    "hunyuan_video15": {"resolution": [48], "aspects": [1.0], "num_frames": [9]},
+    "krea2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 273},
 }
-VIDEOS = ("wan", "cogvideox")
+VIDEOS = ("wan", "cogvideox", "ltx", "hunyuan_video", "hunyuan_video15")
 QUICK = ("flux", "wan", "cogvideox", "cogview4", "qwen_image", "z_image", "flux2")
 """Families that the usual tests train. The tests called thorough train the others."""
 COMMON: dict[str, Any] = {

@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_attn.training.lora import loads_adapters
+
 from .runs import QUICK, SETTINGS, train_all
 from .worlds import World
 
@@ -36,7 +38,10 @@ def pictures(name, settings, adapter):
         return pipeline("number 1", **arguments, generator=torch.Generator().manual_seed(0))[0]
 
     before = draw()
-    pipeline.load_lora_weights(adapter)
+    if loads_adapters(type(pipeline)):
+        pipeline.load_lora_weights(adapter)
+    else:
+        pipeline.transformer.load_lora_adapter(adapter)
     return before, draw()
 
 

@@ -50,6 +50,12 @@ CASES = {
     "flux2": Case(),
     "sd3": Case(),
     "chroma": Case(),
+    "ltx": Case(frames=9, width=64, multiple=32, frame_rule=(8, 1)),
+    "sana": Case({"guidance_scale": 1.0, "use_resolution_binning": False}, width=64, multiple=32, unpacked=True),
+    "lumina2": Case(text_length=230, unpacked=True),
+    "hunyuan_video": Case({"guidance_scale": 3.5}, text_length=600, frames=9),
+    "hunyuan_video15": Case(text_length=40, frames=9),
+    "krea2": Case({"guidance_scale": 0.0}, text_length=260),
 }
 
 

@@ -26,8 +26,14 @@ SERVED = {
     "CogView4Transformer2DModel": ("CogView4Pipeline",),
     "Flux2Transformer2DModel": ("Flux2Pipeline", "Flux2KleinPipeline"),
     "FluxTransformer2DModel": ("FluxPipeline",),
+    "HunyuanVideo15Transformer3DModel": ("HunyuanVideo15Pipeline",),
+    "HunyuanVideoTransformer3DModel": ("HunyuanVideoPipeline",),
+    "Krea2Transformer2DModel": ("Krea2Pipeline",),
+    "LTXVideoTransformer3DModel": ("LTXPipeline",),
+    "Lumina2Transformer2DModel": ("Lumina2Pipeline",),
     "QwenImageTransformer2DModel": ("QwenImagePipeline",),
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline",),
+    "SanaTransformer2DModel": ("SanaPipeline",),
     "WanTransformer3DModel": ("WanPipeline",),
     "ZImageTransformer2DModel": ("ZImagePipeline",),
 }
@@ -118,10 +124,10 @@ def test_what_the_transformer_expects_is_compared_with_what_is_fed(name, others,
 
 
 def test_every_name_of_a_further_input_is_one_of_a_configuration():
-    from diffusers import CogVideoXTransformer3DModel, WanVACETransformer3DModel
-
+    names = "CogVideoXTransformer3D WanVACETransformer3D FluxTransformer2D HunyuanVideoTransformer3D"
     known = set()
-    for model in (CogVideoXTransformer3DModel, WanVACETransformer3DModel, diffusers.FluxTransformer2DModel):
+    for name in (*names.split(), "HunyuanVideo15Transformer3D"):
+        model = getattr(diffusers, f"{name}Model")
         known |= set(model._get_init_keys(model))
     assert set(base.FURTHER_INPUTS) <= known
 

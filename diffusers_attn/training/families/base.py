@@ -25,6 +25,8 @@ FURTHER_INPUTS = {
     "ofs_embed_dim": "an offset between frames",
     "vace_layers": "a control video",
     "guidance_embeds": "a guidance scale",
+    "image_condition_type": "an image",
+    "use_meanflow": "a second timestep",
 }
 """Inputs of a transformer besides latents, timestep and text, by the configuration entry that turns each on."""
 
@@ -234,8 +236,12 @@ class Family(abc.ABC):
         """Scales the VAE's latents to the transformer's range."""
 
     def clean(self, batch: Mapping[str, Tensor], noise: Tensor) -> Tensor:
-        """A normalised sample of the distribution that `encode` returned, float32, drawn with the normal `noise`."""
-        mean, logvar = batch["latents_mean"].float(), batch["latents_logvar"].float()
+        """A normalised sample of the distribution that `encode` returned, float32, drawn with the normal `noise`. If it
+        has no "latents_logvar", the sample is the mean."""
+        mean, logvar = batch["latents_mean"].float(), batch.get("latents_logvar")
+        if logvar is None:
+            return self.normalise(mean)
+        logvar = logvar.float()
         return self.normalise(mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise)
 
     # ---- The transformer
@@ -294,7 +300,7 @@ class Family(abc.ABC):
         scale: float = inspect.signature(self.pipeline.__call__).parameters[self.guidance_argument].default
         return scale
 
-    def size_arguments(self, frames: int, height: int, width: int) -> dict[str, int]:
+    def size_arguments(self, frames: int, height: int, width: int) -> dict[str, Any]:
         """The pipeline's arguments for a sample's size, in frames and pixels."""
         size = {"height": height, "width": width}
         return {**size, "num_frames": frames} if self.kind == "video" else size
