@@ -60,9 +60,13 @@ test-newest: .venv-newest/.dev  ## tests of `make test` with the newest versions
 test-oldest test-newest: test-%:
 	@.venv-$*/bin/python -m pytest -q $(WORKERS) $(ARGS)
 
+# The code of attention calls: at least 95 % of its lines and branches must be covered.
+CORE := diffusers_attn/dispatch.py,diffusers_attn/masks.py,diffusers_attn/context_parallel/sequences/*,diffusers_attn/context_parallel/attention/*
+
 coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the processes that they start
 	@$(RUN) -m coverage run -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu' $(ARGS); status=$$?; \
-	  $(RUN) -m coverage combine --quiet && $(RUN) -m coverage report; exit $$status
+	  $(RUN) -m coverage combine --quiet && $(RUN) -m coverage report && \
+	  $(RUN) -m coverage report --include='$(CORE)' --fail-under=95 --format=total && exit $$status
 
 lint: $(VENV)/.dev  ## formatting, lint and types
 	$(RUN) -m ruff format --check .

@@ -31,7 +31,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, layout: L
 def _problem(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, layout: Layout) -> str:
     tensors = query, key, value
     if layout == "bshd" and any(tensor.ndim != 4 for tensor in tensors):
-        return f"query, key and value must have four dimensions, {list(layout)}"
+        return "query, key and value must have four dimensions, [batch, seq, heads, head_dim]"
     if any(tensor.ndim < 2 for tensor in tensors):
         return "query, key and value must have at least two dimensions, [..., heads, seq, head_dim]"
     if not query.device == key.device == value.device:

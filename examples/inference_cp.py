@@ -271,18 +271,18 @@ def name_and_value(text: str) -> tuple[str, Any]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    draws = parser.add_argument_group("generation")
-    draws.add_argument(
+    generation = parser.add_argument_group("generation")
+    generation.add_argument(
         "--model", default=str(TINY), help="pipeline: a folder or a name on the Hub (default: the toy model)"
     )
-    draws.add_argument("--prompt", default="a cat", help="prompt (default: %(default)s)")
-    draws.add_argument("--negative_prompt", help="negative prompt (default: none)")
-    draws.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
-    draws.add_argument("--height", type=int, help="height in pixels (default: the pipeline's)")
-    draws.add_argument("--width", type=int, help="width in pixels (default: the pipeline's)")
-    draws.add_argument("--num_frames", type=int, help="number of frames of a video (default: the pipeline's)")
-    draws.add_argument("--steps", type=int, default=28, help="number of denoising steps (default: %(default)s)")
-    draws.add_argument(
+    generation.add_argument("--prompt", default="a cat", help="prompt (default: %(default)s)")
+    generation.add_argument("--negative_prompt", help="negative prompt (default: none)")
+    generation.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
+    generation.add_argument("--height", type=int, help="height in pixels (default: the pipeline's)")
+    generation.add_argument("--width", type=int, help="width in pixels (default: the pipeline's)")
+    generation.add_argument("--num_frames", type=int, help="number of frames of a video (default: the pipeline's)")
+    generation.add_argument("--steps", type=int, default=28, help="number of denoising steps (default: %(default)s)")
+    generation.add_argument(
         "--set",
         type=name_and_value,
         nargs="+",
@@ -290,15 +290,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="further arguments of the pipeline's call (default: none)",
     )
-    draws.add_argument(
+    generation.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the models (default: %(default)s)",
     )
-    draws.add_argument("--output", type=Path, help="output file (default: outputs/inference_cp.png, or .mp4)")
-    draws.add_argument("--fps", type=int, help="frames per second of a video file (default: 16)")
-    draws.add_argument("--frames", action="store_true", help="save a video as a folder of images (default: off)")
+    generation.add_argument("--output", type=Path, help="output file (default: outputs/inference_cp.png, or .mp4)")
+    generation.add_argument("--fps", type=int, help="frames per second of a video file (default: 16)")
+    generation.add_argument("--frames", action="store_true", help="save a video as a folder of images (default: off)")
     shares = parser.add_argument_group("processes and attention")
     shares.add_argument(
         "--ulysses_degree", type=int, help="number of processes that exchange heads (default: automatic)"

@@ -1,4 +1,4 @@
-"""Through `native`, every form of a call is what `F.scaled_dot_product_attention` makes of it, derivatives included."""
+"""`native` gives the values and derivatives of `F.scaled_dot_product_attention` for every form of a call."""
 
 import math
 

@@ -40,7 +40,9 @@ def test_a_job_is_measured_and_what_fails_says_why(tmp_path: Path, monkeypatch: 
     assert one["agrees"] and len(one["steps"]) == 3 and one["seconds"] > 0 and one["tensors"] == 2 * 2 * 8
     assert sage["error"].startswith("it ended with 1\n") and "'sage' has no backward" in sage["error"].splitlines()[-1]
     listed = printed[printed.index("- one, sage, eager: it ended with 1\n      ") :]
-    assert "\n      train_lora.py: attention provider 'sage'" in listed  # other packages may have said something before
+    assert (
+        "\n      train_lora.py: attention provider 'sage'" in listed
+    )  # other packages may have printed warnings before
     assert "| one | `native` | eager | 1 | " in printed
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

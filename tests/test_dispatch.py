@@ -1,4 +1,4 @@
-"""attention_dispatch computes what it is asked, or says that it will not."""
+"""attention_dispatch: results by definition, and errors for calls that it does not serve."""
 
 import math
 import re
@@ -247,6 +247,12 @@ def test_dropout_drops_and_is_refused_where_it_cannot_be():
         # Another length than elsewhere: an index, which is all that a repeated call is checked for, is -1 for both.
         ({"key": torch.randn(1, 2, 6, 8, device="meta"), "value": torch.randn(1, 2, 6, 8)}, "one device"),
         ({"query": torch.randn(1, 4, 5, 8)}, "enable_gqa"),
+        ({"query": torch.randn(1, 4, 5, 8), "key": torch.randn(1, 3, 5, 8), "enable_gqa": True}, "that divides"),
+        ({"key": torch.randn(8)}, "at least two dimensions"),
+        (
+            {"query": torch.randn(2, 3, 2, 5, 8), "attn_mask": torch.ones(2, 2, 1, 5, 5) > 0},
+            "does not broadcast to the",
+        ),
     ],
 )
 def test_tensors_that_do_not_belong_together(change, problem):
@@ -274,6 +280,12 @@ def test_heads_that_do_not_divide_are_refused():
     query, key = torch.randn(1, 5, 4, 8), torch.randn(1, 2, 4, 8)
     with pytest.raises(AttentionProviderError, match="5 query heads do not divide"):
         attention_dispatch(query, key, key, enable_gqa=True)
+
+
+def test_keys_and_values_may_have_different_numbers_of_heads():
+    query, key, value = (torch.randn(2, heads, 5, 8, dtype=torch.float64) for heads in (4, 2, 4))
+    expected, _ = reference.attention(query, key.repeat_interleave(2, dim=1), value)
+    torch.testing.assert_close(attention_dispatch(query, key, value, enable_gqa=True), expected)
 
 
 def test_a_repeated_call_is_checked_too():

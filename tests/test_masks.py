@@ -1,4 +1,4 @@
-"""Masks are told apart by shape, dtype and strides; values are never looked at."""
+"""Masks are classified by shape, dtype and strides, never by their values."""
 
 import math
 

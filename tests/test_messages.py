@@ -1,4 +1,4 @@
-"""What all errors share: where a command in one ends is plain."""
+"""The form of error messages: commands in them are clearly delimited."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_the_first_snippets_run_anywhere(monkeypatch: pytest.MonkeyPatch, capsys
     drawn: list[Any] = []
 
     class Small:
-        """The pipeline, at the size that its model knows."""
+        """The pipeline, at the size of its training images."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(pipe, name)

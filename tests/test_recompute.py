@@ -1,4 +1,4 @@
-"""A checkpointed forward is recomputed in the scope that it ran in, wherever and by whomever the backward is called."""
+"""A checkpointed forward is recomputed in its own scope, whichever thread or scope calls the backward."""
 
 from __future__ import annotations
 

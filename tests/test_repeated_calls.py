@@ -1,4 +1,4 @@
-"""Calls that differ from earlier ones in one thing only: the difference is obeyed, whatever was decided before."""
+"""Calls that differ from earlier ones in one property: the decision for the earlier call is not used."""
 
 import gc
 import weakref

@@ -168,8 +168,8 @@ def sample_u(
 
     if sampling not in SAMPLINGS:
         raise TrainingError(f"timestep_sampling={sampling!r}: accepted are {', '.join(map(repr, SAMPLINGS))}.")
-    draws = [
+    drawn = [
         compute_density_for_timestep_sampling(sampling, 1, logit_mean, logit_std, mode_scale, generator=each)
         for each in generators
     ]
-    return torch.cat(draws).clamp(0, 1)
+    return torch.cat(drawn).clamp(0, 1)

@@ -37,7 +37,7 @@ WITH_VARIANTS = ("gather 2", "ulysses 3", "ring 3", "gather 2 x ulysses 2")
 
 @contextlib.contextmanager
 def attention_over_ranks():
-    """As code does that knows nothing of this library: by putting attention_dispatch in SDPA's place."""
+    """Replaces SDPA by attention_dispatch, as for code that does not use this library."""
     local = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = attention_dispatch
     try:

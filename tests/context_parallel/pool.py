@@ -1,4 +1,4 @@
-"""Four processes on gloo, started once and given work: what a test on several ranks costs is then its own work.
+"""Four processes on gloo, started once for all tests on several ranks, so that a test costs only its own work.
 
 A job is a function of a module below `tests`, called on each of the first `ranks` processes as
 `job(meshes, **arguments)`. It returns something that pickles. If it fails on a rank, the test fails with that rank's

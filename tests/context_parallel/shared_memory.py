@@ -1,4 +1,4 @@
-"""What symmetric memory is between GPUs, between processes on one CPU: files that all of a group have mapped.
+"""Symmetric memory between CPU processes, in place of that between GPUs: files that all of a group have mapped.
 
 With it, `symmetric_gather` sends keys and values and keeps its promises about slots as it does on GPUs. Only what runs
 beside what

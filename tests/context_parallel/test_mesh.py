@@ -1,4 +1,4 @@
-"""Degrees, groups, and what is said about those that cannot be. And the workers that all of these tests stand on."""
+"""Degrees, process groups and their errors, and the pool of worker processes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A pool of test processes beside other work: a slow start is no hang, and a process that ended is no slow one."""
+"""The pool on a busy machine: a slow start is not an error, and a process that has ended is noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wan Animate 2: places in a whole sequence and a cache that is seen frame by frame, over ranks as in one process."""
+"""Wan Animate 2 over ranks, as in one process: positions in the full sequence, and a cache seen frame by frame."""
 
 from __future__ import annotations
 

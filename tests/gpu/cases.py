@@ -1,4 +1,4 @@
-"""The calls that every provider is held to on a GPU, and what each may be off by."""
+"""The calls with which every provider is tested on a GPU, and their tolerances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options change what they say, and what cannot be done with them is refused."""
+"""Options of providers: their effects, and the calls that they refuse."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is learnt about a mask, that it leaves every row a key, is believed no longer than it is true."""
+"""Masks that were found to have a key in every row are checked again when they change."""
 
 import gc
 

@@ -237,7 +237,7 @@ class Halves(torch.nn.Module):
 
 
 def life(meshes):
-    """What is said of the transport, and the device's memory before, with and after it, in MiB."""
+    """The reported transport, and the device's memory before, with and after it, in MiB."""
     mesh = meshes("gather")
     torch.cuda.synchronize()
 

@@ -111,7 +111,7 @@ class Key:
 
 
 def refused(meshes, mode, ring, ulysses):
-    """Messages of calls in which one rank differs, and whether agreement goes on working after each."""
+    """Messages of calls in which one rank differs, and whether later calls still work after each."""
     mesh = meshes(ring, ulysses)
     module, _ = watched(mesh, mode)
     odd = mesh.rank == 1

@@ -165,7 +165,7 @@ def test_diffusers_own_parallelism_is_refused_with_the_way_out():
 
 
 class Listening(TorchFunctionMode):
-    """Sees every function; answers attention where it is told to."""
+    """Records every function, and computes attention itself if `answer` is set."""
 
     def __init__(self, answer=False):
         super().__init__()

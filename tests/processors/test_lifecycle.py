@@ -1,4 +1,4 @@
-"""Whatever is done to a model, and whenever it is bound meanwhile: it computes what it would have without us.
+"""A bound model computes the same after every change that diffusers offers, whenever it was bound.
 
 A life is a model and a sequence of things that users do to models. The model lives it once as diffusers made it, and
 again with the binding put on and taken off at each of its points.

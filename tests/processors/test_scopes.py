@@ -83,7 +83,7 @@ def test_threads_with_their_own_scopes_on_one_model(monkeypatch):
 
 
 def test_threads_that_bind_models_at_once(monkeypatch):
-    """The first to bind a class makes an overlay and a bound class; those who come meanwhile get the same."""
+    """The first thread that binds a class makes an overlay and a bound class; others at the same time get the same."""
 
     class SlowOverlay(bound.Overlay):
         def __init__(self, *entry_points):

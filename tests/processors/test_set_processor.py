@@ -1,4 +1,4 @@
-"""Who sets what on a bound model, and what comes of it."""
+"""Processors that users, diffusers and this library set on a bound model, in any order."""
 
 from __future__ import annotations
 

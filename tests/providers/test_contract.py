@@ -1,4 +1,4 @@
-"""What every adapter promises: its lse, and a backward from any lse. (GPU adapters: tests/gpu.)"""
+"""The contract of adapters: the lse, and a backward from the lse of more keys. (GPU adapters: tests/gpu.)"""
 
 import math
 

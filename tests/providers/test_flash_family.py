@@ -1,4 +1,4 @@
-"""Key masks as lengths, with a kernel of the FlashAttention form written out: what holds for it holds for theirs."""
+"""Key masks as sequence lengths, with a CPU kernel in place of FlashAttention's."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is usable here, and what is said of the rest. Packages are real folders on the path, broken on purpose."""
+"""Which providers are usable, and the reasons for others. Packages are real folders on the path, some broken."""
 
 import sys
 import textwrap

@@ -1,7 +1,8 @@
-"""What auto picks, and why."""
+"""The provider that "auto" chooses, and the reason that it gives."""
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_upper_left
 
 from diffusers_attn import (
     AttentionProviderError,
@@ -119,6 +120,9 @@ def test_it_says_what_it_would_pick_and_why():
     query = torch.randn(1, 2, 5, 8)
     assert "native: the first that supports the call" in str(explain(query, query, query))
     assert explain(query.double(), query.double(), query.double()).plan.provider == "native"
+    assert explain(query, query, query, causal_upper_left(5, 5)).plan.causal == "kernel"
+    with pytest.raises(AttentionProviderError, match=r"four dimensions, \[batch, seq, heads, head_dim\]"):
+        explain(query[0], query[0], query[0], layout="bshd")
     with pytest.raises(AttentionProviderError, match="2 query heads do not divide|one number of heads"):
         explain(query, query[:, :1].expand(1, 3, 5, 8), query[:, :1].expand(1, 3, 5, 8))
 

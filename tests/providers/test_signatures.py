@@ -154,8 +154,8 @@ def test_float8(mask, kv_heads, monkeypatch):
         *heads_first(query, key.masked_fill(~keep, 0.0), value.masked_fill(~keep, 0.0)), mask, causal, scale=0.11
     )
     assert reference.relative_error(out, true.transpose(1, 2)) < 6e-2
-    alive = true_lse > -math.inf
-    assert torch.allclose(lse.transpose(1, 2).double()[alive], true_lse[alive], atol=0.15)
+    live = true_lse > -math.inf
+    assert torch.allclose(lse.transpose(1, 2).double()[live], true_lse[live], atol=0.15)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -42,7 +42,7 @@ CONFIG = {
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that were alive at a time, of what operators within allocate."""
+    """Peak bytes of the tensors that operators within this context allocate."""
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def make_data(kind: str, folder: Path, number: int = 5) -> Path:
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
-    """One run. Returns what it said of its steps, and the adapter's file."""
+    """One run. Returns its logged steps and the adapter's file."""
     from diffusers_attn.training import TrainConfig, Trainer
 
     steps: list[dict[str, float]] = []
@@ -115,7 +115,7 @@ def train_and_die(settings: dict[str, Any], event: int | None, answer: str) -> N
 
 
 def train_until_terminated(settings: dict[str, Any], step: int, *signals: int) -> None:
-    """A run that is told to end while it is at `step`, by SIGTERM or by `signals`. Leaves with its exit code."""
+    """A run that is ended by SIGTERM, or by `signals`, while it is at `step`. Exits with its exit code."""
     from diffusers_attn.training import TrainConfig, Trainer
     from diffusers_attn.training.errors import TrainingInterrupted
 
@@ -168,7 +168,7 @@ def command_line(settings: dict[str, Any]) -> list[str]:
 
 
 def train_sharded(settings: dict[str, Any], block: str, cp_degree: int) -> dict[str, Any]:
-    """A run with FSDP2. Accelerate has that for GPUs only, so that it is told that these processes are some."""
+    """A run with FSDP2. Accelerate has that for GPUs only, so these processes pretend to have some."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 

@@ -1,4 +1,4 @@
-"""What a step is given: drawn as it always is, whoever draws it; and in an evaluation what training would be given."""
+"""The noise of a step is the same whichever process draws it, and an evaluation gets the inputs of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every setting that is a number says which it accepts, and what it does not is refused before anything is loaded."""
+"""Every numeric setting states its interval, and other values are refused before anything is loaded."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ STEPS = {"steps": 6, "checkpoint_every": 1, "checkpoints_kept": 2, "ema_decay": 
 
 @pytest.fixture(scope="module")
 def uninterrupted(settings_of, forked, tmp_path_factory):
-    """An uninterrupted run: its settings, what it said, and its weights."""
+    """An uninterrupted run: its settings, its log, and its weights."""
     answer = tmp_path_factory.mktemp("whole") / "answer"
     settings = settings_of("cogview4", **STEPS)
     assert forked(train_and_die, settings, None, str(answer)) == 0
@@ -32,7 +32,7 @@ def uninterrupted(settings_of, forked, tmp_path_factory):
 
 
 def finish(settings, forked, folder):
-    """Goes on to the end. Returns what was said of the steps, and the weights."""
+    """Runs to the end. Returns the logged steps and the weights."""
     answer = folder / "answer"
     assert forked(train_and_die, {**settings, "resume": "latest"}, None, str(answer)) == 0
     result = json.loads(answer.read_text())

@@ -1,4 +1,4 @@
-"""What cannot be served is refused in seconds: nothing was encoded."""
+"""Settings and data that cannot work are refused in seconds, before anything is encoded."""
 
 from __future__ import annotations
 

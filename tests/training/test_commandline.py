@@ -1,4 +1,4 @@
-"""What goes wrong is told in the words of the command line, once, and without what hides it."""
+"""Errors appear once, in the words of the command line, without tracebacks and repetitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters come back from their files bit by bit, through diffusers where it knows them."""
+"""Saved adapters load with the same bits, through diffusers if it supports the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each of several processes needs in training, at the size of a real model, without its memory."""
+"""Memory of each process in training, at the size of a real model, computed without allocating it."""
 
 from __future__ import annotations
 

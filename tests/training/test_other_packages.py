@@ -1,4 +1,4 @@
-"""Optimizers and trackers of other packages: what they make of a run, and that it goes on exactly with them."""
+"""Runs with optimizers and trackers of other packages, and that they resume exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder, and nothing of before is lost."""
+"""An output folder admits one run at a time, and keeps the files of earlier runs."""
 
 from __future__ import annotations
 

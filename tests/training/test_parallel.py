@@ -1,4 +1,4 @@
-"""Who shares a sequence with whom, for loops of one's own; and what is refused, with the setting's name."""
+"""`TrainingParallel`: which ranks share a sequence, and errors that name the setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of steps: in which entries, and how long they took."""
+"""Log entries of steps: their content, and the measured times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of each setting when a run is resumed: kept, taken from the command line, or refused."""
+"""Each setting when a run is resumed: kept, taken from the command line, or refused."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_another_number_of_processes():
 
 @pytest.fixture(scope="module")
 def run(settings_of):
-    """A run with checkpoints of all of its steps: its settings and what it said."""
+    """A run with checkpoints of all of its steps: its settings and its log."""
     settings = settings_of("cogview4", steps=4, checkpoint_every=1, checkpoints_kept=0, adapter_init="default")
     result = train(settings)
     forget()

@@ -81,11 +81,11 @@ def test_a_run_file_has_settings_by_name(tmp_path, suffix, text):
 )
 def test_a_mistake_in_a_run_file_is_named(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
-    said = io.StringIO()
-    with pytest.raises(SystemExit), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(output):
         TrainConfig.from_arguments(["--config", str(tmp_path / "run.yaml"), "--model", "m", "--data", "d"])
     with pytest.raises(AssertionError, match=message):
-        raise AssertionError(said.getvalue())
+        raise AssertionError(output.getvalue())
 
 
 def test_a_run_file_that_cannot_be_read(tmp_path):
@@ -152,11 +152,11 @@ def test_a_dry_run_tells_what_to_expect_and_writes_nothing(settings_of, capsys):
     folder = Path(settings["output_dir"])
     settings["cache_dir"] = str(folder / "cache")
     steps = train(settings)["steps"]
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert steps == [] and not folder.exists()
-    assert "dry run of 4 steps per epoch; 10 steps are 2.5 epochs" in said  # 15 examples, 4 in each step
-    assert "5 examples in 1 bucket" in said and "1x48x48: 5 examples" in said
-    assert "base model of " in said and "while data are encoded" in said and "lora of rank 4" in said
+    assert "dry run of 4 steps per epoch; 10 steps are 2.5 epochs" in output  # 15 examples, 4 in each step
+    assert "5 examples in 1 bucket" in output and "1x48x48: 5 examples" in output
+    assert "base model of " in output and "while data are encoded" in output and "lora of rank 4" in output
 
 
 def test_a_dry_run_finds_what_a_run_would_be_refused_for(settings_of):

@@ -1,4 +1,4 @@
-"""What a run leaves behind, what it says, and what it refuses."""
+"""A run: its files, its log, and its errors."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ JOINT = TEXT + IMAGE
 
 
 def over_ranks(meshes, ring, ulysses):
-    """The error of every kind of mask; and what is said of calls that are refused."""
+    """The error of every kind of mask, and the messages of calls that are refused."""
     mesh = meshes(ring, ulysses)
     tracker = SequenceTracker(mesh)
     tracker.split("image", torch.zeros(IMAGE), 0)

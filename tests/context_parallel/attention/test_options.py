@@ -1,4 +1,4 @@
-"""Options of kernels that count positions: exact where the kernel is given whole sequences in order, else refused."""
+"""Kernel options that count positions: exact if the kernel receives full sequences in order, refused otherwise."""
 
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ def split_sequences(mesh, **lengths):
 
 
 def windows(meshes, ring, ulysses, rotate_method):
-    """Errors of one sequence, and of joined ones whose order is known; or what is said instead."""
+    """Errors of one sequence, and of joined sequences whose order is known; or the message of a refusal."""
     mesh = meshes(ring, ulysses, rotate_method=rotate_method)
     answers = {}
     for names in (("image",), ("text", "image")):
@@ -147,7 +147,7 @@ def test_an_option_that_is_off_does_not_count():
 
 
 def enabled(meshes):
-    """What is said of a ring; and the degrees that are chosen."""
+    """The message for a ring, and the degrees that are chosen."""
     from diffusers_attn import disable_context_parallel
     from tests.zoo import CASES
 

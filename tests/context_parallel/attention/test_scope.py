@@ -1,4 +1,4 @@
-"""What a user writes: a plan on the model, and a scope that says how its mesh is used."""
+"""A plan on the model, and a scope with the settings of its mesh, as a user writes them."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What is private to PyTorch is as `process_groups.py` takes it to be. Fails, and says what, when PyTorch moves."""
+"""The private names of PyTorch that `process_groups.py` uses. A failure names the one that has changed."""
 
 from __future__ import annotations
 

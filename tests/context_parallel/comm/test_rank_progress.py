@@ -51,7 +51,7 @@ def message(call):
 
 
 def unlike(meshes):
-    """What is said where rank 1 is another when it is enabled."""
+    """The error if rank 1 has another model when context parallelism is enabled."""
     odd = int(dist.get_rank() == 1)
     mesh = meshes.lines[2]
 
@@ -100,7 +100,7 @@ def test_ranks_that_differ_when_it_is_enabled(pool):
 
 @torch.no_grad()
 def unlike_later(meshes):
-    """What is said in a forward after rank 1 has changed something."""
+    """The error of a forward after rank 1 has changed something."""
     odd = int(dist.get_rank() == 1)
     model = lora(lora(build("flux")), "other", seed=1)
     model.set_adapters(["style", "other"], [1.0, 1.0])
@@ -170,7 +170,7 @@ def test_ranks_that_differ_after_it_was_enabled(pool):
 
 
 def other_exchanges(meshes):
-    """What is said in a forward after rank 1 has changed what decides how large exchanges are, and which there are."""
+    """The error of a forward after rank 1 has changed a property that decides the number and size of exchanges."""
     odd = int(dist.get_rank() == 1)
     model = build("flux").train()
     enable_context_parallel(model, mesh=meshes.lines[2], verbose=False)
@@ -209,7 +209,7 @@ def test_ranks_whose_exchanges_would_differ(pool):
 
 
 def counted(meshes):
-    """What is said where rank 1 has left out a call, of one model and between two; and that all is well afterwards."""
+    """The errors after rank 1 has left out a call of a model; later calls work."""
     odd = int(dist.get_rank() == 1)
     model, other = build("flux"), build("flux", seed=1)
     expected = output(model, inputs("flux")).detach()
@@ -240,7 +240,7 @@ def test_a_rank_that_leaves_out_a_call(pool):
 
 
 def gone(meshes, how, inputs_are):
-    """What is said where rank 1 does not come; None where it is not to wait. Afterwards all is well again."""
+    """The error if rank 1 does not call the model; None on a rank that does not wait. Later calls work."""
     rank_progress.GRACE = 1.0
     odd = dist.get_rank() == 1
     model, given = build("flux"), inputs("flux")
@@ -306,7 +306,7 @@ class Logged(logging.Handler):
 
 @torch.no_grad()
 def hanging(meshes):
-    """What rank 0 is told while rank 1 leaves out a call, and stops in one whose exchanges are over."""
+    """The log of rank 0 while rank 1 leaves out a call, and stops in one after its exchanges."""
     odd = dist.get_rank() == 1
     model, given = build("flux"), inputs("flux")
     enable_context_parallel(model, mesh=meshes.lines[2], inputs="trust", verbose=False)
@@ -345,7 +345,7 @@ def test_a_hang_without_an_error_names_the_rank_that_is_behind(pool):
 
 
 def missing_when_enabled(meshes):
-    """What is said where rank 1 does not come to be enabled, though the timeout of the job is 3 s."""
+    """The error if rank 1 does not enable context parallelism, with a job timeout of 3 s."""
     rank_progress.GRACE = 1.0
     job = process_groups.timeout_of(None, "cpu")
     process_groups.set_timeout(None, datetime.timedelta(seconds=3))
@@ -365,7 +365,7 @@ def test_a_rank_that_is_not_enabled_is_named(pool):
 
 
 def threads(meshes):
-    """What is said to a thread that comes between; nested forwards and those that follow are fine."""
+    """The error of a second thread in between; nested forwards and later ones work."""
     models = [build("flux"), build("flux", seed=1)]
     expected = [output(each, inputs("flux")).detach() for each in models]
     for model in models:
@@ -423,7 +423,7 @@ def test_two_threads_are_refused(pool):
 
 
 def backwards(meshes):
-    """What is said to a forward beside another thread's backward, and to a backward beside another's forward; and
+    """The errors of a forward beside another thread's backward, and of a backward beside another's forward; and
     whether gradients are right afterwards."""
     gc.collect()  # the message names all models that use these ranks: also those of earlier tests, as long as they live
     model, given = build("flux"), inputs("flux")

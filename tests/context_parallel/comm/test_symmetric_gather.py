@@ -1,4 +1,4 @@
-"""Direct writes, of a gather and of a ring: its slots, its memory, and that a compiler leaves its parts in order."""
+"""The symmetric gather and ring: slots, memory, and the order of operations after compilation."""
 
 import contextlib
 import itertools
@@ -86,7 +86,7 @@ def test_one_graph(pool, case):
 
 @pytest.mark.parametrize("method", ["allgather", "alltoall"])
 def test_inductor(pool, method):
-    """All is in its order, and what is sent is sent from where it was computed, and is alive until it is there."""
+    """Operations keep their order. Tensors are sent without a copy, and live until they have arrived."""
     arguments = {"ring": 2, "length": 12, "is_causal": False, "train": False, "backend": "inductor", "method": method}
     for graphs, error, code in pool.run(2, compiled, **arguments):
         assert graphs == 1

@@ -1,4 +1,4 @@
-"""Of sizes that change, over ranks: a graph for the first, one for all others, and none after the second."""
+"""Changing sizes over ranks compile two graphs: one for the first size, and one for all others."""
 
 import functools
 

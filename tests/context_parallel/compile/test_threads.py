@@ -23,7 +23,7 @@ def message(call):
 
 
 def beside(register, work, other):
-    """What is said to `other` while a thread is where `register` hooks, in `work`."""
+    """The error that `other` raises while a thread is at the hook that `register` sets, in `work`."""
     inside, free = threading.Event(), threading.Event()
 
     def wait(*_):
@@ -71,7 +71,7 @@ def test_a_compiled_backward_beside_another_threads_forward_is_refused(pool, mes
 
 
 def compiled_as_a_whole(meshes):
-    """What a thread is told that calls a compiled model, while another is within a forward of it."""
+    """The error of a thread that calls a compiled model while another thread is within its forward."""
     model, given = Model(blocks=1).double(), inputs(8, 12, masked=False)
     other = Model(blocks=1).double()
     for each in (model, other):

@@ -1,4 +1,4 @@
-"""Plans on modules: what is split, on which way in; what is refused; and that nothing is left behind."""
+"""Plans applied to modules: what is split and gathered, what is refused, and that removing restores the module."""
 
 import collections
 import gc

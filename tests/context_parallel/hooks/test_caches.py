@@ -1,4 +1,4 @@
-"""What is kept from one forward for later ones, over ranks: like one process."""
+"""Caches from one forward to the next, over ranks: the results of one process."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def prompts_in_turn(meshes, mode):
     }
     model = build("nucleus_moe")
     given = inputs("nucleus_moe")
-    found, alive, computed = {}, [], []
+    found, prompts_in_use, computed = {}, [], []
     for where in ("one process", "ranks"):
         if where == "ranks":
             enable_context_parallel(model, mesh=meshes.lines[2], inputs=mode, verbose=False)
@@ -34,7 +34,9 @@ def prompts_in_turn(meshes, mode):
             with mode_:
                 text = given["encoder_hidden_states"].clone()
                 prompts = [text, text.flip(-1) * 2]
-                alive.append(prompts)  # the cache takes a prompt at the address of one that is gone for that one
+                prompts_in_use.append(
+                    prompts
+                )  # the cache takes a prompt at the address of one that is gone for that one
                 computed.clear()
                 outs = []
                 for step in range(3):

@@ -1,4 +1,4 @@
-"""Copies of a model that is split are whole models, with the processors that it had before."""
+"""Copies of a split model are not split, and have the processors from before the split."""
 
 import copy
 import io

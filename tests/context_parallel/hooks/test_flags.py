@@ -1,4 +1,4 @@
-"""Masks that a user gives to a model, as one device takes them: whole, whatever a rank has of the tokens."""
+"""Masks that users give to a model: those for the full sequence, on every rank, as on one device."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def masks(tokens):
 
 
 def flags(meshes, ring, ulysses, rotate_method):
-    """Largest relative difference to one process for every mask; and what is said of those that fit nothing."""
+    """Largest relative difference to one process for every mask, and the messages for masks that do not fit."""
     model = build("flux")
     model.set_attn_processor(DispatchProcessor("native"))
     given = inputs("flux")

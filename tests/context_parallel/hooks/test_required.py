@@ -1,4 +1,4 @@
-"""Arguments without which a model does what its plan does not say."""
+"""Arguments that a plan requires, because the model works differently without them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Splitting a dimension that has no entry for every rank, since another one is the sequence."""
+"""The error for a dimension that is too short to split, when another dimension is the sequence."""
 
 from __future__ import annotations
 

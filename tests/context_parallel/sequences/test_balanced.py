@@ -1,4 +1,4 @@
-"""Causal attention with the same work on every rank: each has a part of the front of a sequence and one of its back."""
+"""Balanced causal attention: each rank has a part of the front of a sequence and one of its back."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Tokens that every rank has whole, before those that are split: a sequence's, or a cache's."""
+"""Replicated tokens before split ones: those of another sequence, or of a cache."""
 
 import pytest
 import torch

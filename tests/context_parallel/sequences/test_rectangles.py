@@ -1,4 +1,4 @@
-"""Masks of rectangles: every pair once, as calls without masks; over ranks as the same mask for every token."""
+"""Masks made of rectangles: each pair is computed once, without a mask, and ranks agree with a dense mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that are split by rows of pixels or by frames need one for every rank, and say so before anything is sent."""
+"""Models that are split by rows or frames refuse fewer than one for each rank, before anything is sent."""
 
 import pytest
 import torch

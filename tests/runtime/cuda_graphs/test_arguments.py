@@ -1,4 +1,4 @@
-"""Taking a call apart: what must be equal for a graph to serve it, and what is given to it anew."""
+"""The arguments of a call: constants, which a graph depends on, and tensors, which are copied into it."""
 
 from collections import namedtuple
 

@@ -1,4 +1,4 @@
-"""What a recorded graph relies on is noticed when it changes, and nothing else is."""
+"""Changes of a model that invalidate its recorded graph are detected, and no others."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Sizes, and examples brought to them."""
+"""Sizes of buckets, and examples resized to them."""
 
 import math
 

@@ -34,7 +34,7 @@ SETTINGS = {"model": "tiny", "vae": {"scale": 8}, "dtype": "float32"}
 
 
 class Counting:
-    """An encoder that knows how much it was given."""
+    """An encoder that counts its inputs."""
 
     def __init__(self, function):
         self.function, self.calls = function, []

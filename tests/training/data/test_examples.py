@@ -1,4 +1,4 @@
-"""What there is to train on, and bad data by name."""
+"""Examples from folders and data sets, and errors that name bad data."""
 
 import json
 import logging

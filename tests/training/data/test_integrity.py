@@ -1,4 +1,4 @@
-"""Pictures and videos of which a part is missing or zeros: decoders say nothing, and here it is bad data."""
+"""Images and videos with missing or zeroed parts, which decoders accept, are reported as bad data."""
 
 from __future__ import annotations
 
