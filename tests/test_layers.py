@@ -97,7 +97,8 @@ def test_the_docstring_of_a_folder_names_its_files(package):
     """So that a reader finds what is in it."""
     text = ast.get_docstring(ast.parse(PACKAGES[package].read_text())) or ""
     files = {each.rpartition(".")[2] for each in MODULES if each.rpartition(".")[0] == package} - {"__main__"}
-    assert not {each for each in files if f"`{each}`" not in text and f"`{each}." not in text}
+    missing = {each for each in files if f"`{each}`" not in text and f"`{each}." not in text}
+    assert not missing, f"name {missing} in the docstring of {PACKAGES[package].relative_to(ROOT.parent)}"
 
 
 def test_no_modules_import_in_a_circle():
