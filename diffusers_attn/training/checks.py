@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base_precision import check_adapter_kind, is_quantised
 from .card import check_push
 from .config import TrainConfig
 from .data.buckets import check_frames
@@ -130,6 +131,7 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
     config.check_effect(timestep_sampling=config.timestep_sampling or family.objective.sampling)
     if config.targets:
         check_targets(family.pipeline.transformer, config.targets)
+    check_adapter_kind(config, family.pipeline.transformer)
     _check_adapter(config, family.pipeline.transformer, adapter)
     _check_buckets(config, family)
     _check_samples(config, family)
@@ -182,7 +184,11 @@ def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) ->
 
 
 def without_weights(module: nn.Module) -> nn.Module:
-    """A copy of a module with tensors on the meta device, which takes no memory."""
+    """A copy of a module with tensors on the meta device, which takes no memory. Its weights are not quantised."""
+    if is_quantised(module):
+        config = {name: each for name, each in module.config.items() if name != "quantization_config"}  # type: ignore[union-attr, operator]
+        with torch.device("meta"):
+            return type(module).from_config(config)  # type: ignore[attr-defined]
     memo: dict[int, Any] = {
         id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=each.requires_grad)
         for each in module.parameters()

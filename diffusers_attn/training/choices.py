@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+QUANTISED = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+"""Precisions of a quantised base model, each with the package that computes with it."""
+BASE_PRECISIONS = ("bf16", *QUANTISED)
+"""Precisions of the base model."""
 KINDS = ("lora", "rslora", "dora", "loha", "lokr")
 """Types of adapters."""
 IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")

@@ -13,7 +13,16 @@ from typing import Any
 
 from .arguments import given_settings, make_parser
 from .bounds import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
-from .choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS, OPTIMIZERS, SAMPLINGS, SCHEDULES, WITHOUT_WARMUP
+from .choices import (
+    BASE_PRECISIONS,
+    IN_DIFFUSERS_FORMAT,
+    INITIALISATIONS,
+    KINDS,
+    OPTIMIZERS,
+    SAMPLINGS,
+    SCHEDULES,
+    WITHOUT_WARMUP,
+)
 from .errors import TrainingError
 from .flag_names import option
 from .settings import check_value, default_of, metadata_of, setting
@@ -60,6 +69,19 @@ class TrainConfig:
         "epoch and the buckets, and stop without writing anything",
     )
     revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub (default: main)")
+
+    transformer: str | None = setting(
+        None,
+        "Weights of the transformer in place of those in --model: a folder in diffusers' format, quantised or not, or "
+        "a file that ends in .gguf or .safetensors (default: those in --model)",
+    )
+    base_precision: str | None = setting(
+        None,
+        "Weights of the frozen base model, and of text encoders while captions are encoded: bf16, or quantised to "
+        "int8, fp8 (torchao) or nf4 (bitsandbytes, on GPUs); the adapter stays in float32 (default: as "
+        "--mixed_precision says)",
+        BASE_PRECISIONS,
+    )
 
     cp_degree: int | None = setting(
         None,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .base_precision import inner_tensors
 from .config import TrainConfig
 from .data.buckets import Bucket, Buckets
 from .data.cache import LatentCache, TextCache
@@ -120,12 +121,8 @@ def summary(
 
 def size_of(tensor: torch.Tensor) -> int:
     """Bytes of a tensor on this process. Of a quantised tensor, those of the tensors that it consists of."""
-    inner = getattr(tensor, "__tensor_flatten__", None)
-    if inner is not None and not hasattr(tensor, "full_tensor"):
-        names, _ = inner()
-        return sum(size_of(getattr(tensor, name)) for name in names)
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP2
-    return int(local.numel() * local.element_size())
+    return sum(each.numel() * each.element_size() for each in inner_tensors(local).values())
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -5,37 +5,65 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .base_precision import inner_tensors, load_transformer, pipeline_quantisation
 from .errors import TrainingError
 from .families import family_class
 from .flag_names import option
 
 
-def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks: Any, local_main: bool) -> Any:
+def load_pipeline(
+    model: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    ranks: Any,
+    local_main: bool,
+    transformer: str | None = None,
+    base_precision: str | None = None,
+) -> Any:
     """Loads a diffusers pipeline on the CPU, frozen and in evaluation mode. The VAE is always in float32.
 
     Args:
         model: a folder, or a name on the Hub.
         revision: branch, tag or commit on the Hub. None: main.
-        dtype: dtype of the transformer and the text encoders.
+        dtype: dtype of the transformer and the text encoders, as far as they are not quantised.
         ranks: all processes of the job.
         local_main: whether this process is the first of its machine, which downloads before the others load.
+        transformer: folder or file with the transformer's weights. None: those of `model`.
+        base_precision: quantisation of the transformer and the text encoders; see `TrainConfig`.
 
     Raises:
         TrainingError: the pipeline cannot be loaded, has no transformer, or its class is not supported. An unsupported
             class is detected before weights are read.
     """
+    import diffusers
     from diffusers import DiffusionPipeline
 
     def load() -> Any:
-        _check_class(model, revision)
-        return DiffusionPipeline.from_pretrained(
-            model, revision=revision, dtype={"vae": torch.float32, "default": dtype}
+        index = _check_class(model, revision)
+        parts = {name for name, each in index.items() if isinstance(each, (list, tuple)) and each[-1] is not None}
+        given: dict[str, Any] = {}
+        if transformer is not None:
+            cls = getattr(diffusers, index["transformer"][-1])
+            given["transformer"] = load_transformer(
+                Path(transformer), cls, model=model, revision=revision, dtype=dtype, precision=base_precision
+            )
+        quantised = pipeline_quantisation(base_precision, dtype, parts - given.keys())
+        if quantised is not None:
+            given["quantization_config"] = quantised
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, revision=revision, dtype={"vae": torch.float32, "default": dtype}, **given
         )
+        for component in pipeline.components.values():  # bitsandbytes quantises on the GPU
+            if isinstance(component, nn.Module) and str(component.device) != "cpu":
+                component.to("cpu")
+        return pipeline
 
     pipeline, problem = None, None
     for turn in (True, False):
@@ -62,8 +90,8 @@ def load_pipeline(model: str, *, revision: str | None, dtype: torch.dtype, ranks
     return pipeline
 
 
-def _check_class(model: str, revision: str | None) -> None:
-    """Raises TrainingError if the pipeline's model_index.json names unsupported classes. Reads no weights."""
+def _check_class(model: str, revision: str | None) -> dict[str, Any]:
+    """Reads the pipeline's model_index.json. Raises TrainingError if it names unsupported classes."""
     import diffusers
 
     index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(model, revision=revision)
@@ -73,6 +101,7 @@ def _check_class(model: str, revision: str | None) -> None:
         family = family_class(pipeline, transformer[-1])
         parts = {name: each for name, each in index.items() if isinstance(each, (list, tuple))}
         family.check_components({name: each[-1] is not None for name, each in parts.items()})
+    return index
 
 
 def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
@@ -118,6 +147,8 @@ def decoding_in_its_dtype(vae: Any) -> Iterator[None]:
 def fingerprint(module: nn.Module, rounded: bool = False) -> str:
     """A fingerprint of a model's weights, from the first 256 values of each tensor. Fine-tuning changes it.
 
+    Of quantised weights, it is that of their integers and scales.
+
     Args:
         module: the model.
         rounded: whether to round values to bfloat16 first. Weights in float32 and the same weights in bfloat16 then
@@ -127,8 +158,13 @@ def fingerprint(module: nn.Module, rounded: bool = False) -> str:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        beginning = tensor.detach().flatten()[:256].to("cpu", torch.float32)
+    plain = {
+        f"{name}{inner}": each
+        for name, tensor in module.state_dict().items()
+        for inner, each in inner_tensors(tensor.detach()).items()
+    }
+    for name, tensor in sorted(plain.items()):
+        beginning = tensor.flatten()[:256].to("cpu", torch.float32)
         dtype: Any = tensor.dtype
         if rounded and tensor.is_floating_point():
             beginning, dtype = beginning.bfloat16().float(), "rounded"

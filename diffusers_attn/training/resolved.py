@@ -12,7 +12,7 @@ from .prepare import buckets_of
 from .resuming import settings_of
 from .run_file import RESOLVED, write_run_file
 
-_PATHS = ("model", "data", "output_dir", "cache_dir", "evaluation_data")
+_PATHS = ("model", "transformer", "data", "output_dir", "cache_dir", "evaluation_data")
 """Settings that may be paths. They are written as absolute ones, since the file may be read from anywhere."""
 _OMITTED = ("resume", "overwrite", "dry_run")
 """Settings that belong to the start of a run rather than to the run."""
@@ -35,6 +35,7 @@ def write_resolved(
     """
     resolved = {
         **settings_of(config, parallel.dp_degree),
+        "base_precision": config.base_precision,
         "mixed_precision": mixed_precision,
         "cp_degree": parallel.cp_degree,
         "timestep_sampling": sampling,

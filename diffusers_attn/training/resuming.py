@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .choices import QUANTISED
 from .config import TrainConfig
 from .data.buckets import ASPECTS
 from .errors import TrainingError
@@ -30,13 +31,13 @@ class Resumed(enum.Enum):
 
 
 _REFUSED = """
-    adapter rank alpha targets optimizer
+    adapter rank alpha targets optimizer base_precision
     seed resolution aspects num_frames repeats incomplete_batches
 """
 """The first row determines what the adapter's weights and the optimizer's state mean, the second the examples of a
 step."""
 _GIVEN = """
-    model revision data output_dir cache_dir overwrite dry_run
+    model transformer revision data output_dir cache_dir overwrite dry_run
     batch_size gradient_accumulation_steps cp_degree ulysses_degree ring_degree rotate_method attn_provider cpu timeout
     mixed_precision compile gradient_checkpointing find_unused_parameters
     steps learning_rate adam_betas weight_decay adam_eps lr_schedule lr_warmup_steps max_grad_norm adapter_dropout
@@ -46,8 +47,8 @@ _GIVEN = """
     validation_prompts validation_every validation_steps validation_guidance validation_size validation_frames
     evaluation_every evaluation_data evaluation_examples push_to_hub hub_model_id
 """
-"""Of `model` and `data` the content is compared: the base model's weights below, the data by the loader. An average of
-the weights (`ema_decay`) cannot be added or removed. The number of examples per step must be the same."""
+"""Of `model`, `transformer` and `data` the content is compared: the base model's weights below, the data by the loader.
+An average of the weights (`ema_decay`) cannot be added or removed. The number of examples per step must be the same."""
 SETTINGS = {
     **dict.fromkeys(_REFUSED.split(), Resumed.REFUSED),
     **dict.fromkeys(_GIVEN.split(), Resumed.GIVEN),
@@ -88,6 +89,8 @@ def settings_of(config: TrainConfig, dp_degree: int) -> dict[str, Any]:
     """The settings as a checkpoint stores them: JSON values, with defaults that depend on other settings resolved."""
     examples = config.batch_size * config.gradient_accumulation_steps * dp_degree
     resolved = {
+        # Between bfloat16 and float32, a run may change.
+        "base_precision": config.base_precision if config.base_precision in QUANTISED else None,
         "alpha": config.alpha or float(config.rank),
         "aspects": config.aspects or ASPECTS,
         "learning_rate": config.rate,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..atomic_files import remove_unfinished
 from .accelerator import make_accelerator
+from .base_precision import base_dtype, check_base_precision
 from .card import push, write_card
 from .checkpoint import Checkpoints
 from .checks import check_optimizing, check_settings, check_with_model
@@ -93,6 +94,7 @@ class Trainer:
         """Makes all checks that need no model."""
         config = self.config
         check_optimizing(config, self.device)
+        check_base_precision(config, self.device, self.accelerator.distributed_type == "FSDP")
         if config.attn_provider is not None:
             check_trainable(config.attn_provider, self.device.type, parts=self.parallel.cp_degree > 1)
         if config.adapter_dropout and self.parallel.cp_degree > 1:
@@ -197,11 +199,12 @@ class Trainer:
 
     def _load(self) -> None:
         config, accelerator = self.config, self.accelerator
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         pipeline = load_pipeline(
             config.model,
             revision=config.revision,
-            dtype=dtype,
+            dtype=base_dtype(config, accelerator.mixed_precision),
+            transformer=config.transformer,
+            base_precision=config.base_precision,
             ranks=self.ranks,
             local_main=accelerator.is_local_main_process,
         )
@@ -211,6 +214,7 @@ class Trainer:
         self.sampling = config.timestep_sampling or self.family.objective.sampling
         check_with_model(config, self.family, self._adapter_config())
         facts = facts_of(config, self.family)
+        self._check_equal_bases(facts.base)
         if self.resumed_settings is not None:
             check_facts(facts, self.resumed_settings)
         if not config.dry_run:
@@ -243,6 +247,12 @@ class Trainer:
 
             apply_compile(transformer)
         transformer.train()
+        # DDP would send all weights from rank 0 to the others, which fails for quantised ones. The adapter has the same
+        # seed everywhere, and the base models were compared.
+        transformer._ddp_params_and_buffers_to_ignore = [
+            *(name for name, each in transformer.named_parameters() if not each.requires_grad),
+            *(name for name, _ in transformer.named_buffers()),
+        ]
         fused = self.device.type == "cuda" and accelerator.distributed_type != "FSDP"
         optimizer: Any = make_optimizer(
             config.optimizer,
@@ -283,6 +293,16 @@ class Trainer:
                 self.checkpoints.discard_after(-1)
             self.checkpoints.tidy()
             remove_unfinished(self.config.output)
+
+    def _check_equal_bases(self, base: str) -> None:
+        """Raises TrainingError if processes loaded other weights. (DDP does not compare frozen weights.)"""
+        bases = self.ranks.everyone(base)
+        if len(set(bases)) > 1:
+            other = next(rank for rank, each in enumerate(bases) if each != bases[0])
+            raise TrainingError(
+                f"{option('model', self.config.model)}: ranks 0 and {other} loaded other weights. Give all machines "
+                "the same files."
+            )
 
     def _write_settings(self) -> None:
         """Writes the settings with their defaults into the output folder, as a run file."""

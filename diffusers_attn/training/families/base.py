@@ -82,6 +82,8 @@ class Family(abc.ABC):
         max_sequence_length: int | None = None,
     ) -> None:
         self.pipeline = pipeline
+        # Of a quantised transformer with an adapter, diffusers would find the adapter's dtype.
+        self.dtype: torch.dtype = pipeline.transformer.dtype
         self.check_components({name: each is not None for name, each in pipeline.components.items()})
         self.shift = shift
         self._check_guidance(guidance)
@@ -270,7 +272,7 @@ class Family(abc.ABC):
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         """Runs one forward. Arguments are those of `inputs`; `transformer` may be wrapped, for example by DDP."""
-        dtype = self.pipeline.transformer.dtype
+        dtype = self.dtype
         inputs = self.inputs(noisy.to(dtype), timestep, {name: _cast(each, dtype) for name, each in text.items()})
         return self.prediction(transformer(**inputs, return_dict=False)[0], noisy.shape)
 
