@@ -50,6 +50,15 @@ MODELS = {
 }
 # Of runs that did not measure one GPU; from the run with the same model and compilation.
 ONE_GPU_MS = {("Flux 1024²", True): 130.8, ("Flux 1024²", False): 171.2, ("Wan 2.1 1.3B 480p, 81 frames", True): 522.7}
+APART = frozenset(
+    f"{run}-{gpus}"
+    for run, gpus in [
+        ("context_parallel-eager", "h200x2"), ("context_parallel-flux-busy", "h200x2"),
+        ("context_parallel-flux", "h200x2"), ("context_parallel-wan-providers", "h200x2"),
+        ("context_parallel-wan-by-default-cudnn", "h200x4"), ("mechanisms-flux", "h200x4"),
+    ]
+)  # fmt: skip
+"""Runs in which Ulysses sent query, key and value in an exchange each."""
 QUOTED = {
     "gather": (136.7, Strategy(1, 4, "allgather")),
     "ring": (138.7, Strategy(1, 4, "alltoall")),
@@ -116,14 +125,16 @@ def rows() -> Iterator[Row]:
         ranks, compiled = record["environment"]["ranks"], record["environment"]["blocks_compiled"]
         single = {each["model"]: each["ms"] for each in record["results"] if each["strategy"] == "single"}
         for each in record["results"]:
-            found = _variant(each, ranks, compiled)
+            found = _variant(each, ranks, compiled, path.stem in APART)
             model, provider = each["model"], each["provider"]
             one = single.get(model) or ONE_GPU_MS.get((model, compiled))
             if found is not None and one is not None:
                 yield _row(path.stem, model, ranks, compiled, each["strategy"], provider, each["ms"], one, found)
     wan = "Wan 2.1 1.3B 480p, 81 frames"
     for name, (measured, degrees) in QUOTED.items():
-        found = _Variant(degrees, lambda work, degrees=degrees: layer_seconds(work, degrees, HARDWARE, KIND, 8))
+        found = _Variant(
+            degrees, lambda work, degrees=degrees: layer_seconds(work, degrees, HARDWARE, KIND, 8, apart=True)
+        )
         yield _row("design.md", wan, 4, True, name, "_native_cudnn", measured, ONE_GPU_MS[wan, True], found)
 
 
@@ -133,14 +144,19 @@ class _Variant(NamedTuple):
     """Predicts the seconds of one layer."""
 
 
-def _variant(each: dict[str, Any], ranks: int, compiled: bool) -> _Variant | None:
-    """A recorded variant; None for other libraries, and variants with a mechanism switched off."""
+def _variant(each: dict[str, Any], ranks: int, compiled: bool, apart: bool) -> _Variant | None:
+    """A recorded variant; None for other libraries, and variants with a mechanism switched off.
+
+    Args:
+        apart: whether Ulysses sent query, key and value in an exchange each.
+    """
     name, _, _ = each["strategy"].partition("+")
     if name in ("auto", "defaults", "defaults-no-graph"):
-        name = "ulysses" if "Ulysses over" in each["note"] else "gather"
+        chosen, _, _ = each["note"].partition(" (predicted")  # behind it are other strategies
+        name = "ulysses" if "Ulysses over" in chosen else "gather"
     if name in ("ring", "ulysses"):
         degrees = Strategy(1, ranks, "alltoall") if name == "ring" else Strategy(ranks, 1, None)
-        return _Variant(degrees, lambda work: layer_seconds(work, degrees, HARDWARE, KIND, 8))
+        return _Variant(degrees, lambda work: layer_seconds(work, degrees, HARDWARE, KIND, 8, apart=apart))
     calls = {
         "gather": (False, True) if compiled else (False,),
         "gather-one-call": (True,),
@@ -180,7 +196,7 @@ def layer_rows() -> Iterator[tuple[str, str, float, float]]:
     for (model, variant), measured in LAYERS_US.items():
         work = works(model, "_native_cudnn")[0]
         if variant == "ulysses":
-            seconds = layer_seconds(work, Strategy(2, 1, None), HARDWARE, KIND, 8)
+            seconds = layer_seconds(work, Strategy(2, 1, None), HARDWARE, KIND, 8, apart=True)
         elif variant.startswith("gather"):
             two = Strategy(1, 2, "allgather")
             seconds = gather_seconds(work, two, HARDWARE, KIND, 8, one_call=False, overlap_pass=False)

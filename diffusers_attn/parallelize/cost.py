@@ -4,12 +4,14 @@ One layer on one rank, with `P = ulysses_degree * ring_degree` ranks and `L` byt
 
 - attention: 4 * heads * queries * keys * head_dim operations. A GPU computes tiles of queries, as many at a time as it
   has multiprocessors, so the last wave may be partly empty.
-- Ulysses: four exchanges, each of `L * (u - 1) / u` bytes (arXiv 2309.14509), which nothing hides, and packing. Query,
-  key and value of equal shapes travel in one exchange today; the measured steps were with three.
+- Ulysses: exchanges of query, key, value and output, each of `L * (u - 1) / u` bytes (arXiv 2309.14509), which nothing
+  hides, and packing. Query, key and value of equal shapes are one message, so there are two messages, or else four.
 - ring: `r - 1` exchanges of a block of keys and values, each under the attention to the block before, and as many
   merges (arXiv 2310.01889). With Ulysses, both (arXiv 2405.07719).
 - gather: all blocks at once, under the attention to the local block; or under the projections of the layer, followed by
   one call over all keys, which needs no merge. The faster of the two counts.
+- keys and values are packed into one message: always for collectives, and for copies between GPUs where that is faster
+  than two messages (`comm/gather_in_flight.packs`).
 
 Everything else in a step is the same for all strategies. Steps are assumed to be compiled or recorded: a host that is
 too slow to launch the kernels is not part of the prediction. Predictions are within 7 % of every measured step that
@@ -22,7 +24,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..providers.hardware import DeviceKind, Hardware, Link
+from ..providers.hardware import DeviceKind, Hardware
 
 
 class Workload(NamedTuple):
@@ -70,11 +72,21 @@ def step_seconds(
 
 
 def layer_seconds(
-    work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int
+    work: Workload,
+    strategy: Strategy,
+    hardware: Hardware,
+    kind: DeviceKind,
+    ranks_per_node: int,
+    *,
+    apart: bool = False,
 ) -> float:
-    """Seconds of one layer; see `step_seconds`."""
+    """Seconds of one layer; see `step_seconds`.
+
+    Args:
+        apart: whether Ulysses sends query, key and value in a message each, as in early recorded runs.
+    """
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
-    exchange = _ulysses_seconds(work, strategy, hardware, kind, ranks_per_node) if ulysses > 1 else 0.0
+    exchange = _ulysses_seconds(work, strategy, hardware, kind, ranks_per_node, apart) if ulysses > 1 else 0.0
     if ring == 1:
         return exchange + attention_seconds(work, work.tokens, work.tokens, ulysses, hardware, kind)
     if strategy.rotate_method == "alltoall":
@@ -118,7 +130,7 @@ def gather_seconds(
     """
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
     queries = work.tokens / ring
-    transfer = _transfer_seconds(work, strategy, hardware, kind, ranks_per_node, blocks=ring - 1)
+    transfer = _transfer_seconds(work, strategy, hardware, kind, ranks_per_node, ring - 1, 1)
     products = 2 * work.weights_overlapped * queries / hardware.matrix_flops
     exposed = max(0.0, transfer - products) if overlap_pass and ulysses == 1 and kind.overlaps else transfer
     if one_call:
@@ -135,13 +147,13 @@ def _ring_seconds(
     ring = strategy.ring_degree
     block = work.tokens / ring
     call = attention_seconds(work, block, block, strategy.ulysses_degree, hardware, kind)
-    transfer = _transfer_seconds(work, strategy, hardware, kind, ranks_per_node, blocks=1)
+    transfer = _transfer_seconds(work, strategy, hardware, kind, ranks_per_node, 1, ring - 1)
     merge = _merge_seconds(work, strategy, hardware, kind)
     return (ring - 1) * (_overlapped(transfer, call, kind) + merge) + call
 
 
 def _ulysses_seconds(
-    work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int
+    work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int, apart: bool
 ) -> float:
     """Exchanges of query, key, value and output."""
     ulysses = strategy.ulysses_degree
@@ -149,28 +161,39 @@ def _ulysses_seconds(
     # Key heads that do not divide are repeated.
     kv_heads = work.kv_heads if work.kv_heads % ulysses == 0 else work.heads
     away = max(0, ulysses - ranks_per_node) if hardware.between else 0
+    together = kv_heads == work.heads and not apart
+    messages = (3 * work.heads, work.heads) if together else (work.heads, kv_heads, kv_heads, work.heads)
     seconds = 0.0
-    for heads in (work.heads, kv_heads, kv_heads, work.heads):
+    for heads in messages:
         part = token * heads / ulysses
         near = hardware.within.time(part * (ulysses - 1 - away))
         seconds += max(near, hardware.between.time(part * away)) if away and hardware.between else near
     packing = kind.pack_passes * token * work.heads / hardware.memory_bytes_per_second
-    return seconds + packing + 4 * kind.launch_seconds
+    return seconds + packing + len(messages) * kind.launch_seconds
 
 
 def _transfer_seconds(
-    work: Workload, strategy: Strategy, hardware: Hardware, kind: DeviceKind, ranks_per_node: int, blocks: int
+    work: Workload,
+    strategy: Strategy,
+    hardware: Hardware,
+    kind: DeviceKind,
+    ranks_per_node: int,
+    blocks: int,
+    transfers: int,
 ) -> float:
-    """Seconds until this number of blocks of keys and values has arrived."""
+    """Seconds until this number of blocks of keys and values has arrived, in each of `transfers`. They are packed once
+    for all of these; values are copied for that, while keys are computed where they are packed."""
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
     nbytes = _block_bytes(work, strategy)
+    packing = nbytes / hardware.memory_bytes_per_second / transfers
     if hardware.between is None or ulysses * ring <= ranks_per_node:
-        link: Link = hardware.copies or hardware.within
-        messages = 2 * blocks if hardware.copies else 2
-        return link.time(blocks * nbytes, messages) + kind.launch_seconds
+        if hardware.copies is None:
+            return packing + hardware.within.time(blocks * nbytes) + kind.launch_seconds
+        packed, apart = (hardware.copies.time(blocks * nbytes, messages * blocks) for messages in (1, 2))
+        return min(packing + packed, apart) + kind.launch_seconds
     near = max(1, ranks_per_node // ulysses) - 1 if blocks > 1 else 0
     away = blocks - near
-    return max(hardware.within.time(near * nbytes, 2), hardware.between.time(away * nbytes, 2))
+    return packing + max(hardware.within.time(near * nbytes), hardware.between.time(away * nbytes))
 
 
 def _block_bytes(work: Workload, strategy: Strategy) -> float:

@@ -20,7 +20,7 @@ from diffusers_attn.context_parallel.attention import allgather_kv_one_call
 from diffusers_attn.context_parallel.attention.parallel_attention import parallel_attention
 from diffusers_attn.context_parallel.comm import symmetric_gather, symmetric_memory, transport
 from diffusers_attn.context_parallel.comm.gather_in_flight import GatherInFlight
-from diffusers_attn.context_parallel.comm.gathered_kv import EVERYONE, OTHERS
+from diffusers_attn.context_parallel.comm.gathered_rows import EVERYONE, OTHERS
 from diffusers_attn.context_parallel.comm.transport import COLLECTIVE, SYMMETRIC, choose_transport
 from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 from diffusers_attn.cp_plans.plan import CPInput, ParamId

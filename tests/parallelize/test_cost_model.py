@@ -133,10 +133,27 @@ def test_an_exchange_between_nodes_goes_over_their_link():
         assert layer_seconds(work, strategy, slow, CUDA, 4) > 1.5 * layer_seconds(work, strategy, fast, CUDA, 4)
     inside = Strategy(1, 4, "allgather")  # the ranks of one node
     assert layer_seconds(work, inside, slow, CUDA, 4) == layer_seconds(work, inside, fast, CUDA, 4)
-    # Of the eight ranks of two nodes, Ulysses sends four eighths to the other node, in each of four exchanges.
+    # Of the eight ranks of two nodes, Ulysses sends four eighths of each tensor to the other node.
     one = 32760 / 8 * 24 * 128 * 2
     sent = layer_seconds(work, Strategy(8, 1, None), NVLINK._replace(between=Link(1e-9, 1e6)), CUDA, 4)
     assert sent == pytest.approx(4 * one / 2 / 1e6, rel=1e-3)
+
+
+def test_the_messages_of_a_layer():
+    """Ulysses sends two where shapes are equal, and else four. A gather sends one to each other rank where packing
+    takes less time than a second one."""
+    work = Workload(4608, 24, 24, 128, 1, 600e12)
+    slow = NVLINK._replace(within=Link(1.0, 1e20), copies=Link(1.0, 1e20))  # a second for each message
+    ulysses, gather, ring = Strategy(4, 1, None), Strategy(1, 4, "allgather"), Strategy(1, 4, "alltoall")
+    assert round(layer_seconds(work, ulysses, slow, CUDA, 4)) == 2
+    assert round(layer_seconds(work, ulysses, slow, CUDA, 4, apart=True)) == 4
+    assert round(layer_seconds(work._replace(kv_heads=8), ulysses, slow, CUDA, 4)) == 4
+    for strategy in (gather, ring):
+        assert round(layer_seconds(work, strategy, slow, CUDA, 4)) == 3
+        slow_memory = slow._replace(memory_bytes_per_second=1e3)
+        assert layer_seconds(work, strategy, slow_memory, CUDA, 4) > 6
+    assert round(layer_seconds(work, gather, slow._replace(copies=None), CUDA, 4)) == 1
+    assert round(layer_seconds(work, ring, slow._replace(copies=None), CUDA, 4)) == 3
 
 
 def test_a_partly_empty_wave_takes_as_long_as_a_full_one():

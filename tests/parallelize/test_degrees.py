@@ -53,7 +53,7 @@ CHOSEN = {
     "four GPUs without NVLink, Wan": (job(4, PCIE, wan, (12,)), (1, 4, "alltoall"), PREDICTED),
     "no peer access": (job(4, HOST), (4, 1, None), PREDICTED),
     "eight GPUs": (job(8, NVLINK), (8, 1, None), PREDICTED),
-    "eight GPUs, Wan, whose heads do not divide": (job(8, NVLINK, wan, (12,)), (1, 8, "alltoall"), PREDICTED),
+    "eight GPUs, Wan, whose heads do not divide": (job(8, NVLINK, wan, (12,)), (2, 4, "allgather"), PREDICTED),
     "four GPUs, one of two models uneven": (job(4, NVLINK, heads=(24, 30)), (1, 4, "allgather"), PREDICTED),
     "two GPUs that send through the host": (job(2, HOST), (1, 2, "allgather"), PREDICTED),
     "no peer access, uneven": (job(2, HOST, heads=(5,)), (1, 2, "allgather"), "keys and values travel"),

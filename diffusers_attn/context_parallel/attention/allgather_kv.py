@@ -15,6 +15,7 @@ from torch import Tensor
 from ...tracing.functions import result
 from ..comm import collectives
 from ..comm.collectives import depends_on
+from ..comm.packed_kv import pack, tails_of, unpack
 from .block_attention import BlockAttention
 from .kv_exchange import FETCHES
 
@@ -55,14 +56,12 @@ class _AllGatherKV(torch.autograd.Function):
         remote = call.backward(grad_out, query, others, shards.without(group.rank), rows, out, lse)
         grad_query = local[0].to(torch.promote_types(query.dtype, torch.float32)) + remote[0]
         # Every rank has a share of the gradient of every key; the owner of a key adds the shares up.
-        returning = [
-            collectives.start_return_to_owners(share.to(tensor.dtype), shards.sizes, group)
-            for share, tensor in zip(remote[1:], (key, value))
-        ]
-        del fetch, others, remote  # as large as the keys of all ranks; so are the shares that arrive now
+        shares = pack(*(share.to(tensor.dtype) for share, tensor in zip(remote[1:], (key, value))))
+        returning = collectives.start_return_to_owners(shares, shards.sizes, group)
+        del fetch, others, remote, shares  # as large as the keys of all ranks; so are the shares that arrive now
+        arrived = collectives.sum_of_parts(collectives.wait(returning, group), group.size - 1)
         grad_key, grad_value = (
-            (own + collectives.sum_of_parts(collectives.wait(shares, group), group.size - 1)).transpose(0, 1)
-            for own, shares in zip(local[1:], returning)
+            (own + others).transpose(0, 1) for own, others in zip(local[1:], unpack(arrived, tails_of(key, value)))
         )
         # Without this dependency a compiler may swap this exchange with the fetch of the layer before. Ranks with
         # different orders would wait for each other forever.

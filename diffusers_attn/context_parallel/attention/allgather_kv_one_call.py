@@ -14,7 +14,7 @@ from ...providers import hardware
 from ...tracing.symbolic import ceil_div, constant
 from ..comm import collectives
 from ..comm.gather_in_flight import GatherInFlight
-from ..comm.gathered_kv import EVERYONE
+from ..comm.gathered_rows import EVERYONE
 from ..comm.transport import SYMMETRIC
 from .block_attention import BlockAttention
 
@@ -35,9 +35,7 @@ def allgather_kv_one_call_attention(
 ) -> Tensor:
     """As `allgather_kv_attention`, without gradients and only with the symmetric transport."""
     group, shards = call.group, call.key_shards
-    gather = GatherInFlight.start(
-        query, key.contiguous(), value.contiguous(), shards.sizes, group, needs_grad=False, shift=EVERYONE
-    )
+    gather = GatherInFlight.start(query, key, value, shards.sizes, group, needs_grad=False, shift=EVERYONE)
     masks = [] if key_mask is None else [collectives.start_gather(key_mask.transpose(0, 1), shards.sizes, group)]
     block = [tensor.transpose(0, 1) for tensor in gather.finish(query)]
     block += [collectives.wait(mask, group) for mask in masks]

@@ -22,19 +22,6 @@ Block = list[Tensor]
 first, as in an exchange."""
 
 
-def make_block(
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    grad_out: Tensor | None = None,
-    sent_over: Group | None = None,
-) -> Block:
-    """This rank's own block, from `[batch, seq, ...]` tensors; depends on `grad_out` if it is given, and is sent over
-    `sent_over` then."""
-    tensors = [key, value] if key_mask is None else [key, value, key_mask]
-    return [depends_on(tensor, grad_out, sent_over=sent_over).transpose(0, 1).contiguous() for tensor in tensors]
-
-
 class BlockAttention(NamedTuple):
     """The constants of one call over a ring."""
 

@@ -133,9 +133,7 @@ def _over_ulysses_and_ring(
         query, key, value = in_order(query, query_spans, 1), in_order(key, key_spans, 1), in_order(value, key_spans, 1)
         return out_of_order(_over_ring(query, key, value, key_mask, own_rows, merged, mesh), query_spans, 1)
 
-    # A ring sends contiguous keys and values.
-    together = mesh.ring.size == 1
-    return ulysses_attention(query, key, value, group, query_sizes, key_sizes, attention, together)
+    return ulysses_attention(query, key, value, group, query_sizes, key_sizes, attention)
 
 
 def _over_ring(

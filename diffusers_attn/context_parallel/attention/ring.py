@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...tracing.functions import result
-from ..comm import collectives
 from ..comm.collectives import depends_on
-from .block_attention import Block, BlockAttention
-from .kv_exchange import RINGS, start_rotation
+from ..comm.packed_kv import pack, tails_of, unpack
+from .block_attention import BlockAttention
+from .kv_exchange import RINGS, Message, start_rotation, wait_for
 
 
 def ring_attention(
@@ -78,18 +78,19 @@ class _Ring(torch.autograd.Function):
         ring = RINGS[call.transport].start(query, key, value, key_mask, call, grad_out)
         shares: Any = None
         grad_query: Any = 0
-        grads_in_flight: Block = []
+        in_flight: Message = []
         for step in range(group.size):
             if step > 0:
                 ring = ring.next(shares[0])
             owner = (group.rank - step) % group.size
             shares = call.backward(grad_out, query, ring.block, shards.spans[owner], rows, out, lse)
             grad_query = grad_query + shares[0].to(wide)
-            grads = [share.to(wide) for share in shares[1:]]
+            grads = pack(*(share.to(wide) for share in shares[1:]))
             if step > 0:
-                grads = [own + collectives.wait(others, group) for own, others in zip(grads, grads_in_flight)]
-            grads_in_flight = start_rotation(grads, owner, call)
-        grad_key, grad_value = (collectives.wait(tensor, group).transpose(0, 1) for tensor in grads_in_flight)
+                grads = grads + wait_for(in_flight, call)[0]
+            in_flight = start_rotation([grads], owner, call)
+        arrived = unpack(wait_for(in_flight, call)[0], tails_of(key, value))
+        grad_key, grad_value = (tensor.transpose(0, 1) for tensor in arrived)
         # A compiler sees no order between these exchanges and those of the layer before.
         grad_query = depends_on(grad_query.to(query.dtype), grad_key, grad_value)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None

@@ -41,7 +41,6 @@ def ulysses_attention(
     query_sizes: tuple[int, ...],
     key_sizes: tuple[int, ...],
     attention: Callable[[Tensor, Tensor, Tensor, int], Tensor],
-    together: bool = True,
 ) -> Tensor:
     """Attention of this rank's queries to the keys of all ranks of `group`.
 
@@ -50,9 +49,7 @@ def ulysses_attention(
         key, value: `[batch, local keys, kv_heads, head_dim]`.
         query_sizes, key_sizes: number of tokens of every rank.
         attention: computes the output from query, key and value with all tokens (in the order of the ranks) of this
-            rank's heads, and the index of the first of these heads.
-        together: whether query, key and value are sent in one exchange, if their shapes are equal. `attention` then
-            receives them with a distance between tokens.
+            rank's heads, and the index of the first of these heads. The tensors may have a distance between tokens.
 
     Returns:
         `[batch, local queries, heads, value_head_dim]`.
@@ -61,7 +58,7 @@ def ulysses_attention(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
     queries, keys = HeadLayout(group, query_sizes, heads), HeadLayout(group, key_sizes, kv_heads)
-    together = together and all(equal(tuple(query.shape), tuple(other.shape)) for other in (key, value))
+    together = all(equal(tuple(query.shape), tuple(other.shape)) for other in (key, value))
     layouts = (queries,) if together and equal(query_sizes, key_sizes) else (queries, keys, keys)
     query, key, value = TokensToHeads.apply(layouts, query, key, value)
     out = attention(query, key, value, sum(heads[: group.rank]))

@@ -1,8 +1,8 @@
 """Transfers between ranks: collectives, and memory that the GPUs of one machine share.
 
-- For strategies: `collectives`, and `gather_in_flight` for keys and values. `transport` chooses between collectives and
-  `symmetric_gather` once per model; `gather_rows` does so for other tensors.
-- The symmetric gather: `symmetric_memory` (PyTorch's), `copy_plan`, `side_stream`, `gathered_kv` (layout of received
+- For strategies: `collectives`, and `gather_in_flight` for keys and values, which `packed_kv` joins in one tensor.
+  `transport` chooses between collectives and `symmetric_gather` once per model, `gather_rows` for other tensors.
+- The symmetric gather: `symmetric_memory` (PyTorch's), `copy_plan`, `side_stream`, `gathered_rows` (layout of received
   data) and `gather_operators` (for compiled graphs).
 - Process groups: `group`, `shared_groups` and `process_groups`; `one_thread` lets one thread at a time use a group.
 - Errors that name the missing or different rank: `everyone`, `rank_differences`, `rank_progress` and `stalls`.

@@ -1,4 +1,4 @@
-"""The copies by which a rank sends its keys and values to other ranks, planned once per kind of call."""
+"""The copies by which a rank sends its rows to other ranks, planned once per kind of call."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gathered_kv import EVERYONE, GatheredKV
+from .gathered_rows import EVERYONE, GatheredRows
 from .group import Group
 
 
 class Copy(NamedTuple):
-    """One copy of this rank's keys or values to one rank."""
+    """One copy of this rank's rows to one rank."""
 
-    is_value: bool
+    part: int
+    """Index of the tensor to copy from, among those of the call."""
     sample: int | None
     """Index of the sample to copy; None copies the full batch, if it is contiguous in the target."""
     target: Tensor
 
-    def make(self, key: Tensor, value: Tensor) -> None:
-        """Copies this rank's `key` or `value` on the current stream."""
-        source = value if self.is_value else key
+    def make(self, tensors: Sequence[Tensor]) -> None:
+        """Copies from this rank's `tensors` on the current stream."""
+        source = tensors[self.part]
         self.target.copy_(source if self.sample is None else source[self.sample : self.sample + 1])
 
 
@@ -38,7 +39,7 @@ def make_copy_plan(
     buffers: Sequence[Tensor],
     slot_bytes: int,
     slots: int,
-    layouts: Sequence[GatheredKV],
+    layouts: Sequence[GatheredRows],
     dtype: torch.dtype,
     sizes: Sequence[int],
     shift: int,
@@ -51,7 +52,7 @@ def make_copy_plan(
         slot_bytes: distance of slots in bytes.
         slots: number of slots that such calls use in turn.
         layouts: layout of the received data on each rank.
-        dtype: dtype of keys and values.
+        dtype: dtype of the rows.
         sizes: number of rows of every rank.
         shift: in a ring, the distance to the receiving rank; or OTHERS, or EVERYONE.
     """
@@ -78,7 +79,7 @@ def make_copy_plan(
 
 
 def _copies(
-    flat: Tensor, layout: GatheredKV, sizes: Sequence[int], receiver: int, shift: int, sender: int
+    flat: Tensor, layout: GatheredRows, sizes: Sequence[int], receiver: int, shift: int, sender: int
 ) -> list[Copy]:
     """The rows of rank `sender` at rank `receiver`, in pieces that are contiguous there."""
     rows = sizes[sender]
@@ -87,9 +88,9 @@ def _copies(
     ranks_before = [] if shift > 0 else [other for other in range(sender) if shift == EVERYONE or other != receiver]
     start = sum(sizes[other] for other in ranks_before)
     found = []
-    for is_value, there in enumerate(layout.views(flat)):
+    for part, there in enumerate(layout.views(flat)):
         target = there.narrow(1, start, rows)
         contiguous = layout.batch == 1 or rows == layout.rows
         pieces = [(None, target)] if contiguous else [(n, target[n : n + 1]) for n in range(layout.batch)]
-        found += [Copy(bool(is_value), sample, piece) for sample, piece in pieces]
+        found += [Copy(part, sample, piece) for sample, piece in pieces]
     return found

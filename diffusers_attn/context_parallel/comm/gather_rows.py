@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .gathered_kv import EVERYONE, GatheredKV
+from .gathered_rows import EVERYONE, GatheredRows
 from .group import Group
 from .symmetric_gather import SymmetricGather, opened_gather
 
@@ -36,8 +36,8 @@ def gather_rows(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
         return tensor
     gather = None if torch.compiler.is_compiling() else opened_gather(group.name)
     if gather is not None:
-        rows = tensor.contiguous().view(1, tensor.shape[0], 1, math.prod(tensor.shape[1:]))
-        layout = GatheredKV.of(rows, rows[..., :0], sizes, group.rank, EVERYONE)
+        rows = tensor.contiguous().view(1, tensor.shape[0], math.prod(tensor.shape[1:]))
+        layout = GatheredRows.of([rows], sizes, group.rank, EVERYONE)
         if gather.has_room(layout.length * tensor.itemsize, _MOST):
             return _pushed(gather, rows, layout, tuple(sizes)).view(sum(sizes), *tensor.shape[1:])
     return collectives.wait(collectives.start_gather(tensor, sizes, group), group)
@@ -50,8 +50,8 @@ def first_ranks_rows(tensor: Tensor, rows: int, group: Group) -> Tensor:
     return gather_rows(tensor if group.rank == 0 else tensor[:0], sizes, group)
 
 
-def _pushed(gather: SymmetricGather, rows: Tensor, layout: GatheredKV, sizes: tuple[int, ...]) -> Tensor:
-    """All ranks' rows, `[1, sum(sizes), 1, elements]`."""
-    gather.start(rows, rows[..., :0], sizes, _TICKET, EVERYONE)
-    arrived, _ = layout.views(gather.finish(_TICKET))
+def _pushed(gather: SymmetricGather, rows: Tensor, layout: GatheredRows, sizes: tuple[int, ...]) -> Tensor:
+    """All ranks' rows, `[1, sum(sizes), elements]`."""
+    gather.start([rows], sizes, _TICKET, EVERYONE)
+    (arrived,) = layout.views(gather.finish(_TICKET))
     return arrived.clone()  # the memory is written to again by the next call but one

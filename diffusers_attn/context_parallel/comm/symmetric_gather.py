@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ...errors import AttentionProviderError
 from .copy_plan import CopyPlan, make_copy_plan
-from .gathered_kv import OTHERS, GatheredKV
+from .gathered_rows import OTHERS, GatheredRows
 from .group import Group
 from .side_stream import Lane
 
@@ -106,7 +106,7 @@ class SymmetricGather:
         return self._nbytes
 
     def has_room(self, nbytes: int, most: int) -> bool:
-        """Whether gathers whose received data (`GatheredKV.length`) takes `nbytes` need no more memory than there is,
+        """Whether gathers whose received data (`GatheredRows.length`) takes `nbytes` need no more memory than there is,
         or than `most`. In a CUDA graph no memory can be added. The same on all ranks."""
         from .symmetric_memory import ALIGNMENT
 
@@ -123,19 +123,20 @@ class SymmetricGather:
         """Allocates memory for gathers whose received data takes `nbytes`. A collective of all ranks."""
         self._reserve(nbytes, _SLOTS)
 
-    def start(self, key: Tensor, value: Tensor, sizes: Sequence[int], ticket: int = 0, shift: int = OTHERS) -> None:
-        """Sends this rank's contiguous `[batch, rows, heads, head_dim]` tensors. They must not be written to or freed
-        before `finish`.
+    def start(self, tensors: Sequence[Tensor], sizes: Sequence[int], ticket: int = 0, shift: int = OTHERS) -> None:
+        """Sends this rank's contiguous `[batch, rows, ...]` tensors. They must not be written to or freed before
+        `finish`.
 
         Args:
+            tensors: keys and values; or one tensor, such as both packed, which takes one copy for each rank.
             sizes: number of rows of every rank.
             ticket: identifies the call for `finish`.
             shift: in a ring, the distance to the receiving rank; or OTHERS, or EVERYONE.
         """
-        signature = (key.shape, value.shape, key.dtype, key.device, tuple(sizes), shift)
+        signature = (*[tensor.shape for tensor in tensors], tensors[0].dtype, tensors[0].device, tuple(sizes), shift)
         plan = self._plans.get(signature)
         if plan is None:
-            plan = self._plans[signature] = self._make_plan(key, value, sizes, shift)
+            plan = self._plans[signature] = self._make_plan(tensors, sizes, shift)
         memory: Any = self._memory
         lane = self._lane
         lane.fork()
@@ -153,18 +154,18 @@ class SymmetricGather:
         slot = self._calls % slots
         with lane:
             for copy in plan.to_others[slot]:
-                copy.make(key, value)
+                copy.make(tensors)
             memory.barrier(_ARRIVED)
         own_lane = self._own_lane if plan.to_itself[slot] else None
         if own_lane is not None:
             own_lane.fork()
             with own_lane:
                 for copy in plan.to_itself[slot]:
-                    copy.make(key, value)
+                    copy.make(tensors)
         self._pending[ticket] = _Pending(self._calls, slots, plan.received[slot], own_lane)
 
     def finish(self, ticket: int = 0) -> Tensor:
-        """Waits for the received data and returns it in the layout of `GatheredKV`. It may be read by work that the
+        """Waits for the received data and returns it in the layout of `GatheredRows`. It may be read by work that the
         current stream receives before the next call starts (in a ring, the next but one), and must not be written
         to."""
         pending = self._pending.pop(ticket)
@@ -195,20 +196,21 @@ class SymmetricGather:
         finally:
             self._in_one_graph = outer
 
-    def _make_plan(self, key: Tensor, value: Tensor, sizes: Sequence[int], shift: int) -> CopyPlan:
-        layouts = [GatheredKV.of(key, value, sizes, rank, shift) for rank in range(self.group.size)]
-        slots = _SLOTS_OF_A_RING if shift > 0 else _SLOTS
-        slot_bytes = self._reserve(max(layout.length for layout in layouts) * key.dtype.itemsize, slots)
+    def _make_plan(self, tensors: Sequence[Tensor], sizes: Sequence[int], shift: int) -> CopyPlan:
+        layouts = [GatheredRows.of(tensors, sizes, rank, shift) for rank in range(self.group.size)]
+        slots, dtype = _SLOTS_OF_A_RING if shift > 0 else _SLOTS, tensors[0].dtype
+        slot_bytes = self._reserve(max(layout.length for layout in layouts) * dtype.itemsize, slots)
         if len(self._plans) >= _PLANS:
             self._plans.clear()
         memory: Any = self._memory
-        if memory.buffers[self.group.rank].device != key.device or value.dtype != key.dtype:
+        device = memory.buffers[self.group.rank].device
+        if any((tensor.dtype, tensor.device) != (dtype, device) for tensor in tensors):
             raise AttentionProviderError(
-                f"keys are {key.dtype} on {key.device} and values {value.dtype} on {value.device}; one dtype on "
-                f"{memory.buffers[self.group.rank].device} is accepted, the device that was current when context "
-                "parallelism was applied. Move the model to it."
+                f"keys and values are {' and '.join(f'{each.dtype} on {each.device}' for each in tensors)}; one dtype "
+                f"on {device} is accepted, the device that was current when context parallelism was applied. Move the "
+                "model to it."
             )
-        return make_copy_plan(memory.buffers, slot_bytes, slots, layouts, key.dtype, sizes, shift, self.group)
+        return make_copy_plan(memory.buffers, slot_bytes, slots, layouts, dtype, sizes, shift, self.group)
 
     def _reserve(self, nbytes: int, slots: int) -> int:
         """The distance of slots in bytes, in memory for `slots` slots of `nbytes`. All ranks allocate in the same call,

@@ -98,13 +98,14 @@ def test_a_graph_for_any_length(caplog):
     assert "any length" in message and f"sends {4 * 1000 * 2 * 8 * 4:,} bytes for each 1,000 of its tokens" in message
 
 
-def exchanges_and_errors(meshes, ulysses, kv_heads, batch):
+def exchanges_and_errors(meshes, degrees, method, kv_heads, batch, value_dim=8):
     """The exchanges of a forward and of its backward, and the largest difference from one process."""
-    mesh = meshes(1, ulysses)
+    mesh = meshes(*degrees, rotate_method=method)
     shards = Shards.contiguous(13, mesh.size)
     generator = torch.Generator().manual_seed(0)
     tensors = [
-        torch.randn(batch, 13, heads, 8, generator=generator, dtype=torch.float64) for heads in (6, kv_heads, kv_heads)
+        torch.randn(batch, 13, *tail, generator=generator, dtype=torch.float64)
+        for tail in ((6, 8), (kv_heads, 8), (kv_heads, value_dim))
     ]
     full = [tensor.clone().requires_grad_() for tensor in tensors]
     repeated = [full[0], *(tensor.repeat_interleave(6 // kv_heads, dim=2) for tensor in full[1:])]
@@ -127,7 +128,25 @@ def test_query_key_and_value_of_equal_shapes_are_one_exchange(pool, ulysses, kv_
     """Also for heads that do not divide evenly (6 over 4 ranks), and in the backward. Key heads that are fewer are sent
     by themselves."""
     for forward, backward, error in pool.run(
-        ulysses, exchanges_and_errors, ulysses=ulysses, kv_heads=kv_heads, batch=batch
+        ulysses, exchanges_and_errors, degrees=(1, ulysses), method="allgather", kv_heads=kv_heads, batch=batch
     ):
         assert (forward, backward) == (exchanges, exchanges)
+        assert error < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("method", "degrees", "tails", "exchanges"),
+    [
+        ("allgather", (3, 1), {"kv_heads": 3, "value_dim": 5}, (1, 2)),
+        ("alltoall", (4, 1), {"kv_heads": 3, "value_dim": 5}, (3, 7)),
+        ("allgather", (2, 2), {"kv_heads": 6}, (3, 4)),
+    ],
+)
+def test_keys_and_values_are_one_exchange(pool, method, degrees, tails, exchanges):
+    """And so are their gradients, also for grouped heads and another head_dim of the value. The backward exchanges
+    keys and values again, and gradients; around a ring, these are exchanged once more than there are other ranks.
+    Ulysses around a gather adds two exchanges to each."""
+    arguments = {"degrees": degrees, "method": method, "batch": 2, **tails}
+    for forward, backward, error in pool.run(math.prod(degrees), exchanges_and_errors, **arguments):
+        assert (forward, backward) == exchanges
         assert error < 1e-12
