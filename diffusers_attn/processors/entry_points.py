@@ -20,10 +20,10 @@ from ..call import AttentionCall
 from ..context_parallel.sequences.active import active
 from ..dispatch import attend
 from ..errors import AttentionProviderError
+from ..providers.native import scaled_dot_product_attention as sdpa
 from ..providers.registry import as_arguments
 from ..scope import ProviderChoice, active_choice
 from .backend_scope import backends, check_scope
-from .reachability import sdpa
 
 _FLEX = ProviderChoice.of("flex")
 

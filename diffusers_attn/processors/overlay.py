@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from .reachability import SDPA, calls_attention, classes_named_in, closure_variables, reaches_attention, sdpa
+from ..providers.native import scaled_dot_product_attention as sdpa
+from .reachability import SDPA, calls_attention, classes_named_in, closure_variables, reaches_attention
 
 _serial = itertools.count()
 

@@ -10,17 +10,16 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+from ..providers.native import scaled_dot_product_attention as sdpa
+
 SDPA = "scaled_dot_product_attention"
-# The original function: users may have replaced `F.scaled_dot_product_attention` by `attention_dispatch`.
-sdpa: Callable[..., torch.Tensor] = getattr(torch._C._nn, SDPA)
 
 Visited = set[FunctionType]
 

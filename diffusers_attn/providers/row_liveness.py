@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .. import masks
+from ..tensor_kinds import no_transform
 
 # By the id of a living tensor: the tensor that owns the memory of a mask (a view may be new in every layer), and views
 # that are known to have only live rows.
@@ -107,7 +107,7 @@ def known_live(mask: Tensor) -> bool:
     answer = owner.views.get(view)
     if answer is None:
         # The first use of a mask starts no check. A mask in a torch.func transform stands for several masks.
-        asks = view in owner.views and not is_functorch_wrapped_tensor(mask)
+        asks = view in owner.views and no_transform()
         owner.views[view] = _Answer(mask) if asks else None
         return False
     if not (answer.live or answer.look()):
