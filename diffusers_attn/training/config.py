@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..context_parallel.config import ROTATE_METHODS
 from .arguments import given_settings, make_parser
 from .bounds import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
 from .choices import (
@@ -103,7 +104,7 @@ class TrainConfig:
         None,
         "How the ring's processes exchange keys and values: allgather collects them at once, alltoall passes them on "
         "from rank to rank (default: automatic)",
-        ("allgather", "alltoall"),
+        ROTATE_METHODS,
     )
     attn_provider: str | None = setting(
         None, "Attention kernel by name, such as flash_4 or _native_cudnn (default: automatic)"
