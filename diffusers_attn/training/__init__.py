@@ -8,8 +8,9 @@ and `Trainer` with `TrainConfig`, a complete training loop, which `examples/trai
 - Ranks: `parallel` (groups of processes), `accelerator` and `job_ranks`.
 - Settings: `config`, declared by `settings`, `bounds` and `choices`, and read from a `run_file` or `recipes`; `checks`
   refuses those that cannot work, `dry_run` tries them, and `resolved` writes them down.
-- Before and after the steps: `models` loads the pipeline (`base_precision`: in fewer bits), `prepare` encodes the data,
-  `evaluation` and `validation` (with `video`) judge the adapter, and `card` describes and uploads it.
+- Before and after the steps: `models` loads the pipeline (`base_precision`: in fewer bits; `offload`: with its blocks
+  elsewhere), `prepare` encodes the data, `evaluation` and `validation` (with `video`) judge the adapter, and `card`
+  describes and uploads it.
 - Files: `output` (the folder of a run), `checkpoint` with `state` and `manifest`, and `resuming`.
 - As a program: `program`, `arguments`, `commandline` and `flag_names`; `progress`, `once`, `interruption` and `errors`.
 """

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .choices import LOW_VRAM
+from .flag_names import option
 from .once import print_once
 from .recipes import recipe_file, recipes
 from .run_file import SUFFIXES, did_you_mean, read_run_file
@@ -45,6 +47,12 @@ def make_parser(
         help=f"Run file ({', '.join(SUFFIXES)}) with settings by name, such as `rank: 16`; it overrides a recipe, and "
         "the command line overrides both (default: none)",
     )
+    group.add_argument(
+        "--low_vram",
+        action="store_true",
+        help="Short for " + " ".join(option(name, value) for name, value in LOW_VRAM.items()) + "; settings that are "
+        "given besides have precedence, those of a recipe have not",
+    )
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         if field.name in groups:
@@ -68,8 +76,10 @@ def given_settings(
     """
     given = vars(parser.parse_args(arguments))
     file = given.pop("config", None)
-    found = {} if file is None else read_run_file(Path(file), config, others=("recipe",))
+    found = {} if file is None else read_run_file(Path(file), config, others={"recipe": str, "low_vram": bool})
     found |= given
+    if found.pop("low_vram", False):
+        found = LOW_VRAM | found
     recipe = found.pop("recipe", None)
     return found if recipe is None else read_run_file(recipe_file(recipe), config) | found
 

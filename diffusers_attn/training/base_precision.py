@@ -22,7 +22,7 @@ from .flag_names import option
 
 
 def check_base_precision(config: TrainConfig, device: torch.device, sharded: bool) -> None:
-    """Checks the settings that choose the base model's weights, without loading anything.
+    """Checks the settings that choose the base model's weights and their place, without loading anything.
 
     Args:
         config: the settings.
@@ -32,6 +32,11 @@ def check_base_precision(config: TrainConfig, device: torch.device, sharded: boo
     Raises:
         TrainingError: a package or a GPU is missing, or FSDP2 cannot shard the weights.
     """
+    if config.offload != "none" and sharded:
+        raise TrainingError(
+            f"{option('offload', config.offload)} with FSDP2, which moves weights itself. Leave it out, and set "
+            "fsdp_offload_params in Accelerate's configuration."
+        )
     if config.transformer is not None and not Path(config.transformer).exists():
         raise TrainingError(f"{option('transformer', config.transformer)}: there is no such file or folder.")
     packed = config.transformer is not None and Path(config.transformer).suffix == ".gguf"

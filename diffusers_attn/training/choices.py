@@ -8,6 +8,10 @@ QUANTISED = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 """Precisions of a quantised base model, each with the package that computes with it."""
 BASE_PRECISIONS = ("bf16", *QUANTISED)
 """Precisions of the base model."""
+OFFLOADS = ("none", "blocks", "disk")
+"""Places of the base model's blocks while they do not run."""
+LOW_VRAM = {"base_precision": "nf4", "offload": "blocks", "optimizer": "adamw8bit"}
+"""Settings for little GPU memory."""
 KINDS = ("lora", "rslora", "dora", "loha", "lokr")
 """Types of adapters."""
 IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")

@@ -19,6 +19,7 @@ from .choices import (
     IN_DIFFUSERS_FORMAT,
     INITIALISATIONS,
     KINDS,
+    OFFLOADS,
     OPTIMIZERS,
     SAMPLINGS,
     SCHEDULES,
@@ -82,6 +83,13 @@ class TrainConfig:
         "int8, fp8 (torchao) or nf4 (bitsandbytes, on GPUs); the adapter stays in float32 (default: as "
         "--mixed_precision says)",
         BASE_PRECISIONS,
+    )
+
+    offload: str = setting(
+        "none",
+        "Place of the frozen weights of the transformer's blocks while these do not run: blocks is host memory, disk "
+        "is files in a temporary folder of the cache",
+        OFFLOADS,
     )
 
     cp_degree: int | None = setting(
@@ -334,6 +342,16 @@ class TrainConfig:
         hints = typing.get_type_hints(TrainConfig)
         for name, field in _fields().items():
             check_value(name, getattr(self, name), hints[name], metadata_of(field))
+        if self.offload != "none" and not self.gradient_checkpointing:
+            raise TrainingError(
+                f"{option('offload', self.offload)} with --no-gradient_checkpointing: the backward pass would keep the "
+                "weights of all blocks on the device. Leave one of them out."
+            )
+        if self.offload != "none" and self.compile:
+            raise TrainingError(
+                f"{option('offload', self.offload)} with --compile: compiled blocks keep their weights. Leave one of "
+                "them out."
+            )
         if self.lr_warmup_steps is not None and self.lr_warmup_steps > self.steps:
             raise TrainingError(
                 f"{option('lr_warmup_steps', self.lr_warmup_steps)} with {option('steps', self.steps)}: the learning "

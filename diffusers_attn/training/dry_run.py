@@ -96,12 +96,15 @@ def summary(
     epoch = sampler.steps_per_epoch
     transformer = family.pipeline.transformer
     trained = [each for each in transformer.parameters() if each.requires_grad]
-    weights = sum(map(size_of, transformer.parameters())) - sum(map(size_of, trained))
+    device = trained[0].device
+    frozen = [each for each in transformer.parameters() if not each.requires_grad]
+    weights = sum(map(size_of, frozen))
+    held = sum(size_of(each) for each in frozen if each.device == device)
     state = [each for state in optimizer.state.values() for each in _tensors(state)]
     adapter = 2 * sum(map(size_of, trained)) + sum(map(size_of, state))
-    rest = memory["training"] - weights - adapter
+    rest = memory["training"] - held - adapter
     counts = Counter(assigned.buckets)
-    where = "of the GPU" if next(transformer.parameters()).device.type == "cuda" else "of this process"
+    where = "of the GPU" if device.type == "cuda" else "of this process"
     lines = [
         f"dry run of {epoch} steps per epoch; {config.steps} steps are {config.steps / epoch:.3g} epochs. "
         "Nothing was written.",
@@ -109,7 +112,7 @@ def summary(
         f"  adapter    {config.adapter} of rank {config.rank}, {sum(each.numel() for each in trained):,} weights",
         f"  processes  {dp_degree} x {cp_degree} (data x context parallel), {batch} examples per step",
         f"  memory     {human_size(memory['training'])} {where} in a step of the largest bucket: base model "
-        f"{human_size(weights)}, adapter with gradient and optimizer {human_size(adapter)}, other tensors "
+        f"{human_size(held)}, adapter with gradient and optimizer {human_size(adapter)}, other tensors "
         f"{human_size(max(rest, 0))}; {human_size(memory['encoding'])} while data are encoded",
         f"  loss       {loss:.4f} in the first step",
         f"  data       {len(assigned.examples)} examples in {len(counts)} bucket{'s' if len(counts) > 1 else ''} "

@@ -28,13 +28,13 @@ RESOLVED = "settings.yaml"
 """File in the output folder with the settings of the run, defaults included."""
 
 
-def read_run_file(path: Path, config: type[Any], others: Collection[str] = ()) -> dict[str, Any]:
+def read_run_file(path: Path, config: type[Any], others: Mapping[str, type] | None = None) -> dict[str, Any]:
     """Reads and checks a run file.
 
     Args:
         path: the file; its suffix is one of `SUFFIXES`.
         config: dataclass of settings.
-        others: names that are accepted besides the settings, with a text as their value.
+        others: names that are accepted besides the settings, and the type of their values.
 
     Returns:
         The settings in the file by name, with the types of `config`.
@@ -44,10 +44,11 @@ def read_run_file(path: Path, config: type[Any], others: Collection[str] = ()) -
     """
     hints = typing.get_type_hints(config)
     fields = {field.name: field for field in dataclasses.fields(config)}
+    others = others or {}
     found = {}
     for name, value in _parse(path).items():
         if name in others:
-            found[name] = file_value(name, value, str)
+            found[name] = file_value(name, value, others[name])
             continue
         if name not in fields:
             raise TrainingError(f"{path}: {str(name)!r} is not a setting.{did_you_mean(str(name), [*fields, *others])}")

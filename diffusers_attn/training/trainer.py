@@ -40,6 +40,7 @@ from .lora import (
 )
 from .models import drop_text_encoders, load_pipeline
 from .noise import Noise
+from .offload import offload_blocks
 from .optim import make_optimizer, make_schedule
 from .output import check_output, output_of_this_run
 from .parallel import TrainingParallel, check_trainable
@@ -228,7 +229,9 @@ class Trainer:
         noise = Noise(config, self.sampling, pin=self.device.type == "cuda")
         loader = make_loader(config, self.prepared, self.parallel, noise)
 
-        transformer = pipeline.transformer.to(self.device)
+        transformer = pipeline.transformer
+        if config.offload == "none":
+            transformer = transformer.to(self.device)
         # The adapter is added first: PEFT replaces modules, and the plan's hooks belong on the new ones.
         initial = read_initial(self.checkpoint) if self.checkpoint is not None else None
         adapter = self._adapter_config()
@@ -239,6 +242,8 @@ class Trainer:
             move_base(transformer, initial)
         elif config.adapter_init in MOVES_BASE:
             initial = adapter_weights(transformer)
+        if config.offload != "none":
+            offload_blocks(transformer, self.device, self._offload_folder())
         self.report = self.parallel.enable(transformer, provider=config.attn_provider, inputs="trust")
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -263,7 +268,8 @@ class Trainer:
             eps=config.adam_eps,
             fused=fused,
         )
-        self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
+        placement = [config.offload == "none", True]
+        self.model, self.optimizer = accelerator.prepare(transformer, optimizer, device_placement=placement)
         self.parameters = list(trained_parameters(self.model).values())
         schedule = make_schedule(
             config.lr_schedule, self.optimizer.optimizer, warmup_steps=config.warmup_steps, steps=config.steps
@@ -273,6 +279,14 @@ class Trainer:
         self.training = Training(
             self.model, self.optimizer.optimizer, schedule, average, loader, settings, facts, initial
         )
+
+    def _offload_folder(self) -> Path | None:
+        """A new folder for this process's files of offloaded blocks, which is deleted when the trainer is."""
+        if self.config.offload != "disk":
+            return None
+        self.config.cache.mkdir(parents=True, exist_ok=True)
+        self.offloaded = tempfile.TemporaryDirectory(prefix="offload-", dir=self.config.cache)
+        return Path(self.offloaded.name)
 
     def _adapter_config(self) -> Any:
         config = self.config

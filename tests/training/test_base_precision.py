@@ -123,6 +123,7 @@ def test_losses_and_gradients_are_those_of_the_dequantised_model(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_processes_that_share_sequences_train_alike(settings_of, run_worlds, torchao):
     """A ring of two, and two that train on other examples, beside one process."""
     short = {"steps": 2, "gradient_accumulation_steps": 1, "lr_warmup_steps": 0, "base_precision": "int8"}
@@ -224,6 +225,8 @@ def test_sharded_weights_and_missing_packages_are_refused(monkeypatch, tmp_path)
         check_base_precision(config, device, sharded=False)
         with pytest.raises(TrainingError, match="with FSDP2: quantised weights cannot be sharded"):
             check_base_precision(config, device, sharded=True)
+    with pytest.raises(TrainingError, match="--offload disk with FSDP2"):
+        check_base_precision(TrainConfig(**MUST, offload="disk"), device, sharded=True)
     monkeypatch.setitem(QUANTISED, "int8", "no_such_package")
     with pytest.raises(TrainingError, match="--base_precision int8 needs a package .* `pip install no_such_package`"):
         check_base_precision(TrainConfig(**MUST, base_precision="int8"), device, sharded=False)

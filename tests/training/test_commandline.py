@@ -71,7 +71,12 @@ def test_another_processs_failure_is_not_told(capsys):
 
 def test_advice_names_options_that_there_are():
     """Every option that a message of training names."""
-    known = {f"--{name}" for name in vars(TrainConfig(model="m", data="d"))} | {"--help", "--config", "--recipe"}
+    known = {f"--{name}" for name in vars(TrainConfig(model="m", data="d"))} | {
+        "--help",
+        "--config",
+        "--recipe",
+        "--low_vram",
+    }
     known |= {name.replace("--", "--no-") for name in known}
     others = {"--no-", "--multi_gpu", "--num_processes", "--fsdp_version", "--parallelism_config_cp_size"}
     others |= {"--use_parallelism_config"}  # of accelerate launch
