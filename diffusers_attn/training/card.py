@@ -50,11 +50,12 @@ def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
     pipeline = type(family.pipeline).__name__
     if config.adapter in IN_DIFFUSERS_FORMAT:
         loader = "load_lora_weights" if loads_adapters(type(family.pipeline)) else "transformer.load_lora_adapter"
-        load = f'pipe.{loader}("{config.hub_model_id or config.output.name}")'
+        where = ", load_into_transformer_2=True" if family.expert == "low" else ""
+        load = f'pipe.{loader}("{config.hub_model_id or config.output.name}"{where})'
     else:
         load = (
             "from diffusers_attn.training.lora import load_adapter\n\n"
-            f'load_adapter(pipe.transformer, "{config.output.name}")'
+            f'load_adapter(pipe.{"transformer_2" if family.expert == "low" else "transformer"}, "{config.output.name}")'
         )
     base = Path(config.model).name if Path(config.model).exists() else config.model
     metadata = f"base_model: {base}\n" if not Path(config.model).exists() else ""

@@ -25,6 +25,7 @@ from .flag_names import option
 from .lora import OF_MATRICES, add_adapter, is_expression, linear_layers
 from .optim import make_optimizer, make_schedule
 from .prepare import buckets_of
+from .validation import check_images
 
 # ---- Without the model
 
@@ -130,9 +131,9 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
     """
     config.check_effect(timestep_sampling=config.timestep_sampling or family.objective.sampling)
     if config.targets:
-        check_targets(family.pipeline.transformer, config.targets)
-    check_adapter_kind(config, family.pipeline.transformer)
-    _check_adapter(config, family.pipeline.transformer, adapter)
+        check_targets(family.transformer, config.targets)
+    check_adapter_kind(config, family.transformer)
+    _check_adapter(config, family.transformer, adapter)
     _check_buckets(config, family)
     _check_samples(config, family)
 
@@ -222,6 +223,7 @@ def _check_samples(config: TrainConfig, family: Family) -> None:
     """Checks the size of validation samples by the family's rules, and with the pipeline's own `check_inputs`."""
     if config.validation_frames is not None:
         _check_frames("validation_frames", config.validation_frames, family)
+    check_images(config, family)
     size = {}
     if config.validation_size is not None:
         height, width = config.validation_size
@@ -233,12 +235,21 @@ def _check_samples(config: TrainConfig, family: Family) -> None:
                 f"{multiple} for this model, such as {near}."
             )
         size = {"height": height, "width": width}
+    from PIL import Image
+
     check = getattr(family.pipeline, "check_inputs", None)
     if check is None:
         return
     known = inspect.signature(check).parameters
-    given = {"prompt": "a", "height": 16 * family.size_multiple, "width": 16 * family.size_multiple, **size}
+    given: dict[str, Any] = {
+        "prompt": "a",
+        "height": 16 * family.size_multiple,
+        "width": 16 * family.size_multiple,
+        **size,
+    }
     given["max_sequence_length"] = family.max_sequence_length
+    if family.takes_image:
+        given["image"] = Image.new("RGB", (1, 1))
     called = inspect.signature(family.pipeline.__call__).parameters
     defaults = {name: called[name].default if name in called else None for name in known}
     arguments = {name: None if each is inspect.Parameter.empty else each for name, each in defaults.items()}

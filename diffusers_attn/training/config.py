@@ -16,6 +16,7 @@ from .arguments import given_settings, make_parser
 from .bounds import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
 from .choices import (
     BASE_PRECISIONS,
+    EXPERTS,
     IN_DIFFUSERS_FORMAT,
     INITIALISATIONS,
     KINDS,
@@ -71,6 +72,11 @@ class TrainConfig:
         "epoch and the buckets, and stop without writing anything",
     )
     revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub (default: main)")
+    expert: str | None = setting(
+        None,
+        "Transformer to train of a model that has one for high and one for low noise levels, such as Wan2.2-A14B",
+        EXPERTS,
+    )
 
     transformer: str | None = setting(
         None,
@@ -289,6 +295,11 @@ class TrainConfig:
     tracker_project: str = setting("diffusers_attn", "Project name at the trackers", needs=("trackers",))
     validation_prompts: list[str] | None = setting(
         None, "Prompts from which samples are generated during training and for the model card (default: none)"
+    )
+    validation_images: list[str] | None = setting(
+        None,
+        "Files of the images that samples begin with, one for each of validation_prompts, for models that need one",
+        needs=("validation_prompts",),
     )
     validation_every: int = setting(
         250,

@@ -56,7 +56,7 @@ def encode_largest(
     """
     sizes = [each.frames * each.height * each.width for each in assigned.buckets]
     example = assigned.examples[sizes.index(max(sizes))]
-    with placed([family.pipeline.vae], device):
+    with placed(list(family.encoders.values()), device):
         cached = latents.fill([example], family.encode)
     with placed(list(text_encoders(family.pipeline).values()), device):
         return cached, text.fill([example.caption], family.encode_text)
@@ -94,7 +94,7 @@ def summary(
         assigned.buckets, global_batch_size=batch, repeats=config.repeats, incomplete=config.incomplete_batches
     )
     epoch = sampler.steps_per_epoch
-    transformer = family.pipeline.transformer
+    transformer = family.transformer
     trained = [each for each in transformer.parameters() if each.requires_grad]
     device = trained[0].device
     frozen = [each for each in transformer.parameters() if not each.requires_grad]

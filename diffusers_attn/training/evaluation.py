@@ -12,7 +12,7 @@ from .prepare import PreparedData, evaluation_batches
 from .randomness import SampleRandomness
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Noise levels `u`, before the shift."""
+"""Noise levels `u`, before the shift, as parts of the range at which the transformer is trained."""
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def evaluate(
     Returns:
         "evaluation/loss" and "evaluation/loss at 0.1", ..., the same on all processes.
     """
-    transformer = family.pipeline.transformer
+    transformer = family.transformer
     pairs = [(example, level) for example in range(len(prepared.evaluation)) for level in range(len(LEVELS))]
     rounds = -(-len(pairs) // parallel.dp_degree)
     sums = [0.0] * len(LEVELS)
@@ -51,7 +51,9 @@ def loss_of(
     mean = batch["latents_mean"]
     clean = family.clean(batch, random.normal("posterior", mean.shape[1:]).to(mean.device))
     noise = random.normal("noise", clean.shape[1:]).to(mean.device)
-    level = family.objective.level(torch.full((len(clean),), u, device=mean.device), family.tokens(clean.shape))
+    low, high = family.levels
+    levels = torch.full((len(clean),), low + (high - low) * u, device=mean.device)
+    level = family.objective.level(levels, family.tokens(clean.shape))
     noisy = family.objective.noisy(clean, noise, level)
     prediction = family.predict(transformer, noisy, level.timestep, batch)
-    return family.objective.loss(prediction, clean, noise, level).mean()
+    return family.loss(prediction, clean, noise, level).mean()

@@ -199,7 +199,12 @@ def load_adapter_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) 
 
 
 def save_adapter(
-    pipeline: Any, weights: Mapping[str, Tensor], folder: Path, kind: str, initial: Mapping[str, Tensor] | None = None
+    pipeline: Any,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    kind: str,
+    initial: Mapping[str, Tensor] | None = None,
+    transformer: nn.Module | None = None,
 ) -> Path:
     """Saves an adapter atomically.
 
@@ -208,23 +213,24 @@ def save_adapter(
     format for `load_adapter`.
 
     Args:
-        pipeline: a pipeline whose transformer has the adapter.
+        pipeline: the pipeline whose transformer has the adapter.
         weights: from `adapter_weights`.
         folder: folder for the file; created if missing.
         kind: type of the adapter, one of `KINDS`.
         initial: `adapter_weights` right after an initialisation of `MOVES_BASE`. The saved adapter then has twice the
             rank and applies to the original base model.
+        transformer: the transformer that has the adapter. None: `pipeline.transformer`.
 
     Returns:
         The adapter's file.
     """
     from peft import get_peft_model_state_dict
 
-    transformer = pipeline.transformer
-    config = copy.deepcopy(transformer.peft_config[ADAPTER])
-    layers = get_peft_model_state_dict(transformer, state_dict=dict(weights), adapter_name=ADAPTER)
+    trained: Any = pipeline.transformer if transformer is None else transformer
+    config = copy.deepcopy(trained.peft_config[ADAPTER])
+    layers = get_peft_model_state_dict(trained, state_dict=dict(weights), adapter_name=ADAPTER)
     if initial is not None:
-        initial_layers = get_peft_model_state_dict(transformer, state_dict=dict(initial), adapter_name=ADAPTER)
+        initial_layers = get_peft_model_state_dict(trained, state_dict=dict(initial), adapter_name=ADAPTER)
         layers = _difference(layers, initial_layers)
         config.r *= 2
         config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the same scaling for twice the rank

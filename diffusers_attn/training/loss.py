@@ -18,6 +18,10 @@ NUM_TRAIN_TIMESTEPS = 1000
 """Timestep of pure noise for the models of rectified flow."""
 
 
+MOST_DRAWS = 10_000
+"""Number of draws after which a range of noise levels counts as one that is never drawn."""
+
+
 class Level(NamedTuple):
     """The noise level of each sample of a batch."""
 
@@ -148,6 +152,7 @@ def sample_u(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
+    levels: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Draws the noise level `u` of each sample, before any shift.
 
@@ -157,19 +162,31 @@ def sample_u(
         generators: a generator for each sample.
         logit_mean, logit_std: mean and standard deviation of the normal distribution of "logit_normal".
         mode_scale: scale of "mode"; 0 is uniform.
+        levels: lowest and highest `u`. Draws outside of them are repeated.
 
     Returns:
         float32 [samples] in [0, 1].
 
     Raises:
-        TrainingError: an unknown sampling.
+        TrainingError: an unknown sampling, or one that hardly ever draws from `levels`.
     """
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     if sampling not in SAMPLINGS:
         raise TrainingError(f"timestep_sampling={sampling!r}: accepted are {', '.join(map(repr, SAMPLINGS))}.")
-    drawn = [
-        compute_density_for_timestep_sampling(sampling, 1, logit_mean, logit_std, mode_scale, generator=each)
-        for each in generators
-    ]
-    return torch.cat(drawn).clamp(0, 1)
+    low, high = levels
+
+    def draw(generator: torch.Generator) -> Tensor:
+        for _ in range(MOST_DRAWS):
+            drawn = compute_density_for_timestep_sampling(
+                sampling, 1, logit_mean, logit_std, mode_scale, generator=generator
+            )
+            u: Tensor = drawn.clamp(0, 1)
+            if low <= u.item() <= high:
+                return u
+        raise TrainingError(
+            f"timestep_sampling={sampling!r} hardly ever draws a noise level from {low:.3f} to {high:.3f}, those of "
+            "the trained expert. Give --timestep_sampling uniform, or another --logit_mean."
+        )
+
+    return torch.cat([draw(each) for each in generators])

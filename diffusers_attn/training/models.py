@@ -26,6 +26,7 @@ def load_pipeline(
     local_main: bool,
     transformer: str | None = None,
     base_precision: str | None = None,
+    expert: str | None = None,
 ) -> Any:
     """Loads a diffusers pipeline on the CPU, frozen and in evaluation mode. The VAE is always in float32.
 
@@ -37,6 +38,8 @@ def load_pipeline(
         local_main: whether this process is the first of its machine, which downloads before the others load.
         transformer: folder or file with the transformer's weights. None: those of `model`.
         base_precision: quantisation of the transformer and the text encoders; see `TrainConfig`.
+        expert: the expert to train of a pipeline with two transformers. A missing or superfluous one is detected before
+            weights are read.
 
     Raises:
         TrainingError: the pipeline cannot be loaded, has no transformer, or its class is not supported. An unsupported
@@ -46,12 +49,13 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     def load() -> Any:
-        index = _check_class(model, revision)
+        index = _check_class(model, revision, expert)
         parts = {name for name, each in index.items() if isinstance(each, (list, tuple)) and each[-1] is not None}
         given: dict[str, Any] = {}
         if transformer is not None:
-            cls = getattr(diffusers, index["transformer"][-1])
-            given["transformer"] = load_transformer(
+            part = "transformer_2" if expert == "low" else "transformer"
+            cls = getattr(diffusers, index[part][-1])
+            given[part] = load_transformer(
                 Path(transformer), cls, model=model, revision=revision, dtype=dtype, precision=base_precision
             )
         quantised = pipeline_quantisation(base_precision, dtype, parts - given.keys())
@@ -90,7 +94,7 @@ def load_pipeline(
     return pipeline
 
 
-def _check_class(model: str, revision: str | None) -> dict[str, Any]:
+def _check_class(model: str, revision: str | None, expert: str | None) -> dict[str, Any]:
     """Reads the pipeline's model_index.json. Raises TrainingError if it names unsupported classes."""
     import diffusers
 
@@ -100,7 +104,7 @@ def _check_class(model: str, revision: str | None) -> dict[str, Any]:
     if pipeline is not None and isinstance(transformer, (list, tuple)) and isinstance(transformer[-1], str):
         family = family_class(pipeline, transformer[-1])
         parts = {name: each for name, each in index.items() if isinstance(each, (list, tuple))}
-        family.check_components({name: each[-1] is not None for name, each in parts.items()})
+        family.check_components({name: each[-1] is not None for name, each in parts.items()}, expert)
     return index
 
 

@@ -25,11 +25,12 @@ class Noise:
     Args:
         config: settings with the seed and the parameters of the distribution of `u`.
         sampling: distribution of `u`, one of `SAMPLINGS`.
+        levels: lowest and highest `u`.
         pin: whether to copy all tensors of the batch to page-locked memory.
     """
 
-    def __init__(self, config: TrainConfig, sampling: str, pin: bool) -> None:
-        self.config, self.sampling, self.pin = config, sampling, pin
+    def __init__(self, config: TrainConfig, sampling: str, levels: tuple[float, float], pin: bool) -> None:
+        self.config, self.sampling, self.levels, self.pin = config, sampling, levels, pin
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         config = self.config
@@ -37,7 +38,12 @@ class Noise:
         shape = batch["latents_mean"].shape[1:]
         drawn = {what: random.normal(what, shape) for what in ("posterior", "noise")}
         drawn["u"] = sample_u(
-            self.sampling, random.generators("level"), config.logit_mean, config.logit_std, config.mode_scale
+            self.sampling,
+            random.generators("level"),
+            config.logit_mean,
+            config.logit_std,
+            config.mode_scale,
+            self.levels,
         )
         return self._pinned({**batch, "drawn": drawn})
 

@@ -90,7 +90,7 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         assigned = assign(examples, latents.buckets, config.on_bad_data, main)
         cached, embedded = encode_largest(assigned, latents, text, family, device)
         return PreparedData(cached, embedded, cached, latents.buckets.picking, assigned)
-    with placed([family.pipeline.vae], device):
+    with placed(list(family.encoders.values()), device):
         filling: dict[str, Any] = {
             "ranks": parallel.ranks, "on_bad_data": config.on_bad_data, "batch_size": config.cache_batch_size
         }  # fmt: skip
@@ -153,6 +153,9 @@ def buckets_of(config: TrainConfig, family: Family) -> Buckets:
 def _latent_cache(config: TrainConfig, family: Family) -> LatentCache:
     vae = family.pipeline.vae
     settings = {"vae": type(vae).__name__, "weights": fingerprint(vae), "dtype": str(vae.dtype)}
+    if family.conditioned:  # otherwise families with the same VAE share latents
+        others = {name: fingerprint(each) for name, each in family.encoders.items() if name != "vae"}
+        settings |= {"family": type(family).__name__, **others}
     return LatentCache(config.cache, settings, buckets_of(config, family), crop=config.crop, seed=config.seed)
 
 

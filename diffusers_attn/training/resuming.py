@@ -31,7 +31,7 @@ class Resumed(enum.Enum):
 
 
 _REFUSED = """
-    adapter rank alpha targets optimizer base_precision
+    adapter rank alpha targets optimizer expert base_precision
     seed resolution aspects num_frames repeats incomplete_batches
 """
 """The first row determines what the adapter's weights and the optimizer's state mean, the second the examples of a
@@ -44,7 +44,8 @@ _GIVEN = """
     ema_decay timestep_sampling logit_mean logit_std mode_scale shift guidance
     fps frame_pick max_upscale crop caption_column caption_dropout max_sequence_length on_bad_data cache_batch_size
     checkpoint_every checkpoints_kept resume log_every metrics trackers tracker_project
-    validation_prompts validation_every validation_steps validation_guidance validation_size validation_frames
+    validation_prompts validation_images validation_every validation_steps validation_guidance validation_size
+    validation_frames
     evaluation_every evaluation_data evaluation_examples push_to_hub hub_model_id
 """
 """Of `model`, `transformer` and `data` the content is compared: the base model's weights below, the data by the loader.
@@ -81,7 +82,7 @@ class Facts(NamedTuple):
 def facts_of(config: TrainConfig, family: Family) -> Facts:
     """The facts about a model. Call it before the adapter is added."""
     targets = sorted(config.targets or family.lora_targets)
-    base = fingerprint(family.pipeline.transformer, rounded=True)
+    base = fingerprint(family.transformer, rounded=True)
     return Facts(type(family).__name__, base, targets, list(buckets_of(config, family).frames))
 
 

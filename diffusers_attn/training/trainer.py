@@ -208,9 +208,14 @@ class Trainer:
             base_precision=config.base_precision,
             ranks=self.ranks,
             local_main=accelerator.is_local_main_process,
+            expert=config.expert,
         )
         self.family = family_of(
-            pipeline, shift=config.shift, guidance=config.guidance, max_sequence_length=config.max_sequence_length
+            pipeline,
+            shift=config.shift,
+            guidance=config.guidance,
+            max_sequence_length=config.max_sequence_length,
+            expert=config.expert,
         )
         self.sampling = config.timestep_sampling or self.family.objective.sampling
         check_with_model(config, self.family, self._adapter_config())
@@ -226,10 +231,10 @@ class Trainer:
         drop_text_encoders(pipeline)
         self.encoding_memory = peak_memory(self.device)
         reset_peak_memory(self.device)
-        noise = Noise(config, self.sampling, pin=self.device.type == "cuda")
+        noise = Noise(config, self.sampling, self.family.levels, pin=self.device.type == "cuda")
         loader = make_loader(config, self.prepared, self.parallel, noise)
 
-        transformer = pipeline.transformer
+        transformer = self.family.transformer
         if config.offload == "none":
             transformer = transformer.to(self.device)
         # The adapter is added first: PEFT replaces modules, and the plan's hooks belong on the new ones.
@@ -412,7 +417,7 @@ class Trainer:
         noisy = objective.noisy(clean, noise, level)
         text = {name: each for name, each in on_device.items() if not name.startswith("latents_")}
         prediction = family.predict(self.model, noisy, level.timestep, text)
-        return objective.loss(prediction, clean, noise, level).mean()
+        return family.loss(prediction, clean, noise, level).mean()
 
     # ---- At some steps, and at the end
 
@@ -477,9 +482,10 @@ class Trainer:
 
         def save(_: None) -> None:
             kind, initial = config.adapter, self.training.initial
-            found.append(save_adapter(self.family.pipeline, averaged, config.output, kind, initial))
+            pipeline, transformer = self.family.pipeline, self.family.transformer
+            found.append(save_adapter(pipeline, averaged, config.output, kind, initial, transformer))
             if average is not None:
-                save_adapter(self.family.pipeline, own, config.output / "not_averaged", kind, initial)
+                save_adapter(pipeline, own, config.output / "not_averaged", kind, initial, transformer)
             facts = {"processes": f"{self.parallel.dp_degree} x {self.parallel.cp_degree} (data x context parallel)"}
             write_card(config, self.family, samples, facts)
             if config.push_to_hub:

@@ -16,7 +16,9 @@ import torch
 from ..nested import mapped
 from .config import TrainConfig
 from .data.disk import write_file
+from .errors import TrainingError
 from .families import Family
+from .flag_names import option
 from .models import decoding_in_its_dtype, placed, text_encoders
 from .parallel import TrainingParallel
 from .randomness import derived_seed
@@ -69,6 +71,8 @@ class Validation:
         if self.prompts:
             with placed(list(text_encoders(family.pipeline).values()), device):
                 self.encoded = [family.prompt_arguments(each, None, guided=scale > 1) for each in self.prompts]
+        for arguments, path in zip(self.encoded, config.validation_images or []):
+            arguments["image"] = read_image(path)
 
     def generate(
         self,
@@ -92,13 +96,13 @@ class Validation:
             The samples in the order of the prompts, the same on all processes.
         """
         pipeline = self.family.pipeline
-        transformer = pipeline.transformer
+        transformer = self.family.transformer
         was_training = transformer.training
         transformer.eval()
         first, step = (0, 1) if on_all_ranks else (parallel.dp_rank, parallel.dp_degree)
         writes = parallel.cp_rank == 0 and (not on_all_ranks or parallel.dp_rank == 0)
         samples = []
-        with placed([pipeline.vae], device), decoding_in_its_dtype(pipeline.vae), torch.no_grad():
+        with placed(self.family.other_models, device), decoding_in_its_dtype(pipeline.vae), torch.no_grad():
             for turn in range(-(-len(self.prompts) // step)):
                 number = turn * step + first
                 if stop():
@@ -115,6 +119,36 @@ class Validation:
         transformer.train(was_training)
         found = sorted(each for several in parallel.ranks.everyone(samples) for each in several)
         return [Sample(self.prompts[number], Path(path)) for number, path in found]
+
+
+def read_image(path: str) -> Any:
+    """Reads the image of a sample, as a PIL image in RGB.
+
+    Raises:
+        TrainingError: the file cannot be read as an image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise TrainingError(f"{option('validation_images', path)} cannot be read as an image: {error}") from error
+
+
+def check_images(config: TrainConfig, family: Family) -> None:
+    """Raises TrainingError unless there is a readable image for each prompt, if the pipeline needs images."""
+    prompts, images = config.validation_prompts or [], config.validation_images or []
+    name = type(family.pipeline).__name__
+    if images and not family.takes_image:
+        raise TrainingError(f"{option('validation_images', images)}: {name} takes no image. Leave it out.")
+    if family.takes_image and len(images) != len(prompts):
+        raise TrainingError(
+            f"{name} needs an image for each of the {len(prompts)} prompts of --validation_prompts, but "
+            f"--validation_images has {len(images)}. Give one file for each prompt, or leave both out."
+        )
+    for path in images:
+        read_image(path)
 
 
 def _save(output: Any, path: Path, fps: float) -> Path:

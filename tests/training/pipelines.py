@@ -14,6 +14,8 @@ import diffusers
 import torch
 import transformers
 
+from diffusers_attn.tiny_models.weights import randomize
+
 from .. import tiny_pipelines
 from ..tiny_pipelines import _QWEN, _VAE, ATTENTION, CHAT, LATENTS, TEXT_DIM, _bytes, _random, _t5, pieces
 
@@ -235,6 +237,40 @@ def krea2() -> diffusers.Krea2Pipeline:
     )  # fmt: skip
 
 
+def wan_i2v() -> diffusers.WanImageToVideoPipeline:
+    """Wan 2.1 from an image, whose embedding is an input as well."""
+    base = tiny_pipelines.wan()
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    transformer = {**base.transformer.config, "in_channels": 2 * LATENTS + 4, "image_dim": 16, "added_kv_proj_dim": 64}
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
+        vae=base.vae,
+        scheduler=base.scheduler,
+        image_encoder=transformers.CLIPVisionModel(config).eval(),
+        image_processor=transformers.CLIPImageProcessor(**sizes),
+        transformer=_random(diffusers.WanTransformer3DModel.from_config(transformer)),
+    )
+
+
+def wan_ti2v() -> diffusers.WanImageToVideoPipeline:
+    """Wan2.2-TI2V-5B from an image: the transformer gets a timestep for each token."""
+    base = tiny_pipelines.wan()
+    parts = {name: each for name, each in base.components.items() if name != "transformer_2"}
+    return diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
+
+
+def wan_a14b() -> diffusers.WanPipeline:
+    """Wan2.2-T2V-A14B: a transformer for high and one for low noise levels."""
+    base = tiny_pipelines.wan()
+    other = diffusers.WanTransformer3DModel.from_config(base.transformer.config)
+    randomize(other, torch.Generator().manual_seed(1))
+    return diffusers.WanPipeline(**{**base.components, "transformer_2": other.eval()}, boundary_ratio=0.875)
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     **tiny_pipelines.PIPELINES,
     "sd3": sd3,
@@ -245,6 +281,9 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "hunyuan_video": hunyuan_video,
     "hunyuan_video15": hunyuan_video15,
     "krea2": krea2,
+    "wan_i2v": wan_i2v,
+    "wan_ti2v": wan_ti2v,
+    "wan_a14b": wan_a14b,
 }
 
 

@@ -12,12 +12,16 @@ import diffusers
 import pytest
 import torch
 
+from diffusers_attn.training import TrainConfig
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.families import FAMILIES, base, family_class, family_of, register_family, registered
 from diffusers_attn.training.families.flux import Flux
+from diffusers_attn.training.loss import sample_u
 from diffusers_attn.training.models import load_pipeline
+from diffusers_attn.training.validation import check_images
 
 from ..tiny_pipelines import make
+from . import pipelines
 from .runs import TINY_FLUX
 
 SERVED = {
@@ -34,7 +38,7 @@ SERVED = {
     "QwenImageTransformer2DModel": ("QwenImagePipeline",),
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline",),
     "SanaTransformer2DModel": ("SanaPipeline",),
-    "WanTransformer3DModel": ("WanPipeline",),
+    "WanTransformer3DModel": ("WanPipeline", "WanImageToVideoPipeline"),
     "ZImageTransformer2DModel": ("ZImagePipeline",),
 }
 """Pipelines that are trained, by the class of their transformer. Diffusers has others for each, with other inputs."""
@@ -87,16 +91,44 @@ def test_it_is_refused_before_weights_are_read(tmp_path):
         load_pipeline(str(tmp_path), revision=None, dtype=torch.float32, ranks=one, local_main=True)
 
 
-def test_so_is_one_with_a_part_that_cannot_be_trained(tmp_path):
+def test_experts_are_named_before_weights_are_read(tmp_path):
     index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "transformer_2": index["transformer"]}))
     one = SimpleNamespace(any=lambda flag: flag)
-    with pytest.raises(TrainingError, match="has a transformer_2: .*Wan 2.1"):
+    with pytest.raises(TrainingError, match="(transformer_2).*Give --expert high or --expert low"):
         load_pipeline(str(tmp_path), revision=None, dtype=torch.float32, ranks=one, local_main=True)
-    pipeline = make("wan")
-    pipeline.register_modules(transformer_2=pipeline.transformer)
-    with pytest.raises(TrainingError, match="has a transformer_2"):
-        family_of(pipeline)
+    with pytest.raises(TrainingError, match="--expert low: this pipeline has one transformer"):
+        family_of(make("wan"), expert="low")
+
+
+def test_each_expert_is_trained_at_its_noise_levels():
+    pipeline = pipelines.make("wan_a14b")
+    high, low = (family_of(pipeline, expert=each) for each in ("high", "low"))
+    assert high.transformer is pipeline.transformer and low.transformer is pipeline.transformer_2
+    for family in (high, low):
+        u = sample_u("uniform", [torch.Generator().manual_seed(i) for i in range(200)], levels=family.levels)
+        timesteps = family.objective.level(u, 1).timestep
+        assert (timesteps.min() >= 875) == (family is high) and (timesteps.max() <= 875) == (family is low)
+        assert timesteps.max() - timesteps.min() > (100 if family is high else 800)
+    with pytest.raises(TrainingError, match="hardly ever draws a noise level"):
+        sample_u("logit_normal", [torch.Generator()], logit_mean=-9.0, logit_std=0.1, levels=high.levels)
+
+
+def test_samples_from_an_image_need_one_for_each_prompt(tmp_path):
+    def check(family, **settings):
+        check_images(TrainConfig(model="model", data="data", **settings), family)
+
+    family = family_of(pipelines.make("wan_i2v"))
+    check(family)
+    with pytest.raises(TrainingError, match="each of the 1 prompts of --validation_prompts, but.* has 0"):
+        check(family, validation_prompts=["a"])
+    (tmp_path / "no.png").write_text("no image")
+    with pytest.raises(TrainingError, match=r"no\.png cannot be read as an image"):
+        check(family, validation_prompts=["a"], validation_images=[str(tmp_path / "no.png")])
+    with pytest.raises(TrainingError, match="WanPipeline takes no image"):
+        check(family_of(make("wan")), validation_prompts=["a"], validation_images=["a.png"])
+    with pytest.raises(TrainingError, match="nothing is left to train"):
+        family.encode(torch.zeros(1, 3, 1, 32, 32))
 
 
 def _transformer(name, **others):

@@ -25,7 +25,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "QwenImageTransformer2DModel": ("qwen_image:QwenImage",),
     "SD3Transformer2DModel": ("sd3:SD3",),
     "SanaTransformer2DModel": ("sana:Sana",),
-    "WanTransformer3DModel": ("wan:Wan",),
+    "WanTransformer3DModel": ("wan:Wan", "wan_i2v:WanImageToVideo"),
     "ZImageTransformer2DModel": ("z_image:ZImage",),
 }
 """Module and class of each family for the class name of a transformer. Families of one transformer support different

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..flag_names import option
-from ..loss import Objective, RectifiedFlow, scheduler_shift
+from ..loss import Level, Objective, RectifiedFlow, scheduler_shift
 
 FURTHER_INPUTS = {
     "image_dim": "an image embedding",
@@ -39,6 +39,7 @@ class Family(abc.ABC):
         shift: timestep shift. None: the scheduler's. Only for rectified flow.
         guidance: guidance scale that a guidance-distilled model gets as its input. None: 1. Only for such models.
         max_sequence_length: number of text tokens per caption. None: the pipeline's default.
+        expert: "high" or "low": the transformer to train of a pipeline with one for high and one for low noise levels.
 
     Raises:
         TrainingError: the pipeline, or a setting, is not supported.
@@ -59,12 +60,14 @@ class Family(abc.ABC):
     """Names of the supported pipeline classes; subclasses are supported too. Empty: all."""
     provided_inputs: ClassVar[tuple[str, ...]] = ()
     """Entries of `FURTHER_INPUTS` that `inputs` provides."""
-    refused_components: ClassVar[Mapping[str, str]] = {}
-    """Components of a pipeline that make training impossible, with the reason."""
     prediction_type: ClassVar[str] = "flow_prediction"
     """Required prediction_type of the scheduler, if its configuration has one."""
     vae_has_frames: ClassVar[bool] = True
     """Whether the VAE's images have a dimension of frames, also those of a single frame."""
+    takes_image: ClassVar[bool] = False
+    """Whether the pipeline's call needs an image."""
+    conditioned: ClassVar[bool] = False
+    """Whether `encode` returns inputs of the transformer besides latents."""
     encoded: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     """Names of the first tensors that the pipeline's `encode_prompt` returns; "" for one that is not used. They are the
     names of the arguments with which the pipeline's call accepts them."""
@@ -80,11 +83,13 @@ class Family(abc.ABC):
         shift: float | None = None,
         guidance: float | None = None,
         max_sequence_length: int | None = None,
+        expert: str | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.check_components({name: each is not None for name, each in pipeline.components.items()}, expert)
+        self.expert = expert
         # Of a quantised transformer with an adapter, diffusers would find the adapter's dtype.
-        self.dtype: torch.dtype = pipeline.transformer.dtype
-        self.check_components({name: each is not None for name, each in pipeline.components.items()})
+        self.dtype: torch.dtype = self.transformer.dtype
         self.shift = shift
         self._check_guidance(guidance)
         self.guidance = 1.0 if guidance is None else guidance
@@ -97,15 +102,23 @@ class Family(abc.ABC):
         """Raises TrainingError if this pipeline or these settings are not supported."""
 
     @classmethod
-    def check_components(cls, components: Mapping[str, bool]) -> None:
-        """Raises TrainingError if a pipeline has one of `refused_components`.
+    def check_components(cls, components: Mapping[str, bool], expert: str | None) -> None:
+        """Raises TrainingError if a pipeline with these components cannot be trained, or has no such `expert`.
 
         Args:
             components: whether the pipeline has a component, by name.
+            expert: the expert to train.
         """
-        for name, why in cls.refused_components.items():
-            if components.get(name):
-                raise TrainingError(f"this pipeline has a {name}: {why}")
+        two = bool(components.get("transformer_2"))
+        if two and expert is None:
+            raise TrainingError(
+                "this pipeline has a transformer for high noise levels and one for low ones (transformer_2). Give "
+                "--expert high or --expert low, and train the other one in a run of its own."
+            )
+        if expert is not None and not two:
+            raise TrainingError(
+                f"{option('expert', expert)}: this pipeline has one transformer for all noise levels. Leave it out."
+            )
 
     def _check_inputs(self) -> None:
         """Compares the inputs that the transformer needs, and the scheduler's prediction, with those of this family.
@@ -113,7 +126,7 @@ class Family(abc.ABC):
         Raises:
             TrainingError: the number of channels, a further input, or the type of prediction differs.
         """
-        model, config = type(self.pipeline.transformer).__name__, self.config
+        model, config = type(self.transformer).__name__, self.config
         expected, given = config.get("in_channels"), self.input_channels
         if expected is not None and given is not None and expected != given:
             raise TrainingError(
@@ -139,7 +152,7 @@ class Family(abc.ABC):
             return self.text_length if limit is None else min(self.text_length, limit)
         if limit is not None and wanted > limit:
             raise TrainingError(
-                f"{option('max_sequence_length', wanted)}: this {type(self.pipeline.transformer).__name__} accepts up "
+                f"{option('max_sequence_length', wanted)}: this {type(self.transformer).__name__} accepts up "
                 f"to {limit} text tokens."
             )
         return wanted
@@ -155,7 +168,7 @@ class Family(abc.ABC):
             "guidance_embeds" in self.provided_inputs and self.config.get("guidance_embeds")
         ):
             raise TrainingError(
-                f"{option('guidance', guidance)}: this {type(self.pipeline.transformer).__name__} has no guidance "
+                f"{option('guidance', guidance)}: this {type(self.transformer).__name__} has no guidance "
                 "input, which only guidance-distilled models such as FLUX.1-dev have. Leave it out."
             )
 
@@ -170,9 +183,26 @@ class Family(abc.ABC):
         return None if latents is None else latents * self.packed
 
     @property
+    def transformer(self) -> Any:
+        """The transformer that is trained."""
+        return self.pipeline.transformer_2 if self.expert == "low" else self.pipeline.transformer
+
+    @property
+    def other_models(self) -> list[nn.Module]:
+        """The models that the pipeline samples and decodes with, besides the trained transformer."""
+        names = ("transformer", "transformer_2", "vae", "image_encoder")
+        found = [getattr(self.pipeline, name, None) for name in names]
+        return [each for each in found if each is not None and each is not self.transformer]
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """Lowest and highest noise level `u`, before the shift, at which the transformer is trained."""
+        return 0.0, 1.0
+
+    @property
     def config(self) -> Any:
         """The transformer's configuration."""
-        return self.pipeline.transformer.config
+        return self.transformer.config
 
     def make_objective(self) -> Objective:
         """The training objective, with the sampler's timestep shift. Here: rectified flow, with the shift of a
@@ -212,12 +242,17 @@ class Family(abc.ABC):
             returned = encode_prompt(list(captions), **{name: settings[name] for name in settings if name in accepted})
         return {name: each.cpu() for name, each in zip(self.encoded, returned) if name}
 
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The models that `encode` runs, by component name."""
+        return {"vae": self.pipeline.vae}
+
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """The VAE's distribution of latents for `pixels`, float [batch, 3, frames, height, width] in [-1, 1].
 
         Returns:
             "latents_mean" and "latents_logvar", float32 [batch, channels, frames, height, width], on the CPU, as the
-            VAE has them: not scaled yet.
+            VAE has them: not scaled yet. Other names are passed to `inputs`, with those of `encode_text`.
         """
         vae = self.pipeline.vae
         with torch.no_grad():
@@ -259,12 +294,17 @@ class Family(abc.ABC):
         Args:
             noisy: latents [batch, channels, frames, height, width].
             timestep: from the objective's `level`, [batch].
-            text: a batch of the tensors that `encode_text` returned.
+            text: a batch of the tensors that `encode_text` returned, and of those that `encode` returned besides
+                latents.
         """
 
     def prediction(self, output: Tensor, shape: Sequence[int]) -> Tensor:
         """Converts the transformer's output to the latents' shape [batch, channels, frames, height, width]."""
         return output
+
+    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
+        """The loss of each sample, float32 [batch]. The first three arguments have the latents' shape."""
+        return self.objective.loss(prediction, clean, noise, level)
 
     def parts(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Divides a micro-batch into parts for separate forward and backward passes. Default: one part."""
@@ -315,7 +355,7 @@ class Family(abc.ABC):
         """Raises TrainingError if a shift was given. For families that are not trained with rectified flow."""
         if self.shift is not None:
             raise TrainingError(
-                f"shift={self.shift}: {type(self.pipeline.transformer).__name__} is not trained with rectified flow; "
+                f"shift={self.shift}: {type(self.transformer).__name__} is not trained with rectified flow; "
                 "its scheduler has a fixed noise schedule. Leave it out."
             )
 

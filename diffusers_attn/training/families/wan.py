@@ -1,4 +1,5 @@
-"""Wan 2.1 and Wan2.2-TI2V-5B: videos of 4n + 1 frames; text padded with zeros; latents standardised per channel."""
+"""Wan 2.1 and 2.2: videos of 4n + 1 frames; text padded with zeros; latents standardised per channel; one transformer,
+or one for high and one for low noise levels."""
 
 from __future__ import annotations
 
@@ -7,20 +8,27 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Family, standardised
+from ..loss import scheduler_shift
+from .base import Family, patches, standardised
 
 
 class Wan(Family):
-    """`WanPipeline` with one `WanTransformer3DModel`."""
+    """`WanPipeline` with one or two `WanTransformer3DModel`."""
 
     kind = "video"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 512
-    pipelines = ("WanPipeline",)
-    refused_components: ClassVar = {
-        "transformer_2": "it has one transformer for high noise levels and one for low ones, which cannot be trained "
-        "together. Accepted are pipelines with one transformer: Wan 2.1 and Wan2.2-TI2V-5B."
-    }
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        if self.expert is None:
+            return 0.0, 1.0
+        # The sampler uses the expert for high noise levels from this one on. The shift does not depend on tokens.
+        sigma = self.pipeline.config.boundary_ratio
+        shift = self.shift or scheduler_shift(self.pipeline.scheduler.config)(1)
+        boundary = sigma / (shift - (shift - 1) * sigma)
+        return (boundary, 1.0) if self.expert == "high" else (0.0, boundary)
 
     @property
     def size_multiple(self) -> int:
@@ -34,8 +42,8 @@ class Wan(Family):
         return standardised(latents, self.pipeline.vae.config)
 
     def tokens(self, shape: Sequence[int]) -> int:
-        patch = self.config.patch_size
-        return (shape[-3] // patch[0]) * (shape[-2] // patch[1]) * (shape[-1] // patch[2])
+        frames, size, _ = self.config.patch_size
+        return patches(shape, size, frames)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         if self.pipeline.config.expand_timesteps:  # one timestep per token, since the first frame may be given
