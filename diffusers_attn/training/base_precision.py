@@ -98,7 +98,7 @@ def quantisation(precision: str | None, dtype: torch.dtype, library: Literal["di
 
 
 def pipeline_quantisation(precision: str | None, dtype: torch.dtype, components: Iterable[str]) -> Any:
-    """The quantisation of a pipeline's transformer and text encoders, for its `from_pretrained`; None without one.
+    """The quantisation of a pipeline's transformers and text encoders, for its `from_pretrained`; None without one.
 
     Args:
         precision, dtype: as in `quantisation`.
@@ -110,8 +110,8 @@ def pipeline_quantisation(precision: str | None, dtype: torch.dtype, components:
 
     encoders = {name for name in components if name.startswith("text_encoder")}
     configs = {name: quantisation(precision, dtype, "transformers") for name in encoders}
-    if "transformer" in components:
-        configs["transformer"] = quantisation(precision, dtype, "diffusers")
+    for name in {"transformer", "transformer_2"}.intersection(components):
+        configs[name] = quantisation(precision, dtype, "diffusers")
     return PipelineQuantizationConfig(quant_mapping=configs)
 
 

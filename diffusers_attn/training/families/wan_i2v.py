@@ -44,8 +44,8 @@ class WanImageToVideo(Wan):
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         if pixels.shape[2] == 1:
             raise TrainingError(
-                f"{type(self.pipeline).__name__} is given the first frame, so nothing is left to train on an image or a "
-                f"video of one frame. Give --num_frames from {sum(self.frame_rule)}, and data without images."
+                f"{type(self.pipeline).__name__} is given the first frame, so nothing is left to train on an image or "
+                f"a video of one frame. Give --num_frames from {sum(self.frame_rule)}, and data without images."
             )
         found = super().encode(pixels)
         first = pixels[:, :, 0]
