@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .row_split import RowSplit
 from .unsplittable import unsplittable
@@ -41,16 +42,28 @@ def padded(split: RowSplit, pad: Sequence[int], mode: str = "constant", value: f
     beside[place : place + 2] = (0, 0)
     # The last rows of a shard are above the next one's, its first rows are below the previous one's.
     edges = torch.cat((own.narrow(dim, count - above, above), own.narrow(dim, 0, below)), dim)
-    if any(beside):
+    # A constant beside the received rows is there already, where `local` is padded.
+    fills_edges = any(beside) and (mode != "constant" or min(beside) < 0)
+    if fills_edges:
         edges = F.pad(edges, beside, mode, value)
     gathering = team.start_gather(edges)
     local = F.pad(own, pad, mode, value)
     gathered = gathering.wait()
+    target = local if fills_edges else _without_padding(local, own, beside)
     circular = mode == "circular"
     if above and (shard > 0 or circular):
         received = gathered[shard - 1 if shard > 0 else last].narrow(dim, 0, above)
-        local.narrow(dim, 0, above).copy_(received)
+        target.narrow(dim, 0, above).copy_(received)
     if below and (shard < last or circular):
         received = gathered[shard + 1 if shard < last else 0].narrow(dim, above, below)
-        local.narrow(dim, above + count, below).copy_(received)
+        target.narrow(dim, above + count, below).copy_(received)
     return split.like(local, halo=(above, below))
+
+
+def _without_padding(local: Tensor, own: Tensor, beside: Sequence[int]) -> Tensor:
+    """The view of a padded tensor without the elements that `beside` has added to `own`."""
+    for number in range(0, len(beside), 2):
+        if beside[number] or beside[number + 1]:
+            dim = own.ndim - 1 - number // 2
+            local = local.narrow(dim, beside[number], own.shape[dim])
+    return local

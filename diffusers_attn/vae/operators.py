@@ -49,6 +49,11 @@ def aligned(func: Any, tensors: Sequence[Tensor]) -> tuple[RowSplit, list[Tensor
     ):
         return first, [each.local for each in splits]
     place = first.rows.dim - first.local.ndim
+    if len(splits) == 1 and all(
+        each is first or (each.ndim <= first.ndim and (each.ndim < -place or each.shape[place] == 1))
+        for each in tensors
+    ):
+        return first, [each.local if each is first else each for each in tensors]  # the usual case, without a detour
     tensors = _same_halo(tensors, place)
     first = max((each for each in tensors if isinstance(each, RowSplit)), key=lambda each: each.local.ndim)
     return first, [_local(func, each, place, first) for each in tensors]

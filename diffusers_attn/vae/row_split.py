@@ -36,12 +36,11 @@ class RowSplit(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, rows: Rows, team: Team) -> RowSplit:
-        shape = list(local.shape)
-        shape[rows.dim] = rows.size
+        shape = _full_shape(local.shape, rows)
         self: RowSplit = torch.Tensor._make_wrapper_subclass(
             cls,
             shape,
-            strides=None if local.is_contiguous() else _strides(tuple(local.shape), local.stride(), tuple(shape)),
+            strides=None if local.is_contiguous() else _strides(tuple(local.shape), local.stride(), shape),
             dtype=local.dtype,
             device=local.device,
         )
@@ -50,7 +49,7 @@ class RowSplit(torch.Tensor):
 
     def like(self, local: Tensor, **changed: Any) -> RowSplit:
         """`local` as a part of a tensor that is split as this one, with changed fields of `Rows`."""
-        return RowSplit(local, self.rows._replace(**changed) if changed else self.rows, self.team)
+        return RowSplit(local, self.rows.but(**changed) if changed else self.rows, self.team)
 
     def without_halo(self) -> RowSplit:
         """The same tensor with every row on one rank only: rows of padding belong to the first and the last shard."""
@@ -116,6 +115,12 @@ class RowSplit(torch.Tensor):
 
 POINTWISE: list[Rule] = []
 """Rules of operators that PyTorch tags as pointwise: of those that return a new tensor, and of those in place."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _full_shape(own: torch.Size, rows: Rows) -> tuple[int, ...]:
+    """The shape of the full tensor, from that of the local one."""
+    return (*own[: rows.dim], rows.size, *own[rows.dim + 1 :])
 
 
 @functools.lru_cache(maxsize=4096)

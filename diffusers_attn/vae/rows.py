@@ -48,6 +48,21 @@ class Rows(NamedTuple):
         """Number of rows of every shard, without halos."""
         return [self.count(shard) for shard in range(self.shards)]
 
+    def but(
+        self,
+        dim: int | None = None,
+        bounds: tuple[int, ...] | None = None,
+        outer: int | None = None,
+        halo: tuple[int, int] | None = None,
+    ) -> Rows:
+        """The same with other fields. `_replace` takes five times as long."""
+        return Rows(
+            self.dim if dim is None else dim,
+            self.bounds if bounds is None else bounds,
+            self.outer if outer is None else outer,
+            self.halo if halo is None else halo,
+        )
+
     def scaled(self, factor: int) -> Rows:
         """The same split after each row became `factor` rows."""
         return self if factor == 1 else self._replace(bounds=tuple(bound * factor for bound in self.bounds))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_attn import AttentionProviderError, attention_dispatch, attention_provider
 from diffusers_attn.context_parallel.comm.group import Group
@@ -95,6 +97,7 @@ OPERATIONS = {
     "circular": lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), draw(4, 4, 3, 3)),
     "far reflected": lambda x: F.pad(x, (1, 1, 5, 6), mode="reflect"),
     "ones around": lambda x: F.pad(x, (1, 2, 2, 1), value=1.0).sin(),
+    "cropped beside the rows": lambda x: F.pad(x, (-1, 2, 1, 1)),
     "padding, then a conv of 1": lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1)) + 1, draw(4, 4, 1, 1)),
     "padding, then a plain sum": lambda x: F.pad(x, (0, 0, 1, 1)) + draw(14, 6),
     "conv over time": lambda x: F.conv1d(x.permute(0, 2, 3, 1).flatten(0, 2)[:, None], draw(1, 1, 3), padding=1),
@@ -162,6 +165,35 @@ def run(meshes, name, mode="no_grad"):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_as_of_the_full_tensor(pool, name):
     assert pool.run(3, run, name=name) == [True] * 3
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.found[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators_of_padding(meshes):
+    x = split(meshes, draw(2, 4, 12, 6))
+    with torch.no_grad(), Operators() as operators:
+        F.pad(x, (1, 1, 1, 1))
+    return operators.found
+
+
+def test_padding_takes_few_operators(pool):
+    """The edges are joined, and gathered while the local part is padded. The received rows are written into that. A
+    frame of Wan has 36 such exchanges, and its GPU waits for the host to launch them."""
+    for rank, found in enumerate(pool.run(3, operators_of_padding)):
+        assert not any(name.startswith("_c10d_functional") for name in found)
+        kernels = {name: count for name, count in found.items() if name.startswith("aten::") and "empty" not in name}
+        assert kernels == {"aten::cat": 1, "aten::constant_pad_nd": 1, "aten::copy_": 2 if rank == 1 else 1}
 
 
 @pytest.mark.parametrize("name", ["conv", "linear", "normalize", "attention of frames", "slices of tokens"])
