@@ -22,7 +22,7 @@ def serve_not_plain(call: AttentionCall, is_split: bool, serve_plain: Callable[[
         serve_plain: serves the same call with plain tensors.
 
     Raises:
-        AttentionProviderError: nobody serves a call with such tensors.
+        AttentionProviderError: no provider serves a call with such tensors.
     """
     assert call.not_plain is not None
     argument, kind = call.not_plain

@@ -1,4 +1,4 @@
-"""Processes that end when the process that started them ends, also where that one was killed and could tell nobody."""
+"""Processes that end when the process that started them ends, even if that one is killed."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ PLANS: dict[str, Plan] = {
             **INPUTS,
             ParamId("controlnet_block_samples"): CPInput(1, 3, sequence="image"),
             ParamId("controlnet_single_block_samples"): advanced.CPForbidden(
-                "the model takes the image's tokens for text and image, and adds them to what is behind as many as the "
-                "text has. Give controlnet_block_samples only."
+                "in the single blocks the model adds them to the wrong tokens: it skips the text's length in a tensor "
+                "that has only the image's tokens. Give controlnet_block_samples only."
             ),
             # Reaches attention only under gradient checkpointing.
             ParamId("attention_kwargs"): {"attention_mask": MASK},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class StepKind:
-    """What is known of steps with latents of one shape."""
+    """What earlier steps with latents of one shape have shown."""
 
     def __init__(self) -> None:
         self.branches: int | None = None
@@ -32,7 +32,7 @@ class Step:
 
     Args:
         latents: the first argument of the first call.
-        kind: what is known of such steps.
+        kind: what earlier steps have shown.
     """
 
     def __init__(self, latents: Any, kind: StepKind) -> None:

@@ -68,7 +68,7 @@ def attach(
     """
     install()  # needed even if nothing is bound, so that enable_parallelism raises on a split model
     model = target.model
-    enabled = _enabled[model] = _Enabled([], [lease.again()], [], [])
+    enabled = _enabled[model] = _Enabled([], [lease.another()], [], [])
     apply_context_parallel(model, sharing, target.plan)
     hook: InputSync | None = None
     if chosen.inputs != "trust":

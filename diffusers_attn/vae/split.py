@@ -119,7 +119,7 @@ def attach(
     """
     if not axes:
         return
-    split = _split[target.vae] = _Split([], lease.again())
+    split = _split[target.vae] = _Split([], lease.another())
     for part in target.parts:
         forward = SplitForward(
             getattr(target.vae, part),

@@ -140,7 +140,7 @@ def work(
         tracker.strict = False  # the first difference tells more than an error
         if name == UNEXCHANGED:
             tracker.attention = lambda query_len, key_len: None  # type: ignore[method-assign]
-            tracker.others_seen = False
+            tracker.gathers_others = False
             try:
                 with _routed(job), torch.no_grad():
                     error = _error(_forward(model, inputs), expected)

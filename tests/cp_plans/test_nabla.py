@@ -77,7 +77,7 @@ def test_compiles_without_breaks(pool, name, provider):
     [
         ("kandinsky5", None, 5, "Kandinsky5AttnProcessor, sees only this rank's. Bind the module"),
         ("kandinsky6_sr", None, 5, "Kandinsky6SRAttnProcessor, sees only this rank's. Bind the module"),
-        ("kandinsky5", "native", 1, "'video' has 128 tokens, .* blocks of 64, of which every one of 3"),
+        ("kandinsky5", "native", 1, "'video' has 128 tokens, .* blocks of 64; each of 3"),
         ("kandinsky6_sr", "native", 5, "'flex' cannot serve this call: .*no backward on cpu"),
     ],
 )
@@ -107,7 +107,7 @@ def test_what_is_no_blocks_is_refused():
     tracker = tracker_of(0)
     tracker.keep_blocks("video", 64)
     for length in (5 * 64 + 1, 2 * 64):  # a part of a block; fewer than ranks
-        with pytest.raises(AttentionProviderError, match=f"'video' has {length} tokens, .* blocks of 64, .* 3 ranks"):
+        with pytest.raises(AttentionProviderError, match=f"'video' has {length} tokens, .* blocks of 64; .* 3 ranks"):
             tracker.split("video", torch.zeros(length), 0)
     tracker.begin()
     tracker.split("video", torch.zeros(5 * 64), 0)

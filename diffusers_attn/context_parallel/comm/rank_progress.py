@@ -28,7 +28,7 @@ GRACE = 3.0
 """Seconds that other ranks have to note that they waited, too: one closed connection closes others."""
 _WAITS, _IS = "waits", "is"
 
-_here = "before its first call of enable_context_parallel"
+_place = "before its first call of enable_context_parallel"
 _notes = 0
 """Number of notes that this rank has made."""
 _begun = 0
@@ -55,8 +55,8 @@ class RankMissingError(AttentionProviderError):
 
 def note(at: str) -> None:
     """Notes this rank's position, such as "enable_context_parallel of a FluxPipeline"."""
-    global _here, _notes
-    _here = at
+    global _place, _notes
+    _place = at
     _notes += 1
     _write(_IS)
 
@@ -80,7 +80,7 @@ def note_end() -> None:
     global _is_within
     if _is_within:
         _is_within = False
-        note(f"{_here}, which is over")
+        note(f"{_place}, which is over")
 
 
 def notes() -> int:
@@ -95,7 +95,7 @@ def _progress() -> int:
 
 def here() -> str:
     """The latest note."""
-    return _here
+    return _place
 
 
 def note_failure(error: BaseException, groups: Sequence[str] = ()) -> None:
@@ -106,13 +106,13 @@ def note_failure(error: BaseException, groups: Sequence[str] = ()) -> None:
         error.add_note(str(explained(error, groups[0])))
     elif not isinstance(error, RankMissingError):
         message = str(error).strip().partition("\n")[0]
-        note(f"{_here} (which failed there with {type(error).__name__}: {message[:200]})")
+        note(f"{_place} (which failed there with {type(error).__name__}: {message[:200]})")
 
 
 def _write(state: str) -> None:
     with contextlib.suppress(Exception):  # if the store has ended, the next exchange fails
         job_store().set(
-            f"{_PREFIX}position/{dist.get_rank()}", f"{state} {_machine()} {os.getpid()} {_progress()} {_here}"
+            f"{_PREFIX}position/{dist.get_rank()}", f"{state} {_machine()} {os.getpid()} {_progress()} {_place}"
         )
 
 
@@ -173,7 +173,7 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
             time.sleep(0.05)
     except Exception:  # the store has ended with its process
         return RankMissingError(
-            f"rank {dist.get_rank()}, at {_here}, got no answer from others of the {ranks_in_words(ranks)}. Which one "
+            f"rank {dist.get_rank()}, at {_place}, got no answer from others of the {ranks_in_words(ranks)}. Which one "
             f"is missing is unknown: the job's store, kept by the first rank or the launcher, has ended. ({message})"
         )
     # A rank at the same place as those that waited may still be waiting: it is not missing.
@@ -197,7 +197,7 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
 
 def behind(ranks: Sequence[int]) -> str | None:
     """A text that names the ranks that are behind this one. None if there are none, or the store cannot be read."""
-    progress, here = _progress(), _here
+    progress, here = _progress(), _place
     try:
         found = _read(ranks)
     except Exception:

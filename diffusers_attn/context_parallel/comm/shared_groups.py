@@ -22,7 +22,7 @@ Agree = Callable[[Any], list[Any]]
 """Gathers a value of this rank from all ranks concerned."""
 
 
-class _Made:
+class _GroupSet:
     """Groups that were made together."""
 
     def __init__(self, number: int, groups: Sequence[dist.ProcessGroup]) -> None:
@@ -41,36 +41,36 @@ class _Made:
 class Lease:
     """The right to use some groups until it is closed. In another process it is empty."""
 
-    __slots__ = ("__weakref__", "_made")
+    __slots__ = ("__weakref__", "_group_set")
 
-    def __init__(self, made: _Made | None = None) -> None:
-        self._made = made
-        if made is not None:
-            made.leases.add(self)
+    def __init__(self, group_set: _GroupSet | None = None) -> None:
+        self._group_set = group_set
+        if group_set is not None:
+            group_set.leases.add(self)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the groups for functional collectives."""
-        return () if self._made is None else self._made.names
+        return () if self._group_set is None else self._group_set.names
 
-    def again(self) -> Lease:
+    def another(self) -> Lease:
         """Another lease of the same groups."""
-        return Lease(self._made)
+        return Lease(self._group_set)
 
     def close(self) -> None:
-        if self._made is not None:
-            self._made.leases.discard(self)
-            self._made = None
+        if self._group_set is not None:
+            self._group_set.leases.discard(self)
+            self._group_set = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
-        return self.again()
+        return self.another()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lease, ()
 
 
-_latest: dict[Hashable, _Made] = {}
-_all: list[_Made] = []
+_latest: dict[Hashable, _GroupSet] = {}
+_all: list[_GroupSet] = []
 _numbers: dict[Hashable, int] = {}
 """Number of times that groups of a key were created."""
 
@@ -78,16 +78,16 @@ _numbers: dict[Hashable, int] = {}
 def lease(key: Hashable, agree: Agree, make: Callable[[int], Sequence[dist.ProcessGroup]]) -> Lease:
     """A lease of the groups of this `key`: existing groups, if all ranks have the same; otherwise new groups from
     `make(number)`, with a number that was never used for this key. All ranks concerned must call this."""
-    made = _latest.get(key)
-    if made is not None and not all(map(process_groups.is_alive, made.groups)):
-        made = None
+    group_set = _latest.get(key)
+    if group_set is not None and not all(map(process_groups.is_alive, group_set.groups)):
+        group_set = None
     # A rank may have lost its groups with a model that was freed without being disabled. Then all ranks make new ones.
-    answers = agree((None if made is None else made.number, _numbers.get(key, 0)))
-    if made is None or any(number != made.number for number, _ in answers):
+    answers = agree((None if group_set is None else group_set.number, _numbers.get(key, 0)))
+    if group_set is None or any(number != group_set.number for number, _ in answers):
         _numbers[key] = number = 1 + max(used for _, used in answers)
-        made = _latest[key] = _Made(number, make(number))
-        _all.append(made)
-    return Lease(made)
+        group_set = _latest[key] = _GroupSet(number, make(number))
+        _all.append(group_set)
+    return Lease(group_set)
 
 
 def control_group(ranks: Sequence[int], timeout: datetime.timedelta, agree: Agree) -> Lease:
@@ -105,11 +105,11 @@ def control_group(ranks: Sequence[int], timeout: datetime.timedelta, agree: Agre
 
 def end_unused() -> None:
     """Destroys the groups without a lease."""
-    for made in [each for each in _all if not each.leases and not each.captured]:
-        _all.remove(made)
-        for key in [key for key, each in _latest.items() if each is made]:
+    for group_set in [each for each in _all if not each.leases and not each.captured]:
+        _all.remove(group_set)
+        for key in [key for key, each in _latest.items() if each is group_set]:
             del _latest[key]
-        for group in made.groups:
+        for group in group_set.groups:
             one_thread.forget(group.group_name)
             if process_groups.is_alive(group):
                 dist.destroy_process_group(group)
@@ -118,9 +118,9 @@ def end_unused() -> None:
 def keep_if_captured(names: Sequence[str]) -> None:
     """Marks these groups as captured if the current stream is being captured into a CUDA graph."""
     if torch.cuda.is_current_stream_capturing():
-        for made in _all:
-            if any(name in names for name in made.names):
-                made.captured = True
+        for group_set in _all:
+            if any(name in names for name in group_set.names):
+                group_set.captured = True
 
 
 def as_timeout(timeout: datetime.timedelta | float | None, device_type: str) -> datetime.timedelta:

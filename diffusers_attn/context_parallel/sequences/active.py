@@ -28,4 +28,4 @@ def keep_active() -> Callable[[], AbstractContextManager[None]]:
     tracker = active.tracker
     if tracker is None:
         return contextlib.nullcontext
-    return functools.partial(tracker.again, tracker.state(), tracker.role)
+    return functools.partial(tracker.recomputing, tracker.state(), tracker.role)

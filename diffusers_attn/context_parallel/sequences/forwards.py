@@ -54,7 +54,7 @@ class RunningForwards(SequenceLayout):
     def begin(self) -> None:
         """Clears the records of an earlier forward."""
         super().begin()
-        self._made: dict[int, tuple[Any, Any]] = {}
+        self._shared: dict[int, tuple[Any, Any]] = {}
 
     def start(self, frame: FrameType | None = None) -> None:
         """Begins a forward of the model.
@@ -82,7 +82,7 @@ class RunningForwards(SequenceLayout):
         before = self._forwards.pop()
         self._cut(before.depth)
         self.role = before.role
-        self._made.clear()
+        self._shared.clear()
         if before.state is not None:
             self._replace(before.state)
         active.tracker = before.outer
@@ -95,7 +95,7 @@ class RunningForwards(SequenceLayout):
         return True
 
     @contextlib.contextmanager
-    def again(self, state: LayoutState, role: Role | None) -> Iterator[None]:
+    def recomputing(self, state: LayoutState, role: Role | None) -> Iterator[None]:
         """Computes a part of an earlier forward again, with its layout and role, as gradient checkpointing does in a
         backward."""
         reached = self.reached
@@ -180,9 +180,9 @@ class RunningForwards(SequenceLayout):
         kept until the forward ends."""
         if torch.compiler.is_compiling():
             return make()
-        if id(of) not in self._made:
-            self._made[id(of)] = of, make()
-        return self._made[id(of)][1]
+        if id(of) not in self._shared:
+            self._shared[id(of)] = of, make()
+        return self._shared[id(of)][1]
 
 
 def _has_returned(frame: FrameType | None) -> bool:

@@ -96,9 +96,9 @@ class SequenceLayout:
             block = self.blocks.get(name, 1)
             if block > 1 and (length % block or length < block * self.mesh.size):
                 raise AttentionProviderError(
-                    f"'{name}' has {length} tokens, and attention goes by blocks of {block}, of which every one of "
-                    f"{self.mesh.size} ranks needs one. Give the model a size that divides into blocks, or use fewer "
-                    "ranks."
+                    f"'{name}' has {length} tokens, and attention computes blocks of {block}; each of "
+                    f"{self.mesh.size} ranks needs one block or more. Give the model a size that divides into blocks, "
+                    "or use fewer ranks."
                 )
             self.lengths[name] = length
             self._forget_computed()

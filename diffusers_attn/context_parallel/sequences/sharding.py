@@ -43,8 +43,10 @@ class Shards(NamedTuple):
 
     @staticmethod
     def zigzag(length: int, ranks: int) -> Shards:
-        """Of `2 * ranks` parts, rank r holds the r-th from the front and the r-th from the back. With causal attention,
-        late queries attend to more keys than early ones, and this gives all ranks the same work."""
+        """The sequence in `2 * ranks` parts: rank r holds the r-th from the front and the r-th from the back.
+
+        With causal attention, late queries attend to more keys than early ones. This gives all ranks the same work.
+        """
         parts = _cut(length, 2 * ranks)
         return Shards(tuple((parts[rank], parts[-1 - rank]) for rank in range(ranks)))
 

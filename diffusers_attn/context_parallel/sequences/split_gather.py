@@ -15,7 +15,7 @@ from .forwards import RunningForwards
 class SplitGather(RunningForwards):
     """The operations by which hooks split and gather tensors."""
 
-    others_seen = True
+    gathers_others = True
     """Whether gathered tensors within attention, and modules that compute heads separately, have the tokens of other
     ranks. If not, they have zeros in their place, by which `verify_cp_plan` checks that it would notice."""
 
@@ -138,7 +138,7 @@ class SplitGather(RunningForwards):
         kept = self.kept(names)
         tensor = tensor if kept is None else kept.take_out(tensor, dim)
         shards = self.shards(names)
-        if not self.others_seen and self.is_in_attention:
+        if not self.gathers_others and self.is_in_attention:
             return sharding.alone(tensor, shards, dim, self.mesh.rank)
         return sharding.gather(tensor, shards, dim, self.mesh).contiguous()  # models call `view` on the result
 

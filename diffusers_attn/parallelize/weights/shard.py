@@ -73,7 +73,7 @@ def shard(
             if loading.is_on_meta(model):
                 home, bring = torch.device("cpu"), _receiver(model, name, pipeline_or_model, here, group, agree)
             try:
-                _applied[model] = _Applied(Sharded(model, units, weights_mesh, bring), home, lease.again())
+                _applied[model] = _Applied(Sharded(model, units, weights_mesh, bring), home, lease.another())
             except Exception as error:  # every type, since the others must not wait for this rank
                 problem = error
             loading.check_all(problem, agree)

@@ -247,7 +247,7 @@ def gone(meshes, how, inputs_are):
     enable_context_parallel(model, ulysses_degree=2, ring_degree=2, inputs=inputs_are, verbose=False)
     output(model, given)
     dist.barrier()
-    for group in [group for made in shared_groups._all for group in made.groups]:
+    for group in [group for group_set in shared_groups._all for group in group_set.groups]:
         process_groups.set_timeout(group, datetime.timedelta(seconds=3))
     message_of_rank = None
     if how == "stays away":

@@ -25,8 +25,8 @@ def test_layers_share_what_the_first_has_computed(monkeypatch):
     monkeypatch.setattr(tracker, "_make_local_tokens", None)
     monkeypatch.setattr(tracker, "_attention", None)
     assert first[1] == LocalTokens(3, ((1, 2),))
-    again = tracker.shards(NAMES), tracker.kept(NAMES), tracker.attention(3, 3)
-    assert all(one is other for one, other in zip(first, again, strict=True))
+    recomputing = tracker.shards(NAMES), tracker.kept(NAMES), tracker.attention(3, 3)
+    assert all(one is other for one, other in zip(first, recomputing, strict=True))
     tracker.end()
 
 
@@ -42,7 +42,7 @@ def test_another_length_or_forward_has_others():
     assert tracker.shards(NAMES).sizes == (2, 2, 2) and tracker.kept(NAMES) is None
     tracker.end()
     assert tracker.shards(NAMES).sizes == (4, 4, 3) and tracker.kept(NAMES) == LocalTokens(4, ((1, 3),))
-    with tracker.again(state, None):
+    with tracker.recomputing(state, None):
         assert tracker.shards(NAMES).sizes == sizes
     assert tracker.shards(NAMES).sizes == (4, 4, 3)
     tracker.restore(state)  # of a recorded forward

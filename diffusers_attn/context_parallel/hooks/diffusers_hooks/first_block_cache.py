@@ -44,9 +44,9 @@ def _first_block_changed(hook: Any, tracker: SequenceTracker, residual: Tensor) 
         return True
     if ranks_with_residual < tracker.mesh.size or ranks_usable < ranks_with_residual:
         raise AttentionProviderError(
-            "FirstBlockCache compares the first block's residual with that of the forward before, and over the ranks "
-            f"{int(ranks_with_residual)} of {tracker.mesh.size} have kept one, of which {int(ranks_usable)} can be "
-            "compared with this one. Begin anew on all ranks when the size changes: model._reset_stateful_cache()."
+            "FirstBlockCache compares the first block's residual with that of the forward before. Of "
+            f"{tracker.mesh.size} ranks, {int(ranks_with_residual)} have one, and {int(ranks_usable)} have one of the "
+            "same size. Begin anew on all ranks when the size changes: model._reset_stateful_cache()."
         )
     # Rounded as one process rounds its means.
     means = torch.tensor([change, size], dtype=torch.float64) / count

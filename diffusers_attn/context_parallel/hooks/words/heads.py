@@ -110,7 +110,7 @@ class ToHeads(_HeadHook):
             inners.append(inner)
         tensors = list(shares.to_heads(tensors))
         for (name, index, dims), inner, tensor in zip(self.arguments, inners, tensors):
-            if not self.tracker.others_seen:
+            if not self.tracker.gathers_others:
                 tensor = _own_tokens(tensor, shares.sizes, rank)
             if shares.heads == 0:  # one head of zeros, because the module's code does not run without a head
                 tensor = torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], 1, tensor.shape[3])], dim=2)
