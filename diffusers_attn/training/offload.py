@@ -41,7 +41,10 @@ def offload_blocks(transformer: nn.Module, device: torch.device, folder: Path | 
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(device)  # the same object, which an optimizer may have
                 else:
-                    module._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
+                    moved = parameter.to(device)  # a parameter already, if quantised by bitsandbytes
+                    if not isinstance(moved, nn.Parameter):
+                        moved = nn.Parameter(moved, requires_grad=False)
+                    module._parameters[name] = moved
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
@@ -69,7 +72,7 @@ class BlockOffload:
         backwards = number == self._last - 1 or number == self._last == len(self._blocks) - 1
         following = number - 1 if backwards else number + 1
         for other in set(self._loaded) - {number, following}:
-            del self._loaded[other]
+            self._loaded.pop(other)()  # memory with a copy on its way must not be used again before it arrives
         if number not in self._loaded:
             self._load(number)
         self._blocks[number].use(self._loaded[number]())

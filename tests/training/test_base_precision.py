@@ -112,6 +112,9 @@ def test_losses_and_gradients_are_those_of_the_dequantised_model(
     forget()
     second = train(settings_of("flux", **short, model=str(tmp_path / "plain")))
     same_steps(first["steps"], second["steps"])
+    if precision == "nf4":
+        forget()
+        assert train(settings_of("flux", **short, base_precision=precision, offload="disk"))["steps"] == first["steps"]
     # Resumed exactly, and only with the same precision.
     forget()
     latest = str(Path(settings["output_dir"], "checkpoints", "step-00000002"))
@@ -186,6 +189,9 @@ def test_a_gguf_file(settings_of, tmp_path):
     first = train(settings_of("flux", **short, transformer=str(path)))
     forget()
     same_steps(first["steps"], train(settings_of("flux", **short, transformer=str(tmp_path / "plain")))["steps"])
+    forget()
+    moved = train(settings_of("flux", **short, transformer=str(path), offload="disk"))
+    assert moved["steps"] == first["steps"]
     forget()
     with pytest.raises(TrainingError, match="--base_precision int8 with --transformer .* quantised already"):
         Trainer(TrainConfig(**MUST, transformer=str(path), base_precision="int8"))
