@@ -80,6 +80,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", thorough_but(["training", "nothing to see", "a ring, training"], COMPILED))
 def test_one_graph(pool, case):
     options = {"is_causal": False, "train": False, **COMPILED[case]}
@@ -88,6 +89,7 @@ def test_one_graph(pool, case):
         assert error < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "packed"), [("allgather", True), ("alltoall", False)])
 def test_inductor(pool, method, packed):
     """Operations keep their order. Tensors are sent without a copy, and live until they have arrived."""

@@ -50,7 +50,9 @@ def check(answers):
         assert error < 3e-5  # of values up to 10, in float32
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", ["gather", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ulysses", "ring"))]
+)
 @pytest.mark.parametrize("masked", thorough_but([True], [False, True]))
 def test_one_graph(pool, strategy, masked):
     ring, ulysses, method = STRATEGIES[strategy]
@@ -73,6 +75,7 @@ INDUCTOR = ("causal gather", "no tokens, ring")
 
 
 # One for each reason to have nothing to do: no keys to see, no tokens, no heads.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "backend"),
     [

@@ -87,6 +87,7 @@ def compiled_as_a_whole(meshes):
     return message_of_other
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_as_a_whole_beside_another_is_refused(pool):
     for message_of_other in pool.run(2, compiled_as_a_whole):
         assert "thread 'MainThread' calls a compiled model" in message_of_other

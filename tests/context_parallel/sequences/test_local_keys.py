@@ -95,11 +95,22 @@ def gradients(meshes):
 
 
 def test_keys_that_all_ranks_have(pool):
+    assert max(pool.run(2, on_cpus, keys="the text", compiled=None, ring=2, ulysses=1)) < 1e-12
+
+
+@pytest.mark.slow
+def test_keys_that_all_ranks_have_in_compiled_blocks(pool):
     assert max(pool.run(2, on_cpus, keys="the text", compiled="blocks", ring=2, ulysses=1)) < 1e-12
     assert max(pool.run(2, gradients)) < 1e-12
 
 
-@pytest.mark.parametrize("keys, compiled", [*[(keys, None) for keys in KEYS], (KEYS[0], "model"), (KEYS[3], "blocks")])
+CASES = [
+    *[(keys, None) for keys in KEYS],
+    *[pytest.param(*case, marks=pytest.mark.slow) for case in ((KEYS[0], "model"), (KEYS[3], "blocks"))],
+]
+
+
+@pytest.mark.parametrize("keys, compiled", CASES)
 def test_keys_that_a_rank_makes_of_its_own_tokens(pool, keys, compiled):
     """Also in the second forward, of a caller that goes on after the first."""
     for messages in pool.run(2, on_cpus, keys=keys, compiled=compiled, ring=1, ulysses=2):
