@@ -6,8 +6,8 @@ and `Trainer` with `TrainConfig`, a complete training loop, which `examples/trai
 - A step: `trainer` runs it, with `data` (examples, cache, batches), `families` (one file per model family), `noise`,
   `loss`, `optim` and `randomness`. `lora` and `ema` are the trained weights.
 - Ranks: `parallel` (groups of processes), `accelerator` and `job_ranks`.
-- Settings: `config`, declared by `settings`, `bounds` and `choices`, and read from a `run_file` or `recipes`; `checks`
-  refuses those that cannot work, `dry_run` tries them, and `resolved` writes them down.
+- Settings: `config` and `datasets`, declared by `settings`, `bounds` and `choices`, and read from a `run_file` or
+  `recipes`; `checks` refuses those that cannot work, `dry_run` tries them, and `resolved` writes them down.
 - Before and after the steps: `models` loads the pipeline (`base_precision`: in fewer bits; `offload`: with its blocks
   elsewhere), `prepare` encodes the data, `evaluation` and `validation` (with `video`) judge the adapter, and `card`
   describes and uploads it.

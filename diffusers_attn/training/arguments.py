@@ -13,8 +13,8 @@ from .choices import LOW_VRAM
 from .flag_names import option
 from .once import print_once
 from .recipes import recipe_file, recipes
-from .run_file import SUFFIXES, did_you_mean, read_run_file
-from .settings import default_of, is_list, metadata_of, not_none, value_type
+from .run_file import SUFFIXES, read_run_file
+from .settings import default_of, did_you_mean, is_list, metadata_of, not_none, value_type
 
 
 def make_parser(
@@ -57,7 +57,8 @@ def make_parser(
     for field in dataclasses.fields(config):
         if field.name in groups:
             group = parser.add_argument_group(groups[field.name])
-        _add(group, field, hints[field.name], field.name in required)
+        if not metadata_of(field).in_files_only:
+            _add(group, field, hints[field.name], field.name in required)
     return parser
 
 

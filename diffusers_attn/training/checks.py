@@ -200,12 +200,13 @@ def without_weights(module: nn.Module) -> nn.Module:
 
 def _check_buckets(config: TrainConfig, family: Family) -> None:
     least = family.size_multiple
-    for side in config.resolution:
+    for side in [*config.resolution, *(side for source in config.sources for side in source.resolution or [])]:
         if side < least:
-            raise TrainingError(
-                f"{option('resolution', config.resolution)}: this model needs a side of at least {least} pixels."
-            )
-    for number in config.num_frames or []:
+            raise TrainingError(f"{option('resolution', side)}: this model needs a side of at least {least} pixels.")
+    for number in [
+        *(config.num_frames or []),
+        *(each for source in config.sources for each in source.num_frames or []),
+    ]:
         _check_frames("num_frames", number, family)
     buckets_of(config, family)
 

@@ -26,6 +26,7 @@ from .choices import (
     SCHEDULES,
     WITHOUT_WARMUP,
 )
+from .datasets import DataSet, datasets_of
 from .errors import TrainingError
 from .flag_names import option
 from .settings import check_value, default_of, metadata_of, setting
@@ -64,6 +65,12 @@ class TrainConfig:
         "families in docs/training.md)",
     )
     data: str = setting("", "Training data: a folder of images or videos with captions, or a Hugging Face dataset")
+    datasets: list[dict[str, Any]] | None = setting(
+        None,
+        "Further training data, only in run files: a list, each entry with path, repeats, caption_prefix, resolution "
+        "and num_frames (default: none)",
+        in_files_only=True,
+    )
     output_dir: str = setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")
     overwrite: bool = setting(False, "Replace the files of an earlier run in output_dir")
     dry_run: bool = setting(
@@ -347,8 +354,9 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        sources = self.sources
         for name in REQUIRED:
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "data" and sources):
                 raise TrainingError(f"--{name} is missing. {metadata_of(_fields()[name]).help}.")
         hints = typing.get_type_hints(TrainConfig)
         for name, field in _fields().items():
@@ -421,6 +429,12 @@ class TrainConfig:
         if self.lr_schedule in WITHOUT_WARMUP:
             return 0
         return min(WARMUP_STEPS, self.steps // 10) if self.lr_warmup_steps is None else self.lr_warmup_steps
+
+    @property
+    def sources(self) -> list[DataSet]:
+        """The sets of training data: `data`, and those of `datasets`."""
+        own = [DataSet(self.data)] if self.data else []
+        return own + datasets_of(self.datasets or [])
 
     @property
     def output(self) -> Path:

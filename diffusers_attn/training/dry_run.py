@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +23,14 @@ from .models import placed, text_encoders
 
 
 class Assigned(NamedTuple):
-    """The usable training examples, and the bucket of each."""
+    """The usable training examples, with the bucket of each and the number of times that an epoch has it."""
 
     examples: list[Example]
     buckets: list[Bucket]
+    repeats: list[int]
 
 
-def assign(examples: list[Example], buckets: Buckets, on_bad_data: str, main_process: bool) -> Assigned:
+def assign(examples: list[Example], buckets: Buckets, repeats: int, on_bad_data: str, main_process: bool) -> Assigned:
     """Finds the bucket of every example without decoding it.
 
     Raises:
@@ -41,7 +44,18 @@ def assign(examples: list[Example], buckets: Buckets, on_bad_data: str, main_pro
         except TrainingDataError as error:
             problems.append(Problem(example.name, str(error)))
     report_problems(problems, len(usable), f"{len(examples)} examples", on_bad_data, main_process=main_process)
-    return Assigned(usable, found)
+    return Assigned(usable, found, [repeats] * len(usable))
+
+
+def largest(assigned: Assigned) -> tuple[int, int]:
+    """The size of the largest bucket in pixels of all frames, and the index of an example in it."""
+    sizes = [each.frames * each.height * each.width for each in assigned.buckets]
+    return max(sizes), sizes.index(max(sizes))
+
+
+def joined(parts: Sequence[Assigned]) -> Assigned:
+    """The examples of several sets of data."""
+    return Assigned(*(list(itertools.chain.from_iterable(each)) for each in zip(*parts)))
 
 
 def encode_largest(
@@ -54,8 +68,7 @@ def encode_largest(
     Returns:
         What `LatentCache.fill` and `TextCache.fill` return.
     """
-    sizes = [each.frames * each.height * each.width for each in assigned.buckets]
-    example = assigned.examples[sizes.index(max(sizes))]
+    example = assigned.examples[largest(assigned)[1]]
     with placed(list(family.encoders.values()), device):
         cached = latents.fill([example], family.encode)
     with placed(list(text_encoders(family.pipeline).values()), device):
@@ -91,7 +104,7 @@ def summary(
     dp_degree, cp_degree = degrees
     batch = config.batch_size * config.gradient_accumulation_steps * dp_degree
     sampler = BatchSampler(
-        assigned.buckets, global_batch_size=batch, repeats=config.repeats, incomplete=config.incomplete_batches
+        assigned.buckets, global_batch_size=batch, repeats=assigned.repeats, incomplete=config.incomplete_batches
     )
     epoch = sampler.steps_per_epoch
     transformer = family.transformer

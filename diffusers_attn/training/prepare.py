@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +20,8 @@ from .data.frames import FramePicking
 from .data.loader import LatentLoader
 from .data.sampler import Share
 from .data.store import read_shapes, read_tensors
-from .dry_run import Assigned, assign, encode_largest
+from .datasets import DataSet
+from .dry_run import Assigned, assign, encode_largest, joined, largest
 from .families import Family
 from .models import fingerprint, placed, text_encoders
 from .parallel import TrainingParallel
@@ -35,6 +38,7 @@ class PreparedData:
         latents: cached latents of the training examples.
         text: file of the embeddings of each caption.
         evaluation: cached latents of the examples for evaluations.
+        repeats: number of times that an epoch has each example: one number, or one for each; [] if not known.
         bucket: (frames, height, width) of the first example.
         fps: median frame rate of the training videos; None if unknown or without videos.
         assigned: in a dry run, all examples with their buckets; `latents` then has only one of them.
@@ -47,8 +51,11 @@ class PreparedData:
         evaluation: list[CachedLatents],
         picking: FramePicking | None = None,
         assigned: Assigned | None = None,
+        repeats: Sequence[int] = (),
     ) -> None:
         self.latents, self.text, self.evaluation, self.assigned = latents, text, evaluation, assigned
+        # One number where all are equal, as runs with a single set of data have stored it in their checkpoints.
+        self.repeats = repeats[0] if len(set(repeats)) == 1 else list(repeats)
         self.bucket = tuple(latents[0].bucket)
         picking = picking or FramePicking()
         rates = [
@@ -78,28 +85,45 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         "on_bad_data": config.on_bad_data, "caption_column": config.caption_column, "main_process": main,
         "excluded": [config.output, config.cache],
     }  # fmt: skip
-    examples = read_examples(config.data, **reading)
+    sources = config.sources
+    examples = [_examples(source, reading) for source in sources]
     held_out: list[Example] = []
     if config.evaluation_every and config.evaluation_data:
         held_out = read_examples(config.evaluation_data, **reading)[: config.evaluation_examples]
-    everything = examples + held_out
-    captions = [each.caption for each in everything]
-    latents = _latent_cache(config, family)
+    captions = [each.caption for each in [*itertools.chain.from_iterable(examples), *held_out]]
+    weights = fingerprint(family.pipeline.vae)
+    caches = [_latent_cache(config, family, weights, source) for source in sources]
+    latents = _latent_cache(config, family, weights)
+    repeats = [config.repeats * source.repeats for source in sources]
     text = _text_cache(config, family)
     if config.dry_run:
-        assigned = assign(examples, latents.buckets, config.on_bad_data, main)
-        cached, embedded = encode_largest(assigned, latents, text, family, device)
-        return PreparedData(cached, embedded, cached, latents.buckets.picking, assigned)
+        parts = [
+            assign(those, cache.buckets, number, config.on_bad_data, main)
+            for those, cache, number in zip(examples, caches, repeats)
+        ]
+        part, cache = max(zip(parts, caches), key=lambda each: largest(each[0])[0])
+        cached, embedded = encode_largest(part, cache, text, family, device)
+        return PreparedData(cached, embedded, cached, latents.buckets.picking, joined(parts))
     with placed(list(family.encoders.values()), device):
         filling: dict[str, Any] = {
             "ranks": parallel.ranks, "on_bad_data": config.on_bad_data, "batch_size": config.cache_batch_size
         }  # fmt: skip
-        cached = latents.fill(examples, family.encode, **filling)
+        filled = [cache.fill(those, family.encode, **filling) for cache, those in zip(caches, examples)]
         cached_held_out = latents.fill(held_out, family.encode, **filling) if held_out else []
     with placed(list(text_encoders(family.pipeline).values()), device):
         embedded = text.fill(captions, family.encode_text, ranks=parallel.ranks)
+    cached = list(itertools.chain.from_iterable(filled))
     evaluation = (cached_held_out or cached)[: config.evaluation_examples]
-    return PreparedData(cached, embedded, evaluation, latents.buckets.picking)
+    used = [number for number, those in zip(repeats, filled) for _ in those]
+    return PreparedData(cached, embedded, evaluation, latents.buckets.picking, repeats=used)
+
+
+def _examples(source: DataSet, reading: dict[str, Any]) -> list[Example]:
+    """The examples of a set of data, with its caption prefix."""
+    found = read_examples(source.path, **reading)
+    if not source.caption_prefix:
+        return found
+    return [dataclasses.replace(each, caption=source.caption_prefix + each.caption) for each in found]
 
 
 def make_loader(
@@ -121,7 +145,7 @@ def make_loader(
         prepared.latents,
         global_batch_size=global_batch,
         seed=config.seed,
-        repeats=config.repeats,
+        repeats=prepared.repeats or config.repeats,
         incomplete=config.incomplete_batches,
     )
     return LatentLoader(
@@ -135,28 +159,34 @@ def make_loader(
     )
 
 
-def buckets_of(config: TrainConfig, family: Family) -> Buckets:
-    """The buckets given by the settings, with sizes and numbers of frames that the family accepts."""
+def buckets_of(config: TrainConfig, family: Family, source: DataSet | None = None) -> Buckets:
+    """The buckets that the settings give, with sizes and numbers of frames that the family accepts.
+
+    Args:
+        config: the settings of the run.
+        family: the family with its pipeline.
+        source: a set of data, whose own settings have precedence. None: those of the run alone.
+    """
     step, offset = family.frame_rule
     default = [1] if family.kind == "image" else [(VIDEO_FRAMES - offset) // step * step + offset]
     return Buckets.of(
-        [side * side for side in config.resolution],
+        [side * side for side in (source and source.resolution) or config.resolution],
         multiple=family.size_multiple,
         aspects=config.aspects or ASPECTS,
-        frames=config.num_frames or default,
+        frames=(source and source.num_frames) or config.num_frames or default,
         frame_rule=family.frame_rule,
         max_upscale=config.max_upscale,
         picking=FramePicking(config.fps, config.frame_pick),
     )
 
 
-def _latent_cache(config: TrainConfig, family: Family) -> LatentCache:
+def _latent_cache(config: TrainConfig, family: Family, weights: str, source: DataSet | None = None) -> LatentCache:
     vae = family.pipeline.vae
-    settings = {"vae": type(vae).__name__, "weights": fingerprint(vae), "dtype": str(vae.dtype)}
+    settings = {"vae": type(vae).__name__, "weights": weights, "dtype": str(vae.dtype)}
     if family.conditioned:  # otherwise families with the same VAE share latents
         others = {name: fingerprint(each) for name, each in family.encoders.items() if name != "vae"}
         settings |= {"family": type(family).__name__, **others}
-    return LatentCache(config.cache, settings, buckets_of(config, family), crop=config.crop, seed=config.seed)
+    return LatentCache(config.cache, settings, buckets_of(config, family, source), crop=config.crop, seed=config.seed)
 
 
 def _text_cache(config: TrainConfig, family: Family) -> TextCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import TrainingError
-from .run_file import did_you_mean
+from .settings import did_you_mean
 
 FOLDER = Path(__file__).with_name("recipe_files")
 

@@ -45,8 +45,11 @@ def write_resolved(
     settings = {name: resolved[name] for name in config.as_dict() if name not in _OMITTED}
     for name in _PATHS:
         value = settings[name]
-        if value is not None and (name == "output_dir" or Path(value).exists()):
+        if value and (name == "output_dir" or Path(value).exists()):
             settings[name] = str(Path(value).resolve())
+    for entry in settings["datasets"] or []:
+        if Path(entry["path"]).exists():
+            entry["path"] = str(Path(entry["path"]).resolve())
     path = config.output / RESOLVED
     number = parallel.ranks.size
     heading = (

@@ -37,7 +37,7 @@ _REFUSED = """
 """The first row determines what the adapter's weights and the optimizer's state mean, the second the examples of a
 step."""
 _GIVEN = """
-    model transformer revision data output_dir cache_dir overwrite dry_run
+    model transformer revision data datasets output_dir cache_dir overwrite dry_run
     batch_size gradient_accumulation_steps cp_degree ulysses_degree ring_degree rotate_method attn_provider cpu timeout
     mixed_precision compile gradient_checkpointing offload find_unused_parameters
     steps learning_rate adam_betas weight_decay adam_eps lr_schedule lr_warmup_steps max_grad_norm adapter_dropout
@@ -48,8 +48,9 @@ _GIVEN = """
     validation_frames
     evaluation_every evaluation_data evaluation_examples push_to_hub hub_model_id
 """
-"""Of `model`, `transformer` and `data` the content is compared: the base model's weights below, the data by the loader.
-An average of the weights (`ema_decay`) cannot be added or removed. The number of examples per step must be the same."""
+"""Of `model`, `transformer`, `data` and `datasets` the content is compared: the base model's weights below, the data by
+the loader. An average of the weights (`ema_decay`) cannot be added or removed. The number of examples per step must be
+the same."""
 SETTINGS = {
     **dict.fromkeys(_REFUSED.split(), Resumed.REFUSED),
     **dict.fromkeys(_GIVEN.split(), Resumed.GIVEN),

@@ -12,16 +12,15 @@ Paths are relative to the working directory, as on the command line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import TrainingError
-from .settings import check_value, file_value, metadata_of
+from .settings import check_value, did_you_mean, file_value, metadata_of
 
 SUFFIXES = (".yaml", ".yml", ".toml")
 RESOLVED = "settings.yaml"
@@ -53,17 +52,14 @@ def read_run_file(path: Path, config: type[Any], others: Mapping[str, type] | No
         if name not in fields:
             raise TrainingError(f"{path}: {str(name)!r} is not a setting.{did_you_mean(str(name), [*fields, *others])}")
         try:
+            if metadata_of(fields[name]).in_files_only:
+                found[name] = value  # checked by the dataclass
+                continue
             found[name] = file_value(name, value, hints[name])
             check_value(name, found[name], hints[name], metadata_of(fields[name]))
         except TrainingError as error:
             raise TrainingError(f"{path}: {error}") from error
     return found
-
-
-def did_you_mean(name: str, names: Collection[str]) -> str:
-    """A sentence with the nearest of `names`, with a space before it; "" if none is near."""
-    near = difflib.get_close_matches(name, names, 1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def write_run_file(path: Path, settings: Mapping[str, Any], groups: Mapping[str, str], heading: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from .bounds import Bounds
@@ -27,6 +28,8 @@ class Metadata(typing.NamedTuple):
     needs: tuple[str, ...] = ()
     """Name of another setting without which this one has no effect, then the values of it that give this one an
     effect. Without values: every value except None, 0 and False does."""
+    in_files_only: bool = False
+    """Whether the setting is for run files, and not for the command line."""
 
 
 def setting(
@@ -36,9 +39,10 @@ def setting(
     bounds: Bounds | None = None,
     length: int | None = None,
     needs: tuple[str, ...] = (),
+    in_files_only: bool = False,
 ) -> Any:
     """A dataclass field for a setting. All arguments but `default` are explained in `Metadata`."""
-    metadata = {"setting": Metadata(help, choices, bounds, length, needs)}
+    metadata = {"setting": Metadata(help, choices, bounds, length, needs, in_files_only)}
     if isinstance(default, (list, tuple)):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -99,6 +103,12 @@ def check_value(name: str, value: Any, hint: Any, metadata: Metadata) -> None:
     for each in value if several else [value]:
         if each not in bounds or (integers and not isinstance(each, int)):
             raise TrainingError(f"{option(name, value)}: {kind} {bounds} are accepted.")
+
+
+def did_you_mean(name: str, names: Collection[str]) -> str:
+    """A sentence with the nearest of `names`, with a space before it; "" if none is near."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def file_value(name: str, value: Any, hint: Any) -> Any:

@@ -32,6 +32,7 @@ from .runs import make_data, train
 MUST = {"model": "m", "data": "d"}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 OTHERS = {
+    "datasets": [{"path": "other"}],
     "revision": "other", "rotate_method": "alltoall", "attn_provider": "native", "mixed_precision": "bf16",
     "aspects": [2.0], "num_frames": [5], "fps": 8.0, "caption_column": "other", "max_sequence_length": 8,
     "cache_dir": "other", "alpha": 2.0, "targets": ["other"], "ema_decay": 0.5, "lr_warmup_steps": 7,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
@@ -16,7 +18,7 @@ from diffusers_attn.training.run_file import read_run_file
 
 from ..documents import ROOT
 from ..marks import thorough_but
-from .runs import train
+from .runs import make_data, train
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +129,59 @@ def test_a_run_is_repeated_from_the_file_beside_its_adapter(settings_of, tmp_pat
     with pytest.raises(TrainingError, match="has checkpoints of an earlier run"):
         AcceleratorState._reset_state(True)
         Trainer(TrainConfig.from_arguments(["--config", str(file)]))
+
+
+def test_several_sets_of_data(settings_of, tmp_path, capsys):
+    made = settings_of("cogview4", gradient_accumulation_steps=1, lr_warmup_steps=0)
+    more = make_data("image", tmp_path / "more", 2)
+    datasets = [
+        {"path": made["data"], "repeats": 2},
+        {"path": str(more), "caption_prefix": "sks style, ", "resolution": 32},
+    ]
+    path = tmp_path / "run.yaml"
+    settings = {name: each for name, each in made.items() if name != "data"}
+    path.write_text(yaml.safe_dump({**settings, "datasets": datasets, "repeats": 1, "steps": 12}))
+    arguments = ["--config", str(path)]
+    train_with(TrainConfig.from_arguments([*arguments, "--dry_run"]))
+    said = capsys.readouterr().out
+    assert "dry run of 12 steps per epoch" in said  # 5 examples twice, and 2 once
+    assert "1x48x48: 5 examples" in said and "1x32x32: 2 examples" in said
+
+    trainer, steps = train_with(TrainConfig.from_arguments(arguments))
+    found = trainer.prepared.latents
+    uses = Counter(index for number in range(12) for index in trainer.training.loader.sampler.step(number).indices)
+    assert [uses[i] for i in range(len(found))] == [2] * 5 + [1] * 2
+    assert {each.bucket.height for each in found[:5]} == {48} and {each.bucket.height for each in found[5:]} == {32}
+    assert [each.example.caption for each in found[5:]] == ["sks style, number 0", "sks style, number 1 and more of it"]
+    assert len({each["loss"] for each in steps}) == 12
+
+    written = Path(made["output_dir"], "settings.yaml")
+    again = TrainConfig.from_arguments(["--config", str(written), "--output_dir", str(tmp_path / "again")])
+    assert train_with(again)[1] == steps
+
+
+def train_with(config):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    steps = []
+    trainer = Trainer(config, on_step=lambda step, numbers: steps.append({"step": step, **numbers}))
+    trainer.run()
+    return trainer, steps
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ([{"repeats": 2}], "datasets, entry 1: `path` is missing"),
+        ([{"path": "a"}, {"path": "b", "repeat": 2}], r"datasets, entry 2: 'repeat' .*Did you mean 'repeats'\?"),
+        ([{"path": "a", "repeats": 0}], "datasets, entry 1: --repeats 0: whole numbers from 1"),
+        (["a"], "datasets, entry 1: names with values are accepted"),
+        ({"path": "a"}, "datasets: a list is accepted"),
+    ],
+)
+def test_a_mistake_in_a_set_of_data_is_named(datasets, message):
+    with pytest.raises(TrainingError, match=message):
+        TrainConfig(model="m", datasets=datasets)
 
 
 TINY = {
