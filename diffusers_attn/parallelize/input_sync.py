@@ -135,7 +135,7 @@ class InputSync:
     def _kept(self, own: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """Tensors with these values: this rank's own tensor objects if the values are its own."""
         self.received.forget()
-        return [mine if mine is each else self.received.keep(mine, each) for mine, each in zip(own, values)]
+        return self.received.keep(own, values)
 
 
 def _autocast(device: str) -> str:

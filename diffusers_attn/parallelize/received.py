@@ -7,6 +7,7 @@ another prompt. So received values live exactly as long as the input that they r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,20 +37,45 @@ class ReceivedInputs:
         """Frees the values of inputs that no longer exist."""
         self._entries = {key: entry for key, entry in self._entries.items() if not entry.memory.expired()}
 
-    def keep(self, own: Tensor, values: Tensor) -> Tensor:
-        """A tensor like `own` with these values; the tensor of an earlier forward if `own` has the same memory."""
+    def keep(self, own: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors like `own` with these values; the tensors of an earlier forward if `own` have the same memory. A
+        value that is this rank's own tensor object stays so."""
+        kept, copies = list(own), _Copies()
+        with torch.no_grad():
+            for number, (mine, value) in enumerate(zip(own, values)):
+                if mine is not value:
+                    kept[number] = self._place(mine, value, copies)
+            copies.make()
+        return kept
+
+    def _place(self, own: Tensor, value: Tensor, copies: _Copies) -> Tensor:
+        """The tensor for the values of `own`, into which `copies` will write `value`."""
         storage = own.untyped_storage()
-        key = storage._cdata, own.storage_offset(), own.dtype, tuple(own.shape), own.stride()
+        key = storage._cdata, own.storage_offset(), own.dtype, own.shape, own.stride()
         version = None if own.is_inference() else own._version
         entry = self._entries.get(key)
-        with torch.no_grad():
-            if entry is None or entry.received.is_inference() != torch.is_inference_mode_enabled():
-                received = torch.empty_like(own, requires_grad=False).copy_(values)
-            elif entry.version == version:
-                # Equal values. `.data` keeps the version, since autograd may have saved this tensor.
-                received = entry.received
-                received.data.copy_(values)
-            else:
-                received = entry.received.copy_(values)
+        if entry is None or entry.received.is_inference() != torch.is_inference_mode_enabled():
+            received = torch.empty_like(own, requires_grad=False)
+            copies.add(received, value)
+        else:
+            received = entry.received
+            # If values are equal, `.data` keeps the version, since autograd may have saved this tensor.
+            copies.add(received.data if entry.version == version else received, value)
         self._entries[key] = _Entry(StorageWeakRef(storage), received, version)
         return received
+
+
+class _Copies:
+    """Copies of tensors, made by one kernel for each dtype."""
+
+    def __init__(self) -> None:
+        self._lists: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        targets, sources = self._lists.setdefault((target.dtype, target.device), ([], []))
+        targets.append(target)
+        sources.append(source)
+
+    def make(self) -> None:
+        for targets, sources in self._lists.values():
+            torch._foreach_copy_(targets, sources)

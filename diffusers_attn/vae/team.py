@@ -10,10 +10,7 @@ from torch import Tensor
 
 from ..context_parallel.comm import rank_progress
 from ..context_parallel.comm.group import Group
-from ..context_parallel.comm.process_groups import resolve
-
-_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""PyTorch 2.13 gave the function another name."""
+from ..context_parallel.comm.process_groups import all_gather, resolve
 
 
 class Team(NamedTuple):
@@ -107,7 +104,7 @@ class _Arriving(NamedTuple):
         """Starts to gather a flat tensor."""
         gathered = sent.new_empty(axis.size * sent.numel())
         try:
-            work = _all_gather(gathered, sent, group=resolve(axis.name), async_op=True)
+            work = all_gather(gathered, sent, group=resolve(axis.name), async_op=True)
         except RuntimeError as error:
             raise rank_progress.explained(error, axis.name) from error
         return _Arriving(sent, gathered, work, axis)

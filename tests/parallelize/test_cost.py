@@ -67,7 +67,9 @@ def by_memory(meshes):
     with Operations() as operations:
         for turn in range(3):
             lane.captured = turn > 0  # a CUDA graph holds what ran before: NCCL cannot make a communicator in it
-            found = gather(mine, shards, 0, mesh), first_ranks_rows(full * (1 + mesh.rank), 7, group)
+            own = full * (1 + mesh.rank)
+            found = gather(mine, shards, 0, mesh), first_ranks_rows(own, 7, group)
+            assert (found[1] is own) == (mesh.rank == 0)  # the first rank copies nothing to itself
             more = gather_rows(mine.to(torch.uint8) + turn, shards.sizes, group)
             assert more.tolist() == (full.to(torch.uint8) + turn).tolist()
     lane.captured = False

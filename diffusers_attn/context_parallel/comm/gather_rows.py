@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .gathered_rows import EVERYONE, GatheredRows
+from .gathered_rows import EVERYONE, OTHERS, GatheredRows
 from .group import Group
 from .symmetric_gather import SymmetricGather, opened_gather
 
@@ -45,9 +45,19 @@ def gather_rows(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
 
 def first_ranks_rows(tensor: Tensor, rows: int, group: Group) -> Tensor:
     """The first rank's `tensor`, which has so many rows. Of the others', only dtype and further sizes matter. All ranks
-    of `group` must call this."""
+    of `group` must call this. The result may be memory in which the next gather of the group but one is received, so
+    copy it before the next one."""
     sizes = (rows, *[0] * (group.size - 1))
-    return gather_rows(tensor if group.rank == 0 else tensor[:0], sizes, group)
+    own = tensor if group.rank == 0 else tensor[:0]
+    gather = None if torch.compiler.is_compiling() else opened_gather(group.name)
+    flat = own.contiguous().view(1, own.shape[0], math.prod(own.shape[1:]))
+    if gather is None or not gather.has_room(
+        GatheredRows.of([flat], sizes, group.rank, EVERYONE).length * flat.itemsize, _MOST
+    ):
+        return gather_rows(own, sizes, group)
+    gather.start([flat], sizes, _TICKET, OTHERS)
+    (arrived,) = GatheredRows.of([flat], sizes, group.rank, OTHERS).views(gather.finish(_TICKET))
+    return tensor if group.rank == 0 else arrived.view(rows, *tensor.shape[1:])
 
 
 def _pushed(gather: SymmetricGather, rows: Tensor, layout: GatheredRows, sizes: tuple[int, ...]) -> Tensor:

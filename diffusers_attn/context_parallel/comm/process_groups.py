@@ -21,6 +21,10 @@ def job_store() -> Any:
     return distributed_c10d._get_default_store()
 
 
+all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""`torch.distributed.all_gather_into_tensor`, which PyTorch 2.13 renamed."""
+
+
 def is_alive(group: dist.ProcessGroup) -> bool:
     """Whether the group can still be used and destroyed: neither the group nor the job has been destroyed."""
     return dist.is_initialized() and group in distributed_c10d._world.pg_map
