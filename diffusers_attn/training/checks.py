@@ -134,8 +134,21 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
         check_targets(family.transformer, config.targets)
     check_adapter_kind(config, family.transformer)
     _check_adapter(config, family.transformer, adapter)
+    _check_references(config, family)
     _check_buckets(config, family)
     _check_samples(config, family)
+
+
+def _check_references(config: TrainConfig, family: Family) -> None:
+    name = type(family.pipeline).__name__
+    if config.references is not None and not family.most_references:
+        raise TrainingError(
+            f"{option('references', config.references)}: {name} takes no reference images. Leave it out."
+        )
+    if config.references is None and family.most_references:
+        raise TrainingError(
+            f"{name} draws from a reference image. Give the folder of those of your examples with --references."
+        )
 
 
 def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:

@@ -71,6 +71,10 @@ class TrainConfig:
         "and num_frames (default: none)",
         in_files_only=True,
     )
+    references: str | None = setting(
+        None,
+        "Folder with the reference images of an editing model: for a.png in --data, a.* or, if several, a_1.*, a_2.*",
+    )
     output_dir: str = setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")
     overwrite: bool = setting(False, "Replace the files of an earlier run in output_dir")
     dry_run: bool = setting(
@@ -370,6 +374,11 @@ class TrainConfig:
             raise TrainingError(
                 f"{option('offload', self.offload)} with --compile: compiled blocks keep their weights. Leave one of "
                 "them out."
+            )
+        if self.references is not None and self.datasets:
+            raise TrainingError(
+                f"{option('references', self.references)} is accepted with --data only, not with further datasets, "
+                "whose files may have the same names. Put all images into one folder."
             )
         if self.lr_warmup_steps is not None and self.lr_warmup_steps > self.steps:
             raise TrainingError(

@@ -7,6 +7,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .data.collate import collate, varying
 from .data.examples import Example, read_examples
 from .data.frames import FramePicking
 from .data.loader import LatentLoader
+from .data.references import with_references
 from .data.sampler import Share
 from .data.store import read_shapes, read_tensors
 from .datasets import DataSet
@@ -85,11 +87,18 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         "on_bad_data": config.on_bad_data, "caption_column": config.caption_column, "main_process": main,
         "excluded": [config.output, config.cache],
     }  # fmt: skip
+    if config.references is not None:
+        reading["excluded"].append(Path(config.references))
     sources = config.sources
     examples = [_examples(source, reading) for source in sources]
     held_out: list[Example] = []
     if config.evaluation_every and config.evaluation_data:
         held_out = read_examples(config.evaluation_data, **reading)[: config.evaluation_examples]
+    if config.references is not None:
+        finding: dict[str, Any] = {"on_bad_data": config.on_bad_data, "main_process": main}
+        finding["most"] = family.most_references
+        examples = [with_references(each, config.references, **finding) for each in examples]
+        held_out = with_references(held_out, config.references, **finding) if held_out else []
     captions = [each.caption for each in [*itertools.chain.from_iterable(examples), *held_out]]
     weights = fingerprint(family.pipeline.vae)
     caches = [_latent_cache(config, family, weights, source) for source in sources]

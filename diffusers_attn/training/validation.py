@@ -67,12 +67,14 @@ class Validation:
             self.call |= family.guidance_arguments(scale)
         else:
             scale = family.default_guidance
+        from PIL import ImageOps
+
         self.encoded: list[dict[str, Any]] = []
         if self.prompts:
             with placed(list(text_encoders(family.pipeline).values()), device):
                 self.encoded = [family.prompt_arguments(each, None, guided=scale > 1) for each in self.prompts]
         for arguments, path in zip(self.encoded, config.validation_images or []):
-            arguments["image"] = read_image(path)
+            arguments["image"] = ImageOps.fit(read_image(path), (width, height))
 
     def generate(
         self,

@@ -237,6 +237,27 @@ def krea2() -> diffusers.Krea2Pipeline:
     )  # fmt: skip
 
 
+def flux_kontext() -> diffusers.FluxKontextPipeline:
+    """A guidance-distilled FLUX.1 Kontext."""
+    tokenizer, config = _clip()
+    tokenizer_2, encoder_2 = _t5_encoder()
+    return diffusers.FluxKontextPipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.CLIPTextModel(config).eval(),
+        tokenizer_2=tokenizer_2,
+        text_encoder_2=encoder_2,
+        vae=diffusers.AutoencoderKL(**_VAE, shift_factor=0.1, scaling_factor=0.4).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        transformer=_random(
+            diffusers.FluxTransformer2DModel(
+                in_channels=4 * LATENTS, num_layers=1, num_single_layers=1, num_attention_heads=4,
+                attention_head_dim=16, joint_attention_dim=TEXT_DIM, pooled_projection_dim=16,
+                axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+            )
+        ),
+    )  # fmt: skip
+
+
 def wan_i2v() -> diffusers.WanImageToVideoPipeline:
     """Wan 2.1 from an image, whose embedding is an input as well."""
     base = tiny_pipelines.wan()
@@ -281,6 +302,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "hunyuan_video": hunyuan_video,
     "hunyuan_video15": hunyuan_video15,
     "krea2": krea2,
+    "flux_kontext": flux_kontext,
     "wan_i2v": wan_i2v,
     "wan_ti2v": wan_ti2v,
     "wan_a14b": wan_a14b,

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lumina2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 243},
     "hunyuan_video": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 600},
     "hunyuan_video15": {"resolution": [48], "aspects": [1.0], "num_frames": [9]},
+    "flux_kontext": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43, "guidance": 2.5},
     "wan_i2v": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
     "wan_ti2v": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
     "wan_a14b": {
@@ -42,7 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "krea2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 273},
 }
 VIDEOS = ("wan", "cogvideox", "ltx", "hunyuan_video", "hunyuan_video15", "wan_i2v", "wan_ti2v", "wan_a14b")
-FROM_IMAGE = ("wan_i2v", "wan_ti2v")
+FROM_IMAGE = ("wan_i2v", "wan_ti2v", "flux_kontext")
+WITH_REFERENCES = ("flux_kontext",)
 QUICK = ("flux", "wan", "cogvideox", "cogview4", "qwen_image", "z_image", "flux2")
 """Families that the usual tests train. The tests called thorough train the others."""
 COMMON: dict[str, Any] = {

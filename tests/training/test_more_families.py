@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_attn.training.lora import loads_adapters
 
 from .data.media import picture
-from .runs import FROM_IMAGE, QUICK, SETTINGS, train_all
+from .runs import FROM_IMAGE, QUICK, SETTINGS, WITH_REFERENCES, train_all
 from .worlds import World
 
 OTHERS = [name for name in SETTINGS if name not in QUICK]
@@ -35,6 +35,7 @@ def pictures(settings, adapter):
         "output_type": "latent",
         "image": Image.new("RGB", (48, 48), "red"),
     }
+    arguments |= {"max_area": settings["resolution"][0] ** 2, "_auto_resize": False}
     arguments = {key: each for key, each in arguments.items() if key in accepted and each is not None}
 
     def draw():
@@ -51,13 +52,18 @@ def pictures(settings, adapter):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_ring_of_two_trains_like_one_process(name, run_worlds, settings_of, tmp_path):
-    if name in FROM_IMAGE:
+    if name in ("wan_i2v", "wan_ti2v"):
         pytest.importorskip("ftfy", reason="diffusers' pipelines of Wan from an image need ftfy")
     few = {"steps": 2, "batch_size": 2, "lr_warmup_steps": 0, "caption_dropout": 0.3}
     samples = {"validation_prompts": ["a cat"], "validation_every": 1, "validation_steps": 2}
     if name in FROM_IMAGE:
         picture(tmp_path / "first.png", width=48, height=48, seed=0)
         samples["validation_images"] = [str(tmp_path / "first.png")]
+    if name in WITH_REFERENCES:
+        (tmp_path / "references").mkdir()
+        for i in range(5):
+            picture(tmp_path / "references" / f"{i}.png", width=40, height=56, seed=10 + i)
+        few["references"] = str(tmp_path / "references")
     one, two = settings_of(name, **few, **samples), settings_of(name, **few, cp_degree=2, ring_degree=2)
     [[alone]], together = run_worlds(World(1, train_all, {"several": [one]}), World(2, train_all, {"several": [two]}))
     assert len({step["loss"] for step in alone["steps"]}) == 2

@@ -31,8 +31,9 @@ from .store import TensorStore, hash_of
 _FORMAT = 1
 """Version of the preprocessing. Increase it if the same settings give other pixels; files are then computed again."""
 
-Encode = Callable[[Tensor], Mapping[str, Tensor]]
-"""Encodes pixels, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors [batch, ...] by name."""
+Encode = Callable[..., Mapping[str, Tensor]]
+"""Encodes pixels, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors [batch, ...] by name. The reference
+images of examples that have any are the second argument, float32 [batch, number, 3, height, width] in [-1, 1]."""
 EncodeText = Callable[[list[str]], Mapping[str, Tensor]]
 """Encodes captions to tensors [batch, ...] by name."""
 
@@ -161,9 +162,12 @@ class LatentCache:
         """The work for each example by its index, and the problem of each that has no bucket."""
         self.store.remove_unfinished()
         digests = content_digests([example.source for example in examples], self.folder / "digests", ranks)
+        references = [each for example in examples for each in example.references]
+        of_references = iter(content_digests(references, self.folder / "digests", ranks) if references else [])
         work: dict[int, _Work] = {}
         problems: dict[int, str] = {}
         for i, (example, digest) in enumerate(zip(examples, digests)):
+            given = [next(of_references) for _ in example.references]
             try:
                 bucket = self.buckets.bucket(example)
                 numbers = self.buckets.numbers(example, bucket)
@@ -177,23 +181,31 @@ class LatentCache:
                 "frames": numbers,
                 "crop": self.crop if self.crop == "centre" else [self.crop, self.seed],
                 "settings": self.settings,
+                **({"references": given} if given else {}),
             }
             work[i] = _Work(hash_of(made_from), made_from, example, bucket, numbers)
         return work, problems
 
     def _pixels(self, work: _Work) -> Tensor | TrainingDataError:
+        """The frames of an example, followed by its reference images: [number, 3, height, width]."""
         # The seed depends on the content, not on the example's position in the data.
         seed = self.seed ^ int(work.made_from["content"][:12], 16)
+        how: dict[str, Any] = {"crop": self.crop, "seed": seed}
+        one = work.bucket._replace(frames=1)
         try:
-            return resize_crop(decode.read(work.example, work.numbers), work.bucket, crop=self.crop, seed=seed)
+            pixels = resize_crop(decode.read(work.example, work.numbers), work.bucket, **how)
+            references = [resize_crop([decode.read_image(each)], one, **how) for each in work.example.references]
+            return torch.cat([pixels, *references])
         except TrainingDataError as error:
             return error
 
     def _encode(self, good: list[tuple[_Work, Tensor]], encode: Encode) -> None:
-        pixels = torch.stack([pixels.transpose(0, 1) for _, pixels in good])
+        joined = torch.stack([pixels for _, pixels in good])
+        frames = good[0][0].bucket.frames
+        pixels, references = joined[:, :frames].transpose(1, 2), joined[:, frames:]
         names = [each.example.name for each, _ in good]
         with torch.no_grad(), _naming("encoding", names):
-            rows = _rows(encode(pixels), names)
+            rows = _rows(encode(pixels, references) if references.shape[1] else encode(pixels), names)
         for (each, _), tensors in zip(good, rows):
             self.store.write(each.key, tensors, each.made_from)
 

@@ -41,6 +41,8 @@ class Example:
     source: Source
     times: tuple[float, ...] | None = None
     """Time of each frame in seconds from the first, for a video with a variable frame rate."""
+    references: tuple[Source, ...] = ()
+    """Reference images."""
 
 
 class _Candidate(NamedTuple):

@@ -64,6 +64,8 @@ class Family(abc.ABC):
     """Required prediction_type of the scheduler, if its configuration has one."""
     vae_has_frames: ClassVar[bool] = True
     """Whether the VAE's images have a dimension of frames, also those of a single frame."""
+    most_references: ClassVar[int] = 0
+    """Largest number of reference images of an example. All models that have any need at least one."""
     takes_image: ClassVar[bool] = False
     """Whether the pipeline's call needs an image."""
     conditioned: ClassVar[bool] = False
@@ -247,8 +249,13 @@ class Family(abc.ABC):
         """The models that `encode` runs, by component name."""
         return {"vae": self.pipeline.vae}
 
-    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+    def encode(self, pixels: Tensor, references: Tensor | None = None) -> dict[str, Tensor]:
         """The VAE's distribution of latents for `pixels`, float [batch, 3, frames, height, width] in [-1, 1].
+
+        Args:
+            pixels: images or videos.
+            references: reference images, float [batch, number, 3, height, width] in [-1, 1]; None for families
+                without `most_references`.
 
         Returns:
             "latents_mean" and "latents_logvar", float32 [batch, channels, frames, height, width], on the CPU, as the

@@ -18,7 +18,7 @@ class Flux(Family):
     vae_has_frames = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_length = 512
-    pipelines = ("FluxPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     provided_inputs: ClassVar[tuple[str, ...]] = ("guidance_embeds",)
     packed = 4
     negative_prompts = False

@@ -1,0 +1,78 @@
+"""Reference images are found by the names of examples, and all problems with them are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffusers_attn.training import TrainConfig, TrainingError
+from diffusers_attn.training.data import Buckets, LatentCache
+from diffusers_attn.training.data.errors import TrainingDataError
+from diffusers_attn.training.data.examples import read_folder
+from diffusers_attn.training.data.references import with_references
+
+from .media import picture
+
+
+@pytest.fixture
+def examples(tmp_path):
+    for name in ("a", "people/b"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(tmp_path / "data" / f"{name}.png", width=8, height=8, seed=len(name))
+        (tmp_path / "data" / f"{name}.txt").write_text(name)
+    return read_folder(tmp_path / "data")
+
+
+def references(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(folder / name, width=8, height=8, seed=1)
+    return folder
+
+
+def names(examples):
+    return [[each.path.name for each in example.references] for example in examples]
+
+
+def test_one_or_several_by_name(examples, tmp_path):
+    folder = references(tmp_path / "one", "a.jpg", "people/b.png", "c.png")
+    assert names(with_references(examples, folder)) == [["a.jpg"], ["b.png"]]
+    folder = references(tmp_path / "two", "a_1.png", "a_2.png", "people/b_1.png", "people/b_2.png", "people/b_4.png")
+    assert names(with_references(examples, folder, most=2)) == [["a_1.png", "a_2.png"], ["b_1.png", "b_2.png"]]
+
+
+def test_problems_are_named(examples, tmp_path):
+    folder = references(tmp_path / "few", "a.png")
+    with pytest.raises(TrainingDataError, match=r"no reference image people/b\.\* or people/b_1\.\*"):
+        with_references(examples, folder)
+    assert names(with_references(examples, folder, on_bad_data="skip")) == [["a.png"]]
+    (folder / "people").mkdir()
+    (folder / "people" / "b.png").write_bytes(b"no image")
+    with pytest.raises(TrainingDataError, match="people/b.png.*broken image"):
+        with_references(examples, folder)
+    folder = references(tmp_path / "unequal", "a_1.png", "people/b_1.png", "people/b_2.png")
+    with pytest.raises(TrainingDataError, match="2 reference images, but the first example has 1"):
+        with_references(examples, folder, most=2)
+    with pytest.raises(TrainingDataError, match="2 reference images, but the model accepts 1"):
+        with_references(examples, folder)
+    with pytest.raises(TrainingDataError, match="there is no folder"):
+        with_references(examples, tmp_path / "nothing")
+
+
+def test_examples_with_another_reference_are_encoded_again(examples, tmp_path):
+    cache = LatentCache(tmp_path / "cache", {}, Buckets.of(8 * 8, multiple=8, aspects=[1.0]))
+    shapes = []
+
+    def encode(pixels, references):
+        shapes.append((tuple(pixels.shape), tuple(references.shape)))
+        return {"latents_mean": pixels.mean((1, 3, 4)), "reference": references.mean((2, 3, 4))}
+
+    for seed in (1, 1, 2):
+        folder = references(tmp_path / "references", "people/b.png")
+        picture(folder / "a.png", width=12, height=8, seed=seed)
+        cache.fill(with_references(examples, folder), encode)
+    assert shapes == [((1, 3, 1, 8, 8), (1, 1, 3, 8, 8))] * 3
+
+
+def test_they_belong_to_one_folder_of_data():
+    with pytest.raises(TrainingError, match="--references r is accepted with --data only, not with further datasets"):
+        TrainConfig(model="model", data="data", references="r", datasets=[{"path": "more"}])
