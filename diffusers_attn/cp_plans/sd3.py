@@ -7,7 +7,7 @@ from . import advanced
 from .plan import CPAttention, CPInput, CPOutput, ParamId, Plan
 
 _ADAPTER = advanced.CPForbidden(
-    "an IP-Adapter joins its image's keys, which every rank has whole, with those of the picture, which are split. "
+    "an IP-Adapter joins its image's keys, which are replicated, with those of the picture, which are split. "
     "Take the adapter off (pipe.unload_ip_adapter()), or run on one device."
 )
 

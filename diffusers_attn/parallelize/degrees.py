@@ -79,7 +79,7 @@ RULES = (
     _Rule(
         lambda job: job.by_place and job.rotate_method is None,
         False,
-        "an option of the provider counts positions of the whole sequence, which only Ulysses gives a kernel",
+        "an option of the provider counts positions of the full sequence, which only Ulysses gives a kernel",
     ),
     _Rule(
         lambda job: job.rotate_method is not None and job.nodes == 1,

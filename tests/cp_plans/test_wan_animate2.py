@@ -71,7 +71,7 @@ def test_without_exchange_it_is_wrong(pool, name):
     ],
 )
 def test_a_cache_has_a_rank_s_shard(pool, ring, ulysses, mode, provider, filled_before):
-    """And where it was filled before, by a model that was whole, all."""
+    """A cache that the model filled before it was split has all tokens."""
     options = {"ring": ring, "ulysses": ulysses, "inputs": mode, "provider": provider, "filled_before": filled_before}
     found = pool.run(ring * ulysses, compare_enabled, **options)
     assert max(error for error, _ in found) < 2e-5

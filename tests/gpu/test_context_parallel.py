@@ -165,7 +165,7 @@ def _attention(mesh, provider, case, dtype, train):
         wanted += shards
     errors = []
     for ours, true, each in zip(found, expected, wanted):
-        # Of the whole tensor's norm: a rank may hold a few tokens of which softmax leaves no gradient.
+        # Relative to the full tensor's norm: softmax may leave no gradient in the few tokens of a rank.
         share = each.sizes[mesh.rank] / each.total
         difference = ours.double() - split(true.detach().transpose(1, 2), each, 1, mesh.rank)
         errors.append((difference.norm() / (true.norm() * share**0.5).clamp(min=1e-1)).item())

@@ -68,7 +68,7 @@ def test_bfloat16_is_as_exact_as_on_one_gpu(gpus, name):
 
 @torch.no_grad()
 def peaks(meshes):
-    """Bytes for activations of a decoding, whole and split, and the error of the latter."""
+    """Bytes for activations of a decoding, replicated and split, and the error of the latter."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLWan().to("cuda", torch.bfloat16).eval()
     latents = torch.randn(1, 16, 3, 60, 104, device="cuda", dtype=torch.bfloat16)

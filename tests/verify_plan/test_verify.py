@@ -147,7 +147,7 @@ BROKEN = {
         "",
         ["not gathered", "after 'proj_out', the last"],
     ),
-    "text is whole": (
+    "text is replicated": (
         "flux",
         without("flux", ("", "encoder_hidden_states"), ("", "txt_ids")),
         "transformer_blocks.0.attn",
@@ -245,7 +245,7 @@ def test_a_comparison_that_notices_nothing_is_no_proof(verify):
 
 
 def test_gradients_are_looked_at(verify):
-    """A sequence that every rank has whole counts once for each rank."""
+    """A replicated sequence counts once for each rank."""
     plan = {"proj_out": CPAttention(())}
     report = verify("small", plan, Small(Attention), replace_sdpa=True, gradients=True)
     assert report.strategies[0].gradient_error < 1e-4 and report.insensitive

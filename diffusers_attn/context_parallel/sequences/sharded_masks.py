@@ -92,7 +92,7 @@ def sharded_mask(
     raise AttentionProviderError(
         f"attn_mask has shape {list(mask.shape if given is None else given)} on rank {rank}, which holds {queries} of "
         f"{query_shards.total} queries and {keys} of {key_shards.total} keys. Accepted are [batch, 1, 1, {keys}] (a "
-        f"key mask, split like the keys), [batch, 1, 1, {key_shards.total}] (a whole one) and [batch, heads, "
+        f"key mask, split like the keys), [batch, 1, 1, {key_shards.total}] (for all keys) and [batch, heads, "
         f"{query_shards.total} or {queries} or 1, {key_shards.total}] (all rows or this rank's, all keys). A mask "
         "that a block makes from one value per token is an outer product of local values; its plan has to say so."
     )

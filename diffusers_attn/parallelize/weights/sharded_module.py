@@ -26,7 +26,7 @@ REFUSED = {
     "fuse_qkv_projections": "fused projections copy weights, of which a rank has a shard. Fuse them before "
     "enable_context_parallel.",
     "unfuse_qkv_projections": f"fused projections belong to the shards. {_REMEDY}",
-    "resize_token_embeddings": "new tokens need the whole embedding. Add them, and textual inversions, before "
+    "resize_token_embeddings": "new tokens need the full embedding. Add them, and textual inversions, before "
     "enable_context_parallel.",
     "enable_group_offload": "offloading moves weights that the ranks gather. shard_weights alone saves the memory; or "
     "leave it out, and offload.",

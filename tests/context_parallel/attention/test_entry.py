@@ -38,11 +38,11 @@ def over_ranks(meshes, ring, ulysses):
     outer = tokens[:, None, :, None] & tokens[:, None, None, :]
     bias = torch.randn(HEADS, 1, JOINT, dtype=torch.float64)
     count = local[0].shape[1]
-    # Name: what arrives at attention on this rank, and the mask of the whole sequence that it stands for.
+    # Name: what arrives at attention on this rank, and the mask of the full sequence that it stands for.
     masks = {
         "none": (None, None),
         "split keys": (take(keys, runs, 3), keys),
-        "whole keys": (keys, keys),
+        "all keys": (keys, keys),
         "expanded keys": (take(keys, runs, 3).expand(BATCH, HEADS, count, count), keys),
         "one sample's keys": (keys[0, 0], keys[:1]),
         "rows": (take(rows, runs, 2), rows),

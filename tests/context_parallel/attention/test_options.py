@@ -103,7 +103,7 @@ def tensors(queries, keys):
 
 @pytest.mark.parametrize("what", ["window_size", "is_causal"])
 def test_what_counts_positions_is_refused_where_a_rank_does_not_know_them(what):
-    """To keys that are whole, by lengths and by the plan; and where the order of joined sequences is not known."""
+    """Attention to replicated keys, by lengths and by the plan; and joined sequences in an unknown order."""
     asked = {"is_causal": True} if what == "is_causal" else {"options": WINDOW}
     tracker = split_sequences(MESH, image=IMAGE, text=TEXT)
     own, other = tracker.shards(("image",)).sizes[1], tracker.shards(("text",)).sizes[1]
@@ -117,7 +117,7 @@ def test_what_counts_positions_is_refused_where_a_rank_does_not_know_them(what):
             tracker.role = role
             with pytest.raises(AttentionProviderError, match=f"{what}=.* counts positions.*and all keys"):
                 split_attention(AttentionCall(*tensors(queries, keys), provider="_native_math", **asked), tracker)
-        for role, queries, keys in ((REPLICATED, 40, 40), (None, 30, 40)):  # all of it is whole
+        for role, queries, keys in ((REPLICATED, 40, 40), (None, 30, 40)):  # all of it is replicated
             tracker.role = role
             found = split_attention(AttentionCall(*tensors(queries, keys), provider="_native_math", **asked), tracker)
             assert found is None

@@ -256,7 +256,7 @@ def test_a_model_is_not_kept_alive():
 def test_a_module_with_a_plan_pickles():
     model = Layers([Add()])
     apply_context_parallel(model, MESH, {"layers.*": {ParamId("x"): CPInput(1)}})
-    assert pickle.loads(pickle.dumps(model))(tokens(8)).shape == (1, 8)  # a copy is a whole model
+    assert pickle.loads(pickle.dumps(model))(tokens(8)).shape == (1, 8)  # a copy is not split
 
 
 def test_outputs_of_every_form_are_gathered():
@@ -316,9 +316,9 @@ def test_lengths_say_what_attention_joins():
     assert queries.sizes == keys.sizes == (17, 16, 15) and not in_order
     queries, keys, in_order = tracker.attention(12, 4)
     assert queries.total == 35 and keys.total == 13 and in_order
-    assert tracker.attention(12, 77) is None  # whole keys
+    assert tracker.attention(12, 77) is None  # replicated keys
     with pytest.raises(AttentionProviderError, match="mix"):
-        tracker.attention(25, 25)  # 13 whole ones and 12
+        tracker.attention(25, 25)  # 13 replicated ones and 12
     with pytest.raises(AttentionProviderError, match="mix"):
         tracker.attention(35, 4)
 

@@ -97,7 +97,7 @@ def test_a_part_of_a_model_that_is_split_is_not_split_again():
 
 
 def test_an_adapter_that_copies_a_layer():
-    """PEFT keeps a copy of a module that is to be trained whole: it must not gather twice."""
+    """PEFT keeps a copy of a module that it trains (`modules_to_save`): it must not gather twice."""
     from peft import LoraConfig
 
     model = CASES["flux"].build()

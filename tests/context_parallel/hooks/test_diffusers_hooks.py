@@ -278,7 +278,7 @@ def test_hooks_that_nobody_knows():
 
 
 def test_hooks_on_the_model_itself():
-    """They run within the model's own plan entry, so that they may see whole tensors only where there is none."""
+    """They run within the model's own plan entry, so they may see full tensors only if there is none."""
     from diffusers import TextKVCacheConfig
     from diffusers.hooks import apply_text_kv_cache
 
@@ -288,7 +288,7 @@ def test_hooks_on_the_model_itself():
     registry(cogview).register_hook(Unknown(), "mine")
     with pytest.raises(AttentionProviderError, match=r"^FluxTransformer2DModel has a hook of diffusers, Unknown"):
         registry(flux).register_hook(Unknown(), "mine")
-    with pytest.raises(AttentionProviderError, match="needs the whole of encoder_hidden_states"):
+    with pytest.raises(AttentionProviderError, match="needs the full encoder_hidden_states"):
         apply_text_kv_cache(flux, TextKVCacheConfig())
 
 

@@ -91,7 +91,7 @@ def test_of_joined_sequences_some_may_be_split_already():
         tracker.named.add("text")
         tracker.shard_length("text", 2)
         tracker.shard_length("image", 5)
-        mixed = tokens[:, :7]  # 5 of the image, whole, and one for each of two texts on every rank
+        mixed = tokens[:, :7]  # 5 of the image, replicated, and one for each of two texts on every rank
         assert tracker.split(("image", "text", "text"), mixed, 1, already=("text",)).tolist() == seen
         tracker.lengths.pop("image")
         assert tracker.split(("text", "image"), tokens[:, :6], 1, already=("text",)).shape == (1, len(seen[0]) - 1)

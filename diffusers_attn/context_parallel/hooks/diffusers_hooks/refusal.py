@@ -74,7 +74,7 @@ def check_hook(model: nn.Module, split: Split, path: str, name: str, hook: Any) 
     needed = [each for each in rule.needs if each in split.arguments]
     if not path and (needed or (rule.needs_output and split.output)):
         raise AttentionProviderError(
-            f"{has}, which needs the whole of {', '.join(needed) or 'the output'}, and the plan gives it this rank's "
+            f"{has}, which needs the full {', '.join(needed) or 'the output'}, and the plan gives it this rank's "
             'part: it splits or gathers that of the model itself, "". Split and gather it within the model instead, or '
             "take the hook off (model.disable_cache())."
         )
