@@ -72,7 +72,7 @@ def encode_largest(
     with placed(list(family.encoders.values()), device):
         cached = latents.fill([example], family.encode)
     with placed(list(text_encoders(family.pipeline).values()), device):
-        return cached, text.fill([example.caption], family.encode_text)
+        return cached, text.fill(example.captions, family.encode_text)
 
 
 def reset_peak_memory(device: torch.device) -> None:

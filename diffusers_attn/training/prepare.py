@@ -99,7 +99,8 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         finding["most"] = family.most_references
         examples = [with_references(each, config.references, **finding) for each in examples]
         held_out = with_references(held_out, config.references, **finding) if held_out else []
-    captions = [each.caption for each in [*itertools.chain.from_iterable(examples), *held_out]]
+    everything = [*itertools.chain.from_iterable(examples), *held_out]
+    captions = [caption for each in everything for caption in each.captions]
     weights = fingerprint(family.pipeline.vae)
     caches = [_latent_cache(config, family, weights, source) for source in sources]
     latents = _latent_cache(config, family, weights)
@@ -132,7 +133,11 @@ def _examples(source: DataSet, reading: dict[str, Any]) -> list[Example]:
     found = read_examples(source.path, **reading)
     if not source.caption_prefix:
         return found
-    return [dataclasses.replace(each, caption=source.caption_prefix + each.caption) for each in found]
+    prefixed = [[source.caption_prefix + caption for caption in each.captions] for each in found]
+    return [
+        dataclasses.replace(each, caption=captions[0], more_captions=tuple(captions[1:]))
+        for each, captions in zip(found, prefixed)
+    ]
 
 
 def make_loader(

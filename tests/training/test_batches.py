@@ -22,9 +22,10 @@ class Named:
     """As much of an example as batches look at."""
 
     kind = "image"
+    more_captions = ()
 
     def __init__(self, name: str, caption: str) -> None:
-        self.name, self.caption = name, caption
+        self.name, self.caption, self.captions = name, caption, (caption,)
 
 
 @pytest.fixture

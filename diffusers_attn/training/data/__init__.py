@@ -2,7 +2,8 @@
 
 examples = read_examples("photographs/", on_bad_data="skip")
 latents = LatentCache("cache/", settings, Buckets.of(512 * 512)).fill(examples, encode, ranks=ranks)
-text = TextCache("cache/", settings).fill([each.caption for each in examples], encode_text, ranks=ranks)
+captions = [caption for each in examples for caption in each.captions]
+text = TextCache("cache/", settings).fill(captions, encode_text, ranks=ranks)
 sampler = LatentLoader.sampler_for(latents, global_batch_size=8, seed=0)
 for batch in LatentLoader(latents, text, sampler, Share(dp_rank, dp_size, micro_batch_size=1)):
     ...

@@ -1,6 +1,7 @@
 """Captions of a folder's files, from `metadata.jsonl`, `.csv` or `.parquet`, or from a `.txt` file with the same name.
 
-Each file needs exactly one caption, and each caption exactly one file; everything else is reported as a problem.
+Each file needs exactly one caption, or one list of captions in metadata, and each caption exactly one file; everything
+else is reported as a problem.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _PLACES_NAMED = 5
 
 def captions_of_folder(
     root: Path, caption_column: str | None = None, excluded: Iterable[Path] = ()
-) -> tuple[dict[str, str], list[Problem]]:
+) -> tuple[dict[str, list[str]], list[Problem]]:
     """The captions of the images and videos in a folder and its subfolders.
 
     Files and folders whose names begin with a dot are ignored. A metadata file applies to its folder and subfolders.
@@ -38,7 +39,7 @@ def captions_of_folder(
         excluded: folders that are ignored.
 
     Returns:
-        Captions by path relative to `root`, and the problems.
+        The captions of each file by path relative to `root`, and the problems.
     """
     files, problems = files_of(root, excluded)
     media = {
@@ -52,8 +53,8 @@ def captions_of_folder(
         for path in files
         if path.suffix.lower() in UNREAD_SUFFIXES
     ]
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    """For each file, the place and the text of every caption."""
+    found: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
+    """For each file, the places with captions, and the texts of each."""
     explained: set[str] = set()
     """Files without a caption for a reason that is among the problems already."""
     for path in files:
@@ -81,7 +82,7 @@ def _from_metadata(
     caption_column: str | None,
     media: dict[str, Path],
     names: set[str],
-    found: dict[str, list[tuple[str, str]]],
+    found: dict[str, list[tuple[str, list[str]]]],
     explained: set[str],
     problems: list[Problem],
 ) -> None:
@@ -114,20 +115,28 @@ def _from_metadata(
             problems.append(Problem(place, f"{given} has {' and '.join(filled)}; choose one with caption_column=..."))
             explained.add(name)
             continue
-        caption = row[filled[0]] if filled else None
-        if not isinstance(caption, str) or not caption.strip():
+        texts = texts_of(row[filled[0]]) if filled else []
+        if not texts:
             expected = caption_column or ", ".join(CAPTION_COLUMNS)
             problems.append(Problem(place, f"no caption for {given}: nothing in {expected}"))
             explained.add(name)
             continue
-        found[name].append((place, caption.strip()))
+        found[name].append((place, texts))
+
+
+def texts_of(value: Any) -> list[str]:
+    """The captions in a column: a text, or a list of texts, of which one is drawn at each use; [] for anything else."""
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(each, str) and each.strip() for each in texts):
+        return []
+    return [each.strip() for each in texts]
 
 
 def _from_text_files(
     files: list[Path],
     root: Path,
     media: dict[str, Path],
-    found: dict[str, list[tuple[str, str]]],
+    found: dict[str, list[tuple[str, list[str]]]],
     explained: set[str],
     problems: list[Problem],
 ) -> None:
@@ -153,7 +162,7 @@ def _from_text_files(
             explained.update(names)
             continue
         if caption:
-            found[names[0]].append((text, caption))
+            found[names[0]].append((text, [caption]))
         else:
             problems.append(Problem(text, f"no caption for {names[0]}: the file is empty"))
             explained.update(names)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from . import decode
-from .captions import CAPTION_COLUMNS, captions_of_folder
+from .captions import CAPTION_COLUMNS, captions_of_folder, texts_of
 from .errors import Problem, TrainingDataError, check_on_bad_data, report_problems
 from .source import FileSource, RowSource, Source
 from .walk import files_of
@@ -43,11 +43,18 @@ class Example:
     """Time of each frame in seconds from the first, for a video with a variable frame rate."""
     references: tuple[Source, ...] = ()
     """Reference images."""
+    more_captions: tuple[str, ...] = ()
+    """Further captions. One of all is drawn each time that the example is used."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions."""
+        return (self.caption, *self.more_captions)
 
 
 class _Candidate(NamedTuple):
     name: str
-    caption: str
+    captions: list[str]
     kind: Literal["image", "video"]
     source: Source
 
@@ -65,9 +72,9 @@ def read_examples(
 
     Args:
         data: a folder of images or videos with captions in `metadata.jsonl`, `.csv` or `.parquet` (columns `file_name`
-            and `caption`, `text` or `prompt`) or in a `.txt` file per media file; or a folder that
-            `Dataset.save_to_disk` wrote or that has Parquet or Arrow files; or, if no such path exists, the name of a
-            Hugging Face dataset.
+            and `caption`, `text` or `prompt`, a text or a list of texts) or in a `.txt` file per media file; or a
+            folder that `Dataset.save_to_disk` wrote or that has Parquet or Arrow files; or, if no such path exists, the
+            name of a Hugging Face dataset.
         on_bad_data: "refuse" raises an error that names all problems; "skip" leaves these examples out and logs one
             warning.
         caption_column: column with the captions. None: the one of `caption`, `text` and `prompt` that exists.
@@ -129,11 +136,11 @@ def read_folder(
     candidates = [
         _Candidate(
             name,
-            caption,
+            captions,
             "video" if Path(name).suffix.lower() in decode.VIDEO_SUFFIXES else "image",
             FileSource(root / name),
         )
-        for name, caption in sorted(captioned.items())
+        for name, captions in sorted(captioned.items())
     ]
     return _probed(candidates, problems, str(folder), on_bad_data, main_process)
 
@@ -173,16 +180,17 @@ def read_dataset(
             f"Its columns are {', '.join(dataset.column_names)}. Change them with `Dataset.remove_columns` or "
             "`Dataset.cast_column`, save the result with `save_to_disk`, and give that folder."
         )
-    captions = _caption_column(dataset.column_names, name, caption_column)
+    caption_name = _caption_column(dataset.column_names, name, caption_column)
     column, (kind, undecoded) = next(iter(kinds.items()))
     rows = dataset.select_columns([column]).cast_column(column, undecoded).with_format("arrow")
     candidates, problems = [], []
-    for index, caption in enumerate(dataset[captions]):
+    for index, value in enumerate(dataset[caption_name]):
         row = f"row {index}"
-        if not isinstance(caption, str) or not caption.strip():
-            problems.append(Problem(row, f"no caption in column {captions!r}"))
+        captions = texts_of(value)
+        if captions:
+            candidates.append(_Candidate(row, captions, kind, RowSource(rows, index, column)))
         else:
-            candidates.append(_Candidate(row, caption.strip(), kind, RowSource(rows, index, column)))
+            problems.append(Problem(row, f"no caption in column {caption_name!r}"))
     return _probed(candidates, problems, name, on_bad_data, main_process)
 
 
@@ -190,14 +198,16 @@ def _probed(
     candidates: Sequence[_Candidate], problems: list[Problem], where: str, on_bad_data: str, main_process: bool
 ) -> list[Example]:
     def probe(candidate: _Candidate) -> Example | Problem:
-        name, caption, kind, source = candidate
+        name, captions, kind, source = candidate
         try:
             if kind == "video" and name.lower().endswith(".gif") and decode.probe_image(source).frames == 1:
                 kind = "image"
             width, height, frames, fps, times = (decode.probe_video if kind == "video" else decode.probe_image)(source)
         except TrainingDataError as error:
             return Problem(name, str(error))
-        return Example(name, caption, kind, width, height, frames, fps, source, times)
+        return Example(
+            name, captions[0], kind, width, height, frames, fps, source, times, more_captions=tuple(captions[1:])
+        )
 
     with ThreadPoolExecutor(_PROBING_THREADS) as pool:
         found = list(pool.map(probe, candidates))

@@ -15,6 +15,7 @@ import torch
 from .cache import CachedLatents
 from .collate import collate, varying
 from .errors import TrainingDataError
+from .examples import Example
 from .prefetch import prefetch
 from .sampler import BatchSampler, Position, Share, Step
 from .store import read_shapes, read_tensors
@@ -48,7 +49,8 @@ class LatentLoader:
         share: this data-parallel rank's share of the global batches. None: all.
         caption_dropout: probability that an example gets the embeddings of the empty caption.
         generator: returns a new generator on the CPU for a step and a position in its global batch, which decides
-            whether the caption is dropped. It must be the same on all ranks of a context-parallel group.
+            whether the caption is dropped, and which one of several is used. It must be the same on all ranks of a
+            context-parallel group.
         finish: applied to each micro-batch in the threads that read it.
         threads: number of threads.
         depth: number of micro-batches to read ahead.
@@ -78,11 +80,14 @@ class LatentLoader:
             raise TrainingDataError(f"caption_dropout={caption_dropout}: a probability from 0 to 1 is accepted.")
         if caption_dropout and generator is None:
             raise TrainingDataError(f"caption_dropout={caption_dropout} needs generator=..., to draw random numbers.")
+        several = next((each.example for each in self.latents if each.example.more_captions), None)
+        if several is not None and generator is None:
+            raise TrainingDataError(f"{several.name} has several captions, which needs generator=..., to draw one.")
         if threads < 1 or depth < 1:
             raise TrainingDataError(f"threads={threads}, depth={depth}: numbers from 1 are accepted.")
         self.caption_dropout, self._generator, self._finish = caption_dropout, generator, finish
         self._threads, self._depth = threads, depth
-        unknown = {each.example.caption for each in self.latents} | {""}
+        unknown = {caption for each in self.latents for caption in each.example.captions} | {""}
         unknown -= self.text.keys()
         if unknown:
             raise TrainingDataError(f"captions without embeddings: {', '.join(map(repr, sorted(unknown)[:5]))}.")
@@ -127,10 +132,7 @@ class LatentLoader:
     def _read(self, micro: _Micro) -> Batch:
         step, positions = micro.step, list(micro.positions)
         examples = [self.latents[step.indices[position]] for position in positions]
-        captions = [
-            "" if self._dropped(step.number, position) else each.example.caption
-            for position, each in zip(positions, examples)
-        ]
+        captions = [self._caption(each.example, step.number, position) for position, each in zip(positions, examples)]
         batch = {
             **collate([read_tensors(each.path) for each in examples]),
             **collate([read_tensors(self.text[caption]) for caption in captions], self._padded),
@@ -144,8 +146,17 @@ class LatentLoader:
         }
         return batch if self._finish is None else self._finish(batch)
 
-    def _dropped(self, step: int, position: int) -> bool:
-        if not self.caption_dropout or self._generator is None:
-            return False
-        drawn = torch.rand((), generator=self._generator(step, position), dtype=torch.float64)
-        return float(drawn) < self.caption_dropout
+    def _caption(self, example: Example, step: int, position: int) -> str:
+        """One of the example's captions, or "" if it is dropped."""
+        if self._generator is None or not (self.caption_dropout or example.more_captions):
+            return example.caption
+        generator = self._generator(step, position)
+        # Drawn first, so that further captions do not change which examples lose theirs.
+        if (
+            self.caption_dropout
+            and float(torch.rand((), generator=generator, dtype=torch.float64)) < self.caption_dropout
+        ):
+            return ""
+        if not example.more_captions:
+            return example.caption
+        return example.captions[int(torch.randint(len(example.captions), (), generator=generator))]

@@ -42,6 +42,24 @@ def test_metadata_jsonl(tmp_path, column):
     assert captions(read_examples(tmp_path)) == {"0.jpg": "number 0", "1.jpg": "number 1"}
 
 
+def test_a_list_of_captions(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", seed=i)
+    columns = [["a cat ", "one cat"], ["a dog", " "], []]
+    lines = [json.dumps({"file_name": f"{i}.png", "caption": each}) for i, each in enumerate(columns)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(TrainingDataError) as error:
+        read_examples(tmp_path)
+    assert names(error) == {"metadata.jsonl line 2", "metadata.jsonl line 3"}
+    (example,) = read_examples(tmp_path, on_bad_data="skip")
+    assert example.captions == ("a cat", "one cat")
+
+    datasets = pytest.importorskip("datasets")
+    table = {"image": [str(tmp_path / "0.png")], "text": [["a cat", "one cat"]]}
+    (row,) = read_dataset(datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()))
+    assert row.captions == example.captions
+
+
 def test_metadata_csv_in_a_folder_of_the_folder(tmp_path):
     picture(tmp_path / "a" / "one.png")
     (tmp_path / "a" / "metadata.csv").write_text('file_name,other,words\none.png,1,"a cat,\nasleep"\n')

@@ -1,5 +1,6 @@
 """Batches of latents and embeddings: the same for the job, however many processes it has, and through a resume."""
 
+import dataclasses
 import itertools
 import json
 import threading
@@ -63,6 +64,22 @@ def rows_of(batches):
         for position, name, caption in zip(batch["positions"], batch["names"], batch["captions"])
     ]
     return sorted(rows, key=lambda row: row[:2])
+
+
+def test_one_of_several_captions_is_drawn_for_each_use(prepared):
+    """Of all of them, and the same however many processes there are; which are dropped does not change."""
+    latents, text = prepared
+    several = [
+        each._replace(example=dataclasses.replace(each.example, more_captions=("moves", "upright"))) for each in latents
+    ]
+    alone = rows_of(take(loader((several, text), Share(0, 1, 2)), 120))
+    shared = [rows_of(take(loader((several, text), Share(rank, 2, 1)), 120)) for rank in range(2)]
+    assert sorted([*shared[0], *shared[1]], key=lambda row: row[:2]) == alone
+    usual = rows_of(take(loader(prepared, Share(0, 1, 2)), 120))
+    assert [row[3] == "" for row in alone] == [row[3] == "" for row in usual]
+    assert {row[3] for row in alone if row[2] == "00.png"} == {"", "picture 0", "moves", "upright"}
+    with pytest.raises(TrainingDataError, match="has several captions, which needs generator="):
+        loader((several, text), dropout=0.0)
 
 
 def test_a_batch_is_what_was_encoded(prepared):
