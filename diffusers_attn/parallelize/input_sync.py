@@ -85,6 +85,8 @@ class InputSync:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.paused:
+            if not torch.compiler.is_compiling():
+                _begins(module, is_agreed=False)
             return None
         if not torch.compiler.is_compiling():
             one_thread.take(self.groups, module)
@@ -120,6 +122,7 @@ class InputSync:
             watched = [tensor + zero for tensor in found.watched]
         else:
             sent, watched = self._kept(found.sent, _values(*call)), found.watched
+            _begins(module, is_agreed=True)
         tensors = iter(sent), iter(watched)
         new = {name: value if name in self.caches else replaced(value, *tensors) for name, value in given}
         new_args = [new[name] for name, _ in given[: len(args)]]
@@ -136,6 +139,13 @@ class InputSync:
         """Tensors with these values: this rank's own tensor objects if the values are its own."""
         self.received.forget()
         return self.received.keep(own, values)
+
+
+def _begins(module: nn.Module, *, is_agreed: bool) -> None:
+    """Tells a recorded forward that it begins; see `GraphedForward.begins`."""
+    begins = getattr(vars(module).get("forward"), "begins", None)
+    if begins is not None:
+        begins(is_agreed)
 
 
 def _autocast(device: str) -> str:

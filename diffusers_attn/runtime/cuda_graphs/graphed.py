@@ -78,6 +78,8 @@ class Graphs:
         """Number of calls that were replays."""
         self.changes = 0
         """Number of changes of the model since the last replay."""
+        self.is_checked = False
+        """Whether the call that begins now was checked before, by `GraphedForward.standing`."""
         self.off: str | None = None
         """Under "auto", why no call is recorded any more."""
         self.lock = threading.RLock()
@@ -98,7 +100,8 @@ class Graphs:
 
     def check(self) -> None:
         """Drops all graphs if the model has changed since they were recorded."""
-        if self.snapshot is None or self.snapshot.holds():
+        is_checked, self.is_checked = self.is_checked, False
+        if is_checked or self.snapshot is None or self.snapshot.holds():
             return
         self.clear()
         self.changes += 1
@@ -109,6 +112,7 @@ class Graphs:
         """Drops all graphs."""
         self.recordings.clear()
         self.snapshot = None
+        self.is_checked = False
 
     def make_room(self, model: str, mesh: object) -> None:
         """Drops graphs of calls over `mesh` that are too many, the least recently used first. All of its ranks do."""
@@ -181,6 +185,7 @@ class GraphedForward:
             return "nothing"
         if _paused:
             return f"nothing during {_paused[0]}"
+        graphs.is_checked = False
         graphs.check()
         if graphs.off is not None:
             return f"nothing, because {graphs.off}"
@@ -192,6 +197,18 @@ class GraphedForward:
         shared = [each for kind, each in graphs.recordings.items() if kind[0] == (tracker and tracker.mesh)]
         kinds = f"{sum(isinstance(each, Recording) for each in shared)} of {len(shared)} kinds of calls"
         return f"{kinds}; now called{replaced}{mode} in {choice!r}, {rest}"
+
+    def begins(self, is_agreed: bool) -> None:
+        """Called right before a forward over ranks.
+
+        Args:
+            is_agreed: whether all ranks have the same `standing` for it. The forward then checks the model no second
+                time, which takes a millisecond for Flux, unless a hook of another tool may change it in between.
+        """
+        model = self._model()
+        graphs = None if model is None else applied.get(model)
+        if model is not None and graphs is not None:
+            graphs.is_checked = is_agreed and obstacles.foreign_hook(model, before_forward=True) is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         return self._of(memo.get(id(self._model())))

@@ -34,7 +34,7 @@ def of_model(model: nn.Module) -> str | None:
         where = f"'{name}' ({type(module).__name__})" if name else "it"
         if module is not model and is_replaced(module):
             return f"the forward of {where} was replaced (by offloading, caching or layerwise casting)"
-        foreign = None if module is model else _foreign_hook(module)
+        foreign = None if module is model else foreign_hook(module)
         if foreign is not None:
             return f"{where} has a hook of another tool ({foreign}), which a replay would not run"
         choice = getattr(getattr(module, "processor", None), "choice", None)
@@ -53,8 +53,13 @@ def has_sharded_weights(model: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
-def _foreign_hook(module: nn.Module) -> str | None:
-    for kind in _HOOKS:
+def foreign_hook(module: nn.Module, *, before_forward: bool = False) -> str | None:
+    """The name of a hook of another tool on `module`; None if there is none.
+
+    Args:
+        before_forward: looks only at hooks that run before the forward.
+    """
+    for kind in _HOOKS[:1] if before_forward else _HOOKS:
         for hook in getattr(module, kind).values():
             function = getattr(hook, "func", hook)  # of functools.partial
             owner = getattr(function, "__module__", None) or type(function).__module__

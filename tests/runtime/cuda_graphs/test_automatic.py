@@ -261,3 +261,49 @@ def test_where_a_forward_waits(monkeypatch):
         result, place = waiting.watched(lambda: forward(True))
     assert result == 3 and place.startswith(__file__)
     assert modes == [1, 0, 1, 0]
+
+
+def checks(model, is_agreed, monkeypatch):
+    """The number of times that a call over ranks compares the model with its state when it was recorded."""
+    counts = []
+    real = graphed.Snapshot.holds
+    with monkeypatch.context() as patch:
+        patch.setattr(graphed.Snapshot, "holds", lambda snapshot: counts.append(1) or real(snapshot))
+        model.forward.standing()
+        model.forward.begins(is_agreed=is_agreed)
+        call(model, 1)
+    return len(counts)
+
+
+def test_a_call_over_ranks_checks_the_model_once(model, monkeypatch):
+    """The check takes a millisecond for Flux, and ranks agree on its result before the call."""
+    call(model)
+    assert checks(model, True, monkeypatch) == 1
+    assert checks(model, False, monkeypatch) == 2
+    assert cuda_graphs_status(model).recorded == 1
+
+
+@pytest.mark.parametrize("next_call", ["compared with other ranks", "not compared"])
+def test_a_check_holds_for_the_call_that_follows(model, next_call):
+    call(model)
+    model.forward.standing()
+    model.forward.begins(is_agreed=True)  # and an error keeps the call from coming
+    model.inner.weight = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+    if next_call == "not compared":
+        model.forward.begins(is_agreed=False)
+    else:
+        model.forward.standing()
+    call(model, 1)
+    assert cuda_graphs_status(model).recorded == 0
+
+
+def test_a_hook_that_may_change_the_model_has_it_checked_again(model, monkeypatch):
+    def changes(module, args):
+        module.scale_of_hook = 2.0
+
+    call(model)
+    changes.__module__ = "elsewhere"
+    model.register_forward_pre_hook(changes)
+    call(model)
+    assert cuda_graphs_status(model).recorded == 1
+    assert checks(model, True, monkeypatch) == 2
