@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
-class _Entry(NamedTuple):
+class _Received(NamedTuple):
     memory: StorageWeakRef
     """A weak reference to the storage of this rank's own input. The memory may be freed, but its id is not reused."""
     received: Tensor
@@ -27,7 +27,7 @@ class ReceivedInputs:
     """The received values of one model's inputs, by the memory of this rank's own inputs."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[Any, ...], _Entry] = {}
+        self._entries: dict[tuple[Any, ...], _Received] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy starts empty: two copies of a StorageWeakRef would free one reference twice and end the process.
@@ -61,7 +61,7 @@ class ReceivedInputs:
             received = entry.received
             # If values are equal, `.data` keeps the version, since autograd may have saved this tensor.
             copies.add(received.data if entry.version == version else received, value)
-        self._entries[key] = _Entry(StorageWeakRef(storage), received, version)
+        self._entries[key] = _Received(StorageWeakRef(storage), received, version)
         return received
 
 
