@@ -10,8 +10,7 @@ One layer on one rank, with `P = ulysses_degree * ring_degree` ranks and `L` byt
   merges (arXiv 2310.01889). With Ulysses, both (arXiv 2405.07719).
 - gather: all blocks at once, under the attention to the local block; or under the projections of the layer, followed by
   one call over all keys, which needs no merge. The faster of the two counts.
-- keys and values are packed into one message: always for collectives, and for copies between GPUs where that is faster
-  than two messages (`comm/gather_in_flight.packs`).
+- collectives send keys and values packed, as one message; copies between GPUs send them from where they are, as two.
 
 Everything else in a step is the same for all strategies. Steps are assumed to be compiled or recorded: a host that is
 too slow to launch the kernels is not part of the prediction. Predictions are within 7 % of every measured step that
@@ -181,16 +180,15 @@ def _transfer_seconds(
     blocks: int,
     transfers: int,
 ) -> float:
-    """Seconds until this number of blocks of keys and values has arrived, in each of `transfers`. They are packed once
-    for all of these; values are copied for that, while keys are computed where they are packed."""
+    """Seconds until this number of blocks of keys and values has arrived, in each of `transfers`. Collectives need them
+    packed, once for all of these: values are copied for that, while keys are computed where they are packed."""
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
     nbytes = _block_bytes(work, strategy)
     packing = nbytes / hardware.memory_bytes_per_second / transfers
     if hardware.between is None or ulysses * ring <= ranks_per_node:
-        if hardware.copies is None:
-            return packing + hardware.within.time(blocks * nbytes) + kind.launch_seconds
-        packed, apart = (hardware.copies.time(blocks * nbytes, messages * blocks) for messages in (1, 2))
-        return min(packing + packed, apart) + kind.launch_seconds
+        if hardware.copies is not None:
+            return hardware.copies.time(blocks * nbytes, 2 * blocks) + kind.launch_seconds
+        return packing + hardware.within.time(blocks * nbytes) + kind.launch_seconds
     near = max(1, ranks_per_node // ulysses) - 1 if blocks > 1 else 0
     away = blocks - near
     return packing + max(hardware.within.time(near * nbytes), hardware.between.time(away * nbytes))

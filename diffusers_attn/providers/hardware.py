@@ -85,8 +85,6 @@ REFERENCE = TYPICAL["nvlink"]
 SECONDS_OF_A_SECOND_CALL = 60e-6
 """Additional time of attention in two calls in a compiled graph of the reference device: a partly empty last wave in
 each, and the merge, which fuses worse with what follows (mechanisms-flux-h200x2.json and -h200x4.json)."""
-SECONDS_OF_A_COPY = 2.7e-6
-"""Time of a copy into another GPU's memory beside its bytes, as measured on two H200 (docs/cost_model.md)."""
 NETWORK = Link(30e-6, 25e9)
 """Between hosts, not measured here: InfiniBand NDR, 50 GB/s for each GPU by its specification, of which half arrive."""
 ATTENTION_OF_MATRIX_FLOPS = 0.7

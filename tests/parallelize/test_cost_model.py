@@ -140,8 +140,7 @@ def test_an_exchange_between_nodes_goes_over_their_link():
 
 
 def test_the_messages_of_a_layer():
-    """Ulysses sends two where shapes are equal, and else four. A gather sends one to each other rank where packing
-    takes less time than a second one."""
+    """Ulysses sends two where shapes are equal, and else four. Copies of keys and values are two to each other rank."""
     work = Workload(4608, 24, 24, 128, 1, 600e12)
     slow = NVLINK._replace(within=Link(1.0, 1e20), copies=Link(1.0, 1e20))  # a second for each message
     ulysses, gather, ring = Strategy(4, 1, None), Strategy(1, 4, "allgather"), Strategy(1, 4, "alltoall")
@@ -149,9 +148,7 @@ def test_the_messages_of_a_layer():
     assert round(layer_seconds(work, ulysses, slow, CUDA, 4, apart=True)) == 4
     assert round(layer_seconds(work._replace(kv_heads=8), ulysses, slow, CUDA, 4)) == 4
     for strategy in (gather, ring):
-        assert round(layer_seconds(work, strategy, slow, CUDA, 4)) == 3
-        slow_memory = slow._replace(memory_bytes_per_second=1e3)
-        assert layer_seconds(work, strategy, slow_memory, CUDA, 4) > 6
+        assert round(layer_seconds(work, strategy, slow, CUDA, 4)) == 6
     assert round(layer_seconds(work, gather, slow._replace(copies=None), CUDA, 4)) == 1
     assert round(layer_seconds(work, ring, slow._replace(copies=None), CUDA, 4)) == 3
 

@@ -1,6 +1,6 @@
 """Transfers between ranks: collectives, and memory that the GPUs of one machine share.
 
-- For strategies: `collectives`, and `gather_in_flight` for keys and values, which `packed_kv` joins in one tensor.
+- For strategies: `collectives`, and `gather_in_flight` for keys and values; `packed_kv` joins these for collectives.
   `transport` chooses between collectives and `symmetric_gather` once per model, `gather_rows` for other tensors.
 - The symmetric gather: `symmetric_memory` (PyTorch's), `copy_plan`, `side_stream`, `gathered_rows` (layout of received
   data) and `gather_operators` (for compiled graphs).

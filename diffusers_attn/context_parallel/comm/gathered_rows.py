@@ -17,8 +17,7 @@ _ALIGN = 128
 
 
 class GatheredRows(NamedTuple):
-    """The layout of received rows in a flat tensor. Each tensor of a call is a part: keys and values, or one tensor
-    with both (`packed_kv`).
+    """The layout of received rows in a flat tensor. Each tensor of a call is a part, such as keys and values.
 
     A compiled graph treats the flat tensor as its own and might reuse its memory after the last read. In practice it
     does not: a compiler reuses memory for a tensor of about the same size, and no other tensor has the size of this

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-TENSORS, COMPUTED, TICKET_OF_START, TICKET_OF_FINISH, SENT = 0, 1, 3, 4, 5
+TENSORS, COMPUTED, TICKET_OF_START, TICKET_OF_FINISH = 0, 1, 3, 4
 """Positions of arguments of `symmetric_gather_start` and `symmetric_gather_finish`."""
 _LONG = frozenset("linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d scaled_dot_product_attention".split())
 """Functions that take long enough to hide an exchange and are kernels of their own."""
@@ -55,13 +55,12 @@ def start_exchanges_early(graph: Graph) -> None:
     finishes = {node.args[TICKET_OF_FINISH]: node for node in _calls(graph, "symmetric_gather_finish")}
     for start in _calls(graph, "symmetric_gather_start"):
         tensors: Any = start.args[TENSORS]
-        count: Any = start.args[SENT]
-        sent, query = tensors[:count], tensors[count:]
+        sent, query = tensors[:2], tensors[2:]
         tied = [*sent, *_results_to_wait_for(start, sent)]
         start.update_arg(TENSORS, [*tied, *query])
         finish = finishes.get(start.args[TICKET_OF_START])
         if finish is not None:  # without fullgraph, the graph may break between them
-            _move_behind(start, finish, tied, sent)
+            _move_behind(start, finish, tied)
 
 
 def _calls(graph: Graph, name: str) -> list[Node]:
@@ -83,8 +82,8 @@ def _results_to_wait_for(start: Node, sent: Sequence[Node]) -> list[Node]:
     return _own_tensors(results, sent, start.graph)
 
 
-def _move_behind(start: Node, finish: Node, tied: Sequence[Node], sent: Sequence[Node]) -> None:
-    """Moves nodes behind `start`. `tied` are the tensors in `sent` and other nodes that `start` must come after."""
+def _move_behind(start: Node, finish: Node, tied: Sequence[Node]) -> None:
+    """Moves nodes behind `start`. `tied` are keys, values and other nodes that `start` must come after."""
     before = _movable_before(start)
     needed = _ancestors([*tied, *_nodes(start.args[1:])], set(before))
     movable = [node for node in before if node not in needed]
@@ -97,7 +96,7 @@ def _move_behind(start: Node, finish: Node, tied: Sequence[Node], sent: Sequence
         last.append(node)
         last = node
     start.update_arg(TENSORS, [*tied, *anchors])
-    finish.update_arg(TENSORS, [*sent])
+    finish.update_arg(TENSORS, [*tied[:2]])
     computed: Any = finish.args[COMPUTED]
     awaited = _ancestors(computed, set(movable))
     finish.update_arg(COMPUTED, [*computed, *(node for node in long if node not in awaited)])
