@@ -42,6 +42,14 @@ def test_the_shift_of_flux2_is_that_of_its_pipelines(made):
     assert family.objective.level(torch.tensor([0.5]), 4096).sigma.item() == pytest.approx(scheduler.sigmas[0].item())
 
 
+def test_the_shift_of_a_distilled_krea2_is_fixed():
+    pipeline = make("krea2")
+    pipeline.register_to_config(is_distilled=True)
+    pipeline.scheduler.set_timesteps(sigmas=[0.5], mu=1.15)
+    level = family_of(pipeline).objective.level(torch.tensor([0.5]), 4096)
+    assert level.sigma.item() == pytest.approx(pipeline.scheduler.sigmas[0].item())
+
+
 def test_captions_of_cogview4_are_padded_one_by_one(made):
     """As the pipeline does it for one prompt, whatever other captions there are; also those of one batch."""
     family = made["cogview4"]

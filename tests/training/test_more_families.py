@@ -55,6 +55,7 @@ def test_a_ring_of_two_trains_like_one_process(name, run_worlds, settings_of, tm
     if name in ("wan_i2v", "wan_ti2v"):
         pytest.importorskip("ftfy", reason="diffusers' pipelines of Wan from an image need ftfy")
     few = {"steps": 2, "batch_size": 2, "lr_warmup_steps": 0, "caption_dropout": 0.3}
+    few["evaluation_every"] = 2
     samples = {"validation_prompts": ["a cat"], "validation_every": 1, "validation_steps": 2}
     if name in FROM_IMAGE:
         picture(tmp_path / "first.png", width=48, height=48, seed=0)
