@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.compatibility.cell import EXACT, OFF, REFUSED, WITH, WITHOUT
-from tests.compatibility.features import KINDS
+from tests.compatibility.features import KINDS, NOT_RUN
 from tests.compatibility.outcomes import Outcome, expected_outcomes
 from tests.compatibility.ways import WAYS
 
@@ -29,6 +29,8 @@ def _table(kind: str) -> str:
     parts = [f"### {kind}", "\n".join("| " + " | ".join(line) + " |" for line in (*lines, *rows))]
     if messages:
         parts.append("\n".join(f"{number}. {message}" for message, number in messages.items()))
+    if kind in NOT_RUN:
+        parts.append("Not run: " + "; ".join(f"{name} ({reason})" for name, reason in NOT_RUN[kind].items()) + ".")
     return "\n\n".join(parts)
 
 

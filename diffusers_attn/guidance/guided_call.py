@@ -281,8 +281,8 @@ _NOT_BY_BRANCH = CachedRun()
 
 
 def _cached_run(model: nn.Module) -> tuple[CachedRun | None, str | None]:
-    """The run of a model's cache, and the name of the branch that is called; None without hooks of diffusers."""
-    if not diffusers_hooks.fingerprint(model):
+    """The run of a model's cache, and the name of the branch that is called; None without hooks that keep a state."""
+    if not diffusers_hooks.keeps_state(model):
         return None, None
     manager = diffusers_hooks.cache_by_branch(model)
     # With sharded weights, ranks may have to repeat a call to keep pace, which would change the states.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -69,7 +70,7 @@ def expected(name: str) -> Expected:
     without = None if feature.plain is None else feature.plain(feature.build())
     if without is not None:
         assert _error(results, without) > 1e-6, f"{name} does not change the results"
-    return Expected(results, without, sum(samples))
+    return Expected(results, without, samples.number)
 
 
 def _outcome(meshes: Any, name: str, put: Put, order: str) -> str:
@@ -86,7 +87,7 @@ def _outcome(meshes: Any, name: str, put: Put, order: str) -> str:
         return EXACT if in_effect(pipes[-1], wanted.samples) else OFF
     except AttentionProviderError as error:
         words = re.sub(r"\s+", " ", str(error))
-        return f"{REFUSED}: {words}" if not steps else f"refused after {len(steps)} steps: {words}"
+        return f"refused after {len(steps)} steps: {words}" if steps and _in_call(error) else f"{REFUSED}: {words}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -107,17 +108,28 @@ def _computed(pipes: list[Any], meshes: Any, name: str, put: Put, order: str) ->
     return in_effect, feature.draw(pipes[-1])
 
 
+def _in_call(error: BaseException) -> bool:
+    """Whether an error comes from within a call of a pipeline, and not from a method that was called between them."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code.co_name == "__call__" and "pipelines/" in frame.f_code.co_filename for frame in frames)
+
+
 @contextlib.contextmanager
 def _counted_steps(scheduler: type, steps: list[int]) -> Iterator[None]:
-    """Adds to `steps` for every step of schedulers of this class."""
-    step = scheduler.step
+    """Adds to `steps` for every step of schedulers of this class in the last call of a pipeline."""
+    step, begin = scheduler.step, scheduler.set_timesteps
 
     @functools.wraps(step)
     def counted(*args: Any, **kwargs: Any) -> Any:
         steps.append(1)
         return step(*args, **kwargs)
 
-    with mock.patch.object(scheduler, "step", counted):
+    @functools.wraps(begin)
+    def begun(*args: Any, **kwargs: Any) -> Any:
+        steps.clear()
+        return begin(*args, **kwargs)
+
+    with mock.patch.object(scheduler, "step", counted), mock.patch.object(scheduler, "set_timesteps", begun):
         yield
 
 

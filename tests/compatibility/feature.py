@@ -42,7 +42,7 @@ class Feature:
     feature does not change results, or `draw` has no equivalent without it."""
     orders: tuple[str, ...] = ORDERS
     """`("before",)` for features whose order does not matter."""
-    not_under: tuple[str, ...] = ("vae",)
+    not_under: tuple[str, ...] = ("vae", "whole")
     """Ways that the feature does not meet."""
     tolerance: float = 1e-10
     """Largest accepted difference, relative to the largest value. The models are in float64, unless this says else."""
@@ -52,7 +52,10 @@ class Feature:
     @property
     def missing(self) -> str | None:
         """The package that is not installed here, if any."""
-        absent = self.package is not None and importlib.util.find_spec(self.package) is None
+        try:
+            absent = self.package is not None and importlib.util.find_spec(self.package) is None
+        except ModuleNotFoundError:  # a part of a package that is not installed
+            absent = True
         return self.package if absent else None
 
 

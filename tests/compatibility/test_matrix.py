@@ -15,6 +15,14 @@ QUICK = [
     ("FirstBlockCache", "both"),
     ("SeaCache", "weights"),
     ("Pyramid Attention Broadcast", "guidance"),
+    ("`enable_group_offload`, layers", "guidance"),
+    ("hot-swapped between calls", "ulysses"),
+    ("fused", "weights"),
+    ("bitsandbytes, NF4", "ring"),
+    ("IP-Adapter, Flux", "both"),
+    ("smoothed energy", "ulysses"),
+    ("`torch.save` and `torch.load`", "provider"),
+    ("tiles of the VAE", "vae"),
 ]
 
 

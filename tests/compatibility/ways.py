@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from diffusers_attn import apply_compile, enable_context_parallel, set_attention_provider, split_vae
 from diffusers_attn.context_parallel.hooks.apply import applied_tracker
 from diffusers_attn.processors import attention_modules
-from diffusers_attn.processors.binding import attention_modules_of
 
 from .feature import ORDERS
 
@@ -41,7 +40,13 @@ class Way(NamedTuple):
 
 def _provider(pipe: Any, meshes: Any) -> Effect:
     set_attention_provider(pipe, "native")
-    return lambda pipe, _: all(each.provider == "native" for each in attention_modules(pipe.transformer))
+    bound = _with_provider(pipe)
+    return lambda pipe, _: bound <= _with_provider(pipe)
+
+
+def _with_provider(pipe: Any) -> set[str]:
+    """Names of the attention modules that have the provider."""
+    return {each.name for each in attention_modules(pipe.transformer) if each.provider == "native"}
 
 
 class _Counting:
@@ -87,22 +92,28 @@ def _blocks_over_ranks(pipe: Any, meshes: Any, **options: Any) -> Effect:
     return lambda *args: compiled(*args) and split(*args)
 
 
-def count_samples(model: nn.Module) -> list[int]:
-    """A list to which every call of the model adds the number of its samples, if this rank computes it."""
-    samples: list[int] = []
-    _, attention = next(attention_modules_of(model))
+class Samples:
+    """A hook that counts the samples of a module's inputs. It can be pickled, since features copy models."""
 
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        samples.append(next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).shape[0])
+    def __init__(self) -> None:
+        self.number = 0
 
-    attention.register_forward_pre_hook(count, with_kwargs=True)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.number += next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).shape[0]
+
+
+def count_samples(model: nn.Module) -> Samples:
+    """Counts the samples of all forwards of a model that this rank computes."""
+    samples = Samples()
+    first = next(each for each in model.children() if next(each.parameters(), None) is not None)
+    first.register_forward_pre_hook(samples, with_kwargs=True)
     return samples
 
 
 def _guidance(pipe: Any, meshes: Any) -> Effect:
     enable_context_parallel(pipe, guidance_degree=2, split_vae=False, verbose=False)
     samples = count_samples(pipe.transformer)
-    return lambda _, of_one_process: sum(samples) < of_one_process
+    return lambda _, of_one_process: 0 < samples.number < of_one_process
 
 
 def _weights(pipe: Any, meshes: Any) -> Effect:

@@ -146,7 +146,9 @@ def draw(
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(7)
     prompt, negative = (
-        mapped(_several([family.prompt(generator) for _ in range(prompts)]), lambda each: each.to(pipe.device))
+        mapped(
+            _several([family.prompt(generator) for _ in range(prompts)]), lambda each: each.to(pipe._execution_device)
+        )
         for _ in range(2)
     )
     arguments = prompt | {f"negative_{key}": value for key, value in negative.items()} | family.call

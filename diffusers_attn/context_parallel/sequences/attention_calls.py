@@ -87,9 +87,29 @@ class AttentionCalls(RunningForwards):
         queries, keys = self.shards(role.query), self.shards(role.key)
         if (query_len, key_len) == (self.local_length(role.query), self.local_length(role.key)):
             return SplitCall(queries, keys, True)
-        if query_len != key_len:
+        if query_len != key_len or self._may_have_shards_as_keys(role.query, query_len, key_len):
             return None
         raise self._mixed(query_len, key_len)
+
+    def keys_to_compare(self, query_len: int, key_len: int) -> bool:
+        """Whether ranks must compare the keys of a call that is complete on each rank according to `attention`.
+
+        Without a role, always: only their length says that they are replicated. With a role, where the keys might be
+        shards as well, such as the four keys of an IP-Adapter in a model with four tokens on some rank. All ranks give
+        the same answer.
+        """
+        if self.role is None:
+            return True
+        query = self.present(self.role.query)
+        return bool(self.role.key) and self._may_have_shards_as_keys(query, query_len, key_len)
+
+    def _may_have_shards_as_keys(self, names: tuple[str, ...], query_len: int, key_len: int) -> bool:
+        """Whether the queries are shards of some of these sequences, and the keys, on some rank, as many as these."""
+        return any(
+            query_len == self.local_length(join) and key_len in self.local_lengths(join)
+            for join in joins(names)
+            if join != names
+        )
 
     def _after_prefix(self, role: Role, known: int, query_len: int, key_len: int) -> SplitCall | None:
         """A call whose first keys are replicated: `known` keys of a sequence, or more from a cache."""

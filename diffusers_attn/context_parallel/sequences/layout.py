@@ -133,6 +133,15 @@ class SequenceLayout:
         kept = self.kept(names)
         return self.shards(names).sizes[self.mesh.rank] if kept is None else kept.seen
 
+    def local_lengths(self, names: tuple[str, ...]) -> list[int]:
+        """`local_length` on every rank."""
+        lengths = [0] * self.mesh.size
+        for name in names:
+            for rank, size in enumerate(self.shards((name,)).sizes):
+                replicated = name in self.replicated
+                lengths[rank] += self.lengths[name] if replicated else size + self.has_placeholder(name, rank)
+        return lengths
+
     def global_length(self, name: str, local: int) -> int:
         """The full length of the sequence `name`.
 

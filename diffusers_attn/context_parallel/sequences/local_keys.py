@@ -6,7 +6,7 @@ sequence count as replicated, such as a text. Keys that a model makes from split
 ranks compare samples of such keys in the first forward that has them, and fail together if they differ.
 
 Later forwards cost one lookup per call. In a compiled graph the comparison is an operator, which copies the keys. A
-module with `CPAttention` in the plan needs neither.
+module with `CPAttention` in the plan needs neither, unless the keys of a call are as many as the tokens of a shard.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def check_local_keys(call: AttentionCall, tracker: SequenceTracker) -> Attention
     Raises:
         AttentionProviderError: on all ranks, if the keys differ between ranks.
     """
-    if tracker.role is not None or not tracker.is_split or call.not_plain is not None:
+    if not tracker.is_split or call.not_plain is not None:
+        return call
+    if tracker.role is not None and not tracker.keys_to_compare(*_tokens(call)):
         return call
     if torch.compiler.is_compiling():
         number, call_site = tracker.checked_keys.number, _new_call_site()
@@ -101,6 +103,12 @@ def check_local_keys(call: AttentionCall, tracker: SequenceTracker) -> Attention
     if tracker is active.tracker:
         tracker.checked_keys.check(call.key)
     return call
+
+
+def _tokens(call: AttentionCall) -> tuple[int, int]:
+    """Numbers of queries and keys."""
+    dim = -2 if call.layout == "bhsd" else -3
+    return call.query.shape[dim], call.key.shape[dim]
 
 
 @torch._dynamo.assume_constant_result

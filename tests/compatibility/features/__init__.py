@@ -1,9 +1,21 @@
 """The features by name, and by kind as the page lists them."""
 
 from ..feature import Feature
-from . import caches
+from . import adapters, caches, conditions, guiders, life, offloading, precision
 
 KINDS: dict[str, dict[str, Feature]] = {
     "Step caches": caches.FEATURES,
+    "Offloading": offloading.FEATURES,
+    "LoRA adapters": adapters.FEATURES,
+    "Precision": precision.FEATURES,
+    "Conditions": conditions.FEATURES,
+    "Guiders": guiders.FEATURES,
+    "Life of a pipeline": life.FEATURES,
 }
 FEATURES: dict[str, Feature] = {name: feature for kind in KINDS.values() for name, feature in kind.items()}
+NOT_RUN: dict[str, dict[str, str]] = {
+    "Offloading": offloading.NOT_RUN,
+    "Precision": precision.NOT_RUN,
+    "Guiders": guiders.NOT_RUN,
+}
+"""What the kinds have besides, with the reason why no test runs it."""

@@ -28,7 +28,7 @@ def _draw(pipe: Any) -> list[Tensor]:
 
 
 def _cache(make: Callable[[Any], Any]) -> Feature:
-    return lossy(lambda pipe: pipe.transformer.enable_cache(make(pipe)), draw=_draw)
+    return lossy(lambda pipe: pipe.transformer.enable_cache(make(pipe)), draw=_draw, not_under=("vae",))
 
 
 def _timestep(pipe: Any) -> Callable[[], int]:

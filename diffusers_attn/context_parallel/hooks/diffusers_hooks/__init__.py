@@ -12,7 +12,7 @@ that a cache keeps for each branch of guidance. Only this folder touches diffuse
 """
 
 from .branches import branch_of, state_of_run
-from .watch import cache_by_branch, check, check_in_graph, fingerprint, unwatch, watch
+from .watch import cache_by_branch, check, check_in_graph, fingerprint, keeps_state, unwatch, watch
 
 __all__ = [
     "branch_of",
@@ -20,6 +20,7 @@ __all__ = [
     "check",
     "check_in_graph",
     "fingerprint",
+    "keeps_state",
     "state_of_run",
     "unwatch",
     "watch",

@@ -24,14 +24,31 @@ PER_BRANCH = frozenset(
 """Hooks whose state belongs to a branch, and does not depend on calls of other branches. PyramidAttentionBroadcast
 counts all calls; FasterCache uses one branch's output for the other; SeaCache and TextKVCache recognise inputs."""
 
+WITHOUT_STATE = frozenset(
+    f"diffusers.hooks.{name}"
+    for name in (
+        "group_offloading.GroupOffloadingHook",
+        "group_offloading.LazyPrefetchGroupOffloadingHook",
+        "group_offloading.LayerExecutionTrackerHook",
+        "layerwise_casting.LayerwiseCastingHook",
+        "layerwise_casting.PeftInputAutocastDisableHook",
+    )
+)
+"""Hooks that move or cast weights. A call depends on nothing that an earlier one has left in them."""
+
 _KEY = "diffusers_attn"
 _WITHOUT_NAME = (None, "inference")
 State = TypeVar("State")
 
 
+def with_state(hooks: Iterable[Any]) -> list[Any]:
+    """Those hooks that may keep something from one call to the next."""
+    return [hook for hook in hooks if class_name(hook) not in WITHOUT_STATE]
+
+
 def manager_of(hooks: Iterable[Any]) -> Any | None:
     """The state manager of the first of these hooks, if all of them keep a state for each branch; otherwise None."""
-    found = list(hooks)
+    found = with_state(hooks)
     if not found or any(class_name(hook) not in PER_BRANCH for hook in found):
         return None
     if any(getattr(getattr(hook, "config", None), "calibrate", False) for hook in found):

@@ -12,7 +12,7 @@ from torch import nn
 from ....cp_plans.plan import Plan
 from ....errors import AttentionProviderError
 from ...sequences.tracker import SequenceTracker
-from .branches import manager_of
+from .branches import manager_of, with_state
 from .refusal import Split, check_hook
 from .registry import class_name, hooks_in, hooks_on, install
 from .replacing import restore
@@ -29,6 +29,8 @@ _models: weakref.WeakKeyDictionary[nn.Module, _Watched] = weakref.WeakKeyDiction
 _fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _managers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 """The state manager of models with a cache by branch; None for others. Forgotten together with the fingerprint."""
+_with_state: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""Whether a model has hooks that may keep a state. Forgotten together with the fingerprint."""
 
 
 def watch(model: nn.Module, plan: Plan, tracker: SequenceTracker) -> None:
@@ -40,16 +42,14 @@ def watch(model: nn.Module, plan: Plan, tracker: SequenceTracker) -> None:
     check(model, plan)
     install(_on_register, _on_remove)
     _models[model] = _Watched(Split.of(model, plan), tracker)
-    _fingerprints.pop(model, None)
-    _managers.pop(model, None)
+    _forget(model)
     for _, _, hook in hooks_in(model):
         _adapt(hook, tracker)
 
 
 def unwatch(model: nn.Module) -> None:
     """Restores the hooks within `model`."""
-    _fingerprints.pop(model, None)
-    _managers.pop(model, None)
+    _forget(model)
     if _models.pop(model, None) is not None:
         for _, _, hook in hooks_in(model):
             restore(hook)
@@ -94,6 +94,24 @@ def cache_by_branch(model: nn.Module) -> Any | None:
     return _managers[model]
 
 
+def keeps_state(model: nn.Module) -> bool:
+    """Whether a hook within the model may keep something from one forward to the next."""
+    if model not in _fingerprints or model not in _with_state:
+        fingerprint(model)
+        _with_state[model] = bool(with_state(hook for _, _, hook in hooks_in(model)))
+    return _with_state[model]
+
+
+def _forget(model: nn.Module) -> None:
+    for known in (_fingerprints, _managers, _with_state):
+        known.pop(model, None)
+
+
+def _forget_all() -> None:
+    for known in (_fingerprints, _managers, _with_state):
+        known.clear()
+
+
 def _adapt(hook: Any, tracker: SequenceTracker) -> None:
     rule = RULES.get(class_name(hook))
     if rule is not None and rule.adapt is not None:
@@ -112,12 +130,10 @@ def _on_register(module: nn.Module, hook: Any, name: str) -> Callable[[], None]:
     def registered() -> None:
         if tracker is not None:
             _adapt(hook, tracker)
-            _fingerprints.clear()
-            _managers.clear()
+            _forget_all()
 
     return registered
 
 
 def _on_remove() -> None:
-    _fingerprints.clear()
-    _managers.clear()
+    _forget_all()
