@@ -13,10 +13,8 @@ from .ways import WAYS
 CELLS = [(name, way) for name, feature in FEATURES.items() for way in WAYS if way not in feature.not_under]
 QUICK = [
     ("FirstBlockCache", "both"),
-    ("SeaCache", "weights"),
     ("Pyramid Attention Broadcast", "guidance"),
     ("`enable_group_offload`, layers", "guidance"),
-    ("hot-swapped between calls", "ulysses"),
     ("fused", "weights"),
     ("bitsandbytes, NF4", "ring"),
     ("IP-Adapter, Flux", "both"),
