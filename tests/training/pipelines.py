@@ -265,7 +265,8 @@ def wan_i2v() -> diffusers.WanImageToVideoPipeline:
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
     sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    transformer = {**base.transformer.config, "in_channels": 2 * LATENTS + 4, "image_dim": 16, "added_kv_proj_dim": 64}
+    image = {"in_channels": 2 * LATENTS + 4, "image_dim": 16, "added_kv_proj_dim": 64}
+    transformer = {**base.transformer.config, **image, "_use_default_values": []}
     return diffusers.WanImageToVideoPipeline(
         tokenizer=base.tokenizer,
         text_encoder=base.text_encoder,
