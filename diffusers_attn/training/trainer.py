@@ -83,6 +83,8 @@ class Trainer:
         self.checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoints_kept or None)
         self.step = 0
         self._received_signal: Callable[[], int] = lambda: 0
+        self.offloaded: tempfile.TemporaryDirectory[str] | None = None
+        """Folder with the weights of blocks, with `offload="disk"`."""
         self.checked = False
         """Whether the processes have compared their first batch."""
         self.checkpoint: Path | None = None
@@ -153,11 +155,15 @@ class Trainer:
         """
         # Blocks are compiled one by one. DDPOptimizer, made for one graph of the entire model, would split each block.
         unsplit_blocks = torch._dynamo.config.patch(optimize_ddp=False)
-        with unsplit_blocks if self.config.compile else contextlib.nullcontext():
-            if self.config.dry_run:
-                return self._dry_run()
-            with output_of_this_run(self.config.output, self.ranks):
-                return self._run()
+        try:
+            with unsplit_blocks if self.config.compile else contextlib.nullcontext():
+                if self.config.dry_run:
+                    return self._dry_run()
+                with output_of_this_run(self.config.output, self.ranks):
+                    return self._run()
+        finally:
+            if self.offloaded is not None:
+                self.offloaded.cleanup()
 
     def _run(self) -> Path:
         config = self.config
@@ -286,7 +292,7 @@ class Trainer:
         )
 
     def _offload_folder(self) -> Path | None:
-        """A new folder for this process's files of offloaded blocks, which is deleted when the trainer is."""
+        """A new folder for this process's files of offloaded blocks, which is deleted at the end of the run."""
         if self.config.offload != "disk":
             return None
         self.config.cache.mkdir(parents=True, exist_ok=True)

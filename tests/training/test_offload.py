@@ -42,6 +42,7 @@ def forget():
             ("flux", "blocks", "int8"),
             ("wan", "disk", None),
             ("z_image", "disk", None),
+            ("wan_a14b", "disk", "int8"),
         ],
     ),
 )
