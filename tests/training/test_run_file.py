@@ -129,6 +129,8 @@ def test_a_run_is_repeated_from_the_file_beside_its_adapter(settings_of, tmp_pat
     with pytest.raises(TrainingError, match="has checkpoints of an earlier run"):
         AcceleratorState._reset_state(True)
         Trainer(TrainConfig.from_arguments(["--config", str(file)]))
+    resumed = TrainConfig.from_arguments(["--config", str(file), "--resume", "latest", "--steps", "3"])
+    assert [each["step"] for each in train_with(resumed)[1]] == [3]
 
 
 def test_several_sets_of_data(settings_of, tmp_path, capsys):
