@@ -90,7 +90,9 @@ def _flux(side: int, text: int, config: Mapping[str, Any]) -> Inputs:
         "encoder_hidden_states": _normal(1, text, config["joint_attention_dim"], seed=1),
         "pooled_projections": _normal(1, config["pooled_projection_dim"], seed=2),
         "timestep": torch.tensor([0.5]),
-        "guidance": torch.tensor([3.5]),
+        # The model multiplies this by 1,000, which bfloat16 holds exactly for 4.0. 3,500 would be rounded in eager mode
+        # and not in a fused kernel, and random weights amplify the difference.
+        "guidance": torch.tensor([4.0]),
         "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float(),
         "txt_ids": torch.zeros(text, 3),
         "return_dict": False,

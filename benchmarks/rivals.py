@@ -53,6 +53,10 @@ PREPARING = 0.85
 """Share of `--seconds` in which variants are prepared. The rest is for the rounds."""
 
 
+SECONDS_TO_START = 10
+"""A variant is not started if less time is left."""
+
+
 class Served:
     """A variant in its own process, whose methods `rivals.py` calls through `Isolated`."""
 
@@ -180,7 +184,7 @@ def bench(key: str, args: argparse.Namespace, ranks: Ranks, device: torch.device
         variant = Variant(name, key, real, ranks, args)
         report.variants.append(variant)
         limit = min(args.prepare_timeout, left(PREPARING))
-        if limit <= 0:
+        if limit < SECONDS_TO_START:
             variant.result["error"] = f"not started, so that --seconds {args.seconds:g} are enough for the rounds"
             continue
         prepared = attempt(variant, Variant.prepare, device, weights, expected, limit)
@@ -240,7 +244,7 @@ def markdown(report: dict[str, Any]) -> str:
             memory = f"{max(each['peak_mib'])} + {max(each['outside_allocator_mib'])}" if "peak_mib" in each else "-"
             cells = [
                 each["variant"],
-                f"{each['library']} {each['version']}",
+                f"{each['library']} {each['version'].replace('0+unknown', where['commit'])}",
                 f"{each['ms']:.1f}",
                 f"{low:.1f} to {high:.1f}",
                 f"{alone[0] / each['ms']:.2f}x" if alone else "-",
