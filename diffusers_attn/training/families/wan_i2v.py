@@ -21,6 +21,8 @@ class WanImageToVideo(Wan):
     """
 
     pipelines = ("WanImageToVideoPipeline",)
+    # The last two attend to the embedding of the image. Models without one have no such layers.
+    lora_targets = (*Wan.lora_targets, "add_k_proj", "add_v_proj")
     provided_inputs: ClassVar[tuple[str, ...]] = ("image_dim", "added_kv_proj_dim")
     takes_image = True
     conditioned = True
