@@ -30,7 +30,9 @@ def _table(kind: str) -> str:
     if messages:
         parts.append("\n".join(f"{number}. {message}" for message, number in messages.items()))
     if kind in NOT_RUN:
-        parts.append("Not run: " + "; ".join(f"{name} ({reason})" for name, reason in NOT_RUN[kind].items()) + ".")
+        parts.append(
+            "Not in the table: " + "; ".join(f"{name} ({reason})" for name, reason in NOT_RUN[kind].items()) + "."
+        )
     return "\n\n".join(parts)
 
 

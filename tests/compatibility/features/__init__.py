@@ -14,8 +14,10 @@ KINDS: dict[str, dict[str, Feature]] = {
 }
 FEATURES: dict[str, Feature] = {name: feature for kind in KINDS.values() for name, feature in kind.items()}
 NOT_RUN: dict[str, dict[str, str]] = {
+    "Step caches": caches.NOT_RUN,
     "Offloading": offloading.NOT_RUN,
     "Precision": precision.NOT_RUN,
     "Guiders": guiders.NOT_RUN,
+    "Life of a pipeline": life.NOT_RUN,
 }
 """What the kinds have besides, with the reason why no test runs it."""

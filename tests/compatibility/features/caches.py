@@ -61,3 +61,7 @@ FEATURES = {
     ),
     "SeaCache": _cache(lambda _: diffusers.SeaCacheConfig(threshold=0.3)),
 }  # fmt: skip
+NOT_RUN = {
+    "TextKVCache": "only NucleusMoE takes it, whose transformer alone is compared in "
+    "`tests/context_parallel/hooks/test_caches.py`"
+}

@@ -110,3 +110,8 @@ FEATURES = {
     "tiles of the VAE": _of_vae(_tiling, True),
     "slices of the VAE": _of_vae(lambda pipe: pipe.vae.enable_slicing(), False),
 }
+NOT_RUN = {
+    "`torch.export`": "no test yet",
+    "`device_map`": "it needs GPUs",
+    "gradient checkpointing": "compared with gradients, below",
+}
