@@ -4,7 +4,8 @@
 
 The tensors are tiny, to keep the kernel's time small. Blocks of direct calls, of ours and of theirs alternate in one
 process. A block's overhead is its time minus that of the neighbouring direct block; reported are medians over all
-blocks. `direct` is the call that one would write by hand for tensors of that layout, including transposes.
+blocks. `direct` is the call that one would write by hand for tensors of that layout, including transposes. `first` is
+ours without the table of calls that were decided before (`known_calls`), as for the first call of a kind.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from diffusers.models import attention_dispatch as theirs
 from versions import versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from diffusers_attn import attention_dispatch, provider_status
+from diffusers_attn import attention_dispatch, known_calls, provider_status
 from diffusers_attn.dispatch import attend
 from diffusers_attn.processors.entry_points import dispatch_entry_point
 from diffusers_attn.scope import ProviderChoice
@@ -35,7 +36,7 @@ AttentionCall = Callable[[], torch.Tensor]
 
 
 def cases(device: str) -> dict[str, dict[str, AttentionCall]]:
-    """The cases by name: functions without arguments, named "direct", "ours" and "theirs"."""
+    """The cases by name: functions without arguments, named "direct", "ours", "first" and "theirs"."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     query, key, value = (torch.randn(1, 2, 2, 16, device=device, dtype=dtype) for _ in range(3))
     mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device)
@@ -45,6 +46,10 @@ def cases(device: str) -> dict[str, dict[str, AttentionCall]]:
         heads_first = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return sdpa(*heads_first, attn_mask=attn_mask).transpose(1, 2)
 
+    def first() -> torch.Tensor:
+        known_calls.prepared.clear()
+        return entry_point(query, key, value)
+
     def diffusers(attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         return theirs.dispatch_attention_fn(query, key, value, attn_mask=attn_mask, backend=None)
 
@@ -52,6 +57,7 @@ def cases(device: str) -> dict[str, dict[str, AttentionCall]]:
         "native, [batch, seq, heads, head_dim], as a processor calls it": {
             "direct": direct,
             "ours": lambda: entry_point(query, key, value),
+            "first": first,
             "theirs": diffusers,
         },
         "the same with a key mask": {
@@ -113,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # with its checks on, theirs logs every call to flash
     results = {}
-    print(f"{'microseconds a call':86s} {'direct':>8s} {'ours':>8s} {'theirs':>8s} {'checked':>8s}")
+    print(f"{'microseconds a call':86s} {'direct':>8s} {'ours':>8s} {'first':>8s} {'theirs':>8s} {'checked':>8s}")
     with torch.no_grad():
         for name, calls in cases(options.device).items():
             result = measure(calls, options.device, options.rounds, options.calls)
@@ -123,7 +129,7 @@ def main() -> None:
                 checked = measure(pair, options.device, options.rounds // 4, options.calls)
                 theirs._AttentionBackendRegistry._checks_enabled = False
                 result["theirs_checked"] = checked["theirs"]
-            columns = (result.get(each) for each in ("ours", "theirs", "theirs_checked"))
+            columns = (result.get(each) for each in ("ours", "first", "theirs", "theirs_checked"))
             cells = " ".join("        " if cell is None else f"{'+' + format(cell, '.2f'):>8s}" for cell in columns)
             print(f"{name:86s} {result['direct']:8.2f} {cells}")
             results[name] = result

@@ -13,8 +13,8 @@ One layer on one rank, with `P = ulysses_degree * ring_degree` ranks and `L` byt
 - collectives send keys and values packed, as one message; copies between GPUs send them from where they are, as two.
 
 Everything else in a step is the same for all strategies. Steps are assumed to be compiled or recorded: a host that is
-too slow to launch the kernels is not part of the prediction. Predictions are within 7 % of every measured step that
-does not wait for its host (docs/cost_model.md).
+too slow to launch the kernels is not part of the prediction. docs/cost_model.md compares predictions with measured
+times.
 """
 
 from __future__ import annotations

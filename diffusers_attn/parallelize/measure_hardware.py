@@ -121,7 +121,7 @@ def _ranks_per_node(world: int) -> int:
 def _in_words(found: Hardware) -> str:
     named = {"collectives": found.within, "copies": found.copies, "between hosts": found.between}
     return ", ".join(
-        f"{name} {link.bytes_per_second / 1e9:.3g} GB/s and {link.seconds * 1e6:.2g} µs"
+        f"{name} {link.bytes_per_second / 1e9:.3g} GB/s and {link.seconds * 1e6:.3g} µs"
         for name, link in named.items()
         if link is not None
     )

@@ -197,6 +197,23 @@ def test_a_provider_that_ends_the_process_costs_only_itself(monkeypatch: pytest.
     assert "SIGSEGV" in providers[1].reason and asked == [("native", "flex"), ("native",), ("flex",)]
 
 
+def test_a_run_that_ends_the_process_costs_only_its_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of one package run in one process, and in one for each if that ends."""
+    asked: list[tuple[str, ...]] = []
+
+    def probe(name: str, *names: str, timeout: float) -> isolated.Outcome:
+        asked.append(names)
+        if "flex" in names:
+            return isolated.Outcome(None, "its process was ended by SIGSEGV")
+        return isolated.Outcome({each: {"ms": 1.0} for each in names})
+
+    monkeypatch.setattr(examine, "run_probe", probe)
+    runs = examine._runs(["native", "flex"], 1.0, lambda text: None)
+    assert runs["native"].value == {"ms": 1.0} and "SIGSEGV" in runs["flex"].problem
+    examine._runs(["native", "_native_math"], 1.0, lambda text: None)
+    assert asked == [("native", "flex"), ("native",), ("flex",), ("native", "_native_math")]
+
+
 def test_a_package_that_is_installed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path / "one", "xformers", version="0.0.35")
     package(tmp_path / "two", "xformers", version="0.0.34")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,7 +19,7 @@ from diffusers_attn.training.models import fingerprint, load_pipeline, text_enco
 
 from ..marks import thorough_but
 from .runs import TINY_FLUX, train, train_all
-from .worlds import World
+from .worlds import World, forget_accelerate
 
 MUST = {"model": "m", "data": "d", "cpu": True}
 
@@ -28,12 +27,7 @@ MUST = {"model": "m", "data": "d", "cpu": True}
 @pytest.fixture(autouse=True)
 def _afterwards():
     yield
-    forget()
-
-
-def forget():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 @pytest.fixture
@@ -109,18 +103,18 @@ def test_losses_and_gradients_are_those_of_the_dequantised_model(
     short = {"steps": 3, "gradient_accumulation_steps": 1, "lr_warmup_steps": 0, "checkpoint_every": 2}
     settings = settings_of("flux", **short, base_precision=precision)
     first = train(settings)
-    forget()
+    forget_accelerate()
     second = train(settings_of("flux", **short, model=str(tmp_path / "plain")))
     same_steps(first["steps"], second["steps"])
     if precision == "nf4":
-        forget()
+        forget_accelerate()
         assert train(settings_of("flux", **short, base_precision=precision, offload="disk"))["steps"] == first["steps"]
     # Resumed exactly, and only with the same precision.
-    forget()
+    forget_accelerate()
     latest = str(Path(settings["output_dir"], "checkpoints", "step-00000002"))
     again = settings_of("flux", **short, base_precision=precision, resume=latest)
     assert train(again)["steps"] == first["steps"][2:]
-    forget()
+    forget_accelerate()
     with pytest.raises(TrainingError, match=f"no --base_precision: the checkpoint is .*--base_precision {precision}"):
         train(settings_of("flux", **short, resume=latest))
 
@@ -147,10 +141,10 @@ def test_a_transformer_of_its_own(settings_of, tmp_path):
     expected = train(settings_of("flux", **short))["steps"]
     transformer = load().transformer
     save_file(transformer.state_dict(), tmp_path / "flux.safetensors")
-    forget()
+    forget_accelerate()
     assert train(settings_of("flux", **short, transformer=str(tmp_path / "flux.safetensors")))["steps"] == expected
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
-    forget()
+    forget_accelerate()
     with pytest.raises(TrainingError, match=r"--transformer .*other.safetensors"):
         train(settings_of("flux", **short, transformer=str(tmp_path / "other.safetensors")))
 
@@ -187,12 +181,12 @@ def test_a_gguf_file(settings_of, tmp_path):
     pipeline.transformer.save_pretrained(tmp_path / "plain")
     short = {"steps": 2, "gradient_accumulation_steps": 1, "lr_warmup_steps": 0}
     first = train(settings_of("flux", **short, transformer=str(path)))
-    forget()
+    forget_accelerate()
     same_steps(first["steps"], train(settings_of("flux", **short, transformer=str(tmp_path / "plain")))["steps"])
-    forget()
+    forget_accelerate()
     moved = train(settings_of("flux", **short, transformer=str(path), offload="disk"))
     assert moved["steps"] == first["steps"]
-    forget()
+    forget_accelerate()
     with pytest.raises(TrainingError, match="--base_precision int8 with --transformer .* quantised already"):
         Trainer(TrainConfig(**MUST, transformer=str(path), base_precision="int8"))
 

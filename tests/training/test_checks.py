@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import tracking
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.card import check_push
@@ -18,6 +17,7 @@ from diffusers_attn.training.trainer import Trainer
 
 from ..tiny_pipelines import make
 from .runs import train
+from .worlds import forget_accelerate
 
 MUST = {"model": "m", "data": "d"}
 
@@ -25,8 +25,7 @@ MUST = {"model": "m", "data": "d"}
 @pytest.fixture(autouse=True)
 def _afterwards():
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 DRAW = {"validation_prompts": ["a cat"]}

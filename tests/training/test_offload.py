@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from diffusers_attn.training import TrainConfig, TrainingError
@@ -15,7 +14,7 @@ from diffusers_attn.training.offload import offload_blocks
 from ..marks import thorough_but
 from ..tiny_pipelines import make
 from .runs import train, train_all
-from .worlds import World
+from .worlds import World, forget_accelerate
 
 SHORT = {"steps": 2, "gradient_accumulation_steps": 2, "lr_warmup_steps": 0, "adapter_init": "gaussian"}
 
@@ -23,12 +22,7 @@ SHORT = {"steps": 2, "gradient_accumulation_steps": 2, "lr_warmup_steps": 0, "ad
 @pytest.fixture(autouse=True)
 def _afterwards():
     yield
-    forget()
-
-
-def forget():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +46,7 @@ def test_steps_are_those_without(settings_of, family, offload, precision):
         pytest.importorskip("torchao", reason="torchao is not installed: pip install -e '.[quantization]'")
     more = {"validation_prompts": ["a cat"], "validation_steps": 1, "evaluation_every": 1, "base_precision": precision}
     first = train(settings_of(family, **SHORT, **more))
-    forget()
+    forget_accelerate()
     settings = settings_of(family, **SHORT, **more, offload=offload)
     second = train(settings)
     assert second["steps"] == first["steps"]

@@ -7,21 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from .runs import train
+from .worlds import forget_accelerate
 
 
 @pytest.fixture(autouse=True)
 def _afterwards():
     yield
-    _reset()
-
-
-def _reset():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 def _needs(package):
@@ -41,7 +36,7 @@ def test_an_optimizer_goes_on_exactly(settings_of, optimizer, package):
     assert len(kept) > 10 and _dtypes(kept) == (
         {torch.uint8, torch.float32} if package == "bitsandbytes" else {torch.float32}
     )
-    _reset()
+    forget_accelerate()
     resumed = train(settings_of("cogview4", **settings, resume=str(checkpoint)))
     assert resumed["steps"] == uninterrupted["steps"][2:]
     ours, theirs = load_file(resumed["path"]), load_file(uninterrupted["path"])

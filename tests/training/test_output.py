@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
 from diffusers_attn.training.data.lock import FolderLock, alone_in
@@ -20,13 +19,13 @@ from diffusers_attn.training.output import check_output, output_of_this_run
 
 from ..launching import TIMEOUT
 from .data.test_cache import on_threads
+from .worlds import forget_accelerate
 
 
 @pytest.fixture(autouse=True)
 def _afterwards():
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 def hold(folder, ready):
@@ -124,21 +123,16 @@ def test_a_run_over_what_was_there(settings_of):
     (output / "README.md").write_text("mine")
     with pytest.raises(TrainingError, match="already has README.md"):
         Trainer(TrainConfig(**settings))
-    _reset()
+    forget_accelerate()
     Trainer(TrainConfig(**settings, overwrite=True)).run()
     assert "mine" not in (output / "README.md").read_text()
     # Its own files are no obstacle to going on, and are one to starting anew.
-    _reset()
+    forget_accelerate()
     Trainer(TrainConfig(**{**settings, "steps": 2, "resume": "latest"})).run()
-    _reset()
+    forget_accelerate()
     with pytest.raises(TrainingError, match="has checkpoints of an earlier run.*--overwrite"):
         Trainer(TrainConfig(**settings))
-    _reset()
+    forget_accelerate()
     Trainer(TrainConfig(**settings, overwrite=True)).run()
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000001"]
     assert json.loads((output / "metrics.jsonl").read_text())["step"] == 1
-
-
-def _reset():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()

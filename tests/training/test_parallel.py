@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, ParallelismConfig
 
 from diffusers_attn import AttentionProviderError
@@ -14,14 +13,13 @@ from diffusers_attn.training import TrainConfig, Trainer, TrainingError, Trainin
 from diffusers_attn.training.parallel import check_trainable
 
 from ..tiny_pipelines import make
-from .worlds import World
+from .worlds import World, forget_accelerate
 
 
 @pytest.fixture
 def accelerator():
     yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 # ---- One process
@@ -118,8 +116,7 @@ def test_settings_that_are_refused(settings, message, tmp_path):
         with pytest.raises((TrainingError, AttentionProviderError), match=message):
             Trainer(TrainConfig(**{"model": "m", "data": "d", "cpu": True, "output_dir": str(tmp_path), **settings}))
     finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        forget_accelerate()
 
 
 def test_a_package_that_is_missing():

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
@@ -28,6 +27,7 @@ from diffusers_attn.training.settings import metadata_of
 
 from ..tiny_pipelines import make
 from .runs import make_data, train
+from .worlds import forget_accelerate
 
 MUST = {"model": "m", "data": "d"}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -47,12 +47,7 @@ OTHERS = {
 @pytest.fixture(autouse=True)
 def _afterwards():
     yield
-    forget()
-
-
-def forget():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 def other_value(name):
@@ -132,7 +127,7 @@ def run(settings_of):
     """A run with checkpoints of all of its steps: its settings and its log."""
     settings = settings_of("cogview4", steps=4, checkpoint_every=1, checkpoints_kept=0, adapter_init="default")
     result = train(settings)
-    forget()
+    forget_accelerate()
     return settings, result
 
 
@@ -184,7 +179,7 @@ def test_an_adapter_that_moved_the_base_goes_on_and_loads(settings_of, mixed_pre
     )
     settings["cache_dir"] = f"{settings['output_dir']}/cache"
     uninterrupted = train(settings)
-    forget()
+    forget_accelerate()
     weights = load_file(uninterrupted["path"])
     # Without the initialisation in the command line: it is the checkpoint's.
     resumed = train({**settings, "resume": "2", "adapter_init": "default"})
@@ -222,7 +217,7 @@ def test_another_base_model_and_other_data(again, tmp_path):
     pipeline.save_pretrained(tmp_path / "other")
     with pytest.raises(TrainingError, match="base model has other weights.*--model"):
         train({**again, "model": str(tmp_path / "other")})
-    forget()
+    forget_accelerate()
     data = make_data("image", tmp_path / "data", number=6)
     with pytest.raises(TrainingDataError, match="data"):
         train({**again, "data": str(data)})
@@ -241,7 +236,7 @@ def test_the_advice_on_divergence_works(again):
         TrainingError, match="weights .* not finite in step 6. .*--resume latest --learning_rate 0.01, or"
     ):
         trainer.run()
-    forget()
+    forget_accelerate()
     calm = train({**wild, "learning_rate": 0.01})
     assert [step["step"] for step in calm["steps"]] == [6, 7, 8]
 

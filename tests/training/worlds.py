@@ -46,8 +46,6 @@ def _place(_: Any, folder: str, worlds: tuple[World, ...]) -> Any:
 
 def _as_rank(rank: int, world: World, store: str) -> Any:
     """The job, on a rank of its world; then everything as it was."""
-    from accelerate.state import AcceleratorState, GradientState
-
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world.size, "LOCAL_WORLD_SIZE": world.size}
     if world.size > 1:
         os.environ |= {name: str(value) for name, value in launched.items()}
@@ -58,10 +56,17 @@ def _as_rank(rank: int, world: World, store: str) -> Any:
     try:
         return world.job(**world.arguments)
     finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        forget_accelerate()
         for name in launched:
             os.environ.pop(name, None)
+
+
+def forget_accelerate() -> None:
+    """Ends what Accelerate keeps in the process, so that another run can begin in it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def work(rank: int, store: str, jobs: Any, results: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import collectives
 from .gathered_rows import EVERYONE, OTHERS, GatheredRows
 from .group import Group
-from .symmetric_gather import SymmetricGather, opened_gather
+from .symmetric_gather import opened_gather
 
 _MOST = 64 * 2**20
 """Largest symmetric memory for rows, in bytes, unless attention has allocated more. Larger rows go through a
@@ -34,34 +34,39 @@ def gather_rows(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
     """
     if group.size == 1:
         return tensor
-    gather = None if torch.compiler.is_compiling() else opened_gather(group.name)
-    if gather is not None:
-        rows = tensor.contiguous().view(1, tensor.shape[0], math.prod(tensor.shape[1:]))
-        layout = GatheredRows.of([rows], sizes, group.rank, EVERYONE)
-        if gather.has_room(layout.length * tensor.itemsize, _MOST):
-            return _pushed(gather, rows, layout, tuple(sizes)).view(sum(sizes), *tensor.shape[1:])
+    arrived = _through_symmetric_memory(tensor, sizes, group, EVERYONE)
+    if arrived is not None:
+        return arrived.clone()  # the memory is written to again by the next call but one
     return collectives.wait(collectives.start_gather(tensor, sizes, group), group)
 
 
 def first_ranks_rows(tensor: Tensor, rows: int, group: Group) -> Tensor:
-    """The first rank's `tensor`, which has so many rows. Of the others', only dtype and further sizes matter. All ranks
-    of `group` must call this. The result may be memory in which the next gather of the group but one is received, so
-    copy it before the next one."""
+    """The first rank's `tensor`. All ranks of `group` must call this.
+
+    The result may lie in memory that the next gather of the group but one overwrites, so copy it before the next one.
+
+    Args:
+        tensor: the rows, `[rows, ...]`; of other ranks only dtype and further sizes matter.
+        rows: number of rows of the first rank.
+    """
     sizes = (rows, *[0] * (group.size - 1))
     own = tensor if group.rank == 0 else tensor[:0]
-    gather = None if torch.compiler.is_compiling() else opened_gather(group.name)
-    flat = own.contiguous().view(1, own.shape[0], math.prod(own.shape[1:]))
-    if gather is None or not gather.has_room(
-        GatheredRows.of([flat], sizes, group.rank, EVERYONE).length * flat.itemsize, _MOST
-    ):
+    arrived = _through_symmetric_memory(own, sizes, group, OTHERS)
+    if arrived is None:
         return gather_rows(own, sizes, group)
-    gather.start([flat], sizes, _TICKET, OTHERS)
-    (arrived,) = GatheredRows.of([flat], sizes, group.rank, OTHERS).views(gather.finish(_TICKET))
-    return tensor if group.rank == 0 else arrived.view(rows, *tensor.shape[1:])
+    return tensor if group.rank == 0 else arrived
 
 
-def _pushed(gather: SymmetricGather, rows: Tensor, layout: GatheredRows, sizes: tuple[int, ...]) -> Tensor:
-    """All ranks' rows, `[1, sum(sizes), elements]`."""
-    gather.start([rows], sizes, _TICKET, EVERYONE)
-    (arrived,) = layout.views(gather.finish(_TICKET))
-    return arrived.clone()  # the memory is written to again by the next call but one
+def _through_symmetric_memory(tensor: Tensor, sizes: Sequence[int], group: Group, shift: int) -> Tensor | None:
+    """The rows of other ranks, or of all, where they have arrived; None if the group has no symmetric memory, or too
+    little."""
+    gather = None if torch.compiler.is_compiling() else opened_gather(group.name)
+    if gather is None:
+        return None
+    rows = tensor.contiguous().view(1, tensor.shape[0], math.prod(tensor.shape[1:]))
+    needed = GatheredRows.of([rows], sizes, group.rank, EVERYONE).length  # equal on all ranks
+    if not gather.has_room(needed * tensor.itemsize, _MOST):
+        return None
+    gather.start([rows], tuple(sizes), _TICKET, shift)
+    (arrived,) = GatheredRows.of([rows], sizes, group.rank, shift).views(gather.finish(_TICKET))
+    return arrived.view(arrived.shape[1], *tensor.shape[1:])
