@@ -230,3 +230,8 @@ def test_the_folder(setting, monkeypatch, tmp_path):
     assert measuring._folder(setting) == expected
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert measuring._folder("measured") == tmp_path / "xdg" / "diffusers_attn"
+
+
+def test_speeds_in_words():
+    hardware = TYPICAL["pcie"]._replace(within=Link(1.004e-4, 1.84e9), copies=None, between=None)
+    assert measuring._in_words(hardware) == "collectives 1.84 GB/s and 100 µs"
