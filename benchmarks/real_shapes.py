@@ -108,6 +108,17 @@ def _wan(latent: tuple[int, int, int], text: int, config: Mapping[str, Any]) -> 
     }
 
 
+def _qwen_image(side: int, text: int, config: Mapping[str, Any]) -> Inputs:
+    """Qwen-Image's inputs for an image of `side` x `side` tokens, of 16 x 16 pixels each."""
+    return {
+        "hidden_states": _normal(1, side * side, config["in_channels"], seed=0),
+        "encoder_hidden_states": _normal(1, text, config["joint_attention_dim"], seed=1),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, side, side)]],
+        "return_dict": False,
+    }
+
+
 FLUX = {
     "patch_size": 1,
     "in_channels": 64,
@@ -136,6 +147,16 @@ WAN = {
 }
 WAN_14B = WAN | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 8}
 """All layers are alike, and some of them tell of all."""
+QWEN_IMAGE = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": (16, 56, 56),
+}
 TINY_FLUX = FLUX | {
     "num_layers": 2,
     "num_single_layers": 2,
@@ -143,6 +164,13 @@ TINY_FLUX = FLUX | {
     "num_attention_heads": 4,
     "joint_attention_dim": 32,
     "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+TINY_QWEN_IMAGE = QWEN_IMAGE | {
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
     "axes_dims_rope": (4, 6, 6),
 }
 TINY_WAN = WAN | {
@@ -165,6 +193,18 @@ REAL = {
         WAN_14B,
         lambda: _wan((21, 60, 104), 512, WAN_14B),
     ),
+    "wan-14b-whole": RealModel(
+        "Wan 2.1 14B 480p, 49 frames",
+        "WanTransformer3DModel",
+        WAN_14B | {"num_layers": 40},
+        lambda: _wan((13, 60, 104), 512, WAN_14B),
+    ),
+    "qwen-image": RealModel(
+        "Qwen-Image 1024²",
+        "QwenImageTransformer2DModel",
+        QWEN_IMAGE,
+        lambda: _qwen_image(64, 256, QWEN_IMAGE),
+    ),
 }
 USUAL = ("flux", "wan")
 TINY = {
@@ -173,4 +213,11 @@ TINY = {
         "tiny Wan", "WanTransformer3DModel", TINY_WAN, lambda: _wan((3, 8, 8), 32, TINY_WAN), torch.float32
     ),
 }
-TINY["wan-14b"] = TINY["wan"]
+TINY["wan-14b"] = TINY["wan-14b-whole"] = TINY["wan"]
+TINY["qwen-image"] = RealModel(
+    "tiny Qwen-Image",
+    "QwenImageTransformer2DModel",
+    TINY_QWEN_IMAGE,
+    lambda: _qwen_image(8, 32, TINY_QWEN_IMAGE),
+    torch.float32,
+)
