@@ -4,7 +4,8 @@ The public classes are `TrainingParallel`, which adds data and context paralleli
 and `Trainer` with `TrainConfig`, a complete training loop, which `examples/train_lora.py` starts from a command line.
 
 - A step: `trainer` runs it, with `data` (examples, cache, batches), `families` (one file per model family), `noise`,
-  `loss`, `optim` and `randomness`. `lora` and `ema` are the trained weights.
+  `loss`, `optim` and `randomness`. `lora` and `ema` are the trained weights,
+  `experts` two transformers that are trained in one run.
 - Ranks: `parallel` (groups of processes), `accelerator` and `job_ranks`.
 - Settings: `config` and `datasets`, declared by `settings`, `bounds` and `choices`, and read from a `run_file` or
   `recipes`; `checks` refuses those that cannot work, `dry_run` tries them, and `resolved` writes them down.

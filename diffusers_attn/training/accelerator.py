@@ -29,6 +29,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    unused = config.find_unused_parameters or config.expert == "both"  # a step trains one of the experts
     accelerator = Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
@@ -36,7 +37,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         log_with=config.trackers,
         project_dir=config.output_dir,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
+            DistributedDataParallelKwargs(find_unused_parameters=unused),
             InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.timeout or DEFAULT_TIMEOUT)),
         ],
     )

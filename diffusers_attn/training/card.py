@@ -11,6 +11,7 @@ from .choices import IN_DIFFUSERS_FORMAT
 from .config import TrainConfig
 from .data.disk import write_file
 from .errors import TrainingError
+from .experts import adapter_folder
 from .families import Family
 from .lora import loads_adapters
 from .validation import Sample
@@ -49,15 +50,9 @@ def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
     }  # fmt: skip
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     pipeline = type(family.pipeline).__name__
-    if config.adapter in IN_DIFFUSERS_FORMAT:
-        loader = "load_lora_weights" if loads_adapters(type(family.pipeline)) else "transformer.load_lora_adapter"
-        where = ", load_into_transformer_2=True" if family.expert == "low" else ""
-        load = f'pipe.{loader}("{config.hub_model_id or config.output.name}"{where})'
-    else:
-        load = (
-            "from diffusers_attn.training.lora import load_adapter\n\n"
-            f'load_adapter(pipe.{"transformer_2" if family.expert == "low" else "transformer"}, "{config.output.name}")'
-        )
+    load = "\n".join(_loading(config, family, component) for component in family.trained)
+    if config.adapter not in IN_DIFFUSERS_FORMAT:
+        load = f"from diffusers_attn.training.lora import load_adapter\n\n{load}"
     base = Path(config.model).name if Path(config.model).exists() else config.model
     metadata = f"base_model: {base}\n" if not Path(config.model).exists() else ""
     return f"""\
@@ -85,6 +80,17 @@ pipe = {pipeline}.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 | --- | --- |
 {rows}
 {f"{chr(10)}| prompt | sample |{chr(10)}| --- | --- |{chr(10)}{gallery}{chr(10)}" if gallery else ""}"""
+
+
+def _loading(config: TrainConfig, family: Family, component: str) -> str:
+    """The line that loads the adapter of a component of the pipeline."""
+    folder = adapter_folder(component, len(family.trained) > 1)
+    if config.adapter not in IN_DIFFUSERS_FORMAT:
+        return f'load_adapter(pipe.{component}, "{(Path(config.output.name) / folder).as_posix()}")'
+    loader = "load_lora_weights" if loads_adapters(type(family.pipeline)) else f"{component}.load_lora_adapter"
+    where = "" if folder == "" else f', subfolder="{folder}", adapter_name="{folder}"'
+    where += ", load_into_transformer_2=True" if component == "transformer_2" else ""
+    return f'pipe.{loader}("{config.hub_model_id or config.output.name}"{where})'
 
 
 def check_push(config: TrainConfig) -> None:

@@ -130,10 +130,11 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
             pipeline does not accept a size or length.
     """
     config.check_effect(timestep_sampling=config.timestep_sampling or family.objective.sampling)
-    if config.targets:
-        check_targets(family.transformer, config.targets)
-    check_adapter_kind(config, family.transformer)
-    _check_adapter(config, family.transformer, adapter)
+    for transformer in family.trained.values():
+        if config.targets:
+            check_targets(transformer, config.targets)
+        check_adapter_kind(config, transformer)
+        _check_adapter(config, transformer, adapter)
     _check_references(config, family)
     _check_buckets(config, family)
     _check_samples(config, family)

@@ -18,8 +18,8 @@ IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
 """Types of adapters that a pipeline's `load_lora_weights` loads."""
 INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
 """Initialisations of an adapter's weights."""
-EXPERTS = ("high", "low")
-"""Transformers of a model with one for high noise levels and one for low ones."""
+EXPERTS = ("high", "low", "both")
+"""What to train of a model with one transformer for high noise levels and one for low ones."""
 SAMPLINGS = ("uniform", "logit_normal", "mode")
 """Distributions of noise levels."""
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")

@@ -85,7 +85,8 @@ class TrainConfig:
     revision: str | None = setting(None, "Branch, tag or commit of the model on the Hub (default: main)")
     expert: str | None = setting(
         None,
-        "Transformer to train of a model that has one for high and one for low noise levels, such as Wan2.2-A14B",
+        "Transformer to train of a model that has one for high and one for low noise levels, such as Wan2.2-A14B; both "
+        "trains one of them in each step, by a noise level that is drawn",
         EXPERTS,
     )
 
@@ -374,6 +375,11 @@ class TrainConfig:
             raise TrainingError(
                 f"{option('offload', self.offload)} with --compile: compiled blocks keep their weights. Leave one of "
                 "them out."
+            )
+        if self.transformer is not None and self.expert == "both":
+            raise TrainingError(
+                f"{option('transformer', self.transformer)} with --expert both: these are the weights of one "
+                "transformer. Train each expert in a run of its own, or put both into the folder of --model."
             )
         if self.references is not None and self.datasets:
             raise TrainingError(

@@ -94,7 +94,7 @@ def summary(
 
     Args:
         config: the settings.
-        family: the family, whose transformer has the adapter.
+        family: the family, whose trained transformers have adapters.
         assigned: all examples with their buckets.
         degrees: numbers of data-parallel groups, and of processes in each.
         memory: peak memory in bytes of "encoding" and of "training".
@@ -107,10 +107,10 @@ def summary(
         assigned.buckets, global_batch_size=batch, repeats=assigned.repeats, incomplete=config.incomplete_batches
     )
     epoch = sampler.steps_per_epoch
-    transformer = family.transformer
-    trained = [each for each in transformer.parameters() if each.requires_grad]
+    parameters = [each for transformer in family.trained.values() for each in transformer.parameters()]
+    trained = [each for each in parameters if each.requires_grad]
     device = trained[0].device
-    frozen = [each for each in transformer.parameters() if not each.requires_grad]
+    frozen = [each for each in parameters if not each.requires_grad]
     weights = sum(map(size_of, frozen))
     held = sum(size_of(each) for each in frozen if each.device == device)
     state = [each for state in optimizer.state.values() for each in _tensors(state)]

@@ -203,8 +203,8 @@ def save_adapter(
     weights: Mapping[str, Tensor],
     folder: Path,
     kind: str,
+    transformer: nn.Module,
     initial: Mapping[str, Tensor] | None = None,
-    transformer: nn.Module | None = None,
 ) -> Path:
     """Saves an adapter atomically.
 
@@ -217,16 +217,16 @@ def save_adapter(
         weights: from `adapter_weights`.
         folder: folder for the file; created if missing.
         kind: type of the adapter, one of `KINDS`.
+        transformer: the transformer that has the adapter.
         initial: `adapter_weights` right after an initialisation of `MOVES_BASE`. The saved adapter then has twice the
             rank and applies to the original base model.
-        transformer: the transformer that has the adapter. None: `pipeline.transformer`.
 
     Returns:
         The adapter's file.
     """
     from peft import get_peft_model_state_dict
 
-    trained: Any = pipeline.transformer if transformer is None else transformer
+    trained: Any = transformer
     config = copy.deepcopy(trained.peft_config[ADAPTER])
     layers = get_peft_model_state_dict(trained, state_dict=dict(weights), adapter_name=ADAPTER)
     if initial is not None:

@@ -10,11 +10,15 @@ from .data.lock import FolderLock
 from .data.ranks import Ranks, in_step
 from .data.walk import RUN_MARK
 from .errors import TrainingError
+from .experts import EXPERT_OF
 from .flag_names import option
 from .run_file import RESOLVED
 
-RESULTS = ("README.md", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
-"""Files that a run writes at its end."""
+RESULTS = (
+    "README.md", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json",
+    *EXPERT_OF.values(),
+)  # fmt: skip
+"""Files and folders that a run writes at its end."""
 ALONG_THE_WAY = ("metrics.jsonl", "samples", RESOLVED)
 """Files that a run writes before its end, besides checkpoints."""
 

@@ -75,7 +75,7 @@ class Facts(NamedTuple):
     family: str
     """Class name of the family."""
     base: str
-    """Fingerprint of the transformer's weights without the adapter."""
+    """Fingerprints of the weights of all trained transformers without the adapter."""
     targets: list[str]
     num_frames: list[int]
 
@@ -83,7 +83,7 @@ class Facts(NamedTuple):
 def facts_of(config: TrainConfig, family: Family) -> Facts:
     """The facts about a model. Call it before the adapter is added."""
     targets = sorted(config.targets or family.lora_targets)
-    base = fingerprint(family.transformer, rounded=True)
+    base = " ".join(fingerprint(each, rounded=True) for each in family.trained.values())
     return Facts(type(family).__name__, base, targets, list(buckets_of(config, family).frames))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from .dry_run import reset_peak_memory, summary
 from .ema import AdapterAverage
 from .errors import TrainingError, TrainingInterrupted
 from .evaluation import evaluate
+from .experts import Experts, adapter_folder, as_one_module, shard_each, weights_of
 from .families import family_of
 from .flag_names import option
 from .interruption import SIGNALS, interruptible
@@ -144,7 +146,8 @@ class Trainer:
         """Trains. All processes must call this. With `dry_run`, it prints a report instead and writes nothing.
 
         Returns:
-            The adapter's file; on processes other than rank 0, and after a dry run, the output folder.
+            The adapter's file, of two adapters that for high noise levels; on processes other than rank 0, and after a
+            dry run, the output folder.
 
         Raises:
             TrainingError: a setting cannot be used with this model, another run uses the output folder, or the loss,
@@ -240,35 +243,41 @@ class Trainer:
         noise = Noise(config, self.sampling, self.family.levels, pin=self.device.type == "cuda")
         loader = make_loader(config, self.prepared, self.parallel, noise)
 
-        transformer = self.family.transformer
+        trained = self.family.trained
+        whole = as_one_module(trained)
         if config.offload == "none":
-            transformer = transformer.to(self.device)
+            whole.to(self.device)
         # The adapter is added first: PEFT replaces modules, and the plan's hooks belong on the new ones.
         initial = read_initial(self.checkpoint) if self.checkpoint is not None else None
-        adapter = self._adapter_config()
+        parameters = []
+        for transformer in trained.values():
+            adapter = self._adapter_config()
+            if initial is not None:
+                adapter.init_lora_weights = True
+            parameters += add_adapter(transformer, adapter, config.seed)
         if initial is not None:
-            adapter.init_lora_weights = True
-        parameters = add_adapter(transformer, adapter, config.seed)
-        if initial is not None:
-            move_base(transformer, initial)
+            move_base(whole, initial)
         elif config.adapter_init in MOVES_BASE:
-            initial = adapter_weights(transformer)
-        if config.offload != "none":
-            offload_blocks(transformer, self.device, self._offload_folder())
-        self.report = self.parallel.enable(transformer, provider=config.attn_provider, inputs="trust")
-        if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        if config.compile:
-            from ..runtime.compile import apply_compile
+            initial = adapter_weights(whole)
+        for name, transformer in trained.items():
+            if config.offload != "none":
+                offload_blocks(transformer, self.device, self._offload_folder(name))
+            self.report = self.parallel.enable(transformer, provider=config.attn_provider, inputs="trust")
+            if config.gradient_checkpointing:
+                transformer.enable_gradient_checkpointing()
+            if config.compile:
+                from ..runtime.compile import apply_compile
 
-            apply_compile(transformer)
-        transformer.train()
+                apply_compile(transformer)
+        whole.train()
         # DDP would send all weights from rank 0 to the others, which fails for quantised ones. The adapter has the same
         # seed everywhere, and the base models were compared.
-        transformer._ddp_params_and_buffers_to_ignore = [
-            *(name for name, each in transformer.named_parameters() if not each.requires_grad),
-            *(name for name, _ in transformer.named_buffers()),
+        whole._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+            *(name for name, each in whole.named_parameters() if not each.requires_grad),
+            *(name for name, _ in whole.named_buffers()),
         ]
+        if accelerator.distributed_type == "FSDP" and isinstance(whole, Experts):
+            shard_each(whole, accelerator)
         fused = self.device.type == "cuda" and accelerator.distributed_type != "FSDP"
         optimizer: Any = make_optimizer(
             config.optimizer,
@@ -280,7 +289,7 @@ class Trainer:
             fused=fused,
         )
         placement = [config.offload == "none", True]
-        self.model, self.optimizer = accelerator.prepare(transformer, optimizer, device_placement=placement)
+        self.model, self.optimizer = accelerator.prepare(whole, optimizer, device_placement=placement)
         self.parameters = list(trained_parameters(self.model).values())
         schedule = make_schedule(
             config.lr_schedule, self.optimizer.optimizer, warmup_steps=config.warmup_steps, steps=config.steps
@@ -291,13 +300,16 @@ class Trainer:
             self.model, self.optimizer.optimizer, schedule, average, loader, settings, facts, initial
         )
 
-    def _offload_folder(self) -> Path | None:
-        """A new folder for this process's files of offloaded blocks, which is deleted at the end of the run."""
+    def _offload_folder(self, component: str) -> Path | None:
+        """A new folder for this process's files of a component's blocks, which is deleted at the end of the run."""
         if self.config.offload != "disk":
             return None
-        self.config.cache.mkdir(parents=True, exist_ok=True)
-        self.offloaded = tempfile.TemporaryDirectory(prefix="offload-", dir=self.config.cache)
-        return Path(self.offloaded.name)
+        if self.offloaded is None:
+            self.config.cache.mkdir(parents=True, exist_ok=True)
+            self.offloaded = tempfile.TemporaryDirectory(prefix="offload-", dir=self.config.cache)
+        folder = Path(self.offloaded.name) / component
+        folder.mkdir()
+        return folder
 
     def _adapter_config(self) -> Any:
         config = self.config
@@ -422,7 +434,8 @@ class Trainer:
         level = objective.level(drawn["u"], family.tokens(clean.shape))
         noisy = objective.noisy(clean, noise, level)
         text = {name: each for name, each in on_device.items() if not name.startswith("latents_")}
-        prediction = family.predict(self.model, noisy, level.timestep, text)
+        model = functools.partial(self.model, batch["trained"]) if len(family.trained) > 1 else self.model
+        prediction = family.predict(model, noisy, level.timestep, text)
         return family.loss(prediction, clean, noise, level).mean()
 
     # ---- At some steps, and at the end
@@ -487,11 +500,9 @@ class Trainer:
         found: list[Path] = []
 
         def save(_: None) -> None:
-            kind, initial = config.adapter, self.training.initial
-            pipeline, transformer = self.family.pipeline, self.family.transformer
-            found.append(save_adapter(pipeline, averaged, config.output, kind, initial, transformer))
+            found.extend(self._save_adapters(averaged, config.output))
             if average is not None:
-                save_adapter(pipeline, own, config.output / "not_averaged", kind, initial, transformer)
+                self._save_adapters(own, config.output / "not_averaged")
             facts = {"processes": f"{self.parallel.dp_degree} x {self.parallel.cp_degree} (data x context parallel)"}
             write_card(config, self.family, samples, facts)
             if config.push_to_hub:
@@ -502,6 +513,17 @@ class Trainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return found[0] if found else config.output
+
+    def _save_adapters(self, weights: dict[str, Tensor], folder: Path) -> list[Path]:
+        """Saves the adapter of each trained transformer. Returns the files."""
+        trained, initial, files = self.family.trained, self.training.initial, []
+        several = len(trained) > 1
+        for name, transformer in trained.items():
+            own = weights_of(name, weights, several)
+            own_initial = None if initial is None else weights_of(name, initial, several)
+            where, kind = folder / adapter_folder(name, several), self.config.adapter
+            files.append(save_adapter(self.family.pipeline, own, where, kind, transformer, own_initial))
+        return files
 
 
 def _due(step: int, every: int) -> bool:

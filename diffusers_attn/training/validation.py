@@ -17,6 +17,7 @@ from ..nested import mapped
 from .config import TrainConfig
 from .data.disk import write_file
 from .errors import TrainingError
+from .experts import evaluating
 from .families import Family
 from .flag_names import option
 from .models import decoding_in_its_dtype, placed, text_encoders
@@ -98,13 +99,14 @@ class Validation:
             The samples in the order of the prompts, the same on all processes.
         """
         pipeline = self.family.pipeline
-        transformer = self.family.transformer
-        was_training = transformer.training
-        transformer.eval()
         first, step = (0, 1) if on_all_ranks else (parallel.dp_rank, parallel.dp_degree)
         writes = parallel.cp_rank == 0 and (not on_all_ranks or parallel.dp_rank == 0)
         samples = []
-        with placed(self.family.other_models, device), decoding_in_its_dtype(pipeline.vae), torch.no_grad():
+        with (
+            placed(self.family.other_models, device),
+            decoding_in_its_dtype(pipeline.vae),
+            evaluating(self.family.trained),
+        ):
             for turn in range(-(-len(self.prompts) // step)):
                 number = turn * step + first
                 if stop():
@@ -118,7 +120,6 @@ class Validation:
                     pixels = output.images[0] if hasattr(output, "images") else output.frames[0]
                     name = f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', self.prompts[number].lower())[:40].strip('-')}"
                     samples.append((number, str(_save(pixels, folder / name, self.fps))))
-        transformer.train(was_training)
         found = sorted(each for several in parallel.ranks.everyone(samples) for each in several)
         return [Sample(self.prompts[number], Path(path)) for number, path in found]
 

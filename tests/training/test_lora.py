@@ -55,7 +55,7 @@ def trained(name, kind, **others):
 def test_through_load_lora_weights(name, kind, tmp_path):
     pipeline = trained(name, kind)
     weights = adapter_weights(pipeline.transformer)
-    save_adapter(pipeline, weights, tmp_path, kind)
+    save_adapter(pipeline, weights, tmp_path, kind, pipeline.transformer)
     other = pipeline_of(name)
     other.load_lora_weights(str(tmp_path), adapter_name=ADAPTER)
     other.transformer.set_adapter(ADAPTER)
@@ -84,7 +84,7 @@ def test_the_picture_is_that_of_the_trained_model(kind, init, tmp_path):
     generator = torch.Generator().manual_seed(1)
     weights = {key: each + 0.2 * torch.randn(each.shape, generator=generator) for key, each in initial.items()}
     load_adapter_weights(pipeline.transformer, weights)
-    save_adapter(pipeline, weights, tmp_path, kind, initial if moved else None)
+    save_adapter(pipeline, weights, tmp_path, kind, pipeline.transformer, initial if moved else None)
     plain, other = pipeline_of("cogview4"), pipeline_of("cogview4")
     other.load_lora_weights(str(tmp_path))
     drawn = [_drawn(each) for each in (pipeline, other, plain)]
@@ -114,7 +114,7 @@ def test_through_load_adapter(kind, tmp_path):
     pipeline = trained("cogview4", kind)
     weights = adapter_weights(pipeline.transformer)
     assert weights
-    save_adapter(pipeline, weights, tmp_path, kind)
+    save_adapter(pipeline, weights, tmp_path, kind, pipeline.transformer)
     other = pipeline_of("cogview4")
     load_adapter(other.transformer, tmp_path)
     loaded = other.transformer.state_dict()

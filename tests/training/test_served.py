@@ -106,12 +106,13 @@ def test_each_expert_is_trained_at_its_noise_levels():
     high, low = (family_of(pipeline, expert=each) for each in ("high", "low"))
     assert high.transformer is pipeline.transformer and low.transformer is pipeline.transformer_2
     for family in (high, low):
-        u = sample_u("uniform", [torch.Generator().manual_seed(i) for i in range(200)], levels=family.levels)
+        [levels] = family.levels.values()
+        u = sample_u("uniform", [torch.Generator().manual_seed(i) for i in range(200)], levels=levels)
         timesteps = family.objective.level(u, 1).timestep
         assert (timesteps.min() >= 875) == (family is high) and (timesteps.max() <= 875) == (family is low)
         assert timesteps.max() - timesteps.min() > (100 if family is high else 800)
     with pytest.raises(TrainingError, match="hardly ever draws a noise level"):
-        sample_u("logit_normal", [torch.Generator()], logit_mean=-9.0, logit_std=0.1, levels=high.levels)
+        sample_u("logit_normal", [torch.Generator()], logit_mean=-9.0, logit_std=0.1, levels=high.levels["transformer"])
 
 
 def test_samples_from_an_image_need_one_for_each_prompt(tmp_path):

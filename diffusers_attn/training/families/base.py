@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,7 +39,8 @@ class Family(abc.ABC):
         shift: timestep shift. None: the scheduler's. Only for rectified flow.
         guidance: guidance scale that a guidance-distilled model gets as its input. None: 1. Only for such models.
         max_sequence_length: number of text tokens per caption. None: the pipeline's default.
-        expert: "high" or "low": the transformer to train of a pipeline with one for high and one for low noise levels.
+        expert: "high", "low" or "both": what to train of a pipeline with one transformer for high and one for low noise
+            levels.
 
     Raises:
         TrainingError: the pipeline, or a setting, is not supported.
@@ -115,7 +116,7 @@ class Family(abc.ABC):
         if two and expert is None:
             raise TrainingError(
                 "this pipeline has a transformer for high noise levels and one for low ones (transformer_2). Give "
-                "--expert high or --expert low, and train the other one in a run of its own."
+                "--expert high or --expert low to train one of them, or --expert both."
             )
         if expert is not None and not two:
             raise TrainingError(
@@ -185,21 +186,27 @@ class Family(abc.ABC):
         return None if latents is None else latents * self.packed
 
     @property
+    def trained(self) -> dict[str, Any]:
+        """The transformers that are trained, by the name of the pipeline's component."""
+        names = {"low": ("transformer_2",), "both": ("transformer", "transformer_2")}.get(self.expert or "")
+        return {name: getattr(self.pipeline, name) for name in names or ("transformer",)}
+
+    @property
     def transformer(self) -> Any:
-        """The transformer that is trained."""
-        return self.pipeline.transformer_2 if self.expert == "low" else self.pipeline.transformer
+        """The transformer that is trained; of two, which have the same configuration, the first."""
+        return next(iter(self.trained.values()))
 
     @property
     def other_models(self) -> list[nn.Module]:
-        """The models that the pipeline samples and decodes with, besides the trained transformer."""
-        names = ("transformer", "transformer_2", "vae", "image_encoder")
-        found = [getattr(self.pipeline, name, None) for name in names]
-        return [each for each in found if each is not None and each is not self.transformer]
+        """The models that the pipeline samples and decodes with, besides those that are trained."""
+        names = {"transformer", "transformer_2", "vae", "image_encoder"} - self.trained.keys()
+        found = [getattr(self.pipeline, name, None) for name in sorted(names)]
+        return [each for each in found if each is not None]
 
     @property
-    def levels(self) -> tuple[float, float]:
-        """Lowest and highest noise level `u`, before the shift, at which the transformer is trained."""
-        return 0.0, 1.0
+    def levels(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest noise level `u`, before the shift, at which each of `trained` is trained."""
+        return dict.fromkeys(self.trained, (0.0, 1.0))
 
     @property
     def config(self) -> Any:
@@ -317,7 +324,9 @@ class Family(abc.ABC):
         """Divides a micro-batch into parts for separate forward and backward passes. Default: one part."""
         return [dict(batch)]
 
-    def predict(self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+    def predict(
+        self, transformer: Callable[..., Any], noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]
+    ) -> Tensor:
         """Runs one forward. Arguments are those of `inputs`; `transformer` may be wrapped, for example by DDP."""
         dtype = self.dtype
         inputs = self.inputs(noisy.to(dtype), timestep, {name: _cast(each, dtype) for name, each in text.items()})

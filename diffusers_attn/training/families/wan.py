@@ -21,14 +21,15 @@ class Wan(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def levels(self) -> dict[str, tuple[float, float]]:
         if self.expert is None:
-            return 0.0, 1.0
+            return super().levels
         # The sampler uses the expert for high noise levels from this one on. The shift does not depend on tokens.
         sigma = self.pipeline.config.boundary_ratio
         shift = self.shift or scheduler_shift(self.pipeline.scheduler.config)(1)
         boundary = sigma / (shift - (shift - 1) * sigma)
-        return (boundary, 1.0) if self.expert == "high" else (0.0, boundary)
+        each = {"transformer": (boundary, 1.0), "transformer_2": (0.0, boundary)}
+        return {name: each[name] for name in self.trained}
 
     @property
     def size_multiple(self) -> int:

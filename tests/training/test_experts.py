@@ -1,0 +1,210 @@
+"""A run that trains both transformers of Wan 2.2 A14B, by the noise level of each step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
+
+from diffusers_attn.training import TrainConfig, TrainingError
+from diffusers_attn.training.data.store import read_tensors
+from diffusers_attn.training.loss import sample_u
+from diffusers_attn.training.randomness import SampleRandomness, derived_seed, generator
+from diffusers_attn.training.trainer import Trainer
+
+from .runs import train, train_all, train_sharded
+from .worlds import World, forget_accelerate
+
+STEPS = 5
+RUN = {
+    "expert": "both", "steps": STEPS, "batch_size": 2, "timestep_sampling": "uniform", "lr_warmup_steps": 0,
+    # (With a smaller eps, Adam turns the rounding of gradients near zero into whole steps.)
+    "caption_dropout": 0.0, "adam_eps": 1e-4, "checkpoint_every": 2, "checkpoints_kept": 0,
+}  # fmt: skip
+BOUNDARY = 875
+"""The timestep from which the pipeline uses the transformer for high noise levels."""
+
+
+@pytest.fixture(autouse=True)
+def _afterwards():
+    yield
+    forget_accelerate()
+
+
+@pytest.fixture(scope="module")
+def run(settings_of):
+    """A run: its trainer, its steps, and the adapters of both experts."""
+    settings = settings_of(
+        "wan_a14b", **RUN, evaluation_every=STEPS, validation_prompts=["a cat"], validation_steps=4, ema_decay=0.9
+    )
+    steps = []
+    trainer = Trainer(TrainConfig(**settings), on_step=lambda step, numbers: steps.append({"step": step, **numbers}))
+    path = trainer.run()
+    forget_accelerate()
+    return settings, trainer, steps, path
+
+
+def adapters(folder):
+    return {each: load_file(Path(folder) / each / "pytorch_lora_weights.safetensors") for each in ("high", "low")}
+
+
+def plain_loop(trainer):
+    """The same run with PEFT, diffusers and an optimizer for each expert. Returns losses, weights and experts."""
+    config, data = trainer.config, trainer.prepared
+    pipeline = WanPipeline.from_pretrained(config.model, dtype=torch.float32)
+    models = {"high": pipeline.transformer, "low": pipeline.transformer_2}
+    optimizers = {}
+    for name, model in models.items():
+        model.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(config.seed, "adapter"))
+            targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            model.add_adapter(
+                peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights="gaussian"), "default"
+            )
+        trained = [each for each in model.parameters() if each.requires_grad]
+        optimizers[name] = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01, eps=1e-4)
+    mean, std = (
+        torch.tensor(each).view(1, -1, 1, 1, 1)
+        for each in (pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std)
+    )
+    losses, experts = [], []
+    for step in range(config.steps):
+        u = sample_u("uniform", [generator(config.seed, "train", "expert", step)])
+        sigma = 3 * u / (1 + 2 * u)
+        expert = "high" if 1000 * sigma >= BOUNDARY else "low"
+        indices = trainer.training.loader.sampler.step(step).indices
+        total = 0.0
+        for first in range(0, len(indices), config.batch_size):
+            positions = range(first, first + config.batch_size)
+            examples = [data.latents[indices[each]] for each in positions]
+            latents = [read_tensors(each.path) for each in examples]
+            texts = [read_tensors(data.text[each.example.caption])["prompt_embeds"] for each in examples]
+            random = SampleRandomness(config.seed, step, positions)
+            moments = {name: torch.stack([each[f"latents_{name}"] for each in latents]) for name in ("mean", "logvar")}
+            drawn = moments["mean"] + (0.5 * moments["logvar"]).exp() * random.normal(
+                "posterior", latents[0]["latents_mean"].shape
+            )
+            clean = (drawn - mean) / std
+            noise = random.normal("noise", clean.shape[1:])
+            low, high = (0.7, 1.0) if expert == "high" else (0.0, 0.7)
+            u = sample_u("uniform", random.generators("level"), levels=(low, high))
+            sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)
+            assert (1000 * sigma >= BOUNDARY - 1e-3).all() if expert == "high" else (1000 * sigma <= BOUNDARY).all()
+            predicted = models[expert](
+                (1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), torch.stack(texts), return_dict=False
+            )[0]
+            loss = (predicted - (noise - clean)).square().mean()
+            (loss / config.gradient_accumulation_steps).backward()
+            total += loss.item() / config.gradient_accumulation_steps
+        trained = [each for each in models[expert].parameters() if each.requires_grad]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizers[expert].step()
+        optimizers[expert].zero_grad()
+        losses.append(total)
+        experts.append(expert)
+    weights = {name: peft.get_peft_model_state_dict(model, adapter_name="default") for name, model in models.items()}
+    return losses, weights, experts
+
+
+def test_it_is_a_plain_loop_with_an_optimizer_for_each(run):
+    settings, trainer, steps, path = run
+    losses, weights, experts = plain_loop(trainer)
+    assert set(experts) == {"high", "low"}
+    assert [each["loss"] for each in steps] == pytest.approx(losses, rel=1e-6)
+    output = Path(settings["output_dir"])
+    assert path == output / "high" / "pytorch_lora_weights.safetensors"
+    for expert, found in adapters(output / "not_averaged").items():
+        assert {f"transformer.{name}" for name in weights[expert]} == set(found)
+        for name, each in weights[expert].items():
+            assert torch.allclose(found[f"transformer.{name}"], each, atol=1e-6), (expert, name)
+    card = (output / "README.md").read_text()
+    assert 'subfolder="low", adapter_name="low", load_into_transformer_2=True)' in card
+    assert len(list((output / "samples" / "last").iterdir())) == 1
+
+
+def test_the_pipeline_loads_both_and_uses_each_at_its_levels(run):
+    settings, trainer, *_ = run
+    pipeline = WanPipeline.from_pretrained(settings["model"], dtype=torch.float32)
+    pipeline.load_lora_weights(settings["output_dir"], subfolder="high", adapter_name="high")
+    pipeline.load_lora_weights(
+        settings["output_dir"], subfolder="low", adapter_name="low", load_into_transformer_2=True
+    )
+    levels = trainer.family.levels
+    for component, expert in {"transformer": "high", "transformer_2": "low"}.items():
+        loaded = peft.get_peft_model_state_dict(getattr(pipeline, component), adapter_name=expert)
+        saved = adapters(settings["output_dir"])[expert]
+        assert loaded and all(each.equal(saved[f"transformer.{name}"]) for name, each in loaded.items())
+        timesteps = trainer.family.objective.level(torch.tensor(levels[component]), 1).timestep.tolist()
+        assert timesteps == pytest.approx([BOUNDARY, 1000] if expert == "high" else [0, BOUNDARY])
+
+
+def test_a_resumed_run_goes_on_exactly(run, settings_of):
+    settings, _, steps, _ = run
+    again = settings_of("wan_a14b", **RUN, ema_decay=0.9)
+    resumed = train({**again, "resume": f"{settings['output_dir']}/checkpoints/step-00000002"})
+    assert resumed["steps"] == steps[2:]
+    for expert, found in adapters(again["output_dir"]).items():
+        expected = adapters(settings["output_dir"])[expert]
+        assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
+
+
+def same(ours, steps, output, settings):
+    for mine, theirs in zip(ours["steps"], steps, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
+    for expert, found in adapters(output["output_dir"]).items():
+        expected = adapters(Path(settings["output_dir"], "not_averaged"))[expert]
+        assert found.keys() == expected.keys()
+        assert all(found[name].allclose(expected[name], atol=1e-4) for name in found)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("offload", ["blocks", "disk"])
+def test_offloaded_blocks_train_alike(run, settings_of, offload):
+    output = settings_of("wan_a14b", **RUN, offload=offload)
+    assert train(output)["steps"] == run[2]
+    assert not list(Path(output["cache_dir"]).glob("offload-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"batch_size": 1},
+        pytest.param({"cp_degree": 2}, marks=pytest.mark.thorough),
+        pytest.param({"batch_size": 1, "cp_degree": 2, "size": 4}, marks=pytest.mark.thorough),
+    ],
+    ids=["dp", "cp", "dp x cp"],
+)
+def test_several_processes_train_alike(run, run_worlds, settings_of, split):
+    settings, _, steps, _ = run
+    split = dict(split)
+    size = split.pop("size", 2)
+    more = {"evaluation_every": 2, "validation_prompts": ["a cat"], "validation_steps": 4}
+    output = settings_of("wan_a14b", **{**RUN, **split, **more})
+    [ranks] = run_worlds(World(size, train_all, {"several": [output]}))
+    for [ours] in ranks:
+        same(ours, steps, output, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize("cp_degree", [1, 2])
+def test_sharded_weights_train_alike(run, run_worlds, settings_of, cp_degree):
+    settings, _, steps, _ = run
+    more = {"evaluation_every": 2, "validation_prompts": ["a cat"], "validation_steps": 4}
+    output = settings_of("wan_a14b", **{**RUN, **more, "batch_size": cp_degree})
+    arguments = {"settings": output, "block": "WanTransformerBlock", "cp_degree": cp_degree}
+    [ranks] = run_worlds(World(2, train_sharded, arguments))
+    for ours in ranks:
+        same(ours, steps, output, settings)
+
+
+def test_weights_for_one_of_them_are_refused():
+    with pytest.raises(TrainingError, match="--transformer x with --expert both"):
+        TrainConfig(model="m", data="d", transformer="x", expert="both")
