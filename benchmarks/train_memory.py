@@ -44,14 +44,14 @@ from real_shapes import REAL, TINY, RealModel
 from versions import installed, versions
 
 from diffusers_attn.atomic_files import write_atomically
-from diffusers_attn.training.base_precision import load_transformer
-from diffusers_attn.training.choices import BASE_PRECISIONS, OFFLOADS
 from diffusers_attn.training.families.flux import Flux
 from diffusers_attn.training.families.qwen_image import QwenImage
 from diffusers_attn.training.families.wan import Wan
-from diffusers_attn.training.lora import adapter_config, add_adapter
-from diffusers_attn.training.offload import offload_blocks
-from diffusers_attn.training.optim import make_optimizer
+from diffusers_attn.training.model.base_precision import load_transformer
+from diffusers_attn.training.model.lora import adapter_config, add_adapter
+from diffusers_attn.training.model.offload import offload_blocks
+from diffusers_attn.training.model.optim import make_optimizer
+from diffusers_attn.training.settings.choices import BASE_PRECISIONS, OFFLOADS
 
 PACKAGES = ("torchao", "bitsandbytes", "peft", "accelerate")
 MODELS = {"flux": Flux, "qwen-image": QwenImage, "wan": Wan, "wan-14b-whole": Wan}

@@ -57,9 +57,9 @@ import diffusers_attn
 from diffusers_attn.runtime.compile import apply_compile
 from diffusers_attn.training import TrainingParallel
 from diffusers_attn.training.families.wan import Wan
-from diffusers_attn.training.lora import adapter_config, add_adapter, trained_parameters
 from diffusers_attn.training.loss import RectifiedFlow, sample_u
-from diffusers_attn.training.optim import make_optimizer
+from diffusers_attn.training.model.lora import adapter_config, add_adapter, trained_parameters
+from diffusers_attn.training.model.optim import make_optimizer
 from diffusers_attn.training.randomness import generator
 
 NAMES = ("single", "diffusers-ulysses", "diffusers-ring", "gather", "ulysses", "ring")

@@ -23,7 +23,7 @@ PRELOAD = [
     "tests.training.runs",
     "diffusers_attn.parallelize.enable",
     "diffusers_attn.verify_plan.verify",
-    "diffusers_attn.training.trainer",
+    "diffusers_attn.training.loop.trainer",
     "diffusers",
     "transformers",
     "peft",

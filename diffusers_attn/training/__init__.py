@@ -3,17 +3,19 @@
 The public classes are `TrainingParallel`, which adds data and context parallelism to your own loop under Accelerate;
 and `Trainer` with `TrainConfig`, a complete training loop, which `examples/train_lora.py` starts from a command line.
 
-- A step: `trainer` runs it, with `data` (examples, cache, batches), `families` (one file per model family), `noise`,
-  `loss`, `optim` and `randomness`. `lora` and `ema` are the trained weights,
-  `experts` two transformers that are trained in one run.
-- Ranks: `parallel` (groups of processes), `accelerator` and `job_ranks`.
-- Settings: `config` and `datasets`, declared by `settings`, `bounds` and `choices`, and read from a `run_file` or
-  `recipes`; `checks` refuses those that cannot work, `dry_run` tries them, and `resolved` writes them down.
-- Before and after the steps: `models` loads the pipeline (`base_precision`: in fewer bits; `offload`: with its blocks
-  elsewhere), `prepare` encodes the data, `evaluation` and `validation` (with `video`) judge the adapter, and `card`
-  describes and uploads it.
-- Files: `output` (the folder of a run), `checkpoint` with `state` and `manifest`, and `resuming`.
-- As a program: `program`, `arguments`, `commandline` and `flag_names`; `progress`, `once`, `interruption` and `errors`.
+In the order in which a run goes through them:
+
+1. `program` is the trainer as a program, with messages by `commandline` and `once`.
+2. `settings` are what the user asks for.
+3. `data` are examples in folders or data sets, and the cache of what the encoders made of them.
+4. `families` has a file per family of models: what a model takes and what it predicts. `loss` has the objectives.
+5. `model` is the pipeline with the adapter.
+6. `parallel` makes the groups of processes (`job_ranks`: without groups).
+7. `batches` are encoded data with noise, from the random numbers of `randomness`.
+8. `checkpoints` are the files of the run.
+9. `loop` is the run itself.
+
+`errors` are those of all of them.
 """
 
 import importlib
@@ -23,8 +25,8 @@ __all__ = ["TrainConfig", "Trainer", "TrainingError", "TrainingParallel"]
 
 # Imported at first use, since they import diffusers, Accelerate and PEFT.
 _LAZY = {
-    "TrainConfig": "config",
-    "Trainer": "trainer",
+    "TrainConfig": "settings.config",
+    "Trainer": "loop.trainer",
     "TrainingError": "errors",
     "TrainingParallel": "parallel",
 }

@@ -16,8 +16,8 @@ from .data.disk import WritingError
 from .data.errors import TrainingDataError
 from .data.ranks import OtherRankError
 from .errors import TrainingError
-from .flag_names import option
 from .once import print_once
+from .settings.flag_names import option
 
 EXPECTED = (TrainingError, TrainingDataError, AttentionProviderError, WritingError, MissingDecoderError)
 """Errors with a message for users, which are printed without a traceback."""
@@ -46,7 +46,7 @@ def with_options(message: str) -> str:
 
 @functools.cache
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    from .config import TrainConfig
+    from .settings.config import TrainConfig
 
     names = {field.name for field in dataclasses.fields(TrainConfig)} | set(OTHER_NAMES)
     every, long = "|".join(sorted(names)), "|".join(sorted(each for each in names if "_" in each))

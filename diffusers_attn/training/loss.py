@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .choices import SAMPLINGS
 from .errors import TrainingError
+from .settings.choices import SAMPLINGS
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Timestep of pure noise for the models of rectified flow."""

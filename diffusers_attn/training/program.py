@@ -68,7 +68,7 @@ def run(program: str, description: str, arguments: Sequence[str] | None = None, 
 
 def _train(program: str, description: str, arguments: Sequence[str] | None, list_settings: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about vision packages
-    from .config import TrainConfig
+    from .settings.config import TrainConfig
 
     description = f"{description}\n\n{examples(program)}"
     config = TrainConfig.from_arguments(arguments, prog=program, description=description, list_settings=list_settings)
@@ -78,7 +78,7 @@ def _train(program: str, description: str, arguments: Sequence[str] | None, list
     import transformers
 
     from .commandline import log_warnings
-    from .trainer import Trainer
+    from .loop.trainer import Trainer
 
     log_warnings()
     if os.environ.get("RANK", "0") != "0":  # only rank 0 shows progress bars
@@ -92,7 +92,7 @@ def _train(program: str, description: str, arguments: Sequence[str] | None, list
 
 def examples(program: str) -> str:
     """Examples of a command line, and the recipes."""
-    from .recipes import recipes
+    from .settings.recipes import recipes
 
     names = recipes()
     width = max(map(len, names))

@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 from diffusers_attn import apply_context_parallel, set_attention_provider
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 from diffusers_attn.training.families.wan import Wan
-from diffusers_attn.training.lora import adapter_config
 from diffusers_attn.training.loss import RectifiedFlow
+from diffusers_attn.training.model.lora import adapter_config
 
 RANKS = 4
 LAYERS = 2

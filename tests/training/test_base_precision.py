@@ -11,11 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
-from diffusers_attn.training.base_precision import base_dtype, check_base_precision, is_quantised, load_transformer
-from diffusers_attn.training.choices import QUANTISED
 from diffusers_attn.training.data.ranks import OneRank
-from diffusers_attn.training.dry_run import size_of
-from diffusers_attn.training.models import fingerprint, load_pipeline, text_encoders
+from diffusers_attn.training.loop.dry_run import size_of
+from diffusers_attn.training.model.base_precision import (
+    base_dtype,
+    check_base_precision,
+    is_quantised,
+    load_transformer,
+)
+from diffusers_attn.training.model.pipeline import fingerprint, load_pipeline, text_encoders
+from diffusers_attn.training.settings.choices import QUANTISED
 
 from ..marks import thorough_but
 from .runs import TINY_FLUX, train, train_all
@@ -77,7 +82,7 @@ def nf4_on_cpus(monkeypatch):
     """diffusers quantises to nf4 on GPUs alone, although bitsandbytes computes with it on CPUs as well."""
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
-    from diffusers_attn.training import trainer
+    from diffusers_attn.training.loop import trainer
 
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *args, **kwargs: None)
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda *args: {"": "cpu"})
@@ -142,7 +147,8 @@ def test_a_transformer_of_its_own(settings_of, tmp_path):
     transformer = load().transformer
     save_file(transformer.state_dict(), tmp_path / "flux.safetensors")
     forget_accelerate()
-    assert train(settings_of("flux", **short, transformer=str(tmp_path / "flux.safetensors")))["steps"] == expected
+    # Not the same bits: weights mapped from a file start at other addresses, and CPU kernels round differently there.
+    same_steps(train(settings_of("flux", **short, transformer=str(tmp_path / "flux.safetensors")))["steps"], expected)
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     forget_accelerate()
     with pytest.raises(TrainingError, match=r"--transformer .*other.safetensors"):

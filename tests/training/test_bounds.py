@@ -11,9 +11,9 @@ import typing
 import pytest
 
 from diffusers_attn.training import TrainConfig, TrainingError
-from diffusers_attn.training.bounds import BELOW_ONE, COUNT, Bounds
-from diffusers_attn.training.flag_names import option
-from diffusers_attn.training.settings import metadata_of
+from diffusers_attn.training.settings.bounds import BELOW_ONE, COUNT, Bounds
+from diffusers_attn.training.settings.flag_names import option
+from diffusers_attn.training.settings.setting import metadata_of
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 HINTS = typing.get_type_hints(TrainConfig)

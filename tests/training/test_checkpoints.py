@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_attn.training.checkpoint import Checkpoints
+from diffusers_attn.training.checkpoints.checkpoint import Checkpoints
+from diffusers_attn.training.checkpoints.resuming import Facts
+from diffusers_attn.training.checkpoints.state import TrainingSnapshot, restore, write
 from diffusers_attn.training.errors import TrainingError
-from diffusers_attn.training.resuming import Facts
-from diffusers_attn.training.state import TrainingSnapshot, restore, write
 
 from .runs import train_and_die, train_until_terminated
 

@@ -10,10 +10,10 @@ import torch
 from accelerate import tracking
 
 from diffusers_attn.training import TrainConfig, TrainingError
-from diffusers_attn.training.card import check_push
-from diffusers_attn.training.checks import check_optimizing, without_weights
-from diffusers_attn.training.choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
-from diffusers_attn.training.trainer import Trainer
+from diffusers_attn.training.loop.card import check_push
+from diffusers_attn.training.loop.checks import check_optimizing, without_weights
+from diffusers_attn.training.loop.trainer import Trainer
+from diffusers_attn.training.settings.choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 
 from ..tiny_pipelines import make
 from .runs import train
@@ -107,9 +107,9 @@ def test_a_copy_without_weights():
 @pytest.mark.parametrize("adapter", KINDS)
 @pytest.mark.parametrize("init", INITIALISATIONS)
 def test_adapters_that_exist_are_not_refused(adapter, init):
-    from diffusers_attn.training.checks import check_with_model
     from diffusers_attn.training.families import family_of
-    from diffusers_attn.training.lora import adapter_config
+    from diffusers_attn.training.loop.checks import check_with_model
+    from diffusers_attn.training.model.lora import adapter_config
 
     if init != "default" and adapter not in IN_DIFFUSERS_FORMAT:
         return

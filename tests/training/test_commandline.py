@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from diffusers_attn.training.commandline import report, with_options
-from diffusers_attn.training.config import TrainConfig
 from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.data.ranks import OtherRankError
+from diffusers_attn.training.settings.config import TrainConfig
 
 from .. import launching
 from .data.media import album, cut

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.data.store import read_tensors
+from diffusers_attn.training.loop.trainer import Trainer
 from diffusers_attn.training.loss import sample_u
 from diffusers_attn.training.randomness import SampleRandomness, derived_seed, generator
-from diffusers_attn.training.trainer import Trainer
 
 from .runs import train, train_all, train_sharded
 from .worlds import World, forget_accelerate

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from diffusers_attn.training import TrainConfig, Trainer
-from diffusers_attn.training.checkpoint import Checkpoints
+from diffusers_attn.training.checkpoints.checkpoint import Checkpoints
 from diffusers_attn.training.errors import TrainingInterrupted
-from diffusers_attn.training.interruption import interruptible
+from diffusers_attn.training.loop.interruption import interruptible
 
 from .runs import command_line, run_script, train_until_terminated
 from .worlds import World
@@ -61,7 +61,7 @@ def test_what_a_launcher_passes_on_is_no_second_one(monkeypatch):
         except KeyboardInterrupt:  # which would end pytest
             pytest.fail("the second was not taken for the first")
         assert asked() == signal.SIGINT
-        monkeypatch.setattr("diffusers_attn.training.interruption.FORWARDED", 0.0)
+        monkeypatch.setattr("diffusers_attn.training.loop.interruption.FORWARDED", 0.0)
         with pytest.raises(TrainingInterrupted) as left:
             os.kill(os.getpid(), signal.SIGINT)
     assert left.value.exit_code == 130 and left.value.checkpoint is None

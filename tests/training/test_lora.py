@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.families import family_of
-from diffusers_attn.training.lora import (
+from diffusers_attn.training.model.lora import (
     ADAPTER,
     IN_DIFFUSERS_FORMAT,
     INITIALISATIONS,

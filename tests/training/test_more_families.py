@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_attn.training.lora import loads_adapters
+from diffusers_attn.training.model.lora import loads_adapters
 
 from .data.media import picture
 from .runs import FROM_IMAGE, QUICK, SETTINGS, WITH_REFERENCES, train_all

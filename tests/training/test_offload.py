@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_attn.training import TrainConfig, TrainingError
-from diffusers_attn.training.offload import offload_blocks
+from diffusers_attn.training.model.offload import offload_blocks
 
 from ..marks import thorough_but
 from ..tiny_pipelines import make

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
+from diffusers_attn.training.checkpoints.output import check_output, output_of_this_run
 from diffusers_attn.training.data.lock import FolderLock, alone_in
 from diffusers_attn.training.data.ranks import OneRank, OtherRankError
-from diffusers_attn.training.output import check_output, output_of_this_run
 
 from ..launching import TIMEOUT
 from .data.test_cache import on_threads

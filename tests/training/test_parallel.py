@@ -122,7 +122,7 @@ def test_settings_that_are_refused(settings, message, tmp_path):
 def test_a_package_that_is_missing():
     import importlib.util
 
-    from diffusers_attn.training.optim import make_optimizer
+    from diffusers_attn.training.model.optim import make_optimizer
 
     for name, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
         if importlib.util.find_spec(package) is None:

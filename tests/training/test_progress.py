@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusers_attn.training.progress import MetricsFile, Progress
+from diffusers_attn.training.loop.progress import MetricsFile, Progress
 
 NUMBERS = {"loss": 0.5, "learning rate": 1e-4, "gradient norm": 1.0}
 
@@ -46,7 +46,7 @@ def test_a_resumed_run_goes_on_in_its_file(tmp_path):
 
 def test_entries(tmp_path, accelerator, monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("diffusers_attn.training.progress.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("diffusers_attn.training.loop.progress.time", SimpleNamespace(perf_counter=lambda: clock.now))
     path = tmp_path / "metrics.jsonl"
     progress = Progress(accelerator, steps=4, first=0, every=2, metrics=path)
     for step in (1, 2, 3, 4):

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
+from diffusers_attn.training.checkpoints.resuming import SETTINGS, Resumed, read_settings, resume_settings, settings_of
 from diffusers_attn.training.data.errors import TrainingDataError
-from diffusers_attn.training.optim import (
+from diffusers_attn.training.model.optim import (
     OPTIMIZERS,
     SCHEDULES,
     load_optimizer_state,
@@ -22,8 +23,7 @@ from diffusers_attn.training.optim import (
     optimizer_state,
     resume_schedule,
 )
-from diffusers_attn.training.resuming import SETTINGS, Resumed, read_settings, resume_settings, settings_of
-from diffusers_attn.training.settings import metadata_of
+from diffusers_attn.training.settings.setting import metadata_of
 
 from ..tiny_pipelines import make
 from .runs import make_data, train

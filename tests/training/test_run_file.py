@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
 from diffusers_attn.training.data.errors import TrainingDataError
-from diffusers_attn.training.recipes import FOLDER, recipe_file, recipes
-from diffusers_attn.training.run_file import read_run_file
+from diffusers_attn.training.settings.recipes import FOLDER, recipe_file, recipes
+from diffusers_attn.training.settings.run_file import read_run_file
 
 from ..documents import ROOT
 from ..marks import thorough_but

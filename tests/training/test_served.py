@@ -16,9 +16,9 @@ from diffusers_attn.training import TrainConfig
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.families import FAMILIES, base, family_class, family_of, register_family, registered
 from diffusers_attn.training.families.flux import Flux
+from diffusers_attn.training.loop.validation import check_images
 from diffusers_attn.training.loss import sample_u
-from diffusers_attn.training.models import load_pipeline
-from diffusers_attn.training.validation import check_images
+from diffusers_attn.training.model.pipeline import load_pipeline
 
 from ..tiny_pipelines import make
 from . import pipelines

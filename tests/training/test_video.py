@@ -8,8 +8,8 @@ import pytest
 from diffusers_attn.training.data.decode import probe_video, read_video
 from diffusers_attn.training.data.frames import FramePicking
 from diffusers_attn.training.data.source import FileSource
-from diffusers_attn.training.validation import _save
-from diffusers_attn.training.video import first_frame
+from diffusers_attn.training.loop.validation import _save
+from diffusers_attn.training.loop.video import first_frame
 
 
 @pytest.mark.parametrize("size", [(48, 64), (45, 63)])

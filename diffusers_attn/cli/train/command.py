@@ -51,7 +51,7 @@ def train(
     if gpus == 1 or settings:
         run(COMMAND, DESCRIPTION, arguments, LIST_SETTINGS)
     else:
-        from ...training.config import TrainConfig
+        from ...training.settings.config import TrainConfig
 
         TrainConfig.from_arguments(
             arguments, prog=COMMAND, list_settings=LIST_SETTINGS

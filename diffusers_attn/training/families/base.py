@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from ..flag_names import option
 from ..loss import Level, Objective, RectifiedFlow, scheduler_shift
+from ..settings.flag_names import option
 
 FURTHER_INPUTS = {
     "image_dim": "an image embedding",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..flag_names import option
+from ..settings.flag_names import option
 from .base import Family, patches
 
 

@@ -1,0 +1,200 @@
+"""Encodes the training data with a pipeline's VAE and text encoders, and makes the loader of the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.cache import CachedLatents, LatentCache, TextCache
+from ..data.collate import collate, varying
+from ..data.examples import Example, read_examples
+from ..data.frames import FramePicking
+from ..data.loader import LatentLoader
+from ..data.references import with_references
+from ..data.sampler import Share
+from ..data.store import read_shapes, read_tensors
+from ..families import Family
+from ..model.pipeline import fingerprint, placed, text_encoders
+from ..parallel import TrainingParallel
+from ..randomness import generator
+from ..settings.config import TrainConfig
+from ..settings.datasets import DataSet
+from .buckets import buckets_of
+from .largest import Assigned, assign, encode_largest, joined, largest
+
+
+class PreparedData:
+    """The encoded training data.
+
+    Attributes:
+        latents: cached latents of the training examples.
+        text: file of the embeddings of each caption.
+        evaluation: cached latents of the examples for evaluations.
+        repeats: number of times that an epoch has each example: one number, or one for each; [] if not known.
+        bucket: (frames, height, width) of the first example.
+        fps: median frame rate of the training videos; None if unknown or without videos.
+        assigned: in a dry run, all examples with their buckets; `latents` then has only one of them.
+    """
+
+    def __init__(
+        self,
+        latents: list[CachedLatents],
+        text: dict[str, Any],
+        evaluation: list[CachedLatents],
+        picking: FramePicking | None = None,
+        assigned: Assigned | None = None,
+        repeats: Sequence[int] = (),
+    ) -> None:
+        self.latents, self.text, self.evaluation, self.assigned = latents, text, evaluation, assigned
+        # One number where all are equal, as runs with a single set of data have stored it in their checkpoints.
+        self.repeats = repeats[0] if len(set(repeats)) == 1 else list(repeats)
+        self.bucket = tuple(latents[0].bucket)
+        picking = picking or FramePicking()
+        rates = [
+            picking.rate(example.frames, example.fps, bucket.frames)
+            for example, bucket, _ in latents
+            if example.kind == "video"
+        ]
+        known = [each for each in rates if each]
+        self.fps = statistics.median_low(known) if known else None
+
+    @functools.cached_property
+    def padded(self) -> frozenset[str]:
+        """Names of the text tensors whose length varies; batches pad them and have a mask for each."""
+        return varying(read_shapes(path) for path in dict.fromkeys(self.text.values()))
+
+
+def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel, device: torch.device) -> PreparedData:
+    """Reads the examples, and encodes those that are not in the cache. The processes divide the work.
+
+    In a dry run, each process encodes one example.
+
+    Raises:
+        TrainingDataError: the data cannot be used, or fit no bucket.
+    """
+    main = parallel.ranks.rank == 0
+    reading: dict[str, Any] = {
+        "on_bad_data": config.on_bad_data, "caption_column": config.caption_column, "main_process": main,
+        "excluded": [config.output, config.cache],
+    }  # fmt: skip
+    if config.references is not None:
+        reading["excluded"].append(Path(config.references))
+    sources = config.sources
+    examples = [_examples(source, reading) for source in sources]
+    held_out: list[Example] = []
+    if config.evaluation_every and config.evaluation_data:
+        held_out = read_examples(config.evaluation_data, **reading)[: config.evaluation_examples]
+    if config.references is not None:
+        finding: dict[str, Any] = {"on_bad_data": config.on_bad_data, "main_process": main}
+        finding["most"] = family.most_references
+        examples = [with_references(each, config.references, **finding) for each in examples]
+        held_out = with_references(held_out, config.references, **finding) if held_out else []
+    everything = [*itertools.chain.from_iterable(examples), *held_out]
+    captions = [caption for each in everything for caption in each.captions]
+    weights = fingerprint(family.pipeline.vae)
+    caches = [_latent_cache(config, family, weights, source) for source in sources]
+    latents = _latent_cache(config, family, weights)
+    repeats = [config.repeats * source.repeats for source in sources]
+    text = _text_cache(config, family)
+    if config.dry_run:
+        parts = [
+            assign(those, cache.buckets, number, config.on_bad_data, main)
+            for those, cache, number in zip(examples, caches, repeats)
+        ]
+        part, cache = max(zip(parts, caches), key=lambda each: largest(each[0])[0])
+        cached, embedded = encode_largest(part, cache, text, family, device)
+        return PreparedData(cached, embedded, cached, latents.buckets.picking, joined(parts))
+    with placed(list(family.encoders.values()), device):
+        filling: dict[str, Any] = {
+            "ranks": parallel.ranks, "on_bad_data": config.on_bad_data, "batch_size": config.cache_batch_size
+        }  # fmt: skip
+        filled = [cache.fill(those, family.encode, **filling) for cache, those in zip(caches, examples)]
+        cached_held_out = latents.fill(held_out, family.encode, **filling) if held_out else []
+    with placed(list(text_encoders(family.pipeline).values()), device):
+        embedded = text.fill(captions, family.encode_text, ranks=parallel.ranks)
+    cached = list(itertools.chain.from_iterable(filled))
+    evaluation = (cached_held_out or cached)[: config.evaluation_examples]
+    used = [number for number, those in zip(repeats, filled) for _ in those]
+    return PreparedData(cached, embedded, evaluation, latents.buckets.picking, repeats=used)
+
+
+def _examples(source: DataSet, reading: dict[str, Any]) -> list[Example]:
+    """The examples of a set of data, with its caption prefix."""
+    found = read_examples(source.path, **reading)
+    if not source.caption_prefix:
+        return found
+    prefixed = [[source.caption_prefix + caption for caption in each.captions] for each in found]
+    return [
+        dataclasses.replace(each, caption=captions[0], more_captions=tuple(captions[1:]))
+        for each, captions in zip(found, prefixed)
+    ]
+
+
+def make_loader(
+    config: TrainConfig,
+    prepared: PreparedData,
+    parallel: TrainingParallel,
+    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> LatentLoader:
+    """A loader of the batches of this process's data-parallel group. Processes that share sequences get the same.
+
+    Args:
+        finish: applied to each micro-batch in the threads that read it, such as `Noise`.
+
+    Raises:
+        TrainingDataError: the global batch cannot be divided among the processes.
+    """
+    global_batch = config.batch_size * config.gradient_accumulation_steps * parallel.dp_degree
+    sampler = LatentLoader.sampler_for(
+        prepared.latents,
+        global_batch_size=global_batch,
+        seed=config.seed,
+        repeats=prepared.repeats or config.repeats,
+        incomplete=config.incomplete_batches,
+    )
+    return LatentLoader(
+        prepared.latents,
+        prepared.text,
+        sampler,
+        Share(parallel.dp_rank, parallel.dp_degree, config.batch_size),
+        caption_dropout=config.caption_dropout,
+        generator=lambda step, position: generator(config.seed, "caption", step, position),
+        finish=finish,
+    )
+
+
+def _latent_cache(config: TrainConfig, family: Family, weights: str, source: DataSet | None = None) -> LatentCache:
+    vae = family.pipeline.vae
+    settings = {"vae": type(vae).__name__, "weights": weights, "dtype": str(vae.dtype)}
+    if family.conditioned:  # otherwise families with the same VAE share latents
+        others = {name: fingerprint(each) for name, each in family.encoders.items() if name != "vae"}
+        settings |= {"family": type(family).__name__, **others}
+    return LatentCache(config.cache, settings, buckets_of(config, family, source), crop=config.crop, seed=config.seed)
+
+
+def _text_cache(config: TrainConfig, family: Family) -> TextCache:
+    encoders = text_encoders(family.pipeline)
+    settings: dict[str, Any] = {
+        "family": type(family).__name__,
+        "weights": {name: fingerprint(each) for name, each in encoders.items()},
+        "tokens": family.max_sequence_length,
+        "dtype": {name: str(each.dtype) for name, each in encoders.items()},
+    }
+    return TextCache(config.cache, settings)
+
+
+def evaluation_batches(prepared: PreparedData, wanted: Sequence[int]) -> list[dict[str, Any]]:
+    """Batches of one evaluation example each, in the form of `LatentLoader`, for the indices `wanted`."""
+    batches = []
+    for number in wanted:
+        each = prepared.evaluation[number]
+        text = read_tensors(prepared.text[each.example.caption])
+        batches.append({**collate([read_tensors(each.path)]), **collate([text], prepared.padded)})
+    return batches

@@ -1,0 +1,278 @@
+"""Checks that take seconds, made before hours of encoding and training: of the settings, and with the loaded model."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches.buckets import buckets_of
+from ..data.buckets import check_frames
+from ..data.errors import TrainingDataError
+from ..errors import TrainingError
+from ..families import Family
+from ..model.base_precision import check_adapter_kind, is_quantised
+from ..model.lora import OF_MATRICES, add_adapter, is_expression, linear_layers
+from ..model.optim import make_optimizer, make_schedule
+from ..settings.config import TrainConfig
+from ..settings.flag_names import option
+from .card import check_push
+from .validation import check_images
+
+# ---- Without the model
+
+
+def check_trackers(names: Sequence[str] | None) -> None:
+    """Raises TrainingError for an unknown tracker, or one whose package is not installed (which Accelerate ignores)."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = {str(getattr(each, "value", each)) for each in get_available_trackers()}
+    for name in names:
+        if name != "all" and name not in LOGGER_TYPE_TO_CLASS:
+            raise TrainingError(f"{option('trackers', name)}: accepted are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
+        if name in LOGGER_TYPE_TO_CLASS and name not in installed and not _is_registered(LOGGER_TYPE_TO_CLASS[name]):
+            raise TrainingError(f"{option('trackers', name)}: its package is not installed: `pip install {name}`.")
+
+
+def _is_registered(tracker: type) -> bool:
+    """Whether a tracker class was registered by a user, rather than being one of Accelerate's."""
+    return not tracker.__module__.startswith("accelerate.")
+
+
+def check_optimizing(config: TrainConfig, device: torch.device) -> None:
+    """Tries one optimizer step on a small parameter, and evaluates the learning-rate schedule at a few steps.
+
+    Raises:
+        TrainingError: the optimizer or the schedule does not accept the settings, or does not work on this device.
+    """
+    parameter = nn.Parameter(torch.zeros(64, 64, device=device))
+    try:
+        optimizer = make_optimizer(
+            config.optimizer,
+            [parameter],
+            learning_rate=config.learning_rate,
+            betas=(config.adam_betas[0], config.adam_betas[1]),
+            weight_decay=config.weight_decay,
+            eps=config.adam_eps,
+        )
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    except TrainingError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"{option('optimizer', config.optimizer)} does not work on {device}: {error}") from error
+    try:
+        schedule = make_schedule(config.lr_schedule, optimizer, warmup_steps=config.warmup_steps, steps=config.steps)
+        for rate in schedule.lr_lambdas:
+            for step in (0, config.warmup_steps, config.steps - 1, config.steps):
+                rate(step)
+    except (ValueError, ArithmeticError) as error:
+        raise TrainingError(
+            f"{option('lr_schedule', config.lr_schedule)} does not work with a learning rate of {config.rate:g}, "
+            f"{option('lr_warmup_steps', config.warmup_steps)} and {option('steps', config.steps)}: {error}"
+        ) from error
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raises TrainingError if the output folder or the cache folder cannot be written. Call it on one process.
+
+    A dry run makes no folders, and tries those that exist above them.
+    """
+    for name, folder in (("output_dir", config.output), ("cache_dir", config.cache)):
+        if name == "output_dir" or config.cache_dir:
+            there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+            _check_writable(name, there if config.dry_run else folder)
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise TrainingError(
+            f"{option(name, str(folder))} cannot be written: {error.strerror or error}. Give another folder, or check "
+            "this one's permissions and free space."
+        ) from error
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Checks on one process that files can be written and uploaded. Raises TrainingError."""
+    if config.push_to_hub:
+        check_push(config)
+    check_folders(config)
+
+
+# ---- With the model
+
+
+def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
+    """Checks settings against the loaded model.
+
+    Args:
+        config: the settings.
+        family: the family with its pipeline.
+        adapter: from `adapter_config`.
+
+    Raises:
+        TrainingError: no layer matches the targets; the layers do not support the adapter; or the model or its
+            pipeline does not accept a size or length.
+    """
+    config.check_effect(timestep_sampling=config.timestep_sampling or family.objective.sampling)
+    for transformer in family.trained.values():
+        if config.targets:
+            check_targets(transformer, config.targets)
+        check_adapter_kind(config, transformer)
+        _check_adapter(config, transformer, adapter)
+    _check_references(config, family)
+    _check_buckets(config, family)
+    _check_samples(config, family)
+
+
+def _check_references(config: TrainConfig, family: Family) -> None:
+    name = type(family.pipeline).__name__
+    if config.references is not None and not family.most_references:
+        raise TrainingError(
+            f"{option('references', config.references)}: {name} takes no reference images. Leave it out."
+        )
+    if config.references is None and family.most_references:
+        raise TrainingError(
+            f"{name} draws from a reference image. Give the folder of those of your examples with --references."
+        )
+
+
+def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
+    """Raises TrainingError if one of `targets` matches no layer. (PEFT only raises if none of them does.)"""
+    if is_expression(targets):
+        try:
+            re.compile(targets[0])
+        except re.error as error:
+            raise TrainingError(f"{option('targets', targets)} is not a regular expression: {error}.") from error
+        return  # PEFT raises if it matches nothing
+    names = [name for name, _ in transformer.named_modules() if name]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = linear_layers(transformer)
+            near = difflib.get_close_matches(target, ends, 1)
+            raise TrainingError(
+                f"{option('targets', targets)}: no layer has the name {target!r} or a name that ends in it. "
+                + (f"Did you mean {near[0]!r}? " if near else "")
+                + f"Its linear layers end in {', '.join(ends)}. (A regular expression must be the only value, and "
+                "match entire names.)"
+            )
+
+
+def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) -> None:
+    """Adds the adapter to a copy of the model without weights.
+
+    Initialisations that need weights are not run; the shapes that they need are compared instead.
+    """
+    adapter = copy.deepcopy(adapter)
+    if hasattr(adapter, "init_lora_weights"):
+        adapter.init_lora_weights = True
+    bare = without_weights(transformer)
+    add_adapter(bare, adapter, config.seed)
+    if config.adapter_init not in OF_MATRICES:
+        return
+    for name, layer in bare.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        shape = tuple(layer.get_base_layer().weight.shape)
+        least = min(shape) if len(shape) == 2 else 0
+        if (config.adapter_init == "olora" and config.rank > least) or not least:
+            raise TrainingError(
+                f"{option('adapter_init', config.adapter_init)} with {option('rank', config.rank)} needs matrices with "
+                f"at least as many rows and columns as the rank, but {name} has weights of shape {list(shape)}. Give "
+                "another --adapter_init, a smaller --rank or other --targets."
+            )
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy of a module with tensors on the meta device, which takes no memory. Its weights are not quantised."""
+    if is_quantised(module):
+        config = {name: each for name, each in module.config.items() if name != "quantization_config"}  # type: ignore[union-attr, operator]
+        with torch.device("meta"):
+            return type(module).from_config(config)  # type: ignore[attr-defined]
+    memo: dict[int, Any] = {
+        id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=each.requires_grad)
+        for each in module.parameters()
+    }
+    memo |= {id(each): torch.empty_like(each, device="meta") for each in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def _check_buckets(config: TrainConfig, family: Family) -> None:
+    least = family.size_multiple
+    for side in [*config.resolution, *(side for source in config.sources for side in source.resolution or [])]:
+        if side < least:
+            raise TrainingError(f"{option('resolution', side)}: this model needs a side of at least {least} pixels.")
+    for number in [
+        *(config.num_frames or []),
+        *(each for source in config.sources for each in source.num_frames or []),
+    ]:
+        _check_frames("num_frames", number, family)
+    buckets_of(config, family)
+
+
+def _check_frames(name: str, number: int, family: Family) -> None:
+    if family.kind == "image" and number != 1:
+        raise TrainingError(f"{option(name, number)}: {type(family.pipeline).__name__} generates images. Leave it out.")
+    try:
+        check_frames(number, family.frame_rule)
+    except TrainingDataError as error:
+        raise TrainingError(f"{option(name, number)}: {error}") from error
+
+
+def _check_samples(config: TrainConfig, family: Family) -> None:
+    """Checks the size of validation samples by the family's rules, and with the pipeline's own `check_inputs`."""
+    if config.validation_frames is not None:
+        _check_frames("validation_frames", config.validation_frames, family)
+    check_images(config, family)
+    size = {}
+    if config.validation_size is not None:
+        height, width = config.validation_size
+        multiple = family.size_multiple
+        if height % multiple or width % multiple:
+            near = " ".join(str(max(1, round(each / multiple)) * multiple) for each in (height, width))
+            raise TrainingError(
+                f"{option('validation_size', config.validation_size)}: height and width must be multiples of "
+                f"{multiple} for this model, such as {near}."
+            )
+        size = {"height": height, "width": width}
+    from PIL import Image
+
+    check = getattr(family.pipeline, "check_inputs", None)
+    if check is None:
+        return
+    known = inspect.signature(check).parameters
+    given: dict[str, Any] = {
+        "prompt": "a",
+        "height": 16 * family.size_multiple,
+        "width": 16 * family.size_multiple,
+        **size,
+    }
+    given["max_sequence_length"] = family.max_sequence_length
+    if family.takes_image:
+        given["image"] = Image.new("RGB", (1, 1))
+    called = inspect.signature(family.pipeline.__call__).parameters
+    defaults = {name: called[name].default if name in called else None for name in known}
+    arguments = {name: None if each is inspect.Parameter.empty else each for name, each in defaults.items()}
+    try:
+        check(**arguments | {name: each for name, each in given.items() if name in known})
+    except ValueError as error:
+        settings = [option("validation_size", config.validation_size)] if size else []
+        settings.append(option("max_sequence_length", family.max_sequence_length))
+        raise TrainingError(
+            f"{' or '.join(settings)} is not accepted by {type(family.pipeline).__name__}: {error}"
+        ) from error

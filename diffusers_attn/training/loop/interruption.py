@@ -1,0 +1,53 @@
+"""SIGINT (Ctrl-C) and SIGTERM end a run after the current step, with a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+from ..errors import TrainingInterrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FORWARDED = 2.0
+"""Seconds within which a second signal counts as the first. A terminal sends Ctrl-C to a launcher and to its processes,
+and the launcher forwards it to them."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], int]]:
+    """Records the first SIGINT or SIGTERM within this context. Yields a function that returns its number, or 0.
+
+    Raises:
+        TrainingInterrupted: a second signal arrived; it ends the run at once.
+    """
+    received: list[int] = []
+    received_at = 0.0
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal received_at
+        now = time.monotonic()
+        if received:
+            if launched and now - received_at < FORWARDED:
+                return
+            raise TrainingInterrupted(number, None)
+        received.append(number)
+        received_at = now
+        if os.environ.get("RANK", "0") == "0":  # os.write, since the signal may have interrupted a print
+            os.write(2, b"\ninterrupted: saving a checkpoint after this step. Interrupt again to exit at once.\n")
+
+    handlers = {}
+    try:
+        for number in SIGNALS:
+            handlers[number] = signal.signal(number, handle)
+    except ValueError:  # only the main thread can set handlers
+        yield lambda: 0
+        return
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
