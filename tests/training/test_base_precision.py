@@ -82,13 +82,13 @@ def nf4_on_cpus(monkeypatch):
     """diffusers quantises to nf4 on GPUs alone, although bitsandbytes computes with it on CPUs as well."""
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
-    from diffusers_attn.training.loop import trainer
+    from diffusers_attn.training.loop import start
 
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *args, **kwargs: None)
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda *args: {"": "cpu"})
     # Its kernel for inference on CPUs packs weights anew, and not those as small as here.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    monkeypatch.setattr(trainer, "check_base_precision", lambda *args: None)
+    monkeypatch.setattr(start, "check_base_precision", lambda *args: None)
 
 
 @pytest.mark.parametrize("precision", thorough_but(["int8"], ["int8", "fp8", "nf4"]))

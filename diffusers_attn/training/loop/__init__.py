@@ -1,8 +1,9 @@
 """A training run, from its first check to the finished adapter.
 
-- `trainer` runs the steps, on the `accelerator`. Before them come `checks`, and for `--dry_run` only the report of
-  `dry_run`.
+- `trainer` has the loop, on the `accelerator`. `start` makes the `checks` that need no model, and finds the checkpoint
+  to go on from; `set_up` loads the model and adds adapter and optimizer; `train_step` is one step. `dry_run` reports
+  what a run would need.
 - Between steps: `progress` on the terminal and in log files, `evaluation` of the loss, `validation` by samples (with
   `video`), and `interruption` by a signal.
-- At the end: `card` describes the adapter, and uploads it.
+- At the end: `finish` saves the adapter; `card` describes and uploads it.
 """

@@ -11,6 +11,7 @@ import torch
 from ...context_parallel.comm.process_groups import set_timeout
 from ..errors import TrainingError
 from ..settings.config import TrainConfig
+from ..settings.flag_names import option
 from .checks import check_trackers
 
 DEFAULT_TIMEOUT = 3600.0
@@ -58,3 +59,21 @@ def make_accelerator(config: TrainConfig) -> Any:
             f"{accelerator.gradient_accumulation_steps}. Give both the same number."
         )
     return accelerator
+
+
+def start_trackers(accelerator: Any, config: TrainConfig) -> None:
+    """Starts the experiment trackers with the settings of the run.
+
+    Raises:
+        TrainingError: a tracker cannot be started.
+    """
+    if not config.trackers:
+        return
+    plain = {
+        name: each if isinstance(each, (int, float, bool, str)) else str(each)
+        for name, each in config.as_dict().items()
+    }
+    try:
+        accelerator.init_trackers(config.tracker_project, plain)
+    except Exception as error:  # each tracker has its own error types
+        raise TrainingError(f"{option('trackers', config.trackers)} cannot be started: {error}") from error

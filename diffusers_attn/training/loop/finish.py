@@ -1,0 +1,57 @@
+"""The end of a run: the adapter's files, its model card, and the upload of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoints.state import Training
+from ..data.ranks import in_step
+from ..families import Family
+from ..model.experts import adapter_folder, weights_of
+from ..model.lora import adapter_weights, save_adapter
+from ..parallel import TrainingParallel
+from ..settings.config import TrainConfig
+from .card import push, write_card
+from .validation import Sample
+
+
+def finish(
+    config: TrainConfig, family: Family, parallel: TrainingParallel, training: Training, samples: list[Sample]
+) -> Path:
+    """Writes the adapter and the model card, and uploads them with `push_to_hub`. All processes must call this.
+
+    Returns:
+        The adapter's file, as `Trainer.run` does.
+    """
+    average = training.average
+    own = adapter_weights(training.transformer)
+    averaged = own if average is None else average.weights()
+    found: list[Path] = []
+
+    def save(_: None) -> None:
+        found.extend(_save_adapters(config, family, training, averaged, config.output))
+        if average is not None:
+            _save_adapters(config, family, training, own, config.output / "not_averaged")
+        facts = {"processes": f"{parallel.dp_degree} x {parallel.cp_degree} (data x context parallel)"}
+        write_card(config, family, samples, facts)
+        if config.push_to_hub:
+            push(config)
+
+    in_step(parallel.ranks, [None] if parallel.ranks.rank == 0 else [], save, "saving the adapter")
+    return found[0] if found else config.output
+
+
+def _save_adapters(
+    config: TrainConfig, family: Family, training: Training, weights: dict[str, Tensor], folder: Path
+) -> list[Path]:
+    """Saves the adapter of each trained transformer. Returns the files."""
+    trained, initial, files = family.trained, training.initial, []
+    several = len(trained) > 1
+    for name, transformer in trained.items():
+        own = weights_of(name, weights, several)
+        own_initial = None if initial is None else weights_of(name, initial, several)
+        where = folder / adapter_folder(name, several)
+        files.append(save_adapter(family.pipeline, own, where, config.adapter, transformer, own_initial))
+    return files

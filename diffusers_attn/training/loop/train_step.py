@@ -1,0 +1,112 @@
+"""One optimizer step: forward and backward passes over its micro-batches, and the update."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.state import Training
+from ..families import Family
+from ..model.lora import trained_parameters
+from ..parallel import TrainingParallel
+from ..randomness import derived_seed
+from ..settings.config import TrainConfig
+
+
+class Stepped(NamedTuple):
+    """The numbers of one step."""
+
+    loss: float
+    """Mean over this process's examples."""
+    gradient_norm: float
+    """Of all processes, before clipping."""
+    learning_rate: float
+    tokens: int
+    """Number of tokens on all processes."""
+
+
+class TrainStep:
+    """Trains a step at each call.
+
+    Args:
+        config: the settings.
+        accelerator: the run's `accelerate.Accelerator`.
+        parallel: the processes.
+        family: the family of the model.
+        training: the wrapped model with its schedule and average.
+        optimizer: Accelerate's wrapper of the optimizer.
+
+    Attributes:
+        parameters: the trained parameters of the wrapped model.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Any,
+        parallel: TrainingParallel,
+        family: Family,
+        training: Training,
+        optimizer: Any,
+    ) -> None:
+        self.config, self.accelerator, self.parallel = config, accelerator, parallel
+        self.family, self.training, self.optimizer = family, training, optimizer
+        self.parameters = list(trained_parameters(training.transformer).values())
+        self._checked = False
+        """Whether the processes have compared their first batch."""
+
+    def __call__(self, micros: Iterator[dict[str, Any]]) -> Stepped:
+        """Trains one step on the next micro-batches."""
+        accelerator, config, training = self.accelerator, self.config, self.training
+        model = training.transformer
+        total = torch.zeros((), device=accelerator.device)
+        tokens = 0
+        for _ in range(config.gradient_accumulation_steps):
+            batch = next(micros)
+            with accelerator.accumulate(model):
+                parts = self.family.parts(batch)
+                for part in parts:
+                    last = part is parts[-1]
+                    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                        loss = self._loss(part) / len(parts)
+                        accelerator.backward(loss)
+                    total += loss.detach() / config.gradient_accumulation_steps
+                tokens += self.family.tokens(batch["latents_mean"].shape) * config.batch_size * self.parallel.dp_degree
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm or float("inf"))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        rate = training.schedule.get_last_lr()[0]
+        training.schedule.step()
+        if training.average is not None:
+            training.average.step()
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return Stepped(float(total), float(norm), rate, tokens)
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        """The mean loss of a micro-batch, a scalar on the device."""
+        config, family, objective = self.config, self.family, self.family.objective
+        device = self.accelerator.device
+        on_device, drawn = (
+            {name: each.to(device, non_blocking=True) for name, each in these.items() if isinstance(each, Tensor)}
+            for these in (batch, batch["drawn"])
+        )
+        if not self._checked:
+            self._checked = True
+            self.parallel.check({**on_device, **drawn})
+        if config.adapter_dropout:
+            torch.manual_seed(derived_seed(config.seed, "dropout", batch["step"], batch["positions"][0]))
+        clean, noise = family.clean(on_device, drawn["posterior"]), drawn["noise"]
+        level = objective.level(drawn["u"], family.tokens(clean.shape))
+        noisy = objective.noisy(clean, noise, level)
+        text = {name: each for name, each in on_device.items() if not name.startswith("latents_")}
+        model: Any = self.training.transformer
+        if len(family.trained) > 1:
+            model = functools.partial(model, batch["trained"])
+        prediction = family.predict(model, noisy, level.timestep, text)
+        return family.loss(prediction, clean, noise, level).mean()
