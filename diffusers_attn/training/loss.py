@@ -1,5 +1,7 @@
 """Training objectives: noise levels, noisy samples and losses, for each sample by itself and in float32.
 
+The loss of a sample is the mean of its squared errors; with a mask, their mean weighted by the mask.
+
 A noise level is given as a number `u` in [0, 1]; 1 is pure noise.
 """
 
@@ -45,8 +47,10 @@ class Objective(Protocol):
         """The noisy sample, which is the model's input."""
         ...
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
-        """The loss of each sample, float32 [batch]."""
+    def loss(
+        self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each sample, float32 [batch]: `weighted_mean` of its squared errors with `mask`."""
         ...
 
 
@@ -78,8 +82,10 @@ class RectifiedFlow:
     def noisy(self, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
         return torch.lerp(clean, noise, _per_sample(level.sigma, clean))
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
-        return (prediction.float() - (noise - clean)).square().flatten(1).mean(1)
+    def loss(
+        self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
+    ) -> Tensor:
+        return weighted_mean((prediction.float() - (noise - clean)).square(), mask)
 
 
 class VPrediction:
@@ -106,10 +112,30 @@ class VPrediction:
         sigma = _per_sample(level.sigma, clean)
         return (1 - sigma.square()).sqrt() * clean + sigma * noise
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
+    def loss(
+        self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
+    ) -> Tensor:
         sigma = _per_sample(level.sigma, clean)
         velocity = (1 - sigma.square()).sqrt() * noise - sigma * clean
-        return (prediction.float() - velocity).square().flatten(1).mean(1)
+        return weighted_mean((prediction.float() - velocity).square(), mask)
+
+
+def weighted_mean(errors: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of each sample's errors over all channels, frames, rows and columns, weighted by a mask:
+    `sum(mask * errors) / sum(mask)`.
+
+    Args:
+        errors: [batch, channels, frames, height, width].
+        mask: weights from 0, in a shape that broadcasts to that of `errors`, not zero everywhere in a sample. None:
+            all are 1.
+
+    Returns:
+        [batch].
+    """
+    if mask is None:
+        return errors.flatten(1).mean(1)
+    mask = mask.to(errors.dtype).expand_as(errors)
+    return (mask * errors).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

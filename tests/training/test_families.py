@@ -3,6 +3,8 @@ with pipelines.)"""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -90,6 +92,32 @@ def test_v_prediction_is_the_weighted_error_of_the_clean_sample():
     predicted = alpha.sqrt() * noisy - (1 - alpha).sqrt() * wrong
     expected = ((predicted - clean) ** 2 / (1 - alpha)).flatten(1).mean(1)
     assert torch.allclose(objective.loss(wrong, clean, noise, level), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", [RectifiedFlow(lambda tokens: 3.0), VPrediction(torch.linspace(0.99, 0.01, 10))])
+def test_a_loss_with_a_mask_is_the_weighted_mean_of_the_errors(objective):
+    """In a plain loop in float64."""
+    shape = (2, 3, 2, 4, 5)
+    prediction, clean, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask = torch.rand(2, 1, 1, 4, 5, generator=torch.Generator().manual_seed(3))
+    mask[0, ..., :2, :] = 0
+    level = objective.level(torch.tensor([0.3, 0.8]), 1)
+    sigma = level.sigma.double().tolist()
+    for sample in range(2):
+        weighted, weights = 0.0, 0.0
+        for channel, frame, row, column in itertools.product(*map(range, shape[1:])):
+            at = (sample, channel, frame, row, column)
+            x, e = clean[at].double().item(), noise[at].double().item()
+            alpha = (1 - sigma[sample] ** 2) ** 0.5
+            target = alpha * e - sigma[sample] * x if isinstance(objective, VPrediction) else e - x
+            weight = mask[sample, 0, 0, row, column].double().item()
+            weighted += weight * (prediction[at].double().item() - target) ** 2
+            weights += weight
+        loss = objective.loss(prediction, clean, noise, level, mask)[sample].item()
+        assert loss == pytest.approx(weighted / weights, rel=1e-5)
+    ones = torch.ones(2, 1, 1, 4, 5)
+    plain = objective.loss(prediction, clean, noise, level)
+    torch.testing.assert_close(objective.loss(prediction, clean, noise, level, ones), plain)
 
 
 def test_rectified_flow():

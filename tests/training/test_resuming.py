@@ -57,6 +57,8 @@ def other_value(name):
         return OTHERS[name]
     if metadata_of(field).choices:
         return metadata_of(field).choices[-1]
+    if metadata_of(field).forms:
+        return next(each for each in metadata_of(field).forms if each != field.default)
     bounds = metadata_of(field).bounds
     if bounds is not None:
         return (max(bounds.low, 0) if field.default is None else field.default) + 1

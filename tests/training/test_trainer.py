@@ -66,8 +66,8 @@ def test_all_that_a_run_leaves(settings_of, tmp_path, capfd):
     for folder in ("step-00000002", "last"):
         samples = sorted((output / "samples" / folder).iterdir())
         assert [each.name for each in samples] == ["00-a-cat.mp4", "01-number-1.mp4"]
-        # Those of the data, which have eight frames per second.
-        assert [probe_video(FileSource(each))[:4] for each in samples] == [(48, 48, 9, 8.0)] * 2
+        # At the model's frame rate, to which the videos are resampled.
+        assert [probe_video(FileSource(each))[:4] for each in samples] == [(48, 48, 9, 16.0)] * 2
     assert not list(output.rglob("*unfinished*"))
 
     AcceleratorState._reset_state(True)

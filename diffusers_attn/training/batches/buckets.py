@@ -1,4 +1,4 @@
-"""The buckets of a run, from its settings and from the sizes that its model accepts."""
+"""The buckets of a run and the frame rate of its videos, from its settings and the sizes that its model accepts."""
 
 from __future__ import annotations
 
@@ -29,5 +29,12 @@ def buckets_of(config: TrainConfig, family: Family, source: DataSet | None = Non
         frames=(source and source.num_frames) or config.num_frames or default,
         frame_rule=family.frame_rule,
         max_upscale=config.max_upscale,
-        picking=FramePicking(config.fps, config.frame_pick),
+        picking=FramePicking(rate_of(config, family), config.frame_pick),
     )
+
+
+def rate_of(config: TrainConfig, family: Family) -> float | None:
+    """Frames per second to which videos are resampled; None for each video's own rate."""
+    if config.fps is not None:
+        return config.fps or None
+    return None if family.kind == "image" or config.frame_pick == "spread" else family.fps

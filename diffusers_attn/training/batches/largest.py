@@ -25,8 +25,8 @@ class Assigned(NamedTuple):
     repeats: list[int]
 
 
-def assign(examples: list[Example], buckets: Buckets, repeats: int, on_bad_data: str, main_process: bool) -> Assigned:
-    """Finds the bucket of every example without decoding it.
+def assign(examples: list[Example], buckets: Buckets, on_bad_data: str, main_process: bool) -> Assigned:
+    """Finds the bucket of every example without decoding it. Each has one repeat.
 
     Raises:
         TrainingDataError: examples fit no bucket, and `on_bad_data` is "refuse".
@@ -39,7 +39,7 @@ def assign(examples: list[Example], buckets: Buckets, repeats: int, on_bad_data:
         except TrainingDataError as error:
             problems.append(Problem(example.name, str(error)))
     report_problems(problems, len(usable), f"{len(examples)} examples", on_bad_data, main_process=main_process)
-    return Assigned(usable, found, [repeats] * len(usable))
+    return Assigned(usable, found, [1] * len(usable))
 
 
 def largest(assigned: Assigned) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..data.cache import CachedLatents, LatentCache, TextCache
+from ..data.clips import with_clips
 from ..data.collate import collate, varying
 from ..data.examples import Example, read_examples
 from ..data.frames import FramePicking
@@ -20,6 +21,7 @@ from ..data.loader import LatentLoader
 from ..data.references import with_references
 from ..data.sampler import Share
 from ..data.store import read_shapes, read_tensors
+from ..data.tags import changed_captions
 from ..families import Family
 from ..model.pipeline import fingerprint, placed, text_encoders
 from ..parallel import TrainingParallel
@@ -81,16 +83,16 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
     """
     main = parallel.ranks.rank == 0
     reading: dict[str, Any] = {
-        "on_bad_data": config.on_bad_data, "caption_column": config.caption_column, "main_process": main,
-        "excluded": [config.output, config.cache],
+        "on_bad_data": config.on_bad_data, "caption_column": config.caption_column,
+        "caption_lines": config.caption_lines, "main_process": main, "excluded": [config.output, config.cache],
     }  # fmt: skip
     if config.references is not None:
         reading["excluded"].append(Path(config.references))
     sources = config.sources
-    examples = [_examples(source, reading) for source in sources]
+    examples = [_examples(config, source, reading) for source in sources]
     held_out: list[Example] = []
     if config.evaluation_every and config.evaluation_data:
-        held_out = read_examples(config.evaluation_data, **reading)[: config.evaluation_examples]
+        held_out = _examples(config, DataSet(config.evaluation_data), reading)[: config.evaluation_examples]
     if config.references is not None:
         finding: dict[str, Any] = {"on_bad_data": config.on_bad_data, "main_process": main}
         finding["most"] = family.most_references
@@ -101,13 +103,15 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
     weights = fingerprint(family.pipeline.vae)
     caches = [_latent_cache(config, family, weights, source) for source in sources]
     latents = _latent_cache(config, family, weights)
-    repeats = [config.repeats * source.repeats for source in sources]
+    examples = [
+        with_clips(each, cache.buckets, source.clips or config.clips)
+        for each, cache, source in zip(examples, caches, sources)
+    ]
     text = _text_cache(config, family)
     if config.dry_run:
-        parts = [
-            assign(those, cache.buckets, number, config.on_bad_data, main)
-            for those, cache, number in zip(examples, caches, repeats)
-        ]
+        parts = [assign(those, cache.buckets, config.on_bad_data, main) for those, cache in zip(examples, caches)]
+        repeats = repeats_of(sources, config.repeats, [len(part.examples) for part in parts])
+        parts = [part._replace(repeats=number) for part, number in zip(parts, repeats)]
         part, cache = max(zip(parts, caches), key=lambda each: largest(each[0])[0])
         cached, embedded = encode_largest(part, cache, text, family, device)
         return PreparedData(cached, embedded, cached, latents.buckets.picking, joined(parts))
@@ -121,20 +125,39 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         embedded = text.fill(captions, family.encode_text, ranks=parallel.ranks)
     cached = list(itertools.chain.from_iterable(filled))
     evaluation = (cached_held_out or cached)[: config.evaluation_examples]
-    used = [number for number, those in zip(repeats, filled) for _ in those]
-    return PreparedData(cached, embedded, evaluation, latents.buckets.picking, repeats=used)
+    used = itertools.chain.from_iterable(repeats_of(sources, config.repeats, list(map(len, filled))))
+    return PreparedData(cached, embedded, evaluation, latents.buckets.picking, repeats=list(used))
 
 
-def _examples(source: DataSet, reading: dict[str, Any]) -> list[Example]:
-    """The examples of a set of data, with its caption prefix."""
-    found = read_examples(source.path, **reading)
-    if not source.caption_prefix:
-        return found
-    prefixed = [[source.caption_prefix + caption for caption in each.captions] for each in found]
-    return [
-        dataclasses.replace(each, caption=captions[0], more_captions=tuple(captions[1:]))
-        for each, captions in zip(found, prefixed)
-    ]
+def _examples(config: TrainConfig, source: DataSet, reading: dict[str, Any]) -> list[Example]:
+    """The examples of a set of data, with its captions, masks and weight."""
+    found = read_examples(source.path, **reading, loss_mask=source.loss_mask or config.loss_mask)
+    captioned = changed_captions(
+        found,
+        prefix=source.caption_prefix,
+        trigger_word=None if source.regularisation else source.trigger_word or config.trigger_word,
+        shuffle_tags=config.shuffle_tags or 1,
+        keep_tags=config.keep_tags,
+        seed=config.seed,
+    )
+    return [dataclasses.replace(each, weight=source.weight) for each in captioned]
+
+
+def repeats_of(sources: Sequence[DataSet], times: int, numbers: Sequence[int]) -> list[list[int]]:
+    """The number of times that an epoch has each example of each set of data.
+
+    Args:
+        sources: the sets. One for regularisation has as many examples per epoch as all others together, times its
+            `repeats`, or each of its examples once if it has more.
+        times: `repeats` of the run.
+        numbers: number of examples of each set.
+    """
+    balanced = sum(source.repeats * number for source, number in zip(sources, numbers) if not source.regularisation)
+    found = []
+    for source, number in zip(sources, numbers):
+        each, rest = divmod(source.repeats * balanced, number) if source.regularisation else (source.repeats, 0)
+        found.append([times * max(1, each + (i < rest)) for i in range(number)])
+    return found
 
 
 def make_loader(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ... import __version__
-from ..batches.buckets import buckets_of
+from ..batches.buckets import buckets_of, rate_of
 from ..families import Family
 from ..parallel import TrainingParallel
 from ..settings.config import GROUPS, TrainConfig
@@ -41,6 +41,7 @@ def write_resolved(
         "timestep_sampling": sampling,
         "targets": list(config.targets or family.lora_targets),
         "num_frames": list(buckets_of(config, family).frames),
+        "fps": (rate_of(config, family) or 0.0) if family.kind == "video" else None,
     }
     settings = {name: resolved[name] for name in config.as_dict() if name not in _OMITTED}
     for name in _PATHS:

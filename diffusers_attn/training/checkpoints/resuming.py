@@ -32,7 +32,7 @@ class Resumed(enum.Enum):
 
 _REFUSED = """
     adapter rank alpha targets optimizer expert base_precision
-    seed resolution aspects num_frames repeats incomplete_batches
+    seed resolution aspects num_frames clips repeats incomplete_batches
 """
 """The first row determines what the adapter's weights and the optimizer's state mean, the second the examples of a
 step."""
@@ -42,7 +42,8 @@ _GIVEN = """
     mixed_precision compile gradient_checkpointing offload find_unused_parameters
     steps learning_rate adam_betas weight_decay adam_eps lr_schedule lr_warmup_steps max_grad_norm adapter_dropout
     ema_decay timestep_sampling logit_mean logit_std mode_scale shift guidance
-    fps frame_pick max_upscale crop caption_column caption_dropout max_sequence_length on_bad_data cache_batch_size
+    fps frame_pick max_upscale crop caption_column caption_lines trigger_word shuffle_tags keep_tags caption_dropout
+    max_sequence_length loss_mask on_bad_data cache_batch_size
     checkpoint_every checkpoints_kept resume log_every metrics trackers tracker_project
     validation_prompts validation_images validation_every validation_steps validation_guidance validation_size
     validation_frames

@@ -139,7 +139,7 @@ class Buckets:
         """The numbers of the frames of `example` that are used in `bucket`."""
         if example.kind == "image":
             return [0]
-        return self.picking.numbers(example.frames, example.fps, bucket.frames, example.times)
+        return self.picking.numbers(example.frames, example.fps, bucket.frames, example.times, example.place)
 
     def _frames(self, example: Example) -> int:
         accepted = ", ".join(map(str, sorted(self.frames)))

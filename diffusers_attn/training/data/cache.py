@@ -23,6 +23,7 @@ from .disk import write_file
 from .errors import Problem, TrainingDataError, check_on_bad_data, report_problems
 from .examples import Example
 from .lock import alone_in
+from .masks import latent_mask
 from .prefetch import prefetch
 from .ranks import OneRank, Ranks, in_step
 from .resize_crop import resize_crop
@@ -54,8 +55,15 @@ class _Work(NamedTuple):
     numbers: list[int]
 
 
+class _Pixels(NamedTuple):
+    pixels: Tensor
+    """The frames of an example, followed by its reference images: [number, 3, height, width] in [-1, 1]."""
+    mask: Tensor | None
+    """The mask of its loss, [1, 1, height, width] in [0, 1]."""
+
+
 class LatentCache:
-    """A cache of examples' latents.
+    """A cache of examples' latents. Those of an example with a mask of the loss have it as `loss_mask`, see `masks`.
 
     Args:
         folder: folder of the cache, which all ranks can access.
@@ -138,11 +146,11 @@ class LatentCache:
             self.store.path(each.key).unlink(missing_ok=True)
         refusing = on_bad_data == "refuse" and bool(problems)
 
-        def encode_batch(batch: list[tuple[_Work, Tensor | TrainingDataError]]) -> None:
+        def encode_batch(batch: list[tuple[_Work, _Pixels | TrainingDataError]]) -> None:
             nonlocal refusing
-            good: list[tuple[_Work, Tensor]] = []
+            good: list[tuple[_Work, _Pixels]] = []
             for item, pixels in batch:
-                if isinstance(pixels, Tensor):
+                if isinstance(pixels, _Pixels):
                     good.append((item, pixels))
                     continue
                 self._record_problem(item.key, str(pixels))
@@ -150,7 +158,7 @@ class LatentCache:
             if good and not refusing:  # after a refused problem, the rest is only checked
                 self._encode(good, encode)
 
-        def pixels_of(batch: list[_Work]) -> list[tuple[_Work, Tensor | TrainingDataError]]:
+        def pixels_of(batch: list[_Work]) -> list[tuple[_Work, _Pixels | TrainingDataError]]:
             return [(each, self._pixels(each)) for each in batch]
 
         decoded = prefetch(pixels_of, _batches(mine, batch_size), threads=decoding_threads, depth=decoding_threads)
@@ -164,10 +172,13 @@ class LatentCache:
         digests = content_digests([example.source for example in examples], self.folder / "digests", ranks)
         references = [each for example in examples for each in example.references]
         of_references = iter(content_digests(references, self.folder / "digests", ranks) if references else [])
+        masks = [example.mask.source for example in examples if example.mask is not None]
+        of_masks = iter(content_digests(masks, self.folder / "digests", ranks) if masks else [])
         work: dict[int, _Work] = {}
         problems: dict[int, str] = {}
         for i, (example, digest) in enumerate(zip(examples, digests)):
             given = [next(of_references) for _ in example.references]
+            mask = None if example.mask is None else [next(of_masks), example.mask.channel]
             try:
                 bucket = self.buckets.bucket(example)
                 numbers = self.buckets.numbers(example, bucket)
@@ -182,12 +193,12 @@ class LatentCache:
                 "crop": self.crop if self.crop == "centre" else [self.crop, self.seed],
                 "settings": self.settings,
                 **({"references": given} if given else {}),
+                **({"mask": mask} if mask else {}),
             }
             work[i] = _Work(hash_of(made_from), made_from, example, bucket, numbers)
         return work, problems
 
-    def _pixels(self, work: _Work) -> Tensor | TrainingDataError:
-        """The frames of an example, followed by its reference images: [number, 3, height, width]."""
+    def _pixels(self, work: _Work) -> _Pixels | TrainingDataError:
         # The seed depends on the content, not on the example's position in the data.
         seed = self.seed ^ int(work.made_from["content"][:12], 16)
         how: dict[str, Any] = {"crop": self.crop, "seed": seed}
@@ -195,18 +206,29 @@ class LatentCache:
         try:
             pixels = resize_crop(decode.read(work.example, work.numbers), work.bucket, **how)
             references = [resize_crop([decode.read_image(each)], one, **how) for each in work.example.references]
-            return torch.cat([pixels, *references])
+            return _Pixels(torch.cat([pixels, *references]), self._mask(work, one, how))
         except TrainingDataError as error:
             return error
 
-    def _encode(self, good: list[tuple[_Work, Tensor]], encode: Encode) -> None:
-        joined = torch.stack([pixels for _, pixels in good])
+    def _mask(self, work: _Work, bucket: Bucket, how: Mapping[str, Any]) -> Tensor | None:
+        """The mask of an example, resized and cropped as its frames."""
+        if work.example.mask is None:
+            return None
+        mask = (resize_crop([decode.read_mask(*work.example.mask)], bucket, **how) + 1) / 2
+        if not bool(mask.any()):
+            raise TrainingDataError("its mask leaves out everything in its bucket")
+        return mask
+
+    def _encode(self, good: list[tuple[_Work, _Pixels]], encode: Encode) -> None:
+        joined = torch.stack([each.pixels for _, each in good])
         frames = good[0][0].bucket.frames
         pixels, references = joined[:, :frames].transpose(1, 2), joined[:, frames:]
         names = [each.example.name for each, _ in good]
         with torch.no_grad(), _naming("encoding", names):
             rows = _rows(encode(pixels, references) if references.shape[1] else encode(pixels), names)
-        for (each, _), tensors in zip(good, rows):
+        for (each, (_, mask)), tensors in zip(good, rows):
+            if mask is not None:
+                tensors["loss_mask"] = latent_mask(mask, tensors["latents_mean"])
             self.store.write(each.key, tensors, each.made_from)
 
     def _outcome(

@@ -1,7 +1,7 @@
 """Captions of a folder's files, from `metadata.jsonl`, `.csv` or `.parquet`, or from a `.txt` file with the same name.
 
-Each file needs exactly one caption, or one list of captions in metadata, and each caption exactly one file; everything
-else is reported as a problem.
+Each file needs exactly one caption, or one list of captions, and each caption exactly one file; everything else is
+reported as a problem.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 from .decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES, VIDEO_SUFFIXES
@@ -27,7 +27,11 @@ _PLACES_NAMED = 5
 
 
 def captions_of_folder(
-    root: Path, caption_column: str | None = None, excluded: Iterable[Path] = ()
+    root: Path,
+    caption_column: str | None = None,
+    excluded: Iterable[Path] = (),
+    caption_lines: bool = False,
+    left_out: Callable[[str], bool] | None = None,
 ) -> tuple[dict[str, list[str]], list[Problem]]:
     """The captions of the images and videos in a folder and its subfolders.
 
@@ -37,6 +41,8 @@ def captions_of_folder(
         root: the folder.
         caption_column: column of the captions in metadata. None: the one of `CAPTION_COLUMNS` that exists.
         excluded: folders that are ignored.
+        caption_lines: whether each line of a `.txt` file is a caption of its own.
+        left_out: whether a file that needs no caption is neither image nor video, by its path relative to `root`.
 
     Returns:
         The captions of each file by path relative to `root`, and the problems.
@@ -46,6 +52,7 @@ def captions_of_folder(
         path.relative_to(root).as_posix(): path
         for path in files
         if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        and not (left_out and left_out(path.relative_to(root).as_posix()))
     }
     names = {path.relative_to(root).as_posix() for path in files}
     problems += [
@@ -60,7 +67,7 @@ def captions_of_folder(
     for path in files:
         if path.name.lower() in METADATA:
             _from_metadata(path, root, caption_column, media, names, found, explained, problems)
-    _from_text_files(files, root, media, found, explained, problems)
+    _from_text_files(files, root, media, caption_lines, found, explained, problems)
 
     captions = {}
     for name in media:
@@ -72,7 +79,8 @@ def captions_of_folder(
             more = ", ..." if len(places) > _PLACES_NAMED else ""
             problems.append(Problem(name, f"captioned {len(places)} times: {where}{more}"))
         elif name not in explained:
-            problems.append(Problem(name, "no caption: no metadata file names it, and it has no .txt file"))
+            mask = "; loss_mask='files' uses it as a mask" if PurePath(name).stem.endswith("_mask") else ""
+            problems.append(Problem(name, f"no caption: no metadata file names it, and it has no .txt file{mask}"))
     return captions, problems
 
 
@@ -136,6 +144,7 @@ def _from_text_files(
     files: list[Path],
     root: Path,
     media: dict[str, Path],
+    caption_lines: bool,
     found: dict[str, list[tuple[str, list[str]]]],
     explained: set[str],
     problems: list[Problem],
@@ -162,7 +171,8 @@ def _from_text_files(
             explained.update(names)
             continue
         if caption:
-            found[names[0]].append((text, [caption]))
+            lines = [line.strip() for line in caption.splitlines() if line.strip()]
+            found[names[0]].append((text, lines if caption_lines else [caption]))
         else:
             problems.append(Problem(text, f"no caption for {names[0]}: the file is empty"))
             explained.update(names)

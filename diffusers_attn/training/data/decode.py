@@ -120,6 +120,29 @@ def read_image(source: Source) -> Tensor:
         return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
+def read_mask(source: Source, channel: str) -> Tensor:
+    """Decodes a mask, rotated as its metadata says.
+
+    Args:
+        source: an image.
+        channel: "luminance" of the image, or its "alpha", which is 255 everywhere if the image has none.
+
+    Returns:
+        uint8 [1, height, width].
+
+    Raises:
+        TrainingDataError: the image cannot be read.
+        MissingDecoderError: PIL is not installed.
+    """
+    if channel == "luminance":
+        red, green, blue = read_image(source).float()
+        return (0.299 * red + 0.587 * green + 0.114 * blue).round().byte()[None]
+    image_module, ops = _pil()
+    with _broken("image"), source.open() as file, image_module.open(file) as opened:
+        alpha = ops.exif_transpose(opened).convert("RGBA").getchannel("A")
+        return torch.frombuffer(bytearray(alpha.tobytes()), dtype=torch.uint8).view(1, alpha.height, alpha.width)
+
+
 def _eight_bits(image: Any, image_module: Any) -> Any:
     import numpy as np
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from . import decode
 from .captions import CAPTION_COLUMNS, captions_of_folder, texts_of
 from .errors import Problem, TrainingDataError, check_on_bad_data, report_problems
+from .masks import Mask, check_masks, check_size, is_mask, masks_in
 from .source import FileSource, RowSource, Source
 from .walk import files_of
 
@@ -46,6 +47,13 @@ class Example:
     more_captions: tuple[str, ...] = ()
     """Further captions. One of all is drawn each time that the example is used."""
 
+    place: float = 0.5
+    """Part of a video: 0 is its beginning, 0.5 its middle, 1 its end; see `FramePicking.numbers`."""
+    mask: Mask | None = None
+    """Mask of the loss. None: the entire example counts."""
+    weight: float = 1.0
+    """Factor of the example's loss."""
+
     @property
     def captions(self) -> tuple[str, ...]:
         """All captions."""
@@ -57,6 +65,7 @@ class _Candidate(NamedTuple):
     captions: list[str]
     kind: Literal["image", "video"]
     source: Source
+    mask: Mask | None = None
 
 
 def read_examples(
@@ -64,6 +73,8 @@ def read_examples(
     *,
     on_bad_data: str = "refuse",
     caption_column: str | None = None,
+    caption_lines: bool = False,
+    loss_mask: str = "none",
     split: str = "train",
     main_process: bool = True,
     excluded: Sequence[str | Path] = (),
@@ -78,6 +89,10 @@ def read_examples(
         on_bad_data: "refuse" raises an error that names all problems; "skip" leaves these examples out and logs one
             warning.
         caption_column: column with the captions. None: the one of `caption`, `text` and `prompt` that exists.
+        caption_lines: whether each line of a `.txt` file is a caption of its own.
+        loss_mask: "files" reads masks of the loss from files: that of `a.png` or `a.mp4` is `a_mask.png`, white where
+            the loss counts, and examples without one count entirely. "alpha" uses the transparency of images. "none"
+            uses no masks.
         split: split of a Hugging Face dataset.
         main_process: whether this process logs the warning.
         excluded: folders, possibly within `data`, that are not read because the run writes to them.
@@ -91,17 +106,15 @@ def read_examples(
         MissingDecoderError: the package that reads this kind of data is not installed.
     """
     check_on_bad_data(on_bad_data)
+    reading: dict[str, Any] = {
+        "on_bad_data": on_bad_data, "caption_column": caption_column, "loss_mask": loss_mask,
+        "main_process": main_process,
+    }  # fmt: skip
     path = Path(data).expanduser()
     if path.is_dir():
         saved, tables = _saved_by_datasets(path, excluded)
         if not (saved or tables):
-            return read_folder(
-                path,
-                on_bad_data=on_bad_data,
-                caption_column=caption_column,
-                main_process=main_process,
-                excluded=excluded,
-            )
+            return read_folder(path, caption_lines=caption_lines, excluded=excluded, **reading)
         within = [each for each in excluded if Path(each).resolve().is_relative_to(path.resolve())]
         if within:
             raise TrainingDataError(f"{within[0]} lies within the dataset {data}. Give an output folder outside of it.")
@@ -112,9 +125,7 @@ def read_examples(
         raise TrainingDataError(f"there is no folder {data}.")
     else:
         dataset = _load(str(data), split, saved=False)
-    return read_dataset(
-        dataset, name=str(data), on_bad_data=on_bad_data, caption_column=caption_column, main_process=main_process
-    )
+    return read_dataset(dataset, name=str(data), **reading)
 
 
 def read_folder(
@@ -122,26 +133,32 @@ def read_folder(
     *,
     on_bad_data: str = "refuse",
     caption_column: str | None = None,
+    caption_lines: bool = False,
+    loss_mask: str = "none",
     main_process: bool = True,
     excluded: Sequence[str | Path] = (),
 ) -> list[Example]:
     """Reads the examples of a folder of images or videos and its subfolders. For arguments see `read_examples`."""
     check_on_bad_data(on_bad_data)
+    check_masks(loss_mask)
     root = Path(folder).absolute()
     if not root.is_dir():
         raise TrainingDataError(f"there is no folder {folder}.")
     if any(Path(each).resolve() == root.resolve() for each in excluded):
         raise TrainingDataError(f"{folder} holds the data, and the run would write to it. Give another output folder.")
-    captioned, problems = captions_of_folder(root, caption_column, map(Path, excluded))
-    candidates = [
-        _Candidate(
-            name,
-            captions,
-            "video" if Path(name).suffix.lower() in decode.VIDEO_SUFFIXES else "image",
-            FileSource(root / name),
-        )
-        for name, captions in sorted(captioned.items())
-    ]
+    left_out = is_mask if loss_mask == "files" else None
+    folders = [Path(each) for each in excluded]
+    captioned, problems = captions_of_folder(root, caption_column, folders, caption_lines, left_out)
+    masks: dict[str, Mask] = {}
+    if loss_mask == "files":
+        masks, of_none = masks_in(root, captioned, folders)
+        problems = problems + of_none
+    candidates = []
+    for name, captions in sorted(captioned.items()):
+        source = FileSource(root / name)
+        is_video = Path(name).suffix.lower() in decode.VIDEO_SUFFIXES
+        mask = Mask(source, "alpha") if loss_mask == "alpha" and not is_video else masks.get(name)
+        candidates.append(_Candidate(name, captions, "video" if is_video else "image", source, mask))
     return _probed(candidates, problems, str(folder), on_bad_data, main_process)
 
 
@@ -151,6 +168,7 @@ def read_dataset(
     name: str = "dataset",
     on_bad_data: str = "refuse",
     caption_column: str | None = None,
+    loss_mask: str = "none",
     main_process: bool = True,
 ) -> list[Example]:
     """Reads the examples of a `datasets.Dataset` with one column of `Image` or `Video` and one of captions.
@@ -162,6 +180,12 @@ def read_dataset(
     The other arguments and the errors are those of `read_examples`.
     """
     check_on_bad_data(on_bad_data)
+    check_masks(loss_mask)
+    if loss_mask == "files":
+        raise TrainingDataError(
+            f"loss_mask='files': {name} is a dataset, whose rows have no files with masks. Give loss_mask='alpha' for "
+            "transparent images, or save the images as files."
+        )
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
@@ -188,7 +212,9 @@ def read_dataset(
         row = f"row {index}"
         captions = texts_of(value)
         if captions:
-            candidates.append(_Candidate(row, captions, kind, RowSource(rows, index, column)))
+            source = RowSource(rows, index, column)
+            mask = Mask(source, "alpha") if loss_mask == "alpha" and kind == "image" else None
+            candidates.append(_Candidate(row, captions, kind, source, mask))
         else:
             problems.append(Problem(row, f"no caption in column {caption_name!r}"))
     return _probed(candidates, problems, name, on_bad_data, main_process)
@@ -198,15 +224,18 @@ def _probed(
     candidates: Sequence[_Candidate], problems: list[Problem], where: str, on_bad_data: str, main_process: bool
 ) -> list[Example]:
     def probe(candidate: _Candidate) -> Example | Problem:
-        name, captions, kind, source = candidate
+        name, captions, kind, source, mask = candidate
         try:
             if kind == "video" and name.lower().endswith(".gif") and decode.probe_image(source).frames == 1:
                 kind = "image"
             width, height, frames, fps, times = (decode.probe_video if kind == "video" else decode.probe_image)(source)
+            if mask is not None and mask.source is not source:
+                check_size(mask, width, height)
         except TrainingDataError as error:
             return Problem(name, str(error))
+        more = tuple(captions[1:])
         return Example(
-            name, captions[0], kind, width, height, frames, fps, source, times, more_captions=tuple(captions[1:])
+            name, captions[0], kind, width, height, frames, fps, source, times, more_captions=more, mask=mask
         )
 
     with ThreadPoolExecutor(_PROBING_THREADS) as pool:

@@ -19,8 +19,8 @@ class FramePicking:
     Attributes:
         fps: frame rate to which videos are resampled. A video with a lower rate repeats frames. None: each video's own
             rate, on average if it is variable.
-        pick: "consecutive" picks frames that follow each other at `fps`, from the middle of the video; "spread" picks
-            frames evenly spaced over the entire video, and needs `fps=None`.
+        pick: "consecutive" picks frames that follow each other at `fps`; "spread" picks frames evenly spaced over the
+            entire video, and needs `fps=None`.
 
     Raises:
         TrainingDataError: a value is not accepted.
@@ -57,8 +57,20 @@ class FramePicking:
             return int((frames - 1) / self._step(fps) + 1e-6) + 1
         return int((times[-1] - times[0]) * self.fps + 1e-6) + 1
 
-    def numbers(self, frames: int, fps: float | None, wanted: int, times: Sequence[float] | None = None) -> list[int]:
+    def numbers(
+        self,
+        frames: int,
+        fps: float | None,
+        wanted: int,
+        times: Sequence[float] | None = None,
+        place: float = 0.5,
+    ) -> list[int]:
         """The numbers of `wanted` frames, counted from 0. The other arguments are those of `usable`.
+
+        Args:
+            wanted: number of frames.
+            place: part of the video that is left out before consecutive frames, as a share of all that is left out: 0
+                takes the beginning, 0.5 the middle, 1 the end.
 
         Raises:
             TrainingDataError: the video has too few frames.
@@ -72,14 +84,22 @@ class FramePicking:
                 gap = length / (wanted - 1) if wanted > 1 else 0.0
             else:
                 gap = 1 / self.fps if self.fps else length / (frames - 1)
-            first = times[0] + (length - (wanted - 1) * gap) / 2
+            first = times[0] + (length - (wanted - 1) * gap) * (0.5 if self.pick == "spread" else place)
             return [_nearest(times, first + i * gap) for i in range(wanted)]
         if self.pick == "spread":
             # From the first frame to the last; a single frame is the middle one.
             return [round(i * (frames - 1) / (wanted - 1)) for i in range(wanted)] if wanted > 1 else [frames // 2]
         step = self._step(fps)
-        first = (frames - 1 - (wanted - 1) * step) / 2
+        first = (frames - 1 - (wanted - 1) * step) * place
         return [min(max(math.floor(first + i * step + 1e-6), 0), frames - 1) for i in range(wanted)]
+
+    def room(self, frames: int, fps: float | None, wanted: int, times: Sequence[float] | None = None) -> float:
+        """Number of frames, at the rate of the picked ones, that `wanted` consecutive frames leave out. Arguments are
+        those of `numbers`."""
+        if times is None:
+            return (frames - 1) / self._step(fps) - (wanted - 1)
+        length = times[-1] - times[0]
+        return length * (self.fps or (frames - 1) / length) - (wanted - 1)
 
     def rate(self, frames: int, fps: float | None, wanted: int) -> float | None:
         """Frame rate of the frames that `numbers` picks; None if unknown."""
@@ -93,7 +113,10 @@ class FramePicking:
         if self.fps is None:
             return 1.0
         if not fps:
-            raise TrainingDataError(f"its frame rate is unknown, so it cannot be resampled to {self.fps:g} per second")
+            raise TrainingDataError(
+                f"its frame rate is unknown, so it cannot be resampled to {self.fps:g} per second; fps=0 would use the "
+                "frames of all videos as they are"
+            )
         return fps / self.fps
 
     def _at(self) -> str:

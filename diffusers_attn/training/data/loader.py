@@ -16,6 +16,7 @@ from .cache import CachedLatents
 from .collate import collate, varying
 from .errors import TrainingDataError
 from .examples import Example
+from .masks import with_ones
 from .prefetch import prefetch
 from .sampler import BatchSampler, Position, Share, Step
 from .store import read_shapes, read_tensors
@@ -35,6 +36,8 @@ class LatentLoader:
     A micro-batch is a dict with
 
     - the latents' tensors [batch, ...], by the names that the encoder returned (`latents_mean`, `latents_logvar`);
+    - `loss_mask`, float32 [batch, 1, 1, height, width] of the latents, if one of its examples has a mask; and
+      `loss_weight`, float32 [batch];
     - the text's tensors [batch, ...]. If lengths vary within the data, they are padded with zeros to the longest of
       the batch, with a mask `<name>_mask`, bool [batch, length], unless the encoder returned one itself;
     - `captions`, `names` and `bucket` of its examples; a dropped caption is "";
@@ -133,9 +136,11 @@ class LatentLoader:
         step, positions = micro.step, list(micro.positions)
         examples = [self.latents[step.indices[position]] for position in positions]
         captions = [self._caption(each.example, step.number, position) for position, each in zip(positions, examples)]
+        weights = [each.example.weight for each in examples]
         batch = {
-            **collate([read_tensors(each.path) for each in examples]),
+            **collate(with_ones([read_tensors(each.path) for each in examples], "loss_mask")),
             **collate([read_tensors(self.text[caption]) for caption in captions], self._padded),
+            "loss_weight": torch.tensor(weights),
             "captions": captions,
             "names": [each.example.name for each in examples],
             "bucket": examples[0].bucket,

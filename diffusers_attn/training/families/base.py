@@ -55,8 +55,8 @@ class Family(abc.ABC):
     """Argument of the pipeline's call for the guidance scale."""
     negative_prompts: ClassVar[bool] = True
     """Whether a guidance scale above 1 needs a negative prompt. False: the scale is an input of a distilled model."""
-    fps: ClassVar[float] = 16.0
-    """Frame rate of generated videos if that of the data is unknown."""
+    fps: float = 16.0
+    """Frame rate of the videos that the model was trained on, to which training videos are resampled by default."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Names of the supported pipeline classes; subclasses are supported too. Empty: all."""
     provided_inputs: ClassVar[tuple[str, ...]] = ()
@@ -316,9 +316,14 @@ class Family(abc.ABC):
         """Converts the transformer's output to the latents' shape [batch, channels, frames, height, width]."""
         return output
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
-        """The loss of each sample, float32 [batch]. The first three arguments have the latents' shape."""
-        return self.objective.loss(prediction, clean, noise, level)
+    def loss(
+        self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each sample, float32 [batch]. The first three arguments have the latents' shape.
+
+        `mask` has the weight of each latent in the mean, float32 [batch, 1, 1, height, width]; None weighs all alike.
+        """
+        return self.objective.loss(prediction, clean, noise, level, mask)
 
     def parts(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Divides a micro-batch into parts for separate forward and backward passes. Default: one part."""

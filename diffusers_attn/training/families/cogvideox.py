@@ -23,6 +23,8 @@ class CogVideoX(Family):
 
     def check(self) -> None:
         self.refuse_shift()
+        if self.config.patch_size_t is not None:  # 1.5
+            self.fps = 16.0
 
     def make_objective(self) -> Objective:
         return VPrediction(self.pipeline.scheduler.alphas_cumprod)

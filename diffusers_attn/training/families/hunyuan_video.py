@@ -15,6 +15,7 @@ class HunyuanVideo(Family):
     """`HunyuanVideoPipeline` with a `HunyuanVideoTransformer3DModel`."""
 
     kind = "video"
+    fps = 24.0
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_length = 256
     pipelines = ("HunyuanVideoPipeline",)

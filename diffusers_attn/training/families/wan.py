@@ -20,6 +20,10 @@ class Wan(Family):
     text_length = 512
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
 
+    def check(self) -> None:
+        if self.pipeline.config.expand_timesteps:  # TI2V-5B
+            self.fps = 24.0
+
     @property
     def levels(self) -> dict[str, tuple[float, float]]:
         if self.expert is None:

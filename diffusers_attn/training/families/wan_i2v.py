@@ -78,9 +78,11 @@ class WanImageToVideo(Wan):
             inputs = super().inputs(torch.cat([noisy, condition], dim=1), timestep, text)
         return {**inputs, "encoder_hidden_states_image": text.get("image_embeds")}
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
+    def loss(
+        self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
+    ) -> Tensor:
         if not self.replaces_frame:
-            return super().loss(prediction, clean, noise, level)
+            return super().loss(prediction, clean, noise, level, mask)
         # The sampler discards what is predicted for the given frame.
         prediction, clean, noise = (each[:, :, 1:] for each in (prediction, clean, noise))
-        return super().loss(prediction, clean, noise, level)
+        return super().loss(prediction, clean, noise, level, mask)

@@ -60,4 +60,4 @@ def loss_of(
     level = family.objective.level(torch.full((len(clean),), u, device=mean.device), family.tokens(clean.shape))
     noisy = family.objective.noisy(clean, noise, level)
     prediction = family.predict(transformer, noisy, level.timestep, batch)
-    return family.loss(prediction, clean, noise, level).mean()
+    return family.loss(prediction, clean, noise, level, batch.get("loss_mask")).mean()

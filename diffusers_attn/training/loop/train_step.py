@@ -104,9 +104,10 @@ class TrainStep:
         clean, noise = family.clean(on_device, drawn["posterior"]), drawn["noise"]
         level = objective.level(drawn["u"], family.tokens(clean.shape))
         noisy = objective.noisy(clean, noise, level)
-        text = {name: each for name, each in on_device.items() if not name.startswith("latents_")}
+        text = {name: each for name, each in on_device.items() if not name.startswith(("latents_", "loss_"))}
         model: Any = self.training.transformer
         if len(family.trained) > 1:
             model = functools.partial(model, batch["trained"])
         prediction = family.predict(model, noisy, level.timestep, text)
-        return family.loss(prediction, clean, noise, level).mean()
+        losses = family.loss(prediction, clean, noise, level, on_device.get("loss_mask"))
+        return (losses * on_device["loss_weight"]).mean()

@@ -20,6 +20,10 @@ INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
 """Initialisations of an adapter's weights."""
 EXPERTS = ("high", "low", "both")
 """What to train of a model with one transformer for high noise levels and one for low ones."""
+CLIPS = {"head": "head", "middle": "middle", "uniform:N": "uniform:[1-9][0-9]*", "all": "all"}
+"""Rules by which clips are taken from videos, each with the regular expression that matches it."""
+MASKS = ("none", "files", "alpha")
+"""Where masks of the loss come from: nowhere, files beside those of the examples, or the transparency of images."""
 SAMPLINGS = ("uniform", "logit_normal", "mode")
 """Distributions of noise levels."""
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")

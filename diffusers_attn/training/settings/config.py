@@ -17,10 +17,12 @@ from .arguments import given_settings, make_parser
 from .bounds import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
 from .choices import (
     BASE_PRECISIONS,
+    CLIPS,
     EXPERTS,
     IN_DIFFUSERS_FORMAT,
     INITIALISATIONS,
     KINDS,
+    MASKS,
     OFFLOADS,
     OPTIMIZERS,
     SAMPLINGS,
@@ -67,8 +69,8 @@ class TrainConfig:
     data: str = setting("", "Training data: a folder of images or videos with captions, or a Hugging Face dataset")
     datasets: list[dict[str, Any]] | None = setting(
         None,
-        "Further training data, only in run files: a list, each entry with path, repeats, caption_prefix, resolution "
-        "and num_frames (default: none)",
+        "Further training data, only in run files: a list, each entry with path and settings of its own, such as "
+        "repeats, weight and caption_prefix (default: none)",
         in_files_only=True,
     )
     references: str | None = setting(
@@ -170,7 +172,16 @@ class TrainConfig:
         bounds=COUNT,
     )
     fps: float | None = setting(
-        None, "Frames per second to which videos are resampled (default: each video's own rate)", bounds=POSITIVE
+        None,
+        "Frames per second to which videos are resampled by the times of their frames; 0 keeps each video's own rate "
+        "(default: the model's rate)",
+        bounds=NOT_NEGATIVE,
+    )
+    clips: str = setting(
+        "middle",
+        "Clips taken from each video: one from its head or middle, N evenly spaced ones, or all, one after the other; "
+        f"given as {', '.join(CLIPS)}",
+        forms=CLIPS,
     )
     frame_pick: str = setting(
         "consecutive",
@@ -188,6 +199,24 @@ class TrainConfig:
     caption_column: str | None = setting(
         None, "Column of the metadata or dataset that holds the captions (default: caption, text or prompt)"
     )
+    caption_lines: bool = setting(
+        False, "Each line of a .txt file is a caption of its own, of which one is drawn at each use"
+    )
+    trigger_word: str | None = setting(
+        None, "Word that replaces [trigger] in captions, or is put before those that lack it (default: none)"
+    )
+    shuffle_tags: int | None = setting(
+        None,
+        "Number of orders of each caption's comma-separated tags that are encoded, of which one is drawn at each use "
+        "(default: only the given order)",
+        bounds=COUNT,
+    )
+    keep_tags: int = setting(
+        0,
+        "Number of tags at the beginning of a caption that keep their place",
+        bounds=NOT_NEGATIVE,
+        needs=("shuffle_tags",),
+    )
     caption_dropout: float = setting(
         0.1,
         "Probability with which a caption is replaced by the empty one, for classifier-free guidance",
@@ -195,6 +224,12 @@ class TrainConfig:
     )
     max_sequence_length: int | None = setting(
         None, "Maximum number of text tokens per caption (default: the pipeline's)", bounds=COUNT
+    )
+    loss_mask: str = setting(
+        "none",
+        "Masks of the loss, white or opaque where it counts: files are a_mask.png for a.png or a.mp4 in --data, alpha "
+        "is the transparency of images",
+        MASKS,
     )
     on_bad_data: str = setting(
         "refuse", "Stop before training if an example cannot be read, or skip it with a warning", ("refuse", "skip")
@@ -385,6 +420,15 @@ class TrainConfig:
             raise TrainingError(
                 f"{option('references', self.references)} is accepted with --data only, not with further datasets, "
                 "whose files may have the same names. Put all images into one folder."
+            )
+        if sources and all(each.regularisation for each in sources):
+            raise TrainingError(
+                "datasets: all sets are for regularisation, which balances another set. Give one without it."
+            )
+        if self.clips != "middle" and self.frame_pick == "spread":
+            raise TrainingError(
+                f"{option('clips', self.clips)} with {option('frame_pick', 'spread')}, which spreads the frames of one "
+                "clip over the entire video. Leave one of them out."
             )
         if self.lr_warmup_steps is not None and self.lr_warmup_steps > self.steps:
             raise TrainingError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import TrainingError
@@ -30,6 +31,8 @@ class Metadata(typing.NamedTuple):
     effect. Without values: every value except None, 0 and False does."""
     in_files_only: bool = False
     """Whether the setting is for run files, and not for the command line."""
+    forms: Mapping[str, str] | None = None
+    """Accepted forms of a text that has more values than can be listed, each with its regular expression."""
 
 
 def setting(
@@ -40,9 +43,10 @@ def setting(
     length: int | None = None,
     needs: tuple[str, ...] = (),
     in_files_only: bool = False,
+    forms: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field for a setting. All arguments but `default` are explained in `Metadata`."""
-    metadata = {"setting": Metadata(help, choices, bounds, length, needs, in_files_only)}
+    metadata = {"setting": Metadata(help, choices, bounds, length, needs, in_files_only, forms)}
     if isinstance(default, (list, tuple)):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -93,6 +97,9 @@ def check_value(name: str, value: Any, hint: Any, metadata: Metadata) -> None:
     bounds, length, choices = metadata.bounds, metadata.length, metadata.choices
     if choices is not None and value is not None and value not in choices:
         raise TrainingError(f"{option(name, value)}: accepted are {', '.join(choices)}.")
+    if metadata.forms is not None and value is not None:
+        if not any(re.fullmatch(form, value) for form in metadata.forms.values()):
+            raise TrainingError(f"{option(name, value)}: accepted are {', '.join(metadata.forms)}.")
     if bounds is None or (value is None and type(None) in typing.get_args(hint)):
         return
     several, integers = is_list(hint), value_type(hint) is int
