@@ -99,7 +99,7 @@ def test_a_sequence_is_split_between_blocks():
         tracker.keep_blocks("video", 64)
         assert torch.equal(tracker.split("video", tokens, 0), tokens[start:end])
         assert tracker.shards(("video",)).in_blocks(64).sizes == (2, 2, 1)
-        tracker.begin()  # the next forward may be without
+        tracker.clear()  # the next forward may be without
         assert tracker.split("video", tokens, 0).shape == (107 - (rank == 2),)
 
 
@@ -109,7 +109,7 @@ def test_what_is_no_blocks_is_refused():
     for length in (5 * 64 + 1, 2 * 64):  # a part of a block; fewer than ranks
         with pytest.raises(AttentionProviderError, match=f"'video' has {length} tokens, .* blocks of 64; .* 3 ranks"):
             tracker.split("video", torch.zeros(length), 0)
-    tracker.begin()
+    tracker.clear()
     tracker.split("video", torch.zeros(5 * 64), 0)
     with pytest.raises(AttentionProviderError, match="was split otherwise before"):
         tracker.keep_blocks("video", 64)

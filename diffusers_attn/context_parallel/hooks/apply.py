@@ -267,7 +267,7 @@ class _Begin:
             one_thread.take(groups, module)
             if self.tracker.mesh.device_type == "cuda":
                 shared_groups.keep_if_captured(groups)
-        self.tracker.start(None if torch.compiler.is_compiling() else sys._getframe(1))
+        self.tracker.begin_forward(None if torch.compiler.is_compiling() else sys._getframe(1))
         if not torch.compiler.is_compiling() and module in _applied:
             applied = _applied[module]
             for entry in applied.entries:
@@ -291,7 +291,7 @@ class _End:
         tracker = self.tracker
         # A call that was refused because of another thread's forward has begun none.
         if torch.compiler.is_compiling() or tracker.is_running:
-            tracker.end()
+            tracker.end_forward()
         if not torch.compiler.is_compiling():
             error = sys.exc_info()[1] if output is None else None
             if error is None:

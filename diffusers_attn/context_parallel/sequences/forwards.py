@@ -51,12 +51,12 @@ class RunningForwards(SequenceLayout):
         self._reached: list[bool] = []
         """For each running attention module, whether it has made a call here, or need not make one."""
 
-    def begin(self) -> None:
+    def clear(self) -> None:
         """Clears the records of an earlier forward."""
-        super().begin()
+        super().clear()
         self._shared: dict[int, tuple[Any, Any]] = {}
 
-    def start(self, frame: FrameType | None = None) -> None:
+    def begin_forward(self, frame: FrameType | None = None) -> None:
         """Begins a forward of the model.
 
         Args:
@@ -72,10 +72,10 @@ class RunningForwards(SequenceLayout):
         self._forwards.append(_Forward(frame, outer, state, self.role, len(self._outer)))
         self.role = None
         self.reached = False
-        self.begin()
+        self.clear()
         active.tracker = cast("SequenceTracker", self)
 
-    def end(self) -> None:
+    def end_forward(self) -> None:
         """Ends a forward, also after an error. The one that it interrupted goes on."""
         if not self._forwards:
             return
@@ -105,12 +105,12 @@ class RunningForwards(SequenceLayout):
         try:
             yield
         finally:  # also where the checkpoint stops early, because it has all tensors that it needs
-            self.end()
+            self.end_forward()
             self.reached = reached
 
     def _replace(self, state: LayoutState) -> None:
         if (dict(self.lengths), self.blocks) != (state.lengths, state.blocks):
-            self.begin()
+            self.clear()
             self.restore(state)
 
     def _forget_running(self) -> None:
@@ -139,7 +139,7 @@ class RunningForwards(SequenceLayout):
         """Whether an attention module is running."""
         return len(self._outer) > 0
 
-    def enter(self, role: Role | None) -> None:
+    def begin_attention(self, role: Role | None) -> None:
         """Begins an attention module, in a forward or in a recomputation.
 
         Args:
@@ -152,7 +152,7 @@ class RunningForwards(SequenceLayout):
         self.role = role
         active.tracker = cast("SequenceTracker", self)
 
-    def leave(self, needs_none: bool = False) -> bool:
+    def end_attention(self, needs_none: bool = False) -> bool:
         """Ends an attention module.
 
         Args:

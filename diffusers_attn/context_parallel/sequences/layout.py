@@ -40,7 +40,7 @@ class SequenceLayout:
         """Sequences that are complete on every rank. In the keys of a longer call and in gathered tensors, each rank
         contributes only its shard, as for a split sequence, so that no token counts twice and the mean of gradients
         over the ranks is right."""
-        self.begin()
+        self.clear()
 
     @property
     def mesh(self) -> ContextParallelMesh:
@@ -55,7 +55,7 @@ class SequenceLayout:
         setattr(self, name, mesh)
         self._mesh = name
 
-    def begin(self) -> None:
+    def clear(self) -> None:
         """Forgets the sequences of an earlier forward."""
         # New objects, since a compiled graph would depend on the earlier contents of cleared ones.
         self.lengths = Lengths()

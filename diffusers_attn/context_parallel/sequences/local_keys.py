@@ -34,7 +34,7 @@ _SAMPLES = 1024
 _TOLERANCE = 0.01
 """Relative difference that rounding may make between ranks, where kernels are not deterministic."""
 
-_tickets = itertools.count(1)
+_numbers = itertools.count(1)
 _of_number: weakref.WeakValueDictionary[int, CheckedKeys] = weakref.WeakValueDictionary()
 
 
@@ -47,15 +47,15 @@ class CheckedKeys:
 
     def __init__(self, tracker: SequenceTracker) -> None:
         self._tracker = weakref.ref(tracker)
-        self.number = next(_tickets)
+        self.number = next(_numbers)
         self._compared: dict[tuple[int, ...], int] = {}
         """Number of compared calls in a forward, by shape and call site."""
         self._in_forward: dict[tuple[int, ...], int] = {}
         """Number of calls so far in the running forward."""
         _of_number[self.number] = self
 
-    def begin(self) -> None:
-        """Begins a forward."""
+    def start_counting(self) -> None:
+        """Counts the calls of another forward."""
         self._in_forward.clear()
 
     def check(self, key: Tensor, call_site: int = 0) -> None:
@@ -114,7 +114,7 @@ def _tokens(call: AttentionCall) -> tuple[int, int]:
 @torch._dynamo.assume_constant_result
 def _new_call_site() -> int:
     """A number that no other call of this process has, as a constant of the graph that is traced."""
-    return next(_tickets)
+    return next(_numbers)
 
 
 def _has_values(key: Tensor) -> bool:

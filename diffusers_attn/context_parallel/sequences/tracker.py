@@ -27,7 +27,7 @@ class SequenceTracker(SplitGather, AttentionCalls):
         self.strict = True
         """Whether attention that is computed elsewhere is an error. `verify_cp_plan` lets it run, to see the result."""
 
-    def begin(self) -> None:
+    def clear(self) -> None:
         """Clears the records of an earlier forward."""
-        super().begin()
-        self.checked_keys.begin()
+        super().clear()
+        self.checked_keys.start_counting()

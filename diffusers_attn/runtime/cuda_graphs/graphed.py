@@ -379,7 +379,7 @@ def _run_and_record(call: _Call, kind: CallKind, tensors: list[Tensor], tracker:
 def _restore(tracker: SequenceTracker | None, state: LayoutState | None) -> None:
     """Sets a model's sequences to an earlier state of the running forward."""
     if tracker is not None and state is not None:
-        tracker.begin()
+        tracker.clear()
         tracker.restore(state)
 
 

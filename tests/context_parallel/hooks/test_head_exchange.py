@@ -159,7 +159,7 @@ GIVEN = {"values": torch.zeros(1, 6, 4, 2), "gates": torch.zeros(1, 4, 2), "fram
 def test_what_cannot_be_exchanged_is_refused(length, changes, reason):
     module = Recurrence()
     tracker = apply_context_parallel(module, mesh_of(1), {"": plan_of(4)["recurrence"][1]})
-    tracker.begin = lambda: length is None or tracker.shard_length("frames", length)
+    tracker.clear = lambda: length is None or tracker.shard_length("frames", length)
     with pytest.raises(AttentionProviderError, match=reason):
         module(**GIVEN | changes)
 
@@ -168,7 +168,7 @@ def test_a_length_is_made_whole_again():
     module = Recurrence()
     module.forward = lambda values, frames: frames
     tracker = apply_context_parallel(module, mesh_of(1), {"": {"frames": advanced.CPLength("frames", full=True)}})
-    tracker.begin = lambda: tracker.shard_length("frames", 5)
+    tracker.clear = lambda: tracker.shard_length("frames", 5)
     assert module(None, 2) == 5
     with pytest.raises(AttentionProviderError, match="Expected local length 2 of 'frames', got 5; .* frames: 5"):
         module(None, 5)
@@ -201,11 +201,11 @@ def test_frames_that_are_left_out_are_split_in_every_form(form):
     given["frame_valid_mask"] = mask = given["frame_valid_mask"][form]
     tracker = apply_context_parallel(model, mesh_of(1), None)
     model.blocks[1].forward = lambda *args: seen.append((args[2], args[4], args[10])) or args[0]
-    tracker.start()
+    tracker.begin_forward()
     tracker.shard_length("frames", 5)
     times = torch.zeros(2, 1, 5, 6 * 64)
     model.blocks[1](torch.zeros(2, 70, 64), None, times, None, (5, 5, 7), *[None] * 5, mask)
-    tracker.end()
+    tracker.end_forward()
     ((t, thw, found),) = seen
     assert t.shape[2] == 2 and thw == (2, 5, 7)
     assert found.ndim == mask.ndim and torch.equal(found.flatten(1), mask.flatten(1)[:, 2:4])

@@ -207,7 +207,7 @@ def test_a_rank_without_a_token_is_given_one():
         with pytest.raises(AttentionProviderError, match="CPOutput"):
             tracker.gather(None, text, 1)
     assert tracker.split(("text", "image"), torch.arange(7)[None], 1).tolist() == [[0, 6]]
-    tracker.begin()
+    tracker.clear()
     assert tracker.split("text", text[:, :0], 1).shape == (1, 0)  # nothing can stand in
     with pytest.raises(ValueError, match="needs the name of its sequence"):
         CPInput(1, balanced=True)
@@ -239,7 +239,7 @@ def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
     case = CASES[name]
     model = case.build()
     tracker = apply_context_parallel(model, mesh_of(0))
-    tracker.start()
+    tracker.begin_forward()
     for path, module in model.named_modules():
         if hasattr(module, "processor") and not any(fnmatch.fnmatch(path, silent) for silent in case.silent):
             (enter,) = [
@@ -248,8 +248,8 @@ def test_plans_say_what_every_attention_module_joins(name, monkeypatch):
             tracker.role = None
             enter(module, ())
             assert tracker.role is not None, path
-            tracker.leave()
-    tracker.end()
+            tracker.end_attention()
+    tracker.end_forward()
 
 
 def test_every_plan_of_diffusers_has_one_here():

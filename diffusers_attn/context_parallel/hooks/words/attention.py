@@ -57,7 +57,7 @@ class EnterAttention:
             _check_bound(module, "chooses its blocks from all tokens", "asks the other ranks")
         elif self.bound and self.tracker.mesh.size > 1:
             _check_bound(module, "uses positions in the full sequence", "adds this rank's offset")
-        self.tracker.enter(self.role)
+        self.tracker.begin_attention(self.role)
 
 
 class LeaveAttention:
@@ -69,7 +69,7 @@ class LeaveAttention:
         self.name = name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.tracker.leave(self.is_local or _is_bound(module)) and self.tracker.strict:
+        if not self.tracker.end_attention(self.is_local or _is_bound(module)) and self.tracker.strict:
             raise_error(_computed_elsewhere, self, module)
 
 
