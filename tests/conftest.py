@@ -37,7 +37,7 @@ LONGEST = (
     "context_parallel/compile/test_one_graph.py",
     "context_parallel/comm/test_symmetric_gather.py",
     "test_benchmark_training.py",
-    "training/test_trainer.py",
+    "training/loop/test_trainer.py",
     "context_parallel/compile/test_sizes.py",
     "cp_plans/test_models.py",
     "parallelize/test_shard_weights.py",

@@ -51,7 +51,7 @@ ELSEWHERE = {
     ("docs/writing_plans.md", "A first attempt"): "tests/verify_plan/test_verify.py",
     ("docs/writing_plans.md", "The plan"): "tests/verify_plan/test_verify.py",
     ("docs/quickstart.md", "Faster steps"): "tests/test_readme.py, which has the same line",
-    ("docs/training.md", "Models"): "tests/training/test_experts.py",
+    ("docs/training.md", "Models"): "tests/training/model/test_experts.py",
     ("docs/training.md", "In your own loop"): "tests/training/test_parallel.py, in a loop of its own",
     ("docs/providers.md", "Kernels from the Hub"): "tests/providers/test_hub.py, with a folder in place of the Hub",
 }

@@ -23,13 +23,13 @@ from diffusers_attn.training.model.lora import (
     save_adapter,
 )
 
-from .runs import TINY_FLUX
+from ..runs import TINY_FLUX
 
 
 def pipeline_of(name):
     if name == "flux":
         return DiffusionPipeline.from_pretrained(TINY_FLUX, dtype=torch.float32)
-    from ..tiny_pipelines import make
+    from ...tiny_pipelines import make
 
     return make(name)
 

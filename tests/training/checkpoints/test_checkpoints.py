@@ -16,7 +16,7 @@ from diffusers_attn.training.checkpoints.resuming import Facts
 from diffusers_attn.training.checkpoints.state import TrainingSnapshot, restore, write
 from diffusers_attn.training.errors import TrainingError
 
-from .runs import train_and_die, train_until_terminated
+from ..runs import train_and_die, train_until_terminated
 
 STEPS = {"steps": 6, "checkpoint_every": 1, "checkpoints_kept": 2, "ema_decay": 0.9, "batch_size": 1}
 

@@ -25,9 +25,9 @@ from diffusers_attn.training.model.optim import (
 )
 from diffusers_attn.training.settings.setting import metadata_of
 
-from ..tiny_pipelines import make
-from .runs import make_data, train
-from .worlds import forget_accelerate
+from ...tiny_pipelines import make
+from ..runs import make_data, train
+from ..worlds import forget_accelerate
 
 MUST = {"model": "m", "data": "d"}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -16,8 +16,8 @@ from diffusers_attn.training.loop.trainer import Trainer
 from diffusers_attn.training.loss import sample_u
 from diffusers_attn.training.randomness import SampleRandomness, derived_seed, generator
 
-from .runs import train, train_all, train_sharded
-from .worlds import World, forget_accelerate
+from ..runs import train, train_all, train_sharded
+from ..worlds import World, forget_accelerate
 
 STEPS = 5
 RUN = {

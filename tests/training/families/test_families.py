@@ -15,7 +15,7 @@ from diffusers_attn.training.families import family_of
 from diffusers_attn.training.loss import RectifiedFlow, VPrediction, sample_u
 from diffusers_attn.training.randomness import SampleRandomness
 
-from .pipelines import make
+from ..pipelines import make
 
 FAMILIES = ("wan", "cogvideox", "cogview4", "flux2")
 

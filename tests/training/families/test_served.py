@@ -20,9 +20,9 @@ from diffusers_attn.training.loop.validation import check_images
 from diffusers_attn.training.loss import sample_u
 from diffusers_attn.training.model.pipeline import load_pipeline
 
-from ..tiny_pipelines import make
-from . import pipelines
-from .runs import TINY_FLUX
+from ...tiny_pipelines import make
+from .. import pipelines
+from ..runs import TINY_FLUX
 
 SERVED = {
     "ChromaTransformer2DModel": ("ChromaPipeline",),

@@ -22,9 +22,9 @@ from diffusers_attn.training.model.base_precision import (
 from diffusers_attn.training.model.pipeline import fingerprint, load_pipeline, text_encoders
 from diffusers_attn.training.settings.choices import QUANTISED
 
-from ..marks import thorough_but
-from .runs import TINY_FLUX, train, train_all
-from .worlds import World, forget_accelerate
+from ...marks import thorough_but
+from ..runs import TINY_FLUX, train, train_all
+from ..worlds import World, forget_accelerate
 
 MUST = {"model": "m", "data": "d", "cpu": True}
 

@@ -15,9 +15,9 @@ from diffusers_attn.training.loop.checks import check_optimizing, without_weight
 from diffusers_attn.training.loop.trainer import Trainer
 from diffusers_attn.training.settings.choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 
-from ..tiny_pipelines import make
-from .runs import train
-from .worlds import forget_accelerate
+from ...tiny_pipelines import make
+from ..runs import train
+from ..worlds import forget_accelerate
 
 MUST = {"model": "m", "data": "d"}
 

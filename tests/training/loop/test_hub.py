@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from .. import launching
-from .hub import hub
-from .runs import ROOT
+from ... import launching
+from ..hub import hub
+from ..runs import ROOT
 
 
 def train(settings: dict[str, object], **environment: str) -> subprocess.CompletedProcess[str]:

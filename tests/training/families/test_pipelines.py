@@ -17,7 +17,7 @@ from diffusers_attn.training.data.collate import collate, varying
 from diffusers_attn.training.families import Family, family_of
 from diffusers_attn.training.loss import Level, RectifiedFlow
 
-from .pipelines import PIPELINES, make
+from ..pipelines import PIPELINES, make
 
 PROMPT, LONGER = "a cat", "a cat that looks"
 

@@ -19,8 +19,8 @@ from diffusers_attn.training.data.decode import probe_video
 from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.data.source import FileSource
 
-from .runs import QUICK, train
-from .worlds import World
+from ..runs import QUICK, train
+from ..worlds import World
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.settings.recipes import FOLDER, recipe_file, recipes
 from diffusers_attn.training.settings.run_file import read_run_file
 
-from ..documents import ROOT
-from ..marks import thorough_but
-from .runs import make_data, train
+from ...documents import ROOT
+from ...marks import thorough_but
+from ..runs import make_data, train
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from diffusers_attn.training.model.lora import loads_adapters
 
-from .data.media import picture
-from .runs import FROM_IMAGE, QUICK, SETTINGS, WITH_REFERENCES, train_all
-from .worlds import World
+from ..data.media import picture
+from ..runs import FROM_IMAGE, QUICK, SETTINGS, WITH_REFERENCES, train_all
+from ..worlds import World
 
 OTHERS = [name for name in SETTINGS if name not in QUICK]
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.model.offload import offload_blocks
 
-from ..marks import thorough_but
-from ..tiny_pipelines import make
-from .runs import train, train_all
-from .worlds import World, forget_accelerate
+from ...marks import thorough_but
+from ...tiny_pipelines import make
+from ..runs import train, train_all
+from ..worlds import World, forget_accelerate
 
 SHORT = {"steps": 2, "gradient_accumulation_steps": 2, "lr_warmup_steps": 0, "adapter_init": "gaussian"}
 

@@ -17,9 +17,9 @@ from diffusers_attn.training.checkpoints.output import check_output, output_of_t
 from diffusers_attn.training.data.lock import FolderLock, alone_in
 from diffusers_attn.training.data.ranks import OneRank, OtherRankError
 
-from ..launching import TIMEOUT
-from .data.test_cache import on_threads
-from .worlds import forget_accelerate
+from ...launching import TIMEOUT
+from ..data.test_cache import on_threads
+from ..worlds import forget_accelerate
 
 
 @pytest.fixture(autouse=True)

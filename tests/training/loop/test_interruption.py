@@ -15,8 +15,8 @@ from diffusers_attn.training.checkpoints.checkpoint import Checkpoints
 from diffusers_attn.training.errors import TrainingInterrupted
 from diffusers_attn.training.loop.interruption import interruptible
 
-from .runs import command_line, run_script, train_until_terminated
-from .worlds import World
+from ..runs import command_line, run_script, train_until_terminated
+from ..worlds import World
 
 
 def steps_of(settings):
