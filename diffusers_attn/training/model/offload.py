@@ -1,13 +1,18 @@
 """Frozen weights of a transformer's blocks in host memory or in files, and on the device while their block runs.
 
-The weights of the next block are copied while a block runs: forwards in the forward pass, and backwards while gradient
-checkpointing recomputes. A block's weights are new parameters in each run, so what autograd keeps for its backward
-stays valid. diffusers' group offloading moves all parameters of a block, also an adapter's, whose optimizer needs them
-on the device, and it prefetches in the order of the forward pass only.
+The device has memory for two blocks: one for those with even numbers, one for those with odd numbers. The weights of
+the next block are copied while a block runs: forwards in the forward pass, backwards in the backward pass, in which
+gradient checkpointing recomputes the block. In both passes a block's weights are at the same place. So an operation may
+keep them without autograd's knowledge, as those of bitsandbytes do; if each run of a block had memory of its own, such
+operations would hold the weights of all blocks from the forward to the backward.
+
+diffusers' group offloading moves all parameters of a block, also an adapter's, whose optimizer needs them on the
+device, and it prefetches in the order of the forward pass only.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...runtime.compile import repeated_blocks
 
@@ -58,52 +64,79 @@ class BlockOffload:
         self._blocks, self._device = blocks, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._reader = ThreadPoolExecutor(1, "offload") if folder is not None else None
-        self._loaded: dict[int, Callable[[], PlainTensors]] = {}
-        """Blocks whose weights are on the device, or on their way: a function that waits for them."""
-        self._last = -1
-        """Index of the block that ran last."""
+        self._backward: int | None = None
+        """The block whose backward began last; None in a forward pass."""
         for number, block in enumerate(blocks):
             block.store(device, None if folder is None else folder / f"block-{number:04d}.safetensors")
+        self._memory = [
+            torch.empty(max((each.bytes for each in those), default=0), dtype=torch.uint8, device=device)
+            for those in (blocks[::2], blocks[1::2])
+        ]
+        self._held: list[tuple[int, Callable[[], PlainTensors]] | None] = [None, None]
+        """For each part of the memory: the block whose weights it has, and a function that waits until they are there
+        and returns them."""
+        for number, block in enumerate(blocks):
             block.module.register_forward_pre_hook(lambda *_, number=number: self._before(number), prepend=True)
             # Also after the exception with which checkpointing ends a recomputation early.
-            block.module.register_forward_hook(lambda *_, number=number: self._after(number), always_call=True)
+            block.module.register_forward_hook(
+                lambda _, __, output, number=number: self._after(number, output), always_call=True
+            )
 
     def _before(self, number: int) -> None:
-        backwards = number == self._last - 1 or number == self._last == len(self._blocks) - 1
-        following = number - 1 if backwards else number + 1
-        for other in set(self._loaded) - {number, following}:
-            self._loaded.pop(other)()  # memory with a copy on its way must not be used again before it arrives
-        if number not in self._loaded:
-            self._load(number)
-        self._blocks[number].use(self._loaded[number]())
-        if 0 <= following < len(self._blocks) and following not in self._loaded:
-            self._load(following)
-        self._last = number
+        if number != self._backward:  # and so not recomputed
+            self._backward = None
+            self._blocks[number].use(self._bring(number, number + 1))
+        else:
+            self._blocks[number].use(self._bring(number, number - 1))
 
-    def _after(self, number: int) -> None:
+    def _after(self, number: int, output: Any) -> None:
         self._blocks[number].release()
-        self._loaded.pop(number, None)
+        for each in tree_leaves(output):
+            if isinstance(each, Tensor) and each.requires_grad:
+                # Before any backward of the block: the first ones may need weights and nothing that is recomputed.
+                each.register_hook(lambda _: self._begin_backward(number))
+
+    def _begin_backward(self, number: int) -> None:
+        if number != self._backward:
+            self._backward = number
+            self._bring(number, number - 1)
+
+    def _bring(self, number: int, following: int) -> PlainTensors:
+        """A block's weights on the device. Those of another block, the following one, begin to be copied.
+
+        Memory of the following block is free: a block between two others has run before the second begins. This holds
+        in the backward pass, too, since autograd takes the operation that was recorded last of those that are ready.
+        """
+        self._load(number)
+        held = self._held[number % 2]
+        assert held is not None
+        tensors = held[1]()
+        if 0 <= following < len(self._blocks):
+            self._load(following)
+        return tensors
 
     def _load(self, number: int) -> None:
-        """Starts to bring the weights of a block to the device."""
+        """Starts to bring the weights of a block to the device, if they are not there."""
+        held = self._held[number % 2]
+        if held is not None and held[0] == number:
+            return
         block = self._blocks[number]
-        if self._reader is not None:
-            read: Future[PlainTensors] = self._reader.submit(block.read)
-            self._loaded[number] = lambda: self._copy(read.result())()
+        if self._reader is None:
+            self._held[number % 2] = number, self._copy(number, block.read())
         else:
-            self._loaded[number] = self._copy(block.read())
+            read: Future[PlainTensors] = self._reader.submit(block.read)
+            copied = functools.cache(lambda: self._copy(number, read.result()))
+            self._held[number % 2] = number, lambda: copied()()
 
-    def _copy(self, source: PlainTensors) -> Callable[[], PlainTensors]:
+    def _copy(self, number: int, source: PlainTensors) -> Callable[[], PlainTensors]:
         """Starts copies to the device. Returns a function that makes the current stream wait for them."""
-        # Memory is allocated on the current stream, and the copies wait for everything that this stream has to do, so
-        # memory of earlier blocks is used again without waiting for the host.
-        target = {name: torch.empty_like(each, device=self._device) for name, each in source.items()}
+        target = placed(self._memory[number % 2], source)
         if self._stream is None:
             for name, each in source.items():
                 target[name].copy_(each)
             return lambda: target
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
+        # All that the block before in this memory has to do, backward included, is in the current stream already.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for name, each in source.items():
                 target[name].copy_(each, non_blocking=True)
@@ -114,6 +147,29 @@ class BlockOffload:
             return target
 
         return wait
+
+
+ALIGNMENT = 256
+"""Bytes, as PyTorch's allocator aligns tensors on GPUs."""
+
+
+def placed(memory: Tensor, like: PlainTensors) -> PlainTensors:
+    """Tensors one after the other in `memory` (of bytes), with shapes, strides and dtypes of those in `like`."""
+    found, begin = {}, 0
+    for name, each in like.items():
+        size = _bytes(each)
+        part = memory[begin : begin + size].view(each.dtype)
+        found[name] = part.as_strided(each.size(), each.stride(), part.storage_offset())
+        begin += -(-size // ALIGNMENT) * ALIGNMENT
+    return found
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes from the first to the last element of a tensor."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 class _Block:
@@ -128,6 +184,8 @@ class _Block:
             if parameter is not None and not parameter.requires_grad
         ]
         """Module, name and parameter: one with values in host memory, or without values if a file has them."""
+        self.bytes = 0
+        """Bytes that `placed` needs for the weights, once they are stored."""
         self._path: Path | None = None
         self._pinned = False
 
@@ -139,6 +197,7 @@ class _Block:
             if scales is not None:  # those of bitsandbytes, a small part of the memory
                 scales.to(device)
         plain = self._plain()
+        self.bytes = sum(-(-_bytes(each) // ALIGNMENT) * ALIGNMENT for each in plain.values())
         if path is not None:
             from safetensors.torch import save_file
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from safetensors.torch import load_file
 
 from diffusers_attn.training import TrainConfig, TrainingError
@@ -49,9 +50,10 @@ def test_steps_are_those_without(settings_of, family, offload, precision):
     forget_accelerate()
     settings = settings_of(family, **SHORT, **more, offload=offload)
     second = train(settings)
-    assert second["steps"] == first["steps"]
-    expected, found = load_file(first["path"]), load_file(second["path"])
-    assert all(found[name].equal(each) for name, each in expected.items())
+    # A CPU's matrix products may differ in the last bit if their weights begin at another address.
+    for mine, other in zip(second["steps"], first["steps"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-6)
+    torch.testing.assert_close(load_file(second["path"]), load_file(first["path"]), rtol=1e-4, atol=1e-6)
     assert not list(Path(settings["cache_dir"]).glob("offload-*"))
 
 
@@ -71,7 +73,8 @@ def test_processes_that_share_sequences_train_alike(settings_of, run_worlds):
 
 
 def test_blocks_are_read_once_in_each_pass_in_the_order_in_which_they_run(tmp_path, monkeypatch):
-    """None stays loaded after it, although checkpointing ends each recomputation with an exception."""
+    """The last two of a pass are there when the next pass begins. No block keeps parameters with values, although
+    checkpointing ends each recomputation with an exception."""
     import peft
 
     transformer = make("cogview4").transformer.requires_grad_(False)
@@ -93,9 +96,72 @@ def test_blocks_are_read_once_in_each_pass_in_the_order_in_which_they_run(tmp_pa
     )[0]  # fmt: skip
     output.sum().backward()
     count = len(blocks)
-    assert reads == [*range(count), *range(count - 1, -1, -1)]
+    assert reads == [*range(count), *range(count - 3, -1, -1)]
     assert not any(each.device.type != "meta" for b in blocks for each in b.parameters() if not each.requires_grad)
     assert any(float(each.grad.abs().sum()) > 0 for each in transformer.parameters() if each.requires_grad)
+
+
+class KeepsItsWeight(torch.autograd.Function):
+    """x @ weight.T with a weight that the graph refers to without autograd's knowledge, as bitsandbytes does."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.weight, None
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear, self.keeps = torch.nn.Linear(width, width), torch.nn.Linear(width, width, bias=False)
+        self.requires_grad_(False)
+        self.scale = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x + KeepsItsWeight.apply(torch.tanh(self.linear(x) * self.scale), self.keeps.weight)
+
+
+class Blocks(torch.nn.Module):
+    _repeated_blocks = ("Block",)
+
+    def __init__(self, count, width):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block(width) for _ in range(count)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_device_has_memory_for_two_blocks(count, on_disk, tmp_path):
+    torch.manual_seed(0)
+    model, x = Blocks(count, 8).double(), torch.randn(3, 8, dtype=torch.float64)
+    model(x).square().sum().backward()
+    expected = [block.scale.grad.clone() for block in model.blocks]
+    model.zero_grad()
+    offload = offload_blocks(model, torch.device("cpu"), tmp_path if on_disk else None)
+    memory = {each.untyped_storage().data_ptr() for each in offload._memory if each.numel()}
+    assert len(memory) == min(count, 2)
+    used = set()
+
+    def record(module, *_):
+        used.update(each.untyped_storage().data_ptr() for each in module.parameters() if not each.requires_grad)
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(record)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        for block, grad in zip(model.blocks, expected, strict=True):
+            torch.testing.assert_close(block.scale.grad, grad, rtol=1e-12, atol=1e-12)
+        model.zero_grad()
+    assert used == memory
 
 
 def make_arguments(transformer):
