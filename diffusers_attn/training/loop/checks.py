@@ -23,6 +23,7 @@ from ..model.base_precision import check_adapter_kind, is_quantised
 from ..model.lora import OF_MATRICES, add_adapter, is_expression, linear_layers
 from ..model.optim import make_optimizer, make_schedule
 from ..settings.config import TrainConfig
+from ..settings.contradictions import check_effect
 from ..settings.flag_names import option
 from .card import check_push
 from .validation import check_images
@@ -129,7 +130,7 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
         TrainingError: no layer matches the targets; the layers do not support the adapter; or the model or its
             pipeline does not accept a size or length.
     """
-    config.check_effect(timestep_sampling=config.timestep_sampling or family.objective.sampling)
+    check_effect(config, timestep_sampling=config.timestep_sampling or family.objective.sampling)
     for transformer in family.trained.values():
         if config.targets:
             check_targets(transformer, config.targets)

@@ -50,3 +50,6 @@ OPTIMIZERS = {
     "adamw8bit": Optimizer("bitsandbytes", "pip install bitsandbytes", 1e-4),
     "prodigy": Optimizer("prodigyopt", "pip install prodigyopt", 1.0, ("d", "d_max", "d_numerator", "k")),
 }
+
+WARMUP_STEPS = 50
+"""Default of `lr_warmup_steps`; a run of fewer than ten times as many steps warms up for a tenth of its steps."""

@@ -12,6 +12,7 @@ import pytest
 
 from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.settings.bounds import BELOW_ONE, COUNT, Bounds
+from diffusers_attn.training.settings.contradictions import check_effect
 from diffusers_attn.training.settings.flag_names import option
 from diffusers_attn.training.settings.setting import metadata_of
 
@@ -103,9 +104,9 @@ def test_settings_without_effect_are_refused(settings, message):
 
 def test_settings_that_have_an_effect_with_the_model_only():
     config = TrainConfig(**MUST, logit_mean=0.5)  # the model decides what is sampled from
-    config.check_effect(timestep_sampling="logit_normal")
+    check_effect(config, timestep_sampling="logit_normal")
     with pytest.raises(TrainingError, match="--logit_mean 0.5 has no effect with --timestep_sampling uniform"):
-        config.check_effect(timestep_sampling="uniform")
+        check_effect(config, timestep_sampling="uniform")
 
 
 def test_warm_up_where_nothing_is_said():

@@ -1,0 +1,34 @@
+"""The adapter that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..bounds import BELOW_ONE, COUNT, POSITIVE
+from ..choices import INITIALISATIONS, KINDS
+from ..setting import setting
+
+
+@dataclass
+class AdapterSettings:
+    """A group of --help, where each setting is explained."""
+
+    HEADING: ClassVar = "adapter"
+
+    adapter: str = setting("lora", "Type of adapter to train", KINDS)
+    rank: int = setting(16, "Rank of the adapter", bounds=COUNT)
+    alpha: float | None = setting(
+        None, "Numerator of the adapter's scale, which is alpha / rank (default: the rank)", bounds=POSITIVE
+    )
+    targets: list[str] | None = setting(
+        None,
+        "Names, or ends of names, of the layers that get an adapter, or one regular expression (default: the "
+        "attention's projections)",
+    )
+    adapter_init: str = setting(
+        "default",
+        "Initialization of the adapter's weights; an olora adapter is saved with twice the rank",
+        INITIALISATIONS,
+    )
+    adapter_dropout: float = setting(0.0, "Dropout probability of the adapter's input", bounds=BELOW_ONE)
