@@ -6,13 +6,17 @@ some pipelines put before prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from transformers.utils import is_torchvision_available
 
 from diffusers_attn.tiny_models.weights import randomize
 
@@ -21,6 +25,7 @@ from ..tiny_pipelines import _QWEN, _VAE, ATTENTION, CHAT, LATENTS, TEXT_DIM, _b
 
 TINY_FLUX = Path(__file__).resolve().parents[2] / "examples" / "tiny_flux"
 _PADDING = {"padding": "<|endoftext|>", "padding_side": "right"}
+PICTURE = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _GEMMA = {
     "hidden_size": TEXT_DIM,
     "intermediate_size": 64,
@@ -258,6 +263,56 @@ def flux_kontext() -> diffusers.FluxKontextPipeline:
     )  # fmt: skip
 
 
+class _ImageProcessor(transformers.Qwen2VLProcessor):
+    """The processor without that of videos, which needs torchvision. A pipeline with it cannot be loaded."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None) -> None:
+        super().__init__(image_processor, tokenizer)
+
+
+def _qwen_edit(cls: type[Any]) -> Any:
+    """Qwen-Image-Edit, whose text encoder gets few tokens for an image, and a short instruction."""
+    base = tiny_pipelines.qwen_image()
+    tokenizer = _bytes(**_PADDING)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(PICTURE)})
+    config = base.text_encoder.config
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    for name, token in zip(names, PICTURE, strict=True):
+        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    config.text_config.vocab_size = len(tokenizer)
+    images = transformers.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=84 * 84)
+    config.bos_token_id = config.eos_token_id = None
+    videos = [transformers.Qwen2VLVideoProcessor()] if is_torchvision_available() else []
+    processor = (transformers.Qwen2VLProcessor if videos else _ImageProcessor)(images, tokenizer, *videos)
+    return cls(
+        tokenizer=tokenizer,
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(),
+        processor=processor,
+        vae=base.vae,
+        scheduler=base.scheduler,
+        transformer=base.transformer,
+    )
+
+
+@contextlib.contextmanager
+def small_references() -> Iterator[None]:
+    """Within this context, Qwen-Image-Edit resizes reference images to 64 x 64 pixels and not to a million."""
+    with contextlib.ExitStack() as stack:
+        for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+            original = module.calculate_dimensions
+            smaller = lambda area, ratio, original=original: original(area / 256, ratio)  # noqa: E731
+            stack.enter_context(mock.patch.object(module, "calculate_dimensions", smaller))
+        yield
+
+
+def qwen_image_edit() -> diffusers.QwenImageEditPipeline:
+    return _qwen_edit(diffusers.QwenImageEditPipeline)
+
+
+def qwen_image_edit_plus() -> diffusers.QwenImageEditPlusPipeline:
+    return _qwen_edit(diffusers.QwenImageEditPlusPipeline)
+
+
 def wan_i2v() -> diffusers.WanImageToVideoPipeline:
     """Wan 2.1 from an image, whose embedding is an input as well."""
     base = tiny_pipelines.wan()
@@ -304,6 +359,8 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "hunyuan_video15": hunyuan_video15,
     "krea2": krea2,
     "flux_kontext": flux_kontext,
+    "qwen_image_edit": qwen_image_edit,
+    "qwen_image_edit_plus": qwen_image_edit_plus,
     "wan_i2v": wan_i2v,
     "wan_ti2v": wan_ti2v,
     "wan_a14b": wan_a14b,

@@ -31,6 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hunyuan_video": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 600},
     "hunyuan_video15": {"resolution": [48], "aspects": [1.0], "num_frames": [9]},
     "flux_kontext": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43, "guidance": 2.5},
+    "qwen_image_edit": {"resolution": [48], "aspects": [1.0]},
+    "qwen_image_edit_plus": {"resolution": [48], "aspects": [1.0]},
     "wan_i2v": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
     "wan_ti2v": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
     "wan_a14b": {
@@ -43,8 +45,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "krea2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 273},
 }
 VIDEOS = ("wan", "cogvideox", "ltx", "hunyuan_video", "hunyuan_video15", "wan_i2v", "wan_ti2v", "wan_a14b")
-FROM_IMAGE = ("wan_i2v", "wan_ti2v", "flux_kontext")
-WITH_REFERENCES = ("flux_kontext",)
+WITH_REFERENCES = {"flux_kontext": 1, "qwen_image_edit": 1, "qwen_image_edit_plus": 2}
+"""Families with reference images, and how many the tests give."""
+FROM_IMAGE = ("wan_i2v", "wan_ti2v", *WITH_REFERENCES)
 QUICK = ("flux", "wan", "cogvideox", "cogview4", "qwen_image", "z_image", "flux2")
 """Families that the usual tests train. The tests called thorough train the others."""
 COMMON: dict[str, Any] = {
@@ -84,6 +87,16 @@ def make_data(kind: str, folder: Path, number: int = 5) -> Path:
     return folder
 
 
+def make_references(folder: Path, number: int, examples: int = 5) -> Path:
+    """Reference images for the examples of `make_data`, equally many for each."""
+    folder.mkdir(parents=True)
+    for i in range(examples):
+        for j in range(number):
+            name = f"{i}.png" if number == 1 else f"{i}_{j + 1}.png"
+            picture(folder / name, width=40, height=56, seed=10 + 10 * j + i)
+    return folder
+
+
 def train(settings: dict[str, Any]) -> dict[str, Any]:
     """One run. Returns its logged steps and the adapter's file."""
     from diffusers_attn.training import TrainConfig, Trainer
@@ -99,8 +112,11 @@ def train_all(several: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from accelerate.state import AcceleratorState, GradientState
 
     results = []
+    from .pipelines import small_references
+
     for settings in several:
-        results.append(train(settings))
+        with small_references():
+            results.append(train(settings))
         AcceleratorState._reset_state(False)
         GradientState._reset_state()
     return results

@@ -13,8 +13,10 @@ from ..data.buckets import Bucket, Buckets
 from ..data.cache import LatentCache, TextCache
 from ..data.errors import Problem, TrainingDataError, report_problems
 from ..data.examples import Example
+from ..data.ranks import OneRank
 from ..families import Family
 from ..model.pipeline import placed, text_encoders
+from .captions import encode_captions
 
 
 class Assigned(NamedTuple):
@@ -55,7 +57,7 @@ def joined(parts: Sequence[Assigned]) -> Assigned:
 
 def encode_largest(
     assigned: Assigned, latents: LatentCache, text: TextCache, family: Family, device: torch.device
-) -> tuple[list[Any], dict[str, Path]]:
+) -> tuple[list[Any], dict[Any, Path]]:
     """Encodes an example of the largest bucket, which needs the most memory, with its caption.
 
     Every process encodes the same example into a cache of its own.
@@ -67,4 +69,4 @@ def encode_largest(
     with placed(list(family.encoders.values()), device):
         cached = latents.fill([example], family.encode)
     with placed(list(text_encoders(family.pipeline).values()), device):
-        return cached, text.fill(example.captions, family.encode_text)
+        return cached, encode_captions(text, family, [(latents, cached)], OneRank())

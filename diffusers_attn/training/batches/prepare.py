@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..data.cache import CachedLatents, LatentCache, TextCache
+from ..data.cache import CachedLatents, LatentCache, TextCache, text_key
 from ..data.clips import with_clips
 from ..data.collate import collate, varying
 from ..data.examples import Example, read_examples
@@ -29,6 +29,7 @@ from ..randomness import generator
 from ..settings.config import TrainConfig
 from ..settings.datasets import DataSet
 from .buckets import buckets_of
+from .captions import encode_captions
 from .largest import Assigned, assign, encode_largest, joined, largest
 
 
@@ -37,7 +38,8 @@ class PreparedData:
 
     Attributes:
         latents: cached latents of the training examples.
-        text: file of the embeddings of each caption.
+        text: file of the embeddings of each caption, by its `text_key`.
+        pictured: whether embeddings depend on the reference images.
         evaluation: cached latents of the examples for evaluations.
         repeats: number of times that an epoch has each example: one number, or one for each; [] if not known.
         bucket: (frames, height, width) of the first example.
@@ -48,12 +50,14 @@ class PreparedData:
     def __init__(
         self,
         latents: list[CachedLatents],
-        text: dict[str, Any],
+        text: dict[Any, Path],
         evaluation: list[CachedLatents],
         picking: FramePicking | None = None,
         assigned: Assigned | None = None,
         repeats: Sequence[int] = (),
+        pictured: bool = False,
     ) -> None:
+        self.pictured = pictured
         self.latents, self.text, self.evaluation, self.assigned = latents, text, evaluation, assigned
         # One number where all are equal, as runs with a single set of data have stored it in their checkpoints.
         self.repeats = repeats[0] if len(set(repeats)) == 1 else list(repeats)
@@ -98,8 +102,6 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         finding["most"] = family.most_references
         examples = [with_references(each, config.references, **finding) for each in examples]
         held_out = with_references(held_out, config.references, **finding) if held_out else []
-    everything = [*itertools.chain.from_iterable(examples), *held_out]
-    captions = [caption for each in everything for caption in each.captions]
     weights = fingerprint(family.pipeline.vae)
     caches = [_latent_cache(config, family, weights, source) for source in sources]
     latents = _latent_cache(config, family, weights)
@@ -114,19 +116,21 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         parts = [part._replace(repeats=number) for part, number in zip(parts, repeats)]
         part, cache = max(zip(parts, caches), key=lambda each: largest(each[0])[0])
         cached, embedded = encode_largest(part, cache, text, family, device)
-        return PreparedData(cached, embedded, cached, latents.buckets.picking, joined(parts))
+        pictured = family.text_has_pictures
+        return PreparedData(cached, embedded, cached, latents.buckets.picking, joined(parts), pictured=pictured)
     with placed(list(family.encoders.values()), device):
         filling: dict[str, Any] = {
             "ranks": parallel.ranks, "on_bad_data": config.on_bad_data, "batch_size": config.cache_batch_size
         }  # fmt: skip
         filled = [cache.fill(those, family.encode, **filling) for cache, those in zip(caches, examples)]
         cached_held_out = latents.fill(held_out, family.encode, **filling) if held_out else []
-    with placed(list(text_encoders(family.pipeline).values()), device):
-        embedded = text.fill(captions, family.encode_text, ranks=parallel.ranks)
     cached = list(itertools.chain.from_iterable(filled))
+    with placed(list(text_encoders(family.pipeline).values()), device):
+        embedded = encode_captions(text, family, [*zip(caches, filled), (latents, cached_held_out)], parallel.ranks)
     evaluation = (cached_held_out or cached)[: config.evaluation_examples]
     used = itertools.chain.from_iterable(repeats_of(sources, config.repeats, list(map(len, filled))))
-    return PreparedData(cached, embedded, evaluation, latents.buckets.picking, repeats=list(used))
+    picking, pictured = latents.buckets.picking, family.text_has_pictures
+    return PreparedData(cached, embedded, evaluation, picking, repeats=list(used), pictured=pictured)
 
 
 def _examples(config: TrainConfig, source: DataSet, reading: dict[str, Any]) -> list[Example]:
@@ -187,6 +191,7 @@ def make_loader(
         prepared.text,
         sampler,
         Share(parallel.dp_rank, parallel.dp_degree, config.batch_size),
+        pictured=prepared.pictured,
         caption_dropout=config.caption_dropout,
         generator=lambda step, position: generator(config.seed, "caption", step, position),
         finish=finish,
@@ -199,7 +204,8 @@ def _latent_cache(config: TrainConfig, family: Family, weights: str, source: Dat
     if family.conditioned:  # otherwise families with the same VAE share latents
         others = {name: fingerprint(each) for name, each in family.encoders.items() if name != "vae"}
         settings |= {"family": type(family).__name__, **others}
-    return LatentCache(config.cache, settings, buckets_of(config, family, source), crop=config.crop, seed=config.seed)
+    buckets, sizes = buckets_of(config, family, source), family.reference_size
+    return LatentCache(config.cache, settings, buckets, crop=config.crop, seed=config.seed, reference_size=sizes)
 
 
 def _text_cache(config: TrainConfig, family: Family) -> TextCache:
@@ -218,6 +224,6 @@ def evaluation_batches(prepared: PreparedData, wanted: Sequence[int]) -> list[di
     batches = []
     for number in wanted:
         each = prepared.evaluation[number]
-        text = read_tensors(prepared.text[each.example.caption])
+        text = read_tensors(prepared.text[text_key(each, each.example.caption, prepared.pictured)])
         batches.append({**collate([read_tensors(each.path)]), **collate([text], prepared.padded)})
     return batches

@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,14 @@ _FORMAT = 1
 Encode = Callable[..., Mapping[str, Tensor]]
 """Encodes pixels, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors [batch, ...] by name. The reference
 images of examples that have any are the second argument, float32 [batch, number, 3, height, width] in [-1, 1]."""
-EncodeText = Callable[[list[str]], Mapping[str, Tensor]]
-"""Encodes captions to tensors [batch, ...] by name."""
+EncodeText = Callable[..., Mapping[str, Tensor]]
+"""Encodes a list of captions to tensors [batch, ...] by name. The reference images of captions that have any are the
+second argument, as in `Encode`."""
+ReferenceSize = Callable[[int, int], tuple[int, int]]
+"""Height and width of the reference images of an example with a height and width."""
+
+
+CaptionT = TypeVar("CaptionT", bound="str | PicturedCaption")
 
 
 class CachedLatents(NamedTuple):
@@ -45,6 +51,14 @@ class CachedLatents(NamedTuple):
     example: Example
     bucket: Bucket
     path: Path
+
+
+class PicturedCaption(NamedTuple):
+    """A caption whose embeddings depend on its example's reference images."""
+
+    caption: str
+    pictures: str
+    """Key of the example's latents, which covers the images and what is done to them."""
 
 
 class _Work(NamedTuple):
@@ -56,8 +70,9 @@ class _Work(NamedTuple):
 
 
 class _Pixels(NamedTuple):
-    pixels: Tensor
-    """The frames of an example, followed by its reference images: [number, 3, height, width] in [-1, 1]."""
+    frames: Tensor
+    references: Tensor | None
+    """[number, 3, height, width]; None without reference images."""
     mask: Tensor | None
     """The mask of its loss, [1, 1, height, width] in [0, 1]."""
 
@@ -72,6 +87,7 @@ class LatentCache:
         buckets: sizes to which examples are resized.
         crop: "centre", or "random" for a part of each example that depends only on its content and on `seed`.
         seed: seed of random crops.
+        reference_size: the size to which reference images are resized. None: that of their example.
 
     Raises:
         TrainingDataError: settings that cannot be stored as JSON.
@@ -85,10 +101,12 @@ class LatentCache:
         *,
         crop: str = "centre",
         seed: int = 0,
+        reference_size: ReferenceSize | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.settings = dict(settings)
-        self.buckets, self.crop, self.seed = buckets, crop, seed
+        self.buckets, self.crop, self.seed, self.reference_size = buckets, crop, seed, reference_size
+        self._works: dict[str, _Work] = {}
         self.store = TensorStore(self.folder / "latents")
         hash_of(self.settings)
 
@@ -138,6 +156,7 @@ class LatentCache:
         decoding_threads: int,
     ) -> list[CachedLatents]:
         work, problems = self._work(examples, ranks)
+        self._works |= {each.key: each for each in work.values()}
         distinct = sorted({each.key: each for each in work.values()}.values(), key=lambda each: (each.bucket, each.key))
         mine = [each for each in distinct[ranks.rank :: ranks.size] if not self.store.has(each.key)]
         for each in mine:
@@ -199,34 +218,50 @@ class LatentCache:
         return work, problems
 
     def _pixels(self, work: _Work) -> _Pixels | TrainingDataError:
-        # The seed depends on the content, not on the example's position in the data.
-        seed = self.seed ^ int(work.made_from["content"][:12], 16)
-        how: dict[str, Any] = {"crop": self.crop, "seed": seed}
-        one = work.bucket._replace(frames=1)
         try:
-            pixels = resize_crop(decode.read(work.example, work.numbers), work.bucket, **how)
-            references = [resize_crop([decode.read_image(each)], one, **how) for each in work.example.references]
-            return _Pixels(torch.cat([pixels, *references]), self._mask(work, one, how))
+            frames = resize_crop(decode.read(work.example, work.numbers), work.bucket, **self._cropping(work))
+            return _Pixels(frames, self._references(work), self._mask(work))
         except TrainingDataError as error:
             return error
 
-    def _mask(self, work: _Work, bucket: Bucket, how: Mapping[str, Any]) -> Tensor | None:
+    def _references(self, work: _Work) -> Tensor | None:
+        height, width = work.bucket.height, work.bucket.width
+        height, width = (height, width) if self.reference_size is None else self.reference_size(height, width)
+        size, how = Bucket(1, height, width), self._cropping(work)
+        found = [resize_crop([decode.read_image(each)], size, **how) for each in work.example.references]
+        return torch.cat(found) if found else None
+
+    def _mask(self, work: _Work) -> Tensor | None:
         """The mask of an example, resized and cropped as its frames."""
         if work.example.mask is None:
             return None
-        mask = (resize_crop([decode.read_mask(*work.example.mask)], bucket, **how) + 1) / 2
+        one = work.bucket._replace(frames=1)
+        mask = (resize_crop([decode.read_mask(*work.example.mask)], one, **self._cropping(work)) + 1) / 2
         if not bool(mask.any()):
             raise TrainingDataError("its mask leaves out everything in its bucket")
         return mask
 
+    def _cropping(self, work: _Work) -> dict[str, Any]:
+        # The seed depends on the content, not on the example's position in the data.
+        return {"crop": self.crop, "seed": self.seed ^ int(work.made_from["content"][:12], 16)}
+
+    def references_of(self, key: str) -> Tensor:
+        """The reference images of an example that `fill` returned, as `encode` got them for a batch of one.
+
+        Args:
+            key: stem of the file of its latents.
+        """
+        references = self._references(self._works[key])
+        assert references is not None
+        return references[None]
+
     def _encode(self, good: list[tuple[_Work, _Pixels]], encode: Encode) -> None:
-        joined = torch.stack([each.pixels for _, each in good])
-        frames = good[0][0].bucket.frames
-        pixels, references = joined[:, :frames].transpose(1, 2), joined[:, frames:]
+        pixels = torch.stack([each.frames for _, each in good]).transpose(1, 2)
+        references = [each.references for _, each in good if each.references is not None]
         names = [each.example.name for each, _ in good]
         with torch.no_grad(), _naming("encoding", names):
-            rows = _rows(encode(pixels, references) if references.shape[1] else encode(pixels), names)
-        for (each, (_, mask)), tensors in zip(good, rows):
+            rows = _rows(encode(pixels, torch.stack(references)) if references else encode(pixels), names)
+        for (each, (*_, mask)), tensors in zip(good, rows):
             if mask is not None:
                 tensors["loss_mask"] = latent_mask(mask, tensors["latents_mean"])
             self.store.write(each.key, tensors, each.made_from)
@@ -282,29 +317,32 @@ class TextCache:
         self.store = TensorStore(self.folder / "text")
         hash_of(self.settings)
 
-    def path(self, caption: str) -> Path:
+    def path(self, caption: str | PicturedCaption) -> Path:
         """Path of the embeddings of `caption`, which need not exist."""
         return self.store.path(hash_of(self._made_from(caption)))
 
     def fill(
         self,
-        captions: Iterable[str],
+        captions: Iterable[CaptionT],
         encode_text: EncodeText,
         *,
         ranks: Ranks | None = None,
         batch_size: int = 1,
-    ) -> dict[str, Path]:
+        references: Callable[[str], Tensor] | None = None,
+    ) -> dict[CaptionT, Path]:
         """Encodes the captions that are not in the cache. All ranks must call this with the same captions.
 
         Args:
-            captions: the captions. The empty caption, which replaces dropped ones, is always added.
+            captions: the captions: all texts, or all with pictures. The empty caption, which replaces dropped ones, is
+                always added, with each example's pictures if captions have some.
             encode_text: encodes captions to tensors [batch, ...] by name.
             ranks: the processes that divide the work. None: this process alone.
             batch_size: number of captions encoded at once. An encoder that pads to the longest caption of a batch
-                needs 1, for embeddings that do not depend on the other captions.
+                needs 1, for embeddings that do not depend on the other captions. Captions with pictures need 1.
+            references: the pictures for a key of `PicturedCaption`, such as `LatentCache.references_of`.
 
         Returns:
-            The file of each caption, including "".
+            The file of each caption, including the empty ones.
 
         Raises:
             TrainingDataError: `encode_text` returned NaN, infinity or another batch size, or the ranks do not share the
@@ -314,17 +352,31 @@ class TextCache:
         _check_positive(batch_size=batch_size)
         ranks = ranks or OneRank()
         with alone_in(self.folder, ranks, "the cache"):
-            return self._fill(captions, encode_text, ranks, batch_size)
+            return self._fill(captions, encode_text, ranks, batch_size, references)
 
-    def _fill(self, captions: Iterable[str], encode_text: EncodeText, ranks: Ranks, batch_size: int) -> dict[str, Path]:
+    def _fill(
+        self,
+        captions: Iterable[CaptionT],
+        encode_text: EncodeText,
+        ranks: Ranks,
+        batch_size: int,
+        references: Callable[[str], Tensor] | None,
+    ) -> dict[CaptionT, Path]:
         self.store.remove_unfinished()
-        distinct = sorted({"", *captions})
+        distinct: Any = {*captions}
+        if references is None:
+            distinct = sorted(distinct | {""})
+        else:
+            batch_size = 1
+            distinct = sorted(distinct | {PicturedCaption("", each.pictures) for each in distinct})
         mine = [text for text in distinct[ranks.rank :: ranks.size] if not self.store.has(self._key(text))]
 
-        def encode(batch: list[str]) -> None:
-            names = [repr(caption) for caption in batch]
+        def encode(batch: list[Any]) -> None:
+            texts = batch if references is None else [each.caption for each in batch]
+            names = [repr(text) for text in texts]
             with torch.no_grad(), _naming("encoding the captions", names):
-                rows = _rows(encode_text(batch), names)
+                pictures = () if references is None else (references(batch[0].pictures),)
+                rows = _rows(encode_text(texts, *pictures), names)
             for caption, tensors in zip(batch, rows):
                 self.store.write(self._key(caption), tensors, self._made_from(caption))
 
@@ -335,11 +387,17 @@ class TextCache:
         _check_shared([repr(caption) for caption, path in paths.items() if not path.is_file()], self.folder, ranks)
         return paths
 
-    def _made_from(self, caption: str) -> dict[str, Any]:
-        return {"format": _FORMAT, "caption": caption, "settings": self.settings}
+    def _made_from(self, caption: str | PicturedCaption) -> dict[str, Any]:
+        of = caption._asdict() if isinstance(caption, PicturedCaption) else {"caption": caption}
+        return {"format": _FORMAT, **of, "settings": self.settings}
 
-    def _key(self, caption: str) -> str:
+    def _key(self, caption: str | PicturedCaption) -> str:
         return hash_of(self._made_from(caption))
+
+
+def text_key(latents: CachedLatents, caption: str, pictured: bool) -> Any:
+    """The key of an example's caption in what `TextCache.fill` returns: a `PicturedCaption` if `pictured`."""
+    return PicturedCaption(caption, latents.path.stem) if pictured else caption
 
 
 def _batches(work: Sequence[_Work], batch_size: int) -> list[list[_Work]]:

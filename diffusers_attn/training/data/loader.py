@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .cache import CachedLatents
+from .cache import CachedLatents, text_key
 from .collate import collate, varying
 from .errors import TrainingDataError
 from .examples import Example
@@ -48,6 +48,7 @@ class LatentLoader:
     Args:
         latents: from `LatentCache.fill`.
         text: from `TextCache.fill`.
+        pictured: whether the keys of `text` are captions with pictures.
         sampler: a sampler for the buckets of `latents` in their order, from `LatentLoader.sampler_for`.
         share: this data-parallel rank's share of the global batches. None: all.
         caption_dropout: probability that an example gets the embeddings of the empty caption.
@@ -66,10 +67,11 @@ class LatentLoader:
     def __init__(
         self,
         latents: Sequence[CachedLatents],
-        text: Mapping[str, Path],
+        text: Mapping[Any, Path],
         sampler: BatchSampler,
         share: Share | None = None,
         *,
+        pictured: bool = False,
         caption_dropout: float = 0.0,
         generator: Callable[[int, int], torch.Generator] | None = None,
         finish: Callable[[Batch], Batch] | None = None,
@@ -90,8 +92,13 @@ class LatentLoader:
             raise TrainingDataError(f"threads={threads}, depth={depth}: numbers from 1 are accepted.")
         self.caption_dropout, self._generator, self._finish = caption_dropout, generator, finish
         self._threads, self._depth = threads, depth
-        unknown = {caption for each in self.latents for caption in each.example.captions} | {""}
-        unknown -= self.text.keys()
+        self.pictured = pictured
+        unknown = {
+            caption
+            for each in self.latents
+            for caption in ("", *each.example.captions)
+            if text_key(each, caption, pictured) not in self.text
+        }
         if unknown:
             raise TrainingDataError(f"captions without embeddings: {', '.join(map(repr, sorted(unknown)[:5]))}.")
         self._padded = varying(read_shapes(path) for path in dict.fromkeys(self.text.values()))
@@ -136,10 +143,11 @@ class LatentLoader:
         step, positions = micro.step, list(micro.positions)
         examples = [self.latents[step.indices[position]] for position in positions]
         captions = [self._caption(each.example, step.number, position) for position, each in zip(positions, examples)]
+        texts = [self.text[text_key(each, caption, self.pictured)] for each, caption in zip(examples, captions)]
         weights = [each.example.weight for each in examples]
         batch = {
             **collate(with_ones([read_tensors(each.path) for each in examples], "loss_mask")),
-            **collate([read_tensors(self.text[caption]) for caption in captions], self._padded),
+            **collate([read_tensors(path) for path in texts], self._padded),
             "loss_weight": torch.tensor(weights),
             "captions": captions,
             "names": [each.example.name for each in examples],

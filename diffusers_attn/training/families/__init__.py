@@ -22,7 +22,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Krea2Transformer2DModel": ("krea2:Krea2",),
     "LTXVideoTransformer3DModel": ("ltx:LTXVideo",),
     "Lumina2Transformer2DModel": ("lumina2:Lumina2",),
-    "QwenImageTransformer2DModel": ("qwen_image:QwenImage",),
+    "QwenImageTransformer2DModel": (
+        "qwen_image:QwenImage",
+        "qwen_image_edit:QwenImageEdit",
+        "qwen_image_edit:QwenImageEditPlus",
+    ),
     "SD3Transformer2DModel": ("sd3:SD3",),
     "SanaTransformer2DModel": ("sana:Sana",),
     "WanTransformer3DModel": ("wan:Wan", "wan_i2v:WanImageToVideo"),

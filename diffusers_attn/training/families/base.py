@@ -7,6 +7,7 @@ them to the shapes that its VAE and transformer use.
 from __future__ import annotations
 
 import abc
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -67,6 +68,8 @@ class Family(abc.ABC):
     """Whether the VAE's images have a dimension of frames, also those of a single frame."""
     most_references: ClassVar[int] = 0
     """Largest number of reference images of an example. All models that have any need at least one."""
+    text_has_pictures: ClassVar[bool] = False
+    """Whether the text encoder sees the reference images, too; see `seeing`."""
     takes_image: ClassVar[bool] = False
     """Whether the pipeline's call needs an image."""
     conditioned: ClassVar[bool] = False
@@ -89,6 +92,7 @@ class Family(abc.ABC):
         expert: str | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.seen: Tensor | None = None
         self.check_components({name: each is not None for name, each in pipeline.components.items()}, expert)
         self.expert = expert
         # Of a quantised transformer with an adapter, diffusers would find the adapter's dtype.
@@ -235,6 +239,20 @@ class Family(abc.ABC):
     def frame_rule(self) -> tuple[int, int]:
         """(step, offset): accepted numbers of frames are a multiple of step, plus offset."""
         return 1, 0
+
+    def reference_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of the reference images of an example or a sample of this size."""
+        return height, width
+
+    def seeing(self, references: Tensor) -> Family:
+        """This family with the reference images that its text encoder sees, as `seen`. For `text_has_pictures`.
+
+        Args:
+            references: float [captions, number, 3, height, width] in [-1, 1].
+        """
+        found = copy.copy(self)
+        found.seen = references
+        return found
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """The text inputs of the transformer: tensors [captions, ...] by name, on the CPU."""

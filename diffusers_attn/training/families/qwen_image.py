@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class QwenImage(Family):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
     text_length = 1024
     guidance_argument = "true_cfg_scale"
-    pipelines = ("QwenImagePipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     packed = 4
 
     @property

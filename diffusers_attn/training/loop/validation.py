@@ -68,14 +68,24 @@ class Validation:
             self.call |= family.guidance_arguments(scale)
         else:
             scale = family.default_guidance
-        from PIL import ImageOps
-
+        self.images = config.validation_images or []
         self.encoded: list[dict[str, Any]] = []
         if self.prompts:
             with placed(list(text_encoders(family.pipeline).values()), device):
-                self.encoded = [family.prompt_arguments(each, None, guided=scale > 1) for each in self.prompts]
-        for arguments, path in zip(self.encoded, config.validation_images or []):
-            arguments["image"] = ImageOps.fit(read_image(path), (width, height))
+                for number, prompt in enumerate(self.prompts):
+                    images = self._images(number, family.reference_size(height, width))
+                    seeing = family.seeing(_pixels(images)) if family.text_has_pictures else family
+                    arguments = seeing.prompt_arguments(prompt, None, guided=scale > 1)
+                    if images:
+                        arguments["image"] = images if len(images) > 1 else images[0]
+                    self.encoded.append(arguments)
+
+    def _images(self, number: int, size: tuple[int, int]) -> list[Any]:
+        """The images of a prompt, equally many for each, as PIL images of `size` (height, width)."""
+        from PIL import ImageOps
+
+        each = len(self.images) // len(self.prompts)
+        return [ImageOps.fit(read_image(path), size[::-1]) for path in self.images[number * each : (number + 1) * each]]
 
     def generate(
         self,
@@ -139,16 +149,25 @@ def read_image(path: str) -> Any:
         raise TrainingError(f"{option('validation_images', path)} cannot be read as an image: {error}") from error
 
 
+def _pixels(images: Sequence[Any]) -> torch.Tensor:
+    """PIL images as float32 [1, images, 3, height, width] in [-1, 1]."""
+    import numpy as np
+
+    return torch.stack([torch.from_numpy(np.array(each)).movedim(-1, 0) for each in images])[None] / 127.5 - 1
+
+
 def check_images(config: TrainConfig, family: Family) -> None:
-    """Raises TrainingError unless there is a readable image for each prompt, if the pipeline needs images."""
+    """Raises TrainingError unless there are readable images for each prompt, if the pipeline needs images."""
     prompts, images = config.validation_prompts or [], config.validation_images or []
     name = type(family.pipeline).__name__
     if images and not family.takes_image:
         raise TrainingError(f"{option('validation_images', images)}: {name} takes no image. Leave it out.")
-    if family.takes_image and len(images) != len(prompts):
+    most = max(1, family.most_references)
+    if family.takes_image and len(images) not in range(len(prompts), most * len(prompts) + 1, max(1, len(prompts))):
+        several = "" if most == 1 else f", or for several references equally many, up to {most}, for each in turn"
         raise TrainingError(
             f"{name} needs an image for each of the {len(prompts)} prompts of --validation_prompts, but "
-            f"--validation_images has {len(images)}. Give one file for each prompt, or leave both out."
+            f"--validation_images has {len(images)}. Give one file for each prompt{several}, or leave both out."
         )
     for path in images:
         read_image(path)

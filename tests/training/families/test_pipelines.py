@@ -17,7 +17,7 @@ from diffusers_attn.training.data.collate import collate, varying
 from diffusers_attn.training.families import Family, family_of
 from diffusers_attn.training.loss import Level, RectifiedFlow
 
-from ..pipelines import PIPELINES, make
+from ..pipelines import PIPELINES, make, small_references
 
 PROMPT, LONGER = "a cat", "a cat that looks"
 
@@ -40,8 +40,8 @@ class Case(NamedTuple):
     transformer returns."""
     options: dict[str, Any] = {}
     """Options of the family."""
-    from_image: bool = False
-    """Whether the pipeline gets an image: for the first frame, or as a reference."""
+    images: int = 0
+    """Number of images that the pipeline gets: for the first frame, or as references."""
 
 
 CASES = {
@@ -59,9 +59,11 @@ CASES = {
     "lumina2": Case(text_length=230, unpacked=True),
     "hunyuan_video": Case({"guidance_scale": 3.5}, text_length=600, frames=9),
     "hunyuan_video15": Case(text_length=40, frames=9),
-    "flux_kontext": Case({"guidance_scale": 3.5}, from_image=True),
-    "wan_i2v": Case(frames=9, from_image=True),
-    "wan_ti2v": Case(frames=9, from_image=True),
+    "flux_kontext": Case({"guidance_scale": 3.5}, images=1),
+    "qwen_image_edit": Case({"true_cfg_scale": 1.0}, images=1),
+    "qwen_image_edit_plus": Case({"true_cfg_scale": 1.0}, images=2),
+    "wan_i2v": Case(frames=9, images=1),
+    "wan_ti2v": Case(frames=9, images=1),
     "wan_a14b": Case({"guidance_scale": 1.0, "num_inference_steps": 8}, frames=9, options={"expert": "high"}),
     "krea2": Case({"guidance_scale": 0.0}, text_length=260),
 }
@@ -114,8 +116,8 @@ def draw(family: Family, case: Case) -> Drawn:
         **family.size_arguments(case.frames, case.width * 3 // 2, case.width),
         **case.arguments,
     }
-    if case.from_image:
-        arguments["image"] = picture(case)
+    if case.images:
+        arguments["image"] = pictures(family, case) if case.images > 1 else pictures(family, case)[0]
     accepted = inspect.signature(pipeline.__call__).parameters
     pipeline.set_progress_bar_config(disable=True)
     pipeline(prompt=PROMPT, output_type="pt", **{name: arguments[name] for name in arguments if name in accepted})
@@ -124,17 +126,24 @@ def draw(family: Family, case: Case) -> Drawn:
     return drawn._replace(decoded=drawn.decoded[0])
 
 
-def picture(case: Case) -> Image.Image:
-    generator = np.random.default_rng(0)
-    return Image.fromarray(generator.integers(0, 255, (case.width * 3 // 2, case.width, 3), dtype=np.uint8))
+def pictures(family: Family, case: Case) -> list[Image.Image]:
+    size = family.reference_size(case.width * 3 // 2, case.width)
+    return [
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8))
+        for number in range(case.images)
+    ]
 
 
 def encoded(family: Family, case: Case, caption: str = PROMPT) -> dict[str, Tensor]:
     """The inputs of a sample: its text, and what belongs to the image that is given."""
-    pixels = torch.from_numpy(np.array(picture(case))).permute(2, 0, 1)[None, :, None] / 127.5 - 1
-    references = pixels.transpose(1, 2) if family.most_references else None
-    found = family.encode(pixels.expand(-1, -1, case.frames, -1, -1), references)
-    return family.encode_text([caption]) | {name: each for name, each in found.items() if name[:8] != "latents_"}
+    images = torch.zeros(1, 1, 3, case.width * 3 // 2, case.width)
+    if case.images:
+        images = torch.stack([torch.from_numpy(np.array(each)) for each in pictures(family, case)])
+        images = images.movedim(-1, 1)[None] / 127.5 - 1
+    pixels = torch.zeros(1, 3, 1, case.width * 3 // 2, case.width) if family.most_references else images.transpose(1, 2)
+    found = family.encode(pixels.expand(-1, -1, case.frames, -1, -1), images if family.most_references else None)
+    seeing = family.seeing(images) if family.text_has_pictures else family
+    return seeing.encode_text([caption]) | {name: each for name, each in found.items() if name[:8] != "latents_"}
 
 
 def level_at(family: Family, timestep: float, tokens: int) -> Level:
@@ -161,6 +170,12 @@ def step_to(family: Family, noisy: Tensor, prediction: Tensor, level: Level, sig
     return (1 - sigma**2) ** 0.5 * clean + sigma * noise
 
 
+@pytest.fixture(autouse=True)
+def _small_references():
+    with small_references():
+        yield
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_training_does_what_the_pipeline_does(name):
     """Inputs of the transformer, noise levels, sign and scale of the prediction, and the range of latents."""
@@ -169,7 +184,8 @@ def test_training_does_what_the_pipeline_does(name):
         pytest.importorskip("ftfy", reason="diffusers' pipelines of Wan from an image need ftfy")
     pipeline, case = make(name), CASES[name]
     guidance = {"guidance": 3.5} if pipeline.transformer.config.get("guidance_embeds") else {}
-    family = family_of(pipeline, max_sequence_length=case.text_length, **guidance, **case.options)
+    length = {} if name.startswith("qwen_image_edit") else {"max_sequence_length": case.text_length}
+    family = family_of(pipeline, **length, **guidance, **case.options)
     assert family.size_multiple == case.multiple
     assert family.frame_rule == ((1, 0) if family.kind == "image" else case.frame_rule)
     drawn = draw(family, case)

@@ -35,7 +35,7 @@ SERVED = {
     "Krea2Transformer2DModel": ("Krea2Pipeline",),
     "LTXVideoTransformer3DModel": ("LTXPipeline",),
     "Lumina2Transformer2DModel": ("Lumina2Pipeline",),
-    "QwenImageTransformer2DModel": ("QwenImagePipeline",),
+    "QwenImageTransformer2DModel": ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline",),
     "SanaTransformer2DModel": ("SanaPipeline",),
     "WanTransformer3DModel": ("WanPipeline", "WanImageToVideoPipeline"),
