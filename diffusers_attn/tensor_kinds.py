@@ -76,6 +76,11 @@ def no_transform() -> bool:
     return forward_ad._current_level < 0 and peek_interpreter_stack() is None
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, also by a transform such as `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
+
+
 def of(query: Any, key: Any, value: Any, mask: Any) -> tuple[str, TensorKind] | None:
     """The name of the first argument that is not a plain tensor, with its kind; None if all are plain.
 

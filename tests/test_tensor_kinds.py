@@ -135,6 +135,18 @@ def test_transforms_of_torch_func(transform):
         transform(energy(attention_dispatch, key, value))(query)
 
 
+@pytest.mark.parametrize("provider", ["native", "auto", "_native_math"])
+def test_forward_mode_of_four_dimensions(provider):
+    """PyTorch chooses a kernel without it, and raises."""
+    query, key, value = plain(7).double(), plain(12)[:, :1].double(), plain(12)[:, :1].double()
+    mask = torch.rand(2, 1, 7, 12) > 0.3
+    with attention_provider(provider):
+        _, found = jvp(lambda each: attention_dispatch(each, key, value, mask, enable_gqa=True), (query,), (query,))
+    step = 1e-6 * query
+    ahead, behind = (sdpa(each, key, value, mask, enable_gqa=True) for each in (query + step, query - step))
+    torch.testing.assert_close(found, (ahead - behind) / 2e-6, atol=1e-8, rtol=1e-6)
+
+
 def test_vmap():
     query, masks = torch.randn(4, 2, 3, 5, 8), torch.rand(4, 5, 5) > 0.3
     torch.testing.assert_close(

@@ -45,7 +45,7 @@ class Math(AtenAdapter):
         if mask is not None:
             mask = CpuFlash.bias(mask, query)
         return aten._scaled_dot_product_attention_math(
-            query, key, value, mask, params.dropout_p, params.is_causal, scale=params.scale
+            query, key, value, mask, params.dropout_p, params.is_causal, scale=params.scale, enable_gqa=params.gqa
         )[0]
 
     @classmethod
@@ -97,6 +97,7 @@ class CpuFlash(AtenAdapter):
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
+        query, key, value = rows_contiguous(query, key, value)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, params.is_causal, attn_mask=cls.bias(mask, query), scale=params.scale
         )
@@ -119,6 +120,7 @@ class CpuFlash(AtenAdapter):
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
         bias = cls.bias(mask, query)
+        grad_out, query, key, value, out = rows_contiguous(grad_out, query, key, value, out)
         if mask is not None:
             # With lse = -inf a dead row's weights would be exp(-inf + inf).
             lse = lse.masked_fill(lse == -math.inf, 0.0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import masks
+from .. import masks, tensor_kinds
 from ..masks import MaskKind
 from ..tracing.functions import GradientLaidOutAsOutput, GradientLaidOutUnderTransforms
 from .aten_kernels import AtenAdapter, CpuFlash, Cudnn, Efficient, Flash, Math
@@ -29,6 +29,9 @@ class Native(AtenAdapter):
 
     @classmethod
     def bind(cls, params: Params) -> Callable[..., Tensor]:
+        if params.derived and tensor_kinds.in_forward_mode():
+            # The only kernel of PyTorch's with forward-mode derivatives. PyTorch itself chooses another, and raises.
+            return Math.bind(params)
         constants: dict[str, Any] = {
             "dropout_p": params.dropout_p,
             "is_causal": params.is_causal,

@@ -95,6 +95,22 @@ def test_lse_is_the_natural_logarithm_of_the_true_sum(provider, dtype, mask, cau
     assert not out.transpose(1, 2)[dead].any()
 
 
+@pytest.mark.parametrize("provider", BACKWARD)
+def test_head_dim_need_not_be_innermost(provider):
+    """Of any tensor, in either function."""
+    query, key, value = make(torch.float64)
+    grad_out = torch.randn(B, HEADS, LQ, D, dtype=torch.float64)
+    expected = [each.requires_grad_() for each in (query, key, value)]
+    expected_out, _ = reference.attention(*expected, scale=0.2)
+    query, key, value, grad_out = (each.detach().mT.contiguous().mT for each in (query, key, value, grad_out))
+    constants = params(MaskKind.NONE)
+    out, lse = adapter_of(provider).forward(query, key, value, None, constants)
+    assert torch.allclose(out, expected_out, atol=1e-12)
+    grads = adapter_of(provider).backward(grad_out, query, key, value, None, out.mT.contiguous().mT, lse, constants)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected_out, expected, grad_out)):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("provider", "kv_heads", "mask"),
     [

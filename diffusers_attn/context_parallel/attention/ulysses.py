@@ -140,7 +140,7 @@ def _finish_to_heads(arrived: Tensor, layout: HeadLayout, sent: Sequence[Tensor]
     arrived = collectives.wait(arrived, layout.group)
     batch, head_dim = sent[0].shape[0], sent[0].shape[-1]
     shape = sum(layout.tokens), len(sent) * batch, layout.heads[layout.group.rank], head_dim
-    return arrived.view(shape).transpose(0, 1).split(batch)
+    return arrived.view(shape).transpose(0, 1).chunk(len(sent))
 
 
 def _start_to_tokens(tensors: Sequence[Tensor], layout: HeadLayout) -> Tensor:
@@ -161,4 +161,4 @@ def _finish_to_tokens(arrived: Tensor, layout: HeadLayout, sent: Sequence[Tensor
     rows = tokens * len(sent) * batch
     pieces = collectives.wait(arrived, layout.group).split([rows * heads * head_dim for heads in layout.heads])
     shaped = [piece.view(tokens, len(sent) * batch, heads, head_dim) for piece, heads in zip(pieces, layout.heads)]
-    return torch.cat(shaped, dim=2).transpose(0, 1).split(batch)
+    return torch.cat(shaped, dim=2).transpose(0, 1).chunk(len(sent))

@@ -43,6 +43,7 @@ DEFAULTS = {"batch": 2, "heads": 4, "kv_heads": 4, "queries": (13,), "keys": Non
 CASES = {
     "uneven": {},
     "one sample": {"batch": 1, "queries": (12,)},
+    "no sample": {"batch": 0},
     "a rank without tokens": {"queries": (3,)},
     "most ranks without tokens": {"queries": (1,), "keys": (6,)},
     "ranks without keys": {"queries": (9,), "keys": (2,)},

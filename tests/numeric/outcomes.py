@@ -1,0 +1,54 @@
+"""What was found on each device: `outcomes/cpu.json` and others, by provider, strategy, feature and pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers_attn.providers.catalog import SPECS
+
+from .cell import Outcome
+from .features import FEATURES, PASSES
+from .over_ranks import STRATEGIES
+from .statements import NONE
+
+FOLDER = Path(__file__).with_name("outcomes")
+Found = dict[str, dict[str, dict[str, dict[str, Outcome]]]]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A run: device, versions and commit; "seconds" by strategy and pass; "missing", providers that were not there and
+    why; and "cells", see `Found`."""
+    return json.loads(path.read_text()) if path.exists() else {"seconds": {}, "missing": {}, "cells": {}}
+
+
+def _sorted(cells: Found) -> Found:
+    """In the order of the tables, whatever ended first."""
+    orders = ["auto", *SPECS], [NONE, *STRATEGIES], list(FEATURES), list(PASSES)
+
+    def ordered(found: Any, level: int) -> Any:
+        if level == len(orders):
+            return found
+        return {name: ordered(found[name], level + 1) for name in orders[level] if name in found}
+
+    return ordered(cells, 0)
+
+
+def write(path: Path, run: dict[str, Any]) -> None:
+    """One line for each feature, so that a change is seen where it is."""
+    cells = _sorted(run["cells"])
+    rows = [
+        f"  {json.dumps(provider)}: {{\n"
+        + ",\n".join(
+            f"   {json.dumps(strategy)}: {{\n"
+            + ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in features.items())
+            + "\n   }"
+            for strategy, features in strategies.items()
+        )
+        + "\n  }"
+        for provider, strategies in cells.items()
+    ]
+    head = json.dumps(run | {"cells": None}, indent=1, ensure_ascii=False)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(head.replace('"cells": null', '"cells": {\n' + ",\n".join(rows) + "\n }") + "\n")
