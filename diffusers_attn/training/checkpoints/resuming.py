@@ -45,8 +45,8 @@ _GIVEN = """
     fps frame_pick max_upscale crop caption_column caption_lines trigger_word shuffle_tags keep_tags caption_dropout
     max_sequence_length loss_mask on_bad_data cache_batch_size
     checkpoint_every checkpoints_kept resume log_every metrics trackers tracker_project
-    validation_prompts validation_images validation_every validation_steps validation_guidance validation_size
-    validation_frames
+    validation_prompts validation_images validation_at_start validation_every validation_steps validation_guidance
+    validation_size validation_frames validation_lossless
     evaluation_every evaluation_data evaluation_examples push_to_hub hub_model_id
 """
 """Of `model`, `transformer`, `data` and `datasets` the content is compared: the base model's weights below, the data by

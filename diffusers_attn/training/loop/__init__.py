@@ -3,7 +3,7 @@
 - `trainer` has the loop, on the `accelerator`. `start` makes the `checks` that need no model, and finds the checkpoint
   to go on from; `set_up` loads the model and adds adapter and optimizer; `train_step` is one step. `dry_run` reports
   what a run would need.
-- Between steps: `progress` on the terminal and in log files, `evaluation` of the loss, `validation` by samples (with
-  `video`), and `interruption` by a signal.
+- Between steps: `progress` on the terminal and in log files, `evaluation` of the loss, and `interruption` by a signal.
+  `validation` draws samples, which `preview_checks` has checked, `video` writes, and `gallery` shows in a browser.
 - At the end: `finish` saves the adapter; `card` describes and uploads it.
 """

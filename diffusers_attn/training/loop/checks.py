@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 import re
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +14,6 @@ import torch
 from torch import nn
 
 from ..batches.buckets import buckets_of
-from ..data.buckets import check_frames
-from ..data.errors import TrainingDataError
 from ..errors import TrainingError
 from ..families import Family
 from ..model.base_precision import check_adapter_kind, is_quantised
@@ -26,7 +23,7 @@ from ..settings.config import TrainConfig
 from ..settings.contradictions import check_effect
 from ..settings.flag_names import option
 from .card import check_push
-from .validation import check_images
+from .preview_checks import check_number_of_frames, check_previews
 
 # ---- Without the model
 
@@ -138,7 +135,7 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
         _check_adapter(config, transformer, adapter)
     _check_references(config, family)
     _check_buckets(config, family)
-    _check_samples(config, family)
+    check_previews(config, family)
 
 
 def _check_references(config: TrainConfig, family: Family) -> None:
@@ -222,58 +219,5 @@ def _check_buckets(config: TrainConfig, family: Family) -> None:
         *(config.num_frames or []),
         *(each for source in config.sources for each in source.num_frames or []),
     ]:
-        _check_frames("num_frames", number, family)
+        check_number_of_frames("num_frames", number, family)
     buckets_of(config, family)
-
-
-def _check_frames(name: str, number: int, family: Family) -> None:
-    if family.kind == "image" and number != 1:
-        raise TrainingError(f"{option(name, number)}: {type(family.pipeline).__name__} generates images. Leave it out.")
-    try:
-        check_frames(number, family.frame_rule)
-    except TrainingDataError as error:
-        raise TrainingError(f"{option(name, number)}: {error}") from error
-
-
-def _check_samples(config: TrainConfig, family: Family) -> None:
-    """Checks the size of validation samples by the family's rules, and with the pipeline's own `check_inputs`."""
-    if config.validation_frames is not None:
-        _check_frames("validation_frames", config.validation_frames, family)
-    check_images(config, family)
-    size = {}
-    if config.validation_size is not None:
-        height, width = config.validation_size
-        multiple = family.size_multiple
-        if height % multiple or width % multiple:
-            near = " ".join(str(max(1, round(each / multiple)) * multiple) for each in (height, width))
-            raise TrainingError(
-                f"{option('validation_size', config.validation_size)}: height and width must be multiples of "
-                f"{multiple} for this model, such as {near}."
-            )
-        size = {"height": height, "width": width}
-    from PIL import Image
-
-    check = getattr(family.pipeline, "check_inputs", None)
-    if check is None:
-        return
-    known = inspect.signature(check).parameters
-    given: dict[str, Any] = {
-        "prompt": "a",
-        "height": 16 * family.size_multiple,
-        "width": 16 * family.size_multiple,
-        **size,
-    }
-    given["max_sequence_length"] = family.max_sequence_length
-    if family.takes_image:
-        given["image"] = Image.new("RGB", (1, 1))
-    called = inspect.signature(family.pipeline.__call__).parameters
-    defaults = {name: called[name].default if name in called else None for name in known}
-    arguments = {name: None if each is inspect.Parameter.empty else each for name, each in defaults.items()}
-    try:
-        check(**arguments | {name: each for name, each in given.items() if name in known})
-    except ValueError as error:
-        settings = [option("validation_size", config.validation_size)] if size else []
-        settings.append(option("max_sequence_length", family.max_sequence_length))
-        raise TrainingError(
-            f"{' or '.join(settings)} is not accepted by {type(family.pipeline).__name__}: {error}"
-        ) from error

@@ -107,8 +107,8 @@ class Trainer:
         self._resume()
         metrics = config.output / "metrics.jsonl" if config.metrics else None
         progress = Progress(self.accelerator, config.steps, self.step, config.log_every, metrics)
-        stop = 0
         with interruptible() as self._received_signal, contextlib.closing(progress):
+            stop = self._samples_at_start(progress)
             with contextlib.closing(iter(self.training.loader)) as micros:  # type: ignore[type-var]
                 while self.step < config.steps and not stop:
                     numbers, tokens, stop = self._train_step(micros)
@@ -262,12 +262,27 @@ class Trainer:
             progress.log(step, found)
             progress.print(f"step {step}: evaluation loss {found['evaluation/loss']:.5f}")
         if not last and _due(step, config.validation_every):
-            samples = self._generate(f"step-{step:08d}", stop=lambda: self._sum_and_signal()[1] > 0)
-            _, stop = self._sum_and_signal()
+            stop = self._samples(progress)
             if stop and not save:
                 self._save()
-            if samples:
-                progress.print(f"step {step}: generated {', '.join(str(each.path) for each in samples)}")
+        return stop
+
+    def _samples_at_start(self, progress: Progress) -> int:
+        """Generates samples before the first step of a new run. Returns as `_periodic_work` does."""
+        if self.step or not self.config.validation_at_start or not self.validation.previews:
+            return 0
+        with progress.paused():
+            stop = self._samples(progress)
+            if stop:
+                self._save()
+        return stop
+
+    def _samples(self, progress: Progress) -> int:
+        """Generates samples after this step. Returns the signal that ends the run, 0 for none."""
+        samples = self._generate(f"step-{self.step:08d}", stop=lambda: self._sum_and_signal()[1] > 0)
+        _, stop = self._sum_and_signal()
+        if samples:
+            progress.print(f"step {self.step}: generated {', '.join(str(each.path) for each in samples)}")
         return stop
 
     def _save(self) -> None:
@@ -282,7 +297,7 @@ class Trainer:
 
     def _generate(self, name: str, stop: Callable[[], bool] = lambda: False) -> list[Sample]:
         """Generates the validation samples, with the averaged adapter if there is one."""
-        if not self.validation.prompts:
+        if not self.validation.previews:
             return []
         average = self.training.average
         with contextlib.nullcontext() if average is None else average.in_place():
@@ -293,8 +308,12 @@ class Trainer:
                 on_all_ranks=self.accelerator.distributed_type == "FSDP",
                 stop=stop,
             )
-        if self.main:
+
+        def show(_: None) -> None:
+            self.validation.describe(samples, self.step)
             log_samples(self.accelerator, samples, self.step)
+
+        in_step(self.ranks, [None] if self.main and samples else [], show, "showing samples")
         return samples
 
 

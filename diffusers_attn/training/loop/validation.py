@@ -15,26 +15,29 @@ import torch
 
 from ...nested import mapped
 from ..data.disk import write_file
-from ..errors import TrainingError
 from ..families import Family
 from ..model.experts import evaluating
 from ..model.pipeline import decoding_in_its_dtype, placed, text_encoders
 from ..parallel import TrainingParallel
 from ..randomness import derived_seed
 from ..settings.config import TrainConfig
-from ..settings.flag_names import option
-from .video import first_frame, write_video
+from ..settings.previews import Preview
+from .gallery import describe, write_gallery
+from .preview_checks import guidance_of, read_image
+from .video import first_frame, write_lossless, write_video
 
 
 class Sample(NamedTuple):
     """A generated image or video."""
 
+    number: int
+    """Number of its prompt, from 0."""
     prompt: str
     path: Path
 
 
 class Validation:
-    """The encoded validation prompts and the arguments of the pipeline's call.
+    """The encoded prompts of the samples, and the arguments of the pipeline's call for each.
 
     Args:
         config: the settings.
@@ -52,40 +55,38 @@ class Validation:
         device: torch.device,
         fps: float | None = None,
     ) -> None:
-        frames, height, width = bucket
-        if config.validation_size is not None:
-            height, width = config.validation_size
-        self.prompts = config.validation_prompts or []
-        self.seed = config.seed
+        self.previews = config.previews
         self.family = family
         self.fps = fps or family.fps
-        self.call: dict[str, Any] = {
-            "num_inference_steps": config.validation_steps,
-            **family.size_arguments(config.validation_frames or frames, height, width),
-        }
-        scale = config.validation_guidance
-        if scale is not None:
-            self.call |= family.guidance_arguments(scale)
-        else:
-            scale = family.default_guidance
-        self.images = config.validation_images or []
-        self.encoded: list[dict[str, Any]] = []
-        if self.prompts:
+        self.lossless = config.validation_lossless
+        self.calls: list[dict[str, Any]] = []
+        """The arguments of the pipeline's call for each sample."""
+        self.seeds = [
+            derived_seed(config.seed, "validate", number) if each.seed is None else each.seed
+            for number, each in enumerate(self.previews)
+        ]
+        if self.previews:
             with placed(list(text_encoders(family.pipeline).values()), device):
-                for number, prompt in enumerate(self.prompts):
-                    images = self._images(number, family.reference_size(height, width))
-                    seeing = family.seeing(_pixels(images)) if family.text_has_pictures else family
-                    arguments = seeing.prompt_arguments(prompt, None, guided=scale > 1)
-                    if images:
-                        arguments["image"] = images if len(images) > 1 else images[0]
-                    self.encoded.append(arguments)
+                self.calls = [self._call(config, each, bucket) for each in self.previews]
 
-    def _images(self, number: int, size: tuple[int, int]) -> list[Any]:
-        """The images of a prompt, equally many for each, as PIL images of `size` (height, width)."""
-        from PIL import ImageOps
-
-        each = len(self.images) // len(self.prompts)
-        return [ImageOps.fit(read_image(path), size[::-1]) for path in self.images[number * each : (number + 1) * each]]
+    def _call(self, config: TrainConfig, preview: Preview, bucket: Sequence[int]) -> dict[str, Any]:
+        family = self.family
+        frames, *size = bucket
+        height, width = preview.size or config.validation_size or size
+        frames = preview.frames or config.validation_frames or frames
+        scale = config.validation_guidance if preview.guidance is None else preview.guidance
+        guided = guidance_of(config, family, preview) > 1
+        images = [_fitted(path, family.reference_size(height, width)) for path in preview.image or []]
+        seeing = family.seeing(_pixels(images)) if family.text_has_pictures else family
+        call = {
+            "num_inference_steps": preview.steps or config.validation_steps,
+            **family.size_arguments(frames, height, width),
+            **({} if scale is None else family.guidance_arguments(scale)),
+            **seeing.prompt_arguments(preview.prompt, preview.negative_prompt, guided=guided),
+        }
+        if images:
+            call["image"] = images if len(images) > 1 else images[0]
+        return call
 
     def generate(
         self,
@@ -117,64 +118,50 @@ class Validation:
             decoding_in_its_dtype(pipeline.vae),
             evaluating(self.family.trained),
         ):
-            for turn in range(-(-len(self.prompts) // step)):
+            for turn in range(-(-len(self.previews) // step)):
                 number = turn * step + first
                 if stop():
                     break
-                if number >= len(self.prompts):  # other groups have one more prompt
+                if number >= len(self.previews):  # other groups have one more prompt
                     continue
-                generator = torch.Generator().manual_seed(derived_seed(self.seed, "validate", number))
-                encoded = mapped(self.encoded[number], lambda tensor: tensor.to(device))
-                output = pipeline(**self.call, **encoded, generator=generator, output_type="np")
+                generator = torch.Generator().manual_seed(self.seeds[number])
+                call = mapped(self.calls[number], lambda tensor: tensor.to(device))
+                output = pipeline(**call, generator=generator, output_type="np")
                 if writes:
                     pixels = output.images[0] if hasattr(output, "images") else output.frames[0]
-                    name = f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', self.prompts[number].lower())[:40].strip('-')}"
-                    samples.append((number, str(_save(pixels, folder / name, self.fps))))
+                    words = re.sub(r"[^a-z0-9]+", "-", self.previews[number].prompt.lower())[:40].strip("-")
+                    path = _save(pixels, folder / f"{number:02d}-{words}", self.fps, self.lossless)
+                    samples.append((number, str(path)))
         found = sorted(each for several in parallel.ranks.everyone(samples) for each in several)
-        return [Sample(self.prompts[number], Path(path)) for number, path in found]
+        return [Sample(number, self.previews[number].prompt, Path(path)) for number, path in found]
+
+    def describe(self, samples: Sequence[Sample], step: int) -> None:
+        """Writes what samples of one folder are into that folder, and all samples of the run into a page above it."""
+        folder = samples[0].path.parent
+        about = [
+            {
+                "number": number,
+                "prompt": prompt,
+                "file": path.name,
+                "seed": self.previews[number].seed,
+                "negative prompt": self.previews[number].negative_prompt,
+                "image": ", ".join(self.previews[number].image or []) or None,
+            }
+            for number, prompt, path in samples
+        ]
+        describe(folder, step, about)
+        write_gallery(folder.parent, f"Samples of {folder.parent.parent.name}")
 
 
-def read_image(path: str) -> Any:
-    """Reads the image of a sample, as a PIL image in RGB.
+def _save(output: Any, path: Path, fps: float, lossless: bool) -> Path:
+    """Writes an image, [height, width, 3] in [0, 1], as PNG, or a video, [frames, height, width, 3], as MP4.
 
-    Raises:
-        TrainingError: the file cannot be read as an image.
+    Args:
+        output: the image or video.
+        path: name of the file without its suffix.
+        fps: frame rate of a video.
+        lossless: whether a video is written as MKV without loss as well.
     """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise TrainingError(f"{option('validation_images', path)} cannot be read as an image: {error}") from error
-
-
-def _pixels(images: Sequence[Any]) -> torch.Tensor:
-    """PIL images as float32 [1, images, 3, height, width] in [-1, 1]."""
-    import numpy as np
-
-    return torch.stack([torch.from_numpy(np.array(each)).movedim(-1, 0) for each in images])[None] / 127.5 - 1
-
-
-def check_images(config: TrainConfig, family: Family) -> None:
-    """Raises TrainingError unless there are readable images for each prompt, if the pipeline needs images."""
-    prompts, images = config.validation_prompts or [], config.validation_images or []
-    name = type(family.pipeline).__name__
-    if images and not family.takes_image:
-        raise TrainingError(f"{option('validation_images', images)}: {name} takes no image. Leave it out.")
-    most = max(1, family.most_references)
-    if family.takes_image and len(images) not in range(len(prompts), most * len(prompts) + 1, max(1, len(prompts))):
-        several = "" if most == 1 else f", or for several references equally many, up to {most}, for each in turn"
-        raise TrainingError(
-            f"{name} needs an image for each of the {len(prompts)} prompts of --validation_prompts, but "
-            f"--validation_images has {len(images)}. Give one file for each prompt{several}, or leave both out."
-        )
-    for path in images:
-        read_image(path)
-
-
-def _save(output: Any, path: Path, fps: float) -> Path:
-    """Writes an image, [height, width, 3] in [0, 1], as PNG, or a video, [frames, height, width, 3], as MP4."""
     import numpy as np
     from PIL import Image
 
@@ -189,7 +176,24 @@ def _save(output: Any, path: Path, fps: float) -> Path:
             Image.fromarray(pixels).save(unfinished)
 
     write_file(target, write, "a sample")
+    if lossless:
+        without_loss = path.with_name(path.name + ".mkv")
+        write_file(without_loss, lambda unfinished: write_lossless(pixels, unfinished, fps), "a sample")
     return target
+
+
+def _fitted(path: str, size: tuple[int, int]) -> Any:
+    """The image in a file as a PIL image of `size` (height, width)."""
+    from PIL import ImageOps
+
+    return ImageOps.fit(read_image(path), size[::-1])
+
+
+def _pixels(images: Sequence[Any]) -> torch.Tensor:
+    """PIL images as float32 [1, images, 3, height, width] in [-1, 1]."""
+    import numpy as np
+
+    return torch.stack([torch.from_numpy(np.array(each)).movedim(-1, 0) for each in images])[None] / 127.5 - 1
 
 
 def log_samples(accelerator: Any, samples: Sequence[Sample], step: int) -> None:

@@ -1,4 +1,4 @@
-"""Generated videos as MP4 files, with the frame rate of the training data."""
+"""Generated videos as MP4 files, and without loss as Matroska files, with the frame rate of the training data."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ def write_video(frames: Any, path: Path, fps: float) -> None:
         # All players support 4:2:0 chroma subsampling, which needs even sizes.
         stream.pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
         stream.height, stream.width = height, width
+        for each in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(each, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_lossless(frames: Any, path: Path, fps: float) -> None:
+    """Writes a video whose decoded frames are the given ones, with FFV1. Few browsers play it.
+
+    Args:
+        frames: uint8 [frames, height, width, 3].
+        path: a file name that ends in ".mkv".
+        fps: frames per second.
+    """
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("ffv1", rate=Fraction(fps).limit_denominator(1001))
+        stream.pix_fmt = "bgr0"
+        stream.height, stream.width = frames.shape[1:3]
         for each in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(each, format="rgb24")))
         container.mux(stream.encode())

@@ -23,6 +23,7 @@ from .groups.preparation import PreparationSettings
 from .groups.processes import ProcessSettings
 from .groups.publishing import PublishingSettings
 from .groups.validation import ValidationSettings
+from .previews import Preview, previews_of
 from .setting import check_value, metadata_of
 
 REQUIRED = ("model", "data")
@@ -49,7 +50,7 @@ class TrainConfig(
     """
 
     def __post_init__(self) -> None:
-        sources = self.sources
+        sources, _ = self.sources, self.previews
         for name in REQUIRED:
             if not getattr(self, name) and not (name == "data" and sources):
                 raise TrainingError(f"--{name} is missing. {metadata_of(fields_of(self)[name]).help}.")
@@ -76,6 +77,11 @@ class TrainConfig(
         """The sets of training data: `data`, and those of `datasets`."""
         own = [DataSet(self.data)] if self.data else []
         return own + datasets_of(self.datasets or [])
+
+    @property
+    def previews(self) -> list[Preview]:
+        """The samples that the run draws."""
+        return previews_of(self.validation_prompts or [], self.validation_images or [])
 
     @property
     def output(self) -> Path:

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import TrainingError
 from .bounds import COUNT, POSITIVE, Bounds
 from .choices import CLIPS, MASKS
-from .setting import check_value, did_you_mean, file_value, metadata_of, setting
+from .entries import entries_of
+from .setting import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,33 +46,13 @@ def datasets_of(entries: Sequence[Mapping[str, Any]]) -> list[DataSet]:
         entries: the settings of each by name.
 
     Raises:
-        TrainingError: an entry is not a table, has an unknown name or no path, or a value is not accepted.
+        TrainingError: as `entries_of` does, or settings contradict each other.
     """
-    fields = {field.name: field for field in dataclasses.fields(DataSet)}
-    hints = typing.get_type_hints(DataSet)
-    found = []
-    if not isinstance(entries, (list, tuple)):
-        raise TrainingError("datasets: a list is accepted, with `path` and other settings in each entry.")
-    for number, entry in enumerate(entries, 1):
-        where = f"datasets, entry {number}"
-        if not isinstance(entry, Mapping):
-            raise TrainingError(f"{where}: names with values are accepted, such as `path: photos/`.")
-        values = {}
-        for name, value in entry.items():
-            if name not in fields:
-                raise TrainingError(
-                    f"{where}: {name!r} is not one of {', '.join(fields)}.{did_you_mean(str(name), list(fields))}"
-                )
-            try:
-                values[name] = file_value(name, value, hints[name])
-                check_value(name, values[name], hints[name], metadata_of(fields[name]))
-            except TrainingError as error:
-                raise TrainingError(f"{where}: {error}") from error
-        if values.get("regularisation") and values.get("trigger_word"):
+    found = entries_of(DataSet, entries, "datasets", required="path")
+    for number, each in enumerate(found, 1):
+        if each.regularisation and each.trigger_word:
             raise TrainingError(
-                f"{where}: `trigger_word` with `regularisation`, which has none. Leave one of them out."
+                f"datasets, entry {number}: `trigger_word` with `regularisation`, which has none. Leave one of them "
+                "out."
             )
-        if not values.get("path"):
-            raise TrainingError(f"{where}: `path` is missing. {metadata_of(fields['path']).help}.")
-        found.append(DataSet(**values))
     return found

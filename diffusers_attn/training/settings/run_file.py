@@ -98,20 +98,14 @@ def _parse(path: Path) -> dict[Any, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or error) if isinstance(error, OSError) else "it is not text in UTF-8"
         raise TrainingError(f"--config {path} cannot be read: {reason}.") from error
-    try:
-        if path.suffix == ".toml":
-            import tomllib
+    if path.suffix == ".toml":
+        import tomllib
 
+        try:
             return tomllib.loads(text)
-        import yaml
-
-        found = yaml.load(text, _loader())
-    except ValueError as error:  # TOML
-        raise TrainingError(f"{path} is not valid TOML: {error}") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "yaml":
-            raise
-        raise TrainingError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        except ValueError as error:
+            raise TrainingError(f"{path} is not valid TOML: {error}") from error
+    found = parse_yaml(path, text)
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -119,6 +113,16 @@ def _parse(path: Path) -> dict[Any, Any]:
             f"{path}: names with values are accepted, such as `rank: 16`, not a {type(found).__name__}."
         )
     return found
+
+
+def parse_yaml(path: Path, text: str) -> Any:
+    """The values in the text of a YAML 1.2 file, which may be JSON. Raises TrainingError, which names `path`."""
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except yaml.YAMLError as error:
+        raise TrainingError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from diffusers_attn.training import TrainConfig
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.families import FAMILIES, base, family_class, family_of, register_family, registered
 from diffusers_attn.training.families.flux import Flux
-from diffusers_attn.training.loop.validation import check_images
+from diffusers_attn.training.loop.preview_checks import check_previews
 from diffusers_attn.training.loss import sample_u
 from diffusers_attn.training.model.pipeline import load_pipeline
 
@@ -117,11 +117,11 @@ def test_each_expert_is_trained_at_its_noise_levels():
 
 def test_samples_from_an_image_need_one_for_each_prompt(tmp_path):
     def check(family, **settings):
-        check_images(TrainConfig(model="model", data="data", **settings), family)
+        check_previews(TrainConfig(model="model", data="data", **settings), family)
 
     family = family_of(pipelines.make("wan_i2v"))
     check(family)
-    with pytest.raises(TrainingError, match="each of the 1 prompts of --validation_prompts, but.* has 0"):
+    with pytest.raises(TrainingError, match="'a': WanImageToVideoPipeline needs an image for each sample"):
         check(family, validation_prompts=["a"])
     (tmp_path / "no.png").write_text("no image")
     with pytest.raises(TrainingError, match=r"no\.png cannot be read as an image"):

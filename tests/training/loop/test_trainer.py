@@ -63,8 +63,8 @@ def test_all_that_a_run_leaves(settings_of, tmp_path, capfd):
 
     card = (output / "README.md").read_text()
     assert "text-to-video" in card and 'pipe.load_lora_weights("' in card and "samples/last/00-a-cat.mp4" in card
-    for folder in ("step-00000002", "last"):
-        samples = sorted((output / "samples" / folder).iterdir())
+    for folder in ("step-00000000", "step-00000002", "last"):
+        samples = sorted((output / "samples" / folder).glob("*.mp4"))
         assert [each.name for each in samples] == ["00-a-cat.mp4", "01-number-1.mp4"]
         # At the model's frame rate, to which the videos are resampled.
         assert [probe_video(FileSource(each))[:4] for each in samples] == [(48, 48, 9, 16.0)] * 2

@@ -22,12 +22,18 @@ class ValidationSettings:
     )
     tracker_project: str = setting("diffusers_attn", "Project name at the trackers", needs=("trackers",))
     validation_prompts: list[str] | None = setting(
-        None, "Prompts from which samples are generated during training and for the model card (default: none)"
+        None,
+        "Prompts from which samples are generated during training and for the model card, or a file of them: .txt with "
+        "one in each line, or .yaml or .json with a list of prompt, negative_prompt, seed, size, frames, image, steps "
+        "and guidance (default: none)",
     )
     validation_images: list[str] | None = setting(
         None,
         "Files of the images that samples begin with, one for each of validation_prompts, for models that need one",
         needs=("validation_prompts",),
+    )
+    validation_at_start: bool = setting(
+        True, "Generate samples before the first step as well, to compare with", needs=("validation_prompts",)
     )
     validation_every: int = setting(
         250,
@@ -55,6 +61,11 @@ class ValidationSettings:
         None,
         "Number of frames of video samples (default: that of the first example's bucket)",
         bounds=COUNT,
+        needs=("validation_prompts",),
+    )
+    validation_lossless: bool = setting(
+        False,
+        "Write video samples without loss, too: as .mkv files (FFV1) beside the .mp4 files",
         needs=("validation_prompts",),
     )
     evaluation_every: int = setting(
