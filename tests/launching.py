@@ -69,9 +69,11 @@ def run(
     return done
 
 
-def run_ranks(ranks: int, script: str | Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_ranks(
+    ranks: int, script: str | Path, *arguments: str | Path, of: int | None = None
+) -> subprocess.CompletedProcess[str]:
     """A Python script as torchrun starts it, but in processes that have everything imported already: of the time of a
-    small job that is the most. When a rank fails, the others are killed.
+    small job that is the most. When a rank fails, the others are killed; with `of`, when that rank has ended.
 
     Returns the first exit code that is not 0, and what all ranks printed, one after the other. A launcher itself, and
     settings that packages read when they are imported, need `run`.
@@ -91,12 +93,13 @@ def run_ranks(ranks: int, script: str | Path, *arguments: str | Path) -> subproc
             for job in jobs:
                 job.start()
             until = time.monotonic() + TIMEOUT
-            while any(job.exitcode is None for job in jobs) and not any(job.exitcode for job in jobs):
+            awaited = jobs if of is None else jobs[of : of + 1]
+            while any(job.exitcode is None for job in awaited) and not any(job.exitcode for job in awaited):
                 if time.monotonic() > until:
                     break
                 time.sleep(0.01)
         finally:
-            codes = [job.exitcode for job in jobs]
+            codes = [job.exitcode for job in awaited]
             for job in jobs:
                 job.kill()
                 job.join()

@@ -92,8 +92,7 @@ def attach(
     if guidance is not None and guidance_obstacle(target, chosen.inputs) is None:
         attach_guidance(target, guidance, sharing, hook, enabled.leases, chosen.timeout, pipeline)
         copies.change_copies(model, without_call)
-    if sharing.device_type != "cpu":  # on other devices exchanges hang rather than fail
-        enabled.hooks.append(stalls.Watch(sharers, chosen.timeout))
+    enabled.hooks.append(stalls.Watch(sharers, chosen.timeout, ends_process=sharing.device_type == "cpu"))
 
 
 def attach_vae(target: VaeTarget, sharing: ContextParallelMesh, lease: shared_groups.Lease, chosen: Choices) -> None:

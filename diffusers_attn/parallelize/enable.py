@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..context_parallel import job
 from ..context_parallel.comm import rank_progress, shared_groups
+from ..context_parallel.comm.activity import IDLE
 from ..context_parallel.comm.everyone import everyone
 from ..context_parallel.comm.process_groups import resolve
 from ..context_parallel.mesh import AXES, ContextParallelMesh
@@ -100,10 +101,11 @@ def enable_context_parallel(
             not compared. Under "broadcast" and "check", these differences are errors: shapes, arguments that are not
             tensors, the number of calls, adapters and processors.
         timeout: how long a rank waits for the others, in seconds or as a timedelta. None: the timeout of
-            `init_process_group`. Groups of `mesh` get this timeout if it is given here, or if they have PyTorch's
-            default. The error after a timeout names the missing rank. NCCL's own errors name no rank, so NCCL waits a
-            quarter longer; where hosts do not meet (inputs="trust", or in the last forward), an error that names the
-            rank is logged first.
+            `init_process_group` while a rank computes, and 60 s at most while none does (its processes use less than
+            2 % of a core). Groups of `mesh` get this timeout if it is given here, or if they have PyTorch's default.
+            The error after a timeout names the missing rank. NCCL's own errors name no rank, so NCCL waits a quarter
+            longer; where hosts do not meet (inputs="trust", or in the last forward), an error that names the rank is
+            logged first. With gloo, a process that waits within a forward while no rank computes logs it and ends.
         check_weights: compares the values of all weights once, in this call, which reads them all. Names and shapes of
             weights and the values of adapters are always compared. Adapters are compared again in forwards without
             gradients after they have changed, hot-swapped ones too; but writes through `weight.data`, such as
@@ -146,6 +148,9 @@ def enable_context_parallel(
     axes = [None] if mesh is None else [mesh.get_group(dim) for dim in _dims(mesh)]
     members = list(range(dist.get_world_size())) if mesh is None else mesh.mesh.flatten().tolist()
     rank_progress.note_enabling(f"enable_context_parallel of a {type(pipeline_or_model).__name__}")
+    with contextlib.suppress(AttentionProviderError):  # all ranks refuse it below
+        patience = shared_groups.as_timeout(timeout, device).total_seconds()
+        rank_progress.wait_for_idle_ranks(IDLE if timeout is None else max(IDLE, patience))  # others may still load
     rank_progress.meet(members, shared_groups.as_timeout(None, device))
 
     def choose_here() -> Choices:
@@ -186,6 +191,7 @@ def enable_context_parallel(
             ring_degree,
             inputs,
         )
+    rank_progress.wait_for_idle_ranks(IDLE if timeout is None else chosen.timeout.total_seconds())
     config = config_for(degrees, convert_to_fp32)
     if sharing is None:
         sharing = ContextParallelMesh.from_degrees(

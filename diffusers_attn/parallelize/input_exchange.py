@@ -1,6 +1,6 @@
 """Exchanges of texts, small values and tensors among the ranks that share a sequence, for their inputs.
 
-Texts and values travel through CPU memory, so that no rank waits for its device.
+Texts and values travel through the job's store, so that no rank waits for its device, and waiting can end early.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.comm import shared_groups
+from ..context_parallel.comm import process_groups, rank_progress, shared_groups
 from ..context_parallel.comm.everyone import everyone
 from ..context_parallel.comm.gather_rows import first_ranks_rows
 from ..context_parallel.comm.group import Group
@@ -58,25 +58,19 @@ class Links(NamedTuple):
 
 def differ(text: str, host: Group) -> bool:
     """Whether the ranks' texts differ. The result is equal on all ranks."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    digests = _gathered(torch.frombuffer(bytearray(digest), dtype=torch.int64), host)
-    return len(set(digests.tolist())) > 1
-
-
-def _gathered(tensor: Tensor, host: Group) -> Tensor:
-    """The rows of all ranks, in the order of their shards."""
-    rows = tensor.new_empty(host.size * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather(list(rows.chunk(host.size)), tensor, group=resolve(host.name))
-    return rows
+    return len(set(_told(hashlib.blake2b(text.encode(), digest_size=8).digest(), host))) > 1
 
 
 def values_of_all_ranks(value: Any, host: Group) -> list[tuple[int, Any]]:
     """The value of every rank, a JSON value, with the rank's number."""
-    raw = json.dumps([dist.get_rank(), value]).encode()
-    sizes = _gathered(torch.tensor([len(raw)]), host).tolist()
-    padded = torch.frombuffer(bytearray(raw.ljust(max(sizes))), dtype=torch.uint8)
-    rows = _gathered(padded[None], host)
-    return [tuple(json.loads(bytes(row.tolist()))) for row in rows]
+    return [tuple(json.loads(each)) for each in _told(json.dumps([dist.get_rank(), value]).encode(), host)]
+
+
+def _told(data: bytes, host: Group) -> list[bytes]:
+    """The bytes of all ranks, in the order of their shards."""
+    group = resolve(host.name)
+    members = dist.get_process_group_ranks(group)
+    return rank_progress.tell(members, data, process_groups.timeout_of(group, "cpu"), f"{host.name}/")
 
 
 def tensors_of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Group) -> list[Tensor]:

@@ -5,7 +5,7 @@ noise that each rank draws from its own seed; the result is an image made of pie
 are split:
 
 1. Every rank computes a digest of its call: names, shapes and dtypes of tensors, and values of numbers, flags and
-   strings. Hosts exchange the digests through CPU memory, while devices go on computing. So shapes are known to be
+   strings. Hosts exchange the digests through the job's store, while devices go on computing. So shapes are known to be
    equal before any exchange depends on them.
 2. If digests differ, the ranks exchange the full descriptions, and all raise the same error, which names the arguments.
 3. Otherwise the first rank sends its tensors to the others in one message ("broadcast"). In "check", the digests

@@ -66,8 +66,19 @@ def _begin(work: Callable[..., None], rank: int, store: str, jobs: Any, results:
 def _work(rank: int, store: str, jobs: Any, results: Any) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT / 2)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timeout)
+    dist.init_process_group("gloo", store=served(store, rank, SIZE), rank=rank, world_size=SIZE, timeout=timeout)
     serve(rank, Meshes(), jobs, results)
+
+
+def served(path: str, rank: int, size: int) -> dist.Store:
+    """A store as launchers have it, whose port is at `path`: with that of files, ranks meet in 10 ms and not in 0.3."""
+    files = dist.FileStore(path, size)
+    store = dist.TCPStore(
+        "127.0.0.1", 0 if rank == 0 else int(files.get("port")), None, rank == 0, wait_for_workers=False
+    )
+    if rank == 0:
+        files.set("port", str(store.port))
+    return store
 
 
 def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:

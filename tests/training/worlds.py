@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..context_parallel.pool import SIZE, Pool, serve
+from ..context_parallel.pool import SIZE, Pool, serve, served
 
 TIMEOUT = 240.0
 
@@ -50,9 +50,8 @@ def _as_rank(rank: int, world: World, store: str) -> Any:
     if world.size > 1:
         os.environ |= {name: str(value) for name, value in launched.items()}
         timeout = datetime.timedelta(seconds=TIMEOUT / 2)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world.size, timeout=timeout
-        )
+        job = served(store, rank, world.size)
+        dist.init_process_group("gloo", store=job, rank=rank, world_size=world.size, timeout=timeout)
     try:
         return world.job(**world.arguments)
     finally:

@@ -138,6 +138,13 @@ def forget(group: str) -> None:
     _turns.pop(group, None)
 
 
+def running() -> str | None:
+    """A description of the forward or backward over ranks that a thread of this process is inside; None without any."""
+    with _lock:
+        turns = list(_turns.values())
+    return next(filter(None, (_running(each.thread, each.models) or _in_backward(each) for each in turns)), None)
+
+
 def _running(thread: int, models: Any) -> str | None:
     """A description of the forward of one of `models` that this thread is inside; None if there is none."""
     frame = sys._current_frames().get(thread)

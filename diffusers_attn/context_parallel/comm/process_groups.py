@@ -21,6 +21,22 @@ def job_store() -> Any:
     return distributed_c10d._get_default_store()
 
 
+_connection: tuple[Any, Any] = (None, None)
+"""A job's store, and another connection to it."""
+
+
+def own_store() -> Any:
+    """The job's store, over a connection of this library: one that waits for a key serves no other thread meanwhile."""
+    global _connection
+    store = job_store()
+    if _connection[0] is not store:
+        try:
+            _connection = store, store.clone()
+        except RuntimeError:  # a kind of store that has one user only
+            _connection = store, store
+    return _connection[1]
+
+
 all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """`torch.distributed.all_gather_into_tensor`, which PyTorch 2.13 renamed."""
 

@@ -20,13 +20,17 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from ...errors import AttentionProviderError
-from .process_groups import job_store, resolve
+from .activity import IDLE, Quiet
+from .process_groups import own_store, resolve
 from .rank_differences import ranks_in_words
 
 _PREFIX = "diffusers_attn/"
 GRACE = 3.0
 """Seconds that other ranks have to note that they waited, too: one closed connection closes others."""
 _WAITS, _IS = "waits", "is"
+_STATES = {"ended": "has ended", "stopped": "is stopped (SIGSTOP, or a debugger)"}
+_PAUSE, _LOOK = 0.02, 5.0
+"""Seconds between two questions whether others have come, at most; and between two looks at what they do."""
 
 _place = "before its first call of enable_context_parallel"
 _notes = 0
@@ -35,8 +39,10 @@ _begun = 0
 """Number of forwards over ranks that this rank has begun since it last enabled context parallelism."""
 _is_within = False
 """Whether the latest of these forwards is still running."""
-_meetings: tuple[object, dict[tuple[int, ...], int]] = (None, {})
-"""A job, and how often each set of its ranks has met."""
+_idle = IDLE
+"""Seconds that this rank waits for others while no rank computes."""
+_meetings: tuple[object, dict[tuple[str, tuple[int, ...]], int]] = (None, {})
+"""A job, and how often each set of its ranks has met on each channel."""
 
 
 _all_of: dict[str, tuple[int, ...]] = {}
@@ -51,6 +57,12 @@ def belongs_to(groups: Sequence[str], ranks: Sequence[int]) -> None:
 
 class RankMissingError(AttentionProviderError):
     """Ranks waited for others in vain. The message names the missing ranks and their last positions."""
+
+
+def wait_for_idle_ranks(seconds: float) -> None:
+    """Sets how long this rank waits for others, from now on, while no rank computes."""
+    global _idle
+    _idle = seconds
 
 
 def note(at: str) -> None:
@@ -111,7 +123,7 @@ def note_failure(error: BaseException, groups: Sequence[str] = ()) -> None:
 
 def _write(state: str) -> None:
     with contextlib.suppress(Exception):  # if the store has ended, the next exchange fails
-        job_store().set(
+        own_store().set(
             f"{_PREFIX}position/{dist.get_rank()}", f"{state} {_machine()} {os.getpid()} {_progress()} {_place}"
         )
 
@@ -121,22 +133,24 @@ class _Position(NamedTuple):
 
     waits: bool
     """Whether it waited in vain."""
-    has_ended: bool
-    """Whether its process is known to have ended."""
+    process: str | None
+    """Number of its process; None on another machine."""
+    state: str
+    """"ended" or "stopped", if that is known of its process; else ""."""
     progress: int
     place: str
 
 
 def _read(ranks: Sequence[int]) -> dict[int, _Position]:
     """The positions of ranks. Ranks without a note are left out."""
-    store = job_store()
+    store = own_store()
     found: dict[int, _Position] = {}
     for rank in ranks:
         key = f"{_PREFIX}position/{rank}"
         if store.check([key]):
             state, machine, process, progress, place = store.get(key).decode().split(" ", 4)
-            has_ended = machine == _machine() and not _runs(process)
-            found[rank] = _Position(state == _WAITS, has_ended, int(progress), place)
+            here = process if machine == _machine() else None
+            found[rank] = _Position(state == _WAITS, here, _state(here) if here else "", int(progress), place)
     return found
 
 
@@ -150,12 +164,12 @@ def _machine() -> str:
         return "unknown-to-others"
 
 
-def _runs(process: str) -> bool:
+def _state(process: str) -> str:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return not Path("/proc/self/stat").exists()
-    return state not in "ZX"
+        return "ended" if Path("/proc/self/stat").exists() else ""
+    return {"Z": "ended", "X": "ended", "T": "stopped"}.get(state, "")
 
 
 def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
@@ -167,7 +181,7 @@ def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
         while True:
             found = _read(ranks)
             others = [rank for rank in ranks if rank not in found or not found[rank].waits]
-            ended = [rank for rank, position in found.items() if position.has_ended]
+            ended = [rank for rank, position in found.items() if position.state]
             if not others or ended or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
@@ -202,7 +216,11 @@ def behind(ranks: Sequence[int]) -> str | None:
         found = _read(ranks)
     except Exception:
         return None
-    late = [rank for rank, position in found.items() if position.progress < progress]
+    late = [
+        rank
+        for rank, position in found.items()
+        if position.state or (position.progress, position.place == here) < (progress, True)
+    ]
     return f"{_missing(late, found)}Rank {dist.get_rank()} is at {here}." if late else None
 
 
@@ -217,8 +235,8 @@ def _missing(ranks: Sequence[int], found: Mapping[int, _Position]) -> str:
 def _last(rank: int, position: _Position | None) -> str:
     if position is None:
         return f"rank {rank} has not begun anything yet"
-    if position.has_ended:
-        return f"rank {rank}, whose process has ended, was last at {position.place}"
+    if position.state:
+        return f"rank {rank}, whose process {_STATES[position.state]}, was last at {position.place}"
     return f"rank {rank} was last at {position.place}"
 
 
@@ -262,34 +280,78 @@ def meet(ranks: Sequence[int], timeout: datetime.timedelta) -> None:
     tell(ranks, b"", timeout)
 
 
-def tell(ranks: Sequence[int], data: bytes, timeout: datetime.timedelta) -> list[bytes]:
+def tell(ranks: Sequence[int], data: bytes, timeout: datetime.timedelta, channel: str = "") -> list[bytes]:
     """Gathers the bytes of each of these ranks, in their order. All of them must call this equally often.
 
     The bytes go through the job's store. A collective would make NCCL create a communicator, which takes hundreds of
-    MiB of every GPU.
+    MiB of every GPU; and one of gloo cannot be ended before its timeout, also where no other rank will come.
+
+    Args:
+        channel: calls with another channel are counted by themselves.
 
     Raises:
-        RankMissingError: a rank has not called this within the timeout.
+        RankMissingError: a rank has ended, has not called this within the timeout, or has not while no rank computed
+            (`wait_for_idle_ranks`).
     """
     global _meetings
     if _meetings[0] is not dist.group.WORLD:
         _meetings = dist.group.WORLD, {}
     members = tuple(ranks)
-    number = _meetings[1].get(members, 0) + 1
-    place = f"{_PREFIX}meeting/{'_'.join(map(str, members))}"
+    number = _meetings[1].get((channel, members), 0) + 1
+    place = f"{_PREFIX}meeting/{channel}{'_'.join(map(str, members))}"
     own = f"{place}/{number}/{dist.get_rank()}"
-    store = job_store()
+    store = own_store()
     with waiting_for(members):
         store.set(own, data)
         try:
-            keys = [f"{place}/{number}/{rank}" for rank in members]
-            store.wait(keys, timeout)
-            found = [store.get(key) for key in keys]
+            keys = {rank: f"{place}/{number}/{rank}" for rank in members}
+            _wait(keys, timeout.total_seconds())
+            found = store.multi_get(list(keys.values()))
         except BaseException:
             store.delete_key(own)  # a rank that comes late must not believe that this one is waiting
             raise
-    _meetings[1][members] = number
+    _meetings[1][channel, members] = number
     if number > 2:  # a rank that comes to a meeting has left the one before the last
         with contextlib.suppress(Exception):
             store.delete_key(f"{place}/{number - 2}/{dist.get_rank()}")
     return found
+
+
+def _wait(keys: Mapping[int, str], timeout: float) -> None:
+    """Waits until the store has the key of every rank. Raises RuntimeError if it does not come."""
+    store, names, idle = own_store(), list(keys.values()), min(timeout, _idle)
+    start = now = time.monotonic()
+    until, look, quiet = start + timeout, start + min(_LOOK, idle / 4), Quiet(idle)
+    # Not `store.wait`: PyTorch logs a warning when it times out, and Ctrl-C waits for its end.
+    while not store.check(names):
+        time.sleep(min((now - start) / 8, _PAUSE))
+        now = time.monotonic()
+        if now < min(look, until):
+            continue
+        look = now + min(_LOOK, idle / 4)
+        missing = [rank for rank, key in keys.items() if not store.check([key])]
+        found = _read([rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()])
+        if any(rank in found and found[rank].state == "ended" for rank in missing):
+            raise dist.DistError("a process has ended")
+        if now >= until:
+            raise dist.DistError(f"it has waited for {timeout:g} s")
+        if _idle_for(quiet, {**dict.fromkeys(missing), **found}) >= idle:
+            raise dist.DistError(f"no rank has computed anything for {idle:g} s")
+
+
+def _idle_for(quiet: Quiet, positions: Mapping[int, _Position | None]) -> float:
+    """Seconds for which none of these ranks has computed. Of a rank without a position nothing is known: it may."""
+    return quiet.seconds({rank: each and each.process for rank, each in positions.items()})
+
+
+def idle_limit() -> float:
+    """Seconds that this rank waits for others while no rank computes."""
+    return _idle
+
+
+def idle_for(quiet: Quiet) -> float:
+    """Seconds for which no rank of the job has computed, as far as this rank can see."""
+    try:
+        return _idle_for(quiet, _read(range(dist.get_world_size())))
+    except Exception:  # the store has ended
+        return 0.0

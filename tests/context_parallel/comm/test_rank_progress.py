@@ -301,7 +301,7 @@ class Logged(logging.Handler):
 
     def emit(self, record):
         self.lines.append(record.getMessage())
-        process_groups.job_store().set(f"logged/{len(self.lines)}", "")
+        process_groups.own_store().set(f"logged/{len(self.lines)}", "")
 
 
 @torch.no_grad()

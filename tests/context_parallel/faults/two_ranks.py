@@ -1,0 +1,68 @@
+"""A script for two ranks. The second has a fault at its third forward; the first prints the error that it gets, and how
+long it waited."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from diffusers_attn import enable_context_parallel
+from diffusers_attn.context_parallel.comm import rank_progress
+from tests.parallelize.test_enable import build, inputs, output
+
+IDLE = 4.0
+
+
+def fails(*_: Any) -> None:
+    raise ZeroDivisionError("this rank has a fault")
+
+
+def is_killed(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_stopped(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def waits(*_: Any) -> None:
+    time.sleep(600)
+
+
+def computes(*_: Any) -> None:
+    until = time.process_time() + 2 * IDLE
+    while time.process_time() < until:
+        pass
+
+
+fault, where, inputs_are = sys.argv[1:]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+model, given = build("flux"), inputs("flux")
+enable_context_parallel(model, inputs=inputs_are, verbose=False)  # type: ignore[arg-type]
+rank_progress.wait_for_idle_ranks(IDLE)
+with torch.no_grad():
+    output(model, given)
+    output(model, given)
+    start = time.monotonic()
+    try:
+        if dist.get_rank() == 1:
+            if where == "within":
+                model.transformer_blocks[1].register_forward_pre_hook(globals()[fault])
+            else:
+                globals()[fault]()
+        output(model, given)
+        print("no error", flush=True)
+    except Exception as error:
+        print(f"rank {dist.get_rank()}: {type(error).__name__}: {error}", flush=True)
+        if dist.get_rank() == 1:
+            time.sleep(600)
+print(f"waited {time.monotonic() - start:.1f}", flush=True)
+sys.stdout.flush()
+os._exit(0)
