@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ... import launching
+from ...marks import thorough_but
 
 FORWARD = "of FluxTransformer2DModel"
 AT_THE_SECOND = f"was last at forward 2 {FORWARD}, which is over"
@@ -37,9 +38,13 @@ def of_first_rank(*fault: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+QUICK = ["is_killed between broadcast", "is_stopped within broadcast"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=" ".join)
-def test_the_other_rank_names_it(fault: tuple[str, str, str]) -> None:
+@pytest.mark.parametrize("words", thorough_but(QUICK, map(" ".join, FAULTS)))
+def test_the_other_rank_names_it(words: str) -> None:
+    fault = tuple(words.split())
     code, text = of_first_rank(*fault)
     assert FAULTS[fault] in text
     ends = fault[0] != "is_killed" and (fault[1] == "within" or fault[2] == "trust")
@@ -52,7 +57,7 @@ def test_the_other_rank_names_it(fault: tuple[str, str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["between", "within"])
+@pytest.mark.parametrize("where", thorough_but(["between"], ["between", "within"]))
 def test_a_rank_that_computes_is_waited_for(where: str) -> None:
     code, text = of_first_rank("computes", where, "broadcast")
     assert code == 0 and "no error" in text and "RankMissingError" not in text
