@@ -81,7 +81,7 @@ def make_pipeline(size: Size, folder: Path, device: torch.device) -> Path:
             transformer=size.transformer.make(device),
         ).save_pretrained(unfinished)
 
-    return _write_atomically(folder, write)
+    return write_folder(folder, write)
 
 
 def make_videos(size: Size, folder: Path, number: int) -> Path:
@@ -96,7 +96,7 @@ def make_videos(size: Size, folder: Path, number: int) -> Path:
             _write_video(unfinished / f"{i}.mp4", clouds.permute(1, 2, 0).numpy(), size.frames, 2 * i + 1)
             (unfinished / f"{i}.txt").write_text(f"clouds number {i}, drifting" + " further" * i)
 
-    return _write_atomically(folder, write)
+    return write_folder(folder, write)
 
 
 def _write_video(path: Path, picture: np.ndarray, frames: int, speed: int) -> None:
@@ -113,7 +113,7 @@ def _write_video(path: Path, picture: np.ndarray, frames: int, speed: int) -> No
         container.mux(stream.encode())
 
 
-def _write_atomically(folder: Path, write: Callable[[Path], None]) -> Path:
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """`folder`, there whole or not at all; what is there is kept."""
     if not folder.is_dir():
         unfinished = folder.with_name(folder.name + ".unfinished")
