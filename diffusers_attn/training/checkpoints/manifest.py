@@ -11,9 +11,12 @@ MANIFEST = "checksums.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the size and checksum of every file in `folder`."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    entries = {path.name: {"bytes": path.stat().st_size, "crc32": file_checksum(path)} for path in files}
+    """Writes the size and checksum of every file in `folder` and its subfolders."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": file_checksum(path)}
+        for path in files
+    }
     (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
 
 

@@ -10,16 +10,18 @@ from ..data.lock import FolderLock
 from ..data.ranks import Ranks, in_step
 from ..data.walk import RUN_MARK
 from ..errors import TrainingError
+from ..model.comfyui import FILE as COMFYUI_FILE
 from ..model.experts import EXPERT_OF
+from ..model.lora import LORA_FILE
 from ..settings.flag_names import option
 from ..settings.run_file import RESOLVED
 
 RESULTS = (
-    "README.md", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json",
+    "README.md", LORA_FILE, COMFYUI_FILE, "adapter_model.safetensors", "adapter_config.json",
     *EXPERT_OF.values(),
 )  # fmt: skip
 """Files and folders that a run writes at its end."""
-ALONG_THE_WAY = ("metrics.jsonl", "samples", RESOLVED)
+ALONG_THE_WAY = ("metrics.jsonl", "loss.png", "samples", RESOLVED)
 """Files that a run writes before its end, besides checkpoints."""
 
 

@@ -40,6 +40,7 @@ _GIVEN = """
     model transformer revision data datasets references output_dir cache_dir overwrite dry_run
     batch_size gradient_accumulation_steps cp_degree ulysses_degree ring_degree rotate_method attn_provider cpu timeout
     mixed_precision compile gradient_checkpointing offload find_unused_parameters
+    init_adapter format
     steps learning_rate adam_betas weight_decay adam_eps lr_schedule lr_warmup_steps max_grad_norm adapter_dropout
     ema_decay timestep_sampling logit_mean logit_std mode_scale shift guidance
     fps frame_pick max_upscale crop caption_column caption_lines trigger_word shuffle_tags keep_tags caption_dropout

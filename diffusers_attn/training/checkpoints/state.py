@@ -55,8 +55,8 @@ class TrainingSnapshot(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Size of all tensors in bytes."""
-        return _bytes([self.adapter, self.average, self.initial, self.optimizer])
+        """Size of all tensors in bytes. The adapter is written a second time, for diffusers."""
+        return _bytes([self.adapter, self.adapter, self.average, self.initial, self.optimizer])
 
 
 def _bytes(value: Any) -> int:

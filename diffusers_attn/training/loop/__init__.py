@@ -5,5 +5,5 @@
   what a run would need.
 - Between steps: `progress` on the terminal and in log files, `evaluation` of the loss, and `interruption` by a signal.
   `validation` draws samples, which `preview_checks` has checked, `video` writes, and `gallery` shows in a browser.
-- At the end: `finish` saves the adapter; `card` describes and uploads it.
+- At the end: `finish` saves the adapter; `loss_plot` draws the losses; `card` describes and uploads the adapter.
 """

@@ -17,6 +17,8 @@ from ..batches.buckets import buckets_of
 from ..errors import TrainingError
 from ..families import Family
 from ..model.base_precision import check_adapter_kind, is_quantised
+from ..model.comfyui import check_comfyui
+from ..model.init_adapter import check_adapter, read_adapter
 from ..model.lora import OF_MATRICES, add_adapter, is_expression, linear_layers
 from ..model.optim import make_optimizer, make_schedule
 from ..settings.config import TrainConfig
@@ -128,11 +130,16 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
             pipeline does not accept a size or length.
     """
     check_effect(config, timestep_sampling=config.timestep_sampling or family.objective.sampling)
-    for transformer in family.trained.values():
+    for component, transformer in family.trained.items():
         if config.targets:
             check_targets(transformer, config.targets)
         check_adapter_kind(config, transformer)
-        _check_adapter(config, transformer, adapter)
+        bare = _check_adapter(config, transformer, adapter)
+        if "comfyui" in config.format:
+            check_comfyui(type(transformer).__name__, config.adapter)
+        if config.init_adapter is not None and config.resume is None:
+            path = Path(config.init_adapter)
+            check_adapter(read_adapter(family.pipeline, path, component, len(family.trained) > 1), bare)
     _check_references(config, family)
     _check_buckets(config, family)
     check_previews(config, family)
@@ -171,8 +178,8 @@ def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:
             )
 
 
-def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) -> None:
-    """Adds the adapter to a copy of the model without weights.
+def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) -> nn.Module:
+    """Adds the adapter to a copy of the model without weights, and returns the copy.
 
     Initialisations that need weights are not run; the shapes that they need are compared instead.
     """
@@ -182,7 +189,7 @@ def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) ->
     bare = without_weights(transformer)
     add_adapter(bare, adapter, config.seed)
     if config.adapter_init not in OF_MATRICES:
-        return
+        return bare
     for name, layer in bare.named_modules():
         if not hasattr(layer, "lora_A"):
             continue
@@ -194,6 +201,7 @@ def _check_adapter(config: TrainConfig, transformer: nn.Module, adapter: Any) ->
                 f"at least as many rows and columns as the rank, but {name} has weights of shape {list(shape)}. Give "
                 "another --adapter_init, a smaller --rank or other --targets."
             )
+    return bare
 
 
 def without_weights(module: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +16,7 @@ from ..model.lora import adapter_weights, save_adapter
 from ..parallel import TrainingParallel
 from ..settings.config import TrainConfig
 from .card import push, write_card
+from .loss_plot import draw_losses
 from .validation import Sample
 
 
@@ -31,9 +34,12 @@ def finish(
     found: list[Path] = []
 
     def save(_: None) -> None:
-        found.extend(_save_adapters(config, family, training, averaged, config.output))
+        found.extend(save_adapters(config, family, training, averaged, config.output))
         if average is not None:
-            _save_adapters(config, family, training, own, config.output / "not_averaged")
+            save_adapters(config, family, training, own, config.output / "not_averaged")
+        metrics = config.output / "metrics.jsonl"
+        if config.metrics and importlib.util.find_spec("matplotlib") is not None:
+            draw_losses(metrics, config.output / "loss.png")
         facts = {"processes": f"{parallel.dp_degree} x {parallel.cp_degree} (data x context parallel)"}
         write_card(config, family, samples, facts)
         if config.push_to_hub:
@@ -43,15 +49,27 @@ def finish(
     return found[0] if found else config.output
 
 
-def _save_adapters(
-    config: TrainConfig, family: Family, training: Training, weights: dict[str, Tensor], folder: Path
+def save_adapters(
+    config: TrainConfig, family: Family, training: Training, weights: Mapping[str, Tensor], folder: Path
 ) -> list[Path]:
-    """Saves the adapter of each trained transformer. Returns the files."""
+    """Saves the adapter of each trained transformer.
+
+    Args:
+        config: the settings.
+        family: the family with its pipeline.
+        training: the adapters, with their initial weights if these matter.
+        weights: `adapter_weights` of all trained transformers, or their average.
+        folder: folder for the files, with one for each of several adapters in it.
+
+    Returns:
+        The files.
+    """
     trained, initial, files = family.trained, training.initial, []
     several = len(trained) > 1
     for name, transformer in trained.items():
         own = weights_of(name, weights, several)
         own_initial = None if initial is None else weights_of(name, initial, several)
         where = folder / adapter_folder(name, several)
-        files.append(save_adapter(family.pipeline, own, where, config.adapter, transformer, own_initial))
+        comfyui = "comfyui" in config.format
+        files.append(save_adapter(family.pipeline, own, where, config.adapter, transformer, own_initial, comfyui))
     return files

@@ -16,6 +16,7 @@ from ..families import Family, family_of
 from ..model.base_precision import base_dtype
 from ..model.ema import AdapterAverage
 from ..model.experts import Experts, as_one_module, shard_each
+from ..model.init_adapter import read_adapter, start_from
 from ..model.lora import MOVES_BASE, adapter_config, adapter_weights, add_adapter, move_base
 from ..model.offload import offload_blocks
 from ..model.optim import make_optimizer, make_schedule
@@ -114,6 +115,10 @@ def add_adapters(
         if initial is not None:
             adapter.init_lora_weights = True
         parameters += add_adapter(transformer, adapter, config.seed)
+    if config.init_adapter is not None and checkpoint is None:
+        for name, transformer in trained.items():
+            saved = read_adapter(family.pipeline, Path(config.init_adapter), name, len(trained) > 1)
+            start_from(saved, transformer)
     if initial is not None:
         move_base(whole, initial)
     elif config.adapter_init in MOVES_BASE:

@@ -30,7 +30,7 @@ from .accelerator import make_accelerator, start_trackers
 from .checks import check_with_model
 from .dry_run import reset_peak_memory, summary
 from .evaluation import evaluate
-from .finish import finish
+from .finish import finish, save_adapters
 from .interruption import SIGNALS, interruptible
 from .progress import Progress, peak_memory
 from .set_up import adapter_of, add_adapters, check_equal_bases, load_family, make_training
@@ -290,8 +290,14 @@ class Trainer:
         if not all(bool(each.isfinite().all()) for each in taken.adapter.values()):
             raise self._diverged("weights of the adapter are not finite")
 
+        weights = taken.adapter if taken.average is None else taken.average
+
+        def files(folder: Path) -> None:
+            write(taken, folder)
+            save_adapters(self.config, self.family, self.training, weights, folder)
+
         def save(_: None) -> None:
-            self.checkpoints.save(self.step, lambda folder: write(taken, folder), taken.size)
+            self.checkpoints.save(self.step, files, taken.size)
 
         in_step(self.ranks, [None] if self.main else [], save, "saving a checkpoint")
 

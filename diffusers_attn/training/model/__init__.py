@@ -1,6 +1,7 @@
 """The model: its frozen weights, and the adapter that is trained.
 
 - Frozen: `pipeline` loads it, with `base_precision` in fewer bits; `offload` keeps blocks in host memory or in files.
-- Trained: `lora` adds an adapter to the model and saves it; `optim` updates it; `ema` averages it. `experts` are two
-  transformers that are trained in one run.
+- Trained: `lora` adds an adapter to the model and saves it, with `comfyui` by the names that ComfyUI knows;
+  `init_adapter` puts a saved one into it; `optim` updates it; `ema` averages it. `experts` are two transformers that
+  are trained in one run.
 """

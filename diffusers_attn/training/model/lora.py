@@ -16,8 +16,11 @@ from ..errors import TrainingError
 from ..randomness import derived_seed
 from ..settings.choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 from ..settings.flag_names import option
+from .comfyui import save_comfyui
 
 ADAPTER = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Name of the file that a pipeline's `load_lora_weights` looks for in a folder."""
 MOVES_BASE = ("olora",)
 """Initialisations with a nonzero adapter, which is subtracted from the base model's weights."""
 OF_MATRICES = ("orthogonal", "olora")
@@ -205,6 +208,7 @@ def save_adapter(
     kind: str,
     transformer: nn.Module,
     initial: Mapping[str, Tensor] | None = None,
+    comfyui: bool = False,
 ) -> Path:
     """Saves an adapter atomically.
 
@@ -220,6 +224,7 @@ def save_adapter(
         transformer: the transformer that has the adapter.
         initial: `adapter_weights` right after an initialisation of `MOVES_BASE`. The saved adapter then has twice the
             rank and applies to the original base model.
+        comfyui: whether to write it with ComfyUI's names as well, into another file.
 
     Returns:
         The adapter's file.
@@ -238,7 +243,7 @@ def save_adapter(
         config.init_lora_weights = True  # loading must not run the initialisation, which may change the base
     metadata = _json_values(config.to_dict())
     if kind in IN_DIFFUSERS_FORMAT:
-        file = folder / "pytorch_lora_weights.safetensors"
+        file = folder / LORA_FILE
 
         def write(unfinished: Path) -> None:
             writer_of(type(pipeline)).save_lora_weights(
@@ -257,6 +262,9 @@ def save_adapter(
             save_file({key: each.contiguous() for key, each in layers.items()}, unfinished)
 
     write_file(file, write, "the adapter")
+    if comfyui:
+        scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+        save_comfyui(layers, type(transformer).__name__, scaling, folder)
     return file
 
 

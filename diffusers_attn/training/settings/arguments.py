@@ -126,7 +126,7 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any, required: bool) -
     metavar = None if metadata.choices else _metavar(name, hint)
     common: dict[str, Any] = {"type": value_type(hint), "help": text, "metavar": metavar}
     if is_list(hint):
-        group.add_argument(f"--{name}", nargs="+", **common)
+        group.add_argument(f"--{name}", nargs="+", choices=metadata.choices, **common)
     else:
         group.add_argument(f"--{name}", choices=metadata.choices, **common)
 

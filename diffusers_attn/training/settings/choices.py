@@ -16,6 +16,8 @@ KINDS = ("lora", "rslora", "dora", "loha", "lokr")
 """Types of adapters."""
 IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
 """Types of adapters that a pipeline's `load_lora_weights` loads."""
+FORMATS = ("diffusers", "comfyui")
+"""Formats of saved adapters."""
 INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora")
 """Initialisations of an adapter's weights."""
 EXPERTS = ("high", "low", "both")

@@ -51,6 +51,16 @@ def check_together(config: TrainConfig) -> None:
             f"{option('clips', config.clips)} with {option('frame_pick', 'spread')}, which spreads the frames of one "
             "clip over the entire video. Leave one of them out."
         )
+    if config.init_adapter is not None and config.adapter_init != "default":
+        raise TrainingError(
+            f"{option('init_adapter', config.init_adapter)} with {option('adapter_init', config.adapter_init)}: the "
+            "adapter's weights come from the file. Leave one of them out."
+        )
+    if config.init_adapter is not None and config.adapter not in IN_DIFFUSERS_FORMAT:
+        raise TrainingError(
+            f"{option('init_adapter', config.init_adapter)} is accepted for --adapter "
+            f"{', '.join(IN_DIFFUSERS_FORMAT)}, not for {option('adapter', config.adapter)}. Leave it out."
+        )
     if config.lr_warmup_steps is not None and config.lr_warmup_steps > config.steps:
         raise TrainingError(
             f"{option('lr_warmup_steps', config.lr_warmup_steps)} with {option('steps', config.steps)}: the learning "

@@ -95,7 +95,8 @@ def check_value(name: str, value: Any, hint: Any, metadata: Metadata) -> None:
         TrainingError: the value is not accepted.
     """
     bounds, length, choices = metadata.bounds, metadata.length, metadata.choices
-    if choices is not None and value is not None and value not in choices:
+    given = value if isinstance(value, (list, tuple)) else [value]
+    if choices is not None and value is not None and not set(given) <= set(choices):
         raise TrainingError(f"{option(name, value)}: accepted are {', '.join(choices)}.")
     if metadata.forms is not None and value is not None:
         if not any(re.fullmatch(form, value) for form in metadata.forms.values()):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..bounds import BELOW_ONE, COUNT, POSITIVE
-from ..choices import INITIALISATIONS, KINDS
+from ..choices import FORMATS, INITIALISATIONS, KINDS
 from ..setting import setting
 
 
@@ -31,4 +31,15 @@ class AdapterSettings:
         "Initialization of the adapter's weights; an olora adapter is saved with twice the rank",
         INITIALISATIONS,
     )
+    init_adapter: str | None = setting(
+        None,
+        "Adapter to go on from, of the same --adapter, --rank and --targets: a .safetensors file, or a folder that a "
+        "run wrote (default: a new one)",
+    )
     adapter_dropout: float = setting(0.0, "Dropout probability of the adapter's input", bounds=BELOW_ONE)
+    format: list[str] = setting(
+        ["diffusers"],
+        "Formats in which the adapter is saved; comfyui adds comfyui_lora.safetensors to the adapter in diffusers' "
+        "format, which is written in any case",
+        FORMATS,
+    )
