@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from . import decode
-from .captions import CAPTION_COLUMNS, captions_of_folder, texts_of
+from .captions import captions_of_folder, texts_of
 from .errors import Problem, TrainingDataError, check_on_bad_data, report_problems
 from .masks import Mask, check_masks, check_size, is_mask, masks_in
+from .rows import columns_of, load_rows, saved_by_datasets
 from .source import FileSource, RowSource, Source
-from .walk import files_of
 
 _PROBING_THREADS = 8
 
@@ -84,15 +84,16 @@ def read_examples(
     Args:
         data: a folder of images or videos with captions in `metadata.jsonl`, `.csv` or `.parquet` (columns `file_name`
             and `caption`, `text` or `prompt`, a text or a list of texts) or in a `.txt` file per media file; or a
-            folder that `Dataset.save_to_disk` wrote or that has Parquet or Arrow files; or, if no such path exists, the
-            name of a Hugging Face dataset.
+            folder that `Dataset.save_to_disk` wrote or that has Parquet, Arrow or WebDataset (.tar) files; or, if no
+            such path exists, the name of a Hugging Face dataset.
         on_bad_data: "refuse" raises an error that names all problems; "skip" leaves these examples out and logs one
             warning.
-        caption_column: column with the captions. None: the one of `caption`, `text` and `prompt` that exists.
+        caption_column: column with the captions. None: the one of `caption`, `text` and `prompt` that exists; of a
+            dataset see `rows.columns_of`.
         caption_lines: whether each line of a `.txt` file is a caption of its own.
         loss_mask: "files" reads masks of the loss from files: that of `a.png` or `a.mp4` is `a_mask.png`, white where
-            the loss counts, and examples without one count entirely. "alpha" uses the transparency of images. "none"
-            uses no masks.
+            the loss counts, and examples without one count entirely. A dataset has them in a column `mask`. "alpha"
+            uses the transparency of images. "none" uses no masks.
         split: split of a Hugging Face dataset.
         main_process: whether this process logs the warning.
         excluded: folders, possibly within `data`, that are not read because the run writes to them.
@@ -112,19 +113,19 @@ def read_examples(
     }  # fmt: skip
     path = Path(data).expanduser()
     if path.is_dir():
-        saved, tables = _saved_by_datasets(path, excluded)
+        saved, tables = saved_by_datasets(path, excluded)
         if not (saved or tables):
             return read_folder(path, caption_lines=caption_lines, excluded=excluded, **reading)
         within = [each for each in excluded if Path(each).resolve().is_relative_to(path.resolve())]
         if within:
             raise TrainingDataError(f"{within[0]} lies within the dataset {data}. Give an output folder outside of it.")
-        dataset = _load(str(path), split, saved=saved)
+        dataset = load_rows(str(path), split, saved=saved)
     elif path.exists():
         raise TrainingDataError(f"{data} is a file. Give the folder with the images or videos.")
     elif os.path.isabs(path) or str(data).startswith((".", "~")) or str(data).count("/") > 1:
         raise TrainingDataError(f"there is no folder {data}.")
     else:
-        dataset = _load(str(data), split, saved=False)
+        dataset = load_rows(str(data), split, saved=False)
     return read_dataset(dataset, name=str(data), **reading)
 
 
@@ -181,42 +182,18 @@ def read_dataset(
     """
     check_on_bad_data(on_bad_data)
     check_masks(loss_mask)
-    if loss_mask == "files":
-        raise TrainingDataError(
-            f"loss_mask='files': {name} is a dataset, whose rows have no files with masks. Give loss_mask='alpha' for "
-            "transparent images, or save the images as files."
-        )
-    import datasets
-
-    if not isinstance(dataset, datasets.Dataset):
-        raise TrainingDataError(
-            f"{name} is a {type(dataset).__name__}; accepted is a datasets.Dataset, one split and not streamed."
-        )
-    kinds: dict[str, tuple[Literal["image", "video"], Any]] = {}
-    for column, feature in dataset.features.items():
-        if isinstance(feature, datasets.Image):
-            kinds[column] = ("image", datasets.Image(decode=False))
-        elif isinstance(feature, datasets.Video):
-            kinds[column] = ("video", datasets.Video(decode=False))
-    if len(kinds) != 1:
-        raise TrainingDataError(
-            f"{name} must have one column of images or videos, but has {len(kinds)} ({', '.join(kinds) or 'none'}). "
-            f"Its columns are {', '.join(dataset.column_names)}. Change them with `Dataset.remove_columns` or "
-            "`Dataset.cast_column`, save the result with `save_to_disk`, and give that folder."
-        )
-    caption_name = _caption_column(dataset.column_names, name, caption_column)
-    column, (kind, undecoded) = next(iter(kinds.items()))
-    rows = dataset.select_columns([column]).cast_column(column, undecoded).with_format("arrow")
+    columns = columns_of(dataset, name, caption_column, masks=loss_mask == "files")
     candidates, problems = [], []
-    for index, value in enumerate(dataset[caption_name]):
-        row = f"row {index}"
+    for index, (row, value) in enumerate(zip(columns.names, columns.captions)):
         captions = texts_of(value)
-        if captions:
-            source = RowSource(rows, index, column)
-            mask = Mask(source, "alpha") if loss_mask == "alpha" and kind == "image" else None
-            candidates.append(_Candidate(row, captions, kind, source, mask))
-        else:
-            problems.append(Problem(row, f"no caption in column {caption_name!r}"))
+        if not captions:
+            problems.append(Problem(row, f"no caption in column {columns.caption!r}"))
+            continue
+        source = RowSource(columns.rows, index, columns.media)
+        mask = Mask(source, "alpha") if loss_mask == "alpha" and columns.kind == "image" else None
+        if columns.mask is not None and columns.has_mask(index):
+            mask = Mask(RowSource(columns.rows, index, columns.mask), "luminance")
+        candidates.append(_Candidate(row, captions, columns.kind, source, mask))
     return _probed(candidates, problems, name, on_bad_data, main_process)
 
 
@@ -244,46 +221,3 @@ def _probed(
     problems = problems + [each for each in found if isinstance(each, Problem)]
     report_problems(problems, len(examples), where, on_bad_data, main_process)
     return examples
-
-
-def _caption_column(columns: Sequence[str], name: str, asked: str | None) -> str:
-    found = [column for column in ((asked,) if asked else CAPTION_COLUMNS) if column in columns]
-    if len(found) == 1:
-        return found[0]
-    expected = f"a column {asked!r}" if asked else f"exactly one of the columns {', '.join(CAPTION_COLUMNS)}"
-    raise TrainingDataError(
-        f"{name} has the columns {', '.join(columns)}; {expected} is expected for captions. Name the column with "
-        "caption_column=..."
-    )
-
-
-def _saved_by_datasets(path: Path, excluded: Sequence[str | Path]) -> tuple[bool, bool]:
-    """Whether `Dataset.save_to_disk` wrote a folder, and whether it has Parquet or Arrow files but no media files."""
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    suffixes = {file.suffix.lower() for file in files_of(path, map(Path, excluded))[0]}
-    media = suffixes & (decode.IMAGE_SUFFIXES | decode.VIDEO_SUFFIXES)
-    return saved, not media and bool(suffixes & {".parquet", ".arrow"})
-
-
-def _load(name: str, split: str, *, saved: bool) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise TrainingDataError(
-            f"{name} is not a folder of images or videos; reading it as a Hugging Face dataset needs `pip install "
-            "datasets`."
-        ) from error
-    try:
-        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
-    except Exception as error:
-        raise TrainingDataError(
-            f"{name} is not a folder, and cannot be loaded as a Hugging Face dataset (split {split!r}): {error}"
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise TrainingDataError(
-                f"{name} has no split {split!r}; it has {', '.join(map(repr, loaded))}. Save one of them with "
-                "`save_to_disk`, and give that folder."
-            )
-        loaded = loaded[split]
-    return loaded

@@ -106,7 +106,7 @@ def start_from(saved: SavedAdapter, transformer: nn.Module) -> None:
 
     check_adapter(saved, transformer)
     scalings = {
-        name: each.scaling[ADAPTER]  # type: ignore[index]
+        name: each.scaling[ADAPTER]
         for name, each in transformer.named_modules()
         if ADAPTER in getattr(each, "scaling", {})
     }

@@ -1,12 +1,15 @@
 """Examples from folders and data sets, and errors that name bad data."""
 
+import io
 import json
 import logging
+import tarfile
 
 import pytest
 from PIL import Image
 
 from diffusers_attn.training.data import TrainingDataError, read_dataset, read_examples, read_folder
+from diffusers_attn.training.data.decode import read_image
 
 from .media import album, cut, picture, video
 
@@ -246,6 +249,40 @@ def test_what_a_run_wrote_is_no_data(tmp_path):
     assert list(captions(read_examples(tmp_path))) == ["00.png"]
     with pytest.raises(TrainingDataError, match="holds the data, and the run would write to it"):
         read_examples(tmp_path, excluded=[tmp_path])
+
+
+def shard(path, kind, first, **texts):
+    """A shard of WebDataset with two images or videos, and texts for each: `txt="a {}"` makes `0000.txt` and so on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i in range(first, first + 2):
+            media = path.with_name(f"{i:04}.{kind}")
+            (picture if kind == "png" else video)(media)
+            tar.add(media, media.name)
+            media.unlink()
+            for suffix, text in texts.items():
+                data = text.replace("{}", str(i)).encode()
+                info = tarfile.TarInfo(f"{i:04}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_shards_of_webdataset(tmp_path):
+    pytest.importorskip("datasets")
+    shard(tmp_path / "a" / "00.tar", "png", 0, txt="picture {}")
+    shard(tmp_path / "a" / "01.tar", "png", 2, txt="picture {}")
+    found = read_examples(tmp_path / "a")
+    assert [(each.name, each.caption, each.kind, each.width) for each in found] == [
+        (f"row {i} (000{i})", f"picture {i}", "image", 64) for i in range(4)
+    ]
+    assert read_image(found[3].source).shape == (3, 48, 64)
+    shard(tmp_path / "b" / "00.tar", "mp4", 0, txt="video {}", json='{"caption": "a video, {}", "width": 64}')
+    with pytest.raises(TrainingDataError, match=r"json\.caption.*exactly one of the columns .*txt"):
+        read_examples(tmp_path / "b")
+    found = read_examples(tmp_path / "b", caption_column="json.caption")
+    assert [(each.caption, each.kind, each.frames) for each in found] == [
+        ("a video, 0", "video", 12), ("a video, 1", "video", 12),
+    ]  # fmt: skip
 
 
 def test_metadata_parquet(tmp_path):

@@ -13,6 +13,7 @@ from diffusers_attn.training.data import (
     Share,
     TextCache,
     TrainingDataError,
+    read_dataset,
     read_folder,
 )
 from diffusers_attn.training.data.store import read_tensors
@@ -79,6 +80,27 @@ def test_masks_are_cropped_with_their_images(tmp_path):
         torch.testing.assert_close(
             tensors["loss_mask"][0], (tensors["latents_mean"][0] + 1) / 2, atol=1e-2, rtol=0, msg=crop
         )
+
+
+def test_masks_in_a_dataset(tmp_path):
+    """A column `mask`; a row without one counts entirely."""
+    datasets = pytest.importorskip("datasets")
+    folder = album(tmp_path / "data", 2, width=64, height=64)
+    mask(folder / "00_mask.png", (64, 64), (0, 0, 32, 64))
+    columns = {
+        "image": [str(folder / "00.png"), str(folder / "01.png")],
+        "mask": [str(folder / "00_mask.png"), None],
+        "text": ["a", "b"],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "mask": datasets.Image(), "text": datasets.Value("string")}
+    )
+    dataset = datasets.Dataset.from_dict(columns, features)
+    examples = read_dataset(dataset, loss_mask="files")
+    found = [read_tensors(each.path) for each in LatentCache(tmp_path, {}, BUCKETS).fill(examples, encode)]
+    assert found[0]["loss_mask"].mean().item() == pytest.approx(0.5, abs=0.02) and "loss_mask" not in found[1]
+    with pytest.raises(TrainingDataError, match=r"has 2 \(image, mask\).*loss_mask='files'"):
+        read_dataset(dataset)
 
 
 def test_transparency_as_a_mask(tmp_path):
