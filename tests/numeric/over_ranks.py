@@ -121,7 +121,7 @@ def _errors(mesh: ContextParallelMesh, call: Call, name: str) -> tuple[dict[str,
     feature, tracker = call.feature, SequenceTracker(mesh)
     keys = "tokens" if feature.query_len == feature.key_len else "keys"
     tracker.named = {"tokens", keys}
-    tracker.start()
+    tracker.begin_forward()
     tracker.role = Role(("tokens",), (keys,), outer_mask=feature.mask == "outer")
     attend = attention_dispatch
     if name == "compiled":
@@ -145,7 +145,7 @@ def _errors(mesh: ContextParallelMesh, call: Call, name: str) -> tuple[dict[str,
         with attention_provider(call.provider, **dict(feature.options)):
             out, grad_out, grads = differentiated(compute, call.inputs)
     finally:
-        tracker.end()
+        tracker.end_forward()
     grads = tuple(_mean(each, mesh) for each in grads)
     return compare(call, out, grad_out, grads)
 
