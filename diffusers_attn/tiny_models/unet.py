@@ -15,7 +15,7 @@ SMALL: Config = {
     "attention_head_dim": (2, 4),  # in spite of the name, the number of heads
 }
 
-_SDXL: Config = SMALL | {
+SDXL: Config = SMALL | {
     "out_channels": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -35,13 +35,13 @@ def unet_inputs(draw: Draw) -> Inputs:
     }
 
 
-@case("sdxl", "UNet2DConditionModel", notes="no mask", **_SDXL)
+@case("sdxl", "UNet2DConditionModel", notes="no mask", **SDXL)
 def sdxl(draw: Draw) -> Inputs:
     added = {"text_embeds": draw.normal(BATCH, 24), "time_ids": draw.rows(80, 112, 0, 8, 80, 112)}
     return unet_inputs(draw) | {"added_cond_kwargs": added}
 
 
-@case("sdxl_masked", "UNet2DConditionModel", notes="additive mask in cross-attention", **_SDXL)
+@case("sdxl_masked", "UNet2DConditionModel", notes="additive mask in cross-attention", **SDXL)
 def sdxl_masked(draw: Draw) -> Inputs:
     return sdxl(draw) | {"encoder_attention_mask": draw.mask()}
 

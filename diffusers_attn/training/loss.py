@@ -7,6 +7,7 @@ A noise level is given as a number `u` in [0, 1]; 1 is pure noise.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -88,20 +89,28 @@ class RectifiedFlow:
         return weighted_mean((prediction.float() - (noise - clean)).square(), mask)
 
 
-class VPrediction:
-    """V-prediction: from `alpha * clean + sigma * noise`, the model predicts `alpha * noise - sigma * clean`.
-
-    The loss is the squared error of this velocity. It equals the squared error of the clean sample, weighted by
-    `1 / sigma ** 2`, but has no division by a sigma near zero.
+class Diffusion(abc.ABC):
+    """Diffusion with a fixed schedule: the model gets `alpha * clean + sigma * noise`, and predicts a `target`.
 
     Args:
         alphas_cumprod: the scheduler's `alpha ** 2` for each timestep, [num_train_timesteps].
+        min_snr_gamma: weight of the loss by the signal-to-noise ratio `snr`, `min(snr, gamma)` times the squared error
+            of the clean sample (https://arxiv.org/abs/2303.09556). None: the squared error of the target.
     """
 
     sampling = "uniform"
 
-    def __init__(self, alphas_cumprod: Tensor) -> None:
+    def __init__(self, alphas_cumprod: Tensor, min_snr_gamma: float | None = None) -> None:
         self.alphas_cumprod = alphas_cumprod.float()
+        self.min_snr_gamma = min_snr_gamma
+
+    @abc.abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What the model predicts."""
+
+    @abc.abstractmethod
+    def weight(self, snr: Tensor, gamma: float) -> Tensor:
+        """The weight of the target's squared error for `min_snr_gamma`."""
 
     def level(self, u: Tensor, tokens: int) -> Level:
         count = len(self.alphas_cumprod)
@@ -116,8 +125,35 @@ class VPrediction:
         self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
     ) -> Tensor:
         sigma = _per_sample(level.sigma, clean)
-        velocity = (1 - sigma.square()).sqrt() * noise - sigma * clean
-        return weighted_mean((prediction.float() - velocity).square(), mask)
+        target = self.target(clean, noise, (1 - sigma.square()).sqrt(), sigma)
+        found = weighted_mean((prediction.float() - target).square(), mask)
+        if self.min_snr_gamma is None:
+            return found
+        return found * self.weight(1 / level.sigma.square() - 1, self.min_snr_gamma)
+
+
+class VPrediction(Diffusion):
+    """V-prediction: the target is `alpha * noise - sigma * clean`.
+
+    Its squared error is that of the clean sample, weighted by `1 / sigma ** 2`, but has no division by a sigma near
+    zero.
+    """
+
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha * noise - sigma * clean
+
+    def weight(self, snr: Tensor, gamma: float) -> Tensor:
+        return snr.clamp(max=gamma) / (snr + 1)
+
+
+class EpsilonPrediction(Diffusion):
+    """Prediction of the noise. Its squared error is that of the clean sample, weighted by `snr`."""
+
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise
+
+    def weight(self, snr: Tensor, gamma: float) -> Tensor:
+        return (gamma / snr).clamp(max=1)  # 1 without any signal
 
 
 def weighted_mean(errors: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ import transformers
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from transformers.utils import is_torchvision_available
 
+from diffusers_attn.tiny_models.unet import SDXL
 from diffusers_attn.tiny_models.weights import randomize
 
 from .. import tiny_pipelines
@@ -73,6 +74,34 @@ def sd3() -> diffusers.StableDiffusion3Pipeline:
             )
         ),
     )  # fmt: skip
+
+
+def sdxl() -> diffusers.StableDiffusionXLPipeline:
+    """Stable Diffusion XL with a scheduler whose samples have the variance that the UNet gets."""
+    tokenizer, config = _clip()
+    unet = {name: each for name, each in SDXL.items() if name != "projection_class_embeddings_input_dim"}
+    return diffusers.StableDiffusionXLPipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.CLIPTextModel(config).eval(),
+        tokenizer_2=tokenizer,
+        text_encoder_2=transformers.CLIPTextModelWithProjection(config).eval(),
+        vae=diffusers.AutoencoderKL(**{**_VAE, "latent_channels": 4}, scaling_factor=0.4).eval(),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
+            set_alpha_to_one=False,
+        ),
+        unet=_random(
+            diffusers.UNet2DConditionModel(**unet, sample_size=8, projection_class_embeddings_input_dim=6 * 8 + 16)
+        ),
+        add_watermarker=False,
+    )  # fmt: skip
+
+
+def sdxl_v() -> diffusers.StableDiffusionXLPipeline:
+    """The same, which predicts v."""
+    pipeline = sdxl()
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    return pipeline
 
 
 def chroma() -> diffusers.ChromaPipeline:
@@ -351,6 +380,8 @@ def wan_a14b() -> diffusers.WanPipeline:
 PIPELINES: dict[str, Callable[[], Any]] = {
     **tiny_pipelines.PIPELINES,
     "sd3": sd3,
+    "sdxl": sdxl,
+    "sdxl_v": sdxl_v,
     "chroma": chroma,
     "ltx": ltx,
     "sana": sana,

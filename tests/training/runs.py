@@ -24,6 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "z_image": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 41},
     "flux2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 15},
     "sd3": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43},
+    "sdxl": {"resolution": [48], "aspects": [1.0]},
+    "sdxl_v": {"resolution": [48], "aspects": [1.0], "min_snr_gamma": 5.0},
     "chroma": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43},
     "ltx": {"resolution": [96], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 43},
     "sana": {"resolution": [96], "aspects": [1.0], "max_sequence_length": 43},

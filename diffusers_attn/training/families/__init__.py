@@ -29,10 +29,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "SD3Transformer2DModel": ("sd3:SD3",),
     "SanaTransformer2DModel": ("sana:Sana",),
+    "UNet2DConditionModel": ("sdxl:StableDiffusionXL",),
     "WanTransformer3DModel": ("wan:Wan", "wan_i2v:WanImageToVideo"),
     "ZImageTransformer2DModel": ("z_image:ZImage",),
 }
-"""Module and class of each family for the class name of a transformer. Families of one transformer support different
+"""Module and class of each family for the class name of a transformer or UNet. Families of one class support different
 pipelines."""
 
 registered: dict[str, type[Family]] = {}
@@ -55,7 +56,7 @@ def family_of(pipeline: Any, **options: Any) -> Family:
         TrainingError: no family is known for the transformer, the family does not support this pipeline, or the
             transformer needs inputs that the family does not provide.
     """
-    transformer = type(getattr(pipeline, "transformer", None)).__name__
+    transformer = type(getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)).__name__
     return family_class(type(pipeline), transformer)(pipeline, **options)
 
 

@@ -28,6 +28,7 @@ FURTHER_INPUTS = {
     "guidance_embeds": "a guidance scale",
     "image_condition_type": "an image",
     "use_meanflow": "a second timestep",
+    "time_cond_proj_dim": "an embedding of a guidance scale",
 }
 """Inputs of a transformer besides latents, timestep and text, by the configuration entry that turns each on."""
 
@@ -40,6 +41,7 @@ class Family(abc.ABC):
         shift: timestep shift. None: the scheduler's. Only for rectified flow.
         guidance: guidance scale that a guidance-distilled model gets as its input. None: 1. Only for such models.
         max_sequence_length: number of text tokens per caption. None: the pipeline's default.
+        min_snr_gamma: see `loss.Diffusion`. Not for rectified flow.
         expert: "high", "low" or "both": what to train of a pipeline with one transformer for high and one for low noise
             levels.
 
@@ -62,8 +64,10 @@ class Family(abc.ABC):
     """Names of the supported pipeline classes; subclasses are supported too. Empty: all."""
     provided_inputs: ClassVar[tuple[str, ...]] = ()
     """Entries of `FURTHER_INPUTS` that `inputs` provides."""
-    prediction_type: ClassVar[str] = "flow_prediction"
-    """Required prediction_type of the scheduler, if its configuration has one."""
+    component: ClassVar[str] = "transformer"
+    """Name of the trained component of the pipeline."""
+    prediction_types: ClassVar[tuple[str, ...]] = ("flow_prediction",)
+    """Accepted values of the scheduler's prediction_type, if its configuration has one."""
     vae_has_frames: ClassVar[bool] = True
     """Whether the VAE's images have a dimension of frames, also those of a single frame."""
     most_references: ClassVar[int] = 0
@@ -89,6 +93,7 @@ class Family(abc.ABC):
         shift: float | None = None,
         guidance: float | None = None,
         max_sequence_length: int | None = None,
+        min_snr_gamma: float | None = None,
         expert: str | None = None,
     ) -> None:
         self.pipeline = pipeline
@@ -98,12 +103,18 @@ class Family(abc.ABC):
         # Of a quantised transformer with an adapter, diffusers would find the adapter's dtype.
         self.dtype: torch.dtype = self.transformer.dtype
         self.shift = shift
+        self.min_snr_gamma = min_snr_gamma
         self._check_guidance(guidance)
         self.guidance = 1.0 if guidance is None else guidance
         self.max_sequence_length = self._text_length(max_sequence_length)
         self._check_inputs()
         self.check()
         self.objective = self.make_objective()
+        if min_snr_gamma is not None and isinstance(self.objective, RectifiedFlow):
+            raise TrainingError(
+                f"{option('min_snr_gamma', min_snr_gamma)}: {type(self.transformer).__name__} is trained with "
+                "rectified flow, which has no such weight. Leave it out."
+            )
 
     def check(self) -> None:  # noqa: B027 (most have nothing to check)
         """Raises TrainingError if this pipeline or these settings are not supported."""
@@ -146,11 +157,12 @@ class Family(abc.ABC):
                     f"this {model} needs {what} (its {name} is {config[name]}), which training does not provide. Give "
                     f"a text-conditioned model{self._examples()}."
                 )
-        predicts = self.pipeline.scheduler.config.get("prediction_type", self.prediction_type)
-        if predicts != self.prediction_type:
+        accepted = self.prediction_types
+        predicts = self.pipeline.scheduler.config.get("prediction_type", accepted[0])
+        if predicts not in accepted:
             raise TrainingError(
                 f"the scheduler's prediction_type is {predicts!r}, but {type(self).__name__} is trained with "
-                f"{self.prediction_type!r}. Give a model with such a scheduler."
+                f"{' or '.join(map(repr, accepted))}. Give a model with such a scheduler."
             )
 
     def _text_length(self, wanted: int | None) -> int:
@@ -193,7 +205,7 @@ class Family(abc.ABC):
     def trained(self) -> dict[str, Any]:
         """The transformers that are trained, by the name of the pipeline's component."""
         names = {"low": ("transformer_2",), "both": ("transformer", "transformer_2")}.get(self.expert or "")
-        return {name: getattr(self.pipeline, name) for name in names or ("transformer",)}
+        return {name: getattr(self.pipeline, name) for name in names or (self.component,)}
 
     @property
     def transformer(self) -> Any:

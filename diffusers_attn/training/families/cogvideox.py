@@ -19,7 +19,7 @@ class CogVideoX(Family):
     text_length = 226
     fps = 8.0
     pipelines = ("CogVideoXPipeline",)
-    prediction_type = "v_prediction"
+    prediction_types = ("v_prediction",)
 
     def check(self) -> None:
         self.refuse_shift()
@@ -27,7 +27,7 @@ class CogVideoX(Family):
             self.fps = 16.0
 
     def make_objective(self) -> Objective:
-        return VPrediction(self.pipeline.scheduler.alphas_cumprod)
+        return VPrediction(self.pipeline.scheduler.alphas_cumprod, self.min_snr_gamma)
 
     @property
     def size_multiple(self) -> int:

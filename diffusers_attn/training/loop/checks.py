@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...parallelize.targets import find_targets
 from ..batches.buckets import buckets_of
 from ..errors import TrainingError
 from ..families import Family
@@ -143,6 +144,13 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
     _check_references(config, family)
     _check_buckets(config, family)
     check_previews(config, family)
+
+
+def check_split(family: Family, cp_degree: int) -> None:
+    """Raises AttentionProviderError if processes would share sequences of a model that cannot be split, as a UNet."""
+    if cp_degree > 1:
+        for model in family.trained.values():
+            find_targets(model, None)
 
 
 def _check_references(config: TrainConfig, family: Family) -> None:

@@ -43,6 +43,7 @@ def load_family(config: TrainConfig, accelerator: Any, parallel: TrainingParalle
         shift=config.shift,
         guidance=config.guidance,
         max_sequence_length=config.max_sequence_length,
+        min_snr_gamma=config.min_snr_gamma,
         expert=config.expert,
     )
 

@@ -27,7 +27,7 @@ from ..parallel import TrainingParallel
 from ..settings.config import TrainConfig
 from ..settings.flag_names import option
 from .accelerator import make_accelerator, start_trackers
-from .checks import check_with_model
+from .checks import check_split, check_with_model
 from .dry_run import reset_peak_memory, summary
 from .evaluation import evaluate
 from .finish import finish, save_adapters
@@ -152,6 +152,7 @@ class Trainer:
         self.family = family = load_family(config, accelerator, parallel)
         self.sampling = config.timestep_sampling or family.objective.sampling
         check_with_model(config, family, adapter_of(config, family))
+        check_split(family, parallel.cp_degree)
         facts = facts_of(config, family)
         check_equal_bases(config, parallel, facts.base)
         if self.resumed_settings is not None:

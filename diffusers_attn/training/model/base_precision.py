@@ -110,19 +110,27 @@ def pipeline_quantisation(precision: str | None, dtype: torch.dtype, components:
 
     encoders = {name for name in components if name.startswith("text_encoder")}
     configs = {name: quantisation(precision, dtype, "transformers") for name in encoders}
-    for name in {"transformer", "transformer_2"}.intersection(components):
+    for name in {"transformer", "transformer_2", "unet"}.intersection(components):
         configs[name] = quantisation(precision, dtype, "diffusers")
     return PipelineQuantizationConfig(quant_mapping=configs)
 
 
 def load_transformer(
-    path: Path, cls: type[Any], *, model: str, revision: str | None, dtype: torch.dtype, precision: str | None
+    path: Path,
+    cls: type[Any],
+    *,
+    part: str,
+    model: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    precision: str | None,
 ) -> nn.Module:
     """Loads a transformer from a folder, a GGUF file or a single safetensors file.
 
     Args:
         path: folder in diffusers' format, quantised or not; or a file ending in .gguf or .safetensors.
         cls: class of the transformer.
+        part: the pipeline's component that it replaces.
         model: pipeline with the transformer's configuration, which a file lacks.
         revision: branch, tag or commit of the pipeline.
         dtype: dtype of weights that are not quantised.
@@ -156,7 +164,7 @@ def load_transformer(
         config = GGUFQuantizationConfig(compute_dtype=dtype)
     try:
         found: nn.Module = cls.from_single_file(
-            str(path), config=model, subfolder="transformer", config_revision=revision, torch_dtype=dtype,
+            str(path), config=model, subfolder=part, config_revision=revision, torch_dtype=dtype,
             quantization_config=config,
         )  # fmt: skip
     except Exception as error:  # diffusers meets the keys of another model with errors of many types

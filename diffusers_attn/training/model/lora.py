@@ -246,12 +246,9 @@ def save_adapter(
         file = folder / LORA_FILE
 
         def write(unfinished: Path) -> None:
-            writer_of(type(pipeline)).save_lora_weights(
-                unfinished.parent,
-                weight_name=unfinished.name,
-                transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=metadata,
-            )
+            part = "unet" if trained is getattr(pipeline, "unet", None) else "transformer"
+            of_part = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+            writer_of(type(pipeline)).save_lora_weights(unfinished.parent, weight_name=unfinished.name, **of_part)
     else:
         file = folder / "adapter_model.safetensors"
         write_file(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(metadata, indent=2)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,16 @@ def load_pipeline(
         parts = {name for name, each in index.items() if isinstance(each, (list, tuple)) and each[-1] is not None}
         given: dict[str, Any] = {}
         if transformer is not None:
-            part = "transformer_2" if expert == "low" else "transformer"
+            part = "transformer_2" if expert == "low" else denoiser(index)
             cls = getattr(diffusers, index[part][-1])
             given[part] = load_transformer(
-                Path(transformer), cls, model=model, revision=revision, dtype=dtype, precision=base_precision
+                Path(transformer),
+                cls,
+                part=part,
+                model=model,
+                revision=revision,
+                dtype=dtype,
+                precision=base_precision,
             )
         quantised = pipeline_quantisation(base_precision, dtype, parts - given.keys())
         if quantised is not None:
@@ -83,9 +89,9 @@ def load_pipeline(
                 f"{option('model', model)} cannot be loaded: {problem or 'see the message of another process'}"
             ) from problem
     assert pipeline is not None
-    if not isinstance(getattr(pipeline, "transformer", None), nn.Module):
+    if not isinstance(getattr(pipeline, denoiser(pipeline.components), None), nn.Module):
         raise TrainingError(
-            f"{option('model', model)} is a {type(pipeline).__name__}, which has no transformer to train."
+            f"{option('model', model)} is a {type(pipeline).__name__}, which has no transformer or UNet to train."
         )
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
@@ -99,13 +105,18 @@ def _check_class(model: str, revision: str | None, expert: str | None) -> dict[s
     import diffusers
 
     index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(model, revision=revision)
-    name, transformer = index.get("_class_name"), index.get("transformer")
+    name, transformer = index.get("_class_name"), index.get(denoiser(index))
     pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
     if pipeline is not None and isinstance(transformer, (list, tuple)) and isinstance(transformer[-1], str):
         family = family_class(pipeline, transformer[-1])
         parts = {name: each for name, each in index.items() if isinstance(each, (list, tuple))}
         family.check_components({name: each[-1] is not None for name, each in parts.items()}, expert)
     return index
+
+
+def denoiser(components: Mapping[str, Any]) -> str:
+    """Name of the component that is trained: a transformer or a UNet."""
+    return "transformer" if "transformer" in components else "unet"
 
 
 def text_encoders(pipeline: Any) -> dict[str, nn.Module]:

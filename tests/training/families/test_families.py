@@ -7,12 +7,13 @@ import itertools
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from diffusers_attn.training.data.collate import collate
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.families import family_of
-from diffusers_attn.training.loss import RectifiedFlow, VPrediction, sample_u
+from diffusers_attn.training.loss import EpsilonPrediction, RectifiedFlow, VPrediction, sample_u
 from diffusers_attn.training.randomness import SampleRandomness
 
 from ..pipelines import make
@@ -118,6 +119,53 @@ def test_a_loss_with_a_mask_is_the_weighted_mean_of_the_errors(objective):
     ones = torch.ones(2, 1, 1, 4, 5)
     plain = objective.loss(prediction, clean, noise, level)
     torch.testing.assert_close(objective.loss(prediction, clean, noise, level, ones), plain)
+
+
+def test_noise_is_weighted_by_its_ratio_to_the_signal():
+    """min-SNR is `min(snr, gamma)` times the error of the clean sample, whatever the model predicts."""
+    alphas = torch.tensor([0.99, 0.9, 0.3, 0.01], dtype=torch.float64)
+    clean, noise, wrong = (torch.randn(4, 2, 1, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    u = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    snr = alphas / (1 - alphas)
+    error = ((wrong - clean) ** 2).flatten(1).mean(1)
+    for objective, weight in (
+        (EpsilonPrediction(alphas), snr),
+        (EpsilonPrediction(alphas, 5.0), snr.clamp(max=5)),
+        (VPrediction(alphas), snr + 1),
+        (VPrediction(alphas, 5.0), snr.clamp(max=5)),
+    ):
+        level = objective.level(u, 1)
+        assert level.timestep.tolist() == [0, 1, 2, 3]
+        noisy = objective.noisy(clean, noise, level)
+        alpha, sigma = (each.sqrt().view(-1, 1, 1, 1, 1).float() for each in (alphas, 1 - alphas))
+        noise_of_wrong = (noisy - alpha * wrong) / sigma
+        v = alpha * noise_of_wrong - sigma * wrong
+        prediction = v if isinstance(objective, VPrediction) else noise_of_wrong
+        assert torch.allclose(objective.loss(prediction, clean, noise, level).double(), weight * error, rtol=1e-4)
+    silent = EpsilonPrediction(torch.tensor([0.0]), 5.0)
+    level = silent.level(torch.tensor([0.5]), 1)
+    assert silent.loss(wrong[:1], clean[:1], noise[:1], level).isfinite().all()
+
+
+def test_the_noise_levels_of_sdxl_are_those_of_its_sampler():
+    pipeline = make("sdxl")
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    pipeline.scheduler.set_timesteps(10)
+    family = family_of(pipeline)
+    for timestep, expected in zip(pipeline.scheduler.timesteps, pipeline.scheduler.sigmas):
+        level = family.objective.level((timestep + 0.5) / 1000, 1)
+        assert level.timestep.item() == timestep
+        assert (level.sigma / (1 - level.sigma**2).sqrt()).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_dropped_captions_of_sdxl_are_zeros_as_its_empty_negative_prompt():
+    family = family_of(make("sdxl"))
+    found = family.encode_text(["", "a cat"])
+    _, negative, _, pooled = family.pipeline.encode_prompt("a cat", do_classifier_free_guidance=True)
+    assert found["prompt_embeds"][:1].equal(negative) and found["pooled_prompt_embeds"][:1].equal(pooled)
+    assert found["prompt_embeds"][1].any()
+    family.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    assert family.encode_text([""])["prompt_embeds"].any()
 
 
 def test_rectified_flow():

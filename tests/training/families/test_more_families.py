@@ -1,5 +1,5 @@
-"""Families that `test_parallel_runs` does not train: one process trains like two that share each sequence by a ring.
-The pipeline loads the adapter."""
+"""Families that `test_parallel_runs` does not train: one process trains like two that share each sequence by a ring, or
+the batch of a UNet. The pipeline loads the adapter."""
 
 from __future__ import annotations
 
@@ -54,11 +54,12 @@ def pictures(settings, adapter):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_ring_of_two_trains_like_one_process(name, run_worlds, settings_of, tmp_path):
+def test_two_processes_train_like_one(name, run_worlds, settings_of, tmp_path):
     if name in ("wan_i2v", "wan_ti2v"):
         pytest.importorskip("ftfy", reason="diffusers' pipelines of Wan from an image need ftfy")
     if name.startswith("qwen_image_edit") and not is_torchvision_available():
         pytest.skip("transformers' Qwen2VLProcessor needs torchvision")
+    split = {"batch_size": 1} if name.startswith("sdxl") else {"cp_degree": 2, "ring_degree": 2}
     few = {"steps": 2, "batch_size": 2, "lr_warmup_steps": 0, "caption_dropout": 0.3}
     few["evaluation_every"] = 2
     samples = {"validation_prompts": ["a cat"], "validation_every": 1, "validation_steps": 2}
@@ -67,7 +68,7 @@ def test_a_ring_of_two_trains_like_one_process(name, run_worlds, settings_of, tm
         samples["validation_images"] = [str(tmp_path / "first.png")] * WITH_REFERENCES.get(name, 1)
     if name in WITH_REFERENCES:
         few["references"] = str(make_references(tmp_path / "references", WITH_REFERENCES[name]))
-    one, two = settings_of(name, **few, **samples), settings_of(name, **few, cp_degree=2, ring_degree=2)
+    one, two = settings_of(name, **few, **samples), settings_of(name, **{**few, **split})
     [[alone]], together = run_worlds(World(1, train_all, {"several": [one]}), World(2, train_all, {"several": [two]}))
     assert len({step["loss"] for step in alone["steps"]}) == 2
     for [of_rank] in together:

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusers_attn.nested import tensors_in
 from diffusers_attn.training.data.collate import collate, varying
 from diffusers_attn.training.families import Family, family_of
-from diffusers_attn.training.loss import Level, RectifiedFlow
+from diffusers_attn.training.loss import EpsilonPrediction, Level, RectifiedFlow
 
 from ..pipelines import PIPELINES, make, small_references
 
@@ -53,6 +53,8 @@ CASES = {
     "z_image": Case({"guidance_scale": 0.0}, unpacked=True),
     "flux2": Case(),
     "sd3": Case(),
+    "sdxl": Case(unpacked=True),
+    "sdxl_v": Case(unpacked=True),
     "chroma": Case(),
     "ltx": Case(frames=9, width=64, multiple=32, frame_rule=(8, 1)),
     "sana": Case({"guidance_scale": 1.0, "use_resolution_binning": False}, width=64, multiple=32, unpacked=True),
@@ -166,7 +168,10 @@ def step_to(family: Family, noisy: Tensor, prediction: Tensor, level: Level, sig
         clean, noise = noisy - now * prediction, noisy + (1 - now) * prediction
         return (1 - sigma) * clean + sigma * noise
     alpha = (1 - now**2) ** 0.5
-    clean, noise = alpha * noisy - now * prediction, alpha * prediction + now * noisy
+    if isinstance(family.objective, EpsilonPrediction):
+        clean, noise = (noisy - now * prediction) / alpha, prediction
+    else:
+        clean, noise = alpha * noisy - now * prediction, alpha * prediction + now * noisy
     return (1 - sigma**2) ** 0.5 * clean + sigma * noise
 
 
@@ -183,8 +188,9 @@ def test_training_does_what_the_pipeline_does(name):
     if name in ("wan_i2v", "wan_ti2v"):
         pytest.importorskip("ftfy", reason="diffusers' pipelines of Wan from an image need ftfy")
     pipeline, case = make(name), CASES[name]
-    guidance = {"guidance": 3.5} if pipeline.transformer.config.get("guidance_embeds") else {}
-    length = {} if name.startswith("qwen_image_edit") else {"max_sequence_length": case.text_length}
+    embeds = hasattr(pipeline, "transformer") and pipeline.transformer.config.get("guidance_embeds")
+    guidance = {"guidance": 3.5} if embeds else {}
+    length = {} if name.startswith(("qwen_image_edit", "sdxl")) else {"max_sequence_length": case.text_length}
     family = family_of(pipeline, **length, **guidance, **case.options)
     assert family.size_multiple == case.multiple
     assert family.frame_rule == ((1, 0) if family.kind == "image" else case.frame_rule)

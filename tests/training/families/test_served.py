@@ -38,11 +38,12 @@ SERVED = {
     "QwenImageTransformer2DModel": ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     "SD3Transformer2DModel": ("StableDiffusion3Pipeline",),
     "SanaTransformer2DModel": ("SanaPipeline",),
+    "UNet2DConditionModel": ("StableDiffusionXLPipeline",),
     "WanTransformer3DModel": ("WanPipeline", "WanImageToVideoPipeline"),
     "ZImageTransformer2DModel": ("ZImagePipeline",),
 }
 """Pipelines that are trained, by the class of their transformer. Diffusers has others for each, with other inputs."""
-CLASS = re.compile(r"^class (\w+)\(([^)]*)\)|^        transformer: (\w+)", re.MULTILINE)
+CLASS = re.compile(r"^class (\w+)\(([^)]*)\)|^        (?:transformer|unet): (\w+)", re.MULTILINE)
 
 
 def pipelines_of_diffusers():
@@ -158,6 +159,7 @@ def test_what_the_transformer_expects_is_compared_with_what_is_fed(name, others,
 
 def test_every_name_of_a_further_input_is_one_of_a_configuration():
     names = "CogVideoXTransformer3D WanVACETransformer3D FluxTransformer2D HunyuanVideoTransformer3D"
+    names += " UNet2DCondition"
     known = set()
     for name in (*names.split(), "HunyuanVideo15Transformer3D"):
         model = getattr(diffusers, f"{name}Model")
@@ -179,6 +181,28 @@ def test_a_scheduler_for_another_prediction():
     pipeline.scheduler.register_to_config(prediction_type="epsilon")
     with pytest.raises(TrainingError, match="is 'epsilon', but CogVideoX is trained with 'v_prediction'"):
         family_of(pipeline)
+
+
+def test_schedulers_and_unets_of_other_models():
+    pipeline = pipelines.make("sdxl")
+    pipeline.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(TrainingError, match="is 'sample', but StableDiffusionXL is trained with 'epsilon' or 'v_pred"):
+        family_of(pipeline)
+    pipeline.scheduler = diffusers.EDMEulerScheduler()
+    with pytest.raises(TrainingError, match="EDMEulerScheduler has no alphas_cumprod"):
+        family_of(pipeline)
+    pipeline = pipelines.make("sdxl")
+    with pytest.raises(TrainingError, match=r"shift=2\.0.*UNet2DConditionModel"):
+        family_of(pipeline, shift=2.0)
+    with pytest.raises(TrainingError, match="--max_sequence_length 50: this pipeline always encodes 77"):
+        family_of(pipeline, max_sequence_length=50)
+    pipeline.unet.register_to_config(addition_embed_type=None)
+    with pytest.raises(TrainingError, match="addition_embed_type is None"):
+        family_of(pipeline)
+    with pytest.raises(
+        TrainingError, match=r"--min_snr_gamma 5\.0: WanTransformer3DModel is trained with rectified flow"
+    ):
+        family_of(make("wan"), min_snr_gamma=5.0)
 
 
 def test_more_text_than_the_model_takes():

@@ -44,6 +44,12 @@ class NoiseSettings:
         "Timestep shift; above 1 moves noise levels towards pure noise (default: that of the pipeline's scheduler)",
         bounds=POSITIVE,
     )
+    min_snr_gamma: float | None = setting(
+        None,
+        "Largest signal-to-noise ratio with its full weight in the loss, for models that predict the noise or v; 5 is "
+        "usual (default: no such weight)",
+        bounds=POSITIVE,
+    )
     guidance: float | None = setting(
         None, "Guidance scale that a guidance-distilled model gets as its input (default: 1)", bounds=NOT_NEGATIVE
     )
