@@ -107,3 +107,16 @@ def test_it_was_split_as_asked(runs):
         for family in TRAINED[name]:
             assert words in runs[name][0][family]["report"]
     assert runs["one"][0]["flux"]["report"] is None
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("adapter", ["loha", "lokr", "oft", "ia3"])
+def test_other_adapters_over_split_sequences(run_worlds, settings_of, adapter):
+    common = {"steps": 3, "adapter": adapter, "adapter_init": "default", "batch_size": 2}
+    common |= {"rank": 16} if adapter == "ia3" else {}
+    one, two = settings_of("cogview4", **common), settings_of("cogview4", **common, cp_degree=2)
+    [[alone], several] = run_worlds(World(1, train_all, {"several": [one]}), World(2, train_all, {"several": [two]}))
+    for of_rank in several:
+        for ours, theirs in zip(of_rank[0]["steps"], alone[0]["steps"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)

@@ -14,7 +14,7 @@ from ..data.buckets import ASPECTS
 from ..errors import TrainingError
 from ..families import Family
 from ..model.pipeline import fingerprint
-from ..settings.choices import QUANTISED
+from ..settings.choices import QUANTISED, WITHOUT_ALPHA
 from ..settings.config import TrainConfig
 from ..settings.flag_names import option
 
@@ -95,7 +95,7 @@ def settings_of(config: TrainConfig, dp_degree: int) -> dict[str, Any]:
     resolved = {
         # Between bfloat16 and float32, a run may change.
         "base_precision": config.base_precision if config.base_precision in QUANTISED else None,
-        "alpha": config.alpha or float(config.rank),
+        "alpha": config.alpha or (None if config.adapter in WITHOUT_ALPHA else float(config.rank)),
         "aspects": config.aspects or ASPECTS,
         "learning_rate": config.rate,
         "lr_warmup_steps": config.warmup_steps,

@@ -45,7 +45,7 @@ def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
     gallery = "\n".join(f"| {prompt} | {_shown(prompt, file)} |" for prompt, file in files)
     table = {
         "data": ", ".join(Path(each.path).name for each in config.sources),
-        "adapter": f"{config.adapter}, rank {config.rank}", "steps": config.steps,
+        "adapter": config.adapter_with_rank, "steps": config.steps,
         "optimizer": config.optimizer, "seed": config.seed, **facts,
     }  # fmt: skip
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())

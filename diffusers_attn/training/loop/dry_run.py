@@ -62,7 +62,7 @@ def summary(
         f"dry run of {epoch} steps per epoch; {config.steps} steps are {config.steps / epoch:.3g} epochs. "
         "Nothing was written.",
         f"  model      {type(family.pipeline).__name__}, base model of {human_size(weights)}",
-        f"  adapter    {config.adapter} of rank {config.rank}, {sum(each.numel() for each in trained):,} weights",
+        f"  adapter    {config.adapter_with_rank}, {sum(each.numel() for each in trained):,} weights",
         f"  processes  {dp_degree} x {cp_degree} (data x context parallel), {batch} examples per step",
         f"  memory     {human_size(memory['training'])} {where} in a step of the largest bucket: base model "
         f"{human_size(held)}, adapter with gradient and optimizer {human_size(adapter)}, other tensors "

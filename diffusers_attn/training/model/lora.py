@@ -39,12 +39,12 @@ def adapter_config(
 
     Args:
         kind: one of `KINDS`.
-        rank: rank of the trained matrices.
+        rank: rank of the trained matrices; of "oft" the size of the rotated blocks; "ia3" has none.
         alpha: numerator of the adapter's scale, `alpha / rank` ("rslora": `alpha / sqrt(rank)`). None: `rank`.
         targets: names of layers or ends of names, such as "to_q" or "attn.to_out.0"; or one regular expression that
             matches entire names.
         init: initialisation of the weights, one of `INITIALISATIONS`; only for "lora", "rslora" and "dora".
-        dropout: dropout probability of the adapter's input.
+        dropout: dropout probability of the adapter's input; "ia3" has none.
 
     Returns:
         A `peft.PeftConfig`.
@@ -72,6 +72,10 @@ def adapter_config(
         )
     if init != "default":
         raise TrainingError(f"adapter_init={init!r} is for {', '.join(IN_DIFFUSERS_FORMAT)}, not for adapter={kind!r}.")
+    if kind == "oft":
+        return peft.OFTConfig(oft_block_size=rank, target_modules=names, module_dropout=dropout)
+    if kind == "ia3":
+        return peft.IA3Config(target_modules=names, feedforward_modules=[])
     config = peft.LoHaConfig if kind == "loha" else peft.LoKrConfig
     return config(r=rank, alpha=alpha, target_modules=names, rank_dropout=0.0, module_dropout=dropout)  # type: ignore[arg-type]
 
@@ -213,7 +217,7 @@ def save_adapter(
     """Saves an adapter atomically.
 
     "lora", "rslora" and "dora" are written in diffusers' format, for the pipeline's `load_lora_weights`, or for
-    `load_lora_adapter` of its transformer if the pipeline has no such method. "loha" and "lokr" are written in PEFT's
+    `load_lora_adapter` of its transformer if the pipeline has no such method. The other kinds are written in PEFT's
     format for `load_adapter`.
 
     Args:
@@ -293,7 +297,7 @@ def _difference(layers: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> 
 
 
 def load_adapter(transformer: nn.Module, folder: str | Path) -> None:
-    """Adds a saved adapter in PEFT's format ("loha" or "lokr") to a model.
+    """Adds a saved adapter in PEFT's format ("loha", "lokr", "oft" or "ia3") to a model.
 
     Args:
         transformer: the base model.

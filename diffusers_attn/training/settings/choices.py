@@ -12,8 +12,10 @@ OFFLOADS = ("none", "blocks", "disk")
 """Places of the base model's blocks while they do not run."""
 LOW_VRAM = {"base_precision": "nf4", "offload": "blocks", "optimizer": "adamw8bit"}
 """Settings for little GPU memory."""
-KINDS = ("lora", "rslora", "dora", "loha", "lokr")
+KINDS = ("lora", "rslora", "dora", "loha", "lokr", "oft", "ia3")
 """Types of adapters."""
+WITHOUT_ALPHA, WITHOUT_RANK = ("oft", "ia3"), ("ia3",)
+"""Types of adapters whose scale is not alpha / rank, and those that have no rank either."""
 IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
 """Types of adapters that a pipeline's `load_lora_weights` loads."""
 FORMATS = ("diffusers", "comfyui")

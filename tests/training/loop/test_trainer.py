@@ -76,9 +76,10 @@ def test_all_that_a_run_leaves(settings_of, tmp_path, capfd):
         Trainer(TrainConfig(**settings))
 
 
-@pytest.mark.parametrize("adapter", ["dora", "lokr"])
+@pytest.mark.parametrize("adapter", ["dora", "lokr", "oft", "ia3"])
 def test_other_adapters(settings_of, adapter):
-    init = {"adapter_init": "default"} if adapter == "lokr" else {}
+    init = {} if adapter == "dora" else {"adapter_init": "default"}
+    init |= {"rank": 16} if adapter == "ia3" else {}
     result = train(settings_of("cogview4", steps=2, adapter=adapter, lr_warmup_steps=0, **init))
     assert len({step["loss"] for step in result["steps"]}) == 2
     assert Path(result["path"]).is_file()

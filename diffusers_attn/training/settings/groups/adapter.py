@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..bounds import BELOW_ONE, COUNT, POSITIVE
-from ..choices import FORMATS, INITIALISATIONS, KINDS
+from ..choices import FORMATS, INITIALISATIONS, KINDS, WITHOUT_ALPHA, WITHOUT_RANK
 from ..setting import setting
 
 
@@ -17,9 +17,17 @@ class AdapterSettings:
     HEADING: ClassVar = "adapter"
 
     adapter: str = setting("lora", "Type of adapter to train", KINDS)
-    rank: int = setting(16, "Rank of the adapter", bounds=COUNT)
+    rank: int = setting(
+        16,
+        "Rank of the adapter; of oft the size of the rotated blocks",
+        bounds=COUNT,
+        needs=("adapter", *(each for each in KINDS if each not in WITHOUT_RANK)),
+    )
     alpha: float | None = setting(
-        None, "Numerator of the adapter's scale, which is alpha / rank (default: the rank)", bounds=POSITIVE
+        None,
+        "Numerator of the adapter's scale, which is alpha / rank (default: the rank)",
+        bounds=POSITIVE,
+        needs=("adapter", *(each for each in KINDS if each not in WITHOUT_ALPHA)),
     )
     targets: list[str] | None = setting(
         None,
@@ -36,7 +44,12 @@ class AdapterSettings:
         "Adapter to go on from, of the same --adapter, --rank and --targets: a .safetensors file, or a folder that a "
         "run wrote (default: a new one)",
     )
-    adapter_dropout: float = setting(0.0, "Dropout probability of the adapter's input", bounds=BELOW_ONE)
+    adapter_dropout: float = setting(
+        0.0,
+        "Dropout probability of the adapter's input",
+        bounds=BELOW_ONE,
+        needs=("adapter", *(each for each in KINDS if each not in WITHOUT_RANK)),
+    )
     format: list[str] = setting(
         ["diffusers"],
         "Formats in which the adapter is saved; comfyui adds comfyui_lora.safetensors to the adapter in diffusers' "
