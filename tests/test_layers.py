@@ -13,7 +13,7 @@ import diffusers_attn
 ROOT = Path(diffusers_attn.__file__).parent
 # From the bottom to the top. Folders and modules on one line do not import from each other.
 LAYERS = (
-    ("errors", "parent_process", "atomic_files"),
+    ("errors", "parent_process", "atomic_files", "json_files"),
     ("logs", "spans", "quality"),
     ("masks", "nested", "recompute", "shapes", "tensor_kinds", "tracing", "cp_plans", "tiny_models"),
     ("call",),

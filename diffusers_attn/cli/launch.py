@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def launch(module: str, arguments: Sequence[str], processes: int) -> int:
@@ -18,25 +21,28 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> int:
     Args:
         processes: number of processes; on GPUs, the number of GPUs.
     """
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module,
-        *arguments,
-    ]  # fmt: skip
     # The same search path as here, and one thread for each process, as torch.distributed.run sets with a warning.
     path = os.pathsep.join(each or os.getcwd() for each in sys.path)
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen(command, env=environment, stdout=sys.__stderr__)
-    with _signals_go_to(process):
-        return process.wait()
+    # torch.distributed.run does not remove the folder that it makes for logs.
+    with tempfile.TemporaryDirectory(prefix="diffusers-attn-logs-") as logs:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+            "--log-dir", logs, "-m", module, *arguments,
+        ]  # fmt: skip
+        # In a session of its own a terminal does not send it signals, so that it gets each of them once, from here.
+        process = subprocess.Popen(command, env=environment, stdout=sys.__stderr__, start_new_session=True)
+        with _signals_go_to(process):
+            return process.wait()
 
 
 @contextlib.contextmanager
 def _signals_go_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leaves the end of this process to another one. A terminal sends Ctrl-C to both; SIGTERM is passed on."""
+    """Passes signals that end a program on to another one, whose end is then this one's."""
     handlers: dict[int, Any] = {}
     try:
-        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
-        handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        for number in _SIGNALS:
+            handlers[number] = signal.signal(number, lambda number, _: process.send_signal(number))
     except ValueError:
         pass  # signals are handled in the main thread only
     try:

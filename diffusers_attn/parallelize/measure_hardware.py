@@ -34,6 +34,7 @@ from ..context_parallel import job
 from ..context_parallel.comm import symmetric_memory
 from ..context_parallel.comm.everyone import everyone
 from ..context_parallel.comm.group import Group
+from ..json_files import read_json
 from ..providers.hardware import NETWORK, TYPICAL, Hardware, Link
 
 SETTING = "DIFFUSERS_ATTN_LINKS"
@@ -145,7 +146,7 @@ def _known(devices: str, file: Path | None) -> Hardware | None:
     if devices in _measured or file is None:
         return _measured.get(devices)
     try:
-        kept = json.loads(file.read_text())
+        kept = read_json(file)
         return _from_json(kept["hardware"]) if kept["devices"] == json.loads(devices) else None
     except (FileNotFoundError, NotADirectoryError):
         return None

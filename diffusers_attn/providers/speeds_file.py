@@ -14,6 +14,7 @@ from typing import Any
 
 from ..atomic_files import write_atomically
 from ..errors import AttentionProviderError
+from ..json_files import read_json
 
 SETTING = "DIFFUSERS_ATTN_SPEEDS"
 SCHEMA = "diffusers-attn/speeds/1"
@@ -58,7 +59,7 @@ def read(path: Path) -> Tables:
         OSError: it cannot be read.
         ValueError, KeyError, TypeError: it is not such a file.
     """
-    content = json.loads(path.read_text())
+    content = read_json(path)
     if content["schema"] != SCHEMA:
         raise ValueError(f"its schema is {content['schema']!r}, and {SCHEMA!r} is accepted")
     found: Tables = {}

@@ -42,7 +42,7 @@ class JobRanks:
             return self._accelerator.reduce(mine, reduction="sum").tolist()
 
     def everyone(self, value: Any) -> list[Any]:
-        """The `value` of every process in rank order. Values must be picklable."""
+        """The `value` of every process in rank order. Values are plain, see `plain_values`."""
         return [value] if self.size == 1 else everyone(value, [None])
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:

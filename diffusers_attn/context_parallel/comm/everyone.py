@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from . import process_groups, rank_progress
+from . import plain_values, process_groups, rank_progress
 
 
 def everyone(value: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any]:
     """The objects of all ranks of these groups, in the order of the ranks.
 
     Args:
-        value: this rank's object; it is pickled.
+        value: this rank's object: a plain value, see `plain_values`.
         groups: the groups whose ranks take part. With two groups, objects are gathered along the last one first. None
             is all ranks of the job.
 
@@ -26,6 +25,6 @@ def everyone(value: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any
     for group in reversed(groups):
         members = list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
         device = dist.get_backend_config(group).partition(":")[0]
-        parts = rank_progress.tell(members, pickle.dumps(answers), process_groups.timeout_of(group, device))
-        answers = [each for part in parts for each in pickle.loads(part)]
+        parts = rank_progress.tell(members, plain_values.to_bytes(answers), process_groups.timeout_of(group, device))
+        answers = [each for part in parts for each in plain_values.from_bytes(part)]
     return answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ...json_files import read_json
 from ..data.disk import file_checksum
 
 MANIFEST = "checksums.json"
@@ -24,7 +25,7 @@ def damage(folder: Path) -> str | None:
     """Describes the first damaged file of a checkpoint; None if all files are intact."""
     manifest = folder / MANIFEST
     try:
-        entries = json.loads(manifest.read_text())
+        entries = read_json(manifest)
         expected = {str(name): (int(each["bytes"]), str(each["crc32"])) for name, each in entries.items()}
     except FileNotFoundError:
         return f"{manifest} is missing"
@@ -34,6 +35,8 @@ def damage(folder: Path) -> str | None:
         return f"{manifest} does not name state.json"
     for name, (size, crc) in expected.items():
         path = folder / name
+        if Path(name).name != name:
+            return f"{manifest} names {name!r}, which is no file of this folder"
         try:
             if path.stat().st_size != size:
                 return f"{path} has {path.stat().st_size} bytes, but {size} were written"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...json_files import read_json
 from ..batches.buckets import buckets_of
 from ..data.buckets import ASPECTS
 from ..errors import TrainingError
@@ -119,7 +120,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         TrainingError: the file is missing or cannot be read.
     """
     try:
-        settings = json.loads((folder / FILE).read_text())
+        settings = read_json(folder / FILE)
         if not isinstance(settings, dict) or not isinstance(settings["facts"], dict):
             raise ValueError("no settings")
     except (OSError, ValueError, KeyError) as error:

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...json_files import read_json
 from ..data.loader import LatentLoader
 from ..errors import TrainingError
 from ..model.ema import AdapterAverage
 from ..model.lora import adapter_weights, load_adapter_weights
 from ..model.optim import load_optimizer_state, optimizer_state, resume_schedule
+from . import tensors_and_values
 from .resuming import Facts, write_settings
 
-_FORMAT = 2
+_FORMAT = 3
 INITIAL = "initial.safetensors"
 
 
@@ -92,7 +94,7 @@ def write(taken: TrainingSnapshot, folder: Path) -> None:
         save_file(taken.average, folder / "average.safetensors")
     if taken.initial is not None:
         save_file(taken.initial, folder / INITIAL)
-    torch.save({"optimizer": taken.optimizer}, folder / "optimizer.pt")
+    tensors_and_values.write(taken.optimizer, folder / "optimizer")
     write_settings(folder, taken.settings, taken.facts)
     state = {"format": _FORMAT, "step": taken.step, "loader": taken.loader, "average_steps": taken.average_steps}
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -122,8 +124,8 @@ def restore(training: Training, folder: Path) -> int:
     load_adapter_weights(training.transformer, load_file(folder / "adapter.safetensors"))
     if training.average is not None:
         training.average.load(load_file(folder / "average.safetensors"), state["average_steps"])
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    load_optimizer_state(training.optimizer, saved["optimizer"], training.settings["optimizer"])
+    saved = tensors_and_values.read(folder / "optimizer")
+    load_optimizer_state(training.optimizer, saved, training.settings["optimizer"])
     resume_schedule(training.schedule, int(state["step"]))
     return int(state["step"])
 
@@ -131,7 +133,7 @@ def restore(training: Training, folder: Path) -> int:
 def _read_state(path: Path) -> dict[str, Any]:
     """Reads and checks state.json."""
     try:
-        state = json.loads(path.read_text())
+        state = read_json(path)
         written = state["format"]
         counts = {
             "step": state["step"],

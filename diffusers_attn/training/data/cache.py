@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ...json_files import read_json
 from . import decode
 from .buckets import Bucket, Buckets
 from .digests import content_digests
@@ -458,6 +459,6 @@ def _check_shared(missing: Sequence[str], folder: Path, ranks: Ranks) -> None:
 
 def _reason(problem: Path) -> str:
     try:
-        return str(json.loads(problem.read_text())["reason"])
-    except (ValueError, KeyError, TypeError):  # the file is damaged
+        return str(read_json(problem)["reason"])
+    except (OSError, ValueError, KeyError, TypeError):  # the file is damaged
         return "it cannot be decoded"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import posixpath
 from collections import defaultdict
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
+from ...json_files import parse_json
 from .decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES, VIDEO_SUFFIXES
 from .errors import Problem
 from .walk import files_of
@@ -24,6 +24,7 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 FILE_COLUMN = "file_name"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _PLACES_NAMED = 5
+_MOST_BYTES = 2**20
 
 
 def captions_of_folder(
@@ -164,6 +165,10 @@ def _from_text_files(
             problems.append(Problem(text, f"a caption for several files: {', '.join(names)}"))
             explained.update(names)
             continue
+        if path.stat().st_size > _MOST_BYTES:
+            problems.append(Problem(text, f"{path.stat().st_size} bytes; a caption has at most {_MOST_BYTES}"))
+            explained.update(names)
+            continue
         try:
             caption = path.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
@@ -209,7 +214,7 @@ def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] 
         if not line or line.isspace():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             yield number, f"not JSON: {error}"
             continue

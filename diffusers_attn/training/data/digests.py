@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...json_files import read_json
 from .disk import write_file
 from .errors import TrainingDataError
 from .ranks import Ranks, in_step
 from .source import Source, content_digest
 
 _FILES_PER_STEP = 16
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def content_digests(sources: Sequence[Source], folder: Path, ranks: Ranks) -> list[str]:
@@ -56,9 +59,9 @@ def _known(folder: Path) -> dict[str, str]:
     known: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            digests = json.loads(path.read_text())
-        except ValueError:  # another program's file, or damaged; its digests are computed again
+            digests = read_json(path)
+        except (OSError, ValueError):  # another program's file, or damaged; its digests are computed again
             continue
         if isinstance(digests, dict):
-            known.update(digests)
+            known |= {stamp: each for stamp, each in digests.items() if _DIGEST.fullmatch(str(each))}
     return known

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...json_files import read_json
 from .disk import write_file
 from .ranks import OtherRankError, Ranks
 from .walk import RUN_MARK
@@ -56,7 +57,7 @@ class FolderLock:
     def holder(self) -> str:
         """Describes the holder: "process 123 on host a, since 2026-01-01 12:00:00+00:00"."""
         try:
-            holder = json.loads(self._mark.read_text())
+            holder = read_json(self._mark)
             return f"process {holder['process']} on host {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):  # the file is being written
             return "another process"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...atomic_files import remove_unfinished
+from ...json_files import parse_json
 from .disk import checksum, write_file
 from .errors import TrainingDataError
 
@@ -58,7 +59,7 @@ class TensorStore:
 
         try:
             with safe_open(self.path(key), framework="pt") as file:
-                about = json.loads((file.metadata() or {})[_ABOUT])
+                about = parse_json((file.metadata() or {})[_ABOUT])
                 return about["key"] == key and "crc32" in about
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return False
@@ -87,11 +88,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+            about = parse_json((file.metadata() or {}).get(_ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
-    if about.get("crc32") != _checksum(tensors):
+    if not isinstance(about, dict) or about.get("crc32") != _checksum(tensors):
         not_finite = [name for name, each in tensors.items() if each.is_floating_point() and not each.isfinite().all()]
         raise _damaged(
             path,

@@ -98,7 +98,7 @@ def _folder(tmp_path, steps=(1, 2)):
 
     def write(folder):
         (folder / "state.json").write_text("{}")
-        (folder / "optimizer.pt").write_bytes(bytes(range(256)) * 10)
+        (folder / "optimizer.safetensors").write_bytes(bytes(range(256)) * 10)
 
     for step in steps:
         checkpoints.save(step, write)
@@ -108,7 +108,7 @@ def _folder(tmp_path, steps=(1, 2)):
 @pytest.mark.parametrize("damage", ["bit", "cut", "missing", "manifest", "no manifest"])
 def test_a_damaged_checkpoint_is_named_and_another_offered(tmp_path, damage):
     checkpoints = _folder(tmp_path)
-    path = checkpoints.path(2) / "optimizer.pt"
+    path = checkpoints.path(2) / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
     if damage == "bit":
         content[1000] ^= 4
@@ -149,8 +149,8 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(tmp_path, damage):
 def test_a_state_that_cannot_be_meant_is_refused(tmp_path, change, message):
     folder = tmp_path / "step-00000002"
     folder.mkdir()
-    state = {"format": 2, "step": 2, "average_steps": 0, "loader": {"epoch": 0, "position": 2, "batches": "a"}}
-    (folder / "state.json").write_text(json.dumps({"format": 2} if change is None else {**state, **change}))
+    state = {"format": 3, "step": 2, "average_steps": 0, "loader": {"epoch": 0, "position": 2, "batches": "a"}}
+    (folder / "state.json").write_text(json.dumps({"format": 3} if change is None else {**state, **change}))
     with pytest.raises(TrainingError, match=message) as error:
         restore(None, folder)
     assert str(folder / "state.json") in str(error.value)
