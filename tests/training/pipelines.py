@@ -292,6 +292,17 @@ def flux_kontext() -> diffusers.FluxKontextPipeline:
     )  # fmt: skip
 
 
+def flux_control() -> diffusers.FluxControlPipeline:
+    """FLUX.1 with a control image, of which the VAE's distribution has no width: the pipeline draws from it."""
+    base = flux_kontext()
+    base.vae.quant_conv.weight.data[LATENTS:] = 0
+    base.vae.quant_conv.bias.data[LATENTS:] = -60
+    config = {**base.transformer.config, "in_channels": 8 * LATENTS, "out_channels": 4 * LATENTS}
+    parts = {name: each for name, each in base.components.items() if name not in ("image_encoder", "feature_extractor")}
+    transformer = _random(diffusers.FluxTransformer2DModel.from_config({**config, "_use_default_values": []}))
+    return diffusers.FluxControlPipeline(**{**parts, "transformer": transformer})
+
+
 class _ImageProcessor(transformers.Qwen2VLProcessor):
     """The processor without that of videos, which needs torchvision. A pipeline with it cannot be loaded."""
 
@@ -390,6 +401,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "hunyuan_video15": hunyuan_video15,
     "krea2": krea2,
     "flux_kontext": flux_kontext,
+    "flux_control": flux_control,
     "qwen_image_edit": qwen_image_edit,
     "qwen_image_edit_plus": qwen_image_edit_plus,
     "wan_i2v": wan_i2v,

@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hunyuan_video": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 600},
     "hunyuan_video15": {"resolution": [48], "aspects": [1.0], "num_frames": [9]},
     "flux_kontext": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43, "guidance": 2.5},
+    "flux_control": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43, "guidance": 2.5},
     "qwen_image_edit": {"resolution": [48], "aspects": [1.0]},
     "qwen_image_edit_plus": {"resolution": [48], "aspects": [1.0]},
     "wan_i2v": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
@@ -47,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "krea2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 273},
 }
 VIDEOS = ("wan", "cogvideox", "ltx", "hunyuan_video", "hunyuan_video15", "wan_i2v", "wan_ti2v", "wan_a14b")
-WITH_REFERENCES = {"flux_kontext": 1, "qwen_image_edit": 1, "qwen_image_edit_plus": 2}
+WITH_REFERENCES = {"flux_kontext": 1, "flux_control": 1, "qwen_image_edit": 1, "qwen_image_edit_plus": 2}
 """Families with reference images, and how many the tests give."""
 FROM_IMAGE = ("wan_i2v", "wan_ti2v", *WITH_REFERENCES)
 QUICK = ("flux", "wan", "cogvideox", "cogview4", "qwen_image", "z_image", "flux2")

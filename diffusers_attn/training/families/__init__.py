@@ -16,7 +16,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "CogVideoXTransformer3DModel": ("cogvideox:CogVideoX",),
     "CogView4Transformer2DModel": ("cogview4:CogView4",),
     "Flux2Transformer2DModel": ("flux2:Flux2",),
-    "FluxTransformer2DModel": ("flux:Flux", "flux_kontext:FluxKontext"),
+    "FluxTransformer2DModel": ("flux:Flux", "flux_kontext:FluxKontext", "flux_control:FluxControl"),
     "HunyuanVideo15Transformer3DModel": ("hunyuan_video15:HunyuanVideo15",),
     "HunyuanVideoTransformer3DModel": ("hunyuan_video:HunyuanVideo",),
     "Krea2Transformer2DModel": ("krea2:Krea2",),

@@ -76,6 +76,8 @@ class Family(abc.ABC):
     """Whether the text encoder sees the reference images, too; see `seeing`."""
     takes_image: ClassVar[bool] = False
     """Whether the pipeline's call needs an image."""
+    image_argument: ClassVar[str] = "image"
+    """Argument of the pipeline's call for its images."""
     conditioned: ClassVar[bool] = False
     """Whether `encode` returns inputs of the transformer besides latents."""
     encoded: ClassVar[tuple[str, ...]] = ("prompt_embeds",)

@@ -12,10 +12,9 @@ from .base import patches
 from .flux import Flux
 
 
-class FluxKontext(Flux):
-    """`FluxKontextPipeline` with a `FluxTransformer2DModel`. The reference has the size of the trained image."""
+class FluxReference(Flux):
+    """FLUX.1 with the latents of an image of the size of the trained one, as "reference"."""
 
-    pipelines = ("FluxKontextPipeline",)
     conditioned = True
     takes_image = True
     most_references = 1
@@ -28,6 +27,12 @@ class FluxKontext(Flux):
                 reference = vae.encode(references[:, 0].to(vae.device, vae.dtype)).latent_dist.mode()
             found["reference"] = self.normalise(self.from_vae(reference.float().cpu()))
         return found
+
+
+class FluxKontext(FluxReference):
+    """`FluxKontextPipeline` with a `FluxTransformer2DModel`. The reference has the size of the trained image."""
+
+    pipelines = ("FluxKontextPipeline",)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         inputs = super().inputs(noisy, timestep, text)

@@ -114,7 +114,7 @@ def _check_inputs(config: TrainConfig, family: Family, size: list[int] | None) -
     given: dict[str, Any] = {"prompt": "a", "height": height, "width": width}
     given["max_sequence_length"] = family.max_sequence_length
     if family.takes_image:
-        given["image"] = Image.new("RGB", (1, 1))
+        given[family.image_argument] = Image.new("RGB", (1, 1))
     called = inspect.signature(family.pipeline.__call__).parameters
     defaults = {name: called[name].default if name in called else None for name in known}
     arguments = {name: None if each is inspect.Parameter.empty else each for name, each in defaults.items()}

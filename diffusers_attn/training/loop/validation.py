@@ -85,7 +85,7 @@ class Validation:
             **seeing.prompt_arguments(preview.prompt, preview.negative_prompt, guided=guided),
         }
         if images:
-            call["image"] = images if len(images) > 1 else images[0]
+            call[family.image_argument] = images if len(images) > 1 else images[0]
         return call
 
     def generate(

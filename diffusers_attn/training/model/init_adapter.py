@@ -48,20 +48,21 @@ def read_adapter(pipeline: Any, path: Path, component: str = "transformer", seve
         )
     except Exception as error:  # diffusers' converters have many error types
         raise TrainingError(f"{what} cannot be read as a LoRA of {type(pipeline).__name__}: {error}") from error
-    layers = _of_transformer(found)
+    start = "unet." if component == "unet" else "transformer."  # also that of the second of two transformers
+    layers = _beginning(found, start)
     if not layers or not all(".lora_" in name for name in layers):
         raise TrainingError(
             f"{what} has no LoRA of a transformer, but {len(found)} tensors such as {next(iter(found), 'none')}."
         )
-    of_layers = _of_transformer(alphas[0] or {}) if alphas else {}
-    settings = _of_transformer(metadata or {})
+    of_layers = _beginning(alphas[0] or {}, start) if alphas else {}
+    settings = _beginning(metadata or {}, start)
     ranks = {name.removesuffix(".lora_A.weight"): each.shape[0] for name, each in layers.items() if ".lora_A." in name}
     scalings = {name: _scaling(rank, of_layers.get(f"{name}.alpha"), settings) for name, rank in ranks.items()}
     return SavedAdapter(file, layers, scalings)
 
 
-def _of_transformer(values: Mapping[str, Any]) -> dict[str, Any]:
-    start = "transformer."
+def _beginning(values: Mapping[str, Any], start: str) -> dict[str, Any]:
+    """The values whose names begin with `start`, by the rest of their names."""
     return {name.removeprefix(start): each for name, each in values.items() if name.startswith(start)}
 
 

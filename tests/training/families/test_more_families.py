@@ -35,7 +35,7 @@ def pictures(settings, adapter):
         "max_sequence_length": settings.get("max_sequence_length"),
         "num_inference_steps": 3,
         "output_type": "latent",
-        "image": Image.new("RGB", (48, 48), "red"),
+        **dict.fromkeys(("image", "control_image"), Image.new("RGB", (48, 48), "red")),
     }
     arguments |= {"max_area": settings["resolution"][0] ** 2, "_auto_resize": False}
     arguments = {key: each for key, each in arguments.items() if key in accepted and each is not None}

@@ -62,6 +62,7 @@ CASES = {
     "hunyuan_video": Case({"guidance_scale": 3.5}, text_length=600, frames=9),
     "hunyuan_video15": Case(text_length=40, frames=9),
     "flux_kontext": Case({"guidance_scale": 3.5}, images=1),
+    "flux_control": Case({"guidance_scale": 3.5}, images=1),
     "qwen_image_edit": Case({"true_cfg_scale": 1.0}, images=1),
     "qwen_image_edit_plus": Case({"true_cfg_scale": 1.0}, images=2),
     "wan_i2v": Case(frames=9, images=1),
@@ -119,7 +120,8 @@ def draw(family: Family, case: Case) -> Drawn:
         **case.arguments,
     }
     if case.images:
-        arguments["image"] = pictures(family, case) if case.images > 1 else pictures(family, case)[0]
+        images = pictures(family, case)
+        arguments[family.image_argument] = images if case.images > 1 else images[0]
     accepted = inspect.signature(pipeline.__call__).parameters
     pipeline.set_progress_bar_config(disable=True)
     pipeline(prompt=PROMPT, output_type="pt", **{name: arguments[name] for name in arguments if name in accepted})

@@ -113,6 +113,16 @@ def test_a_unet_is_not_split():
         check_split(family, 2)
 
 
+def test_a_run_goes_on_from_the_adapter_of_another(settings_of):
+    first = settings_of("sdxl", **{**RUN, "steps": 1})
+    before = load_file(train(first)["path"])
+    forget_accelerate()
+    again = {"steps": 1, "learning_rate": 1e-30, "init_adapter": first["output_dir"], "adapter_init": "default"}
+    after = load_file(train(settings_of("sdxl", **{**RUN, **again}))["path"])
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(after[name], each, atol=1e-6) for name, each in before.items())
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("offload", ["blocks", "disk"])
 def test_offloaded_blocks_train_alike(settings_of, offload):

@@ -29,7 +29,7 @@ SERVED = {
     "CogVideoXTransformer3DModel": ("CogVideoXPipeline",),
     "CogView4Transformer2DModel": ("CogView4Pipeline",),
     "Flux2Transformer2DModel": ("Flux2Pipeline", "Flux2KleinPipeline"),
-    "FluxTransformer2DModel": ("FluxPipeline", "FluxKontextPipeline"),
+    "FluxTransformer2DModel": ("FluxPipeline", "FluxKontextPipeline", "FluxControlPipeline"),
     "HunyuanVideo15Transformer3DModel": ("HunyuanVideo15Pipeline",),
     "HunyuanVideoTransformer3DModel": ("HunyuanVideoPipeline",),
     "Krea2Transformer2DModel": ("Krea2Pipeline",),
