@@ -104,7 +104,7 @@ def measure(
     began = time.perf_counter()
     cls = getattr(diffusers, real.model_class)
     transformer: Any = load_transformer(
-        folder, cls, model=str(folder), revision=None, dtype=torch.bfloat16, precision=precision
+        folder, cls, model=str(folder), part="transformer", revision=None, dtype=torch.bfloat16, precision=precision
     )
     transformer.to("cpu")
     parameters = add_adapter(transformer, adapter_config("lora", rank, None, targets), seed=0)
