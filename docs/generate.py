@@ -253,6 +253,15 @@ def training_tables() -> str:
     return "\n".join(training.markdown(json.loads(path.read_text())) for path in runs).rstrip()
 
 
+def train_memory_tables() -> str:
+    """One section for each recorded run of benchmarks/train_memory.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import train_memory
+
+    runs = sorted(RESULTS.glob("train_memory-*.json"))
+    return "\n\n".join(train_memory.markdown(json.loads(path.read_text())) for path in runs)
+
+
 def script_tables() -> str:
     """One section for each recorded run of benchmarks/train_lora.py."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -328,6 +337,7 @@ SECTIONS = {
     },
     "docs/cost_model.md": {"predictions": prediction_table, "layers": layer_table},
     "docs/measuring.md": {"quality": quality_tables},
+    "docs/training.md": {"memory": train_memory_tables},
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
     },
