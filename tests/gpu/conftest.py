@@ -1,4 +1,4 @@
-"""Errors that were measured are reported at the end, whether or not they passed."""
+"""Fixtures of tests on GPUs. Errors that were measured are reported at the end, whether or not they passed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import gc
 import pytest
 import torch
 
+from ..context_parallel.pool import Pool
+from .several import SIZE, TIMEOUT, work
+
 _measured: dict[str, dict[str, float]] = collections.defaultdict(dict)
 
 
@@ -16,6 +19,14 @@ def pytest_collection_modifyitems(items) -> None:  # type: ignore[no-untyped-def
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="PyTorch sees no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    """One process for each GPU."""
+    workers = Pool(work, SIZE, TIMEOUT)
+    yield workers
+    workers.close()
 
 
 @pytest.fixture

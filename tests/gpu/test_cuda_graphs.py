@@ -28,9 +28,8 @@ from diffusers_attn import (
 )
 from diffusers_attn.runtime.cuda_graphs import apply, graphed, recording
 
-from ..context_parallel.pool import Pool
 from .cases import build_lacks, providers
-from .test_context_parallel import SIZE, STRATEGIES, TIMEOUT, work
+from .several import SIZE, STRATEGIES
 
 pytestmark = pytest.mark.gpu
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_flux"
@@ -377,14 +376,6 @@ def test_a_job_ends_with_its_graphs_alive(tmp_path, degree, ending):
     result = subprocess.run(launch, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done") == 2
-
-
-@pytest.fixture(scope="module")
-def gpus():
-    """One process for each GPU."""
-    workers = Pool(work, SIZE, TIMEOUT)
-    yield workers
-    workers.close()
 
 
 def shared(meshes, strategy, name, compiled, inputs_mode):

@@ -8,25 +8,12 @@ import pytest
 from diffusers_attn import apply_compile, cuda_graphs_status, disable_context_parallel, enable_context_parallel
 from diffusers_attn.guidance.guided_call import guided_call
 
-from ..context_parallel.pool import Pool
 from ..guidance.families import STEPS, build, draw
 from ..guidance.test_pipelines import CACHED, CACHES
 from ..parallelize import test_controlnets as controlnets
-from .test_context_parallel import SIZE, TIMEOUT, work
+from .several import SEVERAL_GPUS, SIZE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(SIZE < 2, reason=f"needs two CUDA devices or more; PyTorch sees {SIZE}"),
-]
-
-
-@pytest.fixture(scope="module")
-def gpus():
-    """One process for each GPU."""
-    workers = Pool(work, SIZE, TIMEOUT)
-    yield workers
-    workers.close()
+pytestmark = SEVERAL_GPUS
 
 
 def family(meshes, name, compiled):

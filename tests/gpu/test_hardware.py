@@ -6,28 +6,14 @@ import json
 import os
 import time
 
-import pytest
 import torch
 
 from diffusers_attn.parallelize import measure_hardware as measuring
 from diffusers_attn.parallelize.measure_hardware import SETTING, job_hardware
 
-from ..context_parallel.pool import Pool
-from .test_context_parallel import SIZE, TIMEOUT, work
+from .several import SEVERAL_GPUS, SIZE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(SIZE < 2, reason=f"needs two CUDA devices or more; PyTorch sees {SIZE}"),
-]
-
-
-@pytest.fixture(scope="module")
-def gpus():
-    """One process for each GPU."""
-    workers = Pool(work, SIZE, TIMEOUT)
-    yield workers
-    workers.close()
+pytestmark = SEVERAL_GPUS
 
 
 def measured(meshes, folder):

@@ -5,23 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ..context_parallel.pool import Pool
 from ..context_parallel.sequences.test_local_keys import KEYS, assert_refused, attended
-from .test_context_parallel import SIZE, TIMEOUT, work
+from .several import SEVERAL_GPUS, SIZE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(SIZE < 2, reason=f"needs two CUDA devices or more; PyTorch sees {SIZE}"),
-]
-
-
-@pytest.fixture(scope="module")
-def gpus():
-    """One process for each GPU."""
-    workers = Pool(work, SIZE, TIMEOUT)
-    yield workers
-    workers.close()
+pytestmark = SEVERAL_GPUS
 
 
 def on_gpus(meshes, **arguments):

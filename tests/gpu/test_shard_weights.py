@@ -16,24 +16,11 @@ from diffusers_attn import (
     remove_cuda_graphs,
 )
 
-from ..context_parallel.pool import Pool
-from .test_context_parallel import SIZE, TIMEOUT, work
+from .several import SEVERAL_GPUS, SIZE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(SIZE < 2, reason=f"needs two CUDA devices or more; PyTorch sees {SIZE}"),
-]
+pytestmark = SEVERAL_GPUS
 LAYERS = 12
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def gpus():
-    """One process for each GPU."""
-    workers = Pool(work, SIZE, TIMEOUT)
-    yield workers
-    workers.close()
 
 
 def wan():

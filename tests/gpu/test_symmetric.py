@@ -26,23 +26,10 @@ from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 from diffusers_attn.cp_plans.plan import CPInput, ParamId
 
 from .. import reference
-from ..context_parallel.pool import Pool
-from .test_context_parallel import SIZE, TIMEOUT, work
+from .several import SEVERAL_GPUS, SIZE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(SIZE < 2, reason=f"needs two CUDA devices or more; PyTorch sees {SIZE}"),
-]
+pytestmark = SEVERAL_GPUS
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(scope="module")
-def gpus():
-    """One process for each GPU."""
-    workers = Pool(work, SIZE, TIMEOUT)
-    yield workers
-    workers.close()
 
 
 def delay(chance=0.3):

@@ -9,25 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from diffusers_attn import split_vae, unsplit_vae
 
-from ..context_parallel.pool import Pool
 from ..vae.cases import CASES
 from ..vae.test_models import both, build
 from ..vae.test_split import rounded
-from .test_context_parallel import SIZE, TIMEOUT, work
+from .several import SEVERAL_GPUS, SIZE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(SIZE < 2, reason=f"needs two CUDA devices or more; PyTorch sees {SIZE}"),
-]
-
-
-@pytest.fixture(scope="module")
-def gpus():
-    """One process for each GPU."""
-    workers = Pool(work, SIZE, TIMEOUT)
-    yield workers
-    workers.close()
+pytestmark = SEVERAL_GPUS
 
 
 def compare(meshes, name, two_axes=False):
