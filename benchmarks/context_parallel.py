@@ -38,10 +38,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import real_shapes
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, profiled, step_milliseconds
 from mechanisms import switched
-from options import add_options, heading, parse, print_tables
+from options import add_models, add_options, heading, parse, print_tables
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
 from strategies import STRATEGIES, USUAL
@@ -236,13 +235,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=REAL,
-        default=real_shapes.USUAL,
-        help=f"models to run (default: {' '.join(real_shapes.USUAL)})",
-    )
+    add_models(parser)
     parser.add_argument(
         "--strategies",
         nargs="+",
@@ -281,30 +274,25 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
     if args.markdown:
         print_tables(args.markdown, markdown)
-        return 0
+        return
     diffusers.utils.logging.set_verbosity_error()  # that its context parallelism is experimental, for each variant
     # All variants compile the same functions: what one may recompile is not what all may together.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     ranks = Ranks(args.device, args.timeout)
     report = Report(args.output, ranks, args)
-    status = 0
-    try:
-        with torch.no_grad():
-            for name in args.models:
-                bench_model((TINY if args.tiny else REAL)[name], args, ranks, report)
-                torch._dynamo.reset()
-                memory_taken(ranks.device)
-    except RanksDifferError as failure:
-        print(f"rank {ranks.rank}: {failure}", file=sys.stderr)
-        status = 1
-    if ranks.rank == 0:
-        results = [variant.result for variant in report.variants]
-        print(markdown({"environment": report.environment, "results": results}), flush=True)
-    ranks.end(status)
+
+    @torch.no_grad()
+    def measure() -> None:
+        for name in args.models:
+            bench_model((TINY if args.tiny else REAL)[name], args, ranks, report)
+            torch._dynamo.reset()
+            memory_taken(ranks.device)
+
+    ranks.run(measure, report, markdown)
 
 
 if __name__ == "__main__":

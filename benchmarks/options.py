@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import real_shapes
 import torch
 
 
@@ -43,6 +44,11 @@ def add_options(
         parser.add_argument(
             "--tiny", action="store_true", help="use tiny models of the same classes, to try this out (default: off)"
         )
+    add_results(parser)
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for the file of results."""
     parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each change")
     parser.add_argument(
         "--markdown",
@@ -52,6 +58,17 @@ def add_options(
         help="print the tables of these earlier results, and run nothing",
     )
     parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Adds `--models`, of those in `real_shapes`."""
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=real_shapes.REAL,
+        default=real_shapes.USUAL,
+        help=f"models to run (default: {' '.join(real_shapes.USUAL)})",
+    )
 
 
 def parse(parser: argparse.ArgumentParser, script: str, least: int = 2) -> argparse.Namespace:

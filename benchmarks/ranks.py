@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from measuring import Report
 from strategies import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -73,6 +74,26 @@ class Ranks:
         if failed:
             raise RanksDifferError(", ".join(f"rank {rank} alone: {error}" for rank, error in failed.items()))
         return [result for result, _ in every]
+
+    def run(self, measure: Callable[[], None], report: Report, markdown: Callable[[dict[str, Any]], str]) -> NoReturn:
+        """Measures, prints the tables of the report on the first rank, and ends this process: with status 1 if a rank
+        failed.
+
+        Args:
+            measure: adds the variants to `report`.
+            report: the results.
+            markdown: the tables of a report, from the content of its file.
+        """
+        status = 0
+        try:
+            measure()
+        except (RanksDifferError, VariantError) as failure:
+            print(f"rank {self.rank}: {failure}", file=sys.stderr)
+            status = 1
+        if self.rank == 0:
+            results = [variant.result for variant in report.variants]
+            print(markdown({"environment": report.environment, "results": results}), flush=True)
+        self.end(status)
 
     def end(self, status: int) -> NoReturn:
         """Ends this process: together with the others after success, else at once.

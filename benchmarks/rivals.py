@@ -34,11 +34,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import real_shapes
 from isolated import Isolated, one_line
 from libraries import LIBRARIES, Setting, version_of
 from measuring import MIB, Report, memory_taken, step_milliseconds
-from options import add_options, heading, parse, print_tables
+from options import add_models, add_options, heading, parse, print_tables
 from ranks import Ranks, VariantError
 from real_shapes import REAL, TINY, RealModel
 from versions import host, installed
@@ -266,13 +265,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=REAL,
-        default=real_shapes.USUAL,
-        help=f"models to run (default: {' '.join(real_shapes.USUAL)})",
-    )
+    add_models(parser)
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -312,13 +305,13 @@ def main() -> None:
     report = Report(args.output, ranks, args)
     report.environment["host"] = host()
     report.environment["packages"] |= installed(PACKAGES)
-    for key in args.models:
-        bench(key, args, ranks, device, report)
-        memory_taken(device)
-    if ranks.rank == 0:
-        results = [each.result for each in report.variants]
-        print(markdown({"environment": report.environment, "results": results}), flush=True)
-    ranks.end(0)
+
+    def measure() -> None:
+        for key in args.models:
+            bench(key, args, ranks, device, report)
+            memory_taken(device)
+
+    ranks.run(measure, report, markdown)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from accelerate import init_empty_weights
 from measuring import MIB, Report, memory_taken, step_milliseconds
 from options import add_options, heading, parse, print_tables
-from ranks import Ranks, RanksDifferError, VariantError
+from ranks import Ranks
 from real_shapes import REAL, TINY, RealModel
 
 from diffusers_attn import disable_context_parallel, enable_context_parallel
@@ -205,11 +205,11 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
     if args.markdown:
         print_tables(args.markdown, markdown)
-        return 0
+        return
     full = dataclasses.replace(
         REAL["wan-14b"],
         title=f"Wan 14B 480p, 81 frames, {args.layers} layers",
@@ -217,17 +217,12 @@ def main() -> int:
     )
     ranks = Ranks(args.device, args.timeout)
     report = Report(args.output, ranks, args)
-    status = 0
-    try:
-        with torch.no_grad():
-            bench(TINY["wan-14b"] if args.tiny else full, args, ranks, report)
-    except (RanksDifferError, VariantError) as failure:
-        print(f"rank {ranks.rank}: {failure}", file=sys.stderr)
-        status = 1
-    if ranks.rank == 0 and status == 0:
-        results = [each.result for each in report.variants]
-        print(markdown({"environment": report.environment, "results": results}), flush=True)
-    ranks.end(status)
+
+    @torch.no_grad()
+    def measure() -> None:
+        bench(TINY["wan-14b"] if args.tiny else full, args, ranks, report)
+
+    ranks.run(measure, report, markdown)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from choices import Choice, blocks, extra_choices
 from measuring import Report
-from options import heading
+from options import add_results, heading
 from train_lora_jobs import DEFAULT, NAMES, RESUME, WAYS, Bench, JobError, adapter
 from versions import installed
 
@@ -304,15 +304,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--logs", type=Path, help="folder for the logs of the jobs (default: inside the scratch folder)"
     )
-    parser.add_argument("--output", type=Path, help="JSON file for the results, rewritten after each job")
-    parser.add_argument(
-        "--markdown",
-        type=Path,
-        nargs="+",
-        metavar="RESULTS",
-        help="print the tables of these earlier results, and run nothing",
-    )
-    parser.add_argument("--commit", help="commit to record in the results (default: the one that git reports)")
+    add_results(parser)
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
     args.strategies = args.strategies or [name for name in DEFAULT if not (on_cpu and name.startswith("fsdp2"))]

@@ -410,11 +410,11 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
     if args.markdown:
         print_tables(args.markdown, markdown)
-        return 0
+        return
     began = time.monotonic()
     diffusers.utils.logging.set_verbosity_error()  # that its context parallelism is experimental, for each variant
     # All variants compile the same functions: what one may recompile is not what all may together.
@@ -423,8 +423,8 @@ def main() -> int:
     torch._dynamo.config.optimize_ddp = False
     ranks = Ranks(args.device, args.timeout)
     report = Report(args.output, ranks, args)
-    status = 0
-    try:
+
+    def measure() -> None:
         real = (TINY if args.size == "tiny" else REAL)["wan"]
         task = Task(real, ranks.device, args.rank)
         norm = torch.stack([each.double().square().sum() for each in task.gradients.values()]).sum().sqrt().item()
@@ -434,13 +434,8 @@ def main() -> int:
             "gradient_norm": norm,
         }
         bench(task, args, ranks, report, began)
-    except RanksDifferError as failure:
-        print(f"rank {ranks.rank}: {failure}", file=sys.stderr)
-        status = 1
-    if ranks.rank == 0:
-        results = [variant.result for variant in report.variants]
-        print(markdown({"environment": report.environment, "results": results}), flush=True)
-    ranks.end(status)
+
+    ranks.run(measure, report, markdown)
 
 
 if __name__ == "__main__":

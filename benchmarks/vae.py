@@ -229,14 +229,12 @@ def main() -> None:
         return
     ranks = Ranks(args.device, args.timeout)
     report = Report(args.output, ranks, args)
-    models = TINY if args.tiny else REAL
-    for name in args.models:
-        bench(models[name], args, ranks, report)
-    if ranks.rank == 0:
-        environment = report.environment
-        results = [variant.result for variant in report.variants]
-        print(markdown({"environment": environment, "results": results}), end="")
-    ranks.end(0)
+
+    def measure() -> None:
+        for name in args.models:
+            bench((TINY if args.tiny else REAL)[name], args, ranks, report)
+
+    ranks.run(measure, report, markdown)
 
 
 if __name__ == "__main__":
