@@ -1,6 +1,7 @@
 """Model families: the parts of training that differ between models, one file per family.
 
-`base` has the interface, `Family`. A family is found by the classes of the pipeline and of its transformer.
+`base` has the interface, `Family`; `images`, `hunyuan` and `instructed` have what several families share. A family is
+found by the classes of the pipeline and of its transformer.
 """
 
 from __future__ import annotations

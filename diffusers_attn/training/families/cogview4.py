@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from ..loss import Objective, RectifiedFlow, dynamic_shift, scheduler_shift
-from .base import Family, part_of, patches
+from .base import part_of
+from .images import ImageFamily
 
 
-class CogView4(Family):
+class CogView4(ImageFamily):
     """`CogView4Pipeline` with a `CogView4Transformer2DModel`.
 
     `encode_text` pads to the longest caption of a call, and neither the text encoder nor the transformer masks padding.
     So captions should be encoded one at a time.
     """
 
-    kind = "image"
-    vae_has_frames = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 1024
     pipelines = ("CogView4Pipeline",)
@@ -40,16 +39,6 @@ class CogView4(Family):
             return base + most * math.sqrt(tokens / base_tokens)
 
         return RectifiedFlow(dynamic_shift(mu, config.get("time_shift_type", "exponential")), shifted_timestep=False)
-
-    @property
-    def size_multiple(self) -> int:
-        return self.pipeline.vae_scale_factor * self.config.patch_size
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        return latents * self.pipeline.vae.config.scaling_factor
-
-    def tokens(self, shape: Sequence[int]) -> int:
-        return patches(shape, self.config.patch_size)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         batch, _, _, height, width = noisy.shape

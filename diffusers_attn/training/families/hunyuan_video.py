@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Family, patches
+from .hunyuan import HunyuanFamily
 
 
-class HunyuanVideo(Family):
+class HunyuanVideo(HunyuanFamily):
     """`HunyuanVideoPipeline` with a `HunyuanVideoTransformer3DModel`."""
 
-    kind = "video"
-    fps = 24.0
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_length = 256
     pipelines = ("HunyuanVideoPipeline",)
     provided_inputs = ("guidance_embeds",)
     encoded = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
     negative_prompts = False
-
-    @property
-    def size_multiple(self) -> int:
-        return self.pipeline.vae_scale_factor_spatial * self.config.patch_size
-
-    @property
-    def frame_rule(self) -> tuple[int, int]:
-        return self.pipeline.vae_scale_factor_temporal, 1
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        return latents * self.pipeline.vae.config.scaling_factor
-
-    def tokens(self, shape: Sequence[int]) -> int:
-        return patches(shape, self.config.patch_size, self.config.patch_size_t)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         guidance = noisy.new_full((len(noisy),), 1000 * self.guidance, dtype=torch.float32)

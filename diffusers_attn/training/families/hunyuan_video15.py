@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,17 +10,15 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..settings.flag_names import option
-from .base import Family, patches
+from .hunyuan import HunyuanFamily
 
 
-class HunyuanVideo15(Family):
+class HunyuanVideo15(HunyuanFamily):
     """`HunyuanVideo15Pipeline` with a `HunyuanVideo15Transformer3DModel`."""
 
-    kind = "video"
     # Not add_q_proj and to_add_out: the model discards the text's output of the last block.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
     text_length = 1000
-    fps = 24.0
     pipelines = ("HunyuanVideo15Pipeline",)
     encoded = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 
@@ -37,20 +35,6 @@ class HunyuanVideo15(Family):
     def input_channels(self) -> int | None:
         latents = super().input_channels
         return None if latents is None else 2 * latents + 1  # a given image, and a mask of its frames
-
-    @property
-    def size_multiple(self) -> int:
-        return self.pipeline.vae_scale_factor_spatial * self.config.patch_size
-
-    @property
-    def frame_rule(self) -> tuple[int, int]:
-        return self.pipeline.vae_scale_factor_temporal, 1
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        return latents * self.pipeline.vae.config.scaling_factor
-
-    def tokens(self, shape: Sequence[int]) -> int:
-        return patches(shape, self.config.patch_size, self.config.patch_size_t)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         pipeline = self.pipeline

@@ -9,15 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from ..loss import Objective, RectifiedFlow, scheduler_shift
-from .base import patches, shifted_and_scaled
+from .images import ImageFamily
 from .instructed import InstructedFamily
 
 
-class Lumina2(InstructedFamily):
+class Lumina2(InstructedFamily, ImageFamily):
     """`Lumina2Pipeline` with a `Lumina2Transformer2DModel`."""
 
-    kind = "image"
-    vae_has_frames = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 256
     pipelines = ("Lumina2Pipeline",)
@@ -28,16 +26,6 @@ class Lumina2(InstructedFamily):
         # The pipeline takes a dynamic shift from the number of channels, not from that of tokens.
         shift, channels = scheduler_shift(self.pipeline.scheduler.config), self.config.in_channels
         return RectifiedFlow(lambda tokens: shift(channels))
-
-    @property
-    def size_multiple(self) -> int:
-        return self.pipeline.vae_scale_factor * self.config.patch_size
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        return shifted_and_scaled(latents, self.pipeline.vae.config)
-
-    def tokens(self, shape: Sequence[int]) -> int:
-        return patches(shape, self.config.patch_size)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         return {

@@ -7,14 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Family, patches, shifted_and_scaled
+from .images import ImageFamily
 
 
-class SD3(Family):
+class SD3(ImageFamily):
     """`StableDiffusion3Pipeline` with an `SD3Transformer2DModel`."""
 
-    kind = "image"
-    vae_has_frames = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     text_length = 256
     pipelines = ("StableDiffusion3Pipeline",)
@@ -24,16 +22,6 @@ class SD3(Family):
     @property
     def text_limit(self) -> int:
         return 512  # T5 tokens that the pipeline accepts
-
-    @property
-    def size_multiple(self) -> int:
-        return self.pipeline.vae_scale_factor * self.config.patch_size
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        return shifted_and_scaled(latents, self.pipeline.vae.config)
-
-    def tokens(self, shape: Sequence[int]) -> int:
-        return patches(shape, self.config.patch_size)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         return {
