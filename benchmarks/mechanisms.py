@@ -23,7 +23,7 @@ def _seconds_of_a_second_call(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_call() -> Iterator[None]:
+def without_a_second_call() -> Iterator[None]:
     """Compiled attention always waits for all keys and is one call."""
     with _seconds_of_a_second_call(math.inf):
         yield
@@ -65,7 +65,7 @@ def silence() -> Iterator[None]:
 
 
 SWITCHES = {
-    "one-call": one_call,
+    "one-call": without_a_second_call,
     "two-calls": two_calls,
     "late": late,
     "no-merge-kernel": no_merge_kernel,

@@ -222,8 +222,8 @@ def _one(args: argparse.Namespace) -> None:
     name, precision, offload = args.one
     device = torch.device(args.device)
     if args.vram is not None and device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.vram * 1024 * MIB / whole))
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.vram * 1024 * MIB / capacity))
     real, folder = real_model(name, args.tiny, args.layers), args.scratch / "transformer"
     result = measure(real, MODELS[name].lora_targets, folder, precision, offload, device, args.steps, args.rank)
     print(RESULT + json.dumps(result), flush=True)

@@ -96,8 +96,8 @@ def _left_by(command: list[str], where: Path, number: int, ready: int) -> list[s
         children = psutil.Process(parent.pid).children(recursive=True)
         assert len(children) >= ready
         parent.send_signal(number)
-        _, alive = psutil.wait_procs(children, timeout=TIMEOUT)
-        left = [" ".join(process.cmdline()) for process in alive]
+        _, remaining = psutil.wait_procs(children, timeout=TIMEOUT)
+        left = [" ".join(process.cmdline()) for process in remaining]
         parent.wait(TIMEOUT)
     finally:
         for process in [*children, parent]:

@@ -167,9 +167,9 @@ def on_ranks(meshes: Any, folder: Path) -> list[str]:
 
         vae = VAES["wan"].make().eval()
         latents = torch.randn(VAES["wan"].latents, generator=_seeded(0))
-        whole = vae.decode(latents).sample
+        full = vae.decode(latents).sample
         run("docs/context_parallel.md", "The VAE", names := {"vae": vae, "latents": latents})
-        if (names["video"] - whole).abs().max() > 1e-4:
+        if (names["video"] - full).abs().max() > 1e-4:
             wrong.append("vae")
 
         case = CASES["wan"]

@@ -27,7 +27,7 @@ from .division import Divider, Division
 from .groups import Groups
 from .inputs import StepInputs
 from .pending import Arrival, PendingTensor, known
-from .step_in_progress import Output, StepInProgress, exchange
+from .step_in_progress import Output, StepInProgress, exchange_outputs
 
 _CALL = "_call_impl"  # what nn.Module's `__call__` runs, with all hooks, unless the module is compiled as a whole
 
@@ -86,11 +86,11 @@ class GuidedCall:
         if current.arrival is not None and current.arrival.is_over and number < current.branches:
             current.step.was_interrupted = True
         if run is not None and (run.groups is None or branch is None):
-            return self._together(model, current, number, args, kwargs)
+            return self._on_all_ranks(model, current, number, args, kwargs)
         if run is not None and branch is not None and run.groups is not None:
             return self._of_run(model, current, run, run.groups, branch, number, latents, args, kwargs)
         if current.groups is None or number >= current.branches:
-            return self._together(model, current, number, args, kwargs)
+            return self._on_all_ranks(model, current, number, args, kwargs)
         owner = number % current.division.owners
         return self._by_branch(model, current, current.groups, number, owner, latents, args, kwargs)
 
@@ -134,7 +134,7 @@ class GuidedCall:
             add_mesh(model, self._made[count].mesh)
         return self._made[count]
 
-    def _together(
+    def _on_all_ranks(
         self, model: nn.Module, current: StepInProgress, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call that all ranks compute. Groups divide its batch, if the step is divided so; otherwise its sequence is
@@ -171,7 +171,7 @@ class GuidedCall:
         is_new = branch not in run.owners
         owner = run.owners.setdefault(branch, number % groups.count)
         if is_new and (number, _plain(args, kwargs)) not in current.step.kind.outputs:
-            return self._together(model, current, number, args, kwargs)
+            return self._on_all_ranks(model, current, number, args, kwargs)
         return self._by_branch(model, current, groups, number, owner, latents, args, kwargs, may_be_together=False)
 
     def _by_branch(
@@ -195,7 +195,7 @@ class GuidedCall:
         outputs_before = current.step.kind.outputs
         expected = outputs_before.get((number, _plain(args, kwargs)))
         if expected is None and may_be_together:  # a call of a new kind
-            return self._together(model, current, number, args, kwargs)
+            return self._on_all_ranks(model, current, number, args, kwargs)
         if expected is None and not outputs_before:
             raise AttentionProviderError(
                 f"{type(model).__name__} has a cache of diffusers, and the shape of its latents changed while the "
@@ -248,11 +248,11 @@ class GuidedCall:
         assert model is not None and current.groups is not None
         current.outputs = []
         self._keep_pace(model, current, current.groups, outputs)
-        exchange(current, current.groups, outputs)
+        exchange_outputs(current, current.groups, outputs)
         if not self._inputs.confirm():
             for each in outputs:
                 if not each.is_exchanged:
-                    again = self._together(model, current, each.number, *each.given)
+                    again = self._on_all_ranks(model, current, each.number, *each.given)
                     for pending, value in zip(each.pending, tensors_in(again), strict=True):
                         pending.value = value
 

@@ -20,26 +20,26 @@ class Arrival:
     """The tensors that arrive with one exchange.
 
     Args:
-        exchange: sets the values of the outputs. All ranks call it at the same place of the program.
+        fill: sets the values of the outputs. All ranks call it at the same place of the program.
     """
 
-    def __init__(self, exchange: Callable[[], None]) -> None:
-        self._exchange: Callable[[], None] | None = exchange
+    def __init__(self, fill: Callable[[], None]) -> None:
+        self._fill: Callable[[], None] | None = fill
         self._recorded: list[weakref.ref[PendingTensor]] = []
 
     @property
     def is_over(self) -> bool:
-        return self._exchange is None
+        return self._fill is None
 
     def record(self, tensor: PendingTensor) -> None:
         self._recorded.append(weakref.ref(tensor))
 
     def finish(self) -> None:
         """Exchanges, and applies the recorded operations in their order. Does nothing the second time."""
-        exchange, self._exchange = self._exchange, None
-        if exchange is None:
+        fill, self._fill = self._fill, None
+        if fill is None:
             return
-        exchange()
+        fill()
         for reference in self._recorded:
             tensor = reference()
             if tensor is not None:

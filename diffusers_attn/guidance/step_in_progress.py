@@ -75,7 +75,7 @@ class _Slot:
         self.value = value
 
 
-def exchange(current: StepInProgress, groups: Groups, outputs: list[Output]) -> None:
+def exchange_outputs(current: StepInProgress, groups: Groups, outputs: list[Output]) -> None:
     """Sets the values of pending tensors on all ranks."""
     slots: list[_Slot] = []
     for output in outputs:

@@ -85,15 +85,15 @@ def layer_seconds(
         apart: whether Ulysses sends query, key and value in a message each, as in early recorded runs.
     """
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
-    exchange = _ulysses_seconds(work, strategy, hardware, kind, ranks_per_node, apart) if ulysses > 1 else 0.0
+    ulysses_seconds = _ulysses_seconds(work, strategy, hardware, kind, ranks_per_node, apart) if ulysses > 1 else 0.0
     if ring == 1:
-        return exchange + attention_seconds(work, work.tokens, work.tokens, ulysses, hardware, kind)
+        return ulysses_seconds + attention_seconds(work, work.tokens, work.tokens, ulysses, hardware, kind)
     if strategy.rotate_method == "alltoall":
-        return exchange + _ring_seconds(work, strategy, hardware, kind, ranks_per_node)
-    two_calls = gather_seconds(work, strategy, hardware, kind, ranks_per_node, one_call=False)
+        return ulysses_seconds + _ring_seconds(work, strategy, hardware, kind, ranks_per_node)
+    two_calls = gather_seconds(work, strategy, hardware, kind, ranks_per_node, at_once=False)
     if ulysses > 1 or hardware.copies is None or ring > ranks_per_node:
-        return exchange + two_calls
-    return min(two_calls, gather_seconds(work, strategy, hardware, kind, ranks_per_node, one_call=True))
+        return ulysses_seconds + two_calls
+    return min(two_calls, gather_seconds(work, strategy, hardware, kind, ranks_per_node, at_once=True))
 
 
 def attention_seconds(
@@ -118,13 +118,13 @@ def gather_seconds(
     kind: DeviceKind,
     ranks_per_node: int,
     *,
-    one_call: bool,
+    at_once: bool,
     overlap_pass: bool = True,
 ) -> float:
     """Seconds of one layer with a gather, without the exchange of Ulysses.
 
     Args:
-        one_call: one call over all keys when they have arrived; otherwise two calls and a merge.
+        at_once: one call over all keys when they have arrived; otherwise two calls and a merge.
         overlap_pass: whether keys and values are sent before the projections of the queries, as in compiled graphs.
     """
     ulysses, ring = strategy.ulysses_degree, strategy.ring_degree
@@ -132,7 +132,7 @@ def gather_seconds(
     transfer = _transfer_seconds(work, strategy, hardware, kind, ranks_per_node, ring - 1, 1)
     products = 2 * work.weights_overlapped * queries / hardware.matrix_flops
     exposed = max(0.0, transfer - products) if overlap_pass and ulysses == 1 and kind.overlaps else transfer
-    if one_call:
+    if at_once:
         own = 2 * _block_bytes(work, strategy) / hardware.memory_bytes_per_second
         return exposed + own + attention_seconds(work, queries, work.tokens, ulysses, hardware, kind)
     local = attention_seconds(work, queries, queries, ulysses, hardware, kind)

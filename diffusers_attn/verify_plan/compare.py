@@ -74,7 +74,7 @@ class ModuleWatch:
         self._model = model
         self._ended = ended
         self._began = began
-        self.running: list[tuple[str, int, dict[str, Tensor]]] = []
+        self.entered: list[tuple[str, int, dict[str, Tensor]]] = []
         """The running modules, innermost last. A module that raises stays in the list."""
 
     def __enter__(self) -> ModuleWatch:
@@ -101,10 +101,10 @@ class ModuleWatch:
             inputs = _named({**placed, **kwargs})
             if self._began is not None:
                 self._began(name, number, inputs)
-            self.running.append((name, number, inputs))
+            self.entered.append((name, number, inputs))
 
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._ended(*self.running.pop(), output)
+            self._ended(*self.entered.pop(), output)
 
         return begin, end
 
@@ -176,13 +176,13 @@ def compare(
 
     def began(name: str, number: int, inputs: dict[str, Tensor]) -> None:
         """Compares the inputs of a module, which the calling module computed."""
-        if found or not watch.running or (name, number) not in alone:
+        if found or not watch.entered or (name, number) not in alone:
             return
         for each, tensor in inputs.items():
             full = alone[name, number].inputs.get(each)
             error = 0.0 if full is None else _error(tensor, full, tracker)
             if error > tolerance:
-                around = watch.running[-1]
+                around = watch.entered[-1]
                 problem = f"the input {each} that it gives '{name}' differs by {error:.1e} (relative)"
                 found.append((ended_count, difference(*around, problem)))
                 return
@@ -203,8 +203,8 @@ def compare(
         with watch:
             return run(), found[0] if found else None, None
     except Exception as error:
-        if not found and watch.running:
-            name, number, inputs = watch.running[-1]
+        if not found and watch.entered:
+            name, number, inputs = watch.entered[-1]
             problem = f"{type(error).__name__}: {error}"
             found.append((ended_count, difference(name, number, inputs, problem, error)))
         return None, found[0] if found else None, error

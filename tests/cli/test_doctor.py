@@ -91,13 +91,13 @@ def test_each_broken_package_costs_only_its_own_providers(tmp_path: Path) -> Non
 
 
 def test_a_probe_ends_with_the_processes_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive = tmp_path / "alive"
+    survived = tmp_path / "alive"
     package(
         tmp_path,
         "starts_another",
         f"""
         import subprocess, sys, time
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2); open({str(alive)!r}, 'w')"])
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2); open({str(survived)!r}, 'w')"])
         time.sleep(600)
         """,
     )
@@ -107,7 +107,7 @@ def test_a_probe_ends_with_the_processes_that_it_started(tmp_path: Path, monkeyp
     import time
 
     time.sleep(2)
-    assert not alive.exists()
+    assert not survived.exists()
 
 
 def test_flash_attn_4_without_flash_attn_breaks_xformers() -> None:

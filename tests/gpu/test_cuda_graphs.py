@@ -283,11 +283,11 @@ def test_memory_goes_with_the_model():
         for _ in range(3):
             model(**inputs(model, tokens=1024))
     assert lasting() > before
-    alive = weakref.ref(model)
+    reference = weakref.ref(model)
     gc.disable()  # not by the collector: whoever deletes a model wants its memory now
     try:
         del model
-        assert alive() is None
+        assert reference() is None
     finally:
         gc.enable()
     assert lasting() == before

@@ -17,11 +17,11 @@ def pending():
     """A pending tensor, and the list of its exchanges."""
     exchanges = []
 
-    def exchange():
+    def fill():
         exchanges.append(1)
         tensor.value = VALUE.clone()
 
-    tensor = PendingTensor(VALUE.to("meta"), VALUE.device, Arrival(exchange))
+    tensor = PendingTensor(VALUE.to("meta"), VALUE.device, Arrival(fill))
     return tensor, exchanges
 
 

@@ -110,8 +110,8 @@ def _over_ulysses_and_ring(
 ) -> Tensor:
     """Exchanges tokens for heads, then attends over the ring with the exchanged tensors."""
     group = mesh.ulysses
-    neighbours = slice(mesh.ring.rank * group.size, (mesh.ring.rank + 1) * group.size)
-    query_sizes, key_sizes = call.query_shards.sizes[neighbours], call.key_shards.sizes[neighbours]
+    in_group = slice(mesh.ring.rank * group.size, (mesh.ring.rank + 1) * group.size)
+    query_sizes, key_sizes = call.query_shards.sizes[in_group], call.key_shards.sizes[in_group]
     if key_mask is not None:
         key_mask = _gather_rows(key_mask, 1, key_sizes, mesh)
     if rows is not None:

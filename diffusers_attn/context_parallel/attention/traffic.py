@@ -118,11 +118,11 @@ def numbers_sent(
     (all_heads, all_kv_heads, head_dim, value_head_dim), (rank, size) = heads, ulysses
     own_heads, own_kv_heads, repeats = split_heads(all_heads, all_kv_heads, size)
     own, own_kv = own_heads[rank], own_kv_heads[rank]
-    neighbours = slice(ring[0] * size, (ring[0] + 1) * size)
-    local_queries, local_keys = queries[neighbours][rank], keys[neighbours][rank]
+    in_group = slice(ring[0] * size, (ring[0] + 1) * size)
+    local_queries, local_keys = queries[in_group][rank], keys[in_group][rank]
     sent = local_queries * (all_heads - own) * head_dim
     sent += local_keys * (all_kv_heads * repeats - own_kv) * (head_dim + value_head_dim)
-    sent += (sum(queries[neighbours]) - local_queries) * own * value_head_dim  # the outputs, back to their ranks
+    sent += (sum(queries[in_group]) - local_queries) * own * value_head_dim  # the outputs, back to their ranks
     of_ring = [sum(keys[start : start + size]) for start in range(0, len(keys), size)]
     rows = sum(of_ring[(ring[0] - step) % ring[1] if passes_on else ring[0]] for step in range(ring[1] - 1))
     return sent + rows * own_kv * (head_dim + value_head_dim)

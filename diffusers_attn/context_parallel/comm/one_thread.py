@@ -179,13 +179,13 @@ def _check(turn: _Turn, what: str) -> None:
     Args:
         what: what this thread wants to do, for the message.
     """
-    running = _running(turn.thread, turn.models) or _in_backward(turn)
-    if running is not None:
+    busy = _running(turn.thread, turn.models) or _in_backward(turn)
+    if busy is not None:
         names = {each.ident: each.name for each in threading.enumerate()}
         thread = _this_thread()
         raise AttentionProviderError(
             f"thread '{names.get(thread, thread)}' {what} that shares its sequences between ranks, while thread "
-            f"'{names.get(turn.thread, turn.thread)}' is within {running} over the same ranks. The data of two "
+            f"'{names.get(turn.thread, turn.thread)}' is within {busy} over the same ranks. The data of two "
             "exchanges at once could be mixed up. Call models and their backwards one after the other, in the same "
             "order on all ranks."
         )

@@ -71,10 +71,10 @@ class Shards(NamedTuple):
         """Number of tokens of the full sequence."""
         return sum(self.sizes)
 
-    def merged(self, neighbours: int) -> Shards:
-        """The shards of groups of `neighbours` neighbouring ranks, which hold their tokens together."""
-        starts = range(0, len(self.spans), neighbours)
-        return Shards(tuple(sum(self.spans[start : start + neighbours], ()) for start in starts))
+    def merged(self, group_size: int) -> Shards:
+        """The shards of groups of `group_size` neighbouring ranks, which hold their tokens together."""
+        starts = range(0, len(self.spans), group_size)
+        return Shards(tuple(sum(self.spans[start : start + group_size], ()) for start in starts))
 
     def in_blocks(self, block: int) -> Shards:
         """The same shards, counted in blocks of `block` tokens. Every span must start and end at a block."""

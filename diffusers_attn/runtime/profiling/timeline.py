@@ -169,20 +169,20 @@ def _of_device(
         if ended > began:
             changes += [(began, 1, (component, label)), (ended, -1, (component, label))]
     seconds: dict[Part, float] = collections.defaultdict(float)
-    running: collections.Counter[Part] = collections.Counter()
+    in_progress: collections.Counter[Part] = collections.Counter()
     hidden, idle_since, time = 0.0, start, start
     for at, change, part in sorted(changes, key=lambda one: one[:2]):
-        if running:
-            shown = min(running, key=lambda one: _PRIORITY.index(one[1].kind))
+        if in_progress:
+            shown = min(in_progress, key=lambda one: _PRIORITY.index(one[1].kind))
             seconds[shown] += (at - time) / 1e6
-            if shown[1].kind != EXCHANGE and any(one[1].kind == EXCHANGE for one in running):
+            if shown[1].kind != EXCHANGE and any(one[1].kind == EXCHANGE for one in in_progress):
                 hidden += (at - time) / 1e6
         elif at > idle_since:
             seconds[part[0], Label(IDLE)] += (at - idle_since) / 1e6
         time = at
-        running[part] += change
-        if not running[part]:
-            del running[part]
+        in_progress[part] += change
+        if not in_progress[part]:
+            del in_progress[part]
         idle_since = at
     if end > idle_since:
         seconds[OUTSIDE, Label(IDLE)] += (end - idle_since) / 1e6

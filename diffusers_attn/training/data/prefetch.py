@@ -19,11 +19,11 @@ def prefetch(do: Callable[[T], R], items: Iterable[T], *, threads: int, depth: i
     """
     source = iter(items)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="training-data")
-    running: deque[Future[R]] = deque(pool.submit(do, item) for item in itertools.islice(source, depth))
+    submitted: deque[Future[R]] = deque(pool.submit(do, item) for item in itertools.islice(source, depth))
     try:
-        while running:
-            result = running.popleft().result()
-            running.extend(pool.submit(do, item) for item in itertools.islice(source, 1))
+        while submitted:
+            result = submitted.popleft().result()
+            submitted.extend(pool.submit(do, item) for item in itertools.islice(source, 1))
             yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -108,8 +108,8 @@ class BatchSampler:
         return batches
 
     def _steps_of(self, examples: int) -> int:
-        whole, rest = divmod(examples, self.global_batch_size)
-        return whole + (1 if rest and self.incomplete == "fill" else 0)
+        full, rest = divmod(examples, self.global_batch_size)
+        return full + (1 if rest and self.incomplete == "fill" else 0)
 
     def _refuse_small_buckets(self) -> None:
         small = [

@@ -129,7 +129,7 @@ def _shown(prompt: str, file: str) -> str:
     return f'<video controls loop src="{file}"></video>' if file.endswith(".mp4") else f"![{prompt}]({file})"
 
 
-def push(config: TrainConfig) -> str:
+def upload(config: TrainConfig) -> str:
     """Uploads the adapter, the card and the last samples to the Hub.
 
     Returns:

@@ -15,7 +15,7 @@ from ..model.experts import adapter_folder, weights_of
 from ..model.lora import adapter_weights, save_adapter
 from ..parallel import TrainingParallel
 from ..settings.config import TrainConfig
-from .card import push, write_card
+from .card import upload, write_card
 from .loss_plot import draw_losses
 from .validation import Sample
 
@@ -43,7 +43,7 @@ def finish(
         facts = {"processes": f"{parallel.dp_degree} x {parallel.cp_degree} (data x context parallel)"}
         write_card(config, family, samples, facts)
         if config.push_to_hub:
-            push(config)
+            upload(config)
 
     in_step(parallel.ranks, [None] if parallel.ranks.rank == 0 else [], save, "saving the adapter")
     return found[0] if found else config.output

@@ -105,9 +105,9 @@ def add_adapters(
         offload_folder: for a component's name, the folder of the files of its blocks; None if there are none.
     """
     trained = family.trained
-    whole = as_one_module(trained)
+    module = as_one_module(trained)
     if config.offload == "none":
-        whole.to(device)
+        module.to(device)
     # The adapter is added first: PEFT replaces modules, and the plan's hooks belong on the new ones.
     initial = read_initial(checkpoint) if checkpoint is not None else None
     parameters = []
@@ -121,9 +121,9 @@ def add_adapters(
             saved = read_adapter(family.pipeline, Path(config.init_adapter), name, len(trained) > 1)
             start_from(saved, transformer)
     if initial is not None:
-        move_base(whole, initial)
+        move_base(module, initial)
     elif config.adapter_init in MOVES_BASE:
-        initial = adapter_weights(whole)
+        initial = adapter_weights(module)
     report = None
     for name, transformer in trained.items():
         if config.offload != "none":
@@ -135,8 +135,8 @@ def add_adapters(
             from ...runtime.compile import apply_compile
 
             apply_compile(transformer)
-    whole.train()
-    return Adapted(whole, parameters, initial, report)
+    module.train()
+    return Adapted(module, parameters, initial, report)
 
 
 def make_training(
@@ -152,16 +152,16 @@ def make_training(
     Returns:
         All of a run that a checkpoint stores, and Accelerate's wrapper of the optimizer.
     """
-    whole = adapted.module
+    module = adapted.module
     # DDP would send all weights from rank 0 to the others, which fails for quantised ones. The adapter has the same
     # seed everywhere, and the base models were compared.
-    whole._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-        *(name for name, each in whole.named_parameters() if not each.requires_grad),
-        *(name for name, _ in whole.named_buffers()),
+    module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        *(name for name, each in module.named_parameters() if not each.requires_grad),
+        *(name for name, _ in module.named_buffers()),
     ]
     sharded = accelerator.distributed_type == "FSDP"
-    if sharded and isinstance(whole, Experts):
-        shard_each(whole, accelerator)
+    if sharded and isinstance(module, Experts):
+        shard_each(module, accelerator)
     optimizer: Any = make_optimizer(
         config.optimizer,
         adapted.parameters,
@@ -172,7 +172,7 @@ def make_training(
         fused=accelerator.device.type == "cuda" and not sharded,
     )
     placement = [config.offload == "none", True]
-    model, wrapped = accelerator.prepare(whole, optimizer, device_placement=placement)
+    model, wrapped = accelerator.prepare(module, optimizer, device_placement=placement)
     inner = wrapped.optimizer
     schedule = make_schedule(config.lr_schedule, inner, warmup_steps=config.warmup_steps, steps=config.steps)
     average = None if config.ema_decay is None else AdapterAverage(model, config.ema_decay)

@@ -150,9 +150,9 @@ def run_case(mesh, case, transport):
 
 def meshes_of(meshes, ring, ulysses, rotate_method, **config):
     """Mesh, transport, and the memory that must stay referenced."""
-    push, method = rotate_method.startswith("push "), rotate_method.removeprefix("push ")
+    symmetric, method = rotate_method.startswith("push "), rotate_method.removeprefix("push ")
     mesh = meshes(ring, ulysses, rotate_method=method, **config)
-    return (mesh, SYMMETRIC, open_shared(mesh.ring)) if push else (mesh, COLLECTIVE, None)
+    return (mesh, SYMMETRIC, open_shared(mesh.ring)) if symmetric else (mesh, COLLECTIVE, None)
 
 
 def compare(meshes, ring, ulysses, rotate_method, cases):

@@ -101,12 +101,12 @@ def test_forwards_and_equal_settings_are_no_change(model):
 
 def test_it_does_not_keep_the_model_alive():
     model = FluxTransformer2DModel.from_pretrained(FOLDER, local_files_only=True)
-    snapshot, alive = Snapshot(model), weakref.ref(model)
+    snapshot, reference = Snapshot(model), weakref.ref(model)
     gc.collect()
     gc.disable()
     try:
         del model
-        assert alive() is None
+        assert reference() is None
     finally:
         gc.enable()
     assert snapshot.holds()

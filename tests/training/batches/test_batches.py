@@ -58,8 +58,8 @@ def batches(prepared: PreparedData, share: Share, finish: Noise | None, number: 
 
 def test_what_is_drawn_ahead_is_what_was_drawn_before(prepared: PreparedData) -> None:
     config = TrainConfig(model="m", data="d", seed=7, logit_mean=0.5)
-    draws = Noise(config, "logit_normal", {"transformer": (0.0, 1.0)}, pin=False)
-    for batch in batches(prepared, Share(1, 2, 2), draws, 3):
+    noise = Noise(config, "logit_normal", {"transformer": (0.0, 1.0)}, pin=False)
+    for batch in batches(prepared, Share(1, 2, 2), noise, 3):
         random = SampleRandomness(7, batch["step"], batch["positions"])
         drawn = batch["drawn"]
         assert all(drawn[what].equal(random.normal(what, (2, 1, 4, 4))) for what in ("posterior", "noise"))

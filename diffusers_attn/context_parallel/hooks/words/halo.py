@@ -153,23 +153,23 @@ class _WithOthers(torch.autograd.Function):
     gradients back to their owners, which add them."""
 
     @staticmethod
-    def forward(ctx, tensor, dim: int, exchange: _Exchange, before: int, group: Group):  # type: ignore[no-untyped-def]
-        ctx.dim, ctx.exchange, ctx.before, ctx.group, ctx.own = dim, exchange, before, group, tensor.shape[dim]
+    def forward(ctx, tensor, dim: int, ranges: _Exchange, before: int, group: Group):  # type: ignore[no-untyped-def]
+        ctx.dim, ctx.ranges, ctx.before, ctx.group, ctx.own = dim, ranges, before, group, tensor.shape[dim]
         rows = tensor.movedim(dim, 0)
-        sent = torch.cat([rows.narrow(0, *span) for span in exchange.sent])
-        lengths = [length for _, length in exchange.sent]
-        arrived = collectives.wait(collectives.start_all_to_all(sent, lengths, exchange.received, group), group)
+        sent = torch.cat([rows.narrow(0, *span) for span in ranges.sent])
+        lengths = [length for _, length in ranges.sent]
+        arrived = collectives.wait(collectives.start_all_to_all(sent, lengths, ranges.received, group), group)
         behind = arrived.narrow(0, before, arrived.shape[0] - before)
         return torch.cat([arrived.narrow(0, 0, before), rows, behind]).movedim(0, dim)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad = collectives.depends_on(grad, grad, sent_over=ctx.group)
-        rows, lengths = grad.movedim(ctx.dim, 0), [length for _, length in ctx.exchange.sent]
+        rows, lengths = grad.movedim(ctx.dim, 0), [length for _, length in ctx.ranges.sent]
         of_others = torch.cat([rows.narrow(0, 0, ctx.before), rows[ctx.before + ctx.own :]])
-        arrived = collectives.start_all_to_all(of_others, ctx.exchange.received, lengths, ctx.group)
+        arrived = collectives.start_all_to_all(of_others, ctx.ranges.received, lengths, ctx.group)
         arrived = collectives.wait(arrived, ctx.group)
         total = rows.narrow(0, ctx.before, ctx.own).to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        for span, part in zip(ctx.exchange.sent, arrived.split(lengths)):
+        for span, part in zip(ctx.ranges.sent, arrived.split(lengths)):
             total.narrow(0, *span).add_(part)
         return total.to(grad.dtype).movedim(0, ctx.dim), None, None, None, None

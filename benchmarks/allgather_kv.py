@@ -1,6 +1,6 @@
 """Time of one layer's attention over several GPUs, with each transport of keys and values, and without an exchange.
 
-    torchrun --nproc_per_node 2 benchmarks/kv_gather.py --output results.json
+    torchrun --nproc_per_node 2 benchmarks/allgather_kv.py --output results.json
 
 Forward only, in bfloat16, many calls of one layer in a row, as in a model. Variants:
 
