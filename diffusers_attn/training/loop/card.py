@@ -148,6 +148,6 @@ def upload(config: TrainConfig) -> str:
         folder_path=config.output,
         commit_message="Adapter trained with diffusers_attn",
         allow_patterns=["README.md", "*.safetensors", "adapter_config.json", "samples/last/*"],
-        ignore_patterns=["cache/**", "checkpoints/**", ".*", "*/.*"],
+        ignore_patterns=["cache/**", "checkpoints/**", ".*", "*/.*", "*/samples.json"],
     )
     return str(repository)
