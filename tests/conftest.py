@@ -50,10 +50,15 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     places = {folder / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+    # `make test-all` has run these before, with coverage.
+    done = [folder.parent / name for name in os.environ.get("TESTS_WITH_COVERAGE", "").split()]
+    again = {each for each in items if any(map(each.path.is_relative_to, done)) and not each.get_closest_marker("slow")}
+    config.hook.pytest_deselected(items=list(again))
+    items[:] = [each for each in items if each not in again]
 
 
 @pytest.fixture(autouse=True)
