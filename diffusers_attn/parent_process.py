@@ -46,6 +46,18 @@ def ended_with_parent(command: Sequence[str | Path]) -> list[str]:
     return [sys.executable, "-P", __file__, *map(str, command)]
 
 
+def end_child_with_parent() -> Callable[[], object]:
+    """A `preexec_fn` for a program that ends its own children at SIGTERM, as torchrun does: on Linux, it gets SIGTERM
+    when this process ends for any reason. Elsewhere it does nothing."""
+    if sys.platform != "linux":
+        return lambda: None
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+    # The library is loaded before the fork, after which little is safe.
+    return functools.partial(ctypes.CDLL(None).prctl, set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
+
+
 def _wait_for_parent() -> Callable[[], object]:
     parent = multiprocessing.parent_process()
     if parent is not None:

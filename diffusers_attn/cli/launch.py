@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..parent_process import end_child_with_parent
+
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -31,7 +33,10 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> int:
             "--log-dir", logs, "-m", module, *arguments,
         ]  # fmt: skip
         # In a session of its own a terminal does not send it signals, so that it gets each of them once, from here.
-        process = subprocess.Popen(command, env=environment, stdout=sys.__stderr__, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=sys.__stderr__, start_new_session=True,
+            preexec_fn=end_child_with_parent(),
+        )  # fmt: skip
         with _signals_go_to(process):
             return process.wait()
 
