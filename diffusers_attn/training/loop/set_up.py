@@ -173,6 +173,8 @@ def make_training(
     )
     placement = [config.offload == "none", True]
     model, wrapped = accelerator.prepare(module, optimizer, device_placement=placement)
+    if sharded and isinstance(module, Experts):
+        model(None)  # FSDP2 needs a forward of the whole before one of a part, which samples before the first step run
     inner = wrapped.optimizer
     schedule = make_schedule(config.lr_schedule, inner, warmup_steps=config.warmup_steps, steps=config.steps)
     average = None if config.ema_decay is None else AdapterAverage(model, config.ema_decay)

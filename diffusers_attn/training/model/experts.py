@@ -27,9 +27,9 @@ class Experts(nn.Module):
         for name, each in transformers.items():
             self.add_module(name, each)
 
-    def forward(self, component: str, **inputs: Any) -> Any:
-        """The output of the transformer that is the pipeline's `component`."""
-        return self.get_submodule(component)(**inputs)
+    def forward(self, component: str | None, **inputs: Any) -> Any:
+        """The output of the transformer that is the pipeline's `component`; None runs nothing."""
+        return None if component is None else self.get_submodule(component)(**inputs)
 
 
 def as_one_module(transformers: Mapping[str, nn.Module]) -> nn.Module:
