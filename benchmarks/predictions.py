@@ -168,7 +168,7 @@ def _variant(each: dict[str, Any], ranks: int, compiled: bool, apart: bool) -> _
 
     def layer(work: Workload) -> float:
         variants = (
-            gather_seconds(work, gather, HARDWARE, KIND, 8, one_call=one, overlap_pass=overlap_pass) for one in calls
+            gather_seconds(work, gather, HARDWARE, KIND, 8, at_once=one, overlap_pass=overlap_pass) for one in calls
         )
         return min(variants)
 
@@ -199,7 +199,7 @@ def layer_rows() -> Iterator[tuple[str, str, float, float]]:
             seconds = layer_seconds(work, Strategy(2, 1, None), HARDWARE, KIND, 8, apart=True)
         elif variant.startswith("gather"):
             two = Strategy(1, 2, "allgather")
-            seconds = gather_seconds(work, two, HARDWARE, KIND, 8, one_call=False, overlap_pass=False)
+            seconds = gather_seconds(work, two, HARDWARE, KIND, 8, at_once=False, overlap_pass=False)
         else:
             seconds = attention_seconds(work, work.tokens / 2, work.tokens, 1, HARDWARE, KIND)
         yield model, variant, measured, seconds * 1e6
