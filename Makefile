@@ -8,12 +8,14 @@
 #   PIP_ARGS="--index-url https://…"   more arguments for pip; for instance, on Linux without an NVIDIA GPU,
 #                                      "--extra-index-url https://download.pytorch.org/whl/cpu" saves gigabytes
 #   ARGS="--provider auto --steps 30"  arguments for the demo, or for pytest
+#   DIFFUSERS_TESTS=FOLDER             a copy of `tests` of diffusers' repository, for test-peers
 #   KEEP=torch                         packages that test-oldest and test-newest use in the tested version
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 KEEP ?=
+DIFFUSERS_TESTS ?=
 # Threads that wait should sleep: if they spin, a machine that is busy with other work runs this ten times as slowly.
 export OMP_WAIT_POLICY ?= passive
 
@@ -28,7 +30,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.docs $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check docs-site constraints test-oldest test-newest clean
+.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check docs-site constraints test-oldest test-newest test-peers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -74,6 +76,15 @@ test-oldest: .venv-oldest/.dev  ## tests of `make test` with the oldest versions
 test-newest: .venv-newest/.dev  ## tests of `make test` with the newest versions
 test-oldest test-newest: test-%:
 	@.venv-$*/bin/python -m pytest -q $(WORKERS) $(ARGS)
+
+# The repository's folder of tests, which the sdist does not have; DIFFUSERS_TESTS=FOLDER takes one that is there.
+test-peers: $(VENV)/.dev  ## tests of diffusers and PyTorch, with and without this library under them
+	@$(PIP) --quiet expecttest
+	@tests="$(DIFFUSERS_TESTS)"; if [ -z "$$tests" ]; then \
+	  version=$$($(RUN) -c 'import importlib.metadata as m; print(m.version("diffusers"))') && \
+	  folder=outputs/diffusers-$$version && tests=$$folder/tests && { [ -d $$tests ] || \
+	  git clone --quiet --depth 1 --branch v$$version https://github.com/huggingface/diffusers $$folder; } || exit 1; \
+	fi; $(RUN) -m tests.peers "$$tests" --hub $(ARGS)
 
 coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the processes that they start
 	@$(RUN) -m coverage erase && $(RUN) -m coverage run -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu' $(ARGS); \

@@ -286,6 +286,13 @@ def compatibility_tables() -> str:
     return compatibility_page.tables()
 
 
+def trust_tables(name: str) -> str:
+    """What the numeric matrix, the mutants or other people's tests found."""
+    import trust_page
+
+    return getattr(trust_page, name)()
+
+
 def replace_section(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     begin, end = f"<!-- {name}: made by docs/generate.py -->", f"<!-- end of {name} -->"
@@ -338,6 +345,7 @@ SECTIONS = {
     "docs/cost_model.md": {"predictions": prediction_table, "layers": layer_table},
     "docs/measuring.md": {"quality": quality_tables},
     "docs/training.md": {"memory": train_memory_tables},
+    "docs/trust.md": {name: functools.partial(trust_tables, name) for name in ("numeric", "peers", "mutants")},
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")
     },

@@ -54,3 +54,15 @@ def test_ranks(set_up, capsys, monkeypatch):
 def test_an_unknown_level(set_up):
     with pytest.raises(AttentionProviderError, match="DIFFUSERS_ATTN_LOG=loud; accepted are debug, info"):
         set_up("loud")
+
+
+def test_lowerings_are_named_and_nothing_else():
+    from diffusers_attn.providers.decision import _lowerings
+    from diffusers_attn.providers.serving import Serving
+
+    plain = Serving("native", "bhsd", causal="kernel")
+    assert _lowerings(plain) == ""
+    assert _lowerings(plain._replace(pad_head_dim=1)) == "; head_dim padded to 1"
+    assert _lowerings(plain._replace(repeat_kv=True, causal="drop_keys")) == (
+        "; key heads repeated, keys that no query sees dropped"
+    )

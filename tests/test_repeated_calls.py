@@ -203,3 +203,20 @@ def test_no_tensor_is_kept_alive():
     del given, mask
     gc.collect()
     assert [ref() for ref in watched] == [None] * 4
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_kind_of_call_is_decided_once(monkeypatch, autocast):
+    """And served from the table afterwards, also under autocast, whose calls are cast first."""
+    from diffusers_attn import dispatch
+
+    decided, prepare = [], dispatch.prepare
+    monkeypatch.setattr(dispatch, "prepare", lambda call: decided.append(call.query.dtype) or prepare(call))
+    monkeypatch.setattr(dispatch, "_prepared", known := {})
+    monkeypatch.setattr(dispatch.known_calls, "prepared", known)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        repeat(*tensors())
+        repeat(*tensors(seed=1))
+    assert decided == [torch.bfloat16 if autocast else torch.float32]
+    repeat(*(each[:, :, :4] for each in tensors()))
+    assert len(decided) == 2

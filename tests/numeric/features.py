@@ -191,7 +191,7 @@ FEATURES = {
     "DTensor": Feature(form="DTensor"),
     "quantised": Feature(form="quantised", dtype=torch.float32),
     "sparse": Feature(form="sparse"),
-    "MaskedTensor": Feature(form="masked"),
+    "MaskedTensor": Feature(form="masked", dtype=torch.float32),
     "fake": Feature(form="fake"),
     "meta": Feature(form="meta"),
     "`torch.vmap`": Feature(form="vmap"),

@@ -14,6 +14,13 @@ from .over_ranks import STRATEGIES
 from .statements import NONE
 
 FOLDER = Path(__file__).with_name("outcomes")
+OPEN = {
+    ("h200", "auto", "none", "no mask", "backward"): "an illegal memory access in one run, in which the same call "
+    "captured as a graph was within its tolerance; not repeated since",
+}
+"""Faults that are not understood, by file, provider, strategy, feature and pass. docs/trust.md names them."""
+CUT_SHORT = {"h200": "it had to end after two minutes, before it reached PyTorch's own kernels, flash and xformers"}
+"""Runs without all of their cells, by file, and why."""
 Found = dict[str, dict[str, dict[str, dict[str, Outcome]]]]
 
 

@@ -1,13 +1,100 @@
-"""How cells of the numeric matrix are run and named. Its cells on a CPU: `python -m tests.numeric`."""
+"""A sample of the numeric matrix has the outcomes that docs/trust.md shows. All of it: `make test-thorough`."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 import torch
 
 from diffusers_attn import attention_dispatch
+from diffusers_attn.providers.registry import provider_status
 
-from .cell import FAULT, REFUSED, named, outcome, reason_of
+from . import over_ranks
+from .cell import FAULT, REFUSED, Outcome, named, outcome, reason_of
+from .outcomes import FOLDER, OPEN, read
+from .statements import NONE
+from .workers import Cell, cells_of
+
+PROVIDERS = ("auto", "native", "_native_math", "flex")
+"""Those that run on a CPU."""
+STRATEGIES = (NONE, *over_ranks.STRATEGIES)
+CELLS = cells_of(PROVIDERS, STRATEGIES, "cpu")
+COMPILED = 8
+EAGER = 120
+"""Cells of the sample, by what they cost: 20 s in all."""
+
+
+def _sample() -> set[Cell]:
+    choose = random.Random(0)
+    compiled = [cell for cell in CELLS if cell.name == "compiled"]
+    eager = [cell for cell in CELLS if cell.name != "compiled"]
+    return {*choose.sample(compiled, COMPILED), *choose.sample(eager, EAGER)}
+
+
+SAMPLE = _sample()
+
+
+def kind(found: Outcome) -> str:
+    """What must not change. `named` has compared the words of a refusal with the provider's statements."""
+    return found.partition(":")[0] if isinstance(found, str) else "served"
+
+
+def groups():
+    for which, marks in (("sample", ()), ("all", pytest.mark.thorough)):
+        for provider in PROVIDERS:
+            for strategy in STRATEGIES:
+                cells = [cell for cell in CELLS if cell[:2] == (provider, strategy)]
+                cells = [cell for cell in cells if which == "all" or cell in SAMPLE]
+                if cells:
+                    yield pytest.param(cells, marks=marks, id=f"{which}-{provider}-{strategy}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cells", groups())
+def test_cells(pool, cells):
+    provider, strategy, *_ = cells[0]
+    if strategy == NONE:
+        found = [outcome(provider, cell.feature, cell.name, torch.device("cpu")) for cell in cells]
+    else:
+        ring, ulysses = over_ranks.degrees_of(strategy, 0)
+        given = [(cell.feature, cell.name) for cell in cells]
+        answers = pool.run(
+            ring * ulysses, over_ranks.outcomes, provider=provider, strategy=strategy, cells=given, gpus=0
+        )
+        found = over_ranks.together(answers)
+    recorded = read(FOLDER / "cpu.json")["cells"][provider][strategy]
+    for cell, each in zip(cells, found):
+        assert kind(each) == kind(recorded[cell.feature][cell.name]), cell
+
+
+def test_every_cell_has_an_outcome():
+    recorded = read(FOLDER / "cpu.json")["cells"]
+    assert set(CELLS) == {
+        Cell(provider, strategy, feature, name)
+        for provider, strategies in recorded.items()
+        for strategy, features in strategies.items()
+        for feature, passes in features.items()
+        for name in passes
+    }
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_no_outcome_is_a_fault_that_nobody_knows(path):
+    faults = {
+        (path.stem, provider, strategy, feature, name)
+        for provider, strategies in read(path)["cells"].items()
+        for strategy, features in strategies.items()
+        for feature, passes in features.items()
+        for name, found in passes.items()
+        if str(found).startswith(FAULT)
+    }
+    assert faults == {cell for cell in OPEN if cell[0] == path.stem}
+
+
+def test_all_providers_of_the_cpu_are_here():
+    assert all(provider_status(name).available for name in PROVIDERS)
+
 
 QUERY = torch.randn(1, 2, 5, 8)
 
@@ -44,10 +131,3 @@ def test_a_reason_does_not_repeat_the_call():
     assert named(refused_at_once, ["a probability"]).endswith("a probability from 0 to 1 is accepted.")
     refusal = "attention provider 'flex' cannot serve this call: it has no dropout. The call: float32. Providers"
     assert reason_of(refusal) == "it has no dropout"
-
-
-@pytest.mark.parametrize("provider", ["native", "_native_math"])
-@pytest.mark.parametrize("feature", ["causal and key mask", "dropout", "head_dim not innermost", "BlockMask"])
-def test_cells_of_one_device(provider, feature):
-    found = outcome(provider, feature, "backward", torch.device("cpu"))
-    assert "accepts no block mask" in found if feature == "BlockMask" else found["grad"] < 1e-12

@@ -10,8 +10,16 @@ import torch
 from torch import nn
 
 from diffusers_attn import AttentionProviderError
+from diffusers_attn.context_parallel.comm.transport import Transport
 from diffusers_attn.context_parallel.config import ContextParallelConfig
-from diffusers_attn.context_parallel.hooks.apply import applied_tracker, apply_context_parallel, remove_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import (
+    add_mesh,
+    applied_tracker,
+    apply_context_parallel,
+    names_of_groups,
+    remove_context_parallel,
+    using_mesh,
+)
 from diffusers_attn.context_parallel.mesh import ALONE, ContextParallelMesh, Group
 from diffusers_attn.context_parallel.sequences.active import active
 from diffusers_attn.context_parallel.sequences.roles import Role
@@ -172,6 +180,7 @@ def test_removal_leaves_nothing():
     }
     apply_context_parallel(model, MESH, plan)
     assert hook_state(model) != before
+    assert names_of_groups(model) == [MESH.ring.name]
     with pytest.raises(AttentionProviderError, match="applied .* already"):
         apply_context_parallel(model, MESH, plan)
     remove_context_parallel(model)
@@ -179,7 +188,35 @@ def test_removal_leaves_nothing():
     assert hook_state(model) == before
     assert [set(vars(each)) for each in model.modules()] == attributes
     assert applied_tracker(model) is None
+    assert names_of_groups(model) == []
     assert torch.equal(model(tokens(8), tokens(5)), tokens(8))
+
+
+def test_removal_gives_compiled_modules_their_own_calls_back():
+    """While a plan is applied, a wrapper marks sizes that change; see `dynamic_sizes`."""
+    module = Layers([Add(), Add()])
+    for layer in module.layers:
+        layer.compile(backend="eager")
+    own = [layer._compiled_call_impl for layer in module.layers]
+    apply_context_parallel(module, MESH, {"": {ParamId("x", 0): CPInput(1, sequence="tokens")}})
+    module(tokens(8))
+    assert not any(layer._compiled_call_impl is call for layer, call in zip(module.layers, own))
+    remove_context_parallel(module)
+    assert all(layer._compiled_call_impl is call for layer, call in zip(module.layers, own))
+
+
+def test_forwards_over_another_mesh():
+    """As groups of ranks compute branches of guidance."""
+    model = Layers([Add()])
+    tracker = apply_context_parallel(model, MESH, {"": {ParamId("x", 0): CPInput(1, sequence="tokens")}})
+    usual = tracker.transport
+    add_mesh(model, SINGLE)
+    with using_mesh(model, SINGLE):
+        assert tracker.mesh is SINGLE and isinstance(tracker.transport, Transport)
+        model(tokens(8))
+    assert tracker.mesh is MESH and tracker.transport is usual
+    model(tokens(8))
+    assert [length for length, _ in model.layers[0].seen] == [8, 3]
 
 
 def test_attention_modules_are_known_while_they_run():
