@@ -18,7 +18,7 @@ from ..settings.run_file import RESOLVED
 
 RESULTS = (
     "README.md", LORA_FILE, COMFYUI_FILE, "adapter_model.safetensors", "adapter_config.json",
-    *EXPERT_OF.values(),
+    *EXPERT_OF.values(), "transformer", "transformer_2", "unet",
 )  # fmt: skip
 """Files and folders that a run writes at its end."""
 ALONG_THE_WAY = ("metrics.jsonl", "loss.png", "samples", RESOLVED)

@@ -12,7 +12,8 @@ from ..errors import TrainingError
 from ..families import Family
 from ..model.experts import adapter_folder
 from ..model.lora import loads_adapters
-from ..settings.choices import IN_DIFFUSERS_FORMAT
+from ..model.whole import class_of
+from ..settings.choices import IN_DIFFUSERS_FORMAT, WHOLE
 from ..settings.config import TrainConfig
 from .validation import Sample
 
@@ -51,7 +52,10 @@ def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     pipeline = type(family.pipeline).__name__
     load = "\n".join(_loading(config, family, component) for component in family.trained)
-    if config.adapter not in IN_DIFFUSERS_FORMAT:
+    if config.adapter == WHOLE:
+        classes = ", ".join(dict.fromkeys(class_of(each).__name__ for each in family.trained.values()))
+        load = f"from diffusers import {classes}\n\n{load}"
+    elif config.adapter not in IN_DIFFUSERS_FORMAT:
         load = f"from diffusers_attn.training.model.lora import load_adapter\n\n{load}"
     base = Path(config.model).name if Path(config.model).exists() else config.model
     metadata = f"base_model: {base}\n" if not Path(config.model).exists() else ""
@@ -60,13 +64,13 @@ def model_card(config: TrainConfig, family: Family, samples: Sequence[Sample], f
 library_name: diffusers
 pipeline_tag: {kind}
 {metadata}tags:
-- {config.adapter}
+- {"full-fine-tuning" if config.adapter == WHOLE else config.adapter}
 - diffusers
 {"widget:" if widget else ""}
 {widget}---
 # {config.output.name}
 
-An adapter for `{base}`, trained with diffusers_attn.
+{"A fine-tuned transformer" if config.adapter == WHOLE else "An adapter"} for `{base}`, trained with diffusers_attn.
 
 ```python
 import torch
@@ -83,7 +87,10 @@ pipe = {pipeline}.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 
 
 def _loading(config: TrainConfig, family: Family, component: str) -> str:
-    """The line that loads the adapter of a component of the pipeline."""
+    """The line that loads the adapter of a component of the pipeline, or the component itself."""
+    if config.adapter == WHOLE:
+        name, cls = config.hub_model_id or config.output.name, class_of(family.trained[component]).__name__
+        return f'pipe.{component} = {cls}.from_pretrained("{name}", subfolder="{component}").to("cuda", torch.bfloat16)'
     folder = adapter_folder(component, len(family.trained) > 1)
     if config.adapter not in IN_DIFFUSERS_FORMAT:
         return f'load_adapter(pipe.{component}, "{(Path(config.output.name) / folder).as_posix()}")'
@@ -147,7 +154,7 @@ def upload(config: TrainConfig) -> str:
         repo_id=repository.repo_id,
         folder_path=config.output,
         commit_message="Adapter trained with diffusers_attn",
-        allow_patterns=["README.md", "*.safetensors", "adapter_config.json", "samples/last/*"],
+        allow_patterns=["README.md", "*.safetensors", "adapter_config.json", "*/config.json", "samples/last/*"],
         ignore_patterns=["cache/**", "checkpoints/**", ".*", "*/.*", "*/samples.json"],
     )
     return str(repository)

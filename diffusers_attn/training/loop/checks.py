@@ -124,7 +124,7 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
     Args:
         config: the settings.
         family: the family with its pipeline.
-        adapter: from `adapter_config`.
+        adapter: from `adapter_config`; None without an adapter.
 
     Raises:
         TrainingError: no layer matches the targets; the layers do not support the adapter; or the model or its
@@ -135,9 +135,11 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
         if config.targets:
             check_targets(transformer, config.targets)
         check_adapter_kind(config, transformer)
-        bare = _check_adapter(config, transformer, adapter)
         if "comfyui" in config.format:
             check_comfyui(type(transformer).__name__, config.adapter)
+        if adapter is None:
+            continue
+        bare = _check_adapter(config, transformer, adapter)
         if config.init_adapter is not None and config.resume is None:
             path = Path(config.init_adapter)
             check_adapter(read_adapter(family.pipeline, path, component, len(family.trained) > 1), bare)

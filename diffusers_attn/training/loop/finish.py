@@ -13,7 +13,9 @@ from ..data.ranks import in_step
 from ..families import Family
 from ..model.experts import adapter_folder, weights_of
 from ..model.lora import adapter_weights, save_adapter
+from ..model.whole import save_whole
 from ..parallel import TrainingParallel
+from ..settings.choices import WHOLE
 from ..settings.config import TrainConfig
 from .card import upload, write_card
 from .loss_plot import draw_losses
@@ -52,7 +54,7 @@ def finish(
 def save_adapters(
     config: TrainConfig, family: Family, training: Training, weights: Mapping[str, Tensor], folder: Path
 ) -> list[Path]:
-    """Saves the adapter of each trained transformer.
+    """Saves the adapter of each trained transformer; with `adapter="none"` the transformers.
 
     Args:
         config: the settings.
@@ -62,12 +64,15 @@ def save_adapters(
         folder: folder for the files, with one for each of several adapters in it.
 
     Returns:
-        The files.
+        The files, or the transformers' folders.
     """
     trained, initial, files = family.trained, training.initial, []
     several = len(trained) > 1
     for name, transformer in trained.items():
         own = weights_of(name, weights, several)
+        if config.adapter == WHOLE:
+            files.append(save_whole(transformer, own, folder / name))
+            continue
         own_initial = None if initial is None else weights_of(name, initial, several)
         where = folder / adapter_folder(name, several)
         comfyui = "comfyui" in config.format

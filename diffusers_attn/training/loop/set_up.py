@@ -21,7 +21,9 @@ from ..model.lora import MOVES_BASE, adapter_config, adapter_weights, add_adapte
 from ..model.offload import offload_blocks
 from ..model.optim import make_optimizer, make_schedule
 from ..model.pipeline import load_pipeline
+from ..model.whole import train_whole
 from ..parallel import TrainingParallel
+from ..settings.choices import WHOLE
 from ..settings.config import TrainConfig
 from ..settings.flag_names import option
 
@@ -37,6 +39,7 @@ def load_family(config: TrainConfig, accelerator: Any, parallel: TrainingParalle
         ranks=parallel.ranks,
         local_main=accelerator.is_local_main_process,
         expert=config.expert,
+        whole=config.adapter == WHOLE,
     )
     return family_of(
         pipeline,
@@ -66,7 +69,9 @@ def check_equal_bases(config: TrainConfig, parallel: TrainingParallel, base: str
 
 
 def adapter_of(config: TrainConfig, family: Family) -> Any:
-    """PEFT's configuration of the adapter that the settings describe."""
+    """PEFT's configuration of the adapter that the settings describe; None if the transformer's weights are trained."""
+    if config.adapter == WHOLE:
+        return None
     targets = config.targets or family.lora_targets
     return adapter_config(
         config.adapter, config.rank, config.alpha, targets, config.adapter_init, config.adapter_dropout
@@ -113,6 +118,9 @@ def add_adapters(
     parameters = []
     for transformer in trained.values():
         adapter = adapter_of(config, family)
+        if adapter is None:
+            parameters += train_whole(transformer)
+            continue
         if initial is not None:
             adapter.init_lora_weights = True
         parameters += add_adapter(transformer, adapter, config.seed)

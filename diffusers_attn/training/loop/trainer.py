@@ -24,6 +24,7 @@ from ..data.ranks import in_step
 from ..errors import TrainingError, TrainingInterrupted
 from ..model.pipeline import drop_text_encoders
 from ..parallel import TrainingParallel
+from ..settings.choices import WHOLE
 from ..settings.config import TrainConfig
 from ..settings.flag_names import option
 from .accelerator import make_accelerator, start_trackers
@@ -79,8 +80,8 @@ class Trainer:
         """Trains. All processes must call this. With `dry_run`, it prints a report instead and writes nothing.
 
         Returns:
-            The adapter's file, of two adapters that for high noise levels; on processes other than rank 0, and after a
-            dry run, the output folder.
+            The adapter's file, of two adapters that for high noise levels, or the folder of a trained transformer; on
+            processes other than rank 0, and after a dry run, the output folder.
 
         Raises:
             TrainingError: a setting cannot be used with this model, another run uses the output folder, or the loss,
@@ -295,7 +296,8 @@ class Trainer:
 
         def files(folder: Path) -> None:
             write(taken, folder)
-            save_adapters(self.config, self.family, self.training, weights, folder)
+            if self.config.adapter != WHOLE:  # whose weights would be there twice
+                save_adapters(self.config, self.family, self.training, weights, folder)
 
         def save(_: None) -> None:
             self.checkpoints.save(self.step, files, taken.size)

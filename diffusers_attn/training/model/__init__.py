@@ -2,6 +2,6 @@
 
 - Frozen: `pipeline` loads it, with `base_precision` in fewer bits; `offload` keeps blocks in host memory or in files.
 - Trained: `lora` adds an adapter to the model and saves it, with `comfyui` by the names that ComfyUI knows;
-  `init_adapter` puts a saved one into it; `optim` updates it; `ema` averages it. `experts` are two transformers that
-  are trained in one run.
+  `init_adapter` puts a saved one into it. `whole` trains and saves the model's own weights instead. `optim` updates
+  what is trained; `ema` averages it. `experts` are two transformers that are trained in one run.
 """

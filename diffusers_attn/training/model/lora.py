@@ -17,6 +17,7 @@ from ..randomness import derived_seed
 from ..settings.choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
 from ..settings.flag_names import option
 from .comfyui import save_comfyui
+from .whole import class_of
 
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -265,7 +266,7 @@ def save_adapter(
     write_file(file, write, "the adapter")
     if comfyui:
         scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-        save_comfyui(layers, type(transformer).__name__, scaling, folder)
+        save_comfyui(layers, class_of(transformer).__name__, scaling, folder)
     return file
 
 

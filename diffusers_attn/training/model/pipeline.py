@@ -27,6 +27,7 @@ def load_pipeline(
     transformer: str | None = None,
     base_precision: str | None = None,
     expert: str | None = None,
+    whole: bool = False,
 ) -> Any:
     """Loads a diffusers pipeline on the CPU, frozen and in evaluation mode. The VAE is always in float32.
 
@@ -38,6 +39,7 @@ def load_pipeline(
         local_main: whether this process is the first of its machine, which downloads before the others load.
         transformer: folder or file with the transformer's weights. None: those of `model`.
         base_precision: quantisation of the transformer and the text encoders; see `TrainConfig`.
+        whole: whether the transformers' own weights are trained, and are in float32.
         expert: the expert to train of a pipeline with two transformers. A missing or superfluous one is detected before
             weights are read.
 
@@ -61,15 +63,16 @@ def load_pipeline(
                 part=part,
                 model=model,
                 revision=revision,
-                dtype=dtype,
+                dtype=torch.float32 if whole else dtype,
                 precision=base_precision,
             )
+        dtypes = {"vae": torch.float32, "default": dtype}
+        if whole:
+            dtypes |= dict.fromkeys(parts & {"transformer", "transformer_2", "unet"}, torch.float32)
         quantised = pipeline_quantisation(base_precision, dtype, parts - given.keys())
         if quantised is not None:
             given["quantization_config"] = quantised
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, revision=revision, dtype={"vae": torch.float32, "default": dtype}, **given
-        )
+        pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, dtype=dtypes, **given)
         for component in pipeline.components.values():  # bitsandbytes quantises on the GPU
             if isinstance(component, nn.Module) and str(component.device) != "cpu":
                 component.to("cpu")

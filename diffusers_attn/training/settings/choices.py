@@ -14,8 +14,12 @@ LOW_VRAM = {"base_precision": "nf4", "offload": "blocks", "optimizer": "adamw8bi
 """Settings for little GPU memory."""
 KINDS = ("lora", "rslora", "dora", "loha", "lokr", "oft", "ia3")
 """Types of adapters."""
-WITHOUT_ALPHA, WITHOUT_RANK = ("oft", "ia3"), ("ia3",)
+WHOLE = "none"
+"""In place of a type of adapter: the transformer's own weights are trained."""
+WITHOUT_ALPHA, WITHOUT_RANK = ("oft", "ia3", WHOLE), ("ia3", WHOLE)
 """Types of adapters whose scale is not alpha / rank, and those that have no rank either."""
+WHOLE_RATE = 1e-5
+"""Default learning rate of the transformer's own weights."""
 IN_DIFFUSERS_FORMAT = ("lora", "rslora", "dora")
 """Types of adapters that a pipeline's `load_lora_weights` loads."""
 FORMATS = ("diffusers", "comfyui")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import TrainingError
 from .arguments import given_settings, make_parser
-from .choices import OPTIMIZERS, WARMUP_STEPS, WITHOUT_RANK, WITHOUT_WARMUP
+from .choices import OPTIMIZERS, WARMUP_STEPS, WHOLE, WHOLE_RATE, WITHOUT_RANK, WITHOUT_WARMUP
 from .contradictions import check_effect, check_together, fields_of
 from .datasets import DataSet, datasets_of
 from .groups.adapter import AdapterSettings
@@ -63,11 +63,16 @@ class TrainConfig(
     @property
     def rate(self) -> float:
         """The peak learning rate."""
-        return OPTIMIZERS[self.optimizer].learning_rate if self.learning_rate is None else self.learning_rate
+        if self.learning_rate is not None:
+            return self.learning_rate
+        default = OPTIMIZERS[self.optimizer].learning_rate
+        return min(default, WHOLE_RATE) if self.adapter == WHOLE and default < 1 else default
 
     @property
     def adapter_with_rank(self) -> str:
         """The type of adapter, such as "lora of rank 16"."""
+        if self.adapter == WHOLE:
+            return "none, all weights"
         return self.adapter if self.adapter in WITHOUT_RANK else f"{self.adapter} of rank {self.rank}"
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
-from .choices import IN_DIFFUSERS_FORMAT, WITHOUT_WARMUP
+from .choices import IN_DIFFUSERS_FORMAT, WHOLE, WITHOUT_WARMUP
 from .flag_names import option
 from .setting import default_of, metadata_of
 
@@ -32,6 +32,13 @@ def check_together(config: TrainConfig) -> None:
             f"{option('offload', config.offload)} with --compile: compiled blocks keep their weights. Leave one of "
             "them out."
         )
+    if config.adapter == WHOLE:
+        for name, none in (("base_precision", None), ("offload", "none")):
+            if getattr(config, name) != none:
+                raise TrainingError(
+                    f"{option(name, getattr(config, name))} with {option('adapter', WHOLE)}, which trains the "
+                    "transformer's own weights, in float32 and on the device. Leave one of them out."
+                )
     if config.transformer is not None and config.expert == "both":
         raise TrainingError(
             f"{option('transformer', config.transformer)} with --expert both: these are the weights of one "

@@ -13,7 +13,7 @@ from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.loop.card import check_push
 from diffusers_attn.training.loop.checks import check_optimizing, without_weights
 from diffusers_attn.training.loop.trainer import Trainer
-from diffusers_attn.training.settings.choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS
+from diffusers_attn.training.settings.choices import IN_DIFFUSERS_FORMAT, INITIALISATIONS, KINDS, WITHOUT_RANK
 
 from ...tiny_pipelines import make
 from ..runs import train
@@ -114,7 +114,8 @@ def test_adapters_that_exist_are_not_refused(adapter, init):
     if init != "default" and adapter not in IN_DIFFUSERS_FORMAT:
         return
     family = family_of(make("cogview4"))
-    config = TrainConfig(**MUST, adapter=adapter, adapter_init=init, rank=4)
+    rank = {} if adapter in WITHOUT_RANK else {"rank": 4}
+    config = TrainConfig(**MUST, adapter=adapter, adapter_init=init, **rank)
     check_with_model(config, family, adapter_config(adapter, 4, None, family.lora_targets, init))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..bounds import BELOW_ONE, COUNT, POSITIVE
-from ..choices import FORMATS, INITIALISATIONS, KINDS, WITHOUT_ALPHA, WITHOUT_RANK
+from ..choices import FORMATS, INITIALISATIONS, KINDS, WHOLE, WITHOUT_ALPHA, WITHOUT_RANK
 from ..setting import setting
 
 
@@ -16,7 +16,11 @@ class AdapterSettings:
 
     HEADING: ClassVar = "adapter"
 
-    adapter: str = setting("lora", "Type of adapter to train", KINDS)
+    adapter: str = setting(
+        "lora",
+        "Type of adapter to train; none trains the transformer's own weights, which are saved in diffusers' format",
+        (*KINDS, WHOLE),
+    )
     rank: int = setting(
         16,
         "Rank of the adapter; of oft the size of the rotated blocks",
@@ -33,6 +37,7 @@ class AdapterSettings:
         None,
         "Names, or ends of names, of the layers that get an adapter, or one regular expression (default: the "
         "attention's projections)",
+        needs=("adapter", *KINDS),
     )
     adapter_init: str = setting(
         "default",

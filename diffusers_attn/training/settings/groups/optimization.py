@@ -25,7 +25,9 @@ class OptimizationSettings:
     gradient_accumulation_steps: int = setting(1, "Number of forward passes per optimizer step", bounds=COUNT)
     optimizer: str = setting("adamw", "Optimizer", tuple(OPTIMIZERS))
     learning_rate: float | None = setting(
-        None, "Peak learning rate (default: 1e-4; 1.0 for prodigy)", bounds=Bounds(0, 100, low_is_in=False)
+        None,
+        "Peak learning rate (default: 1e-4, with --adapter none 1e-5; 1.0 for prodigy)",
+        bounds=Bounds(0, 100, low_is_in=False),
     )
     adam_betas: list[float] = setting(
         [0.9, 0.999], "Optimizer's two decay rates of the moment estimates", bounds=BELOW_ONE, length=2
