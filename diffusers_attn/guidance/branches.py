@@ -27,7 +27,7 @@ class StepKind:
         """The output of each branch, with tensors on "meta", by number of the branch and plain arguments."""
 
 
-class Step:
+class GuidedStep:
     """One step: calls of a model with the same latents.
 
     Args:

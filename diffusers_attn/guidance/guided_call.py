@@ -21,7 +21,7 @@ from ..context_parallel.mesh import ContextParallelMesh
 from ..errors import AttentionProviderError
 from ..nested import mapped, tensors_in
 from .batch import Batch
-from .branches import Step, StepKind, shape_of
+from .branches import GuidedStep, StepKind, shape_of
 from .cached_run import CachedRun
 from .division import Divider, Division
 from .groups import Groups
@@ -121,7 +121,7 @@ class GuidedCall:
             run.begin((groups or alone) if has_name else None)
             groups = run.groups
             division = Division(1, 1 if groups is None else groups.count)
-        current = StepInProgress(Step(latents, kind), batch, division, branches)
+        current = StepInProgress(GuidedStep(latents, kind), batch, division, branches)
         current.groups = groups
         current.alone = alone if run is None else run.groups
         return current

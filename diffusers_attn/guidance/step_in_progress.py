@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..nested import mapped, tensors_in
 from .batch import Batch
-from .branches import Step
+from .branches import GuidedStep
 from .division import Division
 from .groups import Groups
 from .inputs import Arguments
@@ -26,7 +26,7 @@ class StepInProgress:
         branches: number of calls that it should have.
     """
 
-    def __init__(self, step: Step, batch: Batch, division: Division, branches: int) -> None:
+    def __init__(self, step: GuidedStep, batch: Batch, division: Division, branches: int) -> None:
         self.step = step
         self.batch = batch
         self.division = division

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .base import Adapter
-from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings, call_kernel, takes_window_pair
+from .flash_family import FlashAttention, FlashSettings, Gradients, SequenceLengths, call_kernel, takes_window_pair
 
 
-class Functions(NamedTuple):
+class Flash2Functions(NamedTuple):
     """The functions of `flash_attn_interface`."""
 
     dense_forward: Callable[..., Any]
@@ -34,18 +34,18 @@ class Functions(NamedTuple):
 class Flash2(FlashAttention):
     """The dense kernel, and the variable-length one for key masks."""
 
-    functions: ClassVar[Functions]
+    functions: ClassVar[Flash2Functions]
 
     @classmethod
     def over(cls, package: ModuleType | None, source: str) -> type[Adapter]:
         names = "forward", "backward", "varlen_forward", "varlen_backward"
         forward, backward, varlen_forward, varlen_backward = (getattr(package, f"_flash_attn_{name}") for name in names)
         pair = takes_window_pair(forward)
-        functions = Functions(forward, backward, varlen_forward, varlen_backward, pair, 5 if pair else 1)
+        functions = Flash2Functions(forward, backward, varlen_forward, varlen_backward, pair, 5 if pair else 1)
         return type(cls.__name__, (cls,), {"functions": functions})
 
     @classmethod
-    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: FlashSettings) -> tuple[Tensor, Tensor]:
         result = call_kernel(
             cls.functions.dense_forward, query, key, value, *cls._forward_constants(settings), None, False
         )
@@ -53,7 +53,14 @@ class Flash2(FlashAttention):
 
     @classmethod
     def dense_backward(
-        cls, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, settings: Settings
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: FlashSettings,
     ) -> Gradients:
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         constants = (*cls._forward_constants(settings), None, settings.deterministic)
@@ -62,7 +69,7 @@ class Flash2(FlashAttention):
 
     @classmethod
     def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: Settings
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: FlashSettings
     ) -> tuple[Tensor, Tensor]:
         result = call_kernel(
             cls.functions.varlen_forward, query, key, value, *lengths, *cls._forward_constants(settings), None, False
@@ -79,7 +86,7 @@ class Flash2(FlashAttention):
         out: Tensor,
         lse: Tensor,
         lengths: SequenceLengths,
-        settings: Settings,
+        settings: FlashSettings,
     ) -> Gradients:
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         constants = (*cls._forward_constants(settings), None, settings.deterministic)
@@ -87,7 +94,7 @@ class Flash2(FlashAttention):
         return grads
 
     @classmethod
-    def _forward_constants(cls, settings: Settings) -> tuple[Any, ...]:
+    def _forward_constants(cls, settings: FlashSettings) -> tuple[Any, ...]:
         """dropout_p, softmax_scale, causal, window, softcap: in one order everywhere."""
         window = (settings.window,) if cls.functions.window_pair else settings.window
         return 0.0, settings.scale, settings.is_causal, *window, settings.softcap

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .base import Adapter
-from .flash_family import FlashAttention, Gradients, SequenceLengths, Settings, call_kernel, takes_window_pair
+from .flash_family import FlashAttention, FlashSettings, Gradients, SequenceLengths, call_kernel, takes_window_pair
 
 
-class Functions(NamedTuple):
+class Flash3Functions(NamedTuple):
     """The operators of `flash_attn_interface`."""
 
     forward: Callable[..., Any]
@@ -27,7 +27,7 @@ class Functions(NamedTuple):
 class Flash3(FlashAttention):
     """The dense and the variable-length form of one operator."""
 
-    functions: ClassVar[Functions]
+    functions: ClassVar[Flash3Functions]
 
     @classmethod
     def over(cls, package: ModuleType | None, source: str) -> type[Adapter]:
@@ -36,22 +36,29 @@ class Flash3(FlashAttention):
             raise ImportError(
                 "flash_attn_interface has no operator flash_attn_3::_flash_attn_forward; builds since 2025-09 have it"
             )
-        functions = Functions(forward, getattr(package, "_flash_attn_backward"))  # noqa: B009
+        functions = Flash3Functions(forward, getattr(package, "_flash_attn_backward"))  # noqa: B009
         return type(cls.__name__, (cls,), {"functions": functions})
 
     @classmethod
-    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: FlashSettings) -> tuple[Tensor, Tensor]:
         return cls._run(query, key, value, None, settings)
 
     @classmethod
     def dense_backward(
-        cls, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, settings: Settings
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: FlashSettings,
     ) -> Gradients:
         return cls._run_backward(grad_out, query, key, value, out, lse, None, settings)
 
     @classmethod
     def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: Settings
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: FlashSettings
     ) -> tuple[Tensor, Tensor]:
         return cls._run(query, key, value, lengths, settings)
 
@@ -65,7 +72,7 @@ class Flash3(FlashAttention):
         out: Tensor,
         lse: Tensor,
         lengths: SequenceLengths,
-        settings: Settings,
+        settings: FlashSettings,
     ) -> Gradients:
         return cls._run_backward(grad_out, query, key, value, out, lse, lengths, settings)
 
@@ -76,7 +83,7 @@ class Flash3(FlashAttention):
         key: Tensor,
         value: Tensor,
         lengths: SequenceLengths | None,
-        settings: Settings,
+        settings: FlashSettings,
         **descales: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Output and lse. `descales` are the factors of float8 tensors."""
@@ -99,7 +106,7 @@ class Flash3(FlashAttention):
         out: Tensor,
         lse: Tensor,
         lengths: SequenceLengths | None,
-        settings: Settings,
+        settings: FlashSettings,
     ) -> Gradients:
         cu_query, cu_key, max_query, max_key = lengths or (None, None, None, None)
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import fp8
 from .base import Params
 from .flash3 import Flash3
-from .flash_family import Settings, pack, unpack_results
+from .flash_family import FlashSettings, pack, unpack_results
 
 
 class Flash3Fp8(Flash3):
@@ -22,7 +22,7 @@ class Flash3Fp8(Flash3):
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
-        settings, dtype, kv_heads = Settings.of(params), query.dtype, key.shape[2]
+        settings, dtype, kv_heads = FlashSettings.of(params), query.dtype, key.shape[2]
         query, query_factor = fp8.quantize(query, kv_heads)
         key, key_factor = fp8.quantize(key, kv_heads, mask)
         value, value_factor = fp8.quantize(value, kv_heads, mask)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..masks import MaskKind
 from . import varlen
 from .base import Adapter, Params
-from .flash_family import Gradients, Settings
+from .flash_family import FlashSettings, Gradients
 
 
 class Flash4(Adapter):
@@ -51,7 +51,7 @@ class Flash4(Adapter):
         packed_key, packed_value, lengths, entries, packing = _lower_mask(key, value, mask, params)
         lse = lse.transpose(1, 2).contiguous()
         run = backward_op if torch.compiler.is_compiling() else _backward
-        deterministic = Settings.of(params).deterministic
+        deterministic = FlashSettings.of(params).deterministic
         grad_query, grad_key, grad_value = run(
             grad_out, query, packed_key, packed_value, out, lse, lengths, entries, *_constants(params), deterministic
         )
@@ -82,7 +82,7 @@ def _lower_mask(
 
 def _constants(params: Params) -> tuple[float, bool, int, int, float]:
     """scale, is_causal, window_left, window_right, softcap."""
-    settings = Settings.of(params)
+    settings = FlashSettings.of(params)
     return settings.scale, settings.is_causal, *settings.window, settings.softcap
 
 

@@ -17,7 +17,7 @@ from .base import Adapter, Params
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-class Settings(NamedTuple):
+class FlashSettings(NamedTuple):
     """The constants of a call in the form that the kernels take."""
 
     scale: float
@@ -28,7 +28,7 @@ class Settings(NamedTuple):
     deterministic: bool
 
     @staticmethod
-    def of(params: Params) -> Settings:
+    def of(params: Params) -> FlashSettings:
         options = dict(params.options)
         window = options.get("window_size", (-1, -1))
         if len(window) != 2 or not all(isinstance(limit, int) for limit in window):
@@ -36,7 +36,7 @@ class Settings(NamedTuple):
                 f"option window_size={window!r}: two whole numbers, (left, right), are accepted; -1 is unlimited."
             )
         softcap = float(options.get("softcap", 0.0))
-        return Settings(params.scale, params.is_causal, window, softcap, options.get("deterministic", False))
+        return FlashSettings(params.scale, params.is_causal, window, softcap, options.get("deterministic", False))
 
 
 def takes_window_pair(function: Callable[..., Any]) -> bool:
@@ -73,7 +73,7 @@ class FlashAttention(Adapter):
 
     @classmethod
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
-        settings = Settings.of(params)
+        settings = FlashSettings.of(params)
         query, key, value = varlen.rows_contiguous(query, key, value)
         if mask is None and not cls.always_varlen:
             out, lse = cls.dense_forward(query, key, value, settings)
@@ -94,7 +94,7 @@ class FlashAttention(Adapter):
         lse: Tensor,
         params: Params,
     ) -> Gradients:
-        settings = Settings.of(params)
+        settings = FlashSettings.of(params)
         grad_out, query, key, value, out = varlen.rows_contiguous(grad_out, query, key, value, out)
         # The weights are exp(score - lse): with +inf they are zero in a row without keys.
         lse = lse.masked_fill(lse == -math.inf, math.inf)
@@ -112,20 +112,27 @@ class FlashAttention(Adapter):
         return grad_query, grad_key, varlen.unpack_gradient(grad_value, packing, value)
 
     @classmethod
-    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: FlashSettings) -> tuple[Tensor, Tensor]:
         """Output, and lse `[batch, heads, query_len]`."""
         raise NotImplementedError
 
     @classmethod
     def dense_backward(
-        cls, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, settings: Settings
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: FlashSettings,
     ) -> Gradients:
         """The gradients, from the results of `dense_forward`."""
         raise NotImplementedError
 
     @classmethod
     def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: Settings
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: FlashSettings
     ) -> tuple[Tensor, Tensor]:
         """Output `[batch * query_len, heads, head_dim]`, and lse `[heads, batch * query_len]`."""
         raise NotImplementedError
@@ -140,7 +147,7 @@ class FlashAttention(Adapter):
         out: Tensor,
         lse: Tensor,
         lengths: SequenceLengths,
-        settings: Settings,
+        settings: FlashSettings,
     ) -> Gradients:
         """The gradients, from the results of `varlen_forward`. Positions outside of all sequences are not written."""
         raise NotImplementedError

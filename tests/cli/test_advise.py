@@ -99,7 +99,7 @@ def test_rows_of_products_are_those_of_a_forward() -> None:
 
     case = CASES["flux"]
     tiny = case.build()
-    described = model.Described(model.Target("", tiny, {}), None)
+    described = model.ModelDescription(model.Target("", tiny, {}), None)
     tokens = IMAGE_TOKENS + model.TEXT
     size = Size(tokens, model.TEXT, "")
     expected = sum(2 * weights * rows * model.BATCH for weights, rows, _ in model.products(described, size))

@@ -297,7 +297,10 @@ def test_the_report_of_a_machine_with_gpus(capsys: pytest.CaptureFixture[str]) -
     flash = examine.Provider("flash", False, "package flash-attn is not installed", "pip install x", None, True, "")
     sage = examine.Provider("sage", True, "", "", "2.2.0", False, "")
     run = {"device": "cuda", "dtype": "bfloat16", "ms": 0.5, "tflops": 600.0, "error": 1.2e-2, "problem": ""}
-    problems = (combinations.Problem("error", "it is broken.", "mend it"), combinations.Problem("note", "it is new."))
+    problems = (
+        combinations.EnvironmentProblem("error", "it is broken.", "mend it"),
+        combinations.EnvironmentProblem("note", "it is new."),
+    )
     packages = {"torch": Package("torch", "2.13.0")}
     report = examine.Report(
         GPU, packages, torch, "0.42.1", (sage, flash), problems, {"sage": run}, (320e9, 319e9),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .gpus import GPUS
 from .grids import size_of
-from .model import Described
+from .model import ModelDescription
 from .predict import predict
 
 
@@ -83,7 +83,7 @@ class Compared:
         return self.predicted_seconds / self.measured_seconds - 1
 
 
-def compared(described: Described) -> tuple[str, list[Compared]]:
+def compared(described: ModelDescription) -> tuple[str, list[Compared]]:
     """What was measured, in words, and the measured steps of this model beside their predictions; empty for others."""
     cls = type(described.model)
     found = next(

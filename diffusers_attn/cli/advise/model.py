@@ -43,7 +43,7 @@ _TEXT = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
+class ModelDescription:
     """A model without weights."""
 
     target: Target
@@ -60,7 +60,7 @@ class Described:
         return sum(each.numel() for each in self.model.parameters())
 
 
-def described(name: str) -> Described:
+def described(name: str) -> ModelDescription:
     """The model of a name: one of `NAMED`, a model class with its default configuration, a folder with a pipeline or a
     model, or a repository on the Hugging Face Hub, of which only configurations are read.
 
@@ -69,14 +69,14 @@ def described(name: str) -> Described:
     """
     if name in NAMED:
         cls_name, config = NAMED[name]
-        return Described(_target(cls_name, config), None)
+        return ModelDescription(_target(cls_name, config), None)
     if Path(name).is_dir() or "/" in name:
         return _of_folder(name)
     cls_name = one_class(name, [*list_cp_plans(), *UNCOVERED])
-    return Described(_target(cls_name, {}), None)
+    return ModelDescription(_target(cls_name, {}), None)
 
 
-def _of_folder(name: str) -> Described:
+def _of_folder(name: str) -> ModelDescription:
     """The first transformer of a pipeline, or a single model."""
     try:
         if Path(name, "config.json").is_file():
@@ -98,7 +98,7 @@ def _of_folder(name: str) -> Described:
             f"{', '.join(NAMED)}; a model class; a folder; or a repository on the Hugging Face Hub."
         ) from error
     cls_name = config.pop("_class_name", "")
-    return Described(_target(cls_name, {k: v for k, v in config.items() if not k.startswith("_")}), other)
+    return ModelDescription(_target(cls_name, {k: v for k, v in config.items() if not k.startswith("_")}), other)
 
 
 def _bytes_of_other_models(folder: Path, transformer: str) -> int | None:
@@ -127,7 +127,7 @@ def _target(cls_name: str, config: Mapping[str, Any]) -> Target:
     return Target(cls_name, model, get_cp_plan(model))
 
 
-def products(described: Described, size: Size) -> Iterator[tuple[int, float, bool]]:
+def products(described: ModelDescription, size: Size) -> Iterator[tuple[int, float, bool]]:
     """The matrix products of a forward: number of weights, number of rows, and whether the rows are split between
     ranks. A tiny model of the class shows which layers compute with all tokens, with the text, or with one vector."""
     rows = rows_of_tiny(type(described.model).__name__)
@@ -149,7 +149,7 @@ def products(described: Described, size: Size) -> Iterator[tuple[int, float, boo
             yield weights, size.tokens * share, True
 
 
-def local_attention_flops(described: Described, size: Size) -> float:
+def local_attention_flops(described: ModelDescription, size: Size) -> float:
     """Floating-point operations of the attention of split queries to keys that every rank has, such as a text."""
     rows = rows_of_tiny(type(described.model).__name__)
     split = {name for name, *_ in split_attention(described.target)}

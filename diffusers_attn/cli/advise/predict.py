@@ -18,7 +18,7 @@ from ...parallelize.targets import split_heads
 from ...parallelize.workload import workloads
 from ...providers.hardware import KINDS, Hardware
 from .grids import Size
-from .model import Described, attention_tokens, local_attention_flops, products, rows_of_tiny
+from .model import ModelDescription, attention_tokens, local_attention_flops, products, rows_of_tiny
 
 PASSES = 20
 """Number of times that a block reads or writes activations of the model's width, beside attention and matrix products,
@@ -57,7 +57,7 @@ class Prediction:
 
 
 def predict_step(
-    described: Described,
+    described: ModelDescription,
     size: Size,
     hardware: Hardware,
     capability: tuple[int, int],
@@ -98,7 +98,7 @@ def predict_step(
 
 
 def predict(
-    described: Described,
+    described: ModelDescription,
     size: Size,
     hardware: Hardware,
     capability: tuple[int, int],
@@ -142,7 +142,7 @@ def predict(
 
 
 def _works(
-    described: Described,
+    described: ModelDescription,
     size: Size,
     hardware: Hardware,
     capability: tuple[int, int],
@@ -163,7 +163,7 @@ def _alone(work: Workload, hardware: Hardware) -> float:
     return attention_seconds(work, work.tokens, work.tokens, 1, hardware, KIND)
 
 
-def _rest_seconds(described: Described, size: Size, hardware: Hardware, gpus: int, batch: int) -> float:
+def _rest_seconds(described: ModelDescription, size: Size, hardware: Hardware, gpus: int, batch: int) -> float:
     """Seconds of everything else than attention."""
     seconds = 0.0
     for weights, rows, split in products(described, size):
@@ -178,7 +178,7 @@ def _rest_seconds(described: Described, size: Size, hardware: Hardware, gpus: in
 
 
 def _activations(
-    described: Described, works: Sequence[Workload], size: Size, gpus: int, strategy: str, batch: int
+    described: ModelDescription, works: Sequence[Workload], size: Size, gpus: int, strategy: str, batch: int
 ) -> int:
     """Bytes of a block's activations: residual, normed input, query, key, value and output, or the residual and the
     hidden layer of the MLP; and for a gather the keys and values of all ranks, twice, since the next layer's arrive."""
@@ -198,21 +198,21 @@ def _activations(
     return int(own + gathered)
 
 
-def _width(described: Described) -> int:
+def _width(described: ModelDescription) -> int:
     """The most frequent input size of the linear layers: the width of the model."""
     sizes = [each.in_features for each in described.model.modules() if isinstance(each, nn.Linear)]
     return max(set(sizes), key=sizes.count, default=1)
 
 
-def _blocks(described: Described) -> int:
+def _blocks(described: ModelDescription) -> int:
     """Number of blocks: the entries of the model's module lists."""
     return max(1, len(_block_list(described)))
 
 
-def _largest_block(described: Described) -> int:
+def _largest_block(described: ModelDescription) -> int:
     """Number of parameters of the largest block."""
     return max((sum(each.numel() for each in block.parameters()) for block in _block_list(described)), default=0)
 
 
-def _block_list(described: Described) -> list[nn.Module]:
+def _block_list(described: ModelDescription) -> list[nn.Module]:
     return [block for each in described.model.children() if isinstance(each, nn.ModuleList) for block in each]

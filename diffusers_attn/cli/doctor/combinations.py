@@ -20,7 +20,7 @@ INDEX = "https://download.pytorch.org/whl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class EnvironmentProblem:
     """One finding."""
 
     level: str
@@ -40,13 +40,13 @@ class Environment:
     """The answer of the probe `pytorch`; None if PyTorch does not import."""
 
 
-def problems(found: Environment) -> list[Problem]:
+def problems(found: Environment) -> list[EnvironmentProblem]:
     """All known conflicts, errors first."""
     order = (ERROR, WARNING, NOTE)
     return sorted((each for rule in RULES for each in rule(found)), key=lambda each: order.index(each.level))
 
 
-def requirements(found: Environment) -> Iterator[Problem]:
+def requirements(found: Environment) -> Iterator[EnvironmentProblem]:
     """Versions that a package's metadata excludes. Those of this library are errors, those of others warnings."""
     for package in found.packages.values():
         for text in package.requires:
@@ -60,7 +60,7 @@ def requirements(found: Environment) -> Iterator[Problem]:
             except (InvalidRequirement, InvalidVersion):
                 continue
             own = package.name == "diffusers-attn"
-            yield Problem(
+            yield EnvironmentProblem(
                 ERROR if own else WARNING,
                 f"{package.name} {package.version} needs {needed.name}{needed.specifier}, and {other.version} is "
                 "installed.",
@@ -68,11 +68,11 @@ def requirements(found: Environment) -> Iterator[Problem]:
             )
 
 
-def copies(found: Environment) -> Iterator[Problem]:
+def copies(found: Environment) -> Iterator[EnvironmentProblem]:
     """A package that is installed twice: Python imports the first, pip changes one of them."""
     for package in found.packages.values():
         if len(package.copies) > 1:
-            yield Problem(
+            yield EnvironmentProblem(
                 WARNING,
                 f"{package.name} is installed {len(package.copies)} times: {', '.join(package.copies)}. Python imports "
                 "the first.",
@@ -80,22 +80,22 @@ def copies(found: Environment) -> Iterator[Problem]:
             )
 
 
-def hidden(found: Environment) -> Iterator[Problem]:
+def hidden(found: Environment) -> Iterator[EnvironmentProblem]:
     """A file or folder with the name of a package, such as torch.py, which Python imports instead."""
     for package in found.packages.values():
         if package.hidden_by:
-            yield Problem(
+            yield EnvironmentProblem(
                 ERROR,
                 f"Python imports {package.hidden_by} instead of the installed {package.name} {package.version}. Rename "
                 "this file or its folder, or take its folder off PYTHONPATH.",
             )
 
 
-def xformers_without_flash_attn(found: Environment) -> Iterator[Problem]:
+def xformers_without_flash_attn(found: Environment) -> Iterator[EnvironmentProblem]:
     """xformers imports `flash_attn.flash_attn_interface` if there is a package `flash_attn`. flash-attn-4 has the
     package without that module, so that xformers fails to import, and diffusers, which imports it, with it."""
     if {"xformers", "flash-attn-4"} <= found.packages.keys() and "flash-attn" not in found.packages:
-        yield Problem(
+        yield EnvironmentProblem(
             ERROR,
             "xformers and flash-attn-4 are installed without flash-attn. xformers then fails to import, and with it "
             "diffusers.",
@@ -103,11 +103,11 @@ def xformers_without_flash_attn(found: Environment) -> Iterator[Problem]:
         )
 
 
-def flash_attn_4_overwritten(found: Environment) -> Iterator[Problem]:
+def flash_attn_4_overwritten(found: Environment) -> Iterator[EnvironmentProblem]:
     """flash-attn 2 has an older copy of `flash_attn/cute`, which replaces that of flash-attn-4."""
     package = found.packages.get("flash-attn-4")
     if package and package.changed_files:
-        yield Problem(
+        yield EnvironmentProblem(
             ERROR,
             f"{len(package.changed_files)} files of flash-attn-4 were replaced by another package, such as "
             f"{package.changed_files[0]}. An older copy of them is part of flash-attn, which must be installed first.",
@@ -115,23 +115,23 @@ def flash_attn_4_overwritten(found: Environment) -> Iterator[Problem]:
         )
 
 
-def xformers_for_another_cuda(found: Environment) -> Iterator[Problem]:
+def xformers_for_another_cuda(found: Environment) -> Iterator[EnvironmentProblem]:
     package = found.packages.get("xformers")
     cuda = found.torch and found.torch["cuda"]
     if not package or not package.built_for_cuda or not cuda:
         return
     if package.built_for_cuda.split(".")[0] != cuda.split(".")[0]:
-        yield Problem(
+        yield EnvironmentProblem(
             WARNING,
             f"xformers {package.version} was compiled for CUDA {package.built_for_cuda}, and PyTorch for CUDA {cuda}.",
             f"pip install --force-reinstall --no-deps xformers --index-url {INDEX}/cu{cuda.replace('.', '')}",
         )
 
 
-def old_sageattention(found: Environment) -> Iterator[Problem]:
+def old_sageattention(found: Environment) -> Iterator[EnvironmentProblem]:
     package = found.packages.get("sageattention")
     if package and _older(package.version, "2"):
-        yield Problem(
+        yield EnvironmentProblem(
             WARNING,
             f"sageattention {package.version} has other functions than version 2, which the providers need. The "
             "package index has only version 1.",
@@ -139,20 +139,20 @@ def old_sageattention(found: Environment) -> Iterator[Problem]:
         )
 
 
-def torch_without_cuda(found: Environment) -> Iterator[Problem]:
+def torch_without_cuda(found: Environment) -> Iterator[EnvironmentProblem]:
     """A GPU that PyTorch does not use: a build for the CPU, or a driver that is too old."""
     machine, torch = found.machine, found.torch
     if torch is None or not machine.gpus or torch["gpus"]:
         return
     newest = f" The driver ({machine.driver}) supports CUDA up to {machine.driver_cuda}." if machine.driver_cuda else ""
     if torch["cuda"] is None and torch["rocm"] is None:
-        yield Problem(
+        yield EnvironmentProblem(
             ERROR,
             f"this machine has {machine.gpus[0]}, but PyTorch {torch['version']} is a build without CUDA.{newest}",
             f"pip install --force-reinstall torch --index-url {INDEX}/{_build(machine.driver_cuda)}",
         )
     else:
-        yield Problem(
+        yield EnvironmentProblem(
             ERROR,
             f"this machine has {machine.gpus[0]}, but PyTorch (CUDA {torch['cuda']}) cannot use it: "
             f"{torch['cuda_error'] or 'it sees no device; CUDA_VISIBLE_DEVICES may hide it'}.{newest}",
@@ -160,7 +160,7 @@ def torch_without_cuda(found: Environment) -> Iterator[Problem]:
         )
 
 
-def gpu_without_code(found: Environment) -> Iterator[Problem]:
+def gpu_without_code(found: Environment) -> Iterator[EnvironmentProblem]:
     """A GPU for which this PyTorch has no code."""
     torch = found.torch or {}
     built = {name.rstrip("af").partition("_")[2] for name in torch.get("built_for", ()) if name.startswith("sm_")}
@@ -168,7 +168,7 @@ def gpu_without_code(found: Environment) -> Iterator[Problem]:
         major, _, minor = gpu["compute_capability"].partition(".")
         runs = any(each[:-1] == major and each[-1:] <= minor for each in built)
         if built and not runs and not any(name.startswith("compute_") for name in torch["built_for"]):
-            yield Problem(
+            yield EnvironmentProblem(
                 ERROR,
                 f"PyTorch {torch['version']} has no code for {gpu['name']} (compute capability "
                 f"{gpu['compute_capability']}); it has {', '.join(torch['built_for'])}.",
@@ -176,16 +176,18 @@ def gpu_without_code(found: Environment) -> Iterator[Problem]:
             )
 
 
-def untested(found: Environment) -> Iterator[Problem]:
+def untested(found: Environment) -> Iterator[EnvironmentProblem]:
     for name, tested in TESTED.items():
         package = found.packages.get(name)
         if package and _release(package.version) > _release(tested):
-            yield Problem(NOTE, f"{name} {package.version} is newer than the newest tested version, {tested}.")
+            yield EnvironmentProblem(
+                NOTE, f"{name} {package.version} is newer than the newest tested version, {tested}."
+            )
 
 
-def without_triton(found: Environment) -> Iterator[Problem]:
+def without_triton(found: Environment) -> Iterator[EnvironmentProblem]:
     if found.torch and found.torch["gpus"] and "triton" not in found.packages:
-        yield Problem(
+        yield EnvironmentProblem(
             WARNING,
             "the package triton is not installed. Compiled models, the provider flex and the merge of partial results "
             "need it on a GPU.",

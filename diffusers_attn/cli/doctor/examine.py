@@ -9,7 +9,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from .combinations import ERROR, WARNING, Environment, Problem, explain_import, problems
+from .combinations import ERROR, WARNING, Environment, EnvironmentProblem, explain_import, problems
 from .installed import Package, installed
 from .isolated import Outcome, run_probe
 from .machine import Machine, this_machine
@@ -46,7 +46,7 @@ class Report:
     diffusers: str | None
     """Version of diffusers if it imports, and this library with it; else None."""
     providers: tuple[Provider, ...]
-    problems: tuple[Problem, ...]
+    problems: tuple[EnvironmentProblem, ...]
     runs: dict[str, dict[str, Any]] | None = None
     """The answer of the probe `speed` for each usable provider that returned one; None if none was run."""
     copies_bytes_per_second: tuple[float, ...] | None = None
@@ -70,19 +70,19 @@ def examine(timeout: float, run: bool = False, progress: Callable[[str], None] =
     """
     progress("importing each package in a process of its own")
     machine, packages = this_machine(), installed()
-    found: list[Problem] = []
+    found: list[EnvironmentProblem] = []
     with ThreadPoolExecutor(PROCESSES) as pool:
         asked = {name: pool.submit(run_probe, name, timeout=timeout) for name in ("pytorch", "library", "catalog")}
         torch, library, catalog = (asked[name].result() for name in ("pytorch", "library", "catalog"))
         if torch.value is None:
             found.append(_torch_problem(torch, packages, machine))
             if "diffusers" not in packages:
-                found.append(Problem(ERROR, "diffusers is not installed.", "pip install diffusers"))
+                found.append(EnvironmentProblem(ERROR, "diffusers is not installed.", "pip install diffusers"))
         else:
             if library.value is None:
                 found.append(_library_problem(library, packages))
             if catalog.value is None:
-                found.append(Problem(ERROR, f"diffusers-attn itself does not import: {catalog.problem}."))
+                found.append(EnvironmentProblem(ERROR, f"diffusers-attn itself does not import: {catalog.problem}."))
         providers: list[Provider] = []
         if torch.value is not None and catalog.value is not None:
             groups = _by_package(catalog.value, packages)
@@ -109,7 +109,7 @@ def examine(timeout: float, run: bool = False, progress: Callable[[str], None] =
         progress("copying between GPUs")
         outcome = run_probe("links", timeout=timeout)
         if outcome.value is None:
-            found.append(Problem(ERROR, f"GPUs cannot copy to each other: {outcome.problem}"))
+            found.append(EnvironmentProblem(ERROR, f"GPUs cannot copy to each other: {outcome.problem}"))
         else:
             copies = tuple(outcome.value["copies_bytes_per_second"])
     suitable: tuple[dict[str, Any], ...] | None = None
@@ -138,7 +138,7 @@ def _by_package(catalog: dict[str, Any], packages: Mapping[str, Package]) -> dic
 
 def _providers(
     names: list[str], package: str, module: str, timeout: float, machine: Machine
-) -> tuple[list[Provider], Problem | None]:
+) -> tuple[list[Provider], EnvironmentProblem | None]:
     """The status of the providers of one package, and what is wrong with the package."""
     outcome = run_probe("providers", *names, timeout=timeout)
     if outcome.value is None and not package and len(names) > 1 and not outcome.late:
@@ -168,7 +168,7 @@ def _providers(
         return found, None
     text = f"the package {package} is installed but cannot be imported: {broken}. {explain_import(broken)}".strip()
     fix = next((status["install"] for status in statuses.values() if status["install"]), None)
-    return found, Problem(ERROR if machine.gpus else WARNING, text, fix or f"pip uninstall {package}")
+    return found, EnvironmentProblem(ERROR if machine.gpus else WARNING, text, fix or f"pip uninstall {package}")
 
 
 def _runs(names: list[str], timeout: float, progress: Callable[[str], None]) -> dict[str, Outcome]:
@@ -195,32 +195,36 @@ def _provider(name: str, status: dict[str, Any], machine: Machine) -> Provider:
     return Provider(name, status["available"], reason, fix, status["version"], status["exact"], status["summary"])
 
 
-def _run_problem(name: str, outcome: Outcome) -> list[Problem]:
+def _run_problem(name: str, outcome: Outcome) -> list[EnvironmentProblem]:
     """What is wrong with the run of a provider."""
     if outcome.value is None:
-        return [Problem(ERROR, f"the provider {name} could not be run: {outcome.problem}")]
+        return [EnvironmentProblem(ERROR, f"the provider {name} could not be run: {outcome.problem}")]
     result = outcome.value
     if result["wrong"]:
-        return [Problem(ERROR, f"the provider {name} computes wrong results: relative error {result['error']:.1e}")]
+        return [
+            EnvironmentProblem(
+                ERROR, f"the provider {name} computes wrong results: relative error {result['error']:.1e}"
+            )
+        ]
     if result["problem"] and not result["refused"]:
-        return [Problem(ERROR, f"the provider {name} fails: {result['problem']}")]
+        return [EnvironmentProblem(ERROR, f"the provider {name} fails: {result['problem']}")]
     return []
 
 
-def _torch_problem(torch: Outcome, packages: Mapping[str, Package], machine: Machine) -> Problem:
+def _torch_problem(torch: Outcome, packages: Mapping[str, Package], machine: Machine) -> EnvironmentProblem:
     if "torch" not in packages and "No module named 'torch'" in torch.problem:
-        return Problem(ERROR, "PyTorch is not installed.", "pip install torch")
+        return EnvironmentProblem(ERROR, "PyTorch is not installed.", "pip install torch")
     version = f" {packages['torch'].version}" if "torch" in packages else ""
     explained = explain_import(torch.problem)
     text = f"PyTorch{version} cannot be imported: {torch.problem}. No provider can be examined. {explained}".strip()
     hidden = "torch" in packages and packages["torch"].hidden_by is not None
-    return Problem(ERROR, text, "" if hidden else "pip install --force-reinstall torch")
+    return EnvironmentProblem(ERROR, text, "" if hidden else "pip install --force-reinstall torch")
 
 
-def _library_problem(library: Outcome, packages: Mapping[str, Package]) -> Problem:
+def _library_problem(library: Outcome, packages: Mapping[str, Package]) -> EnvironmentProblem:
     package = packages.get("diffusers")
     if package is None:
-        return Problem(ERROR, f"diffusers cannot be imported: {library.problem}.", "pip install diffusers")
+        return EnvironmentProblem(ERROR, f"diffusers cannot be imported: {library.problem}.", "pip install diffusers")
     text = f"diffusers {package.version} cannot be imported, or does not fit this library: {library.problem}."
     at_fault = canonicalize_name(library.package)
     if at_fault in packages and at_fault != "diffusers":
@@ -228,4 +232,4 @@ def _library_problem(library: Outcome, packages: Mapping[str, Package]) -> Probl
     else:
         at_fault = canonicalize_name("diffusers")
     text = f"{text} {explain_import(library.problem)}".strip()
-    return Problem(ERROR, text, f"pip install --force-reinstall --no-deps {at_fault}")
+    return EnvironmentProblem(ERROR, text, f"pip install --force-reinstall --no-deps {at_fault}")

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from .fsdp import Sharded
 
 
-class _Applied(NamedTuple):
+class _AppliedSharding(NamedTuple):
     sharded: Sharded
     home: torch.device
     """The device to which the weights return."""
     lease: shared_groups.Lease
 
 
-_applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
+_applied: weakref.WeakKeyDictionary[nn.Module, _AppliedSharding] = weakref.WeakKeyDictionary()
 
 
 def shard(
@@ -73,7 +73,7 @@ def shard(
             if loading.is_on_meta(model):
                 home, bring = torch.device("cpu"), _receiver(model, name, pipeline_or_model, here, group, agree)
             try:
-                _applied[model] = _Applied(Sharded(model, units, weights_mesh, bring), home, lease.another())
+                _applied[model] = _AppliedSharding(Sharded(model, units, weights_mesh, bring), home, lease.another())
             except Exception as error:  # every type, since the others must not wait for this rank
                 problem = error
             loading.check_all(problem, agree)

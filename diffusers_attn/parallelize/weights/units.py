@@ -55,7 +55,7 @@ def sharded_weights(unit: Unit, adapters: Mapping[int, Tensor]) -> list[nn.Param
     return [each for each in unit.weights() if can_be_sharded(each) and id(each) not in adapters]
 
 
-class _Candidate(NamedTuple):
+class _UnitCandidate(NamedTuple):
     path: str
     module: nn.Module
     is_block: bool
@@ -85,23 +85,23 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """Models call the modules in these, often without calling the container."""
 
 
-def _candidates(module: nn.Module, path: str, rules: _Rules) -> Iterator[_Candidate]:
+def _candidates(module: nn.Module, path: str, rules: _Rules) -> Iterator[_UnitCandidate]:
     """Blocks, and layers outside of blocks."""
     children = list(module.named_children())
     if path and (not children or type(module).__name__ in _LEAF_CLASSES):
-        yield _Candidate(path, module, False)
+        yield _UnitCandidate(path, module, False)
         return
     listed = isinstance(module, nn.ModuleList)
     for place, (name, child) in enumerate(children):
         inner = f"{path}.{name}" if path else name
         if rules.is_block(child, listed):
             following = children[place + 1][0] if listed and place + 1 < len(children) else None
-            yield _Candidate(inner, child, True, f"{path}.{following}" if following is not None else None)
+            yield _UnitCandidate(inner, child, True, f"{path}.{following}" if following is not None else None)
         else:
             yield from _candidates(child, inner, rules)
 
 
-def _without_shared_weights(model: nn.Module, candidates: list[_Candidate]) -> Iterator[tuple[Unit, bool]]:
+def _without_shared_weights(model: nn.Module, candidates: list[_UnitCandidate]) -> Iterator[tuple[Unit, bool]]:
     """Units of these candidates, and whether each is a block. Layers that share a weight become one unit. A candidate
     that shares a weight with any other module is left out."""
     owners: dict[int, list[int]] = {}
