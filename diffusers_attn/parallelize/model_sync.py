@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
     from .. import __version__
 
-    found = {"diffusers_attn": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    found = {"diffusers_attn": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__}
     return {f"version of {name}": version for name, version in found.items()}
 
 

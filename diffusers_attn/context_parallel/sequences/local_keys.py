@@ -126,7 +126,7 @@ def _compare(key: Tensor, tracker: SequenceTracker) -> None:
     mesh = tracker.mesh
     groups = [resolve(group.name) for group in (mesh.ring, mesh.ulysses) if group.size > 1]
     values = key.detach().flatten()
-    sample = values[:: max(1, values.numel() // _SAMPLES)].double().cpu()
+    sample = values[:: max(1, values.numel() // _SAMPLES)].double().tolist()
     first, *others = everyone((dist.get_rank(), list(key.shape), sample), groups)
     for rank, shape, theirs in others:
         if shape == first[1] and _equal(first[2], theirs):
@@ -141,7 +141,8 @@ def _compare(key: Tensor, tracker: SequenceTracker) -> None:
         )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(first: list[float], second: list[float]) -> bool:
+    one, other = (torch.tensor(each, dtype=torch.float64) for each in (first, second))
     if torch.equal(one, other):
         return True
     one, other = one.nan_to_num(), other.nan_to_num()
