@@ -108,7 +108,18 @@ def test_loading_drawing_training_and_resuming_call_no_one_and_unpickle_nothing(
     assert done.stdout.splitlines()[-1] == "SEEN []", done.stdout
 
 
-VALUES = [None, True, 3, 2.5, float("inf"), "a", ["a", (1, 2), ()], {"a": 1, 2: (None,)}, Degrees(2, 1, None, "why")]
+VALUES = [
+    None,
+    True,
+    3,
+    2.5,
+    float("inf"),
+    "a",
+    torch.bfloat16,
+    ["a", (1, 2), ()],
+    {"a": 1, 2: (None,)},
+    Degrees(2, 1, None, "why"),
+]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
@@ -133,6 +144,7 @@ def test_other_values_are_not_sent(value: Any) -> None:
         {"class": ["diffusers_attn.cli.launch", "launch"], "fields": ["a", [], 1]},
         {"class": ["diffusers_attn.cli.launch", "subprocess.Popen"], "fields": [["true"]]},
         {"other": 1},
+        {"dtype": "load"},
     ],
 )
 def test_what_another_rank_sends_runs_nothing(sent: Any) -> None:

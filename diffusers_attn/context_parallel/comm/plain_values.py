@@ -1,6 +1,6 @@
 """Plain values as bytes that ranks send to each other, and back: JSON, and no pickle, which would run what it receives.
 
-Accepted are None, bools, numbers, texts, lists, tuples and dicts of these, and the package's own NamedTuples.
+Accepted are None, bools, numbers, texts, dtypes, lists, tuples and dicts of these, and the package's own NamedTuples.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 from typing import Any
+
+import torch
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -25,6 +27,8 @@ def from_bytes(data: bytes) -> Any:
 def _tagged(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, list):
         return [_tagged(each) for each in value]
     if isinstance(value, dict):
@@ -47,6 +51,8 @@ def _untagged(value: Any) -> Any:
     match value:
         case {"dict": pairs}:
             return {_untagged(key): _untagged(each) for key, each in pairs}
+        case {"dtype": str(name)} if isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
         case {"tuple": items}:
             return tuple(_untagged(each) for each in items)
         case {"class": [str(module), str(name)], "fields": items} if module.partition(".")[0] == _PACKAGE:

@@ -158,7 +158,7 @@ def test_a_transformer_of_its_own(settings_of, tmp_path):
 def test_a_quantised_folder(tmp_path, torchao):
     quantised = load("int8").transformer
     quantised.save_pretrained(tmp_path / "int8")
-    arguments = {"model": str(TINY_FLUX), "revision": None, "dtype": torch.float32}
+    arguments = {"model": str(TINY_FLUX), "part": "transformer", "revision": None, "dtype": torch.float32}
     again = load_transformer(tmp_path / "int8", type(quantised), **arguments, precision=None)
     assert is_quantised(again) and fingerprint(again) == fingerprint(quantised)
     with pytest.raises(TrainingError, match="--base_precision fp8 with --transformer .* quantised already"):
@@ -181,8 +181,8 @@ def test_a_gguf_file(settings_of, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    arguments = {"model": str(TINY_FLUX), "revision": None, "dtype": torch.float32, "precision": None}
-    packed = load_transformer(path, type(pipeline.transformer), **arguments)
+    arguments = {"model": str(TINY_FLUX), "part": "transformer", "revision": None, "dtype": torch.float32}
+    packed = load_transformer(path, type(pipeline.transformer), **arguments, precision=None)
     assert dequantised(packed, pipeline.transformer) > 0
     pipeline.transformer.save_pretrained(tmp_path / "plain")
     short = {"steps": 2, "gradient_accumulation_steps": 1, "lr_warmup_steps": 0}
