@@ -55,7 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     places = {folder / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
     # `make test-all` has run these before, with coverage.
-    done = [folder.parent / name for name in os.environ.get("TESTS_WITH_COVERAGE", "").split()]
+    # Taken out of the environment: a pytest that a test starts runs all that it is given.
+    done = [folder.parent / name for name in os.environ.pop("TESTS_WITH_COVERAGE", "").split()]
     again = {each for each in items if any(map(each.path.is_relative_to, done)) and not each.get_closest_marker("slow")}
     config.hook.pytest_deselected(items=list(again))
     items[:] = [each for each in items if each not in again]
