@@ -73,7 +73,7 @@ _BY_CLASS = {
 
 def no_transform() -> bool:
     """Whether the call is outside torch.func transforms and forward-mode differentiation."""
-    return forward_ad._current_level < 0 and peek_interpreter_stack() is None
+    return not in_forward_mode() and peek_interpreter_stack() is None
 
 
 def in_forward_mode() -> bool:
@@ -134,7 +134,7 @@ def _of_tensor(tensor: Tensor) -> TensorKind | None:
         return SPARSE._replace(name=SPARSE.name.format(layout=tensor.layout))
     if is_functorch_wrapped_tensor(tensor):
         return TRANSFORMED
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+    if in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None:
         return FORWARD
     return None
 

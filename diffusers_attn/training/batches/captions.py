@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.cache import CachedLatents, LatentCache, TextCache, text_key
+from ..data.latent_cache import CachedLatents, LatentCache
 from ..data.ranks import Ranks
+from ..data.text_cache import TextCache, text_key
 from ..families import Family
 
 

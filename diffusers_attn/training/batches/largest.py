@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data.buckets import Bucket, Buckets
-from ..data.cache import LatentCache, TextCache
 from ..data.errors import Problem, TrainingDataError, report_problems
 from ..data.examples import Example
+from ..data.latent_cache import LatentCache
 from ..data.ranks import OneRank
+from ..data.text_cache import TextCache
 from ..families import Family
 from ..model.pipeline import placed, text_encoders
 from .captions import encode_captions

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
-from ..data.cache import CachedLatents, LatentCache, TextCache, text_key
 from ..data.clips import with_clips
 from ..data.collate import collate, varying
 from ..data.examples import Example, read_examples
 from ..data.frames import FramePicking
+from ..data.latent_cache import CachedLatents, LatentCache
 from ..data.loader import LatentLoader
 from ..data.references import with_references
 from ..data.sampler import Share
 from ..data.store import read_shapes, read_tensors
 from ..data.tags import changed_captions
+from ..data.text_cache import TextCache, text_key
 from ..families import Family
 from ..model.pipeline import fingerprint, placed, text_encoders
 from ..parallel import TrainingParallel

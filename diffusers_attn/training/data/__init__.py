@@ -11,22 +11,23 @@ for batch in LatentLoader(latents, text, sampler, Share(dp_rank, dp_size, micro_
 1. `examples`: finds files (`walk`, `source`) or `rows` of a dataset with their `captions`, `references` and `masks`;
    `tags` changes captions, `clips` makes several examples of a video; `digests` and `integrity` detect changed and
    damaged files.
-2. `cache`: encodes them once. `decode`, `frames`, `buckets` and `resize_crop` give the pixels; `store`, `disk` and
-   `lock` keep the results; `ranks` and `prefetch` divide the work.
+2. `latent_cache` and `text_cache`: encode them once, with `encoding` in common. `decode`, `frames`, `buckets` and
+   `resize_crop` give the pixels; `store`, `disk` and `lock` keep the results; `ranks` and `prefetch` divide the work.
 3. `loader`: batches for the steps, chosen by `sampler` and made by `collate`.
 
 `errors` collects problems with the data and reports them together.
 """
 
 from .buckets import Bucket, Buckets
-from .cache import CachedLatents, LatentCache, TextCache
 from .decode import MissingDecoderError
 from .errors import Problem, TrainingDataError
 from .examples import Example, read_dataset, read_examples, read_folder
 from .frames import FramePicking
+from .latent_cache import CachedLatents, LatentCache
 from .loader import LatentLoader
 from .ranks import GroupRanks, OneRank, OtherRankError, Ranks
 from .sampler import BatchSampler, Share, Step
+from .text_cache import TextCache
 
 __all__ = [
     "BatchSampler",

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .cache import CachedLatents, text_key
 from .collate import collate, varying
 from .errors import TrainingDataError
 from .examples import Example
+from .latent_cache import CachedLatents
 from .masks import with_ones
 from .prefetch import prefetch
 from .sampler import BatchSampler, Position, Share, Step
 from .store import read_shapes, read_tensors
+from .text_cache import text_key
 
 Batch = dict[str, Any]
 

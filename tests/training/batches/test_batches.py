@@ -12,7 +12,7 @@ from diffusers_attn.training import TrainConfig
 from diffusers_attn.training.batches.noise import Noise
 from diffusers_attn.training.batches.prepare import PreparedData, evaluation_batches
 from diffusers_attn.training.data import LatentLoader, Share
-from diffusers_attn.training.data.cache import CachedLatents
+from diffusers_attn.training.data.latent_cache import CachedLatents
 from diffusers_attn.training.data.store import TensorStore
 from diffusers_attn.training.loss import sample_u
 from diffusers_attn.training.randomness import SampleRandomness

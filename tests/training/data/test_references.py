@@ -10,11 +10,11 @@ import torch
 
 from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.data import Buckets, LatentCache, LatentLoader, Share, TextCache
-from diffusers_attn.training.data.cache import text_key
 from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.data.examples import read_folder
 from diffusers_attn.training.data.references import with_references
 from diffusers_attn.training.data.store import read_tensors
+from diffusers_attn.training.data.text_cache import text_key
 
 from .media import picture
 
@@ -100,6 +100,8 @@ def test_captions_are_encoded_with_the_references_of_their_example(examples, tmp
         latents = cache.fill(both, encode)
         captions = [text_key(each, each.example.caption, True) for each in latents]
         text = TextCache(tmp_path / "cache", {}).fill(captions, encode_text, references=cache.references_of)
+        with pytest.raises(TrainingDataError, match="batch_size=2: captions with pictures need batch_size=1"):
+            TextCache(tmp_path / "cache", {}).fill(captions, encode_text, batch_size=2, references=cache.references_of)
         sampler = LatentLoader.sampler_for(latents, global_batch_size=2, seed=0)
         draw = {"caption_dropout": 0.5, "generator": lambda *place: torch.Generator().manual_seed(sum(place))}
         loader = LatentLoader(latents, text, sampler, Share(0, 1, 2), pictured=True, **draw)

@@ -1,17 +1,17 @@
-"""Caches of latents and text embeddings.
+"""A cache of the latents of images and videos.
 
-Nothing is encoded twice, and the VAE and the text encoders take no memory during training. Results are kept in
-safetensors files named by a hash of the content of the image or video (or of the caption) and the encoder's settings.
-The processes of a job divide the work. Jobs that share a cache fill it one after the other.
+Nothing is encoded twice, and the VAE takes no memory during training. Results are kept in safetensors files named by a
+hash of the content of the image or video and the encoder's settings. The processes of a job divide the work. Jobs that
+share a cache fill it one after the other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from . import decode
 from .buckets import Bucket, Buckets
 from .digests import content_digests
 from .disk import write_file
+from .encoding import FORMAT, check_positive, check_shared, naming, rows_of
 from .errors import Problem, TrainingDataError, check_on_bad_data, report_problems
 from .examples import Example
 from .lock import alone_in
@@ -30,20 +31,11 @@ from .ranks import OneRank, Ranks, in_step
 from .resize_crop import resize_crop
 from .store import TensorStore, hash_of
 
-_FORMAT = 1
-"""Version of the preprocessing. Increase it if the same settings give other pixels; files are then computed again."""
-
 Encode = Callable[..., Mapping[str, Tensor]]
 """Encodes pixels, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors [batch, ...] by name. The reference
 images of examples that have any are the second argument, float32 [batch, number, 3, height, width] in [-1, 1]."""
-EncodeText = Callable[..., Mapping[str, Tensor]]
-"""Encodes a list of captions to tensors [batch, ...] by name. The reference images of captions that have any are the
-second argument, as in `Encode`."""
 ReferenceSize = Callable[[int, int], tuple[int, int]]
 """Height and width of the reference images of an example with a height and width."""
-
-
-CaptionT = TypeVar("CaptionT", bound="str | PicturedCaption")
 
 
 class CachedLatents(NamedTuple):
@@ -52,14 +44,6 @@ class CachedLatents(NamedTuple):
     example: Example
     bucket: Bucket
     path: Path
-
-
-class PicturedCaption(NamedTuple):
-    """A caption whose embeddings depend on its example's reference images."""
-
-    caption: str
-    pictures: str
-    """Key of the example's latents, which covers the images and what is done to them."""
 
 
 class _Work(NamedTuple):
@@ -142,7 +126,7 @@ class LatentCache:
             OtherRankError: encoding failed on another rank.
         """
         check_on_bad_data(on_bad_data)
-        _check_positive(batch_size=batch_size, decoding_threads=decoding_threads)
+        check_positive(batch_size=batch_size, decoding_threads=decoding_threads)
         ranks = ranks or OneRank()
         with alone_in(self.folder, ranks, "the cache"):
             return self._fill(examples, encode, ranks, on_bad_data, batch_size, decoding_threads)
@@ -206,7 +190,7 @@ class LatentCache:
                 problems[i] = str(error)
                 continue
             made_from = {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "content": digest,
                 "bucket": list(bucket),
                 "frames": numbers,
@@ -260,8 +244,8 @@ class LatentCache:
         pixels = torch.stack([each.frames for _, each in good]).transpose(1, 2)
         references = [each.references for _, each in good if each.references is not None]
         names = [each.example.name for each, _ in good]
-        with torch.no_grad(), _naming("encoding", names):
-            rows = _rows(encode(pixels, torch.stack(references)) if references else encode(pixels), names)
+        with torch.no_grad(), naming("encoding", names):
+            rows = rows_of(encode(pixels, torch.stack(references)) if references else encode(pixels), names)
         for (each, (*_, mask)), tensors in zip(good, rows):
             if mask is not None:
                 tensors["loss_mask"] = latent_mask(mask, tensors["latents_mean"])
@@ -288,7 +272,7 @@ class LatentCache:
                 missing.append(examples[i].name)
         named = [Problem(examples[i].name, reason) for i, reason in sorted(problems.items())]
         # After a refused problem nothing was encoded, so files may be missing.
-        _check_shared([] if named and on_bad_data == "refuse" else missing, self.folder, ranks)
+        check_shared([] if named and on_bad_data == "refuse" else missing, self.folder, ranks)
         usable = len(examples) - len(named)
         report_problems(named, usable, f"{len(examples)} examples", on_bad_data, main_process=ranks.rank == 0)
         return cached
@@ -301,106 +285,6 @@ class LatentCache:
         return self.folder / "problems" / f"{key}.json"
 
 
-class TextCache:
-    """A cache of captions' embeddings.
-
-    Args:
-        folder: folder of the cache, which all ranks can access.
-        settings: JSON values that determine the embeddings besides the caption: model, revision, lengths, dtype.
-
-    Raises:
-        TrainingDataError: settings that cannot be stored as JSON.
-    """
-
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.settings = dict(settings)
-        self.store = TensorStore(self.folder / "text")
-        hash_of(self.settings)
-
-    def path(self, caption: str | PicturedCaption) -> Path:
-        """Path of the embeddings of `caption`, which need not exist."""
-        return self.store.path(hash_of(self._made_from(caption)))
-
-    def fill(
-        self,
-        captions: Iterable[CaptionT],
-        encode_text: EncodeText,
-        *,
-        ranks: Ranks | None = None,
-        batch_size: int = 1,
-        references: Callable[[str], Tensor] | None = None,
-    ) -> dict[CaptionT, Path]:
-        """Encodes the captions that are not in the cache. All ranks must call this with the same captions.
-
-        Args:
-            captions: the captions: all texts, or all with pictures. The empty caption, which replaces dropped ones, is
-                always added, with each example's pictures if captions have some.
-            encode_text: encodes captions to tensors [batch, ...] by name.
-            ranks: the processes that divide the work. None: this process alone.
-            batch_size: number of captions encoded at once. An encoder that pads to the longest caption of a batch
-                needs 1, for embeddings that do not depend on the other captions. Captions with pictures need 1.
-            references: the pictures for a key of `PicturedCaption`, such as `LatentCache.references_of`.
-
-        Returns:
-            The file of each caption, including the empty ones.
-
-        Raises:
-            TrainingDataError: `encode_text` returned NaN, infinity or another batch size, or the ranks do not share the
-                folder.
-            OtherRankError: encoding failed on another rank.
-        """
-        _check_positive(batch_size=batch_size)
-        ranks = ranks or OneRank()
-        with alone_in(self.folder, ranks, "the cache"):
-            return self._fill(captions, encode_text, ranks, batch_size, references)
-
-    def _fill(
-        self,
-        captions: Iterable[CaptionT],
-        encode_text: EncodeText,
-        ranks: Ranks,
-        batch_size: int,
-        references: Callable[[str], Tensor] | None,
-    ) -> dict[CaptionT, Path]:
-        self.store.remove_unfinished()
-        distinct: Any = {*captions}
-        if references is None:
-            distinct = sorted(distinct | {""})
-        else:
-            batch_size = 1
-            distinct = sorted(distinct | {PicturedCaption("", each.pictures) for each in distinct})
-        mine = [text for text in distinct[ranks.rank :: ranks.size] if not self.store.has(self._key(text))]
-
-        def encode(batch: list[Any]) -> None:
-            texts = batch if references is None else [each.caption for each in batch]
-            names = [repr(text) for text in texts]
-            with torch.no_grad(), _naming("encoding the captions", names):
-                pictures = () if references is None else (references(batch[0].pictures),)
-                rows = _rows(encode_text(texts, *pictures), names)
-            for caption, tensors in zip(batch, rows):
-                self.store.write(self._key(caption), tensors, self._made_from(caption))
-
-        batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-        in_step(ranks, batches, encode, "encoding captions")
-        ranks.barrier()
-        paths = {caption: self.path(caption) for caption in distinct}
-        _check_shared([repr(caption) for caption, path in paths.items() if not path.is_file()], self.folder, ranks)
-        return paths
-
-    def _made_from(self, caption: str | PicturedCaption) -> dict[str, Any]:
-        of = caption._asdict() if isinstance(caption, PicturedCaption) else {"caption": caption}
-        return {"format": _FORMAT, **of, "settings": self.settings}
-
-    def _key(self, caption: str | PicturedCaption) -> str:
-        return hash_of(self._made_from(caption))
-
-
-def text_key(latents: CachedLatents, caption: str, pictured: bool) -> Any:
-    """The key of an example's caption in what `TextCache.fill` returns: a `PicturedCaption` if `pictured`."""
-    return PicturedCaption(caption, latents.path.stem) if pictured else caption
-
-
 def _batches(work: Sequence[_Work], batch_size: int) -> list[list[_Work]]:
     """Divides work, sorted by bucket, into batches of one bucket each."""
     batches: list[list[_Work]] = []
@@ -410,51 +294,6 @@ def _batches(work: Sequence[_Work], batch_size: int) -> list[list[_Work]]:
         else:
             batches.append([each])
     return batches
-
-
-def _rows(tensors: Mapping[str, Tensor], names: list[str]) -> list[dict[str, Tensor]]:
-    """Splits tensors [batch, ...] into a dict of tensors for each of `names`. Raises TrainingDataError."""
-    listed = ", ".join(names)
-    if not tensors:
-        raise TrainingDataError(f"the encoder returned no tensors for {listed}.")
-    for name, tensor in tensors.items():
-        if tensor.ndim < 1 or tensor.shape[0] != len(names):
-            raise TrainingDataError(
-                f"the encoder returned {name!r} of shape {list(tensor.shape)} for {listed}; the first dimension must "
-                f"be {len(names)}, one for each."
-            )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise TrainingDataError(
-                f"the encoder returned {name!r} with NaN or infinity for {listed}. Some VAEs and text encoders "
-                "overflow in half precision; compute in float32 with mixed_precision='no'."
-            )
-    # Copies, since safetensors would write a view with its entire storage.
-    return [{name: tensor[i].detach().cpu().clone() for name, tensor in tensors.items()} for i in range(len(names))]
-
-
-@contextlib.contextmanager
-def _naming(what: str, names: Sequence[str]) -> Iterator[None]:
-    """Adds a note with `what` and `names` to every exception raised within this context."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"while {what}: {', '.join(names)}")
-        raise
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise TrainingDataError(f"{name}={number}: a number from 1 is accepted.")
-
-
-def _check_shared(missing: Sequence[str], folder: Path, ranks: Ranks) -> None:
-    if ranks.any(bool(missing)):
-        here = f" Missing: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}." if missing else ""
-        raise TrainingDataError(
-            f"{folder} lacks files that other processes have just written. The cache must be in a folder that all "
-            f"processes of the job share.{here}"
-        )
 
 
 def _reason(problem: Path) -> str:
