@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _world
 
 from diffusers_attn.context_parallel.mesh import ContextParallelMesh
 from diffusers_attn.parent_process import end_with_parent
@@ -83,7 +84,7 @@ def served(path: str, rank: int, size: int) -> dist.Store:
 
 def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:
     """What a process does once it is in its group: jobs as they come, then its end."""
-    results.put((_READY, rank, True, None))
+    results.put((_READY, rank, True, None, groups_so_far()))
     while (work := jobs.get()) is not _STOP:
         number, job, arguments = work
         try:
@@ -91,7 +92,7 @@ def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:
             answer: tuple[bool, Any] = (True, job(meshes, **arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
-        results.put((number, rank, *answer))
+        results.put((number, rank, *answer, groups_so_far()))
     # gloo's threads may abort a process that has ended its work and tears down beside others that have not.
     dist.barrier()
     results.close()
@@ -101,6 +102,12 @@ def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:
     os._exit(0)
 
 
+def groups_so_far() -> int:
+    """How many groups PyTorch has named in this process. It names the next one by this number, so ranks with different
+    numbers wait for each other in vain."""
+    return _world.group_count
+
+
 class Pool:
     """Processes that run `work(rank, path of a store, jobs, results)`, see `serve`; a job takes `timeout` s at most."""
 
@@ -108,6 +115,8 @@ class Pool:
         self._work, self._size, self._timeout = work, size, timeout
         self._processes: list[Any] = []
         self._number = 0
+        self._groups: dict[int, int] = {}
+        """Of each rank, after its last job."""
 
     def run(self, ranks: int, job: Callable[..., Any], **arguments: Any) -> list[Any]:
         """What `job` returned on each of the first `ranks` processes."""
@@ -128,7 +137,7 @@ class Pool:
         while len(answers) < ranks:
             missing = sorted(set(range(ranks)) - set(answers))
             try:
-                number, rank, succeeded, answer = self._results.get(timeout=1.0)
+                number, rank, succeeded, answer, groups = self._results.get(timeout=1.0)
             except queue.Empty:
                 ended = [rank for rank in missing if not self._processes[rank].is_alive()]
                 if ended or time.monotonic() > until:
@@ -143,7 +152,10 @@ class Pool:
             if not succeeded:
                 self.kill()
                 raise AssertionError(f"on rank {rank} of {ranks}:\n{answer}")
-            answers[rank] = answer
+            answers[rank], self._groups[rank] = answer, groups
+        if len(set(self._groups.values())) > 1:
+            self.kill()
+            raise AssertionError(f"ranks have made {self._groups} groups; all ranks of a pool must make each group")
         return [answers[rank] for rank in range(ranks)]
 
     def _start(self) -> None:
@@ -160,6 +172,7 @@ class Pool:
         ]
         for process in self._processes:
             process.start()
+        self._groups = {}
         self._answers(_READY, self._size, START)
 
     def close(self) -> None:

@@ -46,3 +46,15 @@ def test_a_slow_start_and_a_process_that_ended() -> None:
         assert pool.run(1, answer) != first  # of a new process
     finally:
         pool.close()
+
+
+def make_a_group(_: Any) -> None:
+    import torch.distributed as dist
+
+    dist.new_group([0])
+
+
+def test_groups_that_only_some_ranks_have_made_are_an_error(pool: Pool) -> None:
+    with pytest.raises(AssertionError, match="all ranks of a pool must make each group"):
+        pool.run(1, make_a_group)
+    pool.run(4, make_a_group)

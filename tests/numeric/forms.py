@@ -143,7 +143,8 @@ def _mesh(device_type: str) -> DeviceMesh:
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    return DeviceMesh(device_type, [torch.distributed.get_rank()])
+    # Without a group, which all ranks of a job would have to make: nothing is exchanged in a mesh of one.
+    return DeviceMesh(device_type, [torch.distributed.get_rank()], _init_backend=False)
 
 
 def _quantised(attend: Attend, query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Tensor:
