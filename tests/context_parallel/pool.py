@@ -84,7 +84,7 @@ def served(path: str, rank: int, size: int) -> dist.Store:
 
 def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:
     """What a process does once it is in its group: jobs as they come, then its end."""
-    results.put((_READY, rank, True, None, groups_so_far()))
+    results.put((_READY, rank, True, None, groups_so_far(meshes)))
     while (work := jobs.get()) is not _STOP:
         number, job, arguments = work
         try:
@@ -92,7 +92,7 @@ def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:
             answer: tuple[bool, Any] = (True, job(meshes, **arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
-        results.put((number, rank, *answer, groups_so_far()))
+        results.put((number, rank, *answer, groups_so_far(meshes)))
     # gloo's threads may abort a process that has ended its work and tears down beside others that have not.
     dist.barrier()
     results.close()
@@ -102,10 +102,10 @@ def serve(rank: int, meshes: Any, jobs: Any, results: Any) -> None:
     os._exit(0)
 
 
-def groups_so_far() -> int:
+def groups_so_far(meshes: Any) -> int:
     """How many groups PyTorch has named in this process. It names the next one by this number, so ranks with different
-    numbers wait for each other in vain."""
-    return _world.group_count
+    numbers wait for each other in vain. 0 without meshes: then each job makes a world of its own."""
+    return 0 if meshes is None else _world.group_count
 
 
 class Pool:
