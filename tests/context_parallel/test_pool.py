@@ -51,7 +51,9 @@ def test_a_slow_start_and_a_process_that_ended() -> None:
 def make_a_group(_: Any) -> None:
     import torch.distributed as dist
 
-    dist.new_group([0])
+    group = dist.new_group([0])
+    if dist.get_rank() == 0:
+        dist.destroy_process_group(group)
 
 
 def test_groups_that_only_some_ranks_have_made_are_an_error(pool: Pool) -> None:

@@ -324,7 +324,7 @@ def _wait(keys: Mapping[int, str], timeout: float) -> None:
     until, look, quiet = start + timeout, start + min(_LOOK, idle / 4), Quiet(idle)
     # Not `store.wait`: PyTorch logs a warning when it times out, and Ctrl-C waits for its end.
     while not store.check(names):
-        time.sleep(min((now - start) / 64, _PAUSE))  # so that a rank comes later by a 64th of what it waited, at most
+        time.sleep(min((now - start) / 64, _PAUSE))  # a rank goes on late by at most a 64th of its wait
         now = time.monotonic()
         if now < min(look, until):
             continue
