@@ -14,11 +14,11 @@ import torch
 
 from ..data.clips import with_clips
 from ..data.collate import collate, varying
+from ..data.conditions import with_conditions
 from ..data.examples import Example, read_examples
 from ..data.frames import FramePicking
 from ..data.latent_cache import CachedLatents, LatentCache
 from ..data.loader import LatentLoader
-from ..data.references import with_references
 from ..data.sampler import Share
 from ..data.store import read_shapes, read_tensors
 from ..data.tags import changed_captions
@@ -91,18 +91,18 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         "on_bad_data": config.on_bad_data, "caption_column": config.caption_column,
         "caption_lines": config.caption_lines, "main_process": main, "excluded": [config.output, config.cache],
     }  # fmt: skip
-    if config.references is not None:
-        reading["excluded"].append(Path(config.references))
+    folders = {name: getattr(config, name) for name in family.example_conditions if getattr(config, name) is not None}
+    reading["excluded"] += map(Path, folders.values())
+    reading["conditions"] = [name for name in family.example_conditions if name not in folders]
     sources = config.sources
     examples = [_examples(config, source, reading) for source in sources]
     held_out: list[Example] = []
     if config.evaluation_every and config.evaluation_data:
         held_out = _examples(config, DataSet(config.evaluation_data), reading)[: config.evaluation_examples]
-    if config.references is not None:
-        finding: dict[str, Any] = {"on_bad_data": config.on_bad_data, "main_process": main}
-        finding["most"] = family.most_references
-        examples = [with_references(each, config.references, **finding) for each in examples]
-        held_out = with_references(held_out, config.references, **finding) if held_out else []
+    finding: dict[str, Any] = {"numbers": {}, "on_bad_data": config.on_bad_data, "main_process": main}
+    examples = [with_conditions(each, family.example_conditions, folders, **finding) for each in examples]
+    if held_out:
+        held_out = with_conditions(held_out, family.example_conditions, folders, **finding)
     weights = fingerprint(family.pipeline.vae)
     caches = [_latent_cache(config, family, weights, source) for source in sources]
     latents = _latent_cache(config, family, weights)

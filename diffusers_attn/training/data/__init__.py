@@ -8,11 +8,12 @@ sampler = LatentLoader.sampler_for(latents, global_batch_size=8, seed=0)
 for batch in LatentLoader(latents, text, sampler, Share(dp_rank, dp_size, micro_batch_size=1)):
     ...
 
-1. `examples`: finds files (`walk`, `source`) or `rows` of a dataset with their `captions`, `references` and `masks`;
+1. `examples`: finds files (`walk`, `source`) or `rows` of a dataset with their `captions`, `conditions` and `masks`;
    `tags` changes captions, `clips` makes several examples of a video; `digests` and `integrity` detect changed and
    damaged files.
-2. `latent_cache` and `text_cache`: encode them once, with `encoding` in common. `decode`, `frames`, `buckets` and
-   `resize_crop` give the pixels; `store`, `disk` and `lock` keep the results; `ranks` and `prefetch` divide the work.
+2. `latent_cache` and `text_cache`: encode them once, with `encoding` in common. `pixels`, with `decode`, `frames`,
+   `buckets` and `resize_crop`, are what encoders get; `store`, `disk` and `lock` keep the results; `ranks` and
+   `prefetch` divide the work.
 3. `loader`: batches for the steps, chosen by `sampler` and made by `collate`.
 
 `errors` collects problems with the data and reports them together.

@@ -99,7 +99,7 @@ def _from_metadata(
     folder = posixpath.dirname(metadata)
     wanted = (caption_column,) if caption_column else CAPTION_COLUMNS
     unit = "row" if path.suffix.lower() == ".parquet" else "line"
-    for line, row in _rows(path, [FILE_COLUMN, *wanted]):
+    for line, row in rows_of_table(path, [FILE_COLUMN, *wanted]):
         place = f"{metadata} {unit} {line}" if line else metadata
         if isinstance(row, str):
             problems.append(Problem(place, row))
@@ -109,9 +109,7 @@ def _from_metadata(
             columns = ", ".join(map(str, row)) or "none"
             problems.append(Problem(place, f"no value for {FILE_COLUMN!r}; its columns: {columns}"))
             continue
-        name = posixpath.normpath(posixpath.join(folder, given.strip()))
-        if os.path.isabs(name):
-            name = Path(os.path.relpath(name, root)).as_posix()
+        name = path_named(root, folder, given)
         if name not in media:
             if name.startswith("../"):
                 why = f"{given} is outside of the folder"
@@ -131,6 +129,12 @@ def _from_metadata(
             explained.add(name)
             continue
         found[name].append((place, texts))
+
+
+def path_named(root: Path, folder: str, given: str) -> str:
+    """The path relative to `root` of a file that a table in `folder`, relative to `root`, calls `given`."""
+    name = posixpath.normpath(posixpath.join(folder, given.strip()))
+    return Path(os.path.relpath(name, root)).as_posix() if os.path.isabs(name) else name
 
 
 def texts_of(value: Any) -> list[str]:
@@ -183,7 +187,7 @@ def _from_text_files(
             explained.update(names)
 
 
-def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def rows_of_table(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yields the rows of a metadata file, or a reason why a row cannot be read, each with the number of its line.
 
     Lines are counted from 1; 0 is the file itself. Only `columns` of a Parquet file are read.

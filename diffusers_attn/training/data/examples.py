@@ -6,15 +6,17 @@ during training costs hours, and one that is skipped silently is never found.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from . import decode
 from .captions import captions_of_folder, texts_of
+from .conditions import Given, conditions_of_folder, only_conditions
 from .errors import Problem, TrainingDataError, check_on_bad_data, report_problems
 from .masks import Mask, check_masks, check_size, is_mask, masks_in
 from .rows import columns_of, load_rows, saved_by_datasets
@@ -42,8 +44,8 @@ class Example:
     source: Source
     times: tuple[float, ...] | None = None
     """Time of each frame in seconds from the first, for a video with a variable frame rate."""
-    references: tuple[Source, ...] = ()
-    """Reference images."""
+    conditions: Mapping[str, tuple[Given, ...]] = field(default_factory=dict)
+    """Pictures and videos that it is made from, by their kind, one of `CONDITIONS`."""
     more_captions: tuple[str, ...] = ()
     """Further captions. One of all is drawn each time that the example is used."""
 
@@ -65,7 +67,8 @@ class _Candidate(NamedTuple):
     captions: list[str]
     kind: Literal["image", "video"]
     source: Source
-    mask: Mask | None = None
+    mask: Mask | None
+    conditions: Mapping[str, tuple[Given, ...]]
 
 
 def read_examples(
@@ -75,6 +78,7 @@ def read_examples(
     caption_column: str | None = None,
     caption_lines: bool = False,
     loss_mask: str = "none",
+    conditions: Sequence[str] = (),
     split: str = "train",
     main_process: bool = True,
     excluded: Sequence[str | Path] = (),
@@ -94,6 +98,7 @@ def read_examples(
         loss_mask: "files" reads masks of the loss from files: that of `a.png` or `a.mp4` is `a_mask.png`, white where
             the loss counts, and examples without one count entirely. A dataset has them in a column `mask`. "alpha"
             uses the transparency of images. "none" uses no masks.
+        conditions: kinds of conditions, of `CONDITIONS`, that are read from columns of metadata files or of a dataset.
         split: split of a Hugging Face dataset.
         main_process: whether this process logs the warning.
         excluded: folders, possibly within `data`, that are not read because the run writes to them.
@@ -109,7 +114,7 @@ def read_examples(
     check_on_bad_data(on_bad_data)
     reading: dict[str, Any] = {
         "on_bad_data": on_bad_data, "caption_column": caption_column, "loss_mask": loss_mask,
-        "main_process": main_process,
+        "conditions": conditions, "main_process": main_process,
     }  # fmt: skip
     path = Path(data).expanduser()
     if path.is_dir():
@@ -136,6 +141,7 @@ def read_folder(
     caption_column: str | None = None,
     caption_lines: bool = False,
     loss_mask: str = "none",
+    conditions: Sequence[str] = (),
     main_process: bool = True,
     excluded: Sequence[str | Path] = (),
 ) -> list[Example]:
@@ -147,8 +153,13 @@ def read_folder(
         raise TrainingDataError(f"there is no folder {folder}.")
     if any(Path(each).resolve() == root.resolve() for each in excluded):
         raise TrainingDataError(f"{folder} holds the data, and the run would write to it. Give another output folder.")
-    left_out = is_mask if loss_mask == "files" else None
     folders = [Path(each) for each in excluded]
+    named = conditions_of_folder(root, conditions, folders)
+    conditions_alone = only_conditions(root, named)
+
+    def left_out(name: str) -> bool:
+        return name in conditions_alone or (loss_mask == "files" and is_mask(name))
+
     captioned, problems = captions_of_folder(root, caption_column, folders, caption_lines, left_out)
     masks: dict[str, Mask] = {}
     if loss_mask == "files":
@@ -159,7 +170,8 @@ def read_folder(
         source = FileSource(root / name)
         is_video = Path(name).suffix.lower() in decode.VIDEO_SUFFIXES
         mask = Mask(source, "alpha") if loss_mask == "alpha" and not is_video else masks.get(name)
-        candidates.append(_Candidate(name, captions, "video" if is_video else "image", source, mask))
+        kind: Literal["image", "video"] = "video" if is_video else "image"
+        candidates.append(_Candidate(name, captions, kind, source, mask, named.get(name, {})))
     return _probed(candidates, problems, str(folder), on_bad_data, main_process)
 
 
@@ -170,6 +182,7 @@ def read_dataset(
     on_bad_data: str = "refuse",
     caption_column: str | None = None,
     loss_mask: str = "none",
+    conditions: Sequence[str] = (),
     main_process: bool = True,
 ) -> list[Example]:
     """Reads the examples of a `datasets.Dataset` with one column of `Image` or `Video` and one of captions.
@@ -182,7 +195,7 @@ def read_dataset(
     """
     check_on_bad_data(on_bad_data)
     check_masks(loss_mask)
-    columns = columns_of(dataset, name, caption_column, masks=loss_mask == "files")
+    columns = columns_of(dataset, name, caption_column, loss_mask == "files", conditions)
     candidates, problems = [], []
     for index, (row, value) in enumerate(zip(columns.names, columns.captions)):
         captions = texts_of(value)
@@ -191,9 +204,9 @@ def read_dataset(
             continue
         source = RowSource(columns.rows, index, columns.media)
         mask = Mask(source, "alpha") if loss_mask == "alpha" and columns.kind == "image" else None
-        if columns.mask is not None and columns.has_mask(index):
+        if columns.mask is not None and columns.has(columns.mask, index):
             mask = Mask(RowSource(columns.rows, index, columns.mask), "luminance")
-        candidates.append(_Candidate(row, captions, columns.kind, source, mask))
+        candidates.append(_Candidate(row, captions, columns.kind, source, mask, columns.conditions_of(index)))
     return _probed(candidates, problems, name, on_bad_data, main_process)
 
 
@@ -201,7 +214,7 @@ def _probed(
     candidates: Sequence[_Candidate], problems: list[Problem], where: str, on_bad_data: str, main_process: bool
 ) -> list[Example]:
     def probe(candidate: _Candidate) -> Example | Problem:
-        name, captions, kind, source, mask = candidate
+        name, captions, kind, source, mask, conditions = candidate
         try:
             if kind == "video" and name.lower().endswith(".gif") and decode.probe_image(source).frames == 1:
                 kind = "image"
@@ -210,10 +223,8 @@ def _probed(
                 check_size(mask, width, height)
         except TrainingDataError as error:
             return Problem(name, str(error))
-        more = tuple(captions[1:])
-        return Example(
-            name, captions[0], kind, width, height, frames, fps, source, times, more_captions=more, mask=mask
-        )
+        found = Example(name, captions[0], kind, width, height, frames, fps, source, times, conditions, mask=mask)
+        return dataclasses.replace(found, more_captions=tuple(captions[1:]))
 
     with ThreadPoolExecutor(_PROBING_THREADS) as pool:
         found = list(pool.map(probe, candidates))

@@ -8,6 +8,7 @@ share a cache fill it one after the other.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ...json_files import read_json
-from . import decode
 from .buckets import Bucket, Buckets
 from .digests import content_digests
 from .disk import write_file
@@ -26,16 +26,15 @@ from .errors import Problem, TrainingDataError, check_on_bad_data, report_proble
 from .examples import Example
 from .lock import alone_in
 from .masks import latent_mask
+from .pixels import Pixels, ReferenceSize, read_pixels, read_references
 from .prefetch import prefetch
 from .ranks import OneRank, Ranks, in_step
-from .resize_crop import resize_crop
 from .store import TensorStore, hash_of
 
 Encode = Callable[..., Mapping[str, Tensor]]
-"""Encodes pixels, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors [batch, ...] by name. The reference
-images of examples that have any are the second argument, float32 [batch, number, 3, height, width] in [-1, 1]."""
-ReferenceSize = Callable[[int, int], tuple[int, int]]
-"""Height and width of the reference images of an example with a height and width."""
+"""Encodes pixels, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors [batch, ...] by name. The conditions
+of examples that have any are keyword arguments: reference images, `references`, [batch, number, 3, height, width]; the
+others as the pixels."""
 
 
 class CachedLatents(NamedTuple):
@@ -52,14 +51,6 @@ class _Work(NamedTuple):
     example: Example
     bucket: Bucket
     numbers: list[int]
-
-
-class _Pixels(NamedTuple):
-    frames: Tensor
-    references: Tensor | None
-    """[number, 3, height, width]; None without reference images."""
-    mask: Tensor | None
-    """The mask of its loss, [1, 1, height, width] in [0, 1]."""
 
 
 class LatentCache:
@@ -150,11 +141,11 @@ class LatentCache:
             self.store.path(each.key).unlink(missing_ok=True)
         refusing = on_bad_data == "refuse" and bool(problems)
 
-        def encode_batch(batch: list[tuple[_Work, _Pixels | TrainingDataError]]) -> None:
+        def encode_batch(batch: list[tuple[_Work, Pixels | TrainingDataError]]) -> None:
             nonlocal refusing
-            good: list[tuple[_Work, _Pixels]] = []
+            good: list[tuple[_Work, Pixels]] = []
             for item, pixels in batch:
-                if isinstance(pixels, _Pixels):
+                if isinstance(pixels, Pixels):
                     good.append((item, pixels))
                     continue
                 self._record_problem(item.key, str(pixels))
@@ -162,7 +153,7 @@ class LatentCache:
             if good and not refusing:  # after a refused problem, the rest is only checked
                 self._encode(good, encode)
 
-        def pixels_of(batch: list[_Work]) -> list[tuple[_Work, _Pixels | TrainingDataError]]:
+        def pixels_of(batch: list[_Work]) -> list[tuple[_Work, Pixels | TrainingDataError]]:
             return [(each, self._pixels(each)) for each in batch]
 
         decoded = prefetch(pixels_of, _batches(mine, batch_size), threads=decoding_threads, depth=decoding_threads)
@@ -174,14 +165,14 @@ class LatentCache:
         """The work for each example by its index, and the problem of each that has no bucket."""
         self.store.remove_unfinished()
         digests = content_digests([example.source for example in examples], self.folder / "digests", ranks)
-        references = [each for example in examples for each in example.references]
-        of_references = iter(content_digests(references, self.folder / "digests", ranks) if references else [])
+        conditions = [each.source for example in examples for each in itertools.chain(*example.conditions.values())]
+        of_conditions = iter(content_digests(conditions, self.folder / "digests", ranks) if conditions else [])
         masks = [example.mask.source for example in examples if example.mask is not None]
         of_masks = iter(content_digests(masks, self.folder / "digests", ranks) if masks else [])
         work: dict[int, _Work] = {}
         problems: dict[int, str] = {}
         for i, (example, digest) in enumerate(zip(examples, digests)):
-            given = [next(of_references) for _ in example.references]
+            given = {name: [next(of_conditions) for _ in each] for name, each in example.conditions.items()}
             mask = None if example.mask is None else [next(of_masks), example.mask.channel]
             try:
                 bucket = self.buckets.bucket(example)
@@ -196,35 +187,17 @@ class LatentCache:
                 "frames": numbers,
                 "crop": self.crop if self.crop == "centre" else [self.crop, self.seed],
                 "settings": self.settings,
-                **({"references": given} if given else {}),
+                **given,
                 **({"mask": mask} if mask else {}),
             }
             work[i] = _Work(hash_of(made_from), made_from, example, bucket, numbers)
         return work, problems
 
-    def _pixels(self, work: _Work) -> _Pixels | TrainingDataError:
+    def _pixels(self, work: _Work) -> Pixels | TrainingDataError:
         try:
-            frames = resize_crop(decode.read(work.example, work.numbers), work.bucket, **self._cropping(work))
-            return _Pixels(frames, self._references(work), self._mask(work))
+            return read_pixels(work.example, work.bucket, work.numbers, self.reference_size, **self._cropping(work))
         except TrainingDataError as error:
             return error
-
-    def _references(self, work: _Work) -> Tensor | None:
-        height, width = work.bucket.height, work.bucket.width
-        height, width = (height, width) if self.reference_size is None else self.reference_size(height, width)
-        size, how = Bucket(1, height, width), self._cropping(work)
-        found = [resize_crop([decode.read_image(each)], size, **how) for each in work.example.references]
-        return torch.cat(found) if found else None
-
-    def _mask(self, work: _Work) -> Tensor | None:
-        """The mask of an example, resized and cropped as its frames."""
-        if work.example.mask is None:
-            return None
-        one = work.bucket._replace(frames=1)
-        mask = (resize_crop([decode.read_mask(*work.example.mask)], one, **self._cropping(work)) + 1) / 2
-        if not bool(mask.any()):
-            raise TrainingDataError("its mask leaves out everything in its bucket")
-        return mask
 
     def _cropping(self, work: _Work) -> dict[str, Any]:
         # The seed depends on the content, not on the example's position in the data.
@@ -236,16 +209,16 @@ class LatentCache:
         Args:
             key: stem of the file of its latents.
         """
-        references = self._references(self._works[key])
-        assert references is not None
-        return references[None]
+        work = self._works[key]
+        given = work.example.conditions["references"]
+        return read_references(given, work.bucket, self.reference_size, **self._cropping(work))[None]
 
-    def _encode(self, good: list[tuple[_Work, _Pixels]], encode: Encode) -> None:
+    def _encode(self, good: list[tuple[_Work, Pixels]], encode: Encode) -> None:
         pixels = torch.stack([each.frames for _, each in good]).transpose(1, 2)
-        references = [each.references for _, each in good if each.references is not None]
+        given = {name: torch.stack([each.given[name] for _, each in good]) for name in good[0][1].given}
         names = [each.example.name for each, _ in good]
         with torch.no_grad(), naming("encoding", names):
-            rows = rows_of(encode(pixels, torch.stack(references)) if references else encode(pixels), names)
+            rows = rows_of(encode(pixels, **given), names)
         for (each, (*_, mask)), tensors in zip(good, rows):
             if mask is not None:
                 tensors["loss_mask"] = latent_mask(mask, tensors["latents_mean"])

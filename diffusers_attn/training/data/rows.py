@@ -1,4 +1,4 @@
-"""Hugging Face datasets: loading them, and finding their columns of media, captions and masks.
+"""Hugging Face datasets: loading them, and finding their columns of media, captions, masks and conditions.
 
 A dataset is Parquet or Arrow files, shards of WebDataset (.tar), what `Dataset.save_to_disk` wrote, or a name on the
 Hub.
@@ -6,13 +6,16 @@ Hub.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from . import decode
 from .captions import CAPTION_COLUMNS
+from .conditions import Given, columns_named
 from .errors import TrainingDataError
+from .source import RowSource
 from .walk import files_of
 
 _TABLES = {".parquet", ".arrow", ".tar"}
@@ -22,7 +25,6 @@ _MASK = "mask"
 class Columns(NamedTuple):
     """The columns of a dataset that training reads."""
 
-    kind: Literal["image", "video"]
     media: str
     caption: str
     """Name of the column, or of its field, with the captions."""
@@ -31,15 +33,35 @@ class Columns(NamedTuple):
     names: list[str]
     """Name of each row, for messages."""
     mask: str | None
+    conditions: dict[str, list[str]]
+    """The columns of conditions by their kind."""
+    kinds: dict[str, Literal["image", "video"]]
+    """What the columns of media, masks and conditions have."""
     rows: Any
-    """The dataset in the format "arrow", with the columns of media and masks undecoded."""
+    """The dataset in the format "arrow", with these columns undecoded."""
 
-    def has_mask(self, index: int) -> bool:
-        """Whether a row has a mask."""
-        return self.mask is not None and self.rows[index : index + 1].column(self.mask)[0].is_valid
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        """What the column of media has."""
+        return self.kinds[self.media]
+
+    def has(self, column: str | None, index: int) -> bool:
+        """Whether a row has something in a column. False without a column."""
+        return column is not None and self.rows[index : index + 1].column(column)[0].is_valid
+
+    def conditions_of(self, index: int) -> dict[str, tuple[Given, ...]]:
+        """The conditions of a row by their kind."""
+        return {
+            name: tuple(
+                Given(RowSource(self.rows, index, each), self.kinds[each]) for each in columns if self.has(each, index)
+            )
+            for name, columns in self.conditions.items()
+        }
 
 
-def columns_of(dataset: Any, name: str, caption_column: str | None, masks: bool) -> Columns:
+def columns_of(
+    dataset: Any, name: str, caption_column: str | None, masks: bool, conditions: Sequence[str] = ()
+) -> Columns:
     """The columns of a `datasets.Dataset`.
 
     Args:
@@ -48,6 +70,7 @@ def columns_of(dataset: Any, name: str, caption_column: str | None, masks: bool)
         caption_column: column with the captions, or a field of one, such as "json.caption". None: the only one of the
             usual names: `caption`, `text`, `prompt`, WebDataset's `txt`, and those of fields of its `json`.
         masks: whether a column `mask` (of WebDataset: `mask.png`) has masks of the loss.
+        conditions: kinds of conditions; see `conditions.columns_named`.
 
     Raises:
         TrainingDataError: there is not exactly one column of media or of captions.
@@ -63,23 +86,28 @@ def columns_of(dataset: Any, name: str, caption_column: str | None, masks: bool)
         if isinstance(feature, (datasets.Image, datasets.Video)):
             undecoded[column] = type(feature)(decode=False)
     mask = next((each for each in undecoded if masks and each.partition(".")[0] == _MASK), None)
-    media = [each for each in undecoded if each != mask]
+    of_conditions = {each: columns_named(each, undecoded) for each in conditions}
+    taken = {mask, *itertools.chain.from_iterable(of_conditions.values())}
+    media = [each for each in undecoded if each not in taken]
     if len(media) != 1:
         raise TrainingDataError(
             f"{name} must have one column of images or videos, but has {len(media)} ({', '.join(media) or 'none'}). "
             f"Its columns are {', '.join(dataset.column_names)}. Change them with `Dataset.remove_columns` or "
             "`Dataset.cast_column`, save the result with `save_to_disk`, and give that folder. (loss_mask='files' "
-            "reads masks from a column `mask`.)"
+            "reads masks from a column `mask`; models that take reference images or a control read these from columns "
+            "`references` and `control`.)"
         )
-    wanted = [*media, *([mask] if mask else [])]
+    wanted = [*media, *filter(None, taken)]
     rows = dataset.select_columns(wanted)
     for column in wanted:
         rows = rows.cast_column(column, undecoded[column])
     keys = dataset["__key__"] if "__key__" in dataset.column_names else None
     names = [f"row {i}" if keys is None else f"row {i} ({keys[i]})" for i in range(len(dataset))]
-    kind: Literal["image", "video"] = "image" if isinstance(undecoded[media[0]], datasets.Image) else "video"
+    kinds: dict[str, Literal["image", "video"]] = {
+        each: "image" if isinstance(undecoded[each], datasets.Image) else "video" for each in wanted
+    }
     caption, captions = _captions(dataset, name, caption_column)
-    return Columns(kind, media[0], caption, captions, names, mask, rows.with_format("arrow"))
+    return Columns(media[0], caption, captions, names, mask, of_conditions, kinds, rows.with_format("arrow"))
 
 
 def _captions(dataset: Any, name: str, asked: str | None) -> tuple[str, list[Any]]:

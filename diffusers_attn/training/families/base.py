@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.conditions import Wanted
 from ..errors import TrainingError
 from ..loss import Level, Objective, RectifiedFlow, scheduler_shift
 from ..settings.flag_names import option
@@ -70,8 +71,8 @@ class Family(abc.ABC):
     """Accepted values of the scheduler's prediction_type, if its configuration has one."""
     vae_has_frames: ClassVar[bool] = True
     """Whether the VAE's images have a dimension of frames, also those of a single frame."""
-    most_references: ClassVar[int] = 0
-    """Largest number of reference images of an example. All models that have any need at least one."""
+    example_conditions: ClassVar[Mapping[str, Wanted]] = {}
+    """The pictures and videos that examples are made from, by their kind, one of `data.conditions.CONDITIONS`."""
     text_has_pictures: ClassVar[bool] = False
     """Whether the text encoder sees the reference images, too; see `seeing`."""
     takes_image: ClassVar[bool] = False
@@ -288,13 +289,13 @@ class Family(abc.ABC):
         """The models that `encode` runs, by component name."""
         return {"vae": self.pipeline.vae}
 
-    def encode(self, pixels: Tensor, references: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
         """The VAE's distribution of latents for `pixels`, float [batch, 3, frames, height, width] in [-1, 1].
 
         Args:
             pixels: images or videos.
-            references: reference images, float [batch, number, 3, height, width] in [-1, 1]; None for families
-                without `most_references`.
+            given: their `example_conditions` by kind, also in [-1, 1]: reference images are [batch, number, 3, height,
+                width], others have the shape of `pixels`.
 
         Returns:
             "latents_mean" and "latents_logvar", float32 [batch, channels, frames, height, width], on the CPU, as the

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..data.conditions import Wanted
 from .flux_kontext import FluxReference
 
 
@@ -15,6 +16,7 @@ class FluxControl(FluxReference):
     """`FluxControlPipeline` with a `FluxTransformer2DModel` of twice the channels, such as FLUX.1-Canny-dev."""
 
     pipelines = ("FluxControlPipeline",)
+    example_conditions: ClassVar[Mapping[str, Wanted]] = {"control": Wanted()}
     image_argument = "control_image"
 
     @property

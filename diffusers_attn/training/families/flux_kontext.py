@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..data.conditions import Wanted
 from .base import patches
 from .flux import Flux
 
 
 class FluxReference(Flux):
-    """FLUX.1 with the latents of an image of the size of the trained one, as "reference"."""
+    """FLUX.1 with the latents of its condition, an image of the size of the trained one, as "reference"."""
 
     conditioned = True
     takes_image = True
-    most_references = 1
+    example_conditions: ClassVar[Mapping[str, Wanted]] = {"references": Wanted()}
 
-    def encode(self, pixels: Tensor, references: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
         found = super().encode(pixels)
-        if references is not None:
+        if given:
+            picture = given["references"][:, 0] if "references" in given else given["control"][:, :, 0]
             vae = self.pipeline.vae
             with torch.no_grad():
-                reference = vae.encode(references[:, 0].to(vae.device, vae.dtype)).latent_dist.mode()
+                reference = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist.mode()
             found["reference"] = self.normalise(self.from_vae(reference.float().cpu()))
         return found
 

@@ -11,6 +11,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_p
 from PIL import Image
 from torch import Tensor
 
+from ..data.conditions import Wanted
 from ..errors import TrainingError
 from ..settings.flag_names import option
 from .base import patches
@@ -25,7 +26,7 @@ class QwenImageEdit(QwenImage):
     conditioned = True
     takes_image = True
     text_has_pictures = True
-    most_references: ClassVar[int] = 1
+    example_conditions: ClassVar[Mapping[str, Wanted]] = {"references": Wanted()}
 
     def _text_length(self, wanted: int | None) -> int:
         if wanted is not None:
@@ -39,12 +40,12 @@ class QwenImageEdit(QwenImage):
         width, height = edit_plus.calculate_dimensions(edit_plus.VAE_IMAGE_SIZE, width / height)
         return height, width
 
-    def encode(self, pixels: Tensor, references: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
         found = super().encode(pixels)
-        if references is not None:
+        if "references" in given:
             vae = self.pipeline.vae
             with torch.no_grad():
-                each = [vae.encode(one[:, :, None].to(vae.device, vae.dtype)) for one in references.unbind(1)]
+                each = [vae.encode(one[:, :, None].to(vae.device, vae.dtype)) for one in given["references"].unbind(1)]
             latents = [self.normalise(one.latent_dist.mode().float().cpu()) for one in each]
             found["references"] = torch.stack(latents, dim=1)
         return found
@@ -84,7 +85,7 @@ class QwenImageEditPlus(QwenImageEdit):
     encoder sees smaller."""
 
     pipelines = ("QwenImageEditPlusPipeline",)
-    most_references = 3
+    example_conditions = {"references": Wanted(most=3)}
 
     def pictures(self, references: Tensor) -> Any:
         height, width = references.shape[-2:]

@@ -29,7 +29,7 @@ class Sana(InstructedFamily):
     def size_multiple(self) -> int:
         return self.pipeline.vae_scale_factor * self.config.patch_size
 
-    def encode(self, pixels: Tensor, references: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
         vae = self.pipeline.vae
         with torch.no_grad():
             latents = vae.encode(self.to_vae(pixels.to(vae.device, vae.dtype))).latent

@@ -43,7 +43,7 @@ class WanImageToVideo(Wan):
         image_encoder = self.pipeline.image_encoder
         return super().encoders | ({} if image_encoder is None else {"image_encoder": image_encoder})
 
-    def encode(self, pixels: Tensor, references: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
         if pixels.shape[2] == 1:
             raise TrainingError(
                 f"{type(self.pipeline).__name__} is given the first frame, so nothing is left to train on an image or "

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...parallelize.targets import find_targets
 from ..batches.buckets import buckets_of
+from ..data.conditions import CONDITIONS
 from ..errors import TrainingError
 from ..families import Family
 from ..model.base_precision import check_adapter_kind, is_quantised
@@ -143,7 +144,7 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
         if config.init_adapter is not None and config.resume is None:
             path = Path(config.init_adapter)
             check_adapter(read_adapter(family.pipeline, path, component, len(family.trained) > 1), bare)
-    _check_references(config, family)
+    _check_conditions(config, family)
     _check_buckets(config, family)
     check_previews(config, family)
 
@@ -155,16 +156,14 @@ def check_split(family: Family, cp_degree: int) -> None:
             find_targets(model, None)
 
 
-def _check_references(config: TrainConfig, family: Family) -> None:
+def _check_conditions(config: TrainConfig, family: Family) -> None:
+    """Raises TrainingError for a folder of conditions that the model does not use."""
     name = type(family.pipeline).__name__
-    if config.references is not None and not family.most_references:
-        raise TrainingError(
-            f"{option('references', config.references)}: {name} takes no reference images. Leave it out."
-        )
-    if config.references is None and family.most_references:
-        raise TrainingError(
-            f"{name} draws from a reference image. Give the folder of those of your examples with --references."
-        )
+    used = ", ".join(f"--{each}" for each in family.example_conditions)
+    for kind, each in CONDITIONS.items():
+        if getattr(config, kind) is not None and kind not in family.example_conditions:
+            instead = f"Give {used} in its place" if used else "Leave it out"
+            raise TrainingError(f"{option(kind, getattr(config, kind))}: {name} takes no {each.what}. {instead}.")
 
 
 def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from ..data.buckets import check_frames
+from ..data.conditions import Wanted
 from ..data.errors import TrainingDataError
 from ..errors import TrainingError
 from ..families import Family
@@ -50,7 +51,7 @@ def _check_preview(config: TrainConfig, family: Family, preview: Preview) -> Non
         if not family.negative_prompts or scale <= 1:
             why = "has no negative prompt" if not family.negative_prompts else f"uses none with a guidance of {scale:g}"
             raise TrainingError(f"negative_prompt {preview.negative_prompt!r}: {name} {why}. Leave it out.")
-    images, most = preview.image or [], max(1, family.most_references)
+    images, most = preview.image or [], family.example_conditions.get("references", Wanted()).most
     if images and not family.takes_image:
         raise TrainingError(f"image {', '.join(images)}: {name} takes no image. Leave it out.")
     if family.takes_image and not 1 <= len(images) <= most:

@@ -32,6 +32,8 @@ CLIPS = {"head": "head", "middle": "middle", "uniform:N": "uniform:[1-9][0-9]*",
 """Rules by which clips are taken from videos, each with the regular expression that matches it."""
 MASKS = ("none", "files", "alpha")
 """Where masks of the loss come from: nowhere, files beside those of the examples, or the transparency of images."""
+CONDITIONS = ("references", "control")
+"""Settings for folders with pictures and videos that examples are made from; also names of columns with these."""
 SAMPLINGS = ("uniform", "logit_normal", "mode")
 """Distributions of noise levels."""
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
-from .choices import IN_DIFFUSERS_FORMAT, WHOLE, WITHOUT_WARMUP
+from .choices import CONDITIONS, IN_DIFFUSERS_FORMAT, WHOLE, WITHOUT_WARMUP
 from .flag_names import option
 from .setting import default_of, metadata_of
 
@@ -44,11 +44,12 @@ def check_together(config: TrainConfig) -> None:
             f"{option('transformer', config.transformer)} with --expert both: these are the weights of one "
             "transformer. Train each expert in a run of its own, or put both into the folder of --model."
         )
-    if config.references is not None and config.datasets:
-        raise TrainingError(
-            f"{option('references', config.references)} is accepted with --data only, not with further datasets, "
-            "whose files may have the same names. Put all images into one folder."
-        )
+    for name in CONDITIONS:
+        if getattr(config, name) is not None and config.datasets:
+            raise TrainingError(
+                f"{option(name, getattr(config, name))} is accepted with --data only, not with further datasets, whose "
+                f"files may have the same names. Put all examples into one folder, or give each set a column {name}."
+            )
     if sources and all(each.regularisation for each in sources):
         raise TrainingError(
             "datasets: all sets are for regularisation, which balances another set. Give one without it."

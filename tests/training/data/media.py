@@ -25,6 +25,7 @@ def video(path: Path, frames: int = 12, width: int = 64, height: int = 48, fps: 
     import av
     import numpy as np
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0) if options.pop("noise", False) else None
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=fps)

@@ -67,7 +67,8 @@ def test_two_processes_train_like_one(name, run_worlds, settings_of, tmp_path):
         picture(tmp_path / "first.png", width=48, height=48, seed=0)
         samples["validation_images"] = [str(tmp_path / "first.png")] * WITH_REFERENCES.get(name, 1)
     if name in WITH_REFERENCES:
-        few["references"] = str(make_references(tmp_path / "references", WITH_REFERENCES[name]))
+        kind = "control" if name == "flux_control" else "references"
+        few[kind] = str(make_references(tmp_path / kind, WITH_REFERENCES[name]))
     one, two = settings_of(name, **few, **samples), settings_of(name, **{**few, **split})
     [[alone]], together = run_worlds(World(1, train_all, {"several": [one]}), World(2, train_all, {"several": [two]}))
     assert len({step["loss"] for step in alone["steps"]}) == 2

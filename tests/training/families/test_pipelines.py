@@ -144,8 +144,10 @@ def encoded(family: Family, case: Case, caption: str = PROMPT) -> dict[str, Tens
     if case.images:
         images = torch.stack([torch.from_numpy(np.array(each)) for each in pictures(family, case)])
         images = images.movedim(-1, 1)[None] / 127.5 - 1
-    pixels = torch.zeros(1, 3, 1, case.width * 3 // 2, case.width) if family.most_references else images.transpose(1, 2)
-    found = family.encode(pixels.expand(-1, -1, case.frames, -1, -1), images if family.most_references else None)
+    given = {"references": images, "control": images.transpose(1, 2)}
+    given = {name: given[name] for name in family.example_conditions}
+    pixels = torch.zeros(1, 3, 1, case.width * 3 // 2, case.width) if given else images.transpose(1, 2)
+    found = family.encode(pixels.expand(-1, -1, case.frames, -1, -1), **given)
     seeing = family.seeing(images) if family.text_has_pictures else family
     return seeing.encode_text([caption]) | {name: each for name, each in found.items() if name[:8] != "latents_"}
 

@@ -29,8 +29,13 @@ class ModelSettings:
     )
     references: str | None = setting(
         None,
-        "Folder with the reference images of an editing model, or the control images of a model that takes one: for "
-        "a.png in --data, a.* or, if several, a_1.*, a_2.*",
+        "Folder with the reference images of an editing model: for a.png in --data, a.* or, if several, a_1.*, a_2.* "
+        "(default: those in a column references of the data)",
+    )
+    control: str | None = setting(
+        None,
+        "Folder with the control pictures or videos (edges, depth and so on) of a model that takes one: for a.png in "
+        "--data, a.* (default: those in a column control of the data)",
     )
     output_dir: str = setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")
     overwrite: bool = setting(False, "Replace the files of an earlier run in output_dir")
