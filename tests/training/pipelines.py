@@ -388,6 +388,22 @@ def wan_a14b() -> diffusers.WanPipeline:
     return diffusers.WanPipeline(**{**base.components, "transformer_2": other.eval()}, boundary_ratio=0.875)
 
 
+def wan_vace() -> diffusers.WanVACEPipeline:
+    """Wan VACE, with a block for the control beside each block of the video."""
+    base = tiny_pipelines.wan()
+    names = ("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "text_dim", "freq_dim")
+    names += ("ffn_dim", "num_layers", "rope_max_seq_len")
+    shape = {name: base.transformer.config[name] for name in names}
+    control = {"vace_layers": [0, 1], "vace_in_channels": 2 * LATENTS + 8 * 8}
+    return diffusers.WanVACEPipeline(
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
+        vae=base.vae,
+        scheduler=base.scheduler,
+        transformer=_random(diffusers.WanVACETransformer3DModel(**shape, **control)),
+    )
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     **tiny_pipelines.PIPELINES,
     "sd3": sd3,
@@ -407,6 +423,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "wan_i2v": wan_i2v,
     "wan_ti2v": wan_ti2v,
     "wan_a14b": wan_a14b,
+    "wan_vace": wan_vace,
 }
 
 

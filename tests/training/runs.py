@@ -45,12 +45,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_sequence_length": 15,
         "expert": "low",
     },
+    "wan_vace": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 15},
     "krea2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 273},
 }
-VIDEOS = ("wan", "cogvideox", "ltx", "hunyuan_video", "hunyuan_video15", "wan_i2v", "wan_ti2v", "wan_a14b")
+VIDEOS = ("wan", "cogvideox", "ltx", "hunyuan_video", "hunyuan_video15", "wan_i2v", "wan_ti2v", "wan_a14b", "wan_vace")
 WITH_REFERENCES = {"flux_kontext": 1, "flux_control": 1, "qwen_image_edit": 1, "qwen_image_edit_plus": 2}
 """Families with reference images, and how many the tests give."""
-FROM_IMAGE = ("wan_i2v", "wan_ti2v", *WITH_REFERENCES)
+FROM_IMAGE = ("wan_i2v", "wan_ti2v", "wan_vace", *WITH_REFERENCES)
 QUICK = ("flux", "wan", "cogvideox", "cogview4", "qwen_image", "z_image", "flux2")
 """Families that the usual tests train. The tests called thorough train the others."""
 COMMON: dict[str, Any] = {
@@ -98,6 +99,15 @@ def make_references(folder: Path, number: int, examples: int = 5) -> Path:
             name = f"{i}.png" if number == 1 else f"{i}_{j + 1}.png"
             picture(folder / name, width=40, height=56, seed=10 + 10 * j + i)
     return folder
+
+
+def make_controls(folder: Path, examples: int = 5) -> dict[str, str]:
+    """Control videos, masks of them and a reference image for each of the videos of `make_data`."""
+    for i in range(examples):
+        video(folder / "control" / f"{i}.mp4", frames=9 + i, width=48, height=48, noise=True)
+        picture(folder / "control_mask" / f"{i}.png", width=48, height=48, seed=20 + i)
+    references = make_references(folder / "references", 1, examples)
+    return {"references": str(references), **{name: str(folder / name) for name in ("control", "control_mask")}}
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:

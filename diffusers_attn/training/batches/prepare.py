@@ -19,6 +19,7 @@ from ..data.examples import Example, read_examples
 from ..data.frames import FramePicking
 from ..data.latent_cache import CachedLatents, LatentCache
 from ..data.loader import LatentLoader
+from ..data.pixels import References
 from ..data.sampler import Share
 from ..data.store import read_shapes, read_tensors
 from ..data.tags import changed_captions
@@ -205,8 +206,9 @@ def _latent_cache(config: TrainConfig, family: Family, weights: str, source: Dat
     if family.conditioned:  # otherwise families with the same VAE share latents
         others = {name: fingerprint(each) for name, each in family.encoders.items() if name != "vae"}
         settings |= {"family": type(family).__name__, **others}
-    buckets, sizes = buckets_of(config, family, source), family.reference_size
-    return LatentCache(config.cache, settings, buckets, crop=config.crop, seed=config.seed, reference_size=sizes)
+    references = References(family.reference_size, family.references_have_borders)
+    buckets = buckets_of(config, family, source)
+    return LatentCache(config.cache, settings, buckets, crop=config.crop, seed=config.seed, references=references)
 
 
 def _text_cache(config: TrainConfig, family: Family) -> TextCache:

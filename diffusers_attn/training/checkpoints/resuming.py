@@ -38,7 +38,7 @@ _REFUSED = """
 """The first row determines what the adapter's weights and the optimizer's state mean, the second the examples of a
 step."""
 _GIVEN = """
-    model transformer revision data datasets references control output_dir cache_dir overwrite dry_run
+    model transformer revision data datasets references control control_mask output_dir cache_dir overwrite dry_run
     batch_size gradient_accumulation_steps cp_degree ulysses_degree ring_degree rotate_method attn_provider cpu timeout
     mixed_precision compile gradient_checkpointing offload find_unused_parameters
     init_adapter format

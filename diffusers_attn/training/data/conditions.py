@@ -32,11 +32,14 @@ class Kind(NamedTuple):
     follows: bool
     """Whether it follows its example frame by frame: the condition of a video is a video with the same frames, or one
     picture for all of them. Otherwise it is a picture."""
+    of: str | None = None
+    """The kind without which it means nothing."""
 
 
 CONDITIONS = {
     "references": Kind("reference image", follows=False),
     "control": Kind("control picture or video", follows=True),
+    "control_mask": Kind("control mask", follows=True, of="control"),
 }
 """All kinds, by the names of their settings and columns."""
 
@@ -48,6 +51,8 @@ class Wanted(NamedTuple):
     """Largest number of them for each example."""
     needed: bool = True
     """Whether every example must have one. Otherwise all have some, or none has any."""
+    instead: tuple[str, ...] = ()
+    """Kinds of which one suffices if it is needed."""
 
 
 class Given(NamedTuple):
@@ -60,6 +65,11 @@ class Given(NamedTuple):
 def given_file(path: Path) -> Given:
     """A file as a condition."""
     return Given(FileSource(path), "video" if path.suffix.lower() in decode.VIDEO_SUFFIXES else "image")
+
+
+def probe(given: Given) -> decode.Media:
+    """The properties of a condition. Raises as `decode.probe_image` and `decode.probe_video` do."""
+    return (decode.probe_video if given.kind == "video" else decode.probe_image)(given.source)
 
 
 def columns_named(name: str, there: Iterable[str]) -> list[str]:
@@ -171,8 +181,8 @@ def with_conditions(
                 name: _in_folder(example, name, files[name]) if name in files else example.conditions.get(name, ())
                 for name in wanted
             }
-            for name, given in conditions.items():
-                _check(example, name, wanted[name], given, folders.get(name))
+            for name in conditions:
+                _check(example, name, wanted[name], conditions, folders.get(name))
             for name, given in conditions.items():
                 _check_number(name, len(given), numbers.setdefault(name, len(given)))
         except TrainingDataError as error:
@@ -208,27 +218,38 @@ def _in_folder(example: Example, name: str, files: Mapping[str, Path]) -> tuple[
     return tuple(given_file(files[each]) for each in itertools.takewhile(files.__contains__, numbered))
 
 
-def _check(example: Example, name: str, wanted: Wanted, given: Sequence[Given], folder: str | Path | None) -> None:
-    """Raises a TrainingDataError if conditions are missing, too many, unreadable, or do not follow their example."""
-    what, stem = CONDITIONS[name].what, _stem(example.name)
-    if not given and wanted.needed:
+def _check(
+    example: Example,
+    name: str,
+    wanted: Wanted,
+    conditions: Mapping[str, Sequence[Given]],
+    folder: str | Path | None,
+) -> None:
+    """Raises a TrainingDataError if conditions of one kind are missing, too many, unreadable, or do not follow their
+    example."""
+    kind, given, stem = CONDITIONS[name], conditions[name], _stem(example.name)
+    what = kind.what
+    if not given and wanted.needed and not any(conditions.get(each) for each in wanted.instead):
+        missing = " and ".join(f"no {CONDITIONS[each].what}" for each in (name, *wanted.instead))
         if folder is None:
             raise TrainingDataError(
-                f"no {what}: nothing in a column {name} of its table, and no --{name} with a folder that has {stem}.*"
+                f"{missing}: nothing in a column {name} of its table, and no --{name} with a folder that has {stem}.*"
             )
         raise TrainingDataError(
-            f"no {what} {stem}.* or {stem}_1.* in {folder} (a column {name} of its table is read without --{name})"
+            f"{missing}: no {stem}.* or {stem}_1.* in {folder} (a column {name} of its table is read without --{name})"
         )
+    if given and kind.of is not None and not conditions.get(kind.of):
+        raise TrainingDataError(f"a {what} without a {CONDITIONS[kind.of].what}")
     if len(given) > wanted.most:
         raise TrainingDataError(f"its number of {what}s is {len(given)}, but the model accepts {wanted.most}")
     for each in given:
         try:
-            media = (decode.probe_video if each.kind == "video" else decode.probe_image)(each.source)
+            media = probe(each)
         except TrainingDataError as error:
             raise TrainingDataError(f"its {what}: {error}") from error
         if each.kind == "image":
             continue
-        if not CONDITIONS[name].follows or example.kind == "image":
+        if not kind.follows or example.kind == "image":
             raise TrainingDataError(f"its {what} is a video; a picture is needed")
         if media.frames != example.frames:
             raise TrainingDataError(

@@ -26,7 +26,7 @@ from .errors import Problem, TrainingDataError, check_on_bad_data, report_proble
 from .examples import Example
 from .lock import alone_in
 from .masks import latent_mask
-from .pixels import Pixels, ReferenceSize, read_pixels, read_references
+from .pixels import Pixels, References, read_pixels, read_references
 from .prefetch import prefetch
 from .ranks import OneRank, Ranks, in_step
 from .store import TensorStore, hash_of
@@ -63,7 +63,7 @@ class LatentCache:
         buckets: sizes to which examples are resized.
         crop: "centre", or "random" for a part of each example that depends only on its content and on `seed`.
         seed: seed of random crops.
-        reference_size: the size to which reference images are resized. None: that of their example.
+        references: how reference images are resized.
 
     Raises:
         TrainingDataError: settings that cannot be stored as JSON.
@@ -77,11 +77,11 @@ class LatentCache:
         *,
         crop: str = "centre",
         seed: int = 0,
-        reference_size: ReferenceSize | None = None,
+        references: References = References(),  # noqa: B008,
     ) -> None:
         self.folder = Path(folder)
         self.settings = dict(settings)
-        self.buckets, self.crop, self.seed, self.reference_size = buckets, crop, seed, reference_size
+        self.buckets, self.crop, self.seed, self.references = buckets, crop, seed, references
         self._works: dict[str, _Work] = {}
         self.store = TensorStore(self.folder / "latents")
         hash_of(self.settings)
@@ -195,7 +195,7 @@ class LatentCache:
 
     def _pixels(self, work: _Work) -> Pixels | TrainingDataError:
         try:
-            return read_pixels(work.example, work.bucket, work.numbers, self.reference_size, **self._cropping(work))
+            return read_pixels(work.example, work.bucket, work.numbers, self.references, **self._cropping(work))
         except TrainingDataError as error:
             return error
 
@@ -211,7 +211,7 @@ class LatentCache:
         """
         work = self._works[key]
         given = work.example.conditions["references"]
-        return read_references(given, work.bucket, self.reference_size, **self._cropping(work))[None]
+        return read_references(given, work.bucket, self.references, **self._cropping(work))[None]
 
     def _encode(self, good: list[tuple[_Work, Pixels]], encode: Encode) -> None:
         pixels = torch.stack([each.frames for _, each in good]).transpose(1, 2)

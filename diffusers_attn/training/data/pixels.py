@@ -13,10 +13,16 @@ from .buckets import Bucket
 from .conditions import CONDITIONS, Given
 from .errors import TrainingDataError
 from .examples import Example
-from .resize_crop import resize_crop
+from .resize_crop import resize_crop, with_borders
 
-ReferenceSize = Callable[[int, int], tuple[int, int]]
-"""Height and width of the reference images of an example with a height and width."""
+
+class References(NamedTuple):
+    """How reference images are resized."""
+
+    size: Callable[[int, int], tuple[int, int]] = lambda height, width: (height, width)
+    """Their height and width, of an example with a height and width."""
+    borders: bool = False
+    """Whether they get white borders and are not cropped."""
 
 
 class Pixels(NamedTuple):
@@ -31,7 +37,7 @@ class Pixels(NamedTuple):
 
 
 def read_pixels(
-    example: Example, bucket: Bucket, numbers: Sequence[int], reference_size: ReferenceSize | None, **cropping: Any
+    example: Example, bucket: Bucket, numbers: Sequence[int], references: References, **cropping: Any
 ) -> Pixels:
     """Decodes an example, resizes and crops it.
 
@@ -39,7 +45,7 @@ def read_pixels(
         example: the example.
         bucket: its size.
         numbers: numbers of its frames.
-        reference_size: the size of reference images. None: that of the bucket.
+        references: how reference images are resized.
         cropping: settings of `resize_crop`.
 
     Raises:
@@ -49,19 +55,19 @@ def read_pixels(
     given = {
         name: _following(several, bucket, numbers, cropping)
         if CONDITIONS[name].follows
-        else read_references(several, bucket, reference_size, **cropping)
+        else read_references(several, bucket, references, **cropping)
         for name, several in example.conditions.items()
     }
     return Pixels(frames, given, _mask(example, bucket, cropping))
 
 
-def read_references(
-    given: Sequence[Given], bucket: Bucket, reference_size: ReferenceSize | None, **cropping: Any
-) -> Tensor:
+def read_references(given: Sequence[Given], bucket: Bucket, references: References, **cropping: Any) -> Tensor:
     """Reference images [number, 3, height, width]; see `read_pixels`."""
-    size = (bucket.height, bucket.width)
-    one = Bucket(1, *(size if reference_size is None else reference_size(*size)))
-    return torch.cat([resize_crop([decode.read_image(each.source)], one, **cropping) for each in given])
+    height, width = references.size(bucket.height, bucket.width)
+    pictures = [decode.read_image(each.source) for each in given]
+    if references.borders:
+        return torch.stack([with_borders(each, height, width) for each in pictures])
+    return torch.cat([resize_crop([each], Bucket(1, height, width), **cropping) for each in pictures])
 
 
 def _following(given: Sequence[Given], bucket: Bucket, numbers: Sequence[int], cropping: dict[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Resizes frames so that they cover the size of their bucket, and crops the rest."""
+"""Resizes frames so that they cover the size of their bucket, and crops the rest; or puts borders around them."""
 
 from __future__ import annotations
 
@@ -50,3 +50,22 @@ def resize_crop(frames: Iterable[Tensor], bucket: Bucket, *, crop: str = "centre
     if len(resized) != bucket.frames:
         raise TrainingDataError(f"it has {len(resized)} frames, but {bucket.frames} are needed")
     return torch.stack(resized)
+
+
+def with_borders(picture: Tensor, height: int, width: int) -> Tensor:
+    """Resizes a picture until its height or width is the wanted one, and puts it on white.
+
+    Args:
+        picture: uint8 [3, height, width].
+
+    Returns:
+        float32 [3, height, width] in [-1, 1].
+    """
+    scale = min(height / picture.shape[1], width / picture.shape[2])
+    size = (int(picture.shape[1] * scale), int(picture.shape[2] * scale))
+    # Without antialiasing, as diffusers' pipeline of Wan VACE resizes.
+    resized = F.interpolate(picture[None].float() / 127.5 - 1, size, mode="bilinear", align_corners=False)[0]
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    found = torch.ones(3, height, width)
+    found[:, top : top + size[0], left : left + size[1]] = resized
+    return found

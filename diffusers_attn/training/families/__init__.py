@@ -32,6 +32,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "SanaTransformer2DModel": ("sana:Sana",),
     "UNet2DConditionModel": ("sdxl:StableDiffusionXL",),
     "WanTransformer3DModel": ("wan:Wan", "wan_i2v:WanImageToVideo"),
+    "WanVACETransformer3DModel": ("wan_vace:WanVACE",),
     "ZImageTransformer2DModel": ("z_image:ZImage",),
 }
 """Module and class of each family for the class name of a transformer or UNet. Families of one class support different

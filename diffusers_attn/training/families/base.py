@@ -73,12 +73,16 @@ class Family(abc.ABC):
     """Whether the VAE's images have a dimension of frames, also those of a single frame."""
     example_conditions: ClassVar[Mapping[str, Wanted]] = {}
     """The pictures and videos that examples are made from, by their kind, one of `data.conditions.CONDITIONS`."""
+    references_have_borders: ClassVar[bool] = False
+    """Whether reference images of another shape than their example get borders, and are not cropped."""
     text_has_pictures: ClassVar[bool] = False
     """Whether the text encoder sees the reference images, too; see `seeing`."""
     takes_image: ClassVar[bool] = False
     """Whether the pipeline's call needs an image."""
     image_argument: ClassVar[str] = "image"
     """Argument of the pipeline's call for its images."""
+    control_arguments: ClassVar[Mapping[str, str]] = {}
+    """Arguments of the pipeline's call for the control of a sample and its mask, by the names of these conditions."""
     conditioned: ClassVar[bool] = False
     """Whether `encode` returns inputs of the transformer besides latents."""
     encoded: ClassVar[tuple[str, ...]] = ("prompt_embeds",)

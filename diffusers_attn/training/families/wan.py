@@ -21,7 +21,7 @@ class Wan(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
 
     def check(self) -> None:
-        if self.pipeline.config.expand_timesteps:  # TI2V-5B
+        if self.pipeline.config.get("expand_timesteps"):  # TI2V-5B
             self.fps = 24.0
 
     @property
@@ -51,6 +51,6 @@ class Wan(Family):
         return patches(shape, size, frames)
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
-        if self.pipeline.config.expand_timesteps:  # one timestep per token, since the first frame may be given
+        if self.pipeline.config.get("expand_timesteps"):  # one timestep per token, since the first frame may be given
             timestep = timestep[:, None].expand(-1, self.tokens(noisy.shape))
         return {"hidden_states": noisy, "timestep": timestep, "encoder_hidden_states": text["prompt_embeds"]}

@@ -4,6 +4,7 @@
   to go on from; `set_up` loads the model and adds adapter and optimizer; `train_step` is one step. `dry_run` reports
   what a run would need.
 - Between steps: `progress` on the terminal and in log files, `evaluation` of the loss, and `interruption` by a signal.
-  `validation` draws samples, which `preview_checks` has checked, `video` writes, and `gallery` shows in a browser.
+  `validation` draws samples, some from `sample_controls`; `preview_checks` has checked them, `video` writes them, and
+  `gallery` shows them in a browser.
 - At the end: `finish` saves the adapter; `loss_plot` draws the losses; `card` describes and uploads the adapter.
 """

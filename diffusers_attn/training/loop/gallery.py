@@ -99,5 +99,6 @@ def _cell(sample: Mapping[str, Any]) -> str:
 
 def _notes(sample: Mapping[str, Any]) -> str:
     """What a sample has besides its prompt, such as "seed 3, negative prompt: blurry"."""
-    shown = {name: sample[name] for name in ("seed", "negative prompt", "image") if sample.get(name) is not None}
+    names = ("seed", "negative prompt", "image", "control", "control mask")
+    shown = {name: sample[name] for name in names if sample.get(name) is not None}
     return ", ".join(f"{name} {value}" if name == "seed" else f"{name}: {value}" for name, value in shown.items())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from ..data.buckets import check_frames
-from ..data.conditions import Wanted
+from ..data.conditions import given_file, probe
 from ..data.errors import TrainingDataError
 from ..errors import TrainingError
 from ..families import Family
@@ -51,14 +52,38 @@ def _check_preview(config: TrainConfig, family: Family, preview: Preview) -> Non
         if not family.negative_prompts or scale <= 1:
             why = "has no negative prompt" if not family.negative_prompts else f"uses none with a guidance of {scale:g}"
             raise TrainingError(f"negative_prompt {preview.negative_prompt!r}: {name} {why}. Leave it out.")
-    images, most = preview.image or [], family.example_conditions.get("references", Wanted()).most
-    if images and not family.takes_image:
+    _check_images(preview, family)
+    for kind in ("control", "control_mask"):
+        path = getattr(preview, kind)
+        if path is None:
+            continue
+        if kind not in family.control_arguments:
+            instead = " (the control of a sample is its `image`)" if kind in family.example_conditions else ""
+            raise TrainingError(f"{kind} {path}: {name} takes none here{instead}. Leave it out.")
+        try:
+            probe(given_file(Path(path)))
+        except (OSError, TrainingDataError) as error:
+            raise TrainingError(f"{kind} {path} cannot be read: {error}") from error
+    if preview.control_mask is not None and preview.control is None:
+        raise TrainingError(f"control_mask {preview.control_mask} without a control. Give one, or leave it out.")
+
+
+def _check_images(preview: Preview, family: Family) -> None:
+    name = type(family.pipeline).__name__
+    images, references = preview.image or [], family.example_conditions.get("references")
+    least, most = int(family.takes_image), references.most if references else int(family.takes_image)
+    if images and not most:
         raise TrainingError(f"image {', '.join(images)}: {name} takes no image. Leave it out.")
-    if family.takes_image and not 1 <= len(images) <= most:
+    if not least <= len(images) <= most:
         several = "" if most == 1 else f", or for several references equally many, up to {most}, for each in turn"
         raise TrainingError(
             f"{name} needs an image for each sample, but this one has {len(images)}. Give one file for each prompt"
             f"{several}, with --validation_images or as `image` in a file of prompts."
+        )
+    if family.control_arguments and not images and preview.control is None:
+        raise TrainingError(
+            f"{name} draws from a control or from images. Give `control` or `image` for each prompt in a file of "
+            "prompts, or images with --validation_images."
         )
     for path in images:
         read_image(path)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...nested import mapped
+from ..data.buckets import Bucket
 from ..data.disk import write_file
 from ..families import Family
 from ..model.experts import evaluating
@@ -24,6 +25,7 @@ from ..settings.config import TrainConfig
 from ..settings.previews import Preview
 from .gallery import describe, write_gallery
 from .preview_checks import guidance_of, read_image
+from .sample_controls import control_frames
 from .video import first_frame, write_lossless, write_video
 
 
@@ -76,7 +78,8 @@ class Validation:
         frames = preview.frames or config.validation_frames or frames
         scale = config.validation_guidance if preview.guidance is None else preview.guidance
         guided = guidance_of(config, family, preview) > 1
-        images = [_fitted(path, family.reference_size(height, width)) for path in preview.image or []]
+        size_of_images = None if family.references_have_borders else family.reference_size(height, width)
+        images = [_fitted(path, size_of_images) for path in preview.image or []]
         seeing = family.seeing(_pixels(images)) if family.text_has_pictures else family
         call = {
             "num_inference_steps": preview.steps or config.validation_steps,
@@ -86,6 +89,10 @@ class Validation:
         }
         if images:
             call[family.image_argument] = images if len(images) > 1 else images[0]
+        for name, argument in family.control_arguments.items():
+            path = getattr(preview, name)
+            if path is not None:
+                call[argument] = control_frames(path, Bucket(frames, height, width), self.fps)
         return call
 
     def generate(
@@ -146,6 +153,8 @@ class Validation:
                 "seed": self.previews[number].seed,
                 "negative prompt": self.previews[number].negative_prompt,
                 "image": ", ".join(self.previews[number].image or []) or None,
+                "control": self.previews[number].control,
+                "control mask": self.previews[number].control_mask,
             }
             for number, prompt, path in samples
         ]
@@ -182,11 +191,11 @@ def _save(output: Any, path: Path, fps: float, lossless: bool) -> Path:
     return target
 
 
-def _fitted(path: str, size: tuple[int, int]) -> Any:
-    """The image in a file as a PIL image of `size` (height, width)."""
+def _fitted(path: str, size: tuple[int, int] | None) -> Any:
+    """The image in a file as a PIL image of `size` (height, width); None keeps its own."""
     from PIL import ImageOps
 
-    return ImageOps.fit(read_image(path), size[::-1])
+    return read_image(path) if size is None else ImageOps.fit(read_image(path), size[::-1])
 
 
 def _pixels(images: Sequence[Any]) -> torch.Tensor:

@@ -32,7 +32,7 @@ CLIPS = {"head": "head", "middle": "middle", "uniform:N": "uniform:[1-9][0-9]*",
 """Rules by which clips are taken from videos, each with the regular expression that matches it."""
 MASKS = ("none", "files", "alpha")
 """Where masks of the loss come from: nowhere, files beside those of the examples, or the transparency of images."""
-CONDITIONS = ("references", "control")
+CONDITIONS = ("references", "control", "control_mask")
 """Settings for folders with pictures and videos that examples are made from; also names of columns with these."""
 SAMPLINGS = ("uniform", "logit_normal", "mode")
 """Distributions of noise levels."""

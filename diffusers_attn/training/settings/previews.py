@@ -36,6 +36,8 @@ class Preview:
     image: list[str] | None = setting(
         None, "File of the image that the sample begins with or edits, or several files (default: none)"
     )
+    control: str | None = setting(None, "File of the control picture or video (default: none)")
+    control_mask: str | None = setting(None, "File of the mask of the control, a picture or video (default: none)")
     steps: int | None = setting(None, "Number of denoising steps (default: --validation_steps)", bounds=Bounds(1, 1000))
     guidance: float | None = setting(None, "Guidance scale (default: --validation_guidance)", bounds=NOT_NEGATIVE)
 

@@ -24,6 +24,7 @@ from diffusers_attn.training.data import (
 from diffusers_attn.training.data.conditions import Wanted, with_conditions
 from diffusers_attn.training.data.errors import TrainingDataError
 from diffusers_attn.training.data.examples import read_folder
+from diffusers_attn.training.data.pixels import References
 from diffusers_attn.training.data.store import read_tensors
 from diffusers_attn.training.data.text_cache import text_key
 from diffusers_attn.training.settings import choices
@@ -64,7 +65,7 @@ def test_one_or_several_by_name(examples, tmp_path):
 
 def test_problems_are_named(examples, tmp_path):
     folder = references(tmp_path / "few", "a.png")
-    with pytest.raises(TrainingDataError, match=r"no reference image people/b\.\* or people/b_1\.\*"):
+    with pytest.raises(TrainingDataError, match=r"no reference image: no people/b\.\* or people/b_1\.\*"):
         with_references(examples, folder)
     assert names(with_references(examples, folder, on_bad_data="skip")) == [["a.png"]]
     (folder / "people").mkdir()
@@ -100,7 +101,10 @@ def test_examples_with_another_reference_are_encoded_again(examples, tmp_path):
 def test_captions_are_encoded_with_the_references_of_their_example(examples, tmp_path):
     """Two examples have the same caption. Their embeddings are those of their own picture, also if it changes."""
     cache = LatentCache(
-        tmp_path / "cache", {}, Buckets.of(8 * 8, multiple=8, aspects=[1.0]), reference_size=lambda *size: (4, 6)
+        tmp_path / "cache",
+        {},
+        Buckets.of(8 * 8, multiple=8, aspects=[1.0]),
+        references=References(lambda *size: (4, 6)),
     )
     folder = references(tmp_path / "references", "a.png", "people/b.png")
     pictures = []
@@ -202,6 +206,14 @@ def test_an_example_without_one_is_named_with_both_ways(examples, tmp_path):
     ):
         with_conditions(examples, wanted, {"control": folder})
     assert with_conditions(examples, {"control": Wanted(needed=False)}, {})[0].conditions == {}
+    either = {"control": Wanted(instead=("references",)), "references": Wanted(needed=False)}
+    with pytest.raises(TrainingDataError, match="no control picture or video and no reference image: nothing in a col"):
+        with_conditions(examples, either, {})
+    images = references(tmp_path / "images", "a.png", "people/b.png")
+    assert names(with_conditions(examples, either, {"references": images})) == [["a.png"], ["b.png"]]
+    masked = {"control": Wanted(needed=False), "control_mask": Wanted(needed=False)}
+    with pytest.raises(TrainingDataError, match="a control mask without a control picture or video"):
+        with_conditions(examples, masked, {"control_mask": images})
     assert with_conditions(examples, {}, {}) == examples
 
 

@@ -15,7 +15,7 @@ from diffusers_attn.training.model.lora import loads_adapters
 
 from ..data.media import picture
 from ..pipelines import small_references
-from ..runs import FROM_IMAGE, QUICK, SETTINGS, WITH_REFERENCES, make_references, train_all
+from ..runs import FROM_IMAGE, QUICK, SETTINGS, WITH_REFERENCES, make_controls, make_references, train_all
 from ..worlds import World
 
 OTHERS = [name for name in SETTINGS if name not in QUICK]
@@ -35,7 +35,7 @@ def pictures(settings, adapter):
         "max_sequence_length": settings.get("max_sequence_length"),
         "num_inference_steps": 3,
         "output_type": "latent",
-        **dict.fromkeys(("image", "control_image"), Image.new("RGB", (48, 48), "red")),
+        **dict.fromkeys(("image", "control_image", "reference_images"), Image.new("RGB", (48, 48), "red")),
     }
     arguments |= {"max_area": settings["resolution"][0] ** 2, "_auto_resize": False}
     arguments = {key: each for key, each in arguments.items() if key in accepted and each is not None}
@@ -69,6 +69,8 @@ def test_two_processes_train_like_one(name, run_worlds, settings_of, tmp_path):
     if name in WITH_REFERENCES:
         kind = "control" if name == "flux_control" else "references"
         few[kind] = str(make_references(tmp_path / kind, WITH_REFERENCES[name]))
+    if name == "wan_vace":
+        few |= make_controls(tmp_path)
     one, two = settings_of(name, **few, **samples), settings_of(name, **{**few, **split})
     [[alone]], together = run_worlds(World(1, train_all, {"several": [one]}), World(2, train_all, {"several": [two]}))
     assert len({step["loss"] for step in alone["steps"]}) == 2

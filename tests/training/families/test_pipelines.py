@@ -42,6 +42,8 @@ class Case(NamedTuple):
     """Options of the family."""
     images: int = 0
     """Number of images that the pipeline gets: for the first frame, or as references."""
+    controls: bool = False
+    """Whether it gets a control video and its mask."""
 
 
 CASES = {
@@ -68,6 +70,7 @@ CASES = {
     "wan_i2v": Case(frames=9, images=1),
     "wan_ti2v": Case(frames=9, images=1),
     "wan_a14b": Case({"guidance_scale": 1.0, "num_inference_steps": 8}, frames=9, options={"expert": "high"}),
+    "wan_vace": Case(frames=9, images=2, controls=True),
     "krea2": Case({"guidance_scale": 0.0}, text_length=260),
 }
 
@@ -122,6 +125,8 @@ def draw(family: Family, case: Case) -> Drawn:
     if case.images:
         images = pictures(family, case)
         arguments[family.image_argument] = images if case.images > 1 else images[0]
+    if case.controls:
+        arguments |= {family.control_arguments[name]: frames for name, frames in controls(case).items()}
     accepted = inspect.signature(pipeline.__call__).parameters
     pipeline.set_progress_bar_config(disable=True)
     pipeline(prompt=PROMPT, output_type="pt", **{name: arguments[name] for name in arguments if name in accepted})
@@ -138,13 +143,28 @@ def pictures(family: Family, case: Case) -> list[Image.Image]:
     ]
 
 
+def controls(case: Case) -> dict[str, list[Image.Image]]:
+    """A control video, and a mask of it that changes from frame to frame."""
+    draw = np.random.default_rng(9)
+    size = (case.frames, case.width * 3 // 2, case.width)
+    pixels = {"control": draw.integers(0, 255, (*size, 3), dtype=np.uint8)}
+    pixels["control_mask"] = (draw.integers(0, 2, size, dtype=np.uint8) * 255)[..., None].repeat(3, -1)
+    return {name: [Image.fromarray(each) for each in frames] for name, frames in pixels.items()}
+
+
+def _pixels(images: list[Image.Image]) -> Tensor:
+    """Images as [number, 3, height, width] in [-1, 1]."""
+    return torch.stack([torch.from_numpy(np.array(each)) for each in images]).movedim(-1, 1) / 127.5 - 1
+
+
 def encoded(family: Family, case: Case, caption: str = PROMPT) -> dict[str, Tensor]:
     """The inputs of a sample: its text, and what belongs to the image that is given."""
     images = torch.zeros(1, 1, 3, case.width * 3 // 2, case.width)
     if case.images:
-        images = torch.stack([torch.from_numpy(np.array(each)) for each in pictures(family, case)])
-        images = images.movedim(-1, 1)[None] / 127.5 - 1
+        images = _pixels(pictures(family, case))[None]
     given = {"references": images, "control": images.transpose(1, 2)}
+    if case.controls:
+        given |= {name: _pixels(frames).transpose(0, 1)[None] for name, frames in controls(case).items()}
     given = {name: given[name] for name in family.example_conditions}
     pixels = torch.zeros(1, 3, 1, case.width * 3 // 2, case.width) if given else images.transpose(1, 2)
     found = family.encode(pixels.expand(-1, -1, case.frames, -1, -1), **given)

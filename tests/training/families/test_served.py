@@ -9,19 +9,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_attn.training import TrainConfig
+from diffusers_attn.training.data import Bucket
+from diffusers_attn.training.data.conditions import given_file
+from diffusers_attn.training.data.pixels import References, read_references
 from diffusers_attn.training.errors import TrainingError
 from diffusers_attn.training.families import FAMILIES, base, family_class, family_of, register_family, registered
 from diffusers_attn.training.families.flux import Flux
 from diffusers_attn.training.loop.preview_checks import check_previews
+from diffusers_attn.training.loop.sample_controls import control_frames
 from diffusers_attn.training.loss import sample_u
 from diffusers_attn.training.model.pipeline import load_pipeline
 
 from ...tiny_pipelines import make
 from .. import pipelines
+from ..data.media import picture, video
 from ..runs import TINY_FLUX
 
 SERVED = {
@@ -40,6 +47,7 @@ SERVED = {
     "SanaTransformer2DModel": ("SanaPipeline",),
     "UNet2DConditionModel": ("StableDiffusionXLPipeline",),
     "WanTransformer3DModel": ("WanPipeline", "WanImageToVideoPipeline"),
+    "WanVACETransformer3DModel": ("WanVACEPipeline",),
     "ZImageTransformer2DModel": ("ZImagePipeline",),
 }
 """Pipelines that are trained, by the class of their transformer. Diffusers has others for each, with other inputs."""
@@ -223,3 +231,71 @@ def test_a_family_of_ones_own_says_what_it_serves():
             family_class(diffusers.FluxPipeline, "FluxTransformer2DModel")
     finally:
         registered.pop("FluxTransformer2DModel", None)
+
+
+def test_samples_of_wan_vace_are_drawn_from_a_control_or_images(tmp_path):
+    family = family_of(pipelines.make("wan_vace"))
+    image, control = str(picture(tmp_path / "a.png")), str(video(tmp_path / "a.mp4", frames=12, fps=8))
+    short, broken = str(video(tmp_path / "short.mp4", frames=3, fps=8)), tmp_path / "no.mp4"
+    broken.write_text("no video")
+
+    def check(of, **preview):
+        (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "a", **preview}]))
+        check_previews(TrainConfig(model="model", data="data", validation_prompts=[str(tmp_path / "prompts.json")]), of)
+
+    for accepted in ({"control": control}, {"image": [image, image]}, {"control": image, "control_mask": image}):
+        check(family, **accepted)
+    with pytest.raises(TrainingError, match="draws from a control or from images"):
+        check(family)
+    with pytest.raises(TrainingError, match="control_mask .* without a control"):
+        check(family, image=[image], control_mask=image)
+    with pytest.raises(TrainingError, match=r"control .*no\.mp4 cannot be read"):
+        check(family, control=str(broken))
+    with pytest.raises(TrainingError, match="WanPipeline takes none here"):
+        check(family_of(make("wan")), control=control)
+
+    frames = control_frames(control, Bucket(5, 32, 48), 8.0)
+    assert len(frames) == 5 and frames[0].size == (48, 32)
+    blue = [np.asarray(each)[-1, -1, 2].astype(int) for each in frames]
+    assert np.abs(np.array(blue) - 20 * np.arange(5)).max() <= 8
+    assert len({each.tobytes() for each in control_frames(image, Bucket(3, 32, 48), 8.0)}) == 1
+    with pytest.raises(TrainingError, match=r"short\.mp4 cannot be used for a sample of 5 frames"):
+        control_frames(short, Bucket(5, 32, 48), 8.0)
+
+
+def test_reference_images_of_wan_vace_get_the_borders_of_its_pipeline(tmp_path):
+    """Of pictures whose sides are multiples of 8, to which the pipeline resizes others first."""
+    pipeline = pipelines.make("wan_vace")
+    for size in ((32, 56), (56, 32), (64, 48), (128, 40)):
+        file = picture(tmp_path / f"{size[0]}.png", width=size[0], height=size[1])
+        _, _, [[theirs]] = pipeline.preprocess_conditions(
+            reference_images=Image.open(file), height=48, width=64, num_frames=1, dtype=torch.float32
+        )
+        [ours] = read_references([given_file(file)], Bucket(1, 48, 64), References(borders=True))
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_wan_vace_learns_the_latents_of_its_references_before_those_of_the_video():
+    family = family_of(pipelines.make("wan_vace"))
+    draw = torch.Generator().manual_seed(0)
+    pixels, references = (torch.rand(2, *shape, generator=draw) * 2 - 1 for shape in ((3, 9, 32, 48), (2, 3, 32, 48)))
+    found = family.encode(pixels, references=references)
+    assert found["latents_mean"].shape == (2, 16, 5, 4, 6) and found["control"].shape == (2, 96, 5, 4, 6)
+    for name, encoded in family_of(make("wan")).encode(pixels).items():
+        assert torch.allclose(found[name][:, :, 2:], encoded, atol=1e-5)
+        for i in range(2):  # each goes before the others, as in the pipeline
+            one = family_of(make("wan")).encode(references[:, i, :, None])[name]
+            assert torch.allclose(found[name][:, :, 1 - i : 2 - i], one, atol=1e-5)
+    assert torch.allclose(found["control"][:, :16, :2], family.normalise(found["latents_mean"][:, :, :2]), atol=1e-4)
+
+
+def test_wan_vace_with_two_experts():
+    pipeline = pipelines.make("wan_vace")
+    pipeline.register_modules(transformer_2=type(pipeline.transformer).from_config(pipeline.transformer.config))
+    pipeline.register_to_config(boundary_ratio=0.875)
+    family = family_of(pipeline, expert="both")
+    assert list(family.trained) == ["transformer", "transformer_2"]
+    assert family.levels["transformer"][0] == family.levels["transformer_2"][1] == pytest.approx(0.7)
+    pipeline.transformer.register_to_config(vace_in_channels=40)
+    with pytest.raises(TrainingError, match="has 40 channels for the control, but the pipeline makes 96"):
+        family_of(pipeline, expert="high")

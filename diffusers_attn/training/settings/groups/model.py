@@ -37,6 +37,11 @@ class ModelSettings:
         "Folder with the control pictures or videos (edges, depth and so on) of a model that takes one: for a.png in "
         "--data, a.* (default: those in a column control of the data)",
     )
+    control_mask: str | None = setting(
+        None,
+        "Folder with masks of the controls, of a model that takes them (Wan VACE): black keeps the control as it is, "
+        "white is drawn anew (default: those in a column control_mask of the data)",
+    )
     output_dir: str = setting("outputs/lora", "Folder for the adapter, checkpoints, samples and the model card")
     overwrite: bool = setting(False, "Replace the files of an earlier run in output_dir")
     dry_run: bool = setting(

@@ -24,8 +24,8 @@ class ValidationSettings:
     validation_prompts: list[str] | None = setting(
         None,
         "Prompts from which samples are generated during training and for the model card, or a file of them: .txt with "
-        "one in each line, or .yaml or .json with a list of prompt, negative_prompt, seed, size, frames, image, steps "
-        "and guidance (default: none)",
+        "one in each line, or .yaml or .json with a list of prompt, negative_prompt, seed, size, frames, image, "
+        "control, control_mask, steps and guidance (default: none)",
     )
     validation_images: list[str] | None = setting(
         None,
