@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,18 +64,18 @@ def variants(shape: Shape, mesh: ContextParallelMesh, provider: str, full: list[
     """The variants by name, as functions of this rank's query, key and value."""
     shards = Shards.contiguous(shape.length, mesh.size)
     kernel = PartialKernel(provider)
-    rest = [
+    all_keys, all_values = (tensor.contiguous() for tensor in full[1:])
+    other_keys, other_values = (
         torch.cat([tensor.narrow(1, *run) for run in shards.without(mesh.rank)], dim=1).contiguous()
         for tensor in full[1:]
-    ]
-    every = [tensor.contiguous() for tensor in full[1:]]
+    )
 
     def complete(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return kernel.forward(query, *every, None, False)[0]
+        return kernel.forward(query, all_keys, all_values, None, False)[0]
 
     def floor(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         local = kernel.forward(query, key, value, None, False)
-        remote = kernel.forward(query, *rest, None, False)
+        remote = kernel.forward(query, other_keys, other_values, None, False)
         return merge(*local, *remote, dtype=torch.float32, out_dtype=query.dtype)[0]
 
     def gathered(transport: str) -> Attention:
@@ -137,7 +138,7 @@ def measure(calls: Mapping[str, Callable[[], Tensor]], rounds: int, seconds: flo
         layer = slowest(microseconds(call, 2))
         repeats[name] = max(2, int(seconds * 1e6 / rounds / layer / LAYERS))
     for number in range(rounds):
-        order = list(calls) if number % 2 == 0 else list(reversed(calls))
+        order = list(calls) if number % 2 == 0 else list(calls)[::-1]
         for name in order:
             times[name].append(slowest(microseconds(calls[name], repeats[name])))
     return {name: round(statistics.median(each), 1) for name, each in times.items()}
@@ -176,9 +177,7 @@ def bench(shape: Shape, mesh: ContextParallelMesh, args: argparse.Namespace) -> 
     for mode, each in (("eager", functions), ("compiled", compiled)):
         for name, function in each.items():
             errors[f"{name}, {mode}"] = error(function(*local), local[0], full)
-        times[mode] = measure(
-            {name: lambda f=f: layers(f, local) for name, f in each.items()}, args.rounds, args.seconds
-        )
+        times[mode] = measure({name: partial(layers, f, local) for name, f in each.items()}, args.rounds, args.seconds)
     for mode, each in (("eager, graph", functions), ("compiled, graph", compiled)):
         graphs = {name: graphed(function, local) for name, function in each.items()}
         for name, graph in graphs.items():

@@ -112,8 +112,8 @@ class Variant:
         diffusers_attn.set_attention_provider(self.model, self.provider)
         if strategy.side == "single":
             return ""
-        mesh = ContextParallelMesh.from_mesh(ranks.mesh(strategy), rotate_method=strategy.rotate_method)
-        tracker = diffusers_attn.apply_context_parallel(self.model, mesh)
+        split_by = ContextParallelMesh.from_mesh(ranks.mesh(strategy), rotate_method=strategy.rotate_method)
+        tracker = diffusers_attn.apply_context_parallel(self.model, split_by)
         return str(getattr(tracker, "transport", ""))
 
     def profile(self, inputs: dict[str, Any]) -> None:

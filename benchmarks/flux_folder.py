@@ -56,7 +56,7 @@ def make_pipeline(tiny: bool, folder: Path, device: torch.device) -> Path:
             text_encoder=encoders[0].eval(),
             tokenizer=transformers.CLIPTokenizer.from_pretrained(TINY_FLUX / "tokenizer"),
             text_encoder_2=encoders[1].eval(),
-            tokenizer_2=transformers.T5TokenizerFast.from_pretrained(TINY_FLUX / "tokenizer_2"),
+            tokenizer_2=transformers.T5Tokenizer.from_pretrained(TINY_FLUX / "tokenizer_2"),
             transformer=real.make(device),
         ).save_pretrained(unfinished)
 

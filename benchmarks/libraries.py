@@ -76,11 +76,12 @@ def ours(setting: Setting) -> tuple[Any, str]:
     return model, str(report)
 
 
-def _diffusers(setting: Setting, **degrees: int) -> tuple[Any, str]:
+def _diffusers(setting: Setting, degree: str) -> tuple[Any, str]:
     size = setting.start()
     model = setting.model()
     model.set_attention_backend(setting.kernel("_native_cudnn"))
-    config = diffusers.ContextParallelConfig(**{name: size for name in degrees})
+    degrees: dict[str, Any] = {degree: size}
+    config = diffusers.ContextParallelConfig(**degrees)
     with setting.accelerator():
         model.enable_parallelism(config=config)
     if setting.compiled:
@@ -89,11 +90,11 @@ def _diffusers(setting: Setting, **degrees: int) -> tuple[Any, str]:
 
 
 def diffusers_ulysses(setting: Setting) -> tuple[Any, str]:
-    return _diffusers(setting, ulysses_degree=0)
+    return _diffusers(setting, "ulysses_degree")
 
 
 def diffusers_ring(setting: Setting) -> tuple[Any, str]:
-    return _diffusers(setting, ring_degree=0)
+    return _diffusers(setting, "ring_degree")
 
 
 def _cache_dit(setting: Setting, **options: bool) -> tuple[Any, str]:

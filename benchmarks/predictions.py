@@ -132,9 +132,7 @@ def rows() -> Iterator[Row]:
                 yield _row(path.stem, model, ranks, compiled, each["strategy"], provider, each["ms"], one, found)
     wan = "Wan 2.1 1.3B 480p, 81 frames"
     for name, (measured, degrees) in QUOTED.items():
-        found = _Variant(
-            degrees, lambda work, degrees=degrees: layer_seconds(work, degrees, HARDWARE, KIND, 8, apart=True)
-        )
+        found = _one_kind(degrees, apart=True)
         yield _row("design.md", wan, 4, True, name, "_native_cudnn", measured, ONE_GPU_MS[wan, True], found)
 
 
@@ -142,6 +140,11 @@ class _Variant(NamedTuple):
     degrees: Strategy
     layer: Callable[[Workload], float]
     """Predicts the seconds of one layer."""
+
+
+def _one_kind(degrees: Strategy, apart: bool) -> _Variant:
+    """A strategy whose layers are all of one kind, as the cost model predicts it."""
+    return _Variant(degrees, lambda work: layer_seconds(work, degrees, HARDWARE, KIND, 8, apart=apart))
 
 
 def _variant(each: dict[str, Any], ranks: int, compiled: bool, apart: bool) -> _Variant | None:
@@ -156,7 +159,7 @@ def _variant(each: dict[str, Any], ranks: int, compiled: bool, apart: bool) -> _
         name = "ulysses" if "Ulysses over" in chosen else "gather"
     if name in ("ring", "ulysses"):
         degrees = Strategy(1, ranks, "alltoall") if name == "ring" else Strategy(ranks, 1, None)
-        return _Variant(degrees, lambda work: layer_seconds(work, degrees, HARDWARE, KIND, 8, apart=apart))
+        return _one_kind(degrees, apart)
     calls = {
         "gather": (False, True) if compiled else (False,),
         "gather-one-call": (True,),

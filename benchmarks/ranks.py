@@ -24,7 +24,7 @@ class Ranks:
     def __init__(self, device_type: str, timeout: float) -> None:
         end_with_parent()  # a launcher that is killed leaves its processes behind
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
+        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device_type == "cuda" else device_type)
         limit = datetime.timedelta(seconds=timeout)
         if device_type == "cuda":
             torch.cuda.set_device(self.device)

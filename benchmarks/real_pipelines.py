@@ -13,6 +13,9 @@ from real_shapes import REAL, TINY, randomize
 
 Made = tuple[Any, dict[str, Any]]
 
+ABSENT: Any = None
+"""of a pipeline's component. diffusers' signatures have no None."""
+
 FLUX_VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -39,7 +42,7 @@ def _flux(device: torch.device, tiny: bool) -> Made:
         transformer=real.make(device),
         vae=vae.eval().requires_grad_(False),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+        text_encoder=ABSENT, tokenizer=ABSENT, text_encoder_2=ABSENT, tokenizer_2=ABSENT,
     )  # fmt: skip
     config, size = pipe.transformer.config, 64 if tiny else 1024
     embeds = {
@@ -59,7 +62,7 @@ def _wan(device: torch.device, tiny: bool) -> Made:
         transformer=real.make(device),
         vae=vae.eval().requires_grad_(False),
         scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-        text_encoder=None, tokenizer=None,
+        text_encoder=ABSENT, tokenizer=ABSENT,
     )  # fmt: skip
     shape = (1, 32 if tiny else 512, pipe.transformer.config.text_dim)
     embeds = {name: _drawn(pipe, device, seed, *shape) for seed, name in enumerate(("prompt", "negative_prompt"))}

@@ -298,7 +298,7 @@ def main() -> None:
         print_tables(args.markdown, markdown)
         return
     ranks = Ranks("cpu", args.timeout)  # gloo: only the variants' processes use the GPUs together
-    device = torch.device(args.device, int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device)
     if args.device == "cuda":
         torch.cuda.set_device(device)
     ranks.device = device

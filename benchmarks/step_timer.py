@@ -47,12 +47,12 @@ def main() -> None:
         log(self, values, *args, **kwargs)
 
     register_optimizer_step_post_hook(stepped)
-    Accelerator.log = logged  # type: ignore[method-assign]
+    Accelerator.log = logged
     runpy.run_path(script, run_name="__main__")
     if cuda:
         torch.cuda.synchronize()
     seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]
-    found = {"seconds": [round(each, 4) for each in seconds], "losses": losses}
+    found: dict[str, Any] = {"seconds": [round(each, 4) for each in seconds], "losses": losses}
     if cuda:
         found["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         found["reserved_mib"] = round(torch.cuda.max_memory_reserved() / 2**20)

@@ -112,9 +112,9 @@ class Variant:
 def adapter_error(folder: Path, expected: Path) -> float:
     """Relative difference of two adapters; 0.0 only if all bits are equal."""
     mine, other = load_file(adapter(folder)), load_file(adapter(expected))
-    square = sum(each.double().square().sum() for each in other.values())
-    wrong = sum((mine[name].double() - each.double()).square().sum() for name, each in other.items())
-    return float((wrong / square).sqrt())
+    square = sum(float(each.double().square().sum()) for each in other.values())
+    wrong = sum(float((mine[name].double() - each.double()).square().sum()) for name, each in other.items())
+    return (wrong / square) ** 0.5
 
 
 def compare(variant: Variant, done: list[Variant], tolerance: list[float]) -> None:
@@ -145,7 +145,7 @@ def reference(result: dict[str, Any], measured: list[dict[str, Any]]) -> dict[st
     wanted = [choice(result, strategy=name.removesuffix(RESUME))] if name.endswith(RESUME) else []
     wanted.append(choice(result, strategy="one"))
     alike = [each for one in wanted for each in measured if choice(each) == one]
-    return (alike or ones or [None])[0]
+    return next(iter(alike or ones), None)
 
 
 def choose(args: argparse.Namespace) -> list[Choice]:

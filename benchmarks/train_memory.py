@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def main() -> None:
                 print(json.dumps(found), file=sys.stderr, flush=True)
                 if args.output is not None:
                     text = json.dumps(report, indent=1) + "\n"
-                    write_atomically(args.output, lambda unfinished, text=text: unfinished.write_text(text))
+                    write_atomically(args.output, partial(Path.write_text, data=text))
     print(markdown(report))
 
 

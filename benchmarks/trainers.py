@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             print(json.dumps(found)[:1500], file=sys.stderr, flush=True)
             if args.output is not None:
                 text = json.dumps(report, indent=1) + "\n"
-                write_atomically(args.output, lambda unfinished, text=text: unfinished.write_text(text))
+                write_atomically(args.output, partial(Path.write_text, data=text))
     return report
 
 

@@ -35,7 +35,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -126,7 +126,12 @@ class Task:
             loss = self.loss_of(model, *self.draw(0))
         with sdpa_kernel(kernels):
             loss.backward()
-        return loss.item(), {name: each.grad for name, each in trained_parameters(model).items()}
+        return loss.item(), gradients(model)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Gradients of the adapter, by name. Each of its parameters has one."""
+    return {name: cast(Tensor, each.grad) for name, each in trained_parameters(model).items()}
 
 
 class Variant:
@@ -137,6 +142,8 @@ class Variant:
         self.strategy = STRATEGIES[choice.strategy]
         self.result: dict[str, Any] = {**choice._asdict(), "ranks": 1 if self.alone else ranks.size}
         self.milliseconds: list[float] = []
+        self.model: Any
+        self.optimizer: Any
         self.number = 0
         """of the next step."""
 
@@ -211,9 +218,9 @@ class Variant:
     def _compare(self, loss: float) -> None:
         """Stores the errors of the first step's loss and gradients."""
         square = wrong = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
-        for name, parameter in trained_parameters(self.model).items():
-            square = square + parameter.grad.double().square().sum()
-            wrong = wrong + (parameter.grad - self.task.gradients[name]).double().square().sum()
+        for name, gradient in gradients(self.model).items():
+            square = square + gradient.double().square().sum()
+            wrong = wrong + (gradient - self.task.gradients[name]).double().square().sum()
         expected = sum(each.double().square().sum() for each in self.task.gradients.values())
         self.first = {
             "loss": loss,
@@ -362,7 +369,7 @@ def _alone(result: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, 
     """The result on one GPU with the same provider and compilation, or else with any provider."""
     singles = [each for each in measured if each["strategy"] == "single" and each["compiled"] == result["compiled"]]
     same = [each for each in singles if each["provider"] == result["provider"]]
-    return (same or singles or [None])[0]
+    return next(iter(same or singles), None)
 
 
 def parse_arguments() -> argparse.Namespace:

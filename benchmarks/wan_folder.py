@@ -64,7 +64,7 @@ def make_pipeline(size: Size, folder: Path, device: torch.device) -> Path:
     """A pipeline in `folder`, unless it is there already."""
 
     def write(unfinished: Path) -> None:
-        tokenizer = pieces()
+        tokenizer: Any = pieces()  # diffusers' signature has AutoTokenizer, which makes it
         config = transformers.UMT5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **size.text_encoder)
         with torch.device(device):
             vae = diffusers.AutoencoderKLWan(**size.vae)

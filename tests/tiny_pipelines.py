@@ -235,11 +235,11 @@ def _t5(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def pieces() -> transformers.T5TokenizerFast:
+def pieces() -> transformers.T5Tokenizer:
     """A sentence-piece table of single characters. (Trainers of tokenizers give another table in every process.)"""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     characters = [(each, -4.0) for each in string.ascii_letters + string.digits + string.punctuation]
-    return transformers.T5TokenizerFast(vocab=special + characters, extra_ids=0, model_max_length=512)
+    return transformers.T5Tokenizer(vocab=special + characters, extra_ids=0, model_max_length=512)
 
 
 def _bytes(

@@ -45,7 +45,7 @@ def _store() -> Any:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_PORT" not in os.environ:
         return None
     try:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+        from torch.distributed import TCPStore
 
         return TCPStore(
             os.environ.get("MASTER_ADDR", "localhost"),

@@ -83,7 +83,7 @@ def _of_folder(name: str) -> ModelDescription:
             config = dict(json.loads(Path(name, "config.json").read_text()))
             other: int | None = 0
         else:
-            index = diffusers.DiffusionPipeline.load_config(name)
+            index: Any = diffusers.DiffusionPipeline.load_config(name)
             parts = {key: value[1] for key, value in index.items() if isinstance(value, (list, tuple))}
             known = [key for key, cls in parts.items() if cls in list_cp_plans()]
             if not known:

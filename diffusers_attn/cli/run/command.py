@@ -166,7 +166,8 @@ def _checked(model: str, call: dict[str, Any], output: Path | None, prompt: str)
     import diffusers
 
     try:
-        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+        index: Any = diffusers.DiffusionPipeline.load_config(model)
+        name = index["_class_name"]
     except (OSError, KeyError) as error:
         raise AttentionProviderError(
             f"{model} is no pipeline that can be read: {' '.join(str(error).split())[:300]}. Accepted are a folder "

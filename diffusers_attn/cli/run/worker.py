@@ -97,7 +97,7 @@ def _profile(report: ProfileReport, path: Path, rank: int) -> dict[str, Any]:
 def _load(settings: Settings, rank: int) -> Any:
     """The pipeline in CPU memory."""
     dtype: Any = getattr(torch, settings.dtype)
-    parts = DiffusionPipeline.load_config(settings.model)
+    parts: Any = DiffusionPipeline.load_config(settings.model)
     if (parts.get("vae") or [None, None])[1] == "AutoencoderKLWan":  # visibly worse in less than float32
         dtype = {"vae": torch.float32, "default": dtype}
     pipe = DiffusionPipeline.from_pretrained(settings.model, dtype=dtype)

@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 
 def resolve(name: str) -> dist.ProcessGroup:
     """The group with this name, as functional collectives use it."""
-    return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def job_store() -> Any:

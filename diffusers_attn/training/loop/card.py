@@ -107,7 +107,7 @@ def check_push(config: TrainConfig) -> None:
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     name = config.hub_model_id or config.output.name
     try:

@@ -107,7 +107,7 @@ def _check_class(model: str, revision: str | None, expert: str | None) -> dict[s
     """Reads the pipeline's model_index.json. Raises TrainingError if it names unsupported classes."""
     import diffusers
 
-    index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(model, revision=revision)
+    index: Any = diffusers.DiffusionPipeline.load_config(model, revision=revision)
     name, transformer = index.get("_class_name"), index.get(denoiser(index))
     pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
     if pipeline is not None and isinstance(transformer, (list, tuple)) and isinstance(transformer[-1], str):
