@@ -30,7 +30,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 $(shell $(RUN) -c "" 2>/dev/null || rm -f $(VENV)/.demo $(VENV)/.train $(VENV)/.docs $(VENV)/.dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check docs-site constraints test-oldest test-newest test-peers clean
+.PHONY: help demo demo-cp demo-train test test-all test-thorough coverage lint docs docs-check docs-site constraints test-oldest test-newest test-peers audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -85,6 +85,16 @@ test-peers: $(VENV)/.dev  ## tests of diffusers and PyTorch, with and without th
 	  folder=outputs/diffusers-$$version && tests=$$folder/tests && { [ -d $$tests ] || \
 	  git clone --quiet --depth 1 --branch v$$version https://github.com/huggingface/diffusers $$folder; } || exit 1; \
 	fi; $(RUN) -m tests.peers "$$tests" --hub $(ARGS)
+
+# Known vulnerabilities that do not concern this library, with the reason in SECURITY.md.
+NOT_OURS := CVE-2025-3000
+AUDIT := $(RUN) -m pip_audit --strict --no-deps --disable-pip $(addprefix --ignore-vuln ,$(NOT_OURS))
+
+audit: $(VENV)/.dev  ## known vulnerabilities of the tested versions and of the oldest that pyproject.toml accepts
+	@$(PIP) --quiet pip-audit
+	@mkdir -p outputs && $(RUN) $(COMPILE) --resolution lowest-direct --output-file outputs/oldest.txt
+	@for versions in constraints.txt outputs/oldest.txt; do \
+	  echo "$$versions" && $(AUDIT) --requirement $$versions $(ARGS) || exit 1; done
 
 coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the processes that they start
 	@$(RUN) -m coverage erase && $(RUN) -m coverage run -m pytest -q $(WORKERS) -m 'not gpu and not multi_gpu' $(ARGS); \

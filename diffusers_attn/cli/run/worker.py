@@ -100,7 +100,7 @@ def _load(settings: Settings, rank: int) -> Any:
     parts: Any = DiffusionPipeline.load_config(settings.model)
     if (parts.get("vae") or [None, None])[1] == "AutoencoderKLWan":  # visibly worse in less than float32
         dtype = {"vae": torch.float32, "default": dtype}
-    pipe = DiffusionPipeline.from_pretrained(settings.model, dtype=dtype)
+    pipe = DiffusionPipeline.from_pretrained(settings.model, dtype=dtype, use_safetensors=True)
     pipe.set_progress_bar_config(disable=rank > 0)
     return pipe
 

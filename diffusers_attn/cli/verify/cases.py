@@ -106,7 +106,7 @@ def _of_folder(path: Path, call: Mapping[str, Any]) -> Iterator[Comparison]:
         )
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(path)
+    pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     models = {
         name: component

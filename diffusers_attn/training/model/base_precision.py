@@ -152,7 +152,7 @@ def load_transformer(
                     "--base_precision out."
                 )
         return cls.from_pretrained(
-            path, torch_dtype=dtype, **({} if config is None else {"quantization_config": config})
+            path, torch_dtype=dtype, use_safetensors=True, **({} if config is None else {"quantization_config": config})
         )
     if path.suffix not in (".gguf", ".safetensors"):
         raise TrainingError(f"{asked}: a folder or a file that ends in .gguf or .safetensors is accepted.")

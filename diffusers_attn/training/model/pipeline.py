@@ -72,7 +72,9 @@ def load_pipeline(
         quantised = pipeline_quantisation(base_precision, dtype, parts - given.keys())
         if quantised is not None:
             given["quantization_config"] = quantised
-        pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, dtype=dtypes, **given)
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, revision=revision, dtype=dtypes, use_safetensors=True, **given
+        )
         for component in pipeline.components.values():  # bitsandbytes quantises on the GPU
             if isinstance(component, nn.Module) and str(component.device) != "cpu":
                 component.to("cpu")
