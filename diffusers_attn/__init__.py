@@ -11,7 +11,8 @@ and videos. `cli` is the command `diffusers-attn`. `tiny_models` has a small mod
 
 Files beside the folders are about one attention call (`masks`, `shapes`, `tensor_kinds`, `known_calls`,
 `prepared_call`, `other_tensors`), or serve all folders (`errors`, `logs`, `spans`, `tracing`, `recompute`, `nested`,
-`atomic_files`, `json_files`, `parent_process`). Folders import only from those below them (`tests/test_layers.py`).
+`atomic_files`, `json_files`, `safetensors_only`, `parent_process`). Folders import only from those below them
+(`tests/test_layers.py`).
 
 Importing the package imports nothing else, not even PyTorch: a name is imported when it is first read. The command
 starts quickly that way, and can examine an environment in which PyTorch does not import.

@@ -33,6 +33,7 @@ from ... import (
     set_attention_provider,
 )
 from ...runtime.profiling.report import ProfileReport
+from ...safetensors_only import from_safetensors
 from .settings import Settings
 
 
@@ -100,7 +101,7 @@ def _load(settings: Settings, rank: int) -> Any:
     parts: Any = DiffusionPipeline.load_config(settings.model)
     if (parts.get("vae") or [None, None])[1] == "AutoencoderKLWan":  # visibly worse in less than float32
         dtype = {"vae": torch.float32, "default": dtype}
-    pipe = DiffusionPipeline.from_pretrained(settings.model, dtype=dtype, use_safetensors=True)
+    pipe = from_safetensors(DiffusionPipeline, settings.model, dtype=dtype)
     pipe.set_progress_bar_config(disable=rank > 0)
     return pipe
 

@@ -16,6 +16,7 @@ from ...cp_plans.plan import Plan
 from ...cp_plans.registry import get_cp_plan, list_cp_plans, uncovered
 from ...cp_plans.uncovered import UNCOVERED
 from ...errors import AttentionProviderError
+from ...safetensors_only import from_safetensors
 from ...tiny_models import CASES
 from ..names import one_class
 
@@ -106,7 +107,7 @@ def _of_folder(path: Path, call: Mapping[str, Any]) -> Iterator[Comparison]:
         )
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True)
+    pipeline = from_safetensors(DiffusionPipeline, path)
     pipeline.set_progress_bar_config(disable=True)
     models = {
         name: component

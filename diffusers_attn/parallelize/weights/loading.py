@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import AttentionProviderError
+from ...safetensors_only import from_safetensors
 from ..fingerprint import bytes_of
 from .units import dtype_of
 
@@ -166,7 +167,8 @@ def load(model: nn.Module, name: str, pipeline: Any) -> nn.Module:
         pipeline: the pipeline, or the model itself.
 
     Raises:
-        AttentionProviderError: its configuration and the pipeline's name no folder or repository with its weights.
+        AttentionProviderError: its configuration and the pipeline's name no folder or repository with its weights, or
+            one where they are pickled.
     """
     cls: Any = type(model)
     tried: list[str] = []
@@ -174,7 +176,7 @@ def load(model: nn.Module, name: str, pipeline: Any) -> nn.Module:
     for path, folder in _sources(model, name, pipeline):
         tried.append(str(Path(path) / folder) if folder else path)
         try:
-            loaded: nn.Module = cls.from_pretrained(path, **({"subfolder": folder} if folder else {}), dtype=dtype)
+            loaded: nn.Module = from_safetensors(cls, path, **({"subfolder": folder} if folder else {}), dtype=dtype)
             return loaded
         except OSError:  # no such files there
             continue

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ...safetensors_only import from_safetensors
 from ..errors import TrainingError
 from ..settings.choices import QUANTISED
 from ..settings.config import TrainConfig
@@ -151,9 +152,9 @@ def load_transformer(
                     f"{option('base_precision', precision)} with {asked}, whose weights are quantised already. Leave "
                     "--base_precision out."
                 )
-        return cls.from_pretrained(
-            path, torch_dtype=dtype, use_safetensors=True, **({} if config is None else {"quantization_config": config})
-        )
+        given = {} if config is None else {"quantization_config": config}
+        quantised_or_not: nn.Module = from_safetensors(cls, path, torch_dtype=dtype, **given)
+        return quantised_or_not
     if path.suffix not in (".gguf", ".safetensors"):
         raise TrainingError(f"{asked}: a folder or a file that ends in .gguf or .safetensors is accepted.")
     if not hasattr(cls, "from_single_file"):

@@ -44,7 +44,7 @@ def read_adapter(pipeline: Any, path: Path, component: str = "transformer", seve
     try:
         # Without `return_alphas`, some pipelines drop the alphas of files that have them. The others ignore it.
         found, *alphas, metadata = writer_of(type(pipeline)).lora_state_dict(
-            str(file), return_lora_metadata=True, return_alphas=True
+            str(file), use_safetensors=True, return_lora_metadata=True, return_alphas=True
         )
     except Exception as error:  # diffusers' converters have many error types
         raise TrainingError(f"{what} cannot be read as a LoRA of {type(pipeline).__name__}: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...safetensors_only import from_safetensors
 from ..errors import TrainingError
 from ..families import family_class
 from ..settings.flag_names import option
@@ -72,9 +73,7 @@ def load_pipeline(
         quantised = pipeline_quantisation(base_precision, dtype, parts - given.keys())
         if quantised is not None:
             given["quantization_config"] = quantised
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, revision=revision, dtype=dtypes, use_safetensors=True, **given
-        )
+        pipeline = from_safetensors(DiffusionPipeline, model, revision=revision, dtype=dtypes, **given)
         for component in pipeline.components.values():  # bitsandbytes quantises on the GPU
             if isinstance(component, nn.Module) and str(component.device) != "cpu":
                 component.to("cpu")
