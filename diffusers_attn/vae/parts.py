@@ -19,6 +19,7 @@ from ..context_parallel.comm.group import Group
 from ..context_parallel.comm.process_groups import resolve
 from ..errors import AttentionProviderError
 from ..nested import updated
+from ..tracing.export import refuse_export
 from . import attend, convolution, functions, matmul, norms, shortcuts, views  # noqa: F401  (register their rules)
 from .row_split import RowSplit
 from .rows import Rows, spread
@@ -75,7 +76,10 @@ class SplitForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_on:
             return self.before(*args, **kwargs)
+        refuse_export(f"the {self.name}", "its rows are split", "Call unsplit_vae (or disable_context_parallel)")
         return self._run(*args, **kwargs)
+
+    __code__ = __call__.__code__  # torch.export names a graph by the code of a module's forward
 
     def _run_eagerly(self, *args: Any, **kwargs: Any) -> Any:
         place, sample = _sample(args, kwargs)

@@ -23,6 +23,7 @@ from ...cp_plans.registry import get_cp_plan
 from ...errors import AttentionProviderError
 from ...recompute import install, keep_for_recomputation
 from ...tracing.errors import raise_error
+from ...tracing.export import refuse_export
 from ..comm import one_thread, rank_progress, shared_groups
 from ..comm.symmetric_gather import SymmetricGather
 from ..comm.transport import Transport, choose_transport
@@ -262,6 +263,11 @@ class _Begin:
         self.tracker = tracker
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        refuse_export(
+            f"this {self.tracker.model}",
+            "its sequences are split",
+            "Call disable_context_parallel (or remove_context_parallel)",
+        )
         if not torch.compiler.is_compiling():
             groups = _names(self.tracker)
             one_thread.take(groups, module)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AttentionProviderError
+from ...tracing.export import refuse_export
 from .units import adapter_weights
 
 _REMEDY = "Call disable_context_parallel on all ranks first, which gathers them."
@@ -119,8 +120,12 @@ def _calling(original: type[nn.Module], call: Callable[..., Any]) -> Callable[..
 
     # A compiled block is compiled without this function, and a model that is compiled as a whole breaks its graph here.
     @torch.compiler.disable(recursive=False)
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def outside_of_graphs(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call(self, plain, args, kwargs)
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        refuse_export(f"this {type(self).__name__}", "its weights are sharded", "Call disable_context_parallel")
+        return outside_of_graphs(self, args, kwargs)
 
     return __call__
 

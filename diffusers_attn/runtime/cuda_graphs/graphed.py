@@ -176,6 +176,8 @@ class GraphedForward:
             run = _run_automatically if graphs.is_automatic else _run_always
             return run(_Call(model, forward, graphs, GraphCall(args, kwargs), self))
 
+    __code__ = __call__.__code__  # torch.export names a graph by the code of a module's forward
+
     def standing(self) -> str:
         """The state that must be equal on all ranks that share a sequence, so that all of them run, record or replay a
         call: the valid recordings, and the settings of the thread."""
@@ -408,7 +410,7 @@ def _tracker(model: nn.Module) -> SequenceTracker | None:
 
 def _check_compiling(model: nn.Module) -> None:
     graphs = applied.get(model)
-    if graphs is not None and not graphs.is_automatic:
+    if graphs is not None and not graphs.is_automatic and not torch.compiler.is_exporting():
         raise AttentionProviderError(
             f"{type(model).__name__} records CUDA graphs and is compiled as a whole; only one is possible. Use "
             'apply_compile(model, "regional"), or remove_cuda_graphs(model).'

@@ -13,9 +13,11 @@ import diffusers
 import torch
 from torch import Tensor
 
+from diffusers_attn.nested import mapped
+
 from ... import tiny_pipelines
 from ...guidance import families
-from ..feature import Feature
+from ..feature import Feature, draw_wan
 
 
 def _transformer(change: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -86,9 +88,35 @@ def _tiling(pipe: Any) -> None:
     )
 
 
+_COMPILED = ("whole", "blocks", "blocks over ranks")
+
+
 def _of_vae(put: Callable[[Any], None], changes: bool) -> Feature:
     return Feature(put, build=_video, draw=_draw_video, plain=_draw_video if changes else None, tolerance=1e-3,
-                   not_under=("whole", "blocks", "blocks over ranks"))  # fmt: skip
+                   not_under=_COMPILED)  # fmt: skip
+
+
+def _exported(part: Callable[[Any], Any], draw: Callable[[Any], Any], **options: Any) -> Callable[[Any], list[Tensor]]:
+    """Calls a pipeline, exports a module of it for the arguments of its first call, and runs the program."""
+
+    def results(pipe: Any) -> list[Tensor]:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        record = part(pipe).register_forward_pre_hook(
+            lambda _, *call: calls.append(mapped(call, torch.clone)), with_kwargs=True
+        )
+        drawn = draw(pipe)
+        record.remove()
+        args, kwargs = calls[0]
+        with torch.no_grad():
+            program = torch.export.export(part(pipe), args, kwargs, **options).module()
+            result = program(*args, **kwargs)
+        return [*drawn, result[0] if isinstance(result, tuple) else result]
+
+    return results
+
+
+def _of_transformer(**options: Any) -> Feature:
+    return Feature(draw=_exported(lambda pipe: pipe.transformer, draw_wan, **options), orders=("before",))
 
 
 FEATURES = {
@@ -109,9 +137,17 @@ FEATURES = {
     "calls in another thread": Feature(draw=_in_threads_one_after_the_other, orders=("before",)),
     "tiles of the VAE": _of_vae(_tiling, True),
     "slices of the VAE": _of_vae(lambda pipe: pipe.vae.enable_slicing(), False),
+    "`torch.export`": _of_transformer(),
+    "`torch.export(strict=True)`": _of_transformer(strict=True),
+    "`torch.export` of the VAE's decoder": Feature(
+        build=_video,
+        draw=_exported(lambda pipe: pipe.vae.decoder, _draw_video),
+        orders=("before",),
+        tolerance=1e-3,
+        not_under=_COMPILED,
+    ),
 }
 NOT_RUN = {
-    "`torch.export`": "no test yet",
     "`device_map`": "it needs GPUs",
     "gradient checkpointing": "compared with gradients, below",
 }
