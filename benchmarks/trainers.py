@@ -46,12 +46,15 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ROOT / "examples" / "train_lora.py"
 PACKAGES = ("accelerate", "peft", "transformers")
 LAYERS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
-VARIANTS = {
-    "ours": [],
-    "ours, compiled": ["--compile"],
-    "diffusers": [],
+VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "ours": ([], {}),
+    "ours, compiled": (["--compile"], {}),
+    "diffusers": ([], {}),
+    "diffusers, _native_flash": ([], {"DIFFUSERS_ATTN_BACKEND": "_native_flash"}),
+    "diffusers, flash": ([], {"DIFFUSERS_ATTN_BACKEND": "flash"}),
 }
-"""Each trainer's arguments beyond the common settings."""
+"""Each trainer's arguments beyond the common settings, and its environment. diffusers' default does not train Flux on
+Hopper with PyTorch 2.11 (docs/troubleshooting.md), so its other backends are here, too."""
 LAST_LINES = 15
 
 
@@ -59,7 +62,7 @@ def command(variant: str, args: argparse.Namespace, folder: Path, output: Path) 
     """The script of a variant and its arguments, for files in `folder`."""
     side, precision = (64, "no") if args.tiny else (1024, "bf16")
     settings: dict[str, Any]
-    if variant == "diffusers":
+    if variant.startswith("diffusers"):
         settings = {
             "pretrained_model_name_or_path": folder / "pipeline", "instance_data_dir": folder / "images",
             "instance_prompt": CAPTION, "output_dir": output, "resolution": side, "train_batch_size": 1,
@@ -81,7 +84,7 @@ def command(variant: str, args: argparse.Namespace, folder: Path, output: Path) 
         }  # fmt: skip
         script, flags = OURS, ["--cpu"] if args.device == "cpu" else []
     named = (part for name, value in settings.items() for part in (f"--{name}", str(value)))
-    return [str(script), *named, *flags, *VARIANTS[variant]]
+    return [str(script), *named, *flags, *VARIANTS[variant][0]]
 
 
 def run(variant: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def run(variant: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 stderr=subprocess.STDOUT,
                 text=True,
                 timeout=args.timeout,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path, **VARIANTS[variant][1]},
             )
         except subprocess.TimeoutExpired:
             return {"error": f"it took longer than {args.timeout:g} s"}
@@ -190,7 +193,7 @@ def main() -> None:
     if args.markdown is not None:
         print(markdown(json.loads(args.markdown.read_text())))
         return
-    if "diffusers" in args.variants and args.diffusers_script is None:
+    if any(each.startswith("diffusers") for each in args.variants) and args.diffusers_script is None:
         parser.error("--diffusers_script: needed for the variant diffusers. The script is in diffusers' repository.")
     args.text_tokens = args.text_tokens or (32 if args.tiny else 512)
     with tempfile.TemporaryDirectory() as temporary:

@@ -253,6 +253,15 @@ def training_tables() -> str:
     return "\n".join(training.markdown(json.loads(path.read_text())) for path in runs).rstrip()
 
 
+def trainers_tables() -> str:
+    """One section for each recorded run of benchmarks/trainers.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import trainers
+
+    runs = sorted(RESULTS.glob("trainers-*.json"))
+    return "\n\n".join(trainers.markdown(json.loads(path.read_text())) for path in runs)
+
+
 def train_memory_tables() -> str:
     """One section for each recorded run of benchmarks/train_memory.py."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -344,7 +353,7 @@ SECTIONS = {
     },
     "docs/cost_model.md": {"predictions": prediction_table, "layers": layer_table},
     "docs/measuring.md": {"quality": quality_tables},
-    "docs/training.md": {"memory": train_memory_tables},
+    "docs/training.md": {"trainers": trainers_tables, "memory": train_memory_tables},
     "docs/trust.md": {name: functools.partial(trust_tables, name) for name in ("numeric", "peers", "mutants")},
     "docs/models.md": {
         package: functools.partial(models_table, package) for package in ("transformers", "unets", "controlnets")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import masks
@@ -22,6 +23,11 @@ from .bias import aligned_bias
 from .varlen import rows_contiguous
 
 aten = torch.ops.aten
+
+NO_DROPOUT = -0.0
+"""Zero, for calls whose backward cuDNN may compute. PyTorch (2.11 at least) keeps the graph of cuDNN's backward by the
+bytes of its parameters, which do not include the strides of the output's gradient. The sign is among the bytes: these
+calls never get a graph that a call from elsewhere in the process made for a gradient with other strides."""
 
 
 class AtenAdapter(Adapter):
@@ -288,10 +294,17 @@ class Cudnn(AtenAdapter):
         lse: Tensor,
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        key_len, is_causal = key.shape[2], params.is_causal
+        half = last_block_is_half(key_len)
+        if half:
+            if is_causal:  # then there is no mask
+                mask, is_causal = masks.causal(query.shape[2], key_len, key.device)[None, None], False
+            key, value, mask = with_full_block(key, value, mask)
         bias, dead = kernel_bias(mask, query, key)
         grad_out, lse = without_dead_rows(grad_out, lse.transpose(1, 2), dead)
         run = cudnn_backward_op if torch.compiler.is_compiling() else _cudnn_backward
-        return run(grad_out, query, key, value, out, lse, bias, params.is_causal, params.scale)
+        grads = run(grad_out, query, key, value, out, lse, bias, is_causal, params.scale)
+        return (grads[0], grads[1][:, :, :key_len], grads[2][:, :, :key_len]) if half else grads
 
 
 def _cudnn_forward(
@@ -299,7 +312,7 @@ def _cudnn_forward(
 ) -> tuple[Tensor, Tensor]:
     query, key, value = rows_contiguous(query, key, value)
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-        query, key, value, bias, True, 0.0, is_causal, False, scale=scale
+        query, key, value, bias, True, NO_DROPOUT, is_causal, False, scale=scale
     )
     return out, lse.reshape(query.shape[:3])  # the kernel's has a trailing dimension of one
 
@@ -339,12 +352,37 @@ def _cudnn_backward(
     grad_out, out = laid_out_as(grad_out, query), laid_out_as(out, query)
     return aten._scaled_dot_product_cudnn_attention_backward(
         grad_out, query, key, value, out, lse.contiguous().unsqueeze(-1), seed, seed, bias, None, None,
-        query.shape[2], key.shape[2], 0.0, is_causal, scale=scale,
+        query.shape[2], key.shape[2], NO_DROPOUT, is_causal, scale=scale,
     )  # fmt: skip
 
 
 # Inductor may give a computed lse strides that cuDNN refuses.
 cudnn_backward_op = _closed_backward("cudnn_backward", _cudnn_backward)
+
+
+KEY_BLOCK = 128
+"""How many keys cuDNN's backward takes at a time."""
+
+
+def last_block_is_half(key_len: int) -> bool:
+    """Whether cuDNN's backward (9.19 at least) may give a gradient of NaN to queries.
+
+    With half a block at the end, it gives one to every query whose lse is below -88.7: the weights of the 64 keys that
+    are not there are exp(0 - lse), which is infinite in float32, times zero. (pytorch/pytorch issue 196678.)
+    """
+    return key_len % KEY_BLOCK == KEY_BLOCK // 2
+
+
+def with_full_block(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Key, value (`[B, H, Lk, D]`) and mask with a full last block of keys. No query attends to the new ones."""
+    key_len = key.shape[2]
+    more = -key_len % KEY_BLOCK
+    if mask is None:
+        mask = torch.ones(1, 1, 1, key_len, dtype=torch.bool, device=key.device)
+    excluded = False if mask.dtype == torch.bool else -math.inf
+    mask = F.pad(mask.expand(*mask.shape[:-1], key_len), (0, more), value=excluded)
+    key, value = (F.pad(each.transpose(1, 2), (0, 0, 0, 0, 0, more)).transpose(1, 2) for each in (key, value))
+    return key, value, mask
 
 
 def without_dead_rows(grad_out: Tensor, lse: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import masks, tensor_kinds
 from ..masks import MaskKind
 from ..tracing.functions import GradientLaidOutAsOutput, GradientLaidOutUnderTransforms
-from .aten_kernels import AtenAdapter, CpuFlash, Cudnn, Efficient, Flash, Math
+from .aten_kernels import NO_DROPOUT, AtenAdapter, CpuFlash, Cudnn, Efficient, Flash, Math, last_block_is_half
 from .base import Params
 from .row_liveness import where_live
 
@@ -38,12 +38,15 @@ class Native(AtenAdapter):
             "enable_gqa": params.gqa,
         }
         given = {name: value for name, value in constants.items() if value}
+        trains_on_gpu = params.device_type == "cuda" and params.needs_grad
+        if trains_on_gpu and not params.dropout_p:
+            given["dropout_p"] = NO_DROPOUT
         if not params.default_scale:
             given["scale"] = params.scale
         direct = functools.partial(scaled_dot_product_attention, **given) if given else scaled_dot_product_attention
         if params.device_type == "cpu":
             return direct  # nothing to do between the caller and PyTorch
-        if params.device_type == "cuda" and params.needs_grad:
+        if trains_on_gpu:
             direct = functools.partial(cls._differentiable, direct, params)
         if params.mask_kind == MaskKind.NONE:
             return direct
@@ -58,15 +61,15 @@ class Native(AtenAdapter):
     def _differentiable(
         cls, direct: Callable[..., Tensor], params: Params, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor
     ) -> Tensor:
-        """Calls `direct` for training. PyTorch may choose cuDNN, whose backward needs a gradient in one layout; see
-        `_cudnn_backward`."""
+        """Calls `direct` for training. PyTorch may choose cuDNN, whose backward has two faults that `Cudnn` avoids; see
+        `_cudnn_backward` and `last_block_is_half`."""
+        avoided = not params.derived and last_block_is_half(key.shape[2])
+        # A compiler chooses the layout of a gradient itself, except for an opaque operator.
+        if (avoided or torch.compiler.is_compiling()) and cls._is_served_by_cudnn(query, value, mask, params):
+            return super().attention(query, key, value, *mask, params=params)
         out = direct(query, key, value, *mask)
         if not out.requires_grad:
             return out
-        if torch.compiler.is_compiling() and cls._is_served_by_cudnn(query, value, mask, params):
-            # A compiler chooses the layout of a gradient itself, except for an opaque operator. (It removes the unused
-            # call above.)
-            return super().attention(query, key, value, *mask, params=params)
         return (GradientLaidOutUnderTransforms if params.derived else GradientLaidOutAsOutput).apply(out)
 
     @classmethod

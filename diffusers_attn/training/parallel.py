@@ -160,12 +160,12 @@ class TrainingParallel:
         """Splits every sequence of a model, or of a pipeline's transformers, over this process's group.
 
         All processes must call this, after adapters were added and before `accelerator.prepare`. With cp_degree=1 it
-        only binds attention to `provider`, if given. With FSDP2, mixed precision is computed by autocast, as without.
+        only binds attention to `provider`. With FSDP2, mixed precision is computed by autocast, as without.
 
         Args:
             pipeline_or_model: as in `enable_context_parallel`; already on its device.
             provider: name of an attention kernel with a backward. None: chosen by `enable_context_parallel`; with
-                cp_degree=1, attention stays as it is.
+                cp_degree=1, "auto".
             inputs: see `enable_context_parallel`. "check" raises if inputs differ, and waits for the device in every
                 forward. "trust" is for loops that call `check` themselves. ("broadcast" corrects differing noise in
                 the model's input, but not in your loss.)
@@ -206,13 +206,14 @@ class TrainingParallel:
                 verbose=False,
                 **provider_options,
             )
-        elif provider is not None:
-            set_attention_provider(pipeline_or_model, provider, **provider_options)
-        elif provider_options:
+        elif provider is None and provider_options:
             raise TrainingError(
                 f"options {', '.join(map(repr, provider_options))} belong to a provider, but no provider is given. "
                 "Name it, for example provider='flash'."
             )
+        else:
+            # Not as diffusers calls PyTorch: its choice on Hopper, cuDNN, cannot train Flux (docs/troubleshooting.md).
+            set_attention_provider(pipeline_or_model, provider or "auto", **provider_options)
         if sharded:
             _autocast_instead(self._accelerator, pipeline_or_model)
         return report

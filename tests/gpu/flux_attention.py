@@ -2,6 +2,7 @@
 after an illegal memory access, no other call of the process works.
 
     CUDA_LAUNCH_BLOCKING=1 python -m tests.gpu.flux_attention auto
+    CUDA_LAUNCH_BLOCKING=1 python -m tests.gpu.flux_attention auto after_torch   # PyTorch's own function trains before
     compute-sanitizer python -m tests.gpu.flux_attention torch       # PyTorch's function as it is, without this library
 
 Prints the errors as JSON, by kind of block.
@@ -26,8 +27,10 @@ BLOCKS = ("single", "double", "double", "single")
 second one wrongly."""
 
 
-def main(provider: str) -> None:
+def main(provider: str, before: str | None = None) -> None:
     errors: dict[str, float] = {}
+    if before is not None:
+        _train_without_library()
     attend = F.scaled_dot_product_attention if provider == "torch" else attention_dispatch
     with attention_provider("native" if provider == "torch" else provider):
         for number, block in enumerate(BLOCKS):
@@ -40,6 +43,14 @@ def main(provider: str) -> None:
             for name, ours, true in zip(("out", "dq", "dk", "dv"), (out, *grads), (expected, *wanted)):
                 errors[f"{number} {block} {name}"] = reference.relative_error(ours, true)
     print(json.dumps(errors))
+
+
+def _train_without_library() -> None:
+    """One backward of PyTorch's own function, for the gradient of a single block. PyTorch keeps its preparations."""
+    inputs = [_tokens().requires_grad_() for _ in range(3)]
+    out = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in inputs)).transpose(1, 2)
+    torch.autograd.grad(_block("single", out), inputs, _grad("single", 0))
+    torch.cuda.synchronize()
 
 
 def _tokens() -> Tensor:

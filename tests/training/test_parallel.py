@@ -30,7 +30,7 @@ def test_one_process(accelerator):
     assert (parallel.cp_degree, parallel.cp_rank, parallel.dp_degree, parallel.dp_rank) == (1, 0, 1, 0)
     model = make("cogview4").transformer
     assert parallel.enable(model) is None
-    assert {module.provider for module in attention_modules(model)} == {None}
+    assert {module.provider for module in attention_modules(model)} == {"auto"}
     parallel.enable(model, provider="_native_math")
     assert {module.provider for module in attention_modules(model)} == {"_native_math"}
     parallel.check({"noise": torch.zeros(2)})
