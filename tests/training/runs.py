@@ -91,13 +91,13 @@ def make_data(kind: str, folder: Path, number: int = 5) -> Path:
     return folder
 
 
-def make_references(folder: Path, number: int, examples: int = 5) -> Path:
+def make_references(folder: Path, number: int, examples: int = 5, width: int = 40, height: int = 56) -> Path:
     """Reference images for the examples of `make_data`, equally many for each."""
     folder.mkdir(parents=True)
     for i in range(examples):
         for j in range(number):
             name = f"{i}.png" if number == 1 else f"{i}_{j + 1}.png"
-            picture(folder / name, width=40, height=56, seed=10 + 10 * j + i)
+            picture(folder / name, width=width, height=height, seed=10 + 10 * j + i)
     return folder
 
 

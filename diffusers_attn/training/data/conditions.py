@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 MOST = 9
 """Largest number of conditions of one kind."""
+SHAPE_TOLERANCE = 0.02
+"""Largest relative difference between the shape (width / height) of an example and that of a condition that follows it.
+Smaller ones come from rounding a size."""
 
 
 class Kind(NamedTuple):
@@ -247,6 +250,12 @@ def _check(
             media = probe(each)
         except TrainingDataError as error:
             raise TrainingDataError(f"its {what}: {error}") from error
+        wider = (media.width / media.height) / (example.width / example.height)
+        if kind.follows and abs(wider - 1) > SHAPE_TOLERANCE:
+            raise TrainingDataError(
+                f"its {what} has {media.width}x{media.height} pixels, but it has {example.width}x{example.height}; "
+                "the same shape is needed, in any size, since both are cropped alike"
+            )
         if each.kind == "image":
             continue
         if not kind.follows or example.kind == "image":

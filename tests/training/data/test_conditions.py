@@ -256,11 +256,16 @@ def test_a_control_follows_its_video(tmp_path):
     pixels, control = encoded(tmp_path / "same")
     assert pixels.shape == control.shape == (1, 3, 5, 48, 64)
     assert torch.allclose(pixels, control, atol=0.05) and (pixels[:, :, 0] - control[:, :, 1]).abs().max() > 0.1
-    pixels, control = encoded(references(tmp_path / "one", "a.png"))
+    pixels, control = encoded(picture(tmp_path / "one" / "a.png").parent)
     assert control.shape == pixels.shape and torch.equal(control[:, :, 0], control[:, :, 4])
+    small = picture(tmp_path / "small" / "a.png", width=32, height=24)
+    assert encoded(small.parent)[1].shape == pixels.shape
     video(tmp_path / "short" / "a.mp4", frames=11, fps=8)
     with pytest.raises(TrainingDataError, match="picture or video has 11 frames, but it has 12; equal numbers"):
         encoded(tmp_path / "short")
+    wide = picture(tmp_path / "wide" / "a.png", width=64, height=46)
+    with pytest.raises(TrainingDataError, match="has 64x46 pixels, but it has 64x48; the same shape is needed"):
+        encoded(wide.parent)
 
 
 def test_they_belong_to_one_folder_of_data():

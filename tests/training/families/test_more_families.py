@@ -68,7 +68,8 @@ def test_two_processes_train_like_one(name, run_worlds, settings_of, tmp_path):
         samples["validation_images"] = [str(tmp_path / "first.png")] * WITH_REFERENCES.get(name, 1)
     if name in WITH_REFERENCES:
         kind = "control" if name == "flux_control" else "references"
-        few[kind] = str(make_references(tmp_path / kind, WITH_REFERENCES[name]))
+        size = {"width": 24, "height": 24} if kind == "control" else {}  # a control has the shape of its example
+        few[kind] = str(make_references(tmp_path / kind, WITH_REFERENCES[name], **size))
     if name == "wan_vace":
         few |= make_controls(tmp_path)
     one, two = settings_of(name, **few, **samples), settings_of(name, **{**few, **split})

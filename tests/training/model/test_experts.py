@@ -14,16 +14,17 @@ from diffusers_attn.training import TrainConfig, TrainingError
 from diffusers_attn.training.data.store import read_tensors
 from diffusers_attn.training.loop.trainer import Trainer
 from diffusers_attn.training.loss import sample_u
-from diffusers_attn.training.randomness import SampleRandomness, derived_seed, generator
+from diffusers_attn.training.randomness import generator
 
+from ..plain import RUN as PLAIN
+from ..plain import cached_sample, plain_loop
 from ..runs import train, train_all, train_sharded
 from ..worlds import World, forget_accelerate
 
 STEPS = 5
 RUN = {
-    "expert": "both", "steps": STEPS, "batch_size": 2, "timestep_sampling": "uniform", "lr_warmup_steps": 0,
-    # (With a smaller eps, Adam turns the rounding of gradients near zero into whole steps.)
-    "caption_dropout": 0.0, "adam_eps": 1e-4, "checkpoint_every": 2, "checkpoints_kept": 0,
+    **PLAIN, "expert": "both", "steps": STEPS, "timestep_sampling": "uniform", "checkpoint_every": 2,
+    "checkpoints_kept": 0,
 }  # fmt: skip
 BOUNDARY = 875
 """The timestep from which the pipeline uses the transformer for high noise levels."""
@@ -52,68 +53,39 @@ def adapters(folder):
     return {each: load_file(Path(folder) / each / "pytorch_lora_weights.safetensors") for each in ("high", "low")}
 
 
-def plain_loop(trainer):
-    """The same run with PEFT, diffusers and an optimizer for each expert. Returns losses, weights and experts."""
-    config, data = trainer.config, trainer.prepared
-    pipeline = WanPipeline.from_pretrained(config.model, dtype=torch.float32)
+def expected(trainer):
+    """The same run with diffusers. Returns losses, weights and experts."""
+    pipeline = WanPipeline.from_pretrained(trainer.config.model, dtype=torch.float32)
     models = {"high": pipeline.transformer, "low": pipeline.transformer_2}
-    optimizers = {}
-    for name, model in models.items():
-        model.requires_grad_(False)
-        with torch.random.fork_rng():
-            torch.manual_seed(derived_seed(config.seed, "adapter"))
-            targets = ["to_q", "to_k", "to_v", "to_out.0"]
-            model.add_adapter(
-                peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights="gaussian"), "default"
-            )
-        trained = [each for each in model.parameters() if each.requires_grad]
-        optimizers[name] = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01, eps=1e-4)
     mean, std = (
         torch.tensor(each).view(1, -1, 1, 1, 1)
         for each in (pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std)
     )
-    losses, experts = [], []
-    for step in range(config.steps):
-        u = sample_u("uniform", [generator(config.seed, "train", "expert", step)])
-        sigma = 3 * u / (1 + 2 * u)
-        expert = "high" if 1000 * sigma >= BOUNDARY else "low"
-        indices = trainer.training.loader.sampler.step(step).indices
-        total = 0.0
-        for first in range(0, len(indices), config.batch_size):
-            positions = range(first, first + config.batch_size)
-            examples = [data.latents[indices[each]] for each in positions]
-            latents = [read_tensors(each.path) for each in examples]
-            texts = [read_tensors(data.text[each.example.caption])["prompt_embeds"] for each in examples]
-            random = SampleRandomness(config.seed, step, positions)
-            moments = {name: torch.stack([each[f"latents_{name}"] for each in latents]) for name in ("mean", "logvar")}
-            drawn = moments["mean"] + (0.5 * moments["logvar"]).exp() * random.normal(
-                "posterior", latents[0]["latents_mean"].shape
-            )
-            clean = (drawn - mean) / std
-            noise = random.normal("noise", clean.shape[1:])
-            low, high = (0.7, 1.0) if expert == "high" else (0.0, 0.7)
-            u = sample_u("uniform", random.generators("level"), levels=(low, high))
-            sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)
-            assert (1000 * sigma >= BOUNDARY - 1e-3).all() if expert == "high" else (1000 * sigma <= BOUNDARY).all()
-            predicted = models[expert](
-                (1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), torch.stack(texts), return_dict=False
-            )[0]
-            loss = (predicted - (noise - clean)).square().mean()
-            (loss / config.gradient_accumulation_steps).backward()
-            total += loss.item() / config.gradient_accumulation_steps
-        trained = [each for each in models[expert].parameters() if each.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizers[expert].step()
-        optimizers[expert].zero_grad()
-        losses.append(total)
-        experts.append(expert)
-    weights = {name: peft.get_peft_model_state_dict(model, adapter_name="default") for name, model in models.items()}
-    return losses, weights, experts
+
+    def chosen(step):
+        u = sample_u("uniform", [generator(trainer.config.seed, "train", "expert", step)])
+        return "high" if 1000 * 3 * u / (1 + 2 * u) >= BOUNDARY else "low"
+
+    def loss(expert, examples, random):
+        texts = [read_tensors(trainer.prepared.text[each.example.caption])["prompt_embeds"] for each in examples]
+        clean = (cached_sample(examples, random) - mean) / std
+        noise = random.normal("noise", clean.shape[1:])
+        low, high = (0.7, 1.0) if expert == "high" else (0.0, 0.7)
+        u = sample_u("uniform", random.generators("level"), levels=(low, high))
+        sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)
+        assert (1000 * sigma >= BOUNDARY - 1e-3).all() if expert == "high" else (1000 * sigma <= BOUNDARY).all()
+        predicted = models[expert](
+            (1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), torch.stack(texts), return_dict=False
+        )[0]
+        return (predicted - (noise - clean)).square().mean()
+
+    losses, weights = plain_loop(trainer, models, loss, chosen)
+    return losses, weights, [chosen(step) for step in range(trainer.config.steps)]
 
 
 def test_it_is_a_plain_loop_with_an_optimizer_for_each(run):
     settings, trainer, steps, path = run
-    losses, weights, experts = plain_loop(trainer)
+    losses, weights, experts = expected(trainer)
     assert set(experts) == {"high", "low"}
     assert [each["loss"] for each in steps] == pytest.approx(losses, rel=1e-6)
     output = Path(settings["output_dir"])
