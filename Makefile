@@ -103,7 +103,7 @@ coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the pro
 lint: $(VENV)/.dev  ## formatting, lint and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m mypy diffusers_attn benchmarks
+	$(RUN) -m mypy diffusers_attn benchmarks tests
 
 docs: $(VENV)/.dev  ## write the generated tables and pictures of docs/
 	@$(RUN) docs/generate.py

@@ -29,7 +29,11 @@ def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield (
                 node.lineno,
                 "".join(
-                    part.value if isinstance(part, ast.Constant) else "'{}'" if part.conversion == ord("r") else "{}"
+                    str(part.value)
+                    if isinstance(part, ast.Constant)
+                    else "'{}'"
+                    if isinstance(part, ast.FormattedValue) and part.conversion == ord("r")
+                    else "{}"
                     for part in node.values
                 ),
             )

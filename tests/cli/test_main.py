@@ -15,7 +15,7 @@ from diffusers_attn.errors import AttentionProviderError
 from .. import launching
 from .programs import command
 
-COMMANDS = sorted(each.name or each.callback.__name__ for each in main.app.registered_commands)  # type: ignore[union-attr]
+COMMANDS = sorted(each.name or each.callback.__name__ for each in main.app.registered_commands)
 SCRIPT = """
 import json, sys
 from typer.testing import CliRunner

@@ -115,7 +115,7 @@ def _in_call(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _counted_steps(scheduler: type, steps: list[int]) -> Iterator[None]:
+def _counted_steps(scheduler: Any, steps: list[int]) -> Iterator[None]:
     """Adds to `steps` for every step of schedulers of this class in the last call of a pipeline."""
     step, begin = scheduler.step, scheduler.set_timesteps
 

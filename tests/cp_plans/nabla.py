@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from typing import Any
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -53,7 +54,7 @@ def inputs(name, dtype=torch.float64, frames=FRAMES):
 @contextlib.contextmanager
 def token_by_token(name):
     """diffusers' processors, with their mask for every token. Yields the masks, by blocks."""
-    module = importlib.import_module(f"diffusers.models.transformers.{MODULES[name]}")
+    module: Any = importlib.import_module(f"diffusers.models.transformers.{MODULES[name]}")
     upstream, masks = module.dispatch_attention_fn, []
 
     def attention(query, key, value, attn_mask=None, **kwargs):

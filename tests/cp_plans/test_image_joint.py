@@ -1,5 +1,7 @@
 """Modes of image models that take more than one forward, other processors, or are refused."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def with_images_to_edit(model):
         model(**image, kv_caches=caches)
     assert {each.shape[1] for each in caches[0].k_caches} == {35 + 21}
     caches.set_mode("read")
-    return run.__wrapped__(model, drawn | {"kv_caches": caches})
+    return inspect.unwrap(run)(model, drawn | {"kv_caches": caches})
 
 
 @float64_throughout()
@@ -63,7 +65,7 @@ def with_text_kept(model):
             block.encoder_proj.register_forward_hook(lambda *_: pytest.fail("they are computed again"))
             for block in model.transformer_blocks
         ]
-        return run.__wrapped__(model, drawn | {"timestep": drawn["timestep"] / 2})
+        return inspect.unwrap(run)(model, drawn | {"timestep": drawn["timestep"] / 2})
     finally:
         for handle in again:
             handle.remove()

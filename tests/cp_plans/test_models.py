@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 
 import pytest
 import torch
@@ -130,14 +131,14 @@ def compiled(meshes, ring, ulysses, rotate_method, names, scope):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         with attention_over_ranks():
-            expected = run.__wrapped__(model, inputs(name, torch.float32))
+            expected = inspect.unwrap(run)(model, inputs(name, torch.float32))
             if scope == "full":
                 model.compile(backend=counter, fullgraph=True, dynamic=False)
             else:
                 for blocks in (each for each in model.children() if isinstance(each, torch.nn.ModuleList)):
                     for block in blocks:
                         block.compile(backend=counter, fullgraph=True, dynamic=False)
-            found = run.__wrapped__(model, inputs(name, torch.float32))
+            found = inspect.unwrap(run)(model, inputs(name, torch.float32))
         torch._dynamo.reset()
         errors[name] = counter.frame_count, *(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected))
     return errors

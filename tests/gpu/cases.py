@@ -194,14 +194,14 @@ def exact_tolerance(provider: str, dtype: torch.dtype) -> float:
     return LOSSY_TOLERANCE.get(provider, LOSSY_DEFAULT)
 
 
-def providers(condition=lambda capabilities: True):  # type: ignore[no-untyped-def]
+def providers(condition=lambda capabilities: True):
     """A parameter for every provider that runs on CUDA; the unusable ones skip with their reason."""
     for name, spec in SPECS.items():
         if "cuda" in spec.capabilities.devices and condition(spec.capabilities):
             yield pytest.param(name, marks=_skip_unusable(name))
 
 
-def provider_cases(condition=lambda capabilities: True, cases=None):  # type: ignore[no-untyped-def]
+def provider_cases(condition=lambda capabilities: True, cases=None):
     """`(provider, case)` for whatever the catalog says is served."""
     for param in providers(condition):
         (name,) = param.values
@@ -212,7 +212,7 @@ def provider_cases(condition=lambda capabilities: True, cases=None):  # type: ig
                 break  # one line for an unusable provider is enough
 
 
-def _skip_unusable(name: str):  # type: ignore[no-untyped-def]
+def _skip_unusable(name: str):
     if not torch.cuda.is_available():
         return [pytest.mark.skip(reason="PyTorch sees no CUDA device")]
     status = provider_status(name)

@@ -14,7 +14,7 @@ from .several import SIZE, TIMEOUT, work
 _measured: dict[str, dict[str, float]] = collections.defaultdict(dict)
 
 
-def pytest_collection_modifyitems(items) -> None:  # type: ignore[no-untyped-def]
+def pytest_collection_modifyitems(items) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -49,7 +49,7 @@ def _collect():
         torch.cuda.synchronize()
 
 
-def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untyped-def]
+def pytest_terminal_summary(terminalreporter) -> None:
     if not _measured:
         return
     terminalreporter.section("worst errors")

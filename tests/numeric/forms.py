@@ -112,9 +112,9 @@ def _nested(layout: torch.layout) -> Form:
             given = [torch.nested.as_nested_tensor(each) for each in parts]
         else:  # its ragged dimension is made as the first one
             turned = [[each.transpose(0, 1) for each in pair] for pair in parts]
-            given = [torch.nested.as_nested_tensor(each, layout=layout).transpose(1, 2) for each in turned]
-            offsets = given[0].offsets()
-            given = [given[0], *(_with_offsets(each, offsets) for each in given[1:])]
+            nested: list[Any] = [torch.nested.as_nested_tensor(each, layout=layout).transpose(1, 2) for each in turned]
+            first, *others = nested
+            given = [first, *(_with_offsets(each, first.offsets()) for each in others)]
         found = attend(*given, **rest).unbind()
         return torch.stack([pad(each, (0, 0, 0, tensors[0].shape[2] - each.shape[1])) for each in found])
 

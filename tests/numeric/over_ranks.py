@@ -92,7 +92,7 @@ def together(found: list[list[Outcome]]) -> list[Outcome]:
     merged: list[Outcome] = []
     for ranks in zip(*found):
         if all(isinstance(each, dict) for each in ranks):
-            merged.append({name: max(each[name] for each in ranks) for name in ranks[0]})  # type: ignore[index]
+            merged.append({name: max(each[name] for each in ranks) for name in ranks[0]})
         elif len({_without_sizes(each) for each in ranks}) == 1:
             merged.append(ranks[0])
         else:

@@ -60,7 +60,7 @@ def pytest_configure(config: Any) -> None:
         super(ModelMixin, cls).__init_subclass__(**kwargs)
         wrap(cls)
 
-    ModelMixin.__init_subclass__ = classmethod(subclass)  # type: ignore[assignment]
+    ModelMixin.__init_subclass__ = classmethod(subclass)
     pending = list(ModelMixin.__subclasses__())
     while pending:
         cls = pending.pop()

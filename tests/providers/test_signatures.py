@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import zipfile
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_causal(package, adapter, monkeypatch):
         assert torch.allclose(ours, true)
 
 
-SAGE_OPTIONS = {
+SAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "Sage": {},
     "Fp8Cuda": {"smooth_k": True, "qk_quant_gran": "per_warp", "pv_accum_dtype": "fp32"},
     "Fp8CudaSm90": {"smooth_k": False, "qk_quant_gran": "per_warp"},

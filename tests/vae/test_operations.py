@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def run_autocast(meshes):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for given in (x, x.bfloat16()):
             expected = F.group_norm(F.conv2d(given, weight, padding=1), 2, weight[:, 0, 0, 0])
-            found = F.group_norm(F.conv2d(split(meshes, given), weight, padding=1), 2, weight[:, 0, 0, 0])
+            found: Any = F.group_norm(F.conv2d(split(meshes, given), weight, padding=1), 2, weight[:, 0, 0, 0])
             assert found.dtype == expected.dtype
             assert (found.full() - expected).abs().max() < 0.05
     return True

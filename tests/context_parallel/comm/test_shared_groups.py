@@ -82,9 +82,9 @@ def timeouts(meshes):
         found.append({process_groups.timeout_of(group, "cpu") for group in made})
         disable_context_parallel(model)
     assert found == [{job}, {datetime.timedelta(seconds=40)}, {datetime.timedelta(seconds=50)}]
-    made = ContextParallelMesh.from_degrees(2, 2, device_type="cpu", timeout=70)
-    assert process_groups.timeout_of(process_groups.resolve(made.ring.name), "cpu").total_seconds() == 70
-    del made
+    of_degrees = ContextParallelMesh.from_degrees(2, 2, device_type="cpu", timeout=70)
+    assert process_groups.timeout_of(process_groups.resolve(of_degrees.ring.name), "cpu").total_seconds() == 70
+    del of_degrees
     shared_groups.end_unused()
     enable_context_parallel(model, mesh=meshes.square, verbose=False)
     of_mesh = {process_groups.timeout_of(meshes.square.get_group(dim), "cpu") for dim in (0, 1)}

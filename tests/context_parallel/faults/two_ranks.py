@@ -45,7 +45,7 @@ fault, where, inputs_are = sys.argv[1:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 model, given = build("flux"), inputs("flux")
-enable_context_parallel(model, inputs=inputs_are, verbose=False)  # type: ignore[arg-type]
+enable_context_parallel(model, inputs=inputs_are, verbose=False)
 rank_progress.wait_for_idle_ranks(IDLE)
 with torch.no_grad():
     output(model, given)

@@ -61,7 +61,7 @@ def attended(mesh, keys, compiled, device="cpu", dtype=torch.float64, backend="a
     with attention_provider("native"):
         expected = model(x, text, keys)
         apply_context_parallel(model, mesh, PLAN)
-        for each in {None: [], "blocks": model.blocks, "model": [model]}[compiled]:
+        for each in [model] if compiled == "model" else model.blocks if compiled == "blocks" else []:
             each.compile(fullgraph=True, backend=backend)
         errors, messages = [], []
         for _ in range(2):

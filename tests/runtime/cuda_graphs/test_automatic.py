@@ -4,10 +4,12 @@ CUDA graphs need a GPU (tests/gpu/test_cuda_graphs.py). Here a recording runs th
 around it are tested on any machine.
 """
 
+import contextlib
 import copy
 import functools
 import logging
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -91,7 +93,7 @@ def test_the_second_call_of_a_kind_is_recorded(model):
     assert cuda_graphs_status(model).recorded == 2 and Replayed.made == 2
 
 
-WHILE = {
+WHILE: dict[str, Callable[[torch.nn.Module], contextlib.AbstractContextManager[object]]] = {
     "gradients": lambda model: torch.enable_grad(),
     "a mode": lambda model: Watch(),
 }

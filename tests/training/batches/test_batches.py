@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def prepared(tmp_path: Path) -> PreparedData:
 
 def batches(prepared: PreparedData, share: Share, finish: Noise | None, number: int) -> list[dict]:
     sampler = LatentLoader.sampler_for(prepared.latents, global_batch_size=4, seed=1)
-    iterator = iter(LatentLoader(prepared.latents, prepared.text, sampler, share, finish=finish))
+    iterator: Any = iter(LatentLoader(prepared.latents, prepared.text, sampler, share, finish=finish))
     try:
         return list(itertools.islice(iterator, number))
     finally:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,7 +167,8 @@ def test_columns_of_a_metadata_file_name_them(tmp_path):
     found = with_conditions(read_folder(data, conditions=["control"]), wanted, {})
     assert [each.name for each in found] == ["a.png", "b.png", "b_2.png"]
     assert names(found, "control") == [["a.png"], ["b.png"], ["b.png"]]
-    assert found[1].conditions["control"][0].source.path.resolve() == tmp_path / "elsewhere" / "b.png"
+    source: Any = found[1].conditions["control"][0].source
+    assert source.path.resolve() == tmp_path / "elsewhere" / "b.png"
     with pytest.raises(TrainingDataError, match=r"control/a\.png: no caption"):
         read_folder(data)
     # A folder has precedence.

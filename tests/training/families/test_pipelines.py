@@ -82,7 +82,7 @@ class Drawn(NamedTuple):
     """Arguments of the transformer in each step."""
     steps: list[tuple[Any, Tensor, Tensor, Tensor]]
     """Timestep, sample, model output and next sample of the scheduler in each step."""
-    decoded: Tensor
+    decoded: list[Tensor]
     """What the VAE decoded."""
     mu: dict[str, float]
     """The argument `mu` of the scheduler's `set_timesteps`, if the pipeline gave one."""
@@ -113,7 +113,7 @@ def draw(family: Family, case: Case) -> Drawn:
         return decode(latents, *args, **kwargs)
 
     for recording, original in ((recording_step, step), (recording_timesteps, set_timesteps)):
-        recording.__signature__ = inspect.signature(original)  # which pipelines read
+        vars(recording)["__signature__"] = inspect.signature(original)  # which pipelines read
     scheduler.step, scheduler.set_timesteps, vae.decode = recording_step, recording_timesteps, recording_decode
     arguments = {
         "num_inference_steps": 3,
@@ -132,7 +132,7 @@ def draw(family: Family, case: Case) -> Drawn:
     pipeline(prompt=PROMPT, output_type="pt", **{name: arguments[name] for name in arguments if name in accepted})
     hook.remove()
     del scheduler.step, scheduler.set_timesteps, vae.decode
-    return drawn._replace(decoded=drawn.decoded[0])
+    return drawn
 
 
 def pictures(family: Family, case: Case) -> list[Image.Image]:
@@ -227,7 +227,7 @@ def test_training_does_what_the_pipeline_does(name):
 
     # The range of latents: those that the VAE decodes are the last ones of the sampler.
     # (The first frame of a video may be the given one.)
-    decoded, last = family.normalise(family.from_vae(drawn.decoded)), latents(drawn.steps[-1][3])
+    decoded, last = family.normalise(family.from_vae(drawn.decoded[0])), latents(drawn.steps[-1][3])
     assert torch.allclose(decoded[:, :, -1], last[:, :, -1], atol=1e-4)
 
     # Inputs.
