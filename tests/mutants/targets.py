@@ -13,6 +13,8 @@ _HOOKS = [
     "tests/context_parallel/hooks/test_plan_words.py",
     "tests/context_parallel/hooks/test_too_short.py",
     "tests/context_parallel/hooks/test_invariant.py",
+    "tests/context_parallel/hooks/test_outputs.py",
+    "tests/context_parallel/hooks/test_attention_modules.py",
 ]
 
 TARGETS = {
@@ -25,12 +27,13 @@ TARGETS = {
     ],
     "masks": ["tests/test_masks.py", "tests/providers/test_contract.py", *_DISPATCH],
     "providers.decision": [
+        "tests/providers/test_serving.py",
         *_DISPATCH,
         "tests/providers/test_selection.py",
         "tests/test_logs.py",
         "tests/test_tensor_kinds.py",
     ],
-    "providers.serving": [*_DISPATCH, "tests/providers/test_selection.py"],
+    "providers.serving": ["tests/providers/test_serving.py", *_DISPATCH, "tests/providers/test_selection.py"],
     "context_parallel.sequences.sharding": ["tests/context_parallel/sequences", *_OVER_RANKS],
     "context_parallel.attention.merge": ["tests/context_parallel/attention/test_merge.py", *_OVER_RANKS],
     "context_parallel.attention.ring": [
@@ -41,6 +44,9 @@ TARGETS = {
     "context_parallel.hooks.arguments": _HOOKS,
     "context_parallel.hooks.attention_modules": _HOOKS,
     "context_parallel.hooks.plan_words": _HOOKS,
-    "context_parallel.hooks.words.split": _HOOKS,
+    "context_parallel.hooks.words.split": [
+        *_HOOKS,
+        "tests/context_parallel/sequences/test_balanced.py::test_a_plan_that_splits_balanced_gives_each_rank_two_parts",
+    ],
 }
 """Tests by module of `diffusers_attn`."""

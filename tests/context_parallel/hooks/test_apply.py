@@ -281,6 +281,17 @@ def test_a_replaced_module_keeps_its_entry():
     assert model(torch.ones(1, 8, 4)).shape == (1, 8, 4) and not base._forward_hooks
 
 
+def test_a_replaced_layer_of_each_block_keeps_its_entry():
+    model = Layers([nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity())])
+    apply_context_parallel(model, SINGLE, {"layers.*.0": {ParamId(index=0): CPInput(1)}})
+    before = [layer[0] for layer in model.layers]
+    for layer in model.layers:
+        layer[0] = nn.Dropout(0.0)
+    model(tokens(8))
+    assert [len(layer[0]._forward_pre_hooks) for layer in model.layers] == [1, 1]
+    assert not any(each._forward_pre_hooks for each in before)
+
+
 def test_a_model_is_not_kept_alive():
     model = Layers([Add()])
     apply_context_parallel(model, MESH, {"": {ParamId("x"): CPInput(1)}, "layers.0": CPAttention(("x",))})

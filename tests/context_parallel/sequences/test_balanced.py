@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusers_attn import AttentionProviderError, attention_dispatch
-from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
+from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel, remove_context_parallel
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.cp_plans import advanced
 from diffusers_attn.cp_plans.plan import CPAttention, CPInput, CPOutput
@@ -119,3 +119,14 @@ def test_what_needs_the_order_is_refused():
             model(torch.zeros(1, 7, 3))
     with pytest.raises(ValueError, match="needs the name of its sequence"):
         CPInput(1, balanced=True)
+
+
+def test_a_plan_that_splits_balanced_gives_each_rank_two_parts():
+    size = 2
+    model = nn.Sequential(nn.Identity())
+    parts = []
+    for rank in range(size):
+        apply_context_parallel(model, mesh_of(rank, size), {"": {"input": PLAN[""]["tokens"]}})
+        parts.append(model(torch.arange(8.0).view(1, 8, 1)).flatten().tolist())
+        remove_context_parallel(model)
+    assert parts == [[0, 1, 6, 7], [2, 3, 4, 5]]
