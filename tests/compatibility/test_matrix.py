@@ -16,6 +16,7 @@ QUICK = [
     ("Pyramid Attention Broadcast", "guidance"),
     ("`enable_group_offload`, layers", "guidance"),
     ("fused", "weights"),
+    ("LoHa", "weights"),
     ("bitsandbytes, NF4", "ring"),
     ("IP-Adapter, Flux", "both"),
     ("smoothed energy", "ulysses"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from .runs import QUICK, train_all, train_sharded
@@ -110,7 +111,7 @@ def test_it_was_split_as_asked(runs):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("adapter", ["loha", "lokr", "oft", "ia3"])
+@pytest.mark.parametrize("adapter", ["dora", "loha", "lokr", "oft", "ia3"])
 def test_other_adapters_over_split_sequences(run_worlds, settings_of, adapter):
     common = {"steps": 3, "adapter": adapter, "adapter_init": "default", "batch_size": 2}
     common |= {"rank": 16} if adapter == "ia3" else {}
@@ -120,3 +121,7 @@ def test_other_adapters_over_split_sequences(run_worlds, settings_of, adapter):
         for ours, theirs in zip(of_rank[0]["steps"], alone[0]["steps"], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
             assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
+    found, expected = load_file(several[0][0]["path"]), load_file(alone[0]["path"])
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, atol=1e-4, rtol=1e-4, msg=name)

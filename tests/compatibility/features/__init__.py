@@ -6,7 +6,7 @@ from . import adapters, caches, conditions, guiders, life, offloading, precision
 KINDS: dict[str, dict[str, Feature]] = {
     "Step caches": caches.FEATURES,
     "Offloading": offloading.FEATURES,
-    "LoRA adapters": adapters.FEATURES,
+    "Adapters": adapters.FEATURES,
     "Precision": precision.FEATURES,
     "Conditions": conditions.FEATURES,
     "Guiders": guiders.FEATURES,

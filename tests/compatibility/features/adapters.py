@@ -1,15 +1,25 @@
-"""LoRA adapters, by the methods of diffusers' pipelines."""
+"""Adapters: LoRAs by the methods of diffusers' pipelines, and other kinds in PEFT's format."""
 
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
+
+from diffusers_attn.training.model.lora import (
+    adapter_config,
+    adapter_weights,
+    add_adapter,
+    load_adapter,
+    save_adapter,
+)
 
 from ...guidance import families
 from ..feature import Feature, lossy, wan
@@ -38,6 +48,24 @@ def _dora(pipe: Any) -> None:
     pipe.load_lora_weights(_weights(1, use_dora=True), adapter_name="one")
 
 
+def _other_kind(kind: str) -> Callable[[Any], None]:
+    """Loads an adapter that is no LoRA from a folder, as the trainer has written it."""
+
+    def put(pipe: Any) -> None:
+        donor = wan()
+        add_adapter(donor.transformer, adapter_config(kind, 4, None, ["to_q", "to_v"]), seed=1)
+        generator = torch.Generator().manual_seed(1)
+        weights = {
+            name: each + 0.3 * torch.randn(each.shape, generator=generator)
+            for name, each in adapter_weights(donor.transformer).items()
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(donor, weights, Path(folder), kind, donor.transformer)
+            load_adapter(pipe.transformer, folder)
+
+    return put
+
+
 def _fused(pipe: Any) -> None:
     _load(pipe)
     pipe.fuse_lora()
@@ -62,6 +90,10 @@ FEATURES = {
     "one, loaded from a file": lossy(_load),
     "two, with weights": lossy(_two),
     "DoRA": lossy(_dora),
+    "LoHa": lossy(_other_kind("loha")),
+    "LoKr": lossy(_other_kind("lokr")),
+    "OFT": lossy(_other_kind("oft")),
+    "IA³": lossy(_other_kind("ia3")),
     "fused": lossy(_fused),
     "another scale between calls": Feature(
         _load, draw=_between(lambda pipe: pipe.set_adapters("one", 0.3), lambda pipe: pipe.set_adapters("one", -1.0))
