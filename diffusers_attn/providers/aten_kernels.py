@@ -295,8 +295,8 @@ class Cudnn(AtenAdapter):
         params: Params,
     ) -> tuple[Tensor, Tensor, Tensor]:
         key_len, is_causal = key.shape[2], params.is_causal
-        half = last_block_is_half(key_len)
-        if half:
+        short = needs_full_block(query.shape[2], key_len)
+        if short:
             if is_causal:  # then there is no mask
                 mask, is_causal = masks.causal(query.shape[2], key_len, key.device)[None, None], False
             key, value, mask = with_full_block(key, value, mask)
@@ -304,7 +304,7 @@ class Cudnn(AtenAdapter):
         grad_out, lse = without_dead_rows(grad_out, lse.transpose(1, 2), dead)
         run = cudnn_backward_op if torch.compiler.is_compiling() else _cudnn_backward
         grads = run(grad_out, query, key, value, out, lse, bias, is_causal, params.scale)
-        return (grads[0], grads[1][:, :, :key_len], grads[2][:, :, :key_len]) if half else grads
+        return (grads[0], grads[1][:, :, :key_len], grads[2][:, :, :key_len]) if short else grads
 
 
 def _cudnn_forward(
@@ -364,13 +364,14 @@ KEY_BLOCK = 128
 """How many keys cuDNN's backward takes at a time."""
 
 
-def last_block_is_half(key_len: int) -> bool:
-    """Whether cuDNN's backward (9.19 at least) may give a gradient of NaN to queries.
+def needs_full_block(query_len: int, key_len: int) -> bool:
+    """Whether cuDNN's backward (9.19 at least) needs keys up to the end of a block.
 
-    With half a block at the end, it gives one to every query whose lse is below -88.7: the weights of the 64 keys that
-    are not there are exp(0 - lse), which is infinite in float32, times zero. (pytorch/pytorch issue 196678.)
+    With half a block at the end, queries whose lse is below -88.7 get a gradient of NaN: the weights of the 64 missing
+    keys are exp(0 - lse), which is infinite in float32, times zero (pytorch/pytorch issue 196678). One query with one
+    key is refused.
     """
-    return key_len % KEY_BLOCK == KEY_BLOCK // 2
+    return key_len % KEY_BLOCK == KEY_BLOCK // 2 or query_len == key_len == 1
 
 
 def with_full_block(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import masks, tensor_kinds
 from ..masks import MaskKind
 from ..tracing.functions import GradientLaidOutAsOutput, GradientLaidOutUnderTransforms
-from .aten_kernels import NO_DROPOUT, AtenAdapter, CpuFlash, Cudnn, Efficient, Flash, Math, last_block_is_half
+from .aten_kernels import NO_DROPOUT, AtenAdapter, CpuFlash, Cudnn, Efficient, Flash, Math, needs_full_block
 from .base import Params
 from .row_liveness import where_live
 
@@ -62,8 +62,10 @@ class Native(AtenAdapter):
         cls, direct: Callable[..., Tensor], params: Params, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor
     ) -> Tensor:
         """Calls `direct` for training. PyTorch may choose cuDNN, whose backward has two faults that `Cudnn` avoids; see
-        `_cudnn_backward` and `last_block_is_half`."""
-        avoided = not params.derived and last_block_is_half(key.shape[2])
+        `_cudnn_backward` and `needs_full_block`."""
+        if query.ndim != 4:  # PyTorch computes these without a fused kernel
+            return direct(query, key, value, *mask)
+        avoided = not params.derived and needs_full_block(query.shape[2], key.shape[2])
         # A compiler chooses the layout of a gradient itself, except for an opaque operator.
         if (avoided or torch.compiler.is_compiling()) and cls._is_served_by_cudnn(query, value, mask, params):
             return super().attention(query, key, value, *mask, params=params)

@@ -39,7 +39,7 @@ def test_attention_of_flux(provider, before, record):
 @pytest.mark.parametrize("key_len", [64, 192, 320])
 @pytest.mark.parametrize("provider", ["auto", "native", "_native_cudnn"])
 def test_scores_far_below_zero(provider, key_len, mask, record):
-    """cuDNN's backward gave NaN with half a block of keys (`last_block_is_half`)."""
+    """cuDNN's backward gave NaN with half a block of keys (`needs_full_block`)."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, key_len, 64, device="cuda") * 0.1 for _ in range(3))
     query[..., 0], key[..., 0] = 40.0, -40.0  # scores of -200

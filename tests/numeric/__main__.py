@@ -125,10 +125,12 @@ def _share(part: list[Cell], start: float) -> Iterator[float]:
 
 
 def _lacks(provider: str, call: Feature) -> bool:
-    """Whether a build of flash-attn was compiled without what the call needs, see tests/gpu/cases.py."""
+    """Whether a build of flash-attn was compiled without what the call needs, see tests/gpu/cases.py. `auto` may choose
+    it."""
     options = {"window_size": "window", "softcap": "softcap"}
-    without = any(options[name] in BUILT_WITHOUT for name, _ in call.options) and provider in BUILT_BY_FLASH_ATTN
-    return without or build_lacks(provider, max(call.head_dim, call.value_head_dim))
+    kernel = "flash" if provider == "auto" else provider
+    without = any(options[name] in BUILT_WITHOUT for name, _ in call.options) and kernel in BUILT_BY_FLASH_ATTN
+    return without or build_lacks(kernel, max(call.head_dim, call.value_head_dim))
 
 
 def _arguments() -> argparse.Namespace:

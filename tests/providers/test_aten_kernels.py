@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_attn.providers.aten_kernels import NO_DROPOUT, last_block_is_half, with_full_block
+from diffusers_attn.providers.aten_kernels import NO_DROPOUT, needs_full_block, with_full_block
 
 from .. import reference
 
@@ -37,8 +37,15 @@ def test_keys_of_a_full_block_take_no_part(kind):
     assert torch.allclose(found, expected, atol=1e-12) and torch.allclose(more_lse, lse, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("key_len", "half"), [(64, True), (192, True), (320, True), (128, False), (63, False), (333, False)]
-)
-def test_half_blocks(key_len, half):
-    assert last_block_is_half(key_len) is half
+@pytest.mark.parametrize("key_len", [64, 192, 320])
+def test_half_blocks_are_filled(key_len):
+    assert needs_full_block(333, key_len)
+
+
+@pytest.mark.parametrize("lengths", [(333, 128), (333, 63), (333, 333), (333, 1), (1, 333)])
+def test_other_blocks_stay(lengths):
+    assert not needs_full_block(*lengths)
+
+
+def test_one_query_with_one_key_gets_more_keys():
+    assert needs_full_block(1, 1)
