@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..context_parallel import job
-from ..context_parallel.comm import rank_progress, shared_groups
+from ..context_parallel.comm import meetings, rank_progress, shared_groups
 from ..context_parallel.comm.activity import IDLE
 from ..context_parallel.comm.everyone import everyone
 from ..context_parallel.comm.process_groups import resolve
@@ -151,7 +151,7 @@ def enable_context_parallel(
     with contextlib.suppress(AttentionProviderError):  # all ranks refuse it below
         patience = shared_groups.as_timeout(timeout, device).total_seconds()
         rank_progress.wait_for_idle_ranks(IDLE if timeout is None else max(IDLE, patience))  # others may still load
-    rank_progress.meet(members, shared_groups.as_timeout(None, device))
+    meetings.meet(members, shared_groups.as_timeout(None, device))
 
     def choose_here() -> Choices:
         if shard_weights is not False:

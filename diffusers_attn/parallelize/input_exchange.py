@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..context_parallel.comm import process_groups, rank_progress, shared_groups
+from ..context_parallel.comm import meetings, process_groups, shared_groups
 from ..context_parallel.comm.everyone import everyone
 from ..context_parallel.comm.gather_rows import first_ranks_rows
 from ..context_parallel.comm.group import Group
@@ -58,19 +58,19 @@ class Links(NamedTuple):
 
 def differ(text: str, host: Group) -> bool:
     """Whether the ranks' texts differ. The result is equal on all ranks."""
-    return len(set(_told(hashlib.blake2b(text.encode(), digest_size=8).digest(), host))) > 1
+    return len(set(_gather_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), host))) > 1
 
 
 def values_of_all_ranks(value: Any, host: Group) -> list[tuple[int, Any]]:
     """The value of every rank, a JSON value, with the rank's number."""
-    return [tuple(json.loads(each)) for each in _told(json.dumps([dist.get_rank(), value]).encode(), host)]
+    return [tuple(json.loads(each)) for each in _gather_bytes(json.dumps([dist.get_rank(), value]).encode(), host)]
 
 
-def _told(data: bytes, host: Group) -> list[bytes]:
+def _gather_bytes(data: bytes, host: Group) -> list[bytes]:
     """The bytes of all ranks, in the order of their shards."""
     group = resolve(host.name)
     members = dist.get_process_group_ranks(group)
-    return rank_progress.tell(members, data, process_groups.timeout_of(group, "cpu"), f"{host.name}/")
+    return meetings.gather_bytes(members, data, process_groups.timeout_of(group, "cpu"), f"{host.name}/")
 
 
 def tensors_of_first_rank(tensors: Sequence[Tensor], device: Sequence[Group], host: Group) -> list[Tensor]:

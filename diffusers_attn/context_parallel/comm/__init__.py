@@ -6,6 +6,6 @@
   data) and `gather_operators` (for compiled graphs). Several gathers may be in flight: each has a number, its ticket,
   by which `finish` finds what `start` began.
 - Process groups: `group`, `shared_groups` and `process_groups`; `one_thread` lets one thread at a time use a group.
-- Errors that name the missing or different rank: `everyone` (sends `plain_values`), `rank_differences`,
-  `rank_progress`, `activity` and `stalls`.
+- Exchanges over the hosts: `meetings`, and `everyone`, which sends `plain_values`.
+- Errors that name the missing or different rank: `rank_progress`, `activity`, `stalls` and `rank_differences`.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import plain_values, process_groups, rank_progress
+from . import meetings, plain_values, process_groups
 
 
 def everyone(value: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any]:
@@ -25,6 +25,6 @@ def everyone(value: Any, groups: Sequence[dist.ProcessGroup | None]) -> list[Any
     for group in reversed(groups):
         members = list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
         device = dist.get_backend_config(group).partition(":")[0]
-        parts = rank_progress.tell(members, plain_values.to_bytes(answers), process_groups.timeout_of(group, device))
+        parts = meetings.gather_bytes(members, plain_values.to_bytes(answers), process_groups.timeout_of(group, device))
         answers = [each for part in parts for each in plain_values.from_bytes(part)]
     return answers

@@ -9,7 +9,6 @@ waited notes that it waited; a rank without such a note, after a moment, is miss
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import os
 import time
@@ -24,13 +23,11 @@ from .activity import IDLE, Quiet
 from .process_groups import own_store, resolve
 from .rank_differences import ranks_in_words
 
-_PREFIX = "diffusers_attn/"
+PREFIX = "diffusers_attn/"
 GRACE = 3.0
-"""Seconds that other ranks have to note that they waited, too: one closed connection closes others."""
+"""Seconds until a rank that failed reads which others waited, too: one closed connection closes others."""
 _WAITS, _IS = "waits", "is"
 _STATES = {"ended": "has ended", "stopped": "is stopped (SIGSTOP, or a debugger)"}
-_PAUSE, _LOOK = 0.02, 5.0
-"""Seconds between two questions whether others have come, at most; and between two looks at what they do."""
 
 _place = "before its first call of enable_context_parallel"
 _notes = 0
@@ -41,10 +38,6 @@ _is_within = False
 """Whether the latest of these forwards is still running."""
 _idle = IDLE
 """Seconds that this rank waits for others while no rank computes."""
-_meetings: tuple[object, dict[tuple[str, tuple[int, ...]], int]] = (None, {})
-"""A job, and how often each set of its ranks has met on each channel."""
-
-
 _all_of: dict[str, tuple[int, ...]] = {}
 """For the name of a group, all ranks that share a sequence over it and over other groups. A rank that does not join an
 exchange may be waiting for a rank of another group."""
@@ -124,11 +117,11 @@ def note_failure(error: BaseException, groups: Sequence[str] = ()) -> None:
 def _write(state: str) -> None:
     with contextlib.suppress(Exception):  # if the store has ended, the next exchange fails
         own_store().set(
-            f"{_PREFIX}position/{dist.get_rank()}", f"{state} {_machine()} {os.getpid()} {_progress()} {_place}"
+            f"{PREFIX}position/{dist.get_rank()}", f"{state} {_machine()} {os.getpid()} {_progress()} {_place}"
         )
 
 
-class _Position(NamedTuple):
+class Position(NamedTuple):
     """The latest note of a rank."""
 
     waits: bool
@@ -141,16 +134,16 @@ class _Position(NamedTuple):
     place: str
 
 
-def _read(ranks: Sequence[int]) -> dict[int, _Position]:
+def positions(ranks: Sequence[int]) -> dict[int, Position]:
     """The positions of ranks. Ranks without a note are left out."""
     store = own_store()
-    found: dict[int, _Position] = {}
+    found: dict[int, Position] = {}
     for rank in ranks:
-        key = f"{_PREFIX}position/{rank}"
+        key = f"{PREFIX}position/{rank}"
         if store.check([key]):
             state, machine, process, progress, place = store.get(key).decode().split(" ", 4)
             here = process if machine == _machine() else None
-            found[rank] = _Position(state == _WAITS, here, _state(here) if here else "", int(progress), place)
+            found[rank] = Position(state == _WAITS, here, _state(here) if here else "", int(progress), place)
     return found
 
 
@@ -173,13 +166,13 @@ def _state(process: str) -> str:
 
 
 def lost(ranks: Sequence[int], cause: BaseException) -> RankMissingError:
-    """The error for an exchange between these ranks that failed. Takes `GRACE` seconds at most."""
+    """The error for a failed exchange between these ranks. Takes `GRACE` seconds at most."""
     _write(_WAITS)
     message = str(cause).strip().partition("\n")[0]
     deadline = time.monotonic() + GRACE
     try:
         while True:
-            found = _read(ranks)
+            found = positions(ranks)
             others = [rank for rank in ranks if rank not in found or not found[rank].waits]
             ended = [rank for rank, position in found.items() if position.state]
             if not others or ended or time.monotonic() > deadline:
@@ -213,7 +206,7 @@ def behind(ranks: Sequence[int]) -> str | None:
     """A text that names the ranks that are behind this one. None if there are none, or the store cannot be read."""
     progress, here = _progress(), _place
     try:
-        found = _read(ranks)
+        found = positions(ranks)
     except Exception:
         return None
     late = [
@@ -224,7 +217,7 @@ def behind(ranks: Sequence[int]) -> str | None:
     return f"{_missing(late, found)}Rank {dist.get_rank()} is at {here}." if late else None
 
 
-def _missing(ranks: Sequence[int], found: Mapping[int, _Position]) -> str:
+def _missing(ranks: Sequence[int], found: Mapping[int, Position]) -> str:
     return (
         f"{ranks_in_words(ranks)} {'is' if len(ranks) == 1 else 'are'} missing: "
         + "; ".join(_last(rank, found.get(rank)) for rank in ranks)
@@ -232,7 +225,7 @@ def _missing(ranks: Sequence[int], found: Mapping[int, _Position]) -> str:
     )
 
 
-def _last(rank: int, position: _Position | None) -> str:
+def _last(rank: int, position: Position | None) -> str:
     if position is None:
         return f"rank {rank} has not begun anything yet"
     if position.state:
@@ -271,79 +264,6 @@ def _is_of_exchange(error: RuntimeError) -> bool:
     )
 
 
-def meet(ranks: Sequence[int], timeout: datetime.timedelta) -> None:
-    """A barrier: returns when all these ranks have called this equally often.
-
-    Raises:
-        RankMissingError: a rank has not called this within the timeout.
-    """
-    tell(ranks, b"", timeout)
-
-
-def tell(ranks: Sequence[int], data: bytes, timeout: datetime.timedelta, channel: str = "") -> list[bytes]:
-    """Gathers the bytes of each of these ranks, in their order. All of them must call this equally often.
-
-    The bytes go through the job's store. A collective would make NCCL create a communicator, which takes hundreds of
-    MiB of every GPU; and one of gloo cannot be ended before its timeout, also where no other rank will come.
-
-    Args:
-        channel: calls with another channel are counted by themselves.
-
-    Raises:
-        RankMissingError: a rank has ended, has not called this within the timeout, or has not while no rank computed
-            (`wait_for_idle_ranks`).
-    """
-    global _meetings
-    if _meetings[0] is not dist.group.WORLD:
-        _meetings = dist.group.WORLD, {}
-    members = tuple(ranks)
-    number = _meetings[1].get((channel, members), 0) + 1
-    place = f"{_PREFIX}meeting/{channel}{'_'.join(map(str, members))}"
-    own = f"{place}/{number}/{dist.get_rank()}"
-    store = own_store()
-    with waiting_for(members):
-        store.set(own, data)
-        try:
-            keys = {rank: f"{place}/{number}/{rank}" for rank in members}
-            _wait(keys, timeout.total_seconds())
-            found = store.multi_get(list(keys.values()))
-        except BaseException:
-            store.delete_key(own)  # a rank that comes late must not believe that this one is waiting
-            raise
-    _meetings[1][channel, members] = number
-    if number > 2:  # a rank that comes to a meeting has left the one before the last
-        with contextlib.suppress(Exception):
-            store.delete_key(f"{place}/{number - 2}/{dist.get_rank()}")
-    return found
-
-
-def _wait(keys: Mapping[int, str], timeout: float) -> None:
-    """Waits until the store has the key of every rank. Raises RuntimeError if it does not come."""
-    store, names, idle = own_store(), list(keys.values()), min(timeout, _idle)
-    start = now = time.monotonic()
-    until, look, quiet = start + timeout, start + min(_LOOK, idle / 4), Quiet(idle)
-    # Not `store.wait`: PyTorch logs a warning when it times out, and Ctrl-C waits for its end.
-    while not store.check(names):
-        time.sleep(min((now - start) / 64, _PAUSE))  # a rank goes on late by at most a 64th of its wait
-        now = time.monotonic()
-        if now < min(look, until):
-            continue
-        look = now + min(_LOOK, idle / 4)
-        missing = [rank for rank, key in keys.items() if not store.check([key])]
-        found = _read([rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()])
-        if any(rank in found and found[rank].state == "ended" for rank in missing):
-            raise dist.DistError("a process has ended")
-        if now >= until:
-            raise dist.DistError(f"it has waited for {timeout:g} s")
-        if _idle_for(quiet, {**dict.fromkeys(missing), **found}) >= idle:
-            raise dist.DistError(f"no rank has computed anything for {idle:g} s")
-
-
-def _idle_for(quiet: Quiet, positions: Mapping[int, _Position | None]) -> float:
-    """Seconds for which none of these ranks has computed. Of a rank without a position nothing is known: it may."""
-    return quiet.seconds({rank: each and each.process for rank, each in positions.items()})
-
-
 def idle_limit() -> float:
     """Seconds that this rank waits for others while no rank computes."""
     return _idle
@@ -352,6 +272,6 @@ def idle_limit() -> float:
 def idle_for(quiet: Quiet) -> float:
     """Seconds for which no rank of the job has computed, as far as this rank can see."""
     try:
-        return _idle_for(quiet, _read(range(dist.get_world_size())))
+        return quiet.seconds({rank: each.process for rank, each in positions(range(dist.get_world_size())).items()})
     except Exception:  # the store has ended
         return 0.0
