@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,3 +52,16 @@ def tensors_in(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     mapped(value, found.append)
     return found
+
+
+def all_tensors_in(value: Any) -> list[Tensor]:
+    """As `tensors_in`, also in dataclasses, whatever their type."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):  # such as the output classes of diffusers, which are dataclasses too
+        return all_tensors_in(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return [tensor for each in value for tensor in all_tensors_in(each)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all_tensors_in([getattr(value, field.name, None) for field in dataclasses.fields(value)])
+    return []

@@ -13,9 +13,9 @@ import diffusers_attn
 ROOT = Path(diffusers_attn.__file__).parent
 # From the bottom to the top. Folders and modules on one line do not import from each other.
 LAYERS = (
-    ("errors", "parent_process", "atomic_files", "json_files"),
+    ("errors", "nested", "parent_process", "atomic_files", "json_files"),
     ("logs", "spans", "quality", "safetensors_only"),
-    ("masks", "nested", "recompute", "shapes", "tensor_kinds", "tracing", "cp_plans", "tiny_models"),
+    ("masks", "recompute", "shapes", "tensor_kinds", "tracing", "cp_plans", "tiny_models"),
     ("call",),
     ("providers",),
     ("context_parallel.nvlink",),

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
+from ..nested import all_tensors_in
 from .weights import cast, randomize
 
 BATCH = 2
@@ -149,14 +150,5 @@ def case(
     return register
 
 
-def outputs(result: Any) -> list[torch.Tensor]:
-    """All tensors in what a forward returned, in order, however they are nested."""
-    if isinstance(result, torch.Tensor):
-        return [result]
-    if isinstance(result, Mapping):  # includes the output classes of diffusers
-        return outputs(list(result.values()))
-    if isinstance(result, (list, tuple)):
-        return [tensor for item in result for tensor in outputs(item)]
-    if dataclasses.is_dataclass(result):
-        return outputs([getattr(result, field.name) for field in dataclasses.fields(result)])
-    return []
+outputs = all_tensors_in
+"""The tensors in what a forward returned, in order, however they are nested."""

@@ -7,7 +7,6 @@ either in a module with right inputs and a wrong output, or in the code of the m
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -18,25 +17,11 @@ from torch import Tensor, nn
 from ..context_parallel.sequences.sharding import Shards, take
 from ..context_parallel.sequences.tracker import SequenceTracker
 from ..errors import AttentionProviderError
+from ..nested import all_tensors_in
 from .report import Argument, Difference
 
 MIXES = ("GroupNorm", "InstanceNorm", "BatchNorm", "Conv", "Pool")
 """Parts of the names of classes that compute across tokens, such as norms and convolutions."""
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in a module's inputs or outputs, in order, from any nesting of containers and dataclasses."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for each in value.values() for tensor in tensors_in(each)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in tensors_in(each)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [
-            tensor for field in dataclasses.fields(value) for tensor in tensors_in(getattr(value, field.name, None))
-        ]
-    return []
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -112,7 +97,7 @@ class ModuleWatch:
 def _named(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in arguments.items():
-        tensors = tensors_in(value)
+        tensors = all_tensors_in(value)
         found |= {name if len(tensors) == 1 else f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)}
     return found
 
@@ -122,7 +107,7 @@ def record(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[tuple[str, in
     calls: dict[tuple[str, int], ModuleCall] = {}
 
     def ended(name: str, number: int, inputs: dict[str, Tensor], output: Any) -> None:
-        calls[name, number].outputs.extend(tensor.detach().clone() for tensor in tensors_in(output))
+        calls[name, number].outputs.extend(tensor.detach().clone() for tensor in all_tensors_in(output))
 
     def began(name: str, number: int, inputs: dict[str, Tensor]) -> None:
         # Copies, as models write into tensors.
@@ -189,7 +174,7 @@ def compare(
 
     def ended(name: str, number: int, inputs: dict[str, Tensor], output: Any) -> None:
         nonlocal ended_count, last
-        problem = _describe(name, tensors_in(output), alone.get((name, number)), tracker, tolerance)
+        problem = _describe(name, all_tensors_in(output), alone.get((name, number)), tracker, tolerance)
         if problem and not found:
             found.append((ended_count, difference(name, number, inputs, problem)))
         ended_count += 1

@@ -32,9 +32,10 @@ from ..context_parallel.sequences.sharding import Shards, gather
 from ..cp_plans.plan import CPAttention, Plan, entries
 from ..dispatch import attention_dispatch
 from ..errors import AttentionProviderError
+from ..nested import all_tensors_in
 from ..parent_process import end_with_parent
 from ..scope import attention_provider
-from .compare import compare, record, relative_error, tensors_in
+from .compare import compare, record, relative_error
 from .report import StrategyReport
 
 STRATEGIES = {"ulysses": ("ulysses", "allgather"), "gather": ("ring", "allgather"), "ring": ("ring", "alltoall")}
@@ -68,7 +69,7 @@ def _inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
     args, kwargs = _inputs(inputs)
     torch.manual_seed(0)
-    return tensors_in(model(*args, **kwargs))
+    return all_tensors_in(model(*args, **kwargs))
 
 
 def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:

@@ -41,8 +41,8 @@ class GraphCall(NamedTuple):
     def with_tensors(self, tensors: list[Tensor]) -> GraphCall:
         """The same call with these tensors in place of its own."""
         rest = iter(tensors)
-        args = tuple(replaced(value, rest) for value in self.args)
-        kwargs = {name: replaced(self.kwargs[name], rest) for name in sorted(self.kwargs)}
+        args = tuple(_replaced(value, rest) for value in self.args)
+        kwargs = {name: _replaced(self.kwargs[name], rest) for name in sorted(self.kwargs)}
         return GraphCall(args, kwargs)
 
 
@@ -69,28 +69,17 @@ def _take_apart(name: str, value: Any, constants: list[object], tensors: list[Te
     else:
         raise AttentionProviderError(
             f"{name} of this call of {model} is {describe(value)}. A CUDA graph takes tensors, plain values, and lists "
-            "and dicts of these; what another object holds would be that of the first call for ever. Leave the "
-            "argument out, or call remove_cuda_graphs(model) first."
+            "and dicts of these; changes within another object would have no effect on a replay. Leave the argument "
+            "out, or call remove_cuda_graphs(model) first."
         )
 
 
-def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
     """`value` with each of its tensors replaced by the next of `tensors`."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, (list, tuple)):
-        return like(value, [replaced(each, tensors) for each in value])
+        return like(value, [_replaced(each, tensors) for each in value])
     if isinstance(value, Mapping):
-        return updated(value, {key: replaced(value[key], tensors) for key in sorted(value, key=str)})
+        return updated(value, {key: _replaced(value[key], tensors) for key in sorted(value, key=str)})
     return value
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in `value`, in the order of `replaced`."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in tensors_of(each)]
-    if isinstance(value, Mapping):
-        return [tensor for key in sorted(value, key=str) for tensor in tensors_of(value[key])]
-    return []

@@ -30,8 +30,9 @@ from ...context_parallel.hooks.within import not_called
 from ...context_parallel.sequences.layout import LayoutState
 from ...context_parallel.sequences.tracker import SequenceTracker
 from ...errors import AttentionProviderError
+from ...nested import tensors_in
 from . import obstacles
-from .arguments import GraphCall, tensors_of
+from .arguments import GraphCall
 from .recording import Pool, Recording
 from .snapshot import Snapshot, surroundings
 from .waiting import watched
@@ -392,7 +393,7 @@ def _first(reasons: Sequence[str | None]) -> str | None:
 
 def _equal(one: Any, other: Any) -> bool:
     """Whether all tensors in both are equal bit for bit. NaN equals NaN."""
-    pairs = list(zip(tensors_of(one), tensors_of(other), strict=True))
+    pairs = list(zip(tensors_in(one), tensors_in(other), strict=True))
     return all(
         first.shape == second.shape
         and first.stride() == second.stride()

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...context_parallel.sequences.layout import LayoutState
 from ...context_parallel.sequences.tracker import SequenceTracker
 from ...errors import AttentionProviderError
-from ...nested import describe
-from .arguments import GraphCall, is_plain, replaced, tensors_of
+from ...nested import describe, mapped
+from .arguments import GraphCall, is_plain
 from .capture_failure import restored_after_failure
 
 
@@ -106,11 +106,11 @@ class Recording:
         if tracker is not None and self._tracker is not None:
             tracker.restore(self._tracker)  # the model's own hooks run after the replay and read it
         # Clones, since the next replay overwrites the recorded outputs.
-        return replaced(self._output, iter([tensor.clone() for tensor in tensors_of(self._output)]))
+        return mapped(self._output, Tensor.clone)
 
 
 def _check_output(output: Any, model: str) -> None:
-    """Raises AttentionProviderError if `output` holds tensors in an object that `replaced` does not look into."""
+    """Raises AttentionProviderError if `output` holds tensors in an object that `mapped` does not look into."""
     if isinstance(output, (list, tuple)):
         for each in output:
             _check_output(each, model)

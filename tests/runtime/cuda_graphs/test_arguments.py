@@ -7,7 +7,8 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from diffusers_attn import AttentionProviderError
-from diffusers_attn.runtime.cuda_graphs.arguments import GraphCall, replaced, tensors_of
+from diffusers_attn.nested import mapped
+from diffusers_attn.runtime.cuda_graphs.arguments import GraphCall
 
 Pair = namedtuple("Pair", "left right")
 
@@ -61,10 +62,9 @@ def test_tensors_go_back_to_their_places():
 
 def test_an_output_keeps_its_kind():
     output = Transformer2DModelOutput(sample=torch.zeros(2))
-    found = replaced(output, iter([tensor + 1 for tensor in tensors_of(output)]))
+    found = mapped(output, lambda tensor: tensor + 1)
     assert type(found) is Transformer2DModelOutput and found.sample.tolist() == [1, 1]
-    (found,) = replaced((torch.zeros(2),), iter([torch.ones(2)]))
-    assert found.tolist() == [1, 1]
+    assert mapped((torch.zeros(2),), torch.ones_like)[0].tolist() == [1, 1]
 
 
 def test_what_a_graph_cannot_be_given():
