@@ -87,12 +87,12 @@ RULES = (
         "a rotate_method was asked for, so that there is a ring",
     ),
 )
-"""What leaves no choice. The first that applies decides."""
+"""Cases in which only one strategy is possible. The first one that applies decides."""
 
 
 def required_degrees(job: Topology) -> Degrees | None:
-    """The degrees that leave no choice: those of the first rule in `RULES` that applies, or of the only possible
-    strategy; None if there are several strategies."""
+    """The only possible degrees: those of the first rule in `RULES` that applies, or of the only strategy that is
+    left; None if several strategies are possible."""
     rule = next((rule for rule in RULES if rule.applies(job)), None)
     if rule is not None:
         ulysses, ring = (1, job.ranks) if rule.ring else (job.ranks, 1)

@@ -31,7 +31,7 @@ def degrees_of(mesh: object, given: GivenDegrees) -> GivenDegrees | None:
         given: the degrees that the user named beside it.
 
     Raises:
-        AttentionProviderError: the mesh has other dimensions, has not all ranks of the job in their order, or
+        AttentionProviderError: the mesh has other dimensions, lacks ranks of the job or has them in another order, or
             contradicts a degree.
     """
     names = mesh.mesh_dim_names or () if isinstance(mesh, DeviceMesh) else ()

@@ -14,7 +14,7 @@ from .hub import SOURCE
 
 
 class AttentionProvider(str, enum.Enum):
-    """The attention providers. Names that finetrainers has too are its names. Members equal their strings."""
+    """The attention providers, named as in finetrainers where it has them. Members equal their strings."""
 
     AUTO = "auto"
     NATIVE = "native"

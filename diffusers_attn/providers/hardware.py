@@ -13,7 +13,7 @@ class Link(NamedTuple):
     """A connection over which every rank sends at the same time."""
 
     seconds: float
-    """Seconds that a message takes beside its bytes."""
+    """Latency of a message."""
     bytes_per_second: float
     """Bytes per second out of each rank."""
 
@@ -45,11 +45,11 @@ class DeviceKind(NamedTuple):
     overlaps: bool
     """Whether data travels while the device computes."""
     merge_passes: float
-    """Number of times that merging two results reads or writes as many bytes as one of them has."""
+    """Bytes that merging two results reads and writes, in units of the bytes of one result."""
     pack_passes: float
-    """Number of times that Ulysses, in all of its exchanges, reads or writes as many bytes as the query has."""
+    """Bytes that Ulysses reads and writes to pack all of its exchanges, in units of the bytes of the query."""
     launch_seconds: float
-    """Seconds of a kernel beside its work: the launch in a CUDA graph and a partly empty beginning and end."""
+    """Overhead of a kernel: its launch in a CUDA graph, and a partly empty beginning and end."""
     query_tile: int
     """Number of queries that one multiprocessor attends with at a time."""
 
@@ -88,6 +88,7 @@ each, and the merge, which fuses worse with what follows (mechanisms-flux-h200x2
 NETWORK = Link(30e-6, 25e9)
 """Between hosts, not measured here: InfiniBand NDR, 50 GB/s for each GPU by its specification, of which half arrive."""
 ATTENTION_OF_MATRIX_FLOPS = 0.7
-"""Speed of attention beside that of matrix products, for providers without a measured speed (cuDNN on an H200)."""
+"""Speed of attention as a share of that of matrix products, for providers without a measured speed: cuDNN's on an
+H200."""
 TILES_OF_MEASURED = (864, 3072)
 """Tiles of queries of the calls in `speeds.py`: 24 heads of 4,608 queries; 12 heads of 32,760."""

@@ -74,10 +74,10 @@ def advise(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Predict time and memory of a model on several GPUs, and say how many pay.
+    """Predict time and memory of a model on several GPUs, and recommend a number of GPUs.
 
-    Nothing is run or downloaded but configurations. The strategies are those between which enable_context_parallel
-    chooses, by the same predictions. The exit code is 1 if the model does not fit into the
+    Nothing runs, and only configurations are downloaded. The strategies are those between which
+    enable_context_parallel chooses, by the same predictions. The exit code is 1 if the model does not fit into the
     memory, also with sharded weights.
     """
     import dataclasses

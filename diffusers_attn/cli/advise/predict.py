@@ -24,7 +24,7 @@ PASSES = 20
 """Number of times that a block reads or writes activations of the model's width, beside attention and matrix products,
 with compiled blocks. Fits the measured steps of Flux and Wan 1.3B on one H200."""
 LOCAL_ATTENTION_OF_MATRIX_FLOPS = 0.5
-"""Speed of attention to a text, whose few keys give a kernel little to do, beside that of matrix products."""
+"""Speed of attention to a text, whose few keys give a kernel little to do, as a share of that of matrix products."""
 KERNELS = 20
 """Number of kernels of a compiled block. The gaps between them do not depend on the number of tokens."""
 ITEMSIZE = 2

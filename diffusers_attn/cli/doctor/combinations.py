@@ -24,7 +24,7 @@ class EnvironmentProblem:
     """One finding."""
 
     level: str
-    """"error": something that is installed does not work; "warning": it may fail; "note": worth to know."""
+    """"error": something that is installed does not work; "warning": it may fail; "note": worth knowing."""
     text: str
     fix: str = ""
     """The command that mends it; empty if there is none."""

@@ -23,7 +23,7 @@ STRATEGIES = {
 }
 """The strategies of `parallel_attention`, in words."""
 _TOKENS = 1000
-"""A graph may serve any length: the bytes in its message are for so many tokens on every rank, and one sample."""
+"""Tokens per rank, of one sample, for which a graph's message states the bytes: a graph may serve any length."""
 Place = tuple[int, int]
 """Rank in a group, and size of the group."""
 _noted: set[tuple[object, ...]] = set()

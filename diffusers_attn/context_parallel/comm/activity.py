@@ -19,7 +19,7 @@ import torch.distributed as dist
 from .process_groups import own_store
 
 IDLE = 45.0
-"""Seconds that a rank waits while none computes, unless the user has set a timeout. Then it looks, and says why."""
+"""Seconds for which a rank waits for others while no rank computes, unless the user sets a timeout."""
 _SHARE = 0.02
 """Share of one core below which a process only waits."""
 _BEAT = "diffusers_attn/beat/"

@@ -56,9 +56,10 @@ def attention_elsewhere(model: nn.Module) -> AttentionProviderError | None:
     if not found:
         return None
     return AttentionProviderError(
-        f"tokens of this {type(model).__name__} were split between ranks, and no attention came to diffusers_attn, so "
-        f"that any that it computes took this rank's tokens for all. Code with a softmax is in {', '.join(found)}. "
-        "Have it call diffusers_attn.attention_dispatch; or, if none of it looks at other tokens, say so in the plan: "
+        f"tokens of this {type(model).__name__} were split between ranks, and no attention call came to "
+        "diffusers_attn. Attention that the model computes in another way sees this rank's tokens only. Code with a "
+        f"softmax is in {', '.join(found)}. Let it call diffusers_attn.attention_dispatch; or, if it needs no tokens "
+        "of other ranks, say so in the plan: "
         f'"{next(iter(found)).split(chr(39))[1]}": CPAttention((), key=()).'
     )
 

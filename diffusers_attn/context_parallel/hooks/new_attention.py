@@ -47,15 +47,15 @@ class KnownAttention:
         return True
 
     def check(self, model: nn.Module) -> None:
-        """Raises AttentionProviderError where attention came into `model` that its plan does not know of."""
+        """Raises AttentionProviderError if `model` has attention modules that were added after its plan was applied."""
         if self._is_as_before():
             return
         for name, module in model.named_modules():
             if is_attention(module) and not copies.leaves_hooks_out(original(module)):
                 raise AttentionProviderError(
-                    f"'{name}' ({type(module).__name__}) came into this {type(model).__name__} after its sequences "
-                    "were split between ranks, and would attend to the tokens of one rank alone. Change the model "
-                    "first: call disable_context_parallel (or remove_context_parallel) before the change, and enable "
-                    "it again after it."
+                    f"'{name}' ({type(module).__name__}) was added to this {type(model).__name__} after its "
+                    "sequences were split between ranks, and would attend to this rank's tokens only. Call "
+                    "disable_context_parallel (or remove_context_parallel) before you change the model, and enable "
+                    "context parallelism again afterwards."
                 )
         self._remember(model)

@@ -93,6 +93,6 @@ def sharded_mask(
         f"attn_mask has shape {list(mask.shape if given is None else given)} on rank {rank}, which holds {queries} of "
         f"{query_shards.total} queries and {keys} of {key_shards.total} keys. Accepted are [batch, 1, 1, {keys}] (a "
         f"key mask, split like the keys), [batch, 1, 1, {key_shards.total}] (for all keys) and [batch, heads, "
-        f"{query_shards.total} or {queries} or 1, {key_shards.total}] (all rows or this rank's, all keys). A mask "
-        "that a block makes from one value per token is an outer product of local values; its plan has to say so."
+        f"{query_shards.total} or {queries} or 1, {key_shards.total}] (all rows or this rank's, all keys). If a block "
+        "makes the mask from one value per token, declare that in the plan: CPAttention(..., outer_mask=True)."
     )

@@ -69,8 +69,8 @@ def apply_cuda_graphs(model: nn.Module, *, max_graphs: int = _MAX_GRAPHS) -> nn.
     if "forward" in vars(model):
         raise AttentionProviderError(
             f"the forward of this {name} was replaced, as offloading and diffusers' hooks do (its own context "
-            "parallelism, caching, layerwise casting). A CUDA graph would have what these did in one call, and weights "
-            "where they were then. Take that off first (pipe.remove_all_hooks())."
+            "parallelism, caching, layerwise casting). A CUDA graph would repeat what they did in one call, and "
+            "read weights where they were then. Remove them first (pipe.remove_all_hooks())."
         )
     if model._compiled_call_impl is not None:
         raise AttentionProviderError(

@@ -84,8 +84,8 @@ def of_mode(owns_forward: bool) -> str | None:
 
 
 def is_watched() -> bool:
-    """Whether a TorchDispatchMode is active, which a replay would run no operation in. (PyTorch has no public function
-    for it.)"""
+    """Whether a TorchDispatchMode is active: a replay runs no operation that it could watch. (PyTorch has no public
+    function for it.)"""
     return bool(torch._C._len_torch_dispatch_stack())
 
 

@@ -248,7 +248,7 @@ class Weighing(Block):
 def test_a_forward_without_any_attention_is_looked_at():
     model = Model(Weighing(None))
     apply_context_parallel(model, MESH, {"blocks.0": PLAN["blocks.0"]})
-    with pytest.raises(AttentionProviderError, match=r"no attention came to.*'blocks.0' \(Weighing\)"):
+    with pytest.raises(AttentionProviderError, match=r"no attention call came to.*'blocks.0' \(Weighing\)"):
         model(torch.randn(1, 9, WIDTH))
     model = Model(Weighing(None))
     apply_context_parallel(model, MESH, {"blocks.0": [PLAN["blocks.0"], CPAttention((), key=())]})
@@ -427,7 +427,7 @@ def test_attention_that_came_later_is_named(change):
     change(model)
     for _ in range(2):
         with pytest.raises(
-            AttentionProviderError, match=r"'\w+blocks\.\d\.attn' \(FluxAttention\) came into this Flux"
+            AttentionProviderError, match=r"'\w+blocks\.\d\.attn' \(FluxAttention\) was added to this Flux"
         ):
             model(**CASES["flux"].inputs())
     remove_context_parallel(model)

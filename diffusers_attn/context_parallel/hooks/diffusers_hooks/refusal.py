@@ -64,7 +64,7 @@ def check_hook(model: nn.Module, split: Split, path: str, name: str, hook: Any) 
             return
         raise AttentionProviderError(
             f"{has}, which is not known to be exact where a model is split between ranks. It receives this rank's part "
-            f"of the tokens. Take it off (module._diffusers_hook.remove_hook('{name}')), or disable context "
+            f"of the tokens. Remove it (module._diffusers_hook.remove_hook('{name}')), or disable context "
             "parallelism. If it computes each token separately and decides the same on all ranks, declare it in its "
             f"class: {DECLARED} = True."
         )
@@ -74,7 +74,7 @@ def check_hook(model: nn.Module, split: Split, path: str, name: str, hook: Any) 
     needed = [each for each in rule.needs if each in split.arguments]
     if not path and (needed or (rule.needs_output and split.output)):
         raise AttentionProviderError(
-            f"{has}, which needs the full {', '.join(needed) or 'the output'}, and the plan gives it this rank's "
-            'part: it splits or gathers that of the model itself, "". Split and gather it within the model instead, or '
-            "take the hook off (model.disable_cache())."
+            f"{has}, which needs the full {', '.join(needed) or 'output'}. The plan splits or gathers it at the model "
+            'itself (the entry ""), so that the hook gets only a part. Split and gather it at modules within the model '
+            "instead, or remove the hook (model.disable_cache())."
         )

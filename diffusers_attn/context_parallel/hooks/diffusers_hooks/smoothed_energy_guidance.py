@@ -52,6 +52,6 @@ def _shards_of_queries(length: int, tracker: SequenceTracker) -> tuple[sharding.
     if len(names) == 1 and local and length % local == 0:
         return tracker.shards(names), length // local
     raise AttentionProviderError(
-        f"{what}, {length} tokens on rank {tracker.mesh.rank}, are none of the sequences of its attention "
+        f"{what} have {length} tokens on rank {tracker.mesh.rank}, as none of the sequences of its attention has "
         f"({tracker.describe()}). Leave SmoothedEnergyGuidance out, or run on one device."
     )

@@ -81,12 +81,12 @@ def _is_bound(module: Any) -> bool:
 
 def _computed_elsewhere(hook: LeaveAttention, module: Any) -> AttentionProviderError:
     processor = getattr(module, "processor", None)
-    by = f"its processor, {type(processor).__name__}, which calls" if processor is not None else "code that calls"
+    by = f"its processor is {type(processor).__name__}" if processor is not None else "it has no processor"
     return AttentionProviderError(
-        f"'{hook.name}' ({type(module).__name__}) attends by {by} no attention of diffusers_attn, so that it saw the "
-        f"tokens of this rank alone, and took them for all. Bind it to a provider, which "
-        "set_attn_processor(DispatchProcessor()) does for processors of diffusers; have its code call "
-        "diffusers_attn.attention_dispatch; or, if each rank has all keys that it needs, say so in the plan: "
+        f"'{hook.name}' ({type(module).__name__}) computes attention without diffusers_attn, so that it sees this "
+        f"rank's tokens only ({by}). Bind it to a provider: model.set_attn_processor(DispatchProcessor()) does so for "
+        "processors of diffusers. Or let its code call diffusers_attn.attention_dispatch. Or, if each rank has all "
+        "keys that it needs, say so in the plan: "
         f'"{hook.name}": CPAttention((), key=()). To go on without context parallelism, call '
         "disable_context_parallel(model), or remove_context_parallel(model) where a plan was applied."
     )

@@ -46,7 +46,7 @@ class Required(Unchanged):
 
 
 class KeepBlocks(Unchanged):
-    """Where the argument is given, has its sequence split between blocks only."""
+    """In forwards with this argument, splits its sequence between blocks only."""
 
     def change(self, value: Any, what: str, outputs: Sequence[Any]) -> Any:
         self.tracker.keep_blocks(self.spec.sequence, self.spec.size)
