@@ -1,7 +1,7 @@
 """The inputs of one call of a model as flat lists, and their description, which must be equal on all ranks.
 
-`CallInputs` takes the arguments apart into tensors, numbers and texts, since those are what an operator accepts (see
-`input_sync.py`). `describe` puts them into words again, one line for each argument, with a digest.
+`CallInputs` takes the arguments apart into tensors, numbers and texts, and `FlatInputs` has them as an operator accepts
+them (see `input_sync.py`). `describe` puts them into words again, one line for each argument, with a digest.
 """
 
 from __future__ import annotations
@@ -39,9 +39,29 @@ class CallInputs(NamedTuple):
     plain: list[tuple[str, str]]
     """Names of the numbers, and names and values of everything else that is not a tensor."""
 
+    def flat(self) -> FlatInputs:
+        """The same for an operator."""
+        names, watched_names = _joined(self.names), _joined(self.watched_names)
+        watched, plain = (
+            [tensor.detach() for tensor in self.watched],
+            _joined([part for line in self.plain for part in line]),
+        )
+        return FlatInputs(self.sent, watched, self.integers, self.floats, names, watched_names, plain)
 
-def joined(parts: list[str]) -> str:
-    """The strings as one, since an operator cannot have a list of strings as its argument."""
+
+class FlatInputs(NamedTuple):
+    """`CallInputs` in the types that an operator accepts. Texts are joined by `BETWEEN`."""
+
+    sent: Sequence[Tensor]
+    watched: Sequence[Tensor]
+    integers: Sequence[int]
+    floats: Sequence[float]
+    names: str
+    watched_names: str
+    plain: str
+
+
+def _joined(parts: list[str]) -> str:
     return BETWEEN.join([part.replace(BETWEEN, "\\x1e") for part in parts])
 
 
@@ -118,27 +138,18 @@ class Described(NamedTuple):
     digest: str
 
 
-def describe(
-    sent: Sequence[Tensor],
-    watched: Sequence[Tensor],
-    integers: Sequence[int],
-    floats: Sequence[float],
-    names: str,
-    watched_names: str,
-    plain: str,
-    check: bool,
-) -> Described:
+def describe(inputs: FlatInputs, check: bool) -> Described:
     """The description of a call; of tensors it has the values too, where they are watched or `check` is set."""
-    tensors = (*sent, *watched)
-    read = [check] * len(sent) + [True] * len(watched)
+    tensors = (*inputs.sent, *inputs.watched)
+    read = [check] * len(inputs.sent) + [True] * len(inputs.watched)
     return _in_words(
         tuple([(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]),
         tuple([fingerprint(tensor) if each else None for tensor, each in zip(tensors, read)]),
-        tuple(map(repr, integers)),
-        tuple(map(repr, floats)),
-        names if sent else None,
-        watched_names if watched else None,
-        plain,
+        tuple(map(repr, inputs.integers)),
+        tuple(map(repr, inputs.floats)),
+        inputs.names if inputs.sent else None,
+        inputs.watched_names if inputs.watched else None,
+        inputs.plain,
     )
 
 

@@ -43,7 +43,7 @@ from ..context_parallel.comm.group import Group
 from ..context_parallel.comm.rank_differences import differences
 from ..context_parallel.hooks import diffusers_hooks
 from ..errors import AttentionProviderError
-from .call_inputs import BETWEEN, CallInputs, collect, describe, joined, named, replaced
+from .call_inputs import BETWEEN, CallInputs, FlatInputs, collect, describe, named, replaced
 from .fingerprint import fingerprint, fingerprint_of_all
 from .forward_count import CALL, Forwards, digest_of, forwards_of
 from .input_exchange import Links, differ, tensors_of_first_rank, values_of_all_ranks
@@ -109,19 +109,13 @@ class InputSync:
             if hooks:
                 found.plain.append(("hooks of diffusers in the model", hooks))
             compare, self.compared = self.mode == "broadcast" and not self.compared, True
-        call = (
-            found.sent, [tensor.detach() for tensor in found.watched], found.integers, found.floats,
-            joined(found.names), joined(found.watched_names),
-            joined([part for line in found.plain for part in line]),
-            self.links,
-            self.mode == "check", compare,
-        )  # fmt: skip
+        inputs, check = found.flat(), self.mode == "check"
         if torch.compiler.is_compiling():
-            zero, *sent = torch.ops.diffusers_attn.agree(*call)
+            zero, *sent = torch.ops.diffusers_attn.agree(*inputs, self.links, check, compare)
             # Adding the operator's zero makes these tensors depend on it: the compiler drops unused results.
             watched = [tensor + zero for tensor in found.watched]
         else:
-            sent, watched = self._kept(found.sent, _values(*call)), found.watched
+            sent, watched = self._kept(found.sent, _values(inputs, self.links, check, compare)), found.watched
             _begins(module, is_agreed=True)
         tensors = iter(sent), iter(watched)
         new = {name: value if name in self.caches else replaced(value, *tensors) for name, value in given}
@@ -152,19 +146,8 @@ def _autocast(device: str) -> str:
     return repr(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
 
 
-def _values(
-    sent: Sequence[Tensor],
-    watched: Sequence[Tensor],
-    integers: Sequence[int],
-    floats: Sequence[float],
-    names: str,
-    watched_names: str,
-    plain: str,
-    links: str,
-    check: bool,
-    compare: bool,
-) -> list[Tensor]:
-    """The first rank's values of `sent`; this rank's own tensors on the first rank and in "check".
+def _values(inputs: FlatInputs, links: str, check: bool, compare: bool) -> list[Tensor]:
+    """The first rank's values of `inputs.sent`; this rank's own tensors on the first rank and in "check".
 
     Raises:
         AttentionProviderError: the ranks were given different inputs. It is raised on all ranks.
@@ -172,14 +155,14 @@ def _values(
     axes, host, members, token = _links(links)
     forwards = forwards_of(token)
     one_thread.take((*(group.name for group in axes), host.name), forwards.model)
-    described = describe(sent, watched, integers, floats, names, watched_names, plain, check)
+    described = describe(inputs, check)
     state = forwards.begin(in_training=described.call[_GRADIENTS] == "True")
     with rank_progress.waiting_for(members):
         if differ(f"{state.at} {state.digest} {described.digest}", host):
             raise _different(values_of_all_ranks([{CALL: state.at, **state.adapters}, described.call], host))
         if compare:
-            _report({name: fingerprint(tensor) for name, tensor in zip(names.split(BETWEEN), sent)}, host)
-        return list(sent) if check else tensors_of_first_rank(sent, axes, host)
+            _report({name: fingerprint(tensor) for name, tensor in zip(inputs.names.split(BETWEEN), inputs.sent)}, host)
+        return list(inputs.sent) if check else tensors_of_first_rank(inputs.sent, axes, host)
 
 
 @functools.lru_cache(maxsize=256)
@@ -203,7 +186,8 @@ def _agree(
     compare: bool,
 ) -> list[Tensor]:
     """Returns a zero, on which other tensors can depend, and copies of the results of `_values`."""
-    values = _values(sent, watched, integers, floats, names, watched_names, plain, links, check, compare)
+    inputs = FlatInputs(sent, watched, integers, floats, names, watched_names, plain)
+    values = _values(inputs, links, check, compare)
     diffusers_hooks.check_in_graph(forwards_of(_links(links)[3]).model)
     return [torch.zeros(()), *(torch.empty_like(mine).copy_(each) for mine, each in zip(sent, values))]
 
