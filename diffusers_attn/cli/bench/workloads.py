@@ -40,6 +40,7 @@ WORKLOADS = {
 }
 """By name, as on the command line."""
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 MASKS = {
     "none": ("no mask", 1.0),
     "causal": ("is_causal", 0.5),
