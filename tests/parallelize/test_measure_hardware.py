@@ -14,7 +14,8 @@ import torch.distributed as dist
 from diffusers_attn import disable_context_parallel, enable_context_parallel
 from diffusers_attn.context_parallel.comm.group import Group
 from diffusers_attn.parallelize import measure_hardware as measuring
-from diffusers_attn.parallelize.measure_hardware import SETTING, SIZES, Bench, job_hardware, measure_copies
+from diffusers_attn.parallelize.hardware_bench import SIZES, Bench, measure_copies
+from diffusers_attn.parallelize.measure_hardware import SETTING, job_hardware
 from diffusers_attn.providers.hardware import NETWORK, TYPICAL, Hardware, Link
 
 from ..context_parallel.shared_memory import FileMemory
@@ -154,18 +155,18 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(pool, tmp_path):
 
 def failing(meshes):
     """As if one rank had no memory left for the measurement."""
-    kept = measuring.Bench.matrix_flops
+    kept = Bench.matrix_flops
 
     def fails(self):
         raise torch.cuda.OutOfMemoryError("no memory left\nmore")
 
     if dist.get_rank() == 2:
-        measuring.Bench.matrix_flops = fails
+        Bench.matrix_flops = fails
     try:
         with Settings("uncached"):
             return job_hardware("cpu")
     finally:
-        measuring.Bench.matrix_flops = kept
+        Bench.matrix_flops = kept
 
 
 def test_a_rank_that_cannot_measure_has_all_ranks_take_typical_speeds(pool):
