@@ -103,7 +103,8 @@ coverage: $(VENV)/.dev  ## all tests with their branch coverage, also of the pro
 lint: $(VENV)/.dev  ## formatting, lint and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m mypy diffusers_attn benchmarks tests
+	$(RUN) -m mypy diffusers_attn benchmarks docs tests
+	$(RUN) -m mypy examples integrations
 
 docs: $(VENV)/.dev  ## write the generated tables and pictures of docs/
 	@$(RUN) docs/generate.py

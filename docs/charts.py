@@ -135,7 +135,9 @@ def kernels() -> str:
         ("Wan 1.3B 480p, 81 frames", "Wan 2.1 1.3B 480p, 81 frames: 32,760 tokens"),
     ):
         of_shape = {
-            each["provider"]: each.get("forward_tflops") for each in results("providers-h200") if each["shape"] == shape
+            each["provider"]: each["forward_tflops"]
+            for each in results("providers-h200")
+            if each["shape"] == shape and "forward_tflops" in each
         }
         named = ("sage", "flash_4", "_native_cudnn", "flash", "xformers", "flex", "_native_efficient")
         shown = [

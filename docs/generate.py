@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -341,7 +341,7 @@ def runs(spec: ProviderSpec, capability: tuple[int, int]) -> bool:
     return can.min_compute_capability is None or capability >= can.min_compute_capability
 
 
-SECTIONS = {
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/choosing_a_provider.md": {"providers": provider_table, "generations": generation_table},
     "docs/compatibility.md": {"matrix": compatibility_tables},
     "docs/performance.md": {"rivals": rival_tables},

@@ -74,7 +74,8 @@ def ulysses_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     The number of heads must be a multiple of the number of ranks.
     """
-    return heads_to_tokens(attention_dispatch(*(tokens_to_heads(tensor) for tensor in (query, key, value))))
+    query, key, value = tokens_to_heads(query), tokens_to_heads(key), tokens_to_heads(value)
+    return heads_to_tokens(attention_dispatch(query, key, value))
 
 
 def partial_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,8 @@ def largest_error(attention, inputs: list[Tensor], grad_out: Tensor) -> float:  
     def shard(tensor: Tensor) -> Tensor:
         return tensor.chunk(dist.get_world_size(), dim=2)[dist.get_rank()]
 
-    expected_out = attention_dispatch(*inputs)
+    query, key, value = inputs
+    expected_out = attention_dispatch(query, key, value)
     expected = (expected_out, *torch.autograd.grad(expected_out, inputs, grad_out))
     shards = [shard(tensor).detach().requires_grad_() for tensor in inputs]
     out = attention(*shards)

@@ -85,7 +85,7 @@ def load(args: argparse.Namespace, state: PartialState) -> Any:
             library.utils.logging.disable_progress_bar()
     dtype: Any = getattr(torch, args.dtype)
     with state.local_main_process_first():
-        parts = DiffusionPipeline.load_config(args.model)
+        parts: Any = DiffusionPipeline.load_config(args.model)
         if parts.get("vae", [None, None])[1] == "AutoencoderKLWan":  # visibly worse in less than float32
             dtype = {"vae": torch.float32, "default": dtype}
         pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype)

@@ -51,7 +51,7 @@ class AttentionProviderNode:
         Raises:
             ProviderUnavailableError: the provider cannot be used on this machine. The message says how to install it.
         """
-        chosen = {"source": source} if source == "hub" else {}
+        chosen: dict[str, Any] = {"source": source} if source == "hub" else {}
         attention_provider(provider, **chosen)  # raises if it cannot be used
         patched = model.clone()
         options = patched.model_options.get("transformer_options", {})
