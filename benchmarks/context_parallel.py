@@ -40,7 +40,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, profiled, step_milliseconds
 from mechanisms import switched
-from options import add_models, add_options, heading, parse, print_tables
+from options import add_models, add_options, heading, parse
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
 from strategies import STRATEGIES, USUAL
@@ -268,7 +268,7 @@ def parse_arguments() -> argparse.Namespace:
         "--profile", action="store_true", help="profile the GPU in one step of each variant as well (default: off)"
     )
     add_options(parser, rounds=3, steps=3)
-    args = parse(parser, "context_parallel.py")
+    args = parse(parser, markdown)
     usual = ["native" if args.device == "cpu" else "_native_cudnn"]
     args.providers, args.diffusers_backends = args.providers or usual, args.diffusers_backends or usual
     return args
@@ -276,9 +276,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    if args.markdown:
-        print_tables(args.markdown, markdown)
-        return
     diffusers.utils.logging.set_verbosity_error()  # that its context parallelism is experimental, for each variant
     # All variants compile the same functions: what one may recompile is not what all may together.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024

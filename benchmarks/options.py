@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,21 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse(parser: argparse.ArgumentParser, script: str, least: int = 2) -> argparse.Namespace:
-    """The arguments of `benchmarks/script`, which `least` ranks or more can run. Ends the program if they cannot."""
+def parse(
+    parser: argparse.ArgumentParser, markdown: Callable[[dict[str, Any]], str], least: int = 2
+) -> argparse.Namespace:
+    """The arguments of the script. Ends the program after the tables of `--markdown`, and where they cannot be run.
+
+    Args:
+        markdown: the tables of a report, from the content of its file.
+        least: number of ranks that the script needs.
+    """
     args = parser.parse_args()
     if args.markdown is not None:
-        return args
+        print_tables(args.markdown, markdown)
+        sys.exit()
     if int(os.environ.get("WORLD_SIZE", "0")) < least:
-        parser.error(f"start this with torchrun: torchrun --nproc_per_node 2 benchmarks/{script} ...")
+        parser.error(f"start this with torchrun: torchrun --nproc_per_node 2 benchmarks/{Path(sys.argv[0]).name} ...")
     processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if args.device == "cuda" and torch.cuda.device_count() < processes:
         parser.error(

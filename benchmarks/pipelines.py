@@ -36,7 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measuring import MIB, Report, diffusers_on_cpu
-from options import add_options, heading, parse, print_tables
+from options import add_options, heading, parse
 from ranks import Ranks, VariantError
 from real_pipelines import PIPELINES
 from strategies import STRATEGIES
@@ -153,10 +153,7 @@ def main() -> None:
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # without torchrun
     for name, value in (single | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}).items():
         os.environ.setdefault(name, value)
-    args = parse(parser, "pipelines.py", least=1)
-    if args.markdown:
-        print_tables(args.markdown, markdown)
-        return
+    args = parse(parser, markdown, least=1)
     args.compile = True
     ranks = Ranks(args.device, args.timeout)
     report = Report(args.output, ranks, args)

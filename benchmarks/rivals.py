@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from isolated import Isolated, one_line
 from libraries import LIBRARIES, Setting, version_of
 from measuring import MIB, Report, memory_taken, step_milliseconds
-from options import add_models, add_options, heading, parse, print_tables
+from options import add_models, add_options, heading, parse
 from ranks import Ranks, VariantError
 from real_shapes import REAL, TINY, RealModel
 from versions import host, installed
@@ -287,16 +287,13 @@ def parse_arguments() -> argparse.Namespace:
         help="seconds that a variant may take to start and compile (default: %(default)s)",
     )
     add_options(parser, rounds=4, steps=4)
-    args = parse(parser, "rivals.py")
+    args = parse(parser, markdown)
     args.compile = True
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.markdown:
-        print_tables(args.markdown, markdown)
-        return
     ranks = Ranks("cpu", args.timeout)  # gloo: only the variants' processes use the GPUs together
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device)
     if args.device == "cuda":

@@ -41,7 +41,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from accelerate import init_empty_weights
 from measuring import MIB, Report, memory_taken, step_milliseconds
-from options import add_options, heading, parse, print_tables
+from options import add_options, heading, parse
 from ranks import Ranks
 from real_shapes import REAL, TINY, RealModel
 
@@ -200,16 +200,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40, help="number of the model's layers (default: %(default)s)")
     add_options(parser, rounds=2, steps=3)
-    args = parse(parser, "sharded_weights.py")
+    args = parse(parser, markdown)
     args.compile = False
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.markdown:
-        print_tables(args.markdown, markdown)
-        return
     full = dataclasses.replace(
         REAL["wan-14b"],
         title=f"Wan 14B 480p, 81 frames, {args.layers} layers",

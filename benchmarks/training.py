@@ -48,7 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from choices import Choice, blocks, extra_choices
 from measuring import MIB, Report, diffusers_on_cpu, dynamo_counts, memory_taken, step_milliseconds
-from options import add_options, heading, parse, print_tables
+from options import add_options, heading, parse
 from ranks import Ranks, RanksDifferError, VariantError
 from real_shapes import REAL, TINY, RealModel
 from strategies import STRATEGIES
@@ -411,7 +411,7 @@ def parse_arguments() -> argparse.Namespace:
         help="size of the model; tiny is for trying this script out (default: %(default)s)",
     )
     add_options(parser, rounds=3, steps=2, tiny=False)
-    args = parse(parser, "training.py", least=1)
+    args = parse(parser, markdown, least=1)
     args.providers = args.providers or (["native"] if args.device == "cpu" else ["_native_cudnn", "flash_4"])
     args.diffusers_backends = args.diffusers_backends or ["native" if args.device == "cpu" else "_native_cudnn"]
     return args
@@ -419,9 +419,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    if args.markdown:
-        print_tables(args.markdown, markdown)
-        return
     began = time.monotonic()
     diffusers.utils.logging.set_verbosity_error()  # that its context parallelism is experimental, for each variant
     # All variants compile the same functions: what one may recompile is not what all may together.

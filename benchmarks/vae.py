@@ -30,7 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measuring import MIB, Report, memory_taken, profiled, step_milliseconds
-from options import add_options, heading, parse, print_tables
+from options import add_options, heading, parse
 from ranks import Ranks, VariantError
 
 from diffusers_attn import split_vae, unsplit_vae
@@ -217,16 +217,13 @@ def parse_arguments() -> argparse.Namespace:
         "--profile", action="store_true", help="profile the GPU in one call of each variant as well (default: off)"
     )
     add_options(parser, rounds=3)
-    args = parse(parser, "vae.py")
+    args = parse(parser, markdown)
     args.compile = False
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.markdown is not None:
-        print_tables(args.markdown, markdown)
-        return
     ranks = Ranks(args.device, args.timeout)
     report = Report(args.output, ranks, args)
 
