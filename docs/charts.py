@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,4 +224,31 @@ def training() -> str:
     )
 
 
-CHARTS = {"pipelines": pipelines, "kernels": kernels, "steps": steps, "training": training}
+def trainers() -> str:
+    """A step of LoRA training on one GPU, by this trainer and by diffusers' script."""
+    run = json.loads((RESULTS / "trainers-flux-h200.json").read_text())
+    warm_up = run["settings"]["warm_up"]
+
+    def bar(label: str, variant: str, colour: str) -> Bar:
+        turns = [each["seconds"][warm_up:] for each in run["turns"] if each["variant"] == variant]
+        return Bar(label, statistics.median(statistics.median(each) for each in turns), colour)
+
+    return bars(
+        "Seconds of a step of LoRA training: Flux.1 dev, 1024 x 1024",
+        [
+            Group(
+                "Rank 16, batch 1, bfloat16, blocks checkpointed",
+                [
+                    bar("diffusers, native flash", "diffusers, _native_flash", THEIRS),
+                    bar("diffusers, flash-attn", "diffusers, flash", THEIRS),
+                    bar("diffusers_attn", "ours", OURS),
+                    bar("diffusers_attn, --compile", "ours, compiled", OURS),
+                ],
+            )
+        ],
+        "s",
+        "NVIDIA H200. Shorter is better. Run: benchmarks/results/trainers-flux-h200.json",
+    )
+
+
+CHARTS = {"pipelines": pipelines, "kernels": kernels, "steps": steps, "training": training, "trainers": trainers}
