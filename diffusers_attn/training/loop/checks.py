@@ -22,7 +22,8 @@ from ..model.base_precision import check_adapter_kind, is_quantised
 from ..model.comfyui import check_comfyui
 from ..model.init_adapter import check_adapter, read_adapter
 from ..model.lora import OF_MATRICES, add_adapter, is_expression, linear_layers
-from ..model.optim import make_optimizer, make_schedule
+from ..model.optim import check_optimizer, make_optimizer, make_schedule
+from ..settings.choices import OPTIMIZERS
 from ..settings.config import TrainConfig
 from ..settings.contradictions import check_effect
 from ..settings.flag_names import option
@@ -51,12 +52,26 @@ def _is_registered(tracker: type) -> bool:
     return not tracker.__module__.startswith("accelerate.")
 
 
-def check_optimizing(config: TrainConfig, device: torch.device) -> None:
+def check_optimizing(config: TrainConfig, device: torch.device, sharded: bool) -> None:
     """Tries one optimizer step on a small parameter, and evaluates the learning-rate schedule at a few steps.
 
+    Args:
+        config: the settings.
+        device: this process's device.
+        sharded: whether FSDP2 shards parameters.
+
     Raises:
-        TrainingError: the optimizer or the schedule does not accept the settings, or does not work on this device.
+        TrainingError: the optimizer or the schedule does not accept the settings, or does not work on this device or
+            with shards.
     """
+    check_optimizer(config.optimizer)
+    if sharded and not OPTIMIZERS[config.optimizer].of_shards:
+        others = " or ".join(f"--optimizer {name}" for name, each in OPTIMIZERS.items() if each.of_shards)
+        raise TrainingError(
+            f"{option('optimizer', config.optimizer)} with FSDP2: {OPTIMIZERS[config.optimizer].package} updates whole "
+            f"tensors, and FSDP2 gives each rank a shard of them. Give {others}, whose state is sharded; or start with "
+            "DDP, for example from examples/accelerate_configs."
+        )
     parameter = nn.Parameter(torch.zeros(64, 64, device=device))
     try:
         optimizer = make_optimizer(

@@ -13,9 +13,7 @@ from ..data.ranks import in_step
 from ..errors import TrainingError
 from ..model.base_precision import check_base_precision
 from ..parallel import TrainingParallel, check_trainable
-from ..settings.choices import WHOLE
 from ..settings.config import TrainConfig
-from ..settings.flag_names import option
 from .checks import check_optimizing, check_settings
 
 
@@ -39,13 +37,9 @@ def start(config: TrainConfig, accelerator: Any, parallel: TrainingParallel, che
     """
     device, ranks = accelerator.device, parallel.ranks
     main = ranks.rank == 0
-    check_optimizing(config, device)
-    check_base_precision(config, device, accelerator.distributed_type == "FSDP")
-    if config.adapter == WHOLE and config.optimizer == "adamw8bit" and accelerator.distributed_type == "FSDP":
-        raise TrainingError(
-            f"{option('optimizer', config.optimizer)} with {option('adapter', WHOLE)} and FSDP2: its 8-bit state is "
-            "not sharded. Give --optimizer adamw, or start with DDP, for example `accelerate launch --multi_gpu`."
-        )
+    sharded = accelerator.distributed_type == "FSDP"
+    check_optimizing(config, device, sharded)
+    check_base_precision(config, device, sharded)
     if config.attn_provider is not None:
         check_trainable(config.attn_provider, device.type, parts=parallel.cp_degree > 1)
     if config.adapter_dropout and parallel.cp_degree > 1:

@@ -53,11 +53,13 @@ class Optimizer(NamedTuple):
     """Default learning rate."""
     state_entries: tuple[str, ...] = ()
     """Entries of the parameter groups that the optimizer updates itself. All others are settings."""
+    of_shards: bool = True
+    """Whether it updates parameters that FSDP2 shards."""
 
 
 OPTIMIZERS = {
     "adamw": Optimizer("torch", "", 1e-4),
-    "adamw8bit": Optimizer("bitsandbytes", "pip install bitsandbytes", 1e-4),
+    "adamw8bit": Optimizer("bitsandbytes", "pip install bitsandbytes", 1e-4, of_shards=False),
     "prodigy": Optimizer("prodigyopt", "pip install prodigyopt", 1.0, ("d", "d_max", "d_numerator", "k")),
 }
 

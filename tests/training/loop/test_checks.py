@@ -91,7 +91,16 @@ def test_a_folder_that_cannot_be_written(tmp_path, name):
     "settings", [{"optimizer": "adamw"}, {"optimizer": "prodigy"}, {"lr_schedule": "cosine", "lr_warmup_steps": 5}]
 )
 def test_what_works_is_not_refused(settings, capfd):
-    check_optimizing(TrainConfig(**MUST, **settings), torch.device("cpu"))
+    check_optimizing(TrainConfig(**MUST, **settings), torch.device("cpu"), sharded=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": "none"}], ids=["an adapter", "all weights"])
+def test_a_state_of_8_bits_is_not_sharded(settings):
+    config = TrainConfig(**MUST, **settings, optimizer="adamw8bit")
+    with pytest.raises(
+        TrainingError, match="--optimizer adamw8bit with FSDP2: .* Give --optimizer adamw or --optimizer"
+    ):
+        check_optimizing(config, torch.device("cpu"), sharded=True)
 
 
 def test_a_copy_without_weights():

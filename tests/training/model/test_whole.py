@@ -109,6 +109,31 @@ def test_over_split_sequences_and_shards(run_worlds, settings_of):
     assert load_file(f"{four['output_dir']}/transformer/diffusion_pytorch_model.safetensors").keys() == expected.keys()
 
 
+@pytest.mark.slow
+def test_other_optimizers_over_ranks(run_worlds, settings_of):
+    """8-bit state where ranks share a sequence; and Prodigy, whose step size depends on all weights, with shards."""
+    for package in ("bitsandbytes", "prodigyopt"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install -e .[test]")
+    of_8_bits = {**WHOLE, "optimizer": "adamw8bit", "learning_rate": 1e-3, "lr_warmup_steps": 0}
+    prodigy = {**WHOLE, "optimizer": "prodigy", "learning_rate": None}
+    one = [settings_of("cogview4", **each) for each in (of_8_bits, prodigy)]
+    two = settings_of("cogview4", **of_8_bits, cp_degree=2)
+    shards = settings_of("cogview4", **{**prodigy, "batch_size": 1})
+    [[alone], several] = run_worlds(World(1, train_all, {"several": one}), World(2, train_all, {"several": [two]}))
+    [sharded] = run_worlds(
+        World(2, train_sharded, {"settings": shards, "block": "CogView4TransformerBlock", "cp_degree": 1})
+    )
+    for ours, theirs in ((several[0][0], alone[0]), (sharded[0], alone[1])):
+        for mine, expected in zip(ours["steps"], theirs["steps"], strict=True):
+            assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert mine["gradient norm"] == pytest.approx(expected["gradient norm"], rel=1e-5)
+    for ours, theirs in ((several[0][0], alone[0]), (sharded[0], alone[1])):
+        found, expected = weights(ours["path"]), weights(theirs["path"])
+        assert any(each.numel() >= 4096 for each in expected.values())  # bitsandbytes keeps other states in float32
+        for name, each in expected.items():
+            torch.testing.assert_close(found[name], each, atol=1e-4, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
