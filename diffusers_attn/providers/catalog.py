@@ -161,7 +161,7 @@ _SPECS = (
     ),
     ProviderSpec(
         "_native_cudnn",
-        "aten_kernels:Cudnn",
+        "aten_cudnn:Cudnn",
         Capabilities(
             devices=CUDA,
             dtypes=HALF,

@@ -1,7 +1,7 @@
 """`F.scaled_dot_product_attention`: PyTorch chooses the kernel of each call.
 
 PyTorch does not return the log-sum-exp that several ranks need. For these calls, `Native.kernel` chooses one of the
-kernels in `aten_kernels.py`.
+kernels in `aten_kernels.py` and `aten_cudnn.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import masks, tensor_kinds
 from ..masks import MaskKind
 from ..tracing.functions import GradientLaidOutAsOutput, GradientLaidOutUnderTransforms
-from .aten_kernels import NO_DROPOUT, AtenAdapter, CpuFlash, Cudnn, Efficient, Flash, Math, needs_full_block
+from .aten_cudnn import NO_DROPOUT, Cudnn, needs_full_block
+from .aten_kernels import AtenAdapter, CpuFlash, Efficient, Flash, Math
 from .base import Params
 from .row_liveness import where_live
 

@@ -1,11 +1,11 @@
-"""What is done around PyTorch's kernels, on a CPU. Kernels of GPUs are in tests/gpu."""
+"""The ways around faults of cuDNN's backward, on a CPU. The kernel itself is in tests/gpu."""
 
 import math
 
 import pytest
 import torch
 
-from diffusers_attn.providers.aten_kernels import NO_DROPOUT, needs_full_block, with_full_block
+from diffusers_attn.providers.aten_cudnn import NO_DROPOUT, needs_full_block, with_full_block
 
 from .. import reference
 
