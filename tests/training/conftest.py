@@ -9,7 +9,7 @@ import pytest
 from ..context_parallel.pool import Pool
 from ..launching import TIMEOUT, as_child, forkserver
 from . import worlds
-from .runs import COMMON, SETTINGS, VIDEOS, make_data, make_model
+from .runs import COMMON, SETTINGS, SOUNDING, VIDEOS, make_data, make_model
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def settings_of(tmp_path_factory):
 
     def settings(name, **others):
         if name not in made:
-            kind = "video" if name in VIDEOS else "image"
+            kind = "video" if name in VIDEOS else "sounding" if name in SOUNDING else "image"
             data = folder / f"data_{kind}"
             data = data if data.exists() else make_data(kind, data)
             made[name] = {"model": str(make_model(name, folder / name)), "data": str(data)}

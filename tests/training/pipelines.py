@@ -142,6 +142,59 @@ def ltx() -> diffusers.LTXPipeline:
     )
 
 
+def ltx2() -> diffusers.LTX2Pipeline:
+    """LTX-2.3, whose cross-attention has a timestep, too, with a vocoder that doubles the length."""
+    tokenizer = _bytes(padding="<|endoftext|>", prefix=("<bos>",))
+    video, audio, bins = 8, 4, 16
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_learnable_registers": 2}
+    connectors = diffusers.pipelines.ltx2.LTX2TextConnectors(
+        caption_channels=TEXT_DIM, text_proj_in_factor=3, per_modality_projections=True, video_hidden_dim=TEXT_DIM,
+        audio_hidden_dim=TEXT_DIM,
+        **{f"{kind}_connector_{name}": each for kind in ("video", "audio") for name, each in heads.items()},
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=video, block_out_channels=(8, 8, 8, 16), decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    ).eval()  # fmt: skip
+    audio_vae = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=bins, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=audio, mel_bins=bins
+    ).eval()
+    for each, shift in ((vae, 0.1), (audio_vae, -0.2)):
+        each.latents_mean.fill_(shift)
+        each.latents_std.fill_(0.5)
+    text = {
+        **_GEMMA, "vocab_size": len(tokenizer), "sliding_window": 16, "layer_types": ["full_attention"] * 2,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    return diffusers.LTX2Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        ).eval(),
+        connectors=_random(connectors),
+        vae=vae,
+        audio_vae=audio_vae,
+        vocoder=diffusers.pipelines.ltx2.LTX2Vocoder(
+            in_channels=2 * bins, hidden_channels=4, upsample_kernel_sizes=[16, 20], upsample_factors=[8, 10],
+            resnet_kernel_sizes=[3], resnet_dilations=[[1]], output_sampling_rate=8000,
+        ).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=2.05, base_shift=0.95),
+        transformer=_random(
+            diffusers.LTX2VideoTransformer3DModel(
+                in_channels=video, out_channels=video, num_attention_heads=4, attention_head_dim=16,
+                cross_attention_dim=64, audio_in_channels=audio * bins // 4, audio_out_channels=audio * bins // 4,
+                audio_num_attention_heads=4, audio_attention_head_dim=8, audio_cross_attention_dim=32,
+                cross_attn_mod=True, audio_cross_attn_mod=True, num_layers=2, caption_channels=TEXT_DIM,
+                use_prompt_embeddings=True, perturbed_attn=True,
+            )
+        ),
+    )  # fmt: skip
+
+
 def sana() -> diffusers.SanaPipeline:
     """Sana, with the timestep scale and the norms of Sana 1.5."""
     tokenizer = _bytes(**_PADDING)
@@ -411,6 +464,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sdxl_v": sdxl_v,
     "chroma": chroma,
     "ltx": ltx,
+    "ltx2": ltx2,
     "sana": sana,
     "lumina2": lumina2,
     "hunyuan_video": hunyuan_video,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .data.media import picture, video
+from .data.media import picture, sounding_video, video
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_FLUX = ROOT / "examples" / "tiny_flux"
@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sdxl_v": {"resolution": [48], "aspects": [1.0], "min_snr_gamma": 5.0},
     "chroma": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 43},
     "ltx": {"resolution": [96], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 43},
+    "ltx2": {"resolution": [96], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 44},
     "sana": {"resolution": [96], "aspects": [1.0], "max_sequence_length": 43},
     "lumina2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 243},
     "hunyuan_video": {"resolution": [48], "aspects": [1.0], "num_frames": [9], "max_sequence_length": 600},
@@ -49,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "krea2": {"resolution": [48], "aspects": [1.0], "max_sequence_length": 273},
 }
 VIDEOS = ("wan", "cogvideox", "ltx", "hunyuan_video", "hunyuan_video15", "wan_i2v", "wan_ti2v", "wan_a14b", "wan_vace")
+SOUNDING = ("ltx2",)
+"""Families of videos with sound."""
 WITH_REFERENCES = {"flux_kontext": 1, "flux_control": 1, "qwen_image_edit": 1, "qwen_image_edit_plus": 2}
 """Families with reference images, and how many the tests give."""
 FROM_IMAGE = ("wan_i2v", "wan_ti2v", "wan_vace", *WITH_REFERENCES)
@@ -80,13 +83,15 @@ def make_model(name: str, folder: Path) -> Path:
 
 
 def make_data(kind: str, folder: Path, number: int = 5) -> Path:
-    """Pictures or videos with captions of different lengths."""
+    """Pictures, videos or videos with sound, with captions of different lengths."""
     folder.mkdir(parents=True)
     for i in range(number):
         if kind == "image":
             picture(folder / f"{i}.png", width=48, height=48, seed=i)
-        else:
+        elif kind == "video":
             video(folder / f"{i}.mp4", frames=9 + i, width=48, height=48)
+        else:
+            sounding_video(folder / f"{i}.mkv", frames=9 + i, width=48, height=48, pitch=200.0 * (i + 1))
         (folder / f"{i}.txt").write_text(f"number {i}" + " and more of it" * i)
     return folder
 

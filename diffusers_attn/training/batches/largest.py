@@ -16,7 +16,7 @@ from ..data.latent_cache import LatentCache
 from ..data.ranks import OneRank
 from ..data.text_cache import TextCache
 from ..families import Family
-from ..model.pipeline import placed, text_encoders
+from ..model.pipeline import placed, text_models
 from .captions import encode_captions
 
 
@@ -69,5 +69,5 @@ def encode_largest(
     example = assigned.examples[largest(assigned)[1]]
     with placed(list(family.encoders.values()), device):
         cached = latents.fill([example], family.encode)
-    with placed(list(text_encoders(family.pipeline).values()), device):
+    with placed(list(text_models(family.pipeline).values()), device):
         return cached, encode_captions(text, family, [(latents, cached)], OneRank())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families.denoising import draw
 from ..loss import sample_u
 from ..model.experts import at_level
 from ..randomness import SampleRandomness, generator
@@ -22,10 +23,10 @@ from ..settings.config import TrainConfig
 class Noise:
     """Adds the random tensors to a batch of `LatentLoader`, as its argument `finish`.
 
-    The batch gets an entry "drawn": a dict of "posterior" and "noise", float32 with the latents' shape, and the noise
-    levels "u", float32 [batch]; and an entry "trained": the transformer that this step trains, by component name. If
-    there are several, a noise level is drawn for each step, and the transformer of this level trains in it. So each
-    gets whole batches, and the noise levels of all steps have the distribution that one transformer would get.
+    The batch gets an entry "drawn": what `denoising.draw` returns, and the noise levels "u", float32 [batch]; and an
+    entry "trained": the transformer that this step trains, by component name. If there are several, a noise level is
+    drawn for each step, and the transformer of this level trains in it. So each gets whole batches, and the noise
+    levels of all steps have the distribution that one transformer would get.
 
     Args:
         config: settings with the seed and the parameters of the distribution of `u`.
@@ -42,8 +43,7 @@ class Noise:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         config = self.config
         random = SampleRandomness(config.seed, batch["step"], batch["positions"])
-        shape = batch["latents_mean"].shape[1:]
-        drawn = {what: random.normal(what, shape) for what in ("posterior", "noise")}
+        drawn = draw(batch, random)
         trained = self._trained(batch["step"])
         drawn["u"] = self._levels(random.generators("level"), self.levels[trained])
         return self._pinned({**batch, "drawn": drawn, "trained": trained})

@@ -21,11 +21,12 @@ from ..data.latent_cache import CachedLatents, LatentCache
 from ..data.loader import LatentLoader
 from ..data.pixels import References
 from ..data.sampler import Share
+from ..data.sound import with_sound
 from ..data.store import read_shapes, read_tensors
 from ..data.tags import changed_captions
 from ..data.text_cache import TextCache, text_key
 from ..families import Family
-from ..model.pipeline import fingerprint, placed, text_encoders
+from ..model.pipeline import fingerprint, placed, text_models
 from ..parallel import TrainingParallel
 from ..randomness import generator
 from ..settings.config import TrainConfig
@@ -104,6 +105,10 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
     examples = [with_conditions(each, family.example_conditions, folders, **finding) for each in examples]
     if held_out:
         held_out = with_conditions(held_out, family.example_conditions, folders, **finding)
+    if family.sound_rate is not None:
+        sounding: dict[str, Any] = {"on_bad_data": config.on_bad_data, "main_process": main}
+        examples = [with_sound(each, **sounding) for each in examples]
+        held_out = with_sound(held_out, **sounding) if held_out else []
     weights = fingerprint(family.pipeline.vae)
     caches = [_latent_cache(config, family, weights, source) for source in sources]
     latents = _latent_cache(config, family, weights)
@@ -127,7 +132,7 @@ def prepare_data(config: TrainConfig, family: Family, parallel: TrainingParallel
         filled = [cache.fill(those, family.encode, **filling) for cache, those in zip(caches, examples)]
         cached_held_out = latents.fill(held_out, family.encode, **filling) if held_out else []
     cached = list(itertools.chain.from_iterable(filled))
-    with placed(list(text_encoders(family.pipeline).values()), device):
+    with placed(list(text_models(family.pipeline).values()), device):
         embedded = encode_captions(text, family, [*zip(caches, filled), (latents, cached_held_out)], parallel.ranks)
     evaluation = (cached_held_out or cached)[: config.evaluation_examples]
     used = itertools.chain.from_iterable(repeats_of(sources, config.repeats, list(map(len, filled))))
@@ -208,11 +213,12 @@ def _latent_cache(config: TrainConfig, family: Family, weights: str, source: Dat
         settings |= {"family": type(family).__name__, **others}
     references = References(family.reference_size, family.references_have_borders)
     buckets = buckets_of(config, family, source)
-    return LatentCache(config.cache, settings, buckets, crop=config.crop, seed=config.seed, references=references)
+    cropping: dict[str, Any] = {"crop": config.crop, "seed": config.seed}
+    return LatentCache(config.cache, settings, buckets, **cropping, references=references, sound_rate=family.sound_rate)
 
 
 def _text_cache(config: TrainConfig, family: Family) -> TextCache:
-    encoders = text_encoders(family.pipeline)
+    encoders = text_models(family.pipeline)
     settings: dict[str, Any] = {
         "family": type(family).__name__,
         "weights": {name: fingerprint(each) for name, each in encoders.items()},

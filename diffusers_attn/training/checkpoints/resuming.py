@@ -43,7 +43,7 @@ _GIVEN = """
     mixed_precision compile gradient_checkpointing offload find_unused_parameters
     init_adapter format
     steps learning_rate adam_betas weight_decay adam_eps lr_schedule lr_warmup_steps max_grad_norm adapter_dropout
-    ema_decay timestep_sampling logit_mean logit_std mode_scale shift min_snr_gamma guidance
+    ema_decay timestep_sampling logit_mean logit_std mode_scale shift min_snr_gamma audio_weight guidance
     fps frame_pick max_upscale crop caption_column caption_lines trigger_word shuffle_tags keep_tags caption_dropout
     max_sequence_length loss_mask on_bad_data cache_batch_size
     checkpoint_every checkpoints_kept resume log_every metrics trackers tracker_project

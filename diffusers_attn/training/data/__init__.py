@@ -12,8 +12,8 @@ for batch in LatentLoader(latents, text, sampler, Share(dp_rank, dp_size, micro_
    `tags` changes captions, `clips` makes several examples of a video; `digests` and `integrity` detect changed and
    damaged files.
 2. `latent_cache` and `text_cache`: encode them once, with `encoding` in common. `pixels`, with `decode`, `frames`,
-   `buckets` and `resize_crop`, are what encoders get; `store`, `disk` and `lock` keep the results; `ranks` and
-   `prefetch` divide the work.
+   `buckets` and `resize_crop`, are what encoders get, and the `sound` of videos if a model learns it; `store`, `disk`
+   and `lock` keep the results; `ranks` and `prefetch` divide the work.
 3. `loader`: batches for the steps, chosen by `sampler` and made by `collate`.
 
 `errors` collects problems with the data and reports them together.

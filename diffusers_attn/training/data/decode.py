@@ -60,7 +60,7 @@ def probe_image(source: Source) -> Media:
         MissingDecoderError: PIL is not installed.
     """
     image_module, _ = _pil()
-    with _broken("image"), source.open() as file, image_module.open(file) as image:
+    with broken("image"), source.open() as file, image_module.open(file) as image:
         width, height = image.size
         if image.getexif().get(0x0112, 1) >= 5:  # orientations rotated by 90 degrees
             width, height = height, width
@@ -97,11 +97,11 @@ def read_image(source: Source) -> Tensor:
         MissingDecoderError: PIL is not installed.
     """
     image_module, ops = _pil()
-    with _broken("image"), source.open() as file:
+    with broken("image"), source.open() as file:
         data = file.read()
-    with _broken("image"), image_module.open(io.BytesIO(data)) as closed:
+    with broken("image"), image_module.open(io.BytesIO(data)) as closed:
         closed.verify()  # the checksums of a PNG, which decoding skips
-    with _broken("image"), image_module.open(io.BytesIO(data)) as opened:
+    with broken("image"), image_module.open(io.BytesIO(data)) as opened:
         check_image(data)
         if opened.format in ("BMP", "DIB", "TIFF"):
             import numpy as np
@@ -138,7 +138,7 @@ def read_mask(source: Source, channel: str) -> Tensor:
         red, green, blue = read_image(source).float()
         return (0.299 * red + 0.587 * green + 0.114 * blue).round().byte()[None]
     image_module, ops = _pil()
-    with _broken("image"), source.open() as file, image_module.open(file) as opened:
+    with broken("image"), source.open() as file, image_module.open(file) as opened:
         alpha = ops.exif_transpose(opened).convert("RGBA").getchannel("A")
         return torch.frombuffer(bytearray(alpha.tobytes()), dtype=torch.uint8).view(1, alpha.height, alpha.width)
 
@@ -167,8 +167,8 @@ def probe_video(source: Source) -> Media:
         TrainingDataError: the video cannot be read, or is shorter than its header states.
         MissingDecoderError: PyAV is not installed.
     """
-    av = _av()
-    with _broken("video"), source.open() as file:
+    av = pyav()
+    with broken("video"), source.open() as file:
         check_video(file)
         media = _probe(av, file)
         if media.frames < 1 or media.width < 1 or media.height < 1:
@@ -190,8 +190,8 @@ def read_video(source: Source, picked: Sequence[int]) -> Iterator[Tensor]:
         TrainingDataError: the video cannot be read, or ends before the last of `picked`.
         MissingDecoderError: PyAV is not installed.
     """
-    av = _av()
-    with _broken("video"), source.open() as file:
+    av = pyav()
+    with broken("video"), source.open() as file:
         yield from _read(av, file, list(picked))
 
 
@@ -201,7 +201,7 @@ def read(example: Example, picked: Sequence[int]) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _broken(what: str) -> Iterator[None]:
+def broken(what: str) -> Iterator[None]:
     """Turns every error of a decoder into a TrainingDataError."""
     try:
         yield
@@ -220,7 +220,8 @@ def _pil() -> tuple[Any, Any]:
     return Image, ImageOps
 
 
-def _av() -> Any:
+def pyav() -> Any:
+    """PyAV. Raises MissingDecoderError."""
     try:
         import av
     except ImportError as error:

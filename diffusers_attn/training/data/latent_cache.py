@@ -29,12 +29,13 @@ from .masks import latent_mask
 from .pixels import Pixels, References, read_pixels, read_references
 from .prefetch import prefetch
 from .ranks import OneRank, Ranks, in_step
+from .sound import Span, read_sound, span_of
 from .store import TensorStore, hash_of
 
 Encode = Callable[..., Mapping[str, Tensor]]
 """Encodes pixels, float32 [batch, 3, frames, height, width] in [-1, 1], to tensors [batch, ...] by name. The conditions
 of examples that have any are keyword arguments: reference images, `references`, [batch, number, 3, height, width]; the
-others as the pixels."""
+others as the pixels; and `sound`, [batch, 2, samples], if it is read."""
 
 
 class CachedLatents(NamedTuple):
@@ -51,6 +52,8 @@ class _Work(NamedTuple):
     example: Example
     bucket: Bucket
     numbers: list[int]
+    span: Span | None
+    """The part of the video whose sound is read; None if none is."""
 
 
 class LatentCache:
@@ -64,6 +67,8 @@ class LatentCache:
         crop: "centre", or "random" for a part of each example that depends only on its content and on `seed`.
         seed: seed of random crops.
         references: how reference images are resized.
+        sound_rate: samples per second of the sound of videos, whose frames are picked at a fixed rate. None: sound is
+            not read.
 
     Raises:
         TrainingDataError: settings that cannot be stored as JSON.
@@ -78,10 +83,12 @@ class LatentCache:
         crop: str = "centre",
         seed: int = 0,
         references: References = References(),  # noqa: B008,
+        sound_rate: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.settings = dict(settings)
         self.buckets, self.crop, self.seed, self.references = buckets, crop, seed, references
+        self.sound_rate = sound_rate
         self._works: dict[str, _Work] = {}
         self.store = TensorStore(self.folder / "latents")
         hash_of(self.settings)
@@ -180,7 +187,7 @@ class LatentCache:
             except TrainingDataError as error:
                 problems[i] = str(error)
                 continue
-            made_from = {
+            made_from: dict[str, Any] = {
                 "format": FORMAT,
                 "content": digest,
                 "bucket": list(bucket),
@@ -190,12 +197,19 @@ class LatentCache:
                 **given,
                 **({"mask": mask} if mask else {}),
             }
-            work[i] = _Work(hash_of(made_from), made_from, example, bucket, numbers)
+            span = None
+            if self.sound_rate is not None and self.buckets.picking.fps is not None:
+                span = span_of(example, bucket, numbers, self.buckets.picking.fps)
+                made_from["sound"] = [self.sound_rate, *span]
+            work[i] = _Work(hash_of(made_from), made_from, example, bucket, numbers, span)
         return work, problems
 
     def _pixels(self, work: _Work) -> Pixels | TrainingDataError:
         try:
-            return read_pixels(work.example, work.bucket, work.numbers, self.references, **self._cropping(work))
+            found = read_pixels(work.example, work.bucket, work.numbers, self.references, **self._cropping(work))
+            if self.sound_rate is not None and work.span is not None:
+                found.given["sound"] = read_sound(work.example.source, work.span, self.sound_rate)
+            return found
         except TrainingDataError as error:
             return error
 

@@ -31,7 +31,8 @@ class Pixels(NamedTuple):
     frames: Tensor
     """[frames, 3, height, width]."""
     given: dict[str, Tensor]
-    """Conditions by their kind: reference images [number, 3, height, width], others [3, frames, height, width]."""
+    """Conditions by their kind: reference images [number, 3, height, width], others [3, frames, height, width]; and
+    "sound", [2, samples], if it is read."""
     mask: Tensor | None
     """The mask of its loss, [1, 1, height, width] in [0, 1]."""
 

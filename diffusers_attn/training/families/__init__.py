@@ -1,7 +1,7 @@
 """Model families: the parts of training that differ between models, one file per family.
 
-`base` has the interface, `Family`; `images`, `hunyuan` and `instructed` have what several families share. A family is
-found by the classes of the pipeline and of its transformer.
+`base` has the interface, `Family`, and `denoising` the loss; `images`, `hunyuan` and `instructed` have what several
+families share. A family is found by the classes of the pipeline and of its transformer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "HunyuanVideo15Transformer3DModel": ("hunyuan_video15:HunyuanVideo15",),
     "HunyuanVideoTransformer3DModel": ("hunyuan_video:HunyuanVideo",),
     "Krea2Transformer2DModel": ("krea2:Krea2",),
+    "LTX2VideoTransformer3DModel": ("ltx2:LTX2",),
     "LTXVideoTransformer3DModel": ("ltx:LTXVideo",),
     "Lumina2Transformer2DModel": ("lumina2:Lumina2",),
     "QwenImageTransformer2DModel": (

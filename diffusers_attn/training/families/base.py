@@ -1,7 +1,7 @@
 """The interface of a model family.
 
-Latents have the shape [batch, channels, frames, height, width] everywhere, with one frame for images. A family converts
-them to the shapes that its VAE and transformer use.
+Latents of images and videos have the shape [batch, channels, frames, height, width] everywhere, with one frame for
+images. A family converts them to the shapes that its VAE and transformer use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import abc
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,47 @@ FURTHER_INPUTS = {
 """Inputs of a transformer besides latents, timestep and text, by the configuration entry that turns each on."""
 
 
+class Loss(Protocol):
+    """The loss of each sample, float32 [batch]."""
+
+    def __call__(
+        self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
+    ) -> Tensor:
+        """The first three arguments have the latents' shape. `mask` weighs the latents of images and videos, float32
+        [batch, 1, 1, height, width]; None weighs all alike."""
+        ...
+
+
+class Latents(NamedTuple):
+    """A kind of latents that a transformer learns."""
+
+    normalise: Callable[[Tensor], Tensor]
+    """Scales the VAE's latents to the transformer's range."""
+    prediction: Callable[[Tensor, Sequence[int]], Tensor]
+    """Converts the transformer's output to latents, whose shape is the second argument."""
+    loss: Loss
+    weight: float = 1.0
+    """Weight of the loss."""
+
+    def sample(self, batch: Mapping[str, Tensor], kind: str, noise: Tensor) -> Tensor:
+        """A normalised sample of the distribution of a batch, float32, drawn with the normal `noise`. If the batch has
+        no log-variance, the sample is the mean."""
+        mean, logvar = batch[f"latents_{kind}mean"].float(), batch.get(f"latents_{kind}logvar")
+        if logvar is None:
+            return self.normalise(mean)
+        logvar = logvar.float()
+        return self.normalise(mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise)
+
+
+class Waveform(NamedTuple):
+    """Generated sound."""
+
+    samples: Tensor
+    """[channels, samples] in [-1, 1]."""
+    rate: int
+    """Samples per second."""
+
+
 class Family(abc.ABC):
     """A pipeline with everything that training needs to know about its model.
 
@@ -45,13 +86,16 @@ class Family(abc.ABC):
         min_snr_gamma: see `loss.Diffusion`. Not for rectified flow.
         expert: "high", "low" or "both": what to train of a pipeline with one transformer for high and one for low noise
             levels.
+        audio_weight: weight of the sound's loss beside that of the video, for models that learn both; 0 trains the
+            video alone. None: 1.
+        fps: frame rate of the training videos. None: the model's.
 
     Raises:
         TrainingError: the pipeline, or a setting, is not supported.
     """
 
     kind: ClassVar[Literal["image", "video"]]
-    lora_targets: ClassVar[tuple[str, ...]]
+    lora_targets: tuple[str, ...]
     """Default names of the layers that get adapters."""
     text_length: ClassVar[int]
     """Default number of text tokens."""
@@ -77,14 +121,16 @@ class Family(abc.ABC):
     """Whether reference images of another shape than their example get borders, and are not cropped."""
     text_has_pictures: ClassVar[bool] = False
     """Whether the text encoder sees the reference images, too; see `seeing`."""
+    learns_sound: ClassVar[bool] = False
+    """Whether the model can learn the sound of videos."""
     takes_image: ClassVar[bool] = False
     """Whether the pipeline's call needs an image."""
     image_argument: ClassVar[str] = "image"
     """Argument of the pipeline's call for its images."""
     control_arguments: ClassVar[Mapping[str, str]] = {}
     """Arguments of the pipeline's call for the control of a sample and its mask, by the names of these conditions."""
-    conditioned: ClassVar[bool] = False
-    """Whether `encode` returns inputs of the transformer besides latents."""
+    conditioned: bool = False
+    """Whether `encode` returns more than the latents of images and videos."""
     encoded: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     """Names of the first tensors that the pipeline's `encode_prompt` returns; "" for one that is not used. They are the
     names of the arguments with which the pipeline's call accepts them."""
@@ -102,6 +148,8 @@ class Family(abc.ABC):
         max_sequence_length: int | None = None,
         min_snr_gamma: float | None = None,
         expert: str | None = None,
+        audio_weight: float | None = None,
+        fps: float | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.seen: Tensor | None = None
@@ -111,11 +159,17 @@ class Family(abc.ABC):
         self.dtype: torch.dtype = self.transformer.dtype
         self.shift = shift
         self.min_snr_gamma = min_snr_gamma
+        self.audio_weight = 1.0 if audio_weight is None else audio_weight
+        if audio_weight is not None and not self.learns_sound:
+            raise TrainingError(
+                f"{option('audio_weight', audio_weight)}: {type(pipeline).__name__} generates no sound. Leave it out."
+            )
         self._check_guidance(guidance)
         self.guidance = 1.0 if guidance is None else guidance
         self.max_sequence_length = self._text_length(max_sequence_length)
         self._check_inputs()
         self.check()
+        self.fps = fps or self.fps
         self.objective = self.make_objective()
         if min_snr_gamma is not None and isinstance(self.objective, RectifiedFlow):
             raise TrainingError(
@@ -250,6 +304,11 @@ class Family(abc.ABC):
     # ---- Data
 
     @property
+    def sound_rate(self) -> int | None:
+        """Samples per second of the sound of videos that is trained. None: no sound is."""
+        return None
+
+    @property
     @abc.abstractmethod
     def size_multiple(self) -> int:
         """Number that height and width in pixels must be multiples of."""
@@ -299,11 +358,12 @@ class Family(abc.ABC):
         Args:
             pixels: images or videos.
             given: their `example_conditions` by kind, also in [-1, 1]: reference images are [batch, number, 3, height,
-                width], others have the shape of `pixels`.
+                width], others have the shape of `pixels`. With a `sound_rate` also "sound", [batch, 2, samples].
 
         Returns:
             "latents_mean" and "latents_logvar", float32 [batch, channels, frames, height, width], on the CPU, as the
-            VAE has them: not scaled yet. Other names are passed to `inputs`, with those of `encode_text`.
+            VAE has them: not scaled yet; and those of further kinds of `latents`. Other names are passed to `inputs`,
+            with those of `encode_text`.
         """
         vae = self.pipeline.vae
         with torch.no_grad():
@@ -323,14 +383,12 @@ class Family(abc.ABC):
     def normalise(self, latents: Tensor) -> Tensor:
         """Scales the VAE's latents to the transformer's range."""
 
-    def clean(self, batch: Mapping[str, Tensor], noise: Tensor) -> Tensor:
-        """A normalised sample of the distribution that `encode` returned, float32, drawn with the normal `noise`. If it
-        has no "latents_logvar", the sample is the mean."""
-        mean, logvar = batch["latents_mean"].float(), batch.get("latents_logvar")
-        if logvar is None:
-            return self.normalise(mean)
-        logvar = logvar.float()
-        return self.normalise(mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise)
+    @property
+    def latents(self) -> dict[str, Latents]:
+        """The kinds of latents that the transformer learns, in the order of its outputs, by their prefix: of the
+        tensors that `encode` returns, "latents_mean" belongs to the kind "", which are those of images and videos, and
+        "latents_audio_mean" to the kind "audio_"."""
+        return {"": Latents(self.normalise, self.prediction, self.loss)}
 
     # ---- The transformer
 
@@ -345,8 +403,8 @@ class Family(abc.ABC):
         Args:
             noisy: latents [batch, channels, frames, height, width].
             timestep: from the objective's `level`, [batch].
-            text: a batch of the tensors that `encode_text` returned, and of those that `encode` returned besides
-                latents.
+            text: a batch of the tensors that `encode_text` returned, of those that `encode` returned besides latents,
+                and noisy latents of further kinds.
         """
 
     def prediction(self, output: Tensor, shape: Sequence[int]) -> Tensor:
@@ -356,10 +414,7 @@ class Family(abc.ABC):
     def loss(
         self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
     ) -> Tensor:
-        """The loss of each sample, float32 [batch]. The first three arguments have the latents' shape.
-
-        `mask` has the weight of each latent in the mean, float32 [batch, 1, 1, height, width]; None weighs all alike.
-        """
+        """The loss of each sample; see `Loss`."""
         return self.objective.loss(prediction, clean, noise, level, mask)
 
     def parts(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -367,12 +422,25 @@ class Family(abc.ABC):
         return [dict(batch)]
 
     def predict(
-        self, transformer: Callable[..., Any], noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Runs one forward. Arguments are those of `inputs`; `transformer` may be wrapped, for example by DDP."""
-        dtype = self.dtype
-        inputs = self.inputs(noisy.to(dtype), timestep, {name: _cast(each, dtype) for name, each in text.items()})
-        return self.prediction(transformer(**inputs, return_dict=False)[0], noisy.shape)
+        self, transformer: Callable[..., Any], noisy: Mapping[str, Tensor], timestep: Tensor, text: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Runs one forward.
+
+        Args:
+            transformer: the model, which may be wrapped, for example by DDP.
+            noisy: latents of each kind.
+            timestep, text: as for `inputs`, which gets latents of further kinds in `text`, such as "audio_noisy".
+
+        Returns:
+            The prediction for each kind, in the shape of its latents.
+        """
+        text = {**text, **{f"{kind}noisy": each for kind, each in noisy.items() if kind}}
+        cast = {name: _cast(each, self.dtype) for name, each in text.items()}
+        outputs = transformer(**self.inputs(noisy[""].to(self.dtype), timestep, cast), return_dict=False)
+        return {
+            kind: each.prediction(output, noisy[kind].shape)
+            for (kind, each), output in zip(self.latents.items(), outputs)
+        }
 
     # ---- Generation
 
@@ -408,6 +476,10 @@ class Family(abc.ABC):
     def guidance_arguments(self, scale: float) -> dict[str, float]:
         """The pipeline's arguments for a guidance scale."""
         return {self.guidance_argument: scale}
+
+    def drawn_sound(self, output: Any) -> Waveform | None:
+        """The sound of the first sample in the output of the pipeline's call. None: it has none."""
+        return None
 
     def refuse_shift(self) -> None:
         """Raises TrainingError if a shift was given. For families that are not trained with rectified flow."""

@@ -13,11 +13,11 @@ from .base import Family, patches
 class LTXVideo(Family):
     """`LTXPipeline` with an `LTXVideoTransformer3DModel`.
 
-    The transformer gets `fps`, the pipeline's default, as the frame rate of all videos.
+    The transformer gets `fps` as the frame rate of all videos.
     """
 
     kind = "video"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 128
     fps = 25.0
     pipelines = ("LTXPipeline",)
@@ -58,3 +58,6 @@ class LTXVideo(Family):
         return self.pipeline._unpack_latents(
             output, *shape[-3:], patch_size=self.config.patch_size, patch_size_t=self.config.patch_size_t
         )
+
+    def size_arguments(self, frames: int, height: int, width: int) -> dict[str, Any]:
+        return {**super().size_arguments(frames, height, width), "frame_rate": self.fps}

@@ -16,7 +16,7 @@ class Wan(Family):
     """`WanPipeline` with one or two `WanTransformer3DModel`."""
 
     kind = "video"
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_length = 512
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
 

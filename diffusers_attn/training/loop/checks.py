@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...parallelize.targets import find_targets
-from ..batches.buckets import buckets_of
+from ..batches.buckets import buckets_of, rate_of
 from ..data.conditions import CONDITIONS
 from ..errors import TrainingError
 from ..families import Family
@@ -161,6 +161,7 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
             check_adapter(read_adapter(family.pipeline, path, component, len(family.trained) > 1), bare)
     _check_conditions(config, family)
     _check_buckets(config, family)
+    _check_sound(config, family)
     check_previews(config, family)
 
 
@@ -179,6 +180,17 @@ def _check_conditions(config: TrainConfig, family: Family) -> None:
         if getattr(config, kind) is not None and kind not in family.example_conditions:
             instead = f"Give {used} in its place" if used else "Leave it out"
             raise TrainingError(f"{option(kind, getattr(config, kind))}: {name} takes no {each.what}. {instead}.")
+
+
+def _check_sound(config: TrainConfig, family: Family) -> None:
+    """Raises TrainingError if sound is trained, but frames have no fixed rate, and so no length in seconds."""
+    if family.sound_rate is None or rate_of(config, family) is not None:
+        return
+    given = option("fps", config.fps) if config.fps == 0 else option("frame_pick", config.frame_pick)
+    raise TrainingError(
+        f"{given}: {type(family.pipeline).__name__} learns sound, which belongs to frames at a fixed rate. Leave it "
+        "out, or train videos alone with --audio_weight 0."
+    )
 
 
 def check_targets(transformer: nn.Module, targets: Sequence[str]) -> None:

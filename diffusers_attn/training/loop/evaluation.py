@@ -8,6 +8,7 @@ import torch
 
 from ..batches.prepare import PreparedData, evaluation_batches
 from ..families import Family
+from ..families.denoising import draw, losses_of
 from ..model.experts import at_level, evaluating
 from ..parallel import TrainingParallel
 from ..randomness import SampleRandomness
@@ -54,10 +55,7 @@ def loss_of(
     family: Family, transformer: Any, batch: dict[str, Any], random: SampleRandomness, u: float
 ) -> torch.Tensor:
     """The mean loss of a batch at noise level `u`, a scalar on the device."""
-    mean = batch["latents_mean"]
-    clean = family.clean(batch, random.normal("posterior", mean.shape[1:]).to(mean.device))
-    noise = random.normal("noise", clean.shape[1:]).to(mean.device)
-    level = family.objective.level(torch.full((len(clean),), u, device=mean.device), family.tokens(clean.shape))
-    noisy = family.objective.noisy(clean, noise, level)
-    prediction = family.predict(transformer, noisy, level.timestep, batch)
-    return family.loss(prediction, clean, noise, level, batch.get("loss_mask")).mean()
+    device = batch["latents_mean"].device
+    drawn = {name: each.to(device) for name, each in draw(batch, random).items()}
+    drawn["u"] = torch.full((len(batch["latents_mean"]),), u, device=device)
+    return losses_of(family, transformer, batch, drawn).mean()

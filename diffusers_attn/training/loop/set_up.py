@@ -48,6 +48,8 @@ def load_family(config: TrainConfig, accelerator: Any, parallel: TrainingParalle
         max_sequence_length=config.max_sequence_length,
         min_snr_gamma=config.min_snr_gamma,
         expert=config.expert,
+        audio_weight=config.audio_weight,
+        fps=config.fps,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoints.state import Training
 from ..families import Family
+from ..families.denoising import losses_of
 from ..model.lora import trained_parameters
 from ..parallel import TrainingParallel
 from ..randomness import derived_seed
@@ -90,7 +91,7 @@ class TrainStep:
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss of a micro-batch, a scalar on the device."""
-        config, family, objective = self.config, self.family, self.family.objective
+        config, family = self.config, self.family
         device = self.accelerator.device
         on_device, drawn = (
             {name: each.to(device, non_blocking=True) for name, each in these.items() if isinstance(each, Tensor)}
@@ -101,13 +102,8 @@ class TrainStep:
             self.parallel.check({**on_device, **drawn})
         if config.adapter_dropout:
             torch.manual_seed(derived_seed(config.seed, "dropout", batch["step"], batch["positions"][0]))
-        clean, noise = family.clean(on_device, drawn["posterior"]), drawn["noise"]
-        level = objective.level(drawn["u"], family.tokens(clean.shape))
-        noisy = objective.noisy(clean, noise, level)
-        text = {name: each for name, each in on_device.items() if not name.startswith(("latents_", "loss_"))}
         model: Any = self.training.transformer
         if len(family.trained) > 1:
             model = functools.partial(model, batch["trained"])
-        prediction = family.predict(model, noisy, level.timestep, text)
-        losses = family.loss(prediction, clean, noise, level, on_device.get("loss_mask"))
+        losses = losses_of(family, model, on_device, drawn)
         return (losses * on_device["loss_weight"]).mean()

@@ -17,8 +17,9 @@ from ...nested import mapped
 from ..data.buckets import Bucket
 from ..data.disk import write_file
 from ..families import Family
+from ..families.base import Waveform
 from ..model.experts import evaluating
-from ..model.pipeline import decoding_in_its_dtype, placed, text_encoders
+from ..model.pipeline import decoding_in_its_dtype, placed, text_models
 from ..parallel import TrainingParallel
 from ..randomness import derived_seed
 from ..settings.config import TrainConfig
@@ -68,7 +69,7 @@ class Validation:
             for number, each in enumerate(self.previews)
         ]
         if self.previews:
-            with placed(list(text_encoders(family.pipeline).values()), device):
+            with placed(list(text_models(family.pipeline).values()), device):
                 self.calls = [self._call(config, each, bucket) for each in self.previews]
 
     def _call(self, config: TrainConfig, preview: Preview, bucket: Sequence[int]) -> dict[str, Any]:
@@ -137,7 +138,8 @@ class Validation:
                 if writes:
                     pixels = output.images[0] if hasattr(output, "images") else output.frames[0]
                     words = re.sub(r"[^a-z0-9]+", "-", self.previews[number].prompt.lower())[:40].strip("-")
-                    path = _save(pixels, folder / f"{number:02d}-{words}", self.fps, self.lossless)
+                    name = folder / f"{number:02d}-{words}"
+                    path = _save(pixels, name, self.fps, self.lossless, self.family.drawn_sound(output))
                     samples.append((number, str(path)))
         found = sorted(each for several in parallel.ranks.everyone(samples) for each in several)
         return [Sample(number, self.previews[number].prompt, Path(path)) for number, path in found]
@@ -162,7 +164,7 @@ class Validation:
         write_gallery(folder.parent, f"Samples of {folder.parent.parent.name}")
 
 
-def _save(output: Any, path: Path, fps: float, lossless: bool) -> Path:
+def _save(output: Any, path: Path, fps: float, lossless: bool, sound: Waveform | None = None) -> Path:
     """Writes an image, [height, width, 3] in [0, 1], as PNG, or a video, [frames, height, width, 3], as MP4.
 
     Args:
@@ -170,6 +172,7 @@ def _save(output: Any, path: Path, fps: float, lossless: bool) -> Path:
         path: name of the file without its suffix.
         fps: frame rate of a video.
         lossless: whether a video is written as MKV without loss as well.
+        sound: the sound of a video.
     """
     import numpy as np
     from PIL import Image
@@ -180,14 +183,14 @@ def _save(output: Any, path: Path, fps: float, lossless: bool) -> Path:
 
     def write(unfinished: Path) -> None:
         if pixels.ndim == 4:
-            write_video(pixels, unfinished, fps)
+            write_video(pixels, unfinished, fps, sound)
         else:
             Image.fromarray(pixels).save(unfinished)
 
     write_file(target, write, "a sample")
     if lossless:
         without_loss = path.with_name(path.name + ".mkv")
-        write_file(without_loss, lambda unfinished: write_lossless(pixels, unfinished, fps), "a sample")
+        write_file(without_loss, lambda unfinished: write_lossless(pixels, unfinished, fps, sound), "a sample")
     return target
 
 

@@ -30,7 +30,7 @@ def load_pipeline(
     expert: str | None = None,
     whole: bool = False,
 ) -> Any:
-    """Loads a diffusers pipeline on the CPU, frozen and in evaluation mode. The VAE is always in float32.
+    """Loads a diffusers pipeline on the CPU, frozen and in evaluation mode. VAEs are always in float32.
 
     Args:
         model: a folder, or a name on the Hub.
@@ -67,7 +67,8 @@ def load_pipeline(
                 dtype=torch.float32 if whole else dtype,
                 precision=base_precision,
             )
-        dtypes = {"vae": torch.float32, "default": dtype}
+        in_float32 = ("vae", *sorted(parts & {"audio_vae", "vocoder"}))
+        dtypes: dict[str, Any] = {**dict.fromkeys(in_float32, torch.float32), "default": dtype}
         if whole:
             dtypes |= dict.fromkeys(parts & {"transformer", "transformer_2", "unet"}, torch.float32)
         quantised = pipeline_quantisation(base_precision, dtype, parts - given.keys())
@@ -130,6 +131,13 @@ def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
         for name, each in pipeline.components.items()
         if name.startswith("text_encoder") and isinstance(each, nn.Module)
     }
+
+
+def text_models(pipeline: Any) -> dict[str, nn.Module]:
+    """The models that encode texts for the transformer, by component name: the text encoders, and the connectors of
+    LTX-2, which its call runs again."""
+    connectors = getattr(pipeline, "connectors", None)
+    return text_encoders(pipeline) | ({} if connectors is None else {"connectors": connectors})
 
 
 def drop_text_encoders(pipeline: Any) -> None:

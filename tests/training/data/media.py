@@ -41,6 +41,44 @@ def video(path: Path, frames: int = 12, width: int = 64, height: int = 48, fps: 
     return path
 
 
+def sounding_video(
+    path: Path, frames: int, width: int = 64, height: int = 48, fps: int = 24, codec: str = "flac",
+    rate: int = 48_000, layout: str = "stereo", pitch: float = 300.0, begins: float = 0.0, seconds: float | None = None,
+) -> Path:  # fmt: skip
+    """A video, as `video` makes it, with a tone that rises: `tone` of the time in seconds since it began. The second
+    channel is half as loud."""
+    from fractions import Fraction
+
+    import av
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        track = container.add_stream(codec, rate=rate, layout=layout)
+        for i in range(frames):
+            pixels = np.zeros((height, width, 3), np.uint8)
+            pixels[..., 2] = min(i * 20, 255)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+        length = frames / fps - begins if seconds is None else seconds
+        sound = tone(np.arange(round(length * rate)) / rate, pitch)
+        channels = np.stack([sound, sound / 2][: 1 if layout == "mono" else 2]).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(channels, format="fltp", layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, round(begins * rate), Fraction(1, rate)
+        container.mux(track.encode(frame))
+        container.mux(track.encode())
+    return path
+
+
+def tone(times, pitch: float = 300.0):
+    """The sound of `sounding_video` at times in seconds since it began."""
+    import numpy as np
+
+    return 0.5 * np.sin(2 * np.pi * (pitch + 400 * times) * times)
+
+
 def video_at(path: Path, times: list[int], codec: str = "mpeg4") -> Path:
     """A video whose frames are shown at these times, in milliseconds. Blue is 10 times the number of the frame."""
     from fractions import Fraction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ class Case(NamedTuple):
     """Number of images that the pipeline gets: for the first frame, or as references."""
     controls: bool = False
     """Whether it gets a control video and its mask."""
+    more: tuple[str, ...] = ()
+    """Arguments that the pipeline gives its transformer, which would compute them itself."""
 
 
 CASES = {
@@ -59,6 +62,17 @@ CASES = {
     "sdxl_v": Case(unpacked=True),
     "chroma": Case(),
     "ltx": Case(frames=9, width=64, multiple=32, frame_rule=(8, 1)),
+    "ltx2": Case(
+        {
+            **dict.fromkeys(("guidance_scale", "modality_scale", "audio_guidance_scale", "audio_modality_scale"), 1.0),
+            **dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0),
+        },
+        frames=9,
+        width=64,
+        multiple=32,
+        frame_rule=(8, 1),
+        more=("video_coords", "audio_coords"),
+    ),
     "sana": Case({"guidance_scale": 1.0, "use_resolution_binning": False}, width=64, multiple=32, unpacked=True),
     "lumina2": Case(text_length=230, unpacked=True),
     "hunyuan_video": Case({"guidance_scale": 3.5}, text_length=600, frames=9),
@@ -97,24 +111,26 @@ def draw(family: Family, case: Case) -> Drawn:
     hook = transformer.register_forward_pre_hook(
         lambda module, args, kwargs: drawn.calls.append({**dict(zip(names, args)), **kwargs}), with_kwargs=True
     )
-    step, set_timesteps, decode = scheduler.step, scheduler.set_timesteps, vae.decode
+    plain, decode = type(scheduler), vae.decode
 
-    def recording_step(output, timestep, sample, *args, **kwargs):
-        result = step(output, timestep, sample, *args, **kwargs)
-        drawn.steps.append((timestep, sample, output, result[0]))
+    @functools.wraps(plain.step)  # whose signatures pipelines read
+    def recording_step(self, output, timestep, sample, *args, **kwargs):
+        result = plain.step(self, output, timestep, sample, *args, **kwargs)
+        if self is scheduler:  # and not the copy that LTX-2 has for the sound
+            drawn.steps.append((timestep, sample, output, result[0]))
         return result
 
-    def recording_timesteps(*args, **kwargs):
+    @functools.wraps(plain.set_timesteps)
+    def recording_timesteps(self, *args, **kwargs):
         drawn.mu.update({"mu": kwargs["mu"]} if "mu" in kwargs else {})
-        return set_timesteps(*args, **kwargs)
+        return plain.set_timesteps(self, *args, **kwargs)
 
     def recording_decode(latents, *args, **kwargs):
         drawn.decoded.append(latents)
         return decode(latents, *args, **kwargs)
 
-    for recording, original in ((recording_step, step), (recording_timesteps, set_timesteps)):
-        vars(recording)["__signature__"] = inspect.signature(original)  # which pipelines read
-    scheduler.step, scheduler.set_timesteps, vae.decode = recording_step, recording_timesteps, recording_decode
+    recording = {"step": recording_step, "set_timesteps": recording_timesteps}
+    scheduler.__class__, vae.decode = type(plain.__name__, (plain,), recording), recording_decode
     arguments = {
         "num_inference_steps": 3,
         "max_sequence_length": case.text_length,
@@ -131,7 +147,8 @@ def draw(family: Family, case: Case) -> Drawn:
     pipeline.set_progress_bar_config(disable=True)
     pipeline(prompt=PROMPT, output_type="pt", **{name: arguments[name] for name in arguments if name in accepted})
     hook.remove()
-    del scheduler.step, scheduler.set_timesteps, vae.decode
+    scheduler.__class__ = plain
+    del vae.decode
     return drawn
 
 
@@ -166,6 +183,8 @@ def encoded(family: Family, case: Case, caption: str = PROMPT) -> dict[str, Tens
     if case.controls:
         given |= {name: _pixels(frames).transpose(0, 1)[None] for name, frames in controls(case).items()}
     given = {name: given[name] for name in family.example_conditions}
+    if family.sound_rate is not None:
+        given["sound"] = torch.zeros(1, 2, 8000)
     pixels = torch.zeros(1, 3, 1, case.width * 3 // 2, case.width) if given else images.transpose(1, 2)
     found = family.encode(pixels.expand(-1, -1, case.frames, -1, -1), **given)
     seeing = family.seeing(images) if family.text_has_pictures else family
@@ -219,11 +238,24 @@ def test_training_does_what_the_pipeline_does(name):
     assert family.size_multiple == case.multiple
     assert family.frame_rule == ((1, 0) if family.kind == "image" else case.frame_rule)
     drawn = draw(family, case)
-    shape = family.encode(torch.zeros(1, 3, case.frames, case.width * 3 // 2, case.width))["latents_mean"].shape
+    sound = {} if family.sound_rate is None else {"sound": torch.zeros(1, 2, 8000)}
+    encoded_ones = family.encode(torch.zeros(1, 3, case.frames, case.width * 3 // 2, case.width), **sound)
+    shape = encoded_ones["latents_mean"].shape
     tokens = family.tokens(shape)
 
     def latents(sample: Tensor) -> Tensor:
         return sample.unsqueeze(2) if case.unpacked else family.prediction(sample, shape)
+
+    def noisy_at(number: int) -> dict[str, Tensor]:
+        """The latents of each kind that the transformer got in a step."""
+        further = {
+            kind: each.prediction(
+                drawn.calls[number][f"{kind}hidden_states"], encoded_ones[f"latents_{kind}mean"].shape
+            )
+            for kind, each in family.latents.items()
+            if kind
+        }
+        return {"": latents(drawn.steps[number][1]), **further}
 
     # The range of latents: those that the VAE decodes are the last ones of the sampler.
     # (The first frame of a video may be the given one.)
@@ -233,10 +265,11 @@ def test_training_does_what_the_pipeline_does(name):
     # Inputs.
     timestep, sample, *_ = drawn.steps[1]
     text = encoded(family, case)
-    ours = family.inputs(latents(sample), timestep.view(1).float(), text)
+    given = {f"{kind}noisy": each for kind, each in noisy_at(1).items()}
+    ours = family.inputs(latents(sample), timestep.view(1).float(), {**text, **given})
     ours = {key: each for key, each in ours.items() if each is not None}
     theirs = {key: each for key, each in drawn.calls[1].items() if each is not None}
-    assert set(ours) == set(theirs) - {"return_dict", "attention_kwargs", "joint_attention_kwargs"}
+    assert set(ours) == set(theirs) - {"return_dict", "attention_kwargs", "joint_attention_kwargs", *case.more}
     for key, each in ours.items():
         assert len(tensors_in(each)) == len(tensors_in(theirs[key])), key
         assert tensors_in(each) or each == theirs[key], key
@@ -256,8 +289,11 @@ def test_training_does_what_the_pipeline_does(name):
     if flow:
         level = level._replace(sigma=pipeline.scheduler.sigmas[:1])
     with torch.no_grad():
-        prediction = family.predict(family.transformer, latents(sample), timestep.view(1).float(), text)
+        found = family.predict(family.transformer, noisy_at(0), timestep.view(1).float(), text)
+    prediction = found[""]
     assert torch.allclose(step_to(family, latents(sample), prediction, level, sigma), latents(after), atol=1e-4)
+    for kind, each in noisy_at(1).items():
+        assert torch.allclose(step_to(family, noisy_at(0)[kind], found[kind], level, sigma), each, atol=1e-4)
 
     # The shift. (That of Flux 2 depends on the number of steps, and has a test of its own.)
     if flow and name != "flux2":
@@ -271,11 +307,15 @@ def test_training_does_what_the_pipeline_does(name):
     # Padding: a sample gets the same prediction beside one with a longer caption.
     texts = [{key: each[0] for key, each in encoded(family, case, caption).items()} for caption in (PROMPT, LONGER)]
     both = collate(texts, varying({key: tuple(each.shape) for key, each in text.items()} for text in texts))
-    noisy = latents(sample).expand(2, -1, -1, -1, -1)
+    noisy = {kind: each.expand(2, *[-1] * (each.ndim - 1)) for kind, each in noisy_at(0).items()}
+
+    def part_of(part: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {kind: each[: len(part["at"])] for kind, each in noisy.items()}
+
     with torch.no_grad():
         predicted = torch.cat(
             [
-                family.predict(family.transformer, noisy[: len(part["at"])], part["at"], part)
+                family.predict(family.transformer, part_of(part), part["at"], part)[""]
                 for part in family.parts({**both, "at": timestep.float().expand(2)})
             ]
         )

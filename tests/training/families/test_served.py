@@ -40,6 +40,7 @@ SERVED = {
     "HunyuanVideo15Transformer3DModel": ("HunyuanVideo15Pipeline",),
     "HunyuanVideoTransformer3DModel": ("HunyuanVideoPipeline",),
     "Krea2Transformer2DModel": ("Krea2Pipeline",),
+    "LTX2VideoTransformer3DModel": ("LTX2Pipeline",),
     "LTXVideoTransformer3DModel": ("LTXPipeline",),
     "Lumina2Transformer2DModel": ("Lumina2Pipeline",),
     "QwenImageTransformer2DModel": ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),

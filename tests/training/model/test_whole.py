@@ -65,10 +65,12 @@ def test_a_step_is_that_of_a_plain_loop(settings_of):
     micros.close()
     parts = family.parts(batch)  # each example by itself, since their texts have different lengths
     for part in parts:
-        clean, noise = family.clean(part, part["drawn"]["posterior"]), part["drawn"]["noise"]
+        noise = part["drawn"]["noise"]
+        clean = family.latents[""].sample(part, "", part["drawn"]["posterior"])
         level = family.objective.level(part["drawn"]["u"], family.tokens(clean.shape))
         text = {name: each for name, each in part.items() if name.startswith("prompt_")}
-        prediction = family.predict(plain, family.objective.noisy(clean, noise, level), level.timestep, text)
+        noisy = {"": family.objective.noisy(clean, noise, level)}
+        prediction = family.predict(plain, noisy, level.timestep, text)[""]
         (((prediction - (noise - clean)) ** 2).mean() / len(parts)).backward()
     for name, each in plain.named_parameters():
         # Adam's first step with an eps of 1.

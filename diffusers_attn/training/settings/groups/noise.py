@@ -50,6 +50,12 @@ class NoiseSettings:
         "usual (default: no such weight)",
         bounds=POSITIVE,
     )
+    audio_weight: float | None = setting(
+        None,
+        "Weight of the sound's loss beside that of the video, for a model that generates both (LTX-2); 0 trains videos "
+        "alone, which may then be silent (default: 1)",
+        bounds=NOT_NEGATIVE,
+    )
     guidance: float | None = setting(
         None, "Guidance scale that a guidance-distilled model gets as its input (default: 1)", bounds=NOT_NEGATIVE
     )
