@@ -167,7 +167,7 @@ def obstacle(target: Target, inputs: str) -> str | None:
     """Why every rank must make all calls of this model, and what to do, as a clause; None if they can be divided."""
     if keeps_keys(target.plan):
         return "it keeps keys from one call to the next. Use another model"
-    if target.model._compiled_call_impl is not None:
+    if target.is_compiled:
         return "it is compiled as a whole. Compile its blocks instead (apply_compile(model))"
     if inputs == "check":
         return "inputs='check' compares the values of every call before it. Use inputs='broadcast'"

@@ -26,6 +26,8 @@ class Target(NamedTuple):
     """Name of the pipeline's component, with its class; for a single model, its class."""
     model: nn.Module
     plan: Plan
+    is_compiled: bool = False
+    """Whether it is compiled as a whole, see `is_compiled`."""
 
 
 def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target], list[str]]:
@@ -38,7 +40,8 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
     unsplit: list[str] = []
     if isinstance(pipeline_or_model, nn.Module):
         model = unwrapped(pipeline_or_model)
-        targets = [Target(type(model).__name__, model, get_cp_plan(model) if plan is None else plan)]
+        given = get_cp_plan(model) if plan is None else plan
+        targets = [Target(type(model).__name__, model, given, is_compiled(pipeline_or_model))]
     else:
         targets, unsplit = _of_pipeline(pipeline_or_model, plan)
     for target in targets:
@@ -67,13 +70,24 @@ def models_of(pipeline_or_model: Any) -> list[nn.Module]:
     """
     if isinstance(pipeline_or_model, nn.Module):
         return [unwrapped(pipeline_or_model)]
-    models = _models(_components(pipeline_or_model)).values()
+    models = map(unwrapped, _models(_components(pipeline_or_model)).values())
     return list({id(model): model for model in models}.values())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """`model` without the wrappers of torch.compile, PEFT and data parallelism. Its own hooks still run inside them."""
+    return list(_layers(model))[-1]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model is compiled as a whole: by its `compile`, or within the wrapper that `torch.compile` returns."""
+    return any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in _layers(model))
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The wrappers of a model, from the outermost to the model itself."""
     while True:
+        yield model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
@@ -81,7 +95,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()  # type: ignore[operator]
         else:
-            return model
+            return
 
 
 def device_type(pipeline_or_model: Any) -> str:
@@ -130,15 +144,15 @@ def _components(pipeline: Any) -> dict[str, Any]:
 
 
 def _models(components: dict[str, Any]) -> dict[str, nn.Module]:
-    """The models of a pipeline by name, without wrappers. Several ControlNets in one component follow it."""
+    """The models of a pipeline by name. Several ControlNets in one component follow it."""
     found: dict[str, nn.Module] = {}
     for name, component in components.items():
         if not isinstance(component, nn.Module):
             continue
-        model = found[name] = unwrapped(component)
-        nets = getattr(model, "nets", None)
+        found[name] = component
+        nets = getattr(unwrapped(component), "nets", None)
         if isinstance(nets, nn.ModuleList):
-            found |= {f"{name}.nets.{number}": unwrapped(each) for number, each in enumerate(nets)}
+            found |= {f"{name}.nets.{number}": each for number, each in enumerate(nets)}
     return found
 
 
@@ -146,11 +160,13 @@ def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[s
     targets: dict[int, Target] = {}
     unsplit: list[str] = []
     components = _components(pipeline)
-    for name, model in _models(components).items():
+    for name, component in _models(components).items():
+        model = unwrapped(component)
         transformer = name == "transformer" or name.startswith("transformer_")
         found = plan if plan is not None and transformer else None if plan is not None else _registered(model)
         if found is not None:
-            targets.setdefault(id(model), Target(f"{name} ({type(model).__name__})", model, found))
+            title = f"{name} ({type(model).__name__})"
+            targets.setdefault(id(model), Target(title, model, found, is_compiled(component)))
         elif transformer:
             unsplit.append(f"{name} ({type(model).__name__})")
     if not targets:

@@ -86,7 +86,7 @@ def _outcome(meshes: Any, name: str, put: Put, order: str) -> str:
             return f"differs by {wrong:.1e}"
         return EXACT if in_effect(pipes[-1], wanted.samples) else OFF
     except AttentionProviderError as error:
-        words = re.sub(r"\s+", " ", str(error))
+        words = re.sub(r"\s+", " ", str(error).partition("\n\nfrom user code")[0])  # where a compiler traced
         return f"refused after {len(steps)} steps: {words}" if steps and _in_call(error) else f"{REFUSED}: {words}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -44,12 +44,17 @@ def _provider(pipe: Any, meshes: Any) -> Effect:
     return lambda pipe, _: bound <= _with_provider(pipe)
 
 
+def transformer_of(pipe: Any) -> Any:
+    """The pipeline's transformer, without the wrapper of torch.compile."""
+    return getattr(pipe.transformer, "_orig_mod", pipe.transformer)
+
+
 def _with_provider(pipe: Any) -> set[str]:
     """Names of the attention modules that have the provider."""
-    return {each.name for each in attention_modules(pipe.transformer) if each.provider == "native"}
+    return {each.name for each in attention_modules(transformer_of(pipe)) if each.provider == "native"}
 
 
-class _Counting:
+class Counting:
     """A backend of torch.compile that counts the calls of compiled graphs."""
 
     def __init__(self) -> None:
@@ -66,7 +71,7 @@ class _Counting:
 def _blocks(pipe: Any, meshes: Any, **options: Any) -> Effect:
     torch._dynamo.reset()
     set_attention_provider(pipe, "native")
-    backend = _Counting()
+    backend = Counting()
     apply_compile(pipe.transformer, backend=backend, **options)
     return lambda *_: backend.calls > 0
 
@@ -74,7 +79,7 @@ def _blocks(pipe: Any, meshes: Any, **options: Any) -> Effect:
 def _whole(pipe: Any, meshes: Any) -> Effect:
     torch._dynamo.reset()
     set_attention_provider(pipe, "native")
-    backend = _Counting()
+    backend = Counting()
     pipe.transformer.compile(backend=backend)
     return lambda *_: backend.calls > 0
 
@@ -82,7 +87,7 @@ def _whole(pipe: Any, meshes: Any) -> Effect:
 def _tokens(mesh: Callable[[Any], Any], **options: Any) -> Put:
     def put(pipe: Any, meshes: Any) -> Effect:
         enable_context_parallel(pipe, mesh=mesh(meshes), split_vae=False, verbose=False, **options)
-        return lambda pipe, _: applied_tracker(pipe.transformer) is not None
+        return lambda pipe, _: applied_tracker(transformer_of(pipe)) is not None
 
     return put
 
@@ -98,6 +103,7 @@ class Samples:
     def __init__(self) -> None:
         self.number = 0
 
+    @torch.compiler.disable  # or a model would be compiled anew for every number
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.number += next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).shape[0]
 
@@ -112,13 +118,13 @@ def count_samples(model: nn.Module) -> Samples:
 
 def _guidance(pipe: Any, meshes: Any) -> Effect:
     enable_context_parallel(pipe, guidance_degree=2, split_vae=False, verbose=False)
-    samples = count_samples(pipe.transformer)
+    samples = count_samples(transformer_of(pipe))
     return lambda _, of_one_process: 0 < samples.number < of_one_process
 
 
 def _weights(pipe: Any, meshes: Any) -> Effect:
     enable_context_parallel(pipe, mesh=meshes.heads[2], split_vae=False, shard_weights=True, verbose=False)
-    return lambda pipe, _: any(isinstance(each, DTensor) for each in pipe.transformer.parameters())
+    return lambda pipe, _: any(isinstance(each, DTensor) for each in transformer_of(pipe).parameters())
 
 
 def _vae(pipe: Any, meshes: Any) -> Effect:

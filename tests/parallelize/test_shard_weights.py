@@ -280,6 +280,9 @@ def refusals(meshes):
     model.compile(backend="eager")
     attempt("compiled whole", enable(pipeline))
     pipeline = tiny_pipelines.make("wan")
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    attempt("compiled whole, wrapped", enable(pipeline))
+    pipeline = tiny_pipelines.make("wan")
     model = pipeline.transformer
     enable(pipeline)()
     attempt("to", lambda: pipeline.to(torch.float64))
@@ -289,6 +292,7 @@ def refusals(meshes):
     attempt("save", lambda: model.save_pretrained("/nowhere"))
     attempt("copy", lambda: copy.deepcopy(model))
     attempt("compiled whole later", lambda: apply_compile(model, "full", backend="eager"))
+    attempt("compiled whole later, wrapped", lambda: torch.compile(model, backend="eager")(**inputs("wan")))
     attempt("fuse", lambda: model.fuse_lora())
     attempt("graphs later", lambda: apply_cuda_graphs(model))
     pipeline.to("cpu")
@@ -320,6 +324,7 @@ MESSAGES = {
     "inputs": "inputs='sync'",
     "offloaded": "Accelerate's ModelHook on 'blocks.0' moves or casts them",
     "compiled whole": 'apply_compile(model, "regional")',
+    "compiled whole, wrapped": 'apply_compile(model, "regional")',
     "to": "cannot become float64 on cpu",
     "group offload": "enable_group_offload of this WanTransformer3DModel is not possible",
     "offload": "offloading of this UMT5EncoderModel is not possible",
@@ -327,6 +332,7 @@ MESSAGES = {
     "save": "each rank would save its shard. Call disable_context_parallel on all ranks first",
     "copy": "copy or pickle of this WanTransformer3DModel is not possible",
     "compiled whole later": "compile of this WanTransformer3DModel is not possible",
+    "compiled whole later, wrapped": "compile of this WanTransformer3DModel is not possible",
     "fuse": "adapters cannot be merged into shards",
     "graphs later": "the weights of this WanTransformer3DModel are sharded",
     "one rank": "rank 1 could not shard its weights: AttributeError: 'AutoencoderKLWan' object has no attribute",

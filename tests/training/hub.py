@@ -97,9 +97,10 @@ def hub() -> Iterator[Hub]:
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(text)
+            if self.command != "HEAD":
+                self.wfile.write(text)
 
-        do_GET = do_POST = do_PUT = answer  # noqa: N815 (names that the server looks for)
+        do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815 (names that the server looks for)
 
         def log_message(self, *args: object) -> None: ...
 

@@ -15,7 +15,7 @@ from ...context_parallel.hooks.diffusers_hooks.registry import class_name, hooks
 from ...errors import AttentionProviderError
 from ...runtime.cuda_graphs.apply import is_applied_by_hand
 from ..model_sync import described_model
-from ..targets import device_type, unwrapped
+from ..targets import device_type, is_compiled, unwrapped
 from .loading import is_on_meta
 from .units import Unit, adapter_weights, units
 
@@ -29,6 +29,8 @@ class ToShard(NamedTuple):
     """Name of the pipeline's component; for a single model, its class."""
     model: nn.Module
     units: list[Unit]
+    is_compiled: bool
+    """Whether it is compiled as a whole."""
 
 
 def models_to_shard(pipeline_or_model: Any, shard_weights: ShardWeights, cuda_graphs: object) -> list[ToShard]:
@@ -51,7 +53,9 @@ def models_to_shard(pipeline_or_model: Any, shard_weights: ShardWeights, cuda_gr
     names = None if shard_weights is True else tuple(shard_weights)
     if isinstance(pipeline_or_model, nn.Module):
         model = unwrapped(pipeline_or_model)
-        possible = {type(model).__name__: ToShard(type(model).__name__, model, units(model))}
+        possible = {
+            type(model).__name__: ToShard(type(model).__name__, model, units(model), is_compiled(pipeline_or_model))
+        }
         others: dict[str, nn.Module] = {}
         if names is not None:
             raise AttentionProviderError(
@@ -130,7 +134,7 @@ def _of_pipeline(pipeline: Any) -> tuple[dict[str, ToShard], dict[str, nn.Module
             if any(id(each.model) == id(model) for each in possible.values()):
                 continue
             if any(each.next is not None for each in found):
-                possible[name] = ToShard(name, model, found)
+                possible[name] = ToShard(name, model, found, is_compiled(component))
             else:
                 remaining[name] = model
     return possible, remaining
@@ -154,11 +158,11 @@ def _check(chosen: ToShard) -> None:
     for path, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise _moved(name, f"Accelerate's {type(module._hf_hook).__name__} on '{path}'")
-        if module._compiled_call_impl is not None and module is model:
-            raise AttentionProviderError(
-                f"{name} is compiled as a whole, and weights are gathered between its blocks. Compile its blocks: "
-                'apply_compile(model, "regional").'
-            )
+    if chosen.is_compiled:
+        raise AttentionProviderError(
+            f"{name} is compiled as a whole, and weights are gathered between its blocks. Compile its blocks: "
+            'apply_compile(model, "regional").'
+        )
     for path, _, hook in hooks_in(model):
         if any(part in class_name(hook) for part in (".group_offloading.", ".layerwise_casting.LayerwiseCasting")):
             raise _moved(name, f"diffusers' {type(hook).__name__} on '{path}'")

@@ -66,7 +66,7 @@ def shard(
     problem: Exception | None = None
     with contextlib.ExitStack() as forget:
         forget.callback(_forget, chosen)
-        for name, model, units in chosen:
+        for name, model, units, _ in chosen:
             remove_automatic(model)
             home = next(model.parameters()).device
             bring: Any = loading.Mover(here)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AttentionProviderError
+from ...tracing.errors import raise_error
 from ...tracing.export import refuse_export
 from .units import adapter_weights
 
@@ -95,7 +96,7 @@ def class_for(
         }
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
         methods |= {name: _with_full_shapes(getattr(original, name)) for name in ADAPTING if hasattr(original, name)}
-        methods["__call__"] = _calling(original, call)
+        methods["__call__"] = _calling(original, call, is_model)
         kind: Any = type("EqualClass", (_EqualClass, type(original)), {})
         made = kind(original.__name__, (ShardedModule, fsdp_class), methods | names)
         made.original = original
@@ -115,16 +116,18 @@ class _EqualClass(type):
         return hash(cls.original)
 
 
-def _calling(original: type[nn.Module], call: Callable[..., Any]) -> Callable[..., Any]:
+def _calling(original: type[nn.Module], call: Callable[..., Any], is_model: bool) -> Callable[..., Any]:
     plain = original.__call__
 
-    # A compiled block is compiled without this function, and a model that is compiled as a whole breaks its graph here.
     @torch.compiler.disable(recursive=False)
     def outside_of_graphs(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call(self, plain, args, kwargs)
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         refuse_export(f"this {type(self).__name__}", "its weights are sharded", "Call disable_context_parallel")
+        # A compiled block is compiled without this function.
+        if is_model and torch.compiler.is_compiling():
+            raise_error(_refusal, self, "compile", OF_MODELS["compile"])
         return outside_of_graphs(self, args, kwargs)
 
     return __call__

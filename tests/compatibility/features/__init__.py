@@ -1,15 +1,17 @@
 """The features by name, and by kind as the page lists them."""
 
 from ..feature import Feature
-from . import adapters, caches, conditions, guiders, life, offloading, precision
+from . import adapters, caches, compiling, conditions, copies, guiders, life, offloading, precision
 
 KINDS: dict[str, dict[str, Feature]] = {
     "Step caches": caches.FEATURES,
+    "Compilation without `apply_compile`": compiling.FEATURES,
     "Offloading": offloading.FEATURES,
     "Adapters": adapters.FEATURES,
     "Precision": precision.FEATURES,
     "Conditions": conditions.FEATURES,
     "Guiders": guiders.FEATURES,
+    "Copies and files": copies.FEATURES,
     "Life of a pipeline": life.FEATURES,
 }
 FEATURES: dict[str, Feature] = {name: feature for kind in KINDS.values() for name, feature in kind.items()}

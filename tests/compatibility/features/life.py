@@ -1,45 +1,20 @@
-"""What happens to a pipeline besides: copies, files, other sizes and batches, callbacks, threads."""
+"""What happens to a pipeline besides: other sizes and batches, callbacks, threads."""
 
 from __future__ import annotations
 
-import copy
-import io
-import tempfile
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
-from diffusers_attn.nested import mapped
+from diffusers_attn import attention_provider
 
 from ... import tiny_pipelines
 from ...guidance import families
-from ..feature import Feature, draw_wan
-
-
-def _transformer(change: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Puts what `change` makes of the transformer in its place."""
-
-    def put(pipe: Any) -> None:
-        pipe.transformer = change(pipe.transformer)
-
-    return put
-
-
-def _pickled(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def _saved(model: Any) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return type(model).from_pretrained(folder, torch_dtype=torch.float64)
+from ..feature import Feature, wan
 
 
 def _calls(*calls: dict[str, Any]) -> Callable[[Any], list[Tensor]]:
@@ -67,13 +42,44 @@ def _in_threads_one_after_the_other(pipe: Any) -> list[Tensor]:
     return [families.draw(pipe, "wan"), *_in_a_thread(pipe), families.draw(pipe, "wan", seed=1)]
 
 
-def _video() -> Any:
+@functools.cache
+def _alone() -> Tensor:
+    return families.draw(wan(), "wan", seed=1)
+
+
+def _beside_another(pipe: Any) -> list[Tensor]:
+    """Calls a pipeline while another one is called in another thread, with a provider of its own. They wait for each
+    other after each step, so that each has its steps within the other's call."""
+    results, meeting = [], threading.Barrier(2, timeout=120)
+
+    def meet(pipe: Any, step: int, time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        meeting.wait()
+        return {}
+
+    def other() -> None:
+        with attention_provider("_native_math"):
+            results.append(families.draw(wan(), "wan", seed=1, callback_on_step_end=meet))
+
+    alone, thread = _alone(), threading.Thread(target=other)
+    thread.start()
+    try:
+        own = families.draw(pipe, "wan", callback_on_step_end=meet)
+    except BaseException:
+        meeting.abort()
+        raise
+    finally:
+        thread.join()
+    assert (results[0] - alone).abs().max() < 1e-10 * alone.abs().max(), "the other pipeline's result is wrong"
+    return [own]
+
+
+def video() -> Any:
     pipe = tiny_pipelines.make("wan")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _draw_video(pipe: Any) -> list[Tensor]:
+def draw_video(pipe: Any) -> list[Tensor]:
     with torch.no_grad():
         call = pipe(
             prompt_embeds=torch.ones(2, 4, 32), negative_prompt_embeds=torch.zeros(2, 4, 32), num_frames=5, height=48,
@@ -88,64 +94,29 @@ def _tiling(pipe: Any) -> None:
     )
 
 
-_COMPILED = ("whole", "blocks", "blocks over ranks")
+COMPILED = ("whole", "blocks", "blocks over ranks")
 
 
 def _of_vae(put: Callable[[Any], None], changes: bool) -> Feature:
-    return Feature(put, build=_video, draw=_draw_video, plain=_draw_video if changes else None, tolerance=1e-3,
-                   not_under=_COMPILED)  # fmt: skip
-
-
-def _exported(part: Callable[[Any], Any], draw: Callable[[Any], Any], **options: Any) -> Callable[[Any], list[Tensor]]:
-    """Calls a pipeline, exports a module of it for the arguments of its first call, and runs the program."""
-
-    def results(pipe: Any) -> list[Tensor]:
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        record = part(pipe).register_forward_pre_hook(
-            lambda _, *call: calls.append(mapped(call, torch.clone)), with_kwargs=True
-        )
-        drawn = draw(pipe)
-        record.remove()
-        args, kwargs = calls[0]
-        with torch.no_grad():
-            program = torch.export.export(part(pipe), args, kwargs, **options).module()
-            result = program(*args, **kwargs)
-        return [*drawn, result[0] if isinstance(result, tuple) else result]
-
-    return results
-
-
-def _of_transformer(**options: Any) -> Feature:
-    return Feature(draw=_exported(lambda pipe: pipe.transformer, draw_wan, **options), orders=("before",))
+    return Feature(put, build=video, draw=draw_video, plain=draw_video if changes else None, tolerance=1e-3,
+                   not_under=COMPILED)  # fmt: skip
 
 
 FEATURES = {
-    "`from_pipe`": Feature(lambda pipe: diffusers.WanPipeline.from_pipe(pipe, torch_dtype=torch.float64)),
-    "`copy.deepcopy`": Feature(_transformer(copy.deepcopy)),
-    "`torch.save` and `torch.load`": Feature(_transformer(_pickled)),
-    "`save_pretrained` and `from_pretrained`": Feature(_transformer(_saved)),
     "other sizes between calls": Feature(
         draw=_calls({}, {"height": 112}, {"num_frames": 9, "width": 64}, {}), orders=("before",)
     ),
     "several prompts, several videos of one": Feature(
-        draw=_calls({"prompts": 2}, {"num_videos_per_prompt": 2}, {}), orders=("before",)
+        draw=_calls({"prompts": 2}, {"numvideos_per_prompt": 2}, {}), orders=("before",)
     ),
     "a callback that changes latents": Feature(
         draw=_calls({"callback_on_step_end": _changes_latents}, {}), orders=("before",)
     ),
     "a callback that interrupts": Feature(draw=_calls({"callback_on_step_end": _interrupts}, {}), orders=("before",)),
     "calls in another thread": Feature(draw=_in_threads_one_after_the_other, orders=("before",)),
+    "another pipeline in another thread at once": Feature(draw=_beside_another, orders=("before",)),
     "tiles of the VAE": _of_vae(_tiling, True),
     "slices of the VAE": _of_vae(lambda pipe: pipe.vae.enable_slicing(), False),
-    "`torch.export`": _of_transformer(),
-    "`torch.export(strict=True)`": _of_transformer(strict=True),
-    "`torch.export` of the VAE's decoder": Feature(
-        build=_video,
-        draw=_exported(lambda pipe: pipe.vae.decoder, _draw_video),
-        orders=("before",),
-        tolerance=1e-3,
-        not_under=_COMPILED,
-    ),
 }
 NOT_RUN = {
     "`device_map`": "it needs GPUs",
