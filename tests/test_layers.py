@@ -30,6 +30,7 @@ LAYERS = (
     ("parallelize",),
     ("verify_plan", "training.errors", "training.once", "training.job_ranks", "training.data"),
     ("training.settings", "training.randomness"),
+    ("training.accelerate_setup",),
     ("training.parallel", "training.loss"),
     ("training.families",),
     ("training.model",),

@@ -41,16 +41,21 @@ from ..parallelize.degrees import Degrees, Topology, complete_degrees
 from ..parallelize.enable import enable_context_parallel
 from ..parallelize.fingerprint import fingerprint
 from ..parallelize.report import ContextParallelReport
-from ..parallelize.targets import find_targets, models_of, split_heads
+from ..parallelize.targets import find_targets, split_heads
 from ..processors import set_attention_provider
 from ..providers.catalog import SPECS
 from ..providers.registry import provider_name
+from .accelerate_setup import (
+    autocast_instead,
+    check_accelerator,
+    check_degree,
+    check_no_self_attn,
+    degree_of,
+    refuse_second_split,
+)
 from .errors import TrainingError
 from .job_ranks import JobRanks
 from .randomness import generator
-
-SUPPORTED = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")
-"""Accelerate's distributed types for which gradients are tested."""
 
 
 class TrainingParallel:
@@ -123,9 +128,9 @@ class TrainingParallel:
                 raise TrainingError(f"{name}={degree!r}: a whole number from 1 is accepted; 1 turns it off.")
         if rotate_method is not None:
             ContextParallelConfig(rotate_method=rotate_method)  # raises for an unknown name
-        _check_accelerator(accelerator)
-        cp = _degree(accelerator, cp_degree, ulysses_degree, ring_degree)
-        _check_degree(accelerator, cp)
+        check_accelerator(accelerator)
+        cp = degree_of(accelerator, cp_degree, ulysses_degree, ring_degree)
+        check_degree(accelerator, cp)
         if cp == 1 and rotate_method is not None:
             raise TrainingError(
                 f"rotate_method={rotate_method!r} has no effect with cp_degree=1: no processes share a sequence. Leave "
@@ -139,7 +144,7 @@ class TrainingParallel:
     def _configure_accelerator(self) -> None:
         """Sets up the accelerator so that its loaders give a group's processes the same batches."""
         accelerator = self._accelerator
-        accelerator.maybe_context_parallel = _refuse_second_split
+        accelerator.maybe_context_parallel = refuse_second_split
         # By default, rank 0 reads an IterableDataset and distributes its batches among all processes.
         accelerator.dataloader_config.dispatch_batches = False
         if accelerator.distributed_type != "FSDP":  # FSDP uses Accelerate's own mesh
@@ -189,7 +194,7 @@ class TrainingParallel:
         report = None
         if self.cp_degree > 1:
             if sharded:
-                _check_no_self_attn(pipeline_or_model)
+                check_no_self_attn(pipeline_or_model)
             degrees = self._degrees(pipeline_or_model, provider, device)
             shape = (self.dp_degree, degrees.ring_degree, degrees.ulysses_degree)
             if self.mesh is None or tuple(self.mesh.shape) != shape:
@@ -215,7 +220,7 @@ class TrainingParallel:
             # Not as diffusers calls PyTorch: its choice on Hopper, cuDNN, cannot train Flux (docs/troubleshooting.md).
             set_attention_provider(pipeline_or_model, provider or "auto", **provider_options)
         if sharded:
-            _autocast_instead(self._accelerator, pipeline_or_model)
+            autocast_instead(self._accelerator, pipeline_or_model)
         return report
 
     def _degrees(self, pipeline_or_model: Any, provider: str | None, device: str) -> Degrees:
@@ -314,99 +319,6 @@ def check_trainable(provider: str, device_type: str, parts: bool = False) -> Non
         )
 
 
-def _check_accelerator(accelerator: Any) -> None:
-    """Raises TrainingError for configurations of Accelerate under which gradients would be wrong."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind not in SUPPORTED:
-        raise TrainingError(
-            f"Accelerate's distributed_type is {kind}; accepted are one process, DDP (MULTI_GPU, MULTI_CPU) and FSDP2. "
-            "Choose one of these with `accelerate config`, or use a file from examples/accelerate_configs."
-        )
-    if kind == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise TrainingError(
-            f"fsdp_version={accelerator.state.fsdp_plugin.fsdp_version}: only FSDP2 is accepted. Set fsdp_version: 2 "
-            "in Accelerate's fsdp_config, or pass --fsdp_version 2 to accelerate launch."
-        )
-    config = accelerator.parallelism_config
-    for axis in ("tp", "sp"):
-        size = getattr(config, f"{axis}_size", 1) or 1
-        if size > 1:
-            raise TrainingError(
-                f"parallelism_config_{axis}_size={size}: only data and context parallelism are accepted. Set it to 1."
-            )
-
-
-def _autocast_instead(accelerator: Any, pipeline_or_model: Any) -> None:
-    """Replaces FSDP2's mixed-precision policy by autocast, as Accelerate uses it without FSDP2.
-
-    A policy that the user set stays. Accelerate's own policy casts every input of the blocks, such as timesteps and
-    rotary frequencies, weights that diffusers keeps in float32, and gradients before they are reduced; losses are off
-    by percents. With autocast, FSDP2 only shards.
-    """
-    from accelerate.utils import convert_outputs_to_fp32
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    plugin = accelerator.state.fsdp_plugin
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    own = MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, output_dtype=dtype)
-    if dtype is None or plugin.mixed_precision_policy not in own:
-        return
-    plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    model: Any
-    for model in models_of(pipeline_or_model):
-        model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
-
-
-def _degree(accelerator: Any, cp_degree: int | None, ulysses_degree: int | None, ring_degree: int | None) -> int:
-    named = (ulysses_degree or 1) * (ring_degree or 1)
-    configured = getattr(accelerator.parallelism_config, "cp_size", 1) or 1
-    both = ulysses_degree is not None and ring_degree is not None
-    if cp_degree is None:
-        return named if ulysses_degree or ring_degree else configured
-    if cp_degree % named or (both and named != cp_degree):
-        raise TrainingError(
-            f"ulysses_degree={ulysses_degree} and ring_degree={ring_degree} with cp_degree={cp_degree}: their product "
-            "must be cp_degree. Leave out one or two of the three, and they are derived."
-        )
-    return cp_degree
-
-
-def _check_degree(accelerator: Any, cp: int) -> None:
-    world = accelerator.num_processes
-    configured = getattr(accelerator.parallelism_config, "cp_size", 1) or 1
-    if configured not in (1, cp):
-        raise TrainingError(
-            f"cp_degree={cp}, but Accelerate's configuration has parallelism_config_cp_size={configured}. Give both "
-            "the same number."
-        )
-    if cp == 1:
-        return
-    if world == 1:
-        raise TrainingError(f"cp_degree={cp}, but this job has one process. {jobs.HOW_TO_LAUNCH}.")
-    if world % cp:
-        raise TrainingError(
-            f"cp_degree={cp} does not divide the {world} processes (--num_processes). Accepted are "
-            f"{[degree for degree in range(1, world + 1) if world % degree == 0]}."
-        )
-    if accelerator.distributed_type == "FSDP" and configured != cp:
-        raise TrainingError(
-            f"cp_degree={cp} with FSDP2: parameters must also be sharded over processes that share a sequence. "
-            f"Set parallelism_config_cp_size: {cp} in Accelerate's parallelism_config (or pass "
-            f"--use_parallelism_config --parallelism_config_cp_size {cp} to accelerate launch)."
-        )
-    loaders = accelerator.dataloader_config
-    if loaders.split_batches:
-        raise TrainingError(
-            f"split_batches=True with cp_degree={cp}: it splits a batch among processes that need the same batch. "
-            "Leave it out of Accelerate's DataLoaderConfiguration."
-        )
-    if loaders.dispatch_batches:
-        raise TrainingError(
-            f"dispatch_batches=True with cp_degree={cp}: rank 0 distributes parts of a batch to processes that need "
-            "the same batch. Set dispatch_batches=False in Accelerate's DataLoaderConfiguration."
-        )
-
-
 def _check_options(options: Mapping[str, Any]) -> None:
     of_inference = sorted(set(options) & set(inspect.signature(enable_context_parallel).parameters))
     if of_inference:
@@ -415,21 +327,3 @@ def _check_options(options: Mapping[str, Any]) -> None:
             "TrainingParallel.enable does not. Give degrees to TrainingParallel.of; to shard weights, use FSDP2 in "
             "Accelerate's configuration."
         )
-
-
-def _check_no_self_attn(pipeline_or_model: Any) -> None:
-    # With FSDP2 and a cp_size, Accelerate's `prepare` hooks modules of this name and drops their masks.
-    for model in models_of(pipeline_or_model):
-        for name, _ in model.named_modules():
-            if name.split(".")[-1].endswith("self_attn") and type(model).__module__.startswith("diffusers"):
-                raise TrainingError(
-                    f"{type(model).__name__} has '{name}', whose attention masks Accelerate drops with FSDP2 and "
-                    "parallelism_config_cp_size. Train this model with DDP."
-                )
-
-
-def _refuse_second_split(*args: Any, **kwargs: Any) -> Any:
-    raise TrainingError(
-        "accelerator.maybe_context_parallel() would split sequences that diffusers_attn has split already. Remove the "
-        "call; nothing replaces it."
-    )
