@@ -14,7 +14,7 @@ from ..context_parallel.comm.process_groups import resolve
 from ..context_parallel.hooks.apply import names_of_groups
 from ..errors import AttentionProviderError
 from ..runtime.cuda_graphs import apply
-from ..runtime.cuda_graphs.graphed import Agree
+from ..runtime.cuda_graphs.graphs import Agree
 from .choices import Choices
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from ...errors import AttentionProviderError
 from . import obstacles
-from .graphed import Agree, GraphedForward, Graphs, NotRecorded, applied
+from .graphed import GraphedForward
+from .graphs import Agree, Graphs, NotRecorded, applied
 from .group_end import drop_before_groups_end
 
 CudaGraphs = Literal["auto", True, False]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .graphed import drop_all
+from .graphs import drop_all
 
 
 @functools.cache

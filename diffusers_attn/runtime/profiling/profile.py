@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity
 from ... import known_calls, spans
 from ...errors import AttentionProviderError
 from ..components import components_of, watched
-from ..cuda_graphs.graphed import paused
+from ..cuda_graphs.graphs import paused
 from .report import ProfileReport
 
 
