@@ -94,5 +94,6 @@ def sharded_mask(
         f"{query_shards.total} queries and {keys} of {key_shards.total} keys. Accepted are [batch, 1, 1, {keys}] (a "
         f"key mask, split like the keys), [batch, 1, 1, {key_shards.total}] (for all keys) and [batch, heads, "
         f"{query_shards.total} or {queries} or 1, {key_shards.total}] (all rows or this rank's, all keys). If a block "
-        "makes the mask from one value per token, declare that in the plan: CPAttention(..., outer_mask=True)."
+        "makes the mask from one value per token, an outer product, declare that in the plan: "
+        "CPAttention(..., outer_mask=True)."
     )
