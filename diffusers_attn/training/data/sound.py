@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import decode
 from .buckets import Bucket
-from .errors import Problem, report_problems
+from .errors import Problem, TrainingDataError, report_problems
 from .examples import Example
 from .source import Source
 
@@ -41,14 +41,21 @@ def with_sound(examples: Sequence[Example], *, on_bad_data: str = "refuse", main
         TrainingDataError: examples have no sound and `on_bad_data` is "refuse", or none has any.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(has_sound, examples))
-    problems = [
-        Problem(each.name, "no sound, which the model learns beside the video; --audio_weight 0 trains videos alone")
-        for each, there in zip(examples, found)
-        if not there
-    ]
-    report_problems(problems, sum(found), f"{len(examples)} examples", on_bad_data, main_process)
-    return [each for each, there in zip(examples, found) if there]
+        reasons = list(pool.map(_reason_against, examples))
+    found = [each for each, reason in zip(examples, reasons) if reason is None]
+    problems = [Problem(each.name, reason) for each, reason in zip(examples, reasons) if reason is not None]
+    report_problems(problems, len(found), f"{len(examples)} examples", on_bad_data, main_process)
+    return found
+
+
+def _reason_against(example: Example) -> str | None:
+    """Why an example cannot be used; None if it can."""
+    try:
+        if has_sound(example):
+            return None
+    except TrainingDataError as error:
+        return str(error)
+    return "no sound, which the model learns beside the video; --audio_weight 0 trains videos alone"
 
 
 def has_sound(example: Example) -> bool:

@@ -63,6 +63,9 @@ def test_videos_without_sound_are_named(tmp_path):
     ):
         with_sound(examples)
     assert [each.name for each in with_sound(examples, on_bad_data="skip")] == ["a.mkv"]
+    (tmp_path / "b.mp4").write_text("damaged")
+    with pytest.raises(TrainingDataError, match=r"2 of the files.*\n.*b.mp4: a broken video.*\n.*c.png: no sound"):
+        with_sound(examples)
 
 
 def test_the_cache_reads_that_of_the_frames_that_are_picked(tmp_path):

@@ -27,7 +27,7 @@ from diffusers_attn.training.randomness import derived_seed
 from ...marks import thorough_but
 from ..pipelines import make
 from ..plain import RUN, plain_loop
-from ..runs import make_data, train, train_all
+from ..runs import make_data, train, train_all, train_sharded
 from ..worlds import World, forget_accelerate
 
 FRAMES, SIZE, FPS = 9, 96, 24
@@ -139,6 +139,20 @@ def test_two_processes_that_share_sequences_train_like_one(weight, run_worlds, s
     one, two = (settings_of("ltx2", **few, **split) for split in ({}, {"cp_degree": 2, "ring_degree": 2}))
     [[alone]], together = run_worlds(World(1, train_all, {"several": [one]}), World(2, train_all, {"several": [two]}))
     for [of_rank] in together:
+        for ours, theirs in zip(of_rank["steps"], alone["steps"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_sharded_weights_train_like_one_process(run_worlds, settings_of):
+    """By FSDP2, over two processes that share sequences."""
+    few = {"steps": 2, "batch_size": 2, "lr_warmup_steps": 0, "evaluation_every": 2}
+    one, two = settings_of("ltx2", **few), settings_of("ltx2", **few)
+    arguments = {"settings": two, "block": "LTX2VideoTransformerBlock", "cp_degree": 2}
+    [[alone]], sharded = run_worlds(World(1, train_all, {"several": [one]}), World(2, train_sharded, arguments))
+    for of_rank in sharded:
         for ours, theirs in zip(of_rank["steps"], alone["steps"], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
             assert ours["gradient norm"] == pytest.approx(theirs["gradient norm"], rel=1e-5)
