@@ -121,6 +121,9 @@ class Family(abc.ABC):
     """Whether reference images of another shape than their example get borders, and are not cropped."""
     text_has_pictures: ClassVar[bool] = False
     """Whether the text encoder sees the reference images, too; see `seeing`."""
+    without_gradient: str | None = None
+    """Regular expression that is found in the names of the parameters on which no prediction depends. None: there are
+    none."""
     learns_sound: ClassVar[bool] = False
     """Whether the model can learn the sound of videos."""
     takes_image: ClassVar[bool] = False

@@ -38,6 +38,7 @@ class LTX2(LTXVideo):
     def check(self) -> None:
         self.conditioned = self.sound_rate is not None
         if self.sound_rate is None:
+            self.without_gradient = "audio|a2v|av_cross_attn"
             self.lora_targets = tuple(f"{layer}.{each}" for layer in OF_THE_VIDEO for each in LTXVideo.lora_targets)
 
     def _text_length(self, wanted: int | None) -> int:

@@ -21,7 +21,7 @@ from ..families import Family
 from ..model.base_precision import check_adapter_kind, is_quantised
 from ..model.comfyui import check_comfyui
 from ..model.init_adapter import check_adapter, read_adapter
-from ..model.lora import OF_MATRICES, add_adapter, is_expression, linear_layers
+from ..model.lora import OF_MATRICES, add_adapter, is_expression, linear_layers, trained_parameters
 from ..model.optim import check_optimizer, make_optimizer, make_schedule
 from ..settings.choices import OPTIMIZERS
 from ..settings.config import TrainConfig
@@ -156,6 +156,7 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
         if adapter is None:
             continue
         bare = _check_adapter(config, transformer, adapter)
+        _check_gradients(config, family, bare)
         if config.init_adapter is not None and config.resume is None:
             path = Path(config.init_adapter)
             check_adapter(read_adapter(family.pipeline, path, component, len(family.trained) > 1), bare)
@@ -163,6 +164,20 @@ def check_with_model(config: TrainConfig, family: Family, adapter: Any) -> None:
     _check_buckets(config, family)
     _check_sound(config, family)
     check_previews(config, family)
+
+
+def _check_gradients(config: TrainConfig, family: Family, bare: nn.Module) -> None:
+    """Raises TrainingError if layers have adapters although nothing that is trained depends on them."""
+    if family.without_gradient is None:
+        return
+    unused = [name for name in trained_parameters(bare) if re.search(family.without_gradient, name)]
+    if unused:
+        layer = re.split(r"\.(?:lora|hada|lokr|oft|ia3)_", unused[0])[0]
+        raise TrainingError(
+            f"{option('targets', config.targets)}: the video does not depend on {layer}, which would not be trained "
+            f"with {option('audio_weight', config.audio_weight)}. Give names of the video's layers, such as "
+            f"{family.lora_targets[0]}."
+        )
 
 
 def check_split(family: Family, cp_degree: int) -> None:

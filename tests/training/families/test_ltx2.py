@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import av
@@ -183,6 +184,33 @@ def test_settings_that_do_not_fit():
         ):
             check_with_model(config, family, None)
         check_with_model(config, alone, None)
+
+
+@pytest.mark.parametrize("weight", [None, 0.0])
+def test_which_parameters_have_a_gradient(weight):
+    family = family_of(make("ltx2"), max_sequence_length=44, audio_weight=weight)
+    transformer = family.transformer.requires_grad_(True)
+    shapes = {"": (1, 8, 2, 3, 3), "audio_": (1, 4, 9, 4)}
+    noisy = {kind: torch.randn(shapes[kind], generator=torch.Generator().manual_seed(0)) for kind in family.latents}
+    found = family.predict(transformer, noisy, torch.tensor([500.0]), family.encode_text(["a cat"]))
+    sum(each.square().sum() for each in found.values()).backward()
+    without = {name for name, each in transformer.named_parameters() if each.grad is None or not each.grad.any()}
+    named = family.without_gradient
+    assert without == {name for name, _ in transformer.named_parameters() if named and re.search(named, name)}
+    assert bool(without) == (weight == 0)
+
+
+def test_layers_of_the_sound_get_no_adapter_where_the_video_is_trained_alone(settings_of):
+    targets = {"targets": ["to_q"], "audio_weight": 0.0}
+    message = (
+        r"--targets to_q: the video does not depend on transformer_blocks\.0\.audio_attn1\.to_q,.*such as attn1\.to_q"
+    )
+    for adapter in ("lora", "loha"):
+        with pytest.raises(TrainingError, match=message):
+            train(settings_of("ltx2", steps=1, adapter=adapter, adapter_init="default", **targets))
+        forget_accelerate()
+    names = {"targets": ["attn1.to_q"], "audio_weight": 0.0}
+    assert len(train(settings_of("ltx2", steps=1, **names))["steps"]) == 1
 
 
 @pytest.mark.parametrize("family", ["ltx", "ltx2"])
