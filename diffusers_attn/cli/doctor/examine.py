@@ -75,7 +75,7 @@ def examine(timeout: float, run: bool = False, progress: Callable[[str], None] =
         asked = {name: pool.submit(run_probe, name, timeout=timeout) for name in ("pytorch", "library", "catalog")}
         torch, library, catalog = (asked[name].result() for name in ("pytorch", "library", "catalog"))
         if torch.value is None:
-            found.append(_torch_problem(torch, packages, machine))
+            found.append(_torch_problem(torch, packages))
             if "diffusers" not in packages:
                 found.append(EnvironmentProblem(ERROR, "diffusers is not installed.", "pip install diffusers"))
         else:
@@ -211,7 +211,7 @@ def _run_problem(name: str, outcome: Outcome) -> list[EnvironmentProblem]:
     return []
 
 
-def _torch_problem(torch: Outcome, packages: Mapping[str, Package], machine: Machine) -> EnvironmentProblem:
+def _torch_problem(torch: Outcome, packages: Mapping[str, Package]) -> EnvironmentProblem:
     if "torch" not in packages and "No module named 'torch'" in torch.problem:
         return EnvironmentProblem(ERROR, "PyTorch is not installed.", "pip install torch")
     version = f" {packages['torch'].version}" if "torch" in packages else ""
