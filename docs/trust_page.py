@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.numeric import tolerances
 from tests.numeric.cell import FAULT, REFUSED
 from tests.numeric.features import FEATURES
-from tests.numeric.outcomes import CUT_SHORT, FOLDER, OPEN, read
+from tests.numeric.outcomes import FOLDER, NOTES, OPEN, read
 from tests.numeric.over_ranks import STRATEGIES
 from tests.numeric.statements import NONE, dtype_of
 
@@ -34,11 +34,11 @@ def _run(path: Path) -> str:
     device = "a CPU" if path.stem == "cpu" else run["device"]
     packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     seconds = ", ".join(f"{where} {each:,.0f}" for where, each in run["seconds"].items())
-    cut_short = f"This run is not complete: {CUT_SHORT[path.stem]}. " if path.stem in CUT_SHORT else ""
+    note = f"{NOTES[path.stem]} " if path.stem in NOTES else ""
     spent = f" Seconds of one process, by strategy and pass: {seconds}." if seconds else ""
     parts = [
         f"### On {device}",
-        f"{cut_short}{len(outcomes):,} cells: {within:,} within their tolerance, {refused:,} refused as stated, "
+        f"{note}{len(outcomes):,} cells: {within:,} within their tolerance, {refused:,} refused as stated, "
         f"{len(unexplained)} not understood. "
         f"Python {run['python']}, {packages}, commit {run['commit']}."
         f"{spent}",

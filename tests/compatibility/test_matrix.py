@@ -21,6 +21,9 @@ QUICK = [
     ("IP-Adapter, Flux", "both"),
     ("smoothed energy", "ulysses"),
     ("`torch.save` and `torch.load`", "provider"),
+    ("`push_to_hub`", "provider"),
+    ("another pipeline in another thread at once", "guidance"),
+    ("Z-Image, modular", "guidance"),
     ("tiles of the VAE", "vae"),
 ]
 

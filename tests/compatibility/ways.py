@@ -111,7 +111,8 @@ class Samples:
 def count_samples(model: nn.Module) -> Samples:
     """Counts the samples of all forwards of a model that this rank computes."""
     samples = Samples()
-    first = next(each for each in model.children() if next(each.parameters(), None) is not None)
+    parts = (each for each in model.children() if not isinstance(each, (nn.ModuleDict, nn.ModuleList)))
+    first = next(each for each in parts if next(each.parameters(), None) is not None)
     first.register_forward_pre_hook(samples, with_kwargs=True)
     return samples
 

@@ -16,11 +16,12 @@ from .statements import NONE
 FOLDER = Path(__file__).with_name("outcomes")
 OPEN: dict[tuple[str, str, str, str, str], str] = {}
 """Faults that are not understood, by file, provider, strategy, feature and pass. docs/trust.md names them."""
-CUT_SHORT = {
-    "h200": "flex is of commit 1f8815a, without compiled calls; 6 compiled calls of xformers were not reached; "
-    "flash-attn was built without head_dims of 65 to 96 and above 128, softcap and window"
+NOTES = {
+    "cpu": "Compiled calls over `gather` and `unified` are of commit 957c5b3.",
+    "h200": "This run is not complete: flex is of commit 1f8815a, without compiled calls; 6 compiled calls of xformers "
+    "were not reached; flash-attn was built without head_dims of 65 to 96 and above 128, softcap and window.",
 }
-"""Runs without all of their cells, by file, and why."""
+"""What the versions and commit of a run do not say, by file."""
 Found = dict[str, dict[str, dict[str, dict[str, Outcome]]]]
 
 

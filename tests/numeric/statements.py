@@ -30,13 +30,13 @@ def dtype_of(provider: str, feature: Feature, device: str) -> torch.dtype:
     )
 
 
-def compiled_over_ranks(provider: str, strategy: str, feature: Feature) -> bool:
-    """Whether a call is compiled over ranks on a CPU, where each takes seconds: with one provider and two strategies,
-    what differs in masks, causality, heads and lengths, which strategies handle themselves."""
+def compiled_over_ranks(provider: str, feature: Feature) -> bool:
+    """Whether a call is compiled over ranks on a CPU, where each takes seconds: with one provider, what differs in
+    masks, causality, heads and lengths, which strategies handle themselves."""
     kept = ("mask", "is_causal", "heads", "kv_heads", "query_len", "key_len", "dropout_p")
     by_strategy = feature == Feature(**{name: getattr(feature, name) for name in kept})
     several = min(feature.query_len, feature.key_len) > 1
-    return provider == "native" and strategy in (ULYSSES, "ring") and by_strategy and several
+    return provider == "native" and by_strategy and several
 
 
 def passes_of(provider: str, strategy: str, feature: Feature, device: str) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ def passes_of(provider: str, strategy: str, feature: Feature, device: str) -> tu
     passes = form.passes if device == "cuda" or form.cpu_passes is None else form.cpu_passes
     absent = {
         "captured": device != "cuda" or strategy != NONE,
-        "compiled": device == "cpu" and strategy != NONE and not compiled_over_ranks(provider, strategy, feature),
+        "compiled": device == "cpu" and strategy != NONE and not compiled_over_ranks(provider, feature),
     }
     return tuple(each for each in passes if not absent.get(each))
 

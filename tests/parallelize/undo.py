@@ -78,6 +78,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "save and reload": _reload,
     "fuse projections": lambda pipe: pipe.transformer.fuse_qkv_projections(),
     "unfuse projections": lambda pipe: pipe.transformer.unfuse_qkv_projections(),
+    # An adapter is then an error without a GPU: diffusers loads it and offloads again, to a device of its own choice.
+    "offload the model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "offload groups": _offload_groups,
+    "remove hooks": lambda pipe: pipe.remove_all_hooks(),
 }
 """Both pipelines get these."""
 
@@ -99,9 +103,6 @@ OURS: dict[str, Step] = {
     "compile repeated blocks": lambda pipe, _: pipe.transformer.compile_repeated_blocks(backend="eager"),
     "CUDA graphs": lambda pipe, _: apply_cuda_graphs(pipe.transformer),
     "no CUDA graphs": lambda pipe, _: remove_cuda_graphs(pipe.transformer),
-    "offload the model": lambda pipe, _: pipe.enable_model_cpu_offload(device="cpu"),
-    "offload groups": lambda pipe, _: _offload_groups(pipe),
-    "remove hooks": lambda pipe, _: pipe.remove_all_hooks(),
 }
 """One pipeline gets these, which do not change what it computes."""
 

@@ -1,7 +1,7 @@
 """The features by name, and by kind as the page lists them."""
 
 from ..feature import Feature
-from . import adapters, caches, compiling, conditions, copies, guiders, life, offloading, precision
+from . import adapters, caches, compiling, conditions, copies, guiders, life, modular, offloading, precision
 
 KINDS: dict[str, dict[str, Feature]] = {
     "Step caches": caches.FEATURES,
@@ -10,7 +10,8 @@ KINDS: dict[str, dict[str, Feature]] = {
     "Adapters": adapters.FEATURES,
     "Precision": precision.FEATURES,
     "Conditions": conditions.FEATURES,
-    "Guiders": guiders.FEATURES,
+    "Modular pipelines": modular.FEATURES,
+    "Guiders, in the modular pipeline of Wan": guiders.FEATURES,
     "Copies and files": copies.FEATURES,
     "Life of a pipeline": life.FEATURES,
 }
@@ -19,7 +20,7 @@ NOT_RUN: dict[str, dict[str, str]] = {
     "Step caches": caches.NOT_RUN,
     "Offloading": offloading.NOT_RUN,
     "Precision": precision.NOT_RUN,
-    "Guiders": guiders.NOT_RUN,
+    "Guiders, in the modular pipeline of Wan": guiders.NOT_RUN,
     "Life of a pipeline": life.NOT_RUN,
 }
 """What the kinds have besides, with the reason why no test runs it."""
