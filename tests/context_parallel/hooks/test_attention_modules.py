@@ -1,11 +1,22 @@
 """Modules that compute attention are recognised by their code, wherever it names the kernel."""
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffusers_attn.context_parallel.hooks.attention_modules import is_attention
+
+
+def _weigh(query):
+    return F.softmax(query @ query.mT, dim=-1) @ query
+
+
+library: Any = ModuleType("library")
+library.weigh, library.double = _weigh, lambda query: query * 2
 
 
 class Core:
@@ -59,8 +70,17 @@ def test_a_function_in_the_closure_of_forward():
 
         return Around()
 
-    def attends(query):
-        return F.softmax(query @ query.mT, dim=-1) @ query
-
-    assert is_attention(around(attends)) and is_attention(around(scaled_dot_product_attention))
+    assert is_attention(around(_weigh)) and is_attention(around(scaled_dot_product_attention))
     assert not is_attention(around(torch.relu))
+
+
+def test_a_function_of_another_module():
+    class Weighs(nn.Module):
+        def forward(self, query):
+            return library.weigh(query)
+
+    class Doubles(nn.Module):
+        def forward(self, query):
+            return library.double(query)
+
+    assert is_attention(Weighs()) and not is_attention(Doubles())

@@ -38,6 +38,7 @@ def test_an_output_of_a_dict_and_of_a_tuple(param, expected):
     found = split({"a": tokens(8), "b": tokens(8)}, param)
     lengths = {name: each.shape[1] for name, each in found.items()}
     assert lengths == {"a": 8, "b": 8} | {expected: 3}
+    assert [each.shape[1] for each in split((tokens(8),), ParamId(index=-1))] == [3]
     if param.index is not None:
         assert [each.shape[1] for each in split((tokens(8), tokens(8)), param)] == list(lengths.values())
 
