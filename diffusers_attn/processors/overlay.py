@@ -98,8 +98,12 @@ def with_globals(function: FunctionType, **replaced: Any) -> FunctionType:
 
 
 def _in_module(function: FunctionType, module: ModuleType, closure: tuple[CellType, ...] | None) -> FunctionType:
-    """A copy of `function` with the globals of `module` and another closure."""
-    rebuilt = FunctionType(function.__code__, vars(module), function.__name__, function.__defaults__, closure)
+    """A copy of `function` with the globals of `module` and another closure.
+
+    Dynamo stores graphs by code object, so it has one of its own: graphs of `function` need the globals of `function`.
+    """
+    code = function.__code__.replace()
+    rebuilt = FunctionType(code, vars(module), function.__name__, function.__defaults__, closure)
     rebuilt.__kwdefaults__ = function.__kwdefaults__
     rebuilt.__qualname__ = function.__qualname__
     rebuilt.__annotations__ = function.__annotations__

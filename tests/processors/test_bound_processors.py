@@ -115,9 +115,27 @@ def test_processors_of_ones_own(routed):
     assert helper.__globals__["F"] is F and F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
+class Breaks:
+    """A processor that is compiled in parts, as those of modules with hooks."""
+
+    def __call__(self, attn, hidden_states):
+        query = hidden_states + 1
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(query, query, query)
+
+
+def test_graphs_of_a_processor_are_not_those_of_its_bound_copy():
+    """Dynamo stores graphs by code object, and their parts in the globals of the function that it compiled."""
+    torch._dynamo.reset()
+    tensor = torch.randn(1, 2, 4, 8)
+    found = [torch.compile(each, backend="eager")(None, tensor) for each in (Breaks(), bind(Breaks(), NATIVE))]
+    assert torch.allclose(*found)
+
+
 def test_tracebacks_point_into_the_original_source():
     bound = bind(FluxAttnProcessor(), NATIVE)
-    assert bound.__call__.__code__ is FluxAttnProcessor.__call__.__code__
+    code, original = bound.__call__.__code__, FluxAttnProcessor.__call__.__code__
+    assert (code.co_filename, code.co_firstlineno) == (original.co_filename, original.co_firstlineno)
     assert bound.__call__.__globals__["__package__"] == "diffusers.models.transformers"
 
 
