@@ -41,8 +41,8 @@ from ..parallelize.degrees import Degrees, Topology, complete_degrees
 from ..parallelize.enable import enable_context_parallel
 from ..parallelize.fingerprint import fingerprint
 from ..parallelize.report import ContextParallelReport
-from ..parallelize.targets import find_targets, split_heads
-from ..processors import set_attention_provider
+from ..parallelize.targets import find_targets, models_of, split_heads
+from ..processors import attention_modules, set_attention_provider
 from ..providers.catalog import SPECS
 from ..providers.registry import provider_name
 from .accelerate_setup import (
@@ -170,7 +170,7 @@ class TrainingParallel:
         Args:
             pipeline_or_model: as in `enable_context_parallel`; already on its device.
             provider: name of an attention kernel with a backward. None: chosen by `enable_context_parallel`; with
-                cp_degree=1, "auto".
+                cp_degree=1, "auto" if the model has attention of diffusers.
             inputs: see `enable_context_parallel`. "check" raises if inputs differ, and waits for the device in every
                 forward. "trust" is for loops that call `check` themselves. ("broadcast" corrects differing noise in
                 the model's input, but not in your loss.)
@@ -216,7 +216,7 @@ class TrainingParallel:
                 f"options {', '.join(map(repr, provider_options))} belong to a provider, but no provider is given. "
                 "Name it, for example provider='flash'."
             )
-        else:
+        elif provider is not None or any(attention_modules(each) for each in models_of(pipeline_or_model)):
             # Not as diffusers calls PyTorch: its choice on Hopper, cuDNN, cannot train Flux (docs/troubleshooting.md).
             set_attention_provider(pipeline_or_model, provider or "auto", **provider_options)
         if sharded:

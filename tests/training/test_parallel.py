@@ -33,6 +33,7 @@ def test_one_process(accelerator):
     assert {module.provider for module in attention_modules(model)} == {"auto"}
     parallel.enable(model, provider="_native_math")
     assert {module.provider for module in attention_modules(model)} == {"_native_math"}
+    assert parallel.enable(torch.nn.Linear(2, 2)) is None  # a model of one's own, with no attention of diffusers
     parallel.check({"noise": torch.zeros(2)})
     with pytest.raises(TrainingError, match=r"'deterministic'.*no provider is given"):
         parallel.enable(model, deterministic=True)

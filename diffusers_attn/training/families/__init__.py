@@ -1,7 +1,8 @@
 """Model families: the parts of training that differ between models, one file per family.
 
-`base` has the interface, `Family`, and `denoising` the loss; `images`, `hunyuan` and `instructed` have what several
-families share. A family is found by the classes of the pipeline and of its transformer.
+`base` has the interface, `Family`; `accepted` checks the inputs of a model, `latents` has the kinds of latents, and
+`denoising` the loss. `images`, `hunyuan` and `instructed` have what several families share. A family is found by the
+classes of the pipeline and of its transformer.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import abc
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,60 +19,8 @@ from ..data.conditions import Wanted
 from ..errors import TrainingError
 from ..loss import Level, Objective, RectifiedFlow, scheduler_shift
 from ..settings.flag_names import option
-
-FURTHER_INPUTS = {
-    "image_dim": "an image embedding",
-    "added_kv_proj_dim": "an image embedding",
-    "pos_embed_seq_len": "image embeddings",
-    "ofs_embed_dim": "an offset between frames",
-    "vace_layers": "a control video",
-    "guidance_embeds": "a guidance scale",
-    "image_condition_type": "an image",
-    "use_meanflow": "a second timestep",
-    "time_cond_proj_dim": "an embedding of a guidance scale",
-}
-"""Inputs of a transformer besides latents, timestep and text, by the configuration entry that turns each on."""
-
-
-class Loss(Protocol):
-    """The loss of each sample, float32 [batch]."""
-
-    def __call__(
-        self, prediction: Tensor, clean: Tensor, noise: Tensor, level: Level, mask: Tensor | None = None
-    ) -> Tensor:
-        """The first three arguments have the latents' shape. `mask` weighs the latents of images and videos, float32
-        [batch, 1, 1, height, width]; None weighs all alike."""
-        ...
-
-
-class Latents(NamedTuple):
-    """A kind of latents that a transformer learns."""
-
-    normalise: Callable[[Tensor], Tensor]
-    """Scales the VAE's latents to the transformer's range."""
-    prediction: Callable[[Tensor, Sequence[int]], Tensor]
-    """Converts the transformer's output to latents, whose shape is the second argument."""
-    loss: Loss
-    weight: float = 1.0
-    """Weight of the loss."""
-
-    def sample(self, batch: Mapping[str, Tensor], kind: str, noise: Tensor) -> Tensor:
-        """A normalised sample of the distribution of a batch, float32, drawn with the normal `noise`. If the batch has
-        no log-variance, the sample is the mean."""
-        mean, logvar = batch[f"latents_{kind}mean"].float(), batch.get(f"latents_{kind}logvar")
-        if logvar is None:
-            return self.normalise(mean)
-        logvar = logvar.float()
-        return self.normalise(mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise)
-
-
-class Waveform(NamedTuple):
-    """Generated sound."""
-
-    samples: Tensor
-    """[channels, samples] in [-1, 1]."""
-    rate: int
-    """Samples per second."""
+from .accepted import check_guidance, check_inputs
+from .latents import Latents, Waveform
 
 
 class Family(abc.ABC):
@@ -108,7 +56,7 @@ class Family(abc.ABC):
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Names of the supported pipeline classes; subclasses are supported too. Empty: all."""
     provided_inputs: ClassVar[tuple[str, ...]] = ()
-    """Entries of `FURTHER_INPUTS` that `inputs` provides."""
+    """Entries of `accepted.FURTHER_INPUTS` that `inputs` provides."""
     component: ClassVar[str] = "transformer"
     """Name of the trained component of the pipeline."""
     prediction_types: ClassVar[tuple[str, ...]] = ("flow_prediction",)
@@ -167,10 +115,10 @@ class Family(abc.ABC):
             raise TrainingError(
                 f"{option('audio_weight', audio_weight)}: {type(pipeline).__name__} generates no sound. Leave it out."
             )
-        self._check_guidance(guidance)
+        check_guidance(self, guidance)
         self.guidance = 1.0 if guidance is None else guidance
         self.max_sequence_length = self._text_length(max_sequence_length)
-        self._check_inputs()
+        check_inputs(self)
         self.check()
         self.fps = fps or self.fps
         self.objective = self.make_objective()
@@ -202,33 +150,6 @@ class Family(abc.ABC):
                 f"{option('expert', expert)}: this pipeline has one transformer for all noise levels. Leave it out."
             )
 
-    def _check_inputs(self) -> None:
-        """Compares the inputs that the transformer needs, and the scheduler's prediction, with those of this family.
-
-        Raises:
-            TrainingError: the number of channels, a further input, or the type of prediction differs.
-        """
-        model, config = type(self.transformer).__name__, self.config
-        expected, given = config.get("in_channels"), self.input_channels
-        if expected is not None and given is not None and expected != given:
-            raise TrainingError(
-                f"this {model} has {expected} input channels, but the VAE's latents have {given}. It needs a further "
-                f"input, such as an image, a mask or a control. Give a text-conditioned model{self._examples()}."
-            )
-        for name, what in FURTHER_INPUTS.items():
-            if config.get(name) and name not in self.provided_inputs:
-                raise TrainingError(
-                    f"this {model} needs {what} (its {name} is {config[name]}), which training does not provide. Give "
-                    f"a text-conditioned model{self._examples()}."
-                )
-        accepted = self.prediction_types
-        predicts = self.pipeline.scheduler.config.get("prediction_type", accepted[0])
-        if predicts not in accepted:
-            raise TrainingError(
-                f"the scheduler's prediction_type is {predicts!r}, but {type(self).__name__} is trained with "
-                f"{' or '.join(map(repr, accepted))}. Give a model with such a scheduler."
-            )
-
     def _text_length(self, wanted: int | None) -> int:
         limit = self.text_limit
         if wanted is None:
@@ -245,18 +166,6 @@ class Family(abc.ABC):
         """Largest number of text tokens that the transformer accepts; None if unlimited."""
         limit: int | None = self.config.get("max_text_seq_length")
         return limit
-
-    def _check_guidance(self, guidance: float | None) -> None:
-        if guidance is not None and not (
-            "guidance_embeds" in self.provided_inputs and self.config.get("guidance_embeds")
-        ):
-            raise TrainingError(
-                f"{option('guidance', guidance)}: this {type(self.transformer).__name__} has no guidance "
-                "input, which only guidance-distilled models such as FLUX.1-dev have. Leave it out."
-            )
-
-    def _examples(self) -> str:
-        return f": a {' or '.join(self.pipelines)}" if self.pipelines else ""
 
     @property
     def input_channels(self) -> int | None:
@@ -491,23 +400,6 @@ class Family(abc.ABC):
                 f"shift={self.shift}: {type(self.transformer).__name__} is not trained with rectified flow; "
                 "its scheduler has a fixed noise schedule. Leave it out."
             )
-
-
-def standardised(latents: Tensor, config: Any) -> Tensor:
-    """Latents [batch, channels, frames, height, width], standardised by each channel's mean and deviation in the VAE's
-    configuration."""
-    mean, std = (latents.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
-    return (latents - mean) / std
-
-
-def patches(shape: Sequence[int], size: int, frames: int = 1) -> int:
-    """Number of patches of `frames` x `size` x `size` in latents of shape [..., frames, height, width]."""
-    return (shape[-3] // frames) * (shape[-2] // size) * (shape[-1] // size)
-
-
-def shifted_and_scaled(latents: Tensor, config: Any) -> Tensor:
-    """Latents with the shift and scale of an `AutoencoderKL`'s configuration."""
-    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
 def part_of(batch: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import patches
 from .flux import Flux
+from .latents import patches
 
 
 class Chroma(Flux):

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..loss import Objective, VPrediction
-from .base import Family, patches
+from .base import Family
+from .latents import patches
 
 
 class CogVideoX(Family):

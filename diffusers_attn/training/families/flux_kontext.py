@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data.conditions import Wanted
-from .base import patches
 from .flux import Flux
+from .latents import patches
 
 
 class FluxReference(Flux):

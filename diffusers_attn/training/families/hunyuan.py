@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import Family, patches
+from .base import Family
+from .latents import patches
 
 
 class HunyuanFamily(Family):

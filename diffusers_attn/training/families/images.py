@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import Family, patches, shifted_and_scaled
+from .base import Family
+from .latents import patches, shifted_and_scaled
 
 
 class ImageFamily(Family):

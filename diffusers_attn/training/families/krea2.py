@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..loss import Objective, RectifiedFlow, dynamic_shift
-from .base import Family, patches, standardised
+from .base import Family
+from .latents import patches, standardised
 
 DISTILLED_MU = 1.15
 """`mu` of the pipeline's call for a distilled model, whatever the number of tokens."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Family, patches
+from .base import Family
+from .latents import patches
 
 
 class LTXVideo(Family):

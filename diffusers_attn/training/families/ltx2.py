@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from ..loss import Level
 from ..settings.flag_names import option
-from .base import Latents, Waveform
+from .latents import Latents, Waveform
 from .ltx import LTXVideo
 
 FFT_LENGTH = 1024

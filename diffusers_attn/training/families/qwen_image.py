@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Family, patches, standardised
+from .base import Family
+from .latents import patches, standardised
 
 
 class QwenImage(Family):

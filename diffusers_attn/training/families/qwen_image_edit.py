@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.conditions import Wanted
 from ..errors import TrainingError
 from ..settings.flag_names import option
-from .base import patches
+from .latents import patches
 from .qwen_image import QwenImage
 
 

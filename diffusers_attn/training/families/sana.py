@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import patches
 from .instructed import InstructedFamily
+from .latents import patches
 
 
 class Sana(InstructedFamily):

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..loss import EpsilonPrediction, Objective, VPrediction
 from ..settings.flag_names import option
-from .base import Family, patches
+from .base import Family
+from .latents import patches
 
 TOKENS = 77
 """Number of tokens of a caption: as many as CLIP takes."""

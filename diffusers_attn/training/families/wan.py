@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..loss import scheduler_shift
-from .base import Family, patches, standardised
+from .base import Family
+from .latents import patches, standardised
 
 
 class Wan(Family):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Family, patches, shifted_and_scaled
+from .base import Family
+from .latents import patches, shifted_and_scaled
 
 
 class ZImage(Family):

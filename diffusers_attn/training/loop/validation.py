@@ -17,7 +17,7 @@ from ...nested import mapped
 from ..data.buckets import Bucket
 from ..data.disk import write_file
 from ..families import Family
-from ..families.base import Waveform
+from ..families.latents import Waveform
 from ..model.experts import evaluating
 from ..model.pipeline import decoding_in_its_dtype, placed, text_models
 from ..parallel import TrainingParallel

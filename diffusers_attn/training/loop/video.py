@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ..families.base import Waveform
+from ..families.latents import Waveform
 
 
 def write_video(frames: Any, path: Path, fps: float, sound: Waveform | None = None) -> None:

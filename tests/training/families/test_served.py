@@ -19,7 +19,8 @@ from diffusers_attn.training.data import Bucket
 from diffusers_attn.training.data.conditions import given_file
 from diffusers_attn.training.data.pixels import References, read_references
 from diffusers_attn.training.errors import TrainingError
-from diffusers_attn.training.families import FAMILIES, base, family_class, family_of, register_family, registered
+from diffusers_attn.training.families import FAMILIES, family_class, family_of, register_family, registered
+from diffusers_attn.training.families.accepted import FURTHER_INPUTS
 from diffusers_attn.training.families.flux import Flux
 from diffusers_attn.training.loop.preview_checks import check_previews
 from diffusers_attn.training.loop.sample_controls import control_frames
@@ -173,7 +174,7 @@ def test_every_name_of_a_further_input_is_one_of_a_configuration():
     for name in (*names.split(), "HunyuanVideo15Transformer3D"):
         model = getattr(diffusers, f"{name}Model")
         known |= set(model._get_init_keys(model))
-    assert set(base.FURTHER_INPUTS) <= known
+    assert set(FURTHER_INPUTS) <= known
 
 
 def test_guidance_is_told_to_models_that_take_it_only():
