@@ -12,7 +12,8 @@ with gradient checkpointing, and a step of the optimizer, in bfloat16 with the a
 tensors on the GPU from loading to the last step; `loading_mib` those until the first step; `reserved_mib` what the
 allocator takes from the GPU, free blocks included. CUDA itself adds about half a GiB. With --vram, the allocator
 fails beyond this memory, as it would on such a GPU. Losses of one precision are the same for each place of its
-blocks. A variant that fails is recorded with its error.
+blocks. A variant that fails is recorded with its error. With --peft_casts, PEFT casts the inputs of LoRA, as in a plain
+loop; the trainer leaves these casts out (`training/model/peft_casts.py`).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from options import heading
 from real_shapes import REAL, TINY, RealModel
 from versions import installed, versions
 
+from diffusers_attn import set_attention_provider
 from diffusers_attn.atomic_files import write_atomically
 from diffusers_attn.training.families.flux import Flux
 from diffusers_attn.training.families.qwen_image import QwenImage
@@ -52,6 +54,7 @@ from diffusers_attn.training.model.base_precision import load_transformer
 from diffusers_attn.training.model.lora import adapter_config, add_adapter
 from diffusers_attn.training.model.offload import offload_blocks
 from diffusers_attn.training.model.optim import make_optimizer
+from diffusers_attn.training.model.peft_casts import castless_layers, without_casts
 from diffusers_attn.training.settings.choices import BASE_PRECISIONS, OFFLOADS
 
 PACKAGES = ("torchao", "bitsandbytes", "peft", "accelerate")
@@ -81,6 +84,7 @@ def measure(
     device: torch.device,
     steps: int,
     rank: int,
+    peft_casts: bool = False,
 ) -> dict[str, Any]:
     """Trains a few steps in this process.
 
@@ -93,6 +97,7 @@ def measure(
         device: device of the run.
         steps: number of timed steps; one more comes before.
         rank: rank of the adapter.
+        peft_casts: whether PEFT casts the inputs of LoRA.
     """
 
     def peak(read: Any = torch.cuda.max_memory_allocated) -> int:
@@ -109,7 +114,9 @@ def measure(
     )
     transformer.to("cpu")
     parameters = add_adapter(transformer, adapter_config("lora", rank, None, targets), seed=0)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as files:
+    set_attention_provider(transformer, "auto")  # as the trainer does
+    layers = [] if peft_casts else castless_layers(transformer)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as files, without_casts(layers):
         if offload == "none":
             transformer.to(device)
         else:
@@ -165,6 +172,7 @@ def main() -> None:
     parser.add_argument("--offload", nargs="+", default=OFFLOADS, choices=OFFLOADS)
     parser.add_argument("--layers", nargs="+", type=int, help="number of blocks (default: all)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
+    parser.add_argument("--peft_casts", action="store_true", help="let PEFT cast the inputs of LoRA")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
     parser.add_argument("--vram", type=float, help="GiB of the GPU that the allocator may take (default: all)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a variant is ended")
@@ -226,7 +234,8 @@ def _one(args: argparse.Namespace) -> None:
         capacity = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.vram * 1024 * MIB / capacity))
     real, folder = real_model(name, args.tiny, args.layers), args.scratch / "transformer"
-    result = measure(real, MODELS[name].lora_targets, folder, precision, offload, device, args.steps, args.rank)
+    targets = MODELS[name].lora_targets
+    result = measure(real, targets, folder, precision, offload, device, args.steps, args.rank, args.peft_casts)
     print(RESULT + json.dumps(result), flush=True)
 
 
@@ -235,6 +244,7 @@ def _run(args: argparse.Namespace, name: str, scratch: str, precision: str, offl
     command = [sys.executable, __file__, "--one", name, precision, offload, "--scratch", scratch]
     command += ["--device", args.device, "--steps", str(args.steps), "--rank", str(args.rank)]
     command += ["--tiny"] if args.tiny else []
+    command += ["--peft_casts"] if args.peft_casts else []
     command += [] if args.vram is None else ["--vram", str(args.vram)]
     command += ["--layers", *map(str, args.layers)] if args.layers else []
     try:

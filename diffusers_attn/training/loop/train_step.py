@@ -14,6 +14,7 @@ from ..checkpoints.state import Training
 from ..families import Family
 from ..families.denoising import losses_of
 from ..model.lora import trained_parameters
+from ..model.peft_casts import castless_layers, without_casts
 from ..parallel import TrainingParallel
 from ..randomness import derived_seed
 from ..settings.config import TrainConfig
@@ -58,6 +59,8 @@ class TrainStep:
         self.config, self.accelerator, self.parallel = config, accelerator, parallel
         self.family, self.training, self.optimizer = family, training, optimizer
         self.parameters = list(trained_parameters(training.transformer).values())
+        autocast = accelerator.mixed_precision == "bf16"
+        self._castless = castless_layers(training.transformer) if autocast else []
         self._checked = False
         """Whether the processes have compared their first batch."""
 
@@ -69,7 +72,7 @@ class TrainStep:
         tokens = 0
         for _ in range(config.gradient_accumulation_steps):
             batch = next(micros)
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(model), without_casts(self._castless):
                 parts = self.family.parts(batch)
                 for part in parts:
                     last = part is parts[-1]
