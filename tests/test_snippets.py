@@ -44,6 +44,7 @@ SUBSTITUTES = {
 ELSEWHERE = {
     ("README.md", "Use"): "tests/test_readme.py, and the block for several GPUs as that of docs/quickstart.md",
     ("docs/choosing_a_provider.md", "Why this one?"): "tests/test_readme.py",
+    ("docs/quickstart.md", "A pipeline"): "tests/test_readme.py",
     ("docs/quickstart.md", "One GPU"): "tests/test_readme.py",
     ("docs/quickstart.md", "Several GPUs"): "tests/test_pages.py",
     ("docs/context_parallel.md", "Start"): "tests/test_pages.py, but for the script for Accelerate, which is here",

@@ -44,7 +44,7 @@ def strategy_of(text: str, ranks: int) -> Strategy:
     """The strategy of a text such as "gather", "ulysses", or "ulysses2-ring4".
 
     Args:
-        ranks: number of ranks. A degree without a number is that which follows.
+        ranks: number of ranks. A degree without a number is what the number of ranks leaves for it.
 
     Raises:
         AttentionProviderError: the text has another form, or the degrees do not multiply to the number of ranks.
