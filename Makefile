@@ -123,6 +123,10 @@ HEADER := make constraints  (the versions that are tested; pyproject.toml has th
 constraints: $(VENV)/.dev  ## write constraints.txt anew, from pyproject.toml
 	@$(RUN) $(COMPILE) --extra dev --universal --python-version 3.11 --custom-compile-command "$(HEADER)" \
 	  --output-file constraints.txt $(ARGS)
+	@mkdir -p outputs && { grep '^#' constraints.txt; \
+	  printf '\n# Named in pyproject.toml\n'; grep '^[^#]*#.*(pyproject.toml)' constraints.txt; \
+	  printf '\n# What these need\n'; grep '^[^#]' constraints.txt | grep -v '(pyproject.toml)'; } > outputs/constraints.txt
+	@mv outputs/constraints.txt constraints.txt
 
 clean:  ## remove .venv, outputs and caches
 	rm -rf $(VENV) .venv-oldest .venv-newest outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
