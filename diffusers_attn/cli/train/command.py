@@ -24,7 +24,7 @@ def train(
         bool, typer.Option("--settings", help="Print all settings of the trainer, with their defaults, and exit.")
     ] = False,
 ) -> None:
-    """Train a LoRA for Flux, Flux.2, Qwen-Image, Z-Image, Wan, CogVideoX or CogView4, from captioned images or videos.
+    """Train a LoRA for Flux, Qwen-Image, Wan and other models, from captioned images or videos.
 
     All other options are settings of the trainer: --model, --data, --output_dir and those that --settings lists.
     --recipe NAME has the settings for a model on a GPU, --config FILE is a run file, and --dry_run says what to expect.

@@ -7,7 +7,7 @@ from torch import nn
 
 from diffusers_attn import AttentionProviderError, CPInput, CPOutput, ParamId
 from diffusers_attn.context_parallel.hooks.apply import apply_context_parallel
-from diffusers_attn.context_parallel.hooks.words.halo import with_neighbours
+from diffusers_attn.context_parallel.hooks.words.halo import with_halo
 from diffusers_attn.context_parallel.sequences.sharding import Shards, gather
 from diffusers_attn.context_parallel.sequences.tracker import SequenceTracker
 from diffusers_attn.cp_plans import advanced
@@ -117,7 +117,7 @@ def beside(meshes, ring, ulysses, lengths):
         def part(tensor, first, last, each=each):
             return tensor[:, first * each : last * each]
 
-        found = with_neighbours(tracker, spec, own)
+        found = with_halo(tracker, spec, own)
         error = (found - part(full, *seen[mesh.rank])).abs().max()
         (found * part(weights, *seen[mesh.rank])).sum().backward()
         counts = sum(torch.tensor([float(first <= index < last) for index in range(length)]) for first, last in seen)
@@ -140,7 +140,7 @@ def test_what_is_not_split_has_no_neighbours():
     for grouped, size in ((False, 5), (True, 7)):
         expected = f"Expected {'a multiple of ' if grouped else ''}2 entries of 'rows' .* shape .*1, {size}.*Split it"
         with pytest.raises(AttentionProviderError, match=expected):
-            with_neighbours(tracker, advanced.CPHalo(1, 1, "rows", grouped), torch.zeros(1, size))
+            with_halo(tracker, advanced.CPHalo(1, 1, "rows", grouped), torch.zeros(1, size))
 
 
 GIVEN = {"values": torch.zeros(1, 6, 4, 2), "gates": torch.zeros(1, 4, 2), "frames": 2}  # two of five frames

@@ -214,7 +214,7 @@ def test_a_rank_without_a_token_is_given_one():
 
 
 @pytest.mark.parametrize("runs", [(), ((0, 2),), ((1, 2),), ((0, 1), (3, 2)), ((1, 1), (2, 3))])
-def test_stand_ins_come_back_as_zeros(runs):
+def test_placeholders_come_back_as_zeros(runs):
     kept, tokens = LocalTokens(6, runs), torch.arange(1, 7)[None]
     own = [index for start, length in runs for index in range(start, start + length)]
     taken = kept.take_out(tokens, 1)

@@ -54,7 +54,7 @@ class AddHalo:
                 "Name a module that is called with it by position."
             )
         check_called(self, module)
-        new_args, new_kwargs = [with_neighbours(self.tracker, self.spec, args[0]), *args[1:]], dict(kwargs)
+        new_args, new_kwargs = [with_halo(self.tracker, self.spec, args[0]), *args[1:]], dict(kwargs)
         if self.length is not None:
             name, index = self.length
             where: Any = new_kwargs if name in new_kwargs else new_args
@@ -85,7 +85,7 @@ def _halo_lengths(tracker: SequenceTracker, spec: CPHalo) -> tuple[int, int]:
     return min(spec.reach, start), min(spec.reach, shards.total - start - own)
 
 
-def with_neighbours(tracker: SequenceTracker, spec: CPHalo, tensor: Tensor) -> Tensor:
+def with_halo(tracker: SequenceTracker, spec: CPHalo, tensor: Tensor) -> Tensor:
     """This rank's shard with its halo: up to `reach` entries before it and after it, from one other rank or several.
 
     Raises:
