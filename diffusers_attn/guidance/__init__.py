@@ -2,7 +2,7 @@
 
 Guidance calls the denoiser several times per step, with and without a prompt, or once with both in one batch. Groups of
 ranks exchange only the outputs, once per step, where sequence parallelism exchanges in every layer. Pipelines stay
-unmodified: `GuidedCall` (`guided_call`) replaces the call of the model.
+unmodified: `GuidedCall` (`guided_call`) replaces the call of the model, which `installed` does.
 
 - Both branches in one batch: each group computes its part of the batch (`batch`), if the model computes samples
   separately (`batched`).

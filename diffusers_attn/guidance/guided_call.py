@@ -20,6 +20,7 @@ from ..context_parallel.hooks.apply import add_mesh, applied_tracker, names_of_g
 from ..context_parallel.mesh import ContextParallelMesh
 from ..errors import AttentionProviderError
 from ..nested import mapped, tensors_in
+from ..tracing.errors import raise_error
 from .batch import Batch
 from .branches import GuidedStep, StepKind, shape_of
 from .cached_run import CachedRun
@@ -28,8 +29,6 @@ from .groups import Groups
 from .inputs import StepInputs
 from .pending import Arrival, PendingTensor, known
 from .step_in_progress import Output, StepInProgress, exchange_outputs
-
-_CALL = "_call_impl"  # what nn.Module's `__call__` runs, with all hooks, unless the module is compiled as a whole
 
 
 class GuidedCall:
@@ -65,19 +64,23 @@ class GuidedCall:
         self._step: StepInProgress | None = None
         self.computed = 0
         """Number of calls that this rank has computed, alone or with others."""
+        self.run: Callable[..., Any] | None = None
+        """What the model's callers would call without this."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         if model is None:
             raise RuntimeError("the model whose call this is does not exist any more")
         if torch.compiler.is_compiling():
+            if not torch.compiler.is_exporting():  # which a hook within the call refuses
+                raise_error(self._refuse_tracing)
             return nn.Module._call_impl(model, *args, **kwargs)
         args, kwargs = known((args, kwargs))
         if not _is_divisible(model, (args, kwargs)):
-            return nn.Module._call_impl(model, *args, **kwargs)
+            return self._run(*args, **kwargs)
         run, branch = _cached_run(model)
         if run is _NOT_BY_BRANCH:
-            return nn.Module._call_impl(model, *args, **kwargs)
+            return self._run(*args, **kwargs)
         latents = args[0] if args else kwargs.get(self._first)
         if self._step is None or not self._step.step.continues_with(latents):
             self._step = self._begin(latents, run, branch is not None)
@@ -93,6 +96,22 @@ class GuidedCall:
             return self._on_all_ranks(model, current, number, args, kwargs)
         owner = number % current.division.owners
         return self._by_branch(model, current, current.groups, number, owner, latents, args, kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.run is not None
+        return self.run(*args, **kwargs)
+
+    def _refuse_tracing(self) -> AttentionProviderError | None:
+        """The error for a call within compiled code, which would not be divided although it could be."""
+        if self._divider.data_degree is None and not self._guides():
+            return None
+        return AttentionProviderError(
+            f"torch.compile was called after enable_context_parallel, and compiles the calls of this "
+            f"{type(self._model()).__name__}: compiled code cannot divide guidance, or a batch, among groups of ranks. "
+            "Call torch.compile before enable_context_parallel, or compile the transformer in its place, "
+            "pipe.transformer.compile(), or its blocks, apply_compile(pipe.transformer). Or have sequences split alone: "
+            "enable_context_parallel(pipe, guidance_degree=1)."
+        )
 
     def _begin(self, latents: Any, run: CachedRun | None, has_name: bool) -> StepInProgress:
         """Plans a new step.
@@ -148,7 +167,7 @@ class GuidedCall:
             args, kwargs = current.batch.part_of((args, kwargs), groups.index, parts)
             one_thread.take(names_of_groups(model), model)
         with using_mesh(model, _mesh(model) if groups is None else groups.mesh), self._inputs.as_given():
-            output = nn.Module._call_impl(model, *args, **kwargs)
+            output = self._run(*args, **kwargs)
         if parts > 1 and groups is not None:
             output = current.batch.joined(output, groups)
         current.step.kind.outputs[number, plain] = mapped(output, _like)
@@ -224,7 +243,7 @@ class GuidedCall:
                 if not is_exchanged:
                     args, kwargs = self._inputs.within(groups, args, kwargs)
                 args, kwargs = current.batch.part_of((args, kwargs), part, division.parts)
-                output = nn.Module._call_impl(model, *args, **kwargs)
+                output = self._run(*args, **kwargs)
             _check(model, output, parts[part])
             values = tensors_in(output)
         device = tensors_in(latents)[0].device
@@ -266,7 +285,7 @@ class GuidedCall:
             args, kwargs = current.batch.part_of(outputs[0].given, part, current.division.parts)
             for _ in range(missing):
                 with using_mesh(model, groups.mesh), self._inputs.as_given():
-                    nn.Module._call_impl(model, *args, **kwargs)
+                    self._run(*args, **kwargs)
 
 
 def _mesh(model: nn.Module) -> ContextParallelMesh:
@@ -334,24 +353,3 @@ def _check(model: nn.Module, output: Any, expected: Any) -> None:
             f"{type(model).__name__} returned {found}, and {before} in an earlier call with latents of the same shape. "
             "Ranks that did not compute this call expect that. Call enable_context_parallel(pipe, guidance_degree=1)."
         )
-
-
-def install(model: nn.Module, call: GuidedCall) -> None:
-    """Replaces the call of `model`."""
-    vars(model)[_CALL] = call
-
-
-def uninstall(model: nn.Module) -> None:
-    """Undoes `install`. Does nothing if it was not called."""
-    vars(model).pop(_CALL, None)
-
-
-def guided_call(model: nn.Module) -> GuidedCall | None:
-    """The call that replaces the model's; None if there is none."""
-    found = vars(model).get(_CALL)
-    return found if isinstance(found, GuidedCall) else None
-
-
-def without_call(state: dict[str, Any]) -> None:
-    """Removes the call from the state of a copy of a model."""
-    state.pop(_CALL, None)

@@ -16,7 +16,7 @@ from ..context_parallel.hooks.apply import apply_context_parallel, names_of_grou
 from ..context_parallel.mesh import ContextParallelMesh
 from ..cp_plans.advanced import CPCache
 from ..cp_plans.plan import ParamId, Plan, entries
-from ..guidance.guided_call import uninstall, without_call
+from ..guidance.installed import uninstall, without_call
 from ..processors.binding import attention_modules_of, change_processor, install, is_bound
 from ..processors.bound import BoundProcessor, bind, obstacle, unbind
 from ..runtime.cuda_graphs.apply import leave_ranks

@@ -20,8 +20,9 @@ from ..errors import AttentionProviderError
 from ..guidance.batched import divides_batch
 from ..guidance.division import Divider
 from ..guidance.groups import Groups
-from ..guidance.guided_call import GuidedCall, install
+from ..guidance.guided_call import GuidedCall
 from ..guidance.inputs import StepInputs
+from ..guidance.installed import install
 from .decide import decide_degrees
 from .degrees import Degrees, Topology, complete_degrees
 from .input_exchange import Links
@@ -167,8 +168,6 @@ def obstacle(target: Target, inputs: str) -> str | None:
     """Why every rank must make all calls of this model, and what to do, as a clause; None if they can be divided."""
     if keeps_keys(target.plan):
         return "it keeps keys from one call to the next. Use another model"
-    if target.is_compiled:
-        return "it is compiled as a whole. Compile its blocks instead (apply_compile(model))"
     if inputs == "check":
         return "inputs='check' compares the values of every call before it. Use inputs='broadcast'"
     return None
@@ -223,7 +222,7 @@ def attach_guidance(
         lambda: _guides(pipeline()),
         divides_batch(model),
     )
-    install(model, call)
+    install(model, model if target.called is None else target.called, call)
 
 
 def _guides(pipeline: Any) -> bool:

@@ -26,8 +26,8 @@ class Target(NamedTuple):
     """Name of the pipeline's component, with its class; for a single model, its class."""
     model: nn.Module
     plan: Plan
-    is_compiled: bool = False
-    """Whether it is compiled as a whole, see `is_compiled`."""
+    called: nn.Module | None = None
+    """The wrapper of torch.compile within which it is called, if there is one."""
 
 
 def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target], list[str]]:
@@ -41,7 +41,7 @@ def find_targets(pipeline_or_model: Any, plan: Plan | None) -> tuple[list[Target
     if isinstance(pipeline_or_model, nn.Module):
         model = unwrapped(pipeline_or_model)
         given = get_cp_plan(model) if plan is None else plan
-        targets = [Target(type(model).__name__, model, given, is_compiled(pipeline_or_model))]
+        targets = [Target(type(model).__name__, model, given, _compiled_wrapper(pipeline_or_model))]
     else:
         targets, unsplit = _of_pipeline(pipeline_or_model, plan)
     for target in targets:
@@ -82,6 +82,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model is compiled as a whole: by its `compile`, or within the wrapper that `torch.compile` returns."""
     return any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in _layers(model))
+
+
+def _compiled_wrapper(model: nn.Module) -> nn.Module | None:
+    return next((each for each in _layers(model) if hasattr(each, "_orig_mod")), None)
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -166,7 +170,7 @@ def _of_pipeline(pipeline: Any, plan: Plan | None) -> tuple[list[Target], list[s
         found = plan if plan is not None and transformer else None if plan is not None else _registered(model)
         if found is not None:
             title = f"{name} ({type(model).__name__})"
-            targets.setdefault(id(model), Target(title, model, found, is_compiled(component)))
+            targets.setdefault(id(model), Target(title, model, found, _compiled_wrapper(component)))
         elif transformer:
             unsplit.append(f"{name} ({type(model).__name__})")
     if not targets:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from diffusers_attn import apply_compile, cuda_graphs_status, disable_context_parallel, enable_context_parallel
-from diffusers_attn.guidance.guided_call import guided_call
+from diffusers_attn.guidance.installed import guided_call
 
 from ..guidance.families import STEPS, build, draw
 from ..guidance.test_pipelines import CACHED, CACHES

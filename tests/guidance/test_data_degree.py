@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from diffusers_attn import AttentionProviderError, disable_context_parallel, enable_context_parallel
 from diffusers_attn.guidance.division import Divider
-from diffusers_attn.guidance.guided_call import guided_call
+from diffusers_attn.guidance.installed import guided_call
 from tests.zoo import CASES
 
 from .families import build

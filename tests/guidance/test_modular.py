@@ -9,7 +9,7 @@ import torch
 from diffusers import ClassifierFreeGuidance, LayerSkipConfig, SkipLayerGuidance
 
 from diffusers_attn import disable_context_parallel, enable_context_parallel
-from diffusers_attn.guidance.guided_call import guided_call
+from diffusers_attn.guidance.installed import guided_call
 
 from ..tiny_pipelines import make
 
