@@ -9,31 +9,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.compatibility.cell import EXACT, OFF, REFUSED, WITH, WITHOUT
 from tests.compatibility.features import KINDS, NOT_RUN
-from tests.compatibility.outcomes import Outcome, expected_outcomes
-from tests.compatibility.ways import WAYS
+from tests.compatibility.outcomes import ON_GPUS, Outcome, expected_outcomes
+from tests.compatibility.ways import GPU_WAYS, WAYS, Way
 
 SIGNS = {EXACT: "✓", OFF: "\N{EN DASH}", WITHOUT: "○"}
 
 
 def tables() -> str:
     """A table for each kind of feature, and below it the messages of its refusals."""
-    return "\n\n".join(_table(kind) for kind in KINDS)
+    outcomes = expected_outcomes()
+    parts = []
+    for kind, features in KINDS.items():
+        rows = {name: row for name, row in outcomes.items() if name in features}
+        parts += [f"### {kind}", *_table(rows, WAYS)] if rows else []
+        if kind in NOT_RUN:
+            reasons = "; ".join(f"{name} ({reason})" for name, reason in NOT_RUN[kind].items())
+            parts.append(f"Not in the table: {reasons}.")
+    on_gpus = expected_outcomes(ON_GPUS)
+    if on_gpus:
+        parts += ["### On GPUs", *_table(on_gpus, GPU_WAYS)]
+    return "\n\n".join(parts)
 
 
-def _table(kind: str) -> str:
-    outcomes = {name: row for name, row in expected_outcomes().items() if name in KINDS[kind]}
-    ways = [way for way in WAYS if any(way in row for row in outcomes.values())]
+def _table(outcomes: dict[str, dict[str, Outcome]], columns: dict[str, Way]) -> list[str]:
+    """A table, and its notes."""
+    ways = [way for way in columns if any(way in row for row in outcomes.values())]
     messages: dict[str, int] = {}
-    lines = ["", *(WAYS[way].title for way in ways)], ["---"] * (len(ways) + 1)
+    lines = ["", *(columns[way].title for way in ways)], ["---"] * (len(ways) + 1)
     rows = [[name, *(_cell(row.get(way, ""), messages) for way in ways)] for name, row in outcomes.items()]
-    parts = [f"### {kind}", "\n".join("| " + " | ".join(line) + " |" for line in (*lines, *rows))]
+    parts = ["\n".join("| " + " | ".join(line) + " |" for line in (*lines, *rows))]
     if messages:
         parts.append("\n".join(f"{number}. {message}" for message, number in messages.items()))
-    if kind in NOT_RUN:
-        parts.append(
-            "Not in the table: " + "; ".join(f"{name} ({reason})" for name, reason in NOT_RUN[kind].items()) + "."
-        )
-    return "\n\n".join(parts)
+    return parts
 
 
 def _cell(outcome: Outcome, messages: dict[str, int]) -> str:

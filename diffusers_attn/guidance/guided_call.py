@@ -109,8 +109,8 @@ class GuidedCall:
             f"torch.compile was called after enable_context_parallel, and compiles the calls of this "
             f"{type(self._model()).__name__}: compiled code cannot divide guidance, or a batch, among groups of ranks. "
             "Call torch.compile before enable_context_parallel, or compile the transformer in its place, "
-            "pipe.transformer.compile(), or its blocks, apply_compile(pipe.transformer). Or have sequences split alone: "
-            "enable_context_parallel(pipe, guidance_degree=1)."
+            "pipe.transformer.compile(), or its blocks, apply_compile(pipe.transformer). Or have sequences split "
+            "alone: enable_context_parallel(pipe, guidance_degree=1)."
         )
 
     def _begin(self, latents: Any, run: CachedRun | None, has_name: bool) -> StepInProgress:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from diffusers_attn import AttentionProviderError, disable_context_parallel, unsplit_vae
 
-from .feature import ORDERS
+from .feature import ORDERS, Feature
 from .features import FEATURES
-from .ways import WAYS, Effect, Put, count_samples
+from .ways import GPU_WAYS, WAYS, Effect, Put, count_samples
+
+ALL_WAYS = WAYS | GPU_WAYS
 
 EXACT = "exact"
 """The results are those of the same pipeline without this library."""
@@ -48,35 +50,40 @@ class Expected(NamedTuple):
 
 def outcomes(meshes: Any, feature: str, way: str) -> dict[str, str]:
     """The outcome of a cell on this rank, for each order of putting feature and way on."""
-    found = {}
+    found, its = {}, ALL_WAYS[way]
     for order in ORDERS:
-        if order in FEATURES[feature].orders and order in WAYS[way].orders:
-            found[order] = outcome = _outcome(meshes, feature, WAYS[way].put, order)
-            for words, put in WAYS[way].remedies.items():
+        if order in FEATURES[feature].orders and order in its.orders:
+            found[order] = outcome = _outcome(meshes, feature, its.put, order, its.device)
+            for words, put in its.remedies.items():
                 if outcome.startswith(REFUSED) and words in outcome:
-                    again = _outcome(meshes, feature, put, order)
+                    again = _outcome(meshes, feature, put, order, its.device)
                     found[order] = again if again != EXACT else f"{WITH}{words}"
     return found
 
 
 @functools.cache
-def expected(name: str) -> Expected:
+def expected(name: str, device: str) -> Expected:
     """Raises AssertionError if the feature has no effect on the results, although it should."""
     feature = FEATURES[name]
-    pipe = feature.build()
+    pipe = _built(feature, device)
     pipe = feature.put(pipe) or pipe
     samples = count_samples(pipe.transformer)
     results = feature.draw(pipe)
-    without = None if feature.plain is None else feature.plain(feature.build())
+    without = None if feature.plain is None else feature.plain(_built(feature, device))
     if without is not None:
         assert _error(results, without) > 1e-6, f"{name} does not change the results"
     return Expected(results, without, samples.number)
 
 
-def _outcome(meshes: Any, name: str, put: Put, order: str) -> str:
-    pipes, steps = [FEATURES[name].build()], []
+def _built(feature: Feature, device: str) -> Any:
+    pipe = feature.build()
+    return pipe if device == "cpu" else pipe.to(device)
+
+
+def _outcome(meshes: Any, name: str, put: Put, order: str, device: str) -> str:
+    pipes, steps = [_built(FEATURES[name], device)], []
     try:
-        wanted = expected(name)
+        wanted = expected(name, device)
         with _counted_steps(type(pipes[0].scheduler), steps):
             in_effect, results = _computed(pipes, meshes, name, put, order)
         wrong = _error(results, wanted.results)
@@ -141,7 +148,7 @@ def _error(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 def on_all_ranks(pool: Any, feature: str, way: str) -> dict[str, str]:
     """The outcomes of a cell. What ranks do differently is a fault, and is named."""
-    ranks = WAYS[way].ranks
+    ranks = ALL_WAYS[way].ranks
     if ranks == 1:
         with torch.random.fork_rng():
             return outcomes(None, feature, way)

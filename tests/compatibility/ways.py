@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from diffusers_attn import apply_compile, enable_context_parallel, set_attention_provider, split_vae
+from diffusers_attn import (
+    apply_compile,
+    cuda_graphs_status,
+    enable_context_parallel,
+    set_attention_provider,
+    split_vae,
+)
 from diffusers_attn.context_parallel.hooks.apply import applied_tracker
 from diffusers_attn.processors import attention_modules
+from diffusers_attn.runtime.cuda_graphs.apply import apply_automatically
 
+from ..gpu.several import SIZE
 from .feature import ORDERS
 
 Effect = Callable[[Any, int], bool]
@@ -36,6 +44,8 @@ class Way(NamedTuple):
     """When features may be put on, before or after this library."""
     remedies: Mapping[str, Put] = {}
     """Other ways of putting it on, by the words with which a refusal advises them. They are tried after the refusal."""
+    device: str = "cpu"
+    """Where pipelines are."""
 
 
 def _provider(pipe: Any, meshes: Any) -> Effect:
@@ -133,6 +143,21 @@ def _vae(pipe: Any, meshes: Any) -> Effect:
     return lambda pipe, _: "forward" in vars(pipe.vae.decoder)
 
 
+def _graphs(pipe: Any, meshes: Any) -> Effect:
+    set_attention_provider(pipe, "native")
+    apply_automatically(pipe.transformer)
+    return _replays
+
+
+def _graphs_over_ranks(pipe: Any, meshes: Any) -> Effect:
+    enable_context_parallel(pipe, guidance_degree=1, split_vae=False, verbose=False)
+    return _replays
+
+
+def _replays(pipe: Any, _: int) -> bool:
+    return cuda_graphs_status(transformer_of(pipe)).replays > 0
+
+
 def _in_parts(put: Callable[..., Effect]) -> Mapping[str, Put]:
     return {"fullgraph=False": partial(put, fullgraph=False)}
 
@@ -154,3 +179,11 @@ WAYS = {
     "weights": Way("sharded weights", 2, _weights),
     "vae": Way("VAE", 2, _vae),
 }
+"""On CPUs, for every feature."""
+
+GPU_WAYS = {
+    "graphs": Way("CUDA graphs", 1, _graphs, device="cuda"),
+    "graphs over ranks": Way("CUDA graphs, several GPUs", max(SIZE, 2), _graphs_over_ranks, device="cuda"),
+    "guidance on GPUs": Way("guidance, several GPUs", max(SIZE, 2), _guidance, device="cuda"),
+}
+"""On GPUs, for the features in `on_gpus.py`."""

@@ -11,6 +11,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from diffusers_attn.nested import mapped
 from diffusers_attn.tiny_models.weights import randomize
 
 from ... import tiny_pipelines
@@ -26,7 +27,8 @@ def _controlnet(make: Callable[[], Any]) -> Feature:
         return pipe
 
     def draw(pipe: Any, **more: Any) -> list[Tensor]:
-        return [controlnets.draw(pipe, pipe.arguments | more)]
+        call = mapped(pipe.arguments, lambda each: each.to(pipe._execution_device))
+        return [controlnets.draw(pipe, call | more)]
 
     def without(pipe: Any) -> list[Tensor]:
         scale = pipe.arguments["controlnet_conditioning_scale"]

@@ -119,6 +119,5 @@ FEATURES = {
     "slices of the VAE": _of_vae(lambda pipe: pipe.vae.enable_slicing(), False),
 }
 NOT_RUN = {
-    "`device_map`": "it needs GPUs",
     "gradient checkpointing": "compared with gradients, below",
 }

@@ -30,4 +30,3 @@ FEATURES = {
     "`enable_group_offload`, layers": Feature(functools.partial(_by_group, offload_type="leaf_level")),
     "`enable_group_offload`, to disk": Feature(_to_disk),
 }
-NOT_RUN = {"`enable_sequential_cpu_offload`": "Accelerate's hooks need a device beside the CPU"}

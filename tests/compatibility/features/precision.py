@@ -12,11 +12,11 @@ from torch import nn
 from ..feature import Feature, lossy, wan
 
 
-def _float32() -> Any:
+def float32() -> Any:
     return wan().to(torch.float32)
 
 
-def _each_linear(pipe: Any, make: Callable[[nn.Linear], nn.Module]) -> None:
+def each_linear(pipe: Any, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Replaces the layers within the blocks."""
     for block in pipe.transformer.blocks:
         for name, layer in list(block.named_modules()):
@@ -51,7 +51,7 @@ def _bitsandbytes(pipe: Any) -> None:
         found.bias = layer.bias
         return found.to("cpu")
 
-    _each_linear(pipe, make)
+    each_linear(pipe, make)
 
 
 def _quanto(pipe: Any) -> None:
@@ -73,12 +73,12 @@ def _gguf(pipe: Any) -> None:
         found.weight, found.bias = GGUFParameter(data, quant_type=kind), layer.bias
         return found
 
-    _each_linear(pipe, make)
+    each_linear(pipe, make)
 
 
 def _quantised(put: Callable[[Any], None], package: str) -> Feature:
     """Models are quantised when they are loaded: before anything else."""
-    return lossy(put, build=_float32, tolerance=1e-4, package=package, orders=("before",))
+    return lossy(put, build=float32, tolerance=1e-4, package=package, orders=("before",))
 
 
 FEATURES = {
@@ -90,4 +90,4 @@ FEATURES = {
     "GGUF, Q8_0": _quantised(_gguf, "gguf"),
     "quanto, int8 weights": _quantised(_quanto, "optimum.quanto"),
 }
-NOT_RUN = {"SVDQuant (nunchaku), bitsandbytes int8": "their kernels need a GPU"}
+NOT_RUN = {"SVDQuant (nunchaku)": "its kernels need a GPU, and a package that PyPI does not have"}
