@@ -32,9 +32,9 @@ FAULTS = {
 }
 
 
-def of_first_rank(*fault: str) -> tuple[int, str]:
+def of_first_rank(*fault: str, device: str = "cpu") -> tuple[int, str]:
     """Its exit code, and what both ranks printed and logged."""
-    done = launching.run_ranks(2, Path(__file__).with_name("two_ranks.py"), *fault, of=0)
+    done = launching.run_ranks(2, Path(__file__).with_name("two_ranks.py"), *fault, device, of=0)
     return done.returncode, done.stdout + done.stderr
 
 

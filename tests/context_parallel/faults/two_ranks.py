@@ -1,5 +1,5 @@
-"""A script for two ranks. The second has a fault at its third forward; the first prints the error that it gets, and how
-long it waited."""
+"""A script for two ranks, on gloo or with a GPU each. The second has a fault at its third forward; the first prints the
+error that it gets, and how long it waited."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from diffusers_attn import enable_context_parallel
 from diffusers_attn.context_parallel.comm import rank_progress
+from diffusers_attn.nested import mapped
 from tests.parallelize.test_enable import build, inputs, output
 
 IDLE = 4.0
@@ -41,11 +42,13 @@ def computes(*_: Any) -> None:
         pass
 
 
-fault, where, inputs_are = sys.argv[1:]
+fault, where, inputs_are, device = sys.argv[1:]
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
-model, given = build("flux"), inputs("flux")
-enable_context_parallel(model, inputs=inputs_are, verbose=False)
+if device == "cuda":
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+dist.init_process_group("nccl" if device == "cuda" else "gloo")
+model, given = build("flux").to(device), mapped(inputs("flux"), lambda each: each.to(device))
+enable_context_parallel(model, inputs=inputs_are, verbose=False, cuda_graphs=False)
 rank_progress.wait_for_idle_ranks(IDLE)
 with torch.no_grad():
     output(model, given)
@@ -58,6 +61,8 @@ with torch.no_grad():
             else:
                 globals()[fault]()
         output(model, given)
+        if device == "cuda":  # whose exchanges the host does not wait for
+            output(model, given)
         print("no error", flush=True)
     except Exception as error:
         print(f"rank {dist.get_rank()}: {type(error).__name__}: {error}", flush=True)
