@@ -45,39 +45,16 @@ class Flash2(FlashAttention):
         return type(cls.__name__, (cls,), {"functions": functions})
 
     @classmethod
-    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: FlashSettings) -> tuple[Tensor, Tensor]:
-        result = call_kernel(
-            cls.functions.dense_forward, query, key, value, *cls._forward_constants(settings), None, False
-        )
-        return result[0], result[cls.functions.lse]
-
-    @classmethod
-    def dense_backward(
-        cls,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        settings: FlashSettings,
-    ) -> Gradients:
-        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        constants = (*cls._forward_constants(settings), None, settings.deterministic)
-        call_kernel(cls.functions.dense_backward, grad_out, query, key, value, out, lse, *grads, *constants)
-        return grads
-
-    @classmethod
-    def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: FlashSettings
+    def run(
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths | None, settings: FlashSettings
     ) -> tuple[Tensor, Tensor]:
-        result = call_kernel(
-            cls.functions.varlen_forward, query, key, value, *lengths, *cls._forward_constants(settings), None, False
-        )
+        kernel = cls.functions.dense_forward if lengths is None else cls.functions.varlen_forward
+        constants = (*cls._forward_constants(settings), None, False)
+        result = call_kernel(kernel, query, key, value, *(lengths or ()), *constants)
         return result[0], result[cls.functions.lse]
 
     @classmethod
-    def varlen_backward(
+    def run_backward(
         cls,
         grad_out: Tensor,
         query: Tensor,
@@ -85,12 +62,13 @@ class Flash2(FlashAttention):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        lengths: SequenceLengths,
+        lengths: SequenceLengths | None,
         settings: FlashSettings,
     ) -> Gradients:
+        kernel = cls.functions.dense_backward if lengths is None else cls.functions.varlen_backward
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         constants = (*cls._forward_constants(settings), None, settings.deterministic)
-        call_kernel(cls.functions.varlen_backward, grad_out, query, key, value, out, lse, *grads, *lengths, *constants)
+        call_kernel(kernel, grad_out, query, key, value, out, lse, *grads, *(lengths or ()), *constants)
         return grads
 
     @classmethod

@@ -40,44 +40,7 @@ class Flash3(FlashAttention):
         return type(cls.__name__, (cls,), {"functions": functions})
 
     @classmethod
-    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: FlashSettings) -> tuple[Tensor, Tensor]:
-        return cls._run(query, key, value, None, settings)
-
-    @classmethod
-    def dense_backward(
-        cls,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        settings: FlashSettings,
-    ) -> Gradients:
-        return cls._run_backward(grad_out, query, key, value, out, lse, None, settings)
-
-    @classmethod
-    def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: FlashSettings
-    ) -> tuple[Tensor, Tensor]:
-        return cls._run(query, key, value, lengths, settings)
-
-    @classmethod
-    def varlen_backward(
-        cls,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: SequenceLengths,
-        settings: FlashSettings,
-    ) -> Gradients:
-        return cls._run_backward(grad_out, query, key, value, out, lse, lengths, settings)
-
-    @classmethod
-    def _run(
+    def run(
         cls,
         query: Tensor,
         key: Tensor,
@@ -97,7 +60,7 @@ class Flash3(FlashAttention):
         return out, lse
 
     @classmethod
-    def _run_backward(
+    def run_backward(
         cls,
         grad_out: Tensor,
         query: Tensor,

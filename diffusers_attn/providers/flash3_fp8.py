@@ -28,11 +28,11 @@ class Flash3Fp8(Flash3):
         value, value_factor = fp8.quantize(value, kv_heads, mask)
         factors = {"q_descale": query_factor, "k_descale": key_factor, "v_descale": value_factor}
         if mask is None:
-            out, lse = cls._run(query, key, value, None, settings, **factors)
+            out, lse = cls.run(query, key, value, None, settings, **factors)
             return out.to(dtype), lse.transpose(1, 2)
         # Packed as bytes: not every operator takes float8.
         packed_key, packed_value, lengths, _ = pack(query, key.view(torch.uint8), value.view(torch.uint8), mask)
-        out, lse = cls._run(
+        out, lse = cls.run(
             query.flatten(0, 1), packed_key.view(fp8.DTYPE), packed_value.view(fp8.DTYPE), lengths, settings, **factors
         )
         return unpack_results(out.to(dtype), lse, query.shape)

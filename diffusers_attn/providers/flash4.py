@@ -166,51 +166,19 @@ def _empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> Gradients:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-@torch.library.custom_op("diffusers_attn::flash_4", mutates_args=(), device_types="cuda")
-def forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None,
-    entries: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    return _forward(query, key, value, lengths, entries, scale, is_causal, window_left, window_right, softcap)
+# In a compiled graph: the package's own functions do not trace.
+forward_op = torch.library.custom_op("diffusers_attn::flash_4", _forward, mutates_args=(), device_types="cuda")
+backward_op = torch.library.custom_op(
+    "diffusers_attn::flash_4_backward", _backward, mutates_args=(), device_types="cuda"
+)
 
 
 @forward_op.register_fake
-def _(query, key, value, lengths, entries, scale, is_causal, window_left, window_right, softcap):  # type: ignore[no-untyped-def]
+def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
     batch, query_len, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty((batch, heads, query_len), dtype=torch.float32)
 
 
-@torch.library.custom_op("diffusers_attn::flash_4_backward", mutates_args=(), device_types="cuda")
-def backward_op(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Tensor | None,
-    entries: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(
-        grad_out, query, key, value, out, lse, lengths, entries, scale, is_causal, window_left, window_right, softcap,
-        deterministic,
-    )  # fmt: skip
-
-
 @backward_op.register_fake
-def _(grad_out, query, key, value, *constants):  # type: ignore[no-untyped-def]
+def _(grad_out, query, key, value, *rest):  # type: ignore[no-untyped-def]
     return _empty_gradients(query, key, value)

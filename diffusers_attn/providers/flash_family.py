@@ -67,7 +67,7 @@ class SequenceLengths(NamedTuple):
 
 
 class FlashAttention(Adapter):
-    """The adapter. A subclass adds the kernels, in pairs of forward and backward."""
+    """The adapter. A subclass adds the kernels, which are variable-length ones where lengths are given."""
 
     always_varlen: ClassVar[bool] = False
 
@@ -76,10 +76,10 @@ class FlashAttention(Adapter):
         settings = FlashSettings.of(params)
         query, key, value = varlen.rows_contiguous(query, key, value)
         if mask is None and not cls.always_varlen:
-            out, lse = cls.dense_forward(query, key, value, settings)
+            out, lse = cls.run(query, key, value, None, settings)
             return out, lse.transpose(1, 2)
         packed_key, packed_value, lengths, _ = pack(query, key, value, mask)
-        out, lse = cls.varlen_forward(query.flatten(0, 1), packed_key, packed_value, lengths, settings)
+        out, lse = cls.run(query.flatten(0, 1), packed_key, packed_value, lengths, settings)
         return unpack_results(out, lse, query.shape)
 
     @classmethod
@@ -99,9 +99,10 @@ class FlashAttention(Adapter):
         # The weights are exp(score - lse): with +inf they are zero in a row without keys.
         lse = lse.masked_fill(lse == -math.inf, math.inf)
         if mask is None and not cls.always_varlen:
-            return cls.dense_backward(grad_out, query, key, value, out, lse.transpose(1, 2).contiguous(), settings)
+            lse = lse.transpose(1, 2).contiguous()
+            return cls.run_backward(grad_out, query, key, value, out, lse, None, settings)
         packed_key, packed_value, lengths, packing = pack(query, key, value, mask)
-        grad_query, grad_key, grad_value = cls.varlen_backward(
+        grad_query, grad_key, grad_value = cls.run_backward(
             grad_out.flatten(0, 1), query.flatten(0, 1), packed_key, packed_value, out.flatten(0, 1),
             lse.permute(2, 0, 1).flatten(1).contiguous(), lengths, settings,
         )  # fmt: skip
@@ -112,33 +113,18 @@ class FlashAttention(Adapter):
         return grad_query, grad_key, varlen.unpack_gradient(grad_value, packing, value)
 
     @classmethod
-    def dense_forward(cls, query: Tensor, key: Tensor, value: Tensor, settings: FlashSettings) -> tuple[Tensor, Tensor]:
-        """Output, and lse `[batch, heads, query_len]`."""
-        raise NotImplementedError
-
-    @classmethod
-    def dense_backward(
-        cls,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        settings: FlashSettings,
-    ) -> Gradients:
-        """The gradients, from the results of `dense_forward`."""
-        raise NotImplementedError
-
-    @classmethod
-    def varlen_forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths, settings: FlashSettings
+    def run(
+        cls, query: Tensor, key: Tensor, value: Tensor, lengths: SequenceLengths | None, settings: FlashSettings
     ) -> tuple[Tensor, Tensor]:
-        """Output `[batch * query_len, heads, head_dim]`, and lse `[heads, batch * query_len]`."""
+        """Output and lse.
+
+        Without lengths, the output is `[batch, query_len, heads, head_dim]` and the lse `[batch, heads, query_len]`;
+        with lengths `[batch * query_len, heads, head_dim]` and `[heads, batch * query_len]`.
+        """
         raise NotImplementedError
 
     @classmethod
-    def varlen_backward(
+    def run_backward(
         cls,
         grad_out: Tensor,
         query: Tensor,
@@ -146,15 +132,15 @@ class FlashAttention(Adapter):
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        lengths: SequenceLengths,
+        lengths: SequenceLengths | None,
         settings: FlashSettings,
     ) -> Gradients:
-        """The gradients, from the results of `varlen_forward`. Positions outside of all sequences are not written."""
+        """The gradients, from the results of `run`. Positions outside of all sequences are not written."""
         raise NotImplementedError
 
 
 def unpack_results(out: Tensor, lse: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The results of `varlen_forward` for a query of `shape`, as those of an adapter."""
+    """The results of `run` with lengths, for a query of `shape`, as those of an adapter."""
     batch, query_len, heads, _ = shape
     # FlashAttention-2 returns +inf for a sequence without keys.
     lse = lse.masked_fill(lse == math.inf, -math.inf)

@@ -1,19 +1,13 @@
 """SageAttention 2 (arXiv 2411.10958), from its package or from the Hub: int8 scores, fp8 or fp16 values. Lossy, and
 forward only.
 
-The package launches its CUDA kernels on the default stream of the device, whatever stream is current. So a call on
-another stream runs on the default stream, and both streams wait for each other; otherwise the kernels would read
-unfinished inputs. A CUDA graph capture would record everything except these kernels, so it is refused. The Triton
-variant launches on the current stream and can be captured.
-
-With `smooth_k` the package subtracts the mean of the keys, and corrects its lse for it.
+`sage_calls` calls the package's functions. With `smooth_k` the package subtracts the mean of the keys, and corrects its
+lse for it.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -22,27 +16,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import masks
-from ..errors import AttentionProviderError
-from . import varlen
+from . import sage_calls, varlen
 from .base import Adapter, Params
-from .devices import device_of
 
 TILE = 64
 """Keys in one tile of the fp16 CUDA kernel."""
-
-# With this tag the compiler does not capture an operator into its CUDA graphs.
-_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""The functions in use, by source and name: "hub:sageattn". Operators take strings, and look functions up here."""
 
 
 class _FromPackage(Adapter):
     """An adapter of one function of the package."""
 
     kernel: ClassVar[str]
-    """Name of the function; in an adapter made by `over`, its key in `_FUNCTIONS`."""
+    """Name of the function; in an adapter made by `over`, its key in `sage_calls.FUNCTIONS`."""
     core: ClassVar[Any]
     """The module with the functions, and with flags for the compiled modules that were found."""
 
@@ -51,7 +36,7 @@ class _FromPackage(Adapter):
         # The kernel on the Hub has the package's module `core`, and may export functions of it too.
         core = getattr(package, "core", package)
         key = f"{source}:{cls.kernel}"
-        _FUNCTIONS[key] = getattr(core, cls.kernel, None) or getattr(package, cls.kernel)
+        sage_calls.FUNCTIONS[key] = getattr(core, cls.kernel, None) or getattr(package, cls.kernel)
         return type(cls.__name__, (cls,), {"kernel": key, "core": core})
 
 
@@ -96,7 +81,7 @@ class SageAttention(_FromPackage):
         if key_len < TILE and cls.extension(query.device) == "SM80":
             query, key, value = filled_tile(query, key, value, params.is_causal)
         query, key, value = varlen.rows_contiguous(query, key, value)
-        run = dense_op if torch.compiler.is_compiling() else _dense
+        run = sage_calls.dense_op if torch.compiler.is_compiling() else sage_calls.dense
         out, lse = run(
             query, key, value, mask, cls.kernel, params.is_causal, params.scale, return_lse, options.get("smooth_k"),
             options.get("qk_quant_gran"), options.get("pv_accum_dtype"),
@@ -152,7 +137,7 @@ class Fp16Cuda(SageAttention):
 class Fp16Triton(SageAttention):
     """The only variant that takes a mask, which the kernel reads."""
 
-    kernel = "sageattn_qk_int8_pv_fp16_triton"
+    kernel = sage_calls.TRITON
 
 
 class SageVarlen(_FromPackage):
@@ -173,7 +158,7 @@ class SageVarlen(_FromPackage):
             packing = varlen.pack_keys(mask, batch, key_len, across_batch=True)
             packed_key, packed_value = varlen.pack(key, packing), varlen.pack(value, packing)
             cu_key = varlen.cumulative(packing.lengths)
-        run = varlen_op if torch.compiler.is_compiling() else _varlen
+        run = sage_calls.varlen_op if torch.compiler.is_compiling() else sage_calls.varlen
         smooth_k = dict(params.options).get("smooth_k")
         out = run(
             query.flatten(0, 1), packed_key, packed_value, cu_query, cu_key, query_len, key_len, cls.kernel,
@@ -185,122 +170,3 @@ class SageVarlen(_FromPackage):
     def forward(cls, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Params) -> tuple[Tensor, Tensor]:
         """The package gives no lse for this kernel: the second tensor is empty."""
         return cls.attention(query, key, value, mask, params=params), query.new_empty(0, dtype=torch.float32)
-
-
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kernel: str,
-    is_causal: bool,
-    scale: float,
-    return_lse: bool,
-    smooth_k: bool | None,
-    qk_quant_gran: str | None,
-    pv_accum_dtype: str | None,
-) -> tuple[Tensor, Tensor]:
-    options = {
-        "attn_mask": mask, "smooth_k": smooth_k, "qk_quant_gran": qk_quant_gran, "pv_accum_dtype": pv_accum_dtype,
-    }  # fmt: skip
-    given = {name: option for name, option in options.items() if option is not None}
-    call = functools.partial(
-        _FUNCTIONS[kernel], query, key, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale,
-        return_lse=return_lse, **given,
-    )  # fmt: skip
-    # The package changes the current device; this restores it.
-    with device_of(query):
-        by_package = kernel.endswith(Fp16Triton.kernel) or not query.is_cuda
-        result = call() if by_package else _on_default_stream(call)
-    return result if return_lse else (result, query.new_empty(0, dtype=torch.float32))
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    max_query: int,
-    max_key: int,
-    kernel: str,
-    is_causal: bool,
-    scale: float,
-    smooth_k: bool | None,
-) -> Tensor:
-    given = {} if smooth_k is None else {"smooth_k": smooth_k}
-    call = functools.partial(
-        _FUNCTIONS[kernel], query, key, value, cu_query, cu_key, max_query, max_key, is_causal=is_causal,
-        sm_scale=scale, **given,
-    )  # fmt: skip
-    with device_of(query):
-        return _on_default_stream(call) if query.is_cuda else call()
-
-
-def _on_default_stream(call: Callable[[], Any]) -> Any:
-    """`call()` on the default stream of the current device, ordered after and before the current stream's work."""
-    if torch.cuda.is_current_stream_capturing():
-        raise AttentionProviderError(
-            "SageAttention cannot be captured in a CUDA graph: its kernels are launched on the default stream, so the "
-            "graph would replay without them. Capture with an exact provider or '_sage_qk_int8_pv_fp16_triton', or run "
-            "this one outside the graph."
-        )
-    current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
-    if current == default:
-        return call()
-    default.wait_stream(current)
-    with torch.cuda.stream(default):
-        result = call()
-    current.wait_stream(default)
-    for tensor in result if isinstance(result, tuple) else (result,):
-        # Allocated on the default stream, which must not reuse the memory while the caller's still reads it.
-        tensor.record_stream(current)
-    return result
-
-
-@torch.library.custom_op("diffusers_attn::sage", mutates_args=(), tags=_TAGS)
-def dense_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kernel: str,
-    is_causal: bool,
-    scale: float,
-    return_lse: bool,
-    smooth_k: bool | None,
-    qk_quant_gran: str | None,
-    pv_accum_dtype: str | None,
-) -> tuple[Tensor, Tensor]:
-    return _dense(
-        query, key, value, mask, kernel, is_causal, scale, return_lse, smooth_k, qk_quant_gran, pv_accum_dtype
-    )
-
-
-@dense_op.register_fake
-def _(query, key, value, mask, kernel, is_causal, scale, return_lse, *options):  # type: ignore[no-untyped-def]
-    batch, query_len, heads, _ = query.shape
-    lse = query.new_empty((batch, heads, query_len) if return_lse else (0,), dtype=torch.float32)
-    return query.new_empty(query.shape), lse
-
-
-@torch.library.custom_op("diffusers_attn::sage_varlen", mutates_args=(), tags=_TAGS)
-def varlen_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    max_query: int,
-    max_key: int,
-    kernel: str,
-    is_causal: bool,
-    scale: float,
-    smooth_k: bool | None,
-) -> Tensor:
-    return _varlen(query, key, value, cu_query, cu_key, max_query, max_key, kernel, is_causal, scale, smooth_k)
-
-
-@varlen_op.register_fake
-def _(query, key, value, *constants):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape)

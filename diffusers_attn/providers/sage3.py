@@ -52,9 +52,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, source: str, is_causal: bo
         return _FUNCTIONS[source](query.contiguous(), key, value.contiguous(), is_causal=is_causal)
 
 
-@torch.library.custom_op("diffusers_attn::sage_3", mutates_args=())
-def dense_op(query: Tensor, key: Tensor, value: Tensor, source: str, is_causal: bool) -> Tensor:
-    return _dense(query, key, value, source, is_causal)
+dense_op = torch.library.custom_op("diffusers_attn::sage_3", _dense, mutates_args=())
 
 
 @dense_op.register_fake

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusers_attn.masks import MaskKind
+from diffusers_attn.providers import sage_calls  # noqa: F401  (registers its operators, which is possible once)
 from diffusers_attn.providers.aten_kernels import Math
 from diffusers_attn.providers.base import Params
 from diffusers_attn.providers.catalog import SPECS
@@ -297,11 +298,11 @@ def install(package: str, adapter: str, monkeypatch: Any) -> types.SimpleNamespa
     return types.SimpleNamespace(kernel=kernel, module=module, package=sys.modules[source])
 
 
-def unregistered(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+def unregistered(name: str, function: Any = None, **kwargs: Any) -> Any:
     """`torch.library.custom_op` that registers nothing: a name can be registered once per process only."""
 
     def wrap(function: Any) -> Any:
         function.register_fake = lambda fake: fake
         return function
 
-    return wrap
+    return wrap if function is None else wrap(function)

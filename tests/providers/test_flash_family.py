@@ -31,7 +31,7 @@ class WrittenOut(FlashAttention):
         return [tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors]
 
     @classmethod
-    def varlen_forward(cls, query, key, value, lengths, settings):
+    def run(cls, query, key, value, lengths, settings):
         out, lse = torch.empty_like(query), query.new_empty(query.shape[1], query.shape[0])
         for q, k in cls.sequences(lengths):
             part, part_lse = Math.forward(*cls.bhsd(query[q], key[k], value[k]), None, PARAMS)
@@ -39,7 +39,7 @@ class WrittenOut(FlashAttention):
         return out, lse.masked_fill(lse == -math.inf, math.inf)
 
     @classmethod
-    def varlen_backward(cls, grad_out, query, key, value, out, lse, lengths, settings):
+    def run_backward(cls, grad_out, query, key, value, out, lse, lengths, settings):
         assert not (lse == -math.inf).any()
         grads = [torch.full_like(tensor, math.nan) for tensor in (query, key, value)]
         for q, k in cls.sequences(lengths):

@@ -162,7 +162,7 @@ def test_the_installed_package_and_the_kernel_of_the_hub_are_kept_apart(local, m
         calls.append(query)
         return query, query[..., 0].transpose(1, 2)
 
-    monkeypatch.setattr(installed, "dense_forward", recorded)
+    monkeypatch.setattr(installed, "run", recorded)
     monkeypatch.setattr(registry, "_check_package", lambda requirement: ("2.8.3", ""))
     monkeypatch.setattr(registry, "ADAPTERS", {**registry.ADAPTERS, ("flash", "package"): installed})
     registry._package_status.cache_clear()

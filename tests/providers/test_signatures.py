@@ -187,7 +187,7 @@ def test_sage_is_given_keys_for_a_whole_tile(is_causal, monkeypatch):
         return packages.stand_in("sageattention 2.2.0", "sageattn_qk_int8_pv_fp16_cuda")(query, key, value, **rest)
 
     made = packages.install("sageattention 2.2.0", "Fp16Cuda", monkeypatch)
-    monkeypatch.setitem(made.module._FUNCTIONS, made.kernel.kernel, recorded)
+    monkeypatch.setitem(made.module.sage_calls.FUNCTIONS, made.kernel.kernel, recorded)
     query, key, value = make()
     query = key.flip(1) if is_causal else query
     params = Params(MaskKind.NONE, is_causal, 0.11, False, 0.0, False, "cuda", ())
@@ -202,7 +202,9 @@ def test_sage_clears_rows_without_keys(monkeypatch):
     made = packages.install("sageattention 2.2.0", "Fp16Triton", monkeypatch)
     mask = MASKS["no key"]
     params = Params(MaskKind.KEY, False, 0.11, False, 0.0, False, "cuda", ())
-    monkeypatch.setitem(made.module._FUNCTIONS, made.kernel.kernel, lambda q, *_, **__: (q, q[..., 0].transpose(1, 2)))
+    monkeypatch.setitem(
+        made.module.sage_calls.FUNCTIONS, made.kernel.kernel, lambda q, *_, **__: (q, q[..., 0].transpose(1, 2))
+    )
     out, lse = made.kernel.forward(*make(), mask, params)
     assert not out[0].any()
     assert (lse[0] == -math.inf).all()
