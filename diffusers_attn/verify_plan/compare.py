@@ -7,21 +7,18 @@ either in a module with right inputs and a wrong output, or in the code of the m
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..context_parallel.sequences.sharding import Shards, take
 from ..context_parallel.sequences.tracker import SequenceTracker
-from ..errors import AttentionProviderError
 from ..nested import all_tensors_in
+from .hints import hint_of
+from .module_calls import ModuleCall, ModuleWatch
 from .report import Argument, Difference
-
-MIXES = ("GroupNorm", "InstanceNorm", "BatchNorm", "Conv", "Pool")
-"""Parts of the names of classes that compute across tokens, such as norms and convolutions."""
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -31,90 +28,6 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     found, expected = found.detach().double(), expected.detach().double()
     error = ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
     return error if error == error else float("inf")
-
-
-class ModuleCall(NamedTuple):
-    """A call of a module in one process."""
-
-    inputs: dict[str, Tensor]
-    """Input tensors by name."""
-    outputs: list[Tensor]
-
-
-class ModuleWatch:
-    """Context manager that sets hooks on all modules of a model.
-
-    Args:
-        model: the model.
-        ended: called with (name, number of the call, inputs by name, output) when a module ends.
-        began: called with (name, number of the call, inputs by name) when a module begins.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        ended: Callable[[str, int, dict[str, Tensor], Any], None],
-        began: Callable[[str, int, dict[str, Tensor]], None] | None = None,
-    ) -> None:
-        self._model = model
-        self._ended = ended
-        self._began = began
-        self.entered: list[tuple[str, int, dict[str, Tensor]]] = []
-        """The running modules, innermost last. A module that raises stays in the list."""
-
-    def __enter__(self) -> ModuleWatch:
-        self._calls: dict[str, int] = {}
-        self._handles = []
-        for name, module in self._model.named_modules():
-            begin, end = self._hooks(name, module)
-            self._handles += [
-                module.register_forward_pre_hook(begin, with_kwargs=True),
-                module.register_forward_hook(end),
-            ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
-        names = [each for each in inspect.signature(module.forward).parameters if each not in ("args", "kwargs")]
-
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            number = self._calls[name] = self._calls.get(name, -1) + 1
-            placed = {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(args)}
-            inputs = _named({**placed, **kwargs})
-            if self._began is not None:
-                self._began(name, number, inputs)
-            self.entered.append((name, number, inputs))
-
-        def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._ended(*self.entered.pop(), output)
-
-        return begin, end
-
-
-def _named(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, value in arguments.items():
-        tensors = all_tensors_in(value)
-        found |= {name if len(tensors) == 1 else f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)}
-    return found
-
-
-def record(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[tuple[str, int], ModuleCall], Any]:
-    """The inputs and outputs of every module call in one process, and the result of `run`."""
-    calls: dict[tuple[str, int], ModuleCall] = {}
-
-    def ended(name: str, number: int, inputs: dict[str, Tensor], output: Any) -> None:
-        calls[name, number].outputs.extend(tensor.detach().clone() for tensor in all_tensors_in(output))
-
-    def began(name: str, number: int, inputs: dict[str, Tensor]) -> None:
-        # Copies, as models write into tensors.
-        calls[name, number] = ModuleCall({each: tensor.detach().clone() for each, tensor in inputs.items()}, [])
-
-    with ModuleWatch(model, ended, began):
-        return calls, run()
 
 
 def compare(
@@ -156,7 +69,7 @@ def compare(
         arguments = tuple(Argument(each, before.get(each), tuple(tensor.shape)) for each, tensor in inputs.items())
         cls = type(model.get_submodule(name))
         routed = attention_calls[0] > 0 if name in attention else None
-        hint = _hint(name, cls.__name__, arguments, last if name == "" else "", tracker, routed, raised)
+        hint = hint_of(name, cls.__name__, arguments, last if name == "" else "", tracker, routed, raised)
         return Difference(name, cls.__name__, number, rank, problem, arguments, last, hint)
 
     def began(name: str, number: int, inputs: dict[str, Tensor]) -> None:
@@ -261,94 +174,3 @@ def _joins(total: int, known: list[int]) -> Iterator[tuple[int, ...]]:
     yield (total,)
     for count in (2, 3):
         yield from (each for each in itertools.product(known, repeat=count) if sum(each) == total)
-
-
-def _hint(
-    name: str,
-    cls: str,
-    inputs: tuple[Argument, ...],
-    before: str,
-    tracker: SequenceTracker,
-    routed: bool | None,
-    raised: Exception | None,
-) -> str:
-    """A guess at the cause from the shapes, as advice what to check first.
-
-    "" if the error is one of this library, which has advice already, and no replicated input explains it.
-    """
-    shards = [each for each in inputs if each.full is not None and each.full != each.local]
-    lengths = set(tracker.lengths.values())
-    lengths |= {full for each in shards for full, local in zip(each.full or (), each.local) if full != local}
-    replicated = [
-        each
-        for each in inputs
-        if each.full == each.local and (lengths & set(each.local) or any(_like(each, shard) for shard in shards))
-    ]
-    names = ", ".join(each.name for each in replicated)
-    wrong = [each for each in shards if not any(part in lengths for part in _cut_lengths(each))]
-    if isinstance(raised, AttentionProviderError) and not (replicated and shards):
-        return ""
-    if not name and not before:
-        return (
-            "hint: the model's own code combines its inputs before any module ends. Are they split alike (sequence, "
-            "balanced), and does the code treat each token by itself? If not, split after that code."
-        )
-    if not name:
-        return (
-            f"hint: after '{before}', the last module before, the model's own code needs all tokens: gather there, "
-            f'"{before}": CPOutput(...)'
-            + (", or split what its output is combined with." if raised is not None else ".")
-        )
-    if routed is False and raised is None and shards:
-        return (
-            "hint: none of its attention went through a provider, so it attended only to this rank's tokens. Set its "
-            "processor (set_attention_provider), or make it call attention_dispatch."
-        )
-    if replicated and shards and any("mask" in each.name for each in replicated):
-        return f"hint: {names} {_is(replicated)} replicated, but other inputs are split. Split the mask as its tokens."
-    if replicated and shards:
-        return (
-            f"hint: {names} {_is(replicated)} replicated, but {', '.join(each.name for each in shards)} "
-            f"{_is(shards)} split. Split {_it(replicated)} too, with a CPInput for the argument or for the output of "
-            f"the module that makes {_it(replicated)}."
-        )
-    if wrong or (raised is not None and shards and not replicated):
-        given = ", ".join(each.name for each in wrong or shards)
-        return (
-            f"hint: is {given} split along the dimension of its tokens? See split_dim and expected_dims of its CPInput."
-        )
-    if any(part in cls for part in MIXES):
-        return (
-            "hint: it computes something over all tokens (a statistic, a convolution, a pooling), but this rank has "
-            "only its shard. Split after it, or gather before it."
-        )
-    if routed:
-        return (
-            "hint: its attention was computed over all ranks. Check the plan's CPAttention: the sequences of queries "
-            "and keys, their order, and its masks."
-        )
-    return (
-        "hint: it mixes tokens, but this rank has only its shard: attention that calls no provider, a statistic, or "
-        "positions that it counts itself. Split after it, gather before it, or give it the length with "
-        "advanced.CPLength."
-    )
-
-
-def _like(argument: Argument, shard: Argument) -> bool:
-    """Whether a replicated tensor has the full shape of a split one, except in the split dimension."""
-    full = shard.full or ()
-    return len(argument.local) == len(full) and all(
-        one == other for one, other, local in zip(argument.local, full, shard.local) if other == local
-    )
-
-
-def _cut_lengths(argument: Argument) -> list[int]:
-    return [full for full, local in zip(argument.full or (), argument.local) if full != local]
-
-
-def _is(arguments: list[Argument]) -> str:
-    return "is" if len(arguments) == 1 else "are"
-
-
-def _it(arguments: list[Argument]) -> str:
-    return "it" if len(arguments) == 1 else "them"

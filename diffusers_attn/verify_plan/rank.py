@@ -35,7 +35,8 @@ from ..errors import AttentionProviderError
 from ..nested import all_tensors_in
 from ..parent_process import end_with_parent
 from ..scope import attention_provider
-from .compare import compare, record, relative_error
+from .compare import compare, relative_error
+from .module_calls import record
 from .report import StrategyReport
 
 STRATEGIES = {"ulysses": ("ulysses", "allgather"), "gather": ("ring", "allgather"), "ring": ("ring", "alltoall")}
