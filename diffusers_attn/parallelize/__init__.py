@@ -2,7 +2,7 @@
 
 1. `enable`: the public functions.
 2. `choices`: what this call will do, from its arguments alone: the models (`targets`), the provider, and the degrees
-   if only one pair is possible. The ranks compare their choices before any change.
+   if only one pair is possible. The ranks compare their choices before any change (`same_choices`).
 3. `decide`: the degrees otherwise. It measures the devices and links (`measure_hardware`, by `hardware_bench`), and
    gives every rank the decision of the first. `degrees` has the rules and the comparison of predicted times, without
    any exchange; `cost` predicts a time, from a `workload` and `typical_tokens`. `mesh_degrees` reads the degrees of a

@@ -31,12 +31,13 @@ from ..providers.catalog import AttentionProvider
 from ..runtime.cuda_graphs.apply import CudaGraphs
 from ..vae.split import SplitVae, unsplit_vae
 from .attach import attach, attach_vae, detach
-from .choices import Choices, choose, choose_on_all_ranks, config_for
+from .choices import Choices, choose, config_for
 from .decide import decide_degrees
 from .guidance import choose_guidance
 from .mesh_degrees import GivenDegrees, degrees_of
 from .record import record
 from .report import ContextParallelReport
+from .same_choices import choose_on_all_ranks
 from .targets import models_of
 from .weights.select import ShardWeights, device_to_use
 from .weights.shard import check_mesh, gather, shard
