@@ -4,8 +4,9 @@
 2. `row_split`: a tensor subclass with the shape of the full tensor, of which a rank holds some rows. `rows` describes
    which, `team` gathers over the ranks.
 3. What operations do to such tensors: `functions` has those of `torch.nn.functional`, `operators`, `views`, `matmul`
-   and `convolution` those of ATen. `halo` (for `windows`), `norms` and `attend` exchange with other ranks. An operation
-   without a rule is an error (`unsplittable`). `shortcuts` has the rules of the most frequent functions.
+   and `convolution` those of ATen. `alignment` makes operands fit together. `halo` (for `windows`), `norms` and
+   `attend` exchange with other ranks. An operation without a rule is an error (`unsplittable`). `shortcuts` has the
+   rules of the most frequent functions.
 4. `row_unit`: rows of an image that become one row of latents.
 
 Why a subclass with the full shape: a VAE computes with shapes (masks, sizes of reshapes, whether to use tiles). With

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import AttentionCall
-from .operators import part_of
+from .alignment import part_of
 from .row_split import FUNCTIONS, RowSplit
 from .unsplittable import unsplittable
 

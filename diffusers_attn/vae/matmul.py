@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import part_of, rule
+from .alignment import part_of
+from .operators import rule
 from .row_split import RowSplit
 from .unsplittable import unsplittable
 

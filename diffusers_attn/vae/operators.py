@@ -1,5 +1,5 @@
 """Rules of ATen operators that treat every element or every row alone: pointwise operators, norms of channels,
-reductions and concatenations. Operands are aligned from the last dimension, as broadcasting does."""
+reductions and concatenations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .alignment import aligned, local_part, same_halo
 from .row_split import OPERATORS, POINTWISE, RowSplit
-from .rows import Rows
-from .team import Team
 from .unsplittable import unsplittable
 
 aten = torch.ops.aten
@@ -27,79 +26,6 @@ def rule(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return function
 
     return register
-
-
-def aligned(func: Any, tensors: Sequence[Tensor]) -> tuple[RowSplit, list[Tensor]]:
-    """Operands that broadcast against each other, as local tensors.
-
-    Args:
-        func: the operation, for errors.
-        tensors: operands, at least one of which is split.
-
-    Returns:
-        A split operand, and all operands as local tensors.
-
-    Raises:
-        AttentionProviderError: the operands are split differently.
-    """
-    splits = [each for each in tensors if isinstance(each, RowSplit)]
-    first = splits[0]
-    if len(splits) == len(tensors) and all(
-        each.rows == first.rows and each.local.ndim == first.local.ndim for each in splits
-    ):
-        return first, [each.local for each in splits]
-    place = first.rows.dim - first.local.ndim
-    if len(splits) == 1 and all(
-        each is first or (each.ndim <= first.ndim and (each.ndim < -place or each.shape[place] == 1))
-        for each in tensors
-    ):
-        return first, [each.local if each is first else each for each in tensors]  # the usual case, without a detour
-    tensors = _same_halo(tensors, place)
-    first = max((each for each in tensors if isinstance(each, RowSplit)), key=lambda each: each.local.ndim)
-    return first, [_local(func, each, place, first) for each in tensors]
-
-
-def _same_halo(tensors: Sequence[Tensor], place: int) -> list[Tensor]:
-    """The operands without halos, if these differ or if a replicated operand has the rows.
-
-    Args:
-        place: the split dimension, counted from the end: negative.
-    """
-    halos = {each.rows.halo for each in tensors if isinstance(each, RowSplit)}
-    if halos == {(0, 0)}:
-        return list(tensors)
-    replicated = [each for each in tensors if not isinstance(each, RowSplit)]
-    if len(halos) == 1 and all(each.ndim < -place or each.shape[place] == 1 for each in replicated):
-        return list(tensors)
-    return [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors]
-
-
-def _local(func: Any, tensor: Tensor, place: int, first: RowSplit) -> Tensor:
-    """This rank's part of an operand, which must be split as `first` is, or replicated."""
-    if not isinstance(tensor, RowSplit):
-        return part_of(tensor, place, first.rows, first.team)
-    rows, wanted = tensor.rows, first.rows
-    if rows._replace(dim=0) != wanted._replace(dim=0) or rows.dim - tensor.local.ndim != place:
-        raise unsplittable(f"{func} combines tensors that are split differently, {rows} and {wanted}")
-    return tensor.local
-
-
-def part_of(tensor: Tensor, dim: int, rows: Rows, team: Team) -> Tensor:
-    """The part of a replicated tensor that meets this rank's rows.
-
-    Args:
-        tensor: may have size 1 in the split dimension, or not have the dimension.
-        dim: the split dimension, counted from the end: negative.
-    """
-    if tensor.ndim < -dim or tensor.shape[dim] == 1:
-        return tensor
-    if tensor.shape[dim] != rows.size or any(rows.halo):
-        raise unsplittable(f"a tensor of shape {tuple(tensor.shape)} meets one with {rows.size} rows")
-    start, count = rows.bounds[team.shard], rows.count(team.shard)
-    if rows.outer == 1:
-        return tensor.narrow(dim, start, count)
-    dim += tensor.ndim
-    return tensor.unflatten(dim, (rows.outer, rows.total)).narrow(dim + 1, start, count).flatten(dim, dim + 1)
 
 
 def pointwise(func: Any, *args: Any, **kwargs: Any) -> RowSplit:
@@ -246,9 +172,9 @@ def cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> RowSplit:
     if dim == first.rows.dim:
         return _cat_rows(func, [each.without_halo() if isinstance(each, RowSplit) else each for each in tensors])
     place = first.rows.dim - first.local.ndim
-    tensors = _same_halo(tensors, place)
+    tensors = same_halo(tensors, place)
     first = next(each for each in tensors if isinstance(each, RowSplit))
-    return first.like(func([_local(func, each, place, first) for each in tensors], dim))
+    return first.like(func([local_part(func, each, place, first) for each in tensors], dim))
 
 
 def _cat_rows(func: Any, tensors: Sequence[Tensor]) -> RowSplit:
