@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .case import BATCH, IMAGE_TOKENS, TEXT, Draw, Inputs, case
-from .image_cross import hunyuan_dit, sana
+from .case import BATCH, IMAGE_TOKENS, Draw, Inputs, case
+from .image_cross import HUNYUAN_DIT, hunyuan_dit, sana
 from .image_flux import FLUX, flux
-from .image_joint import qwenimage, sd3
+from .image_joint import QWEN, qwenimage, sd3
 from .unet import HEIGHT, SMALL, WIDTH, unet_inputs, unet_motion
 
 
@@ -50,14 +50,7 @@ def sd3_controlnet(draw: Draw) -> Inputs:
     "qwenimage_controlnet",
     "QwenImageControlNetModel",
     notes="attention of QwenImage",
-    patch_size=2,
-    in_channels=16,
-    out_channels=4,
-    num_layers=2,
-    num_attention_heads=4,
-    attention_head_dim=16,
-    joint_attention_dim=32,
-    axes_dims_rope=(4, 6, 6),
+    **QWEN,
 )
 def qwenimage_controlnet(draw: Draw) -> Inputs:
     return qwenimage(draw) | {"controlnet_cond": draw.normal(BATCH, IMAGE_TOKENS, 16), "conditioning_scale": 0.5}
@@ -67,18 +60,8 @@ def qwenimage_controlnet(draw: Draw) -> Inputs:
     "hunyuan_dit_controlnet",
     "HunyuanDiT2DControlNetModel",
     notes="attention of HunyuanDiT",
-    num_attention_heads=4,
-    attention_head_dim=16,
-    in_channels=4,
-    patch_size=2,
-    sample_size=16,
-    hidden_size=64,
+    **HUNYUAN_DIT,
     transformer_num_layers=4,
-    cross_attention_dim=32,
-    cross_attention_dim_t5=64,
-    pooled_projection_dim=24,
-    text_len=TEXT,
-    text_len_t5=7,
 )
 def hunyuan_dit_controlnet(draw: Draw) -> Inputs:
     return hunyuan_dit(draw) | {"controlnet_cond": draw.normal(BATCH, 4, HEIGHT, WIDTH)}

@@ -103,22 +103,27 @@ def dit(draw: Draw) -> Inputs:
     }
 
 
+HUNYUAN_DIT: Config = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "patch_size": 2,
+    "sample_size": 16,
+    "hidden_size": 64,
+    "cross_attention_dim": 32,
+    "cross_attention_dim_t5": 64,
+    "pooled_projection_dim": 24,
+    "text_len": TEXT,
+    "text_len_t5": 7,
+}
+
+
 @case(
     "hunyuan_dit",
     "HunyuanDiT2DModel",
     notes="the text mask replaces tokens, none reaches attention; a pooling of the text attends outside processors",
-    num_attention_heads=4,
-    attention_head_dim=16,
-    in_channels=4,
-    patch_size=2,
-    sample_size=16,
-    hidden_size=64,
+    **HUNYUAN_DIT,
     num_layers=4,
-    cross_attention_dim=32,
-    cross_attention_dim_t5=64,
-    pooled_projection_dim=24,
-    text_len=TEXT,
-    text_len_t5=7,
 )
 def hunyuan_dit(draw: Draw) -> Inputs:
     return {

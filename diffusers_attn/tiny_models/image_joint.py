@@ -101,18 +101,23 @@ def glm_image(draw: Draw) -> Inputs:
     }
 
 
+QWEN: Config = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
 @case(
     "qwenimage",
     "QwenImageTransformer2DModel",
     notes="[text, image]; boolean key mask from the padded text",
-    patch_size=2,
-    in_channels=16,
-    out_channels=4,
-    num_layers=2,
-    num_attention_heads=4,
-    attention_head_dim=16,
-    joint_attention_dim=32,
-    axes_dims_rope=(4, 6, 6),
+    **QWEN,
 )
 def qwenimage(draw: Draw) -> Inputs:
     return {
@@ -128,15 +133,8 @@ def qwenimage(draw: Draw) -> Inputs:
     "nucleus_moe",
     "NucleusMoEImageTransformer2DModel",
     notes="image queries, [image, text] keys; [batch, keys] boolean mask; grouped queries; routed experts",
-    patch_size=2,
-    in_channels=16,
-    out_channels=4,
-    num_layers=2,
-    num_attention_heads=4,
+    **QWEN,
     num_key_value_heads=2,
-    attention_head_dim=16,
-    joint_attention_dim=32,
-    axes_dims_rope=(4, 6, 6),
     dense_moe_strategy="all_moe",
     num_experts=4,
     moe_intermediate_dim=32,

@@ -186,20 +186,25 @@ def sana_video(draw: Draw) -> Inputs:
     return latte(draw) | {"encoder_attention_mask": draw.mask()}
 
 
+_KANDINSKY: Config = {
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "in_text_dim": 32,
+    "in_text_dim2": 24,
+    "time_dim": 32,
+    "model_dim": 64,
+    "ff_dim": 64,
+    "num_text_blocks": 2,
+    "num_visual_blocks": 2,
+    "axes_dims": (4, 6, 6),
+}
+
+
 @case(
     "kandinsky5",
     "Kandinsky5Transformer3DModel",
     notes="self-attention over the text, then self-attention over the video and cross-attention; no mask",
-    in_visual_dim=4,
-    out_visual_dim=4,
-    in_text_dim=32,
-    in_text_dim2=24,
-    time_dim=32,
-    model_dim=64,
-    ff_dim=64,
-    num_text_blocks=2,
-    num_visual_blocks=2,
-    axes_dims=(4, 6, 6),
+    **_KANDINSKY,
 )
 def kandinsky5(draw: Draw) -> Inputs:
     return {
@@ -216,16 +221,7 @@ def kandinsky5(draw: Draw) -> Inputs:
     "kandinsky6",
     "Kandinsky6Transformer3DModel",
     notes="video and audio, each to itself, to its text, and to the other; boolean key mask",
-    in_visual_dim=4,
-    out_visual_dim=4,
-    in_text_dim=32,
-    in_text_dim2=24,
-    time_dim=32,
-    model_dim=64,
-    ff_dim=64,
-    num_text_blocks=2,
-    num_visual_blocks=2,
-    axes_dims=(4, 6, 6),
+    **_KANDINSKY,
     visual_cond=False,
     in_audio_dim=8,
     out_audio_dim=8,
