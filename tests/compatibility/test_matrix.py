@@ -22,6 +22,7 @@ QUICK = [
     ("smoothed energy", "ulysses"),
     ("`torch.save` and `torch.load`", "provider"),
     ("`push_to_hub`", "provider"),
+    ("`torch.export(strict=True)`", "guidance"),
     ("another pipeline in another thread at once", "guidance"),
     ("Z-Image, modular", "guidance"),
     ("tiles of the VAE", "vae"),

@@ -113,8 +113,12 @@ class Samples:
     def __init__(self) -> None:
         self.number = 0
 
-    @torch.compiler.disable  # or a model would be compiled anew for every number
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_exporting():
+            self._add(args, kwargs)
+
+    @torch.compiler.disable  # or a model would be compiled anew for every number
+    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.number += next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).shape[0]
 
 
