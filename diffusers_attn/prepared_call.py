@@ -55,34 +55,34 @@ def _prepare(given: AttentionCall) -> tuple[PreparedCall, str]:
     call = given.four_dims()
     sizes = call.sizes()
     mask_kind, mask = masks.classify(call.mask, *sizes)
-    plan, params = decide_call(call, mask_kind)
+    serving, params = decide_call(call, mask_kind)
     if 0 in sizes or call.value.shape[-1] == 0:
-        plan = plan._replace(empty=True)
+        serving = serving._replace(empty=True)
     if shapes.differ(call.query, call.key, call.value, call.heads_dim):
-        plan = plan._replace(broadcast=True)
-    adapter = plan.adapter
+        serving = serving._replace(broadcast=True)
+    adapter = serving.adapter
     view = None if mask is call.mask else functools.partial(_view_mask, sizes=sizes)
-    transpose = plan.layout != call.layout
+    transpose = serving.layout != call.layout
     differentiated = params.needs_grad or call.derived
     attention: Callable[..., Tensor]
-    if plan.provider == "native" and differentiated and plan.causal != "mask" and not plan.empty:
+    if serving.provider == "native" and differentiated and serving.causal != "mask" and not serving.empty:
         # PyTorch chooses its kernel by the form of the tensors, and the kernel decides which derivatives exist (second
         # order, forward mode). So PyTorch receives the tensors in the form in which they were given.
         attention = adapter.bind(params._replace(gqa=call.enable_gqa))
         if not given.has_four_dims:
             ndim = max(given.query.ndim, given.key.ndim, given.value.ndim)
-            return PreparedCall(attention, False, functools.partial(_mask_of_dims, ndim=ndim)), plan.provider
+            return PreparedCall(attention, False, functools.partial(_mask_of_dims, ndim=ndim)), serving.provider
         as_given = mask is not None and given.mask.ndim == 3
-        if plan.broadcast or (params.gqa and not call.enable_gqa) or as_given:
-            return PreparedCall(attention, transpose, None if as_given else view), plan.provider
-    if plan.lowers:
-        attention = functools.partial(lowering.attention, adapter=adapter, plan=plan, params=params)
+        if serving.broadcast or (params.gqa and not call.enable_gqa) or as_given:
+            return PreparedCall(attention, transpose, None if as_given else view), serving.provider
+    if serving.lowers:
+        attention = functools.partial(lowering.attention, adapter=adapter, serving=serving, params=params)
     else:
         attention = adapter.bind(params)
     prepared = PreparedCall(attention, transpose, view)
     if given.has_four_dims:
-        return prepared, plan.provider
-    return PreparedCall(functools.partial(_serve_four_dims, prepared), False, None), plan.provider
+        return prepared, serving.provider
+    return PreparedCall(functools.partial(_serve_four_dims, prepared), False, None), serving.provider
 
 
 def _serve_four_dims(prepared: PreparedCall, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Tensor:

@@ -20,7 +20,7 @@ from .base import Params
 from .catalog import SPECS
 from .hub import PACKAGE, chosen_source, source_of
 from .selection import select
-from .serving import CallProperties, Serving, plan, refusal
+from .serving import CallProperties, Serving, refusal, serving_of
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +37,24 @@ def decide_call(
         ProviderUnavailableError, AttentionProviderError: as `decide`.
     """
     properties = CallProperties.of(call, mask_kind, partial=partial, compare_lengths=compare_lengths)
-    plan = Serving(*decide_constant(call.provider, *properties))
+    serving = Serving(*decide_constant(call.provider, *properties))
     if call.scale is None:
         true_scale = float(properties.head_dim) ** -0.5 if properties.head_dim else 1.0
     else:
         true_scale = float(call.scale)
     params = Params(
-        mask_kind=plan.mask_kind,
-        is_causal=call.is_causal and plan.causal != "mask",
+        mask_kind=serving.mask_kind,
+        is_causal=call.is_causal and serving.causal != "mask",
         scale=true_scale,
-        default_scale=call.scale is None and not plan.pad_head_dim,
+        default_scale=call.scale is None and not serving.pad_head_dim,
         dropout_p=call.dropout_p,
-        gqa=properties.heads != properties.kv_heads and not plan.repeat_kv,
+        gqa=properties.heads != properties.kv_heads and not serving.repeat_kv,
         device_type=properties.device.type,
         options=call.options,
         needs_grad=properties.needs_grad or properties.bias_needs_grad,
         derived=properties.derived,
     )
-    return plan, params
+    return serving, params
 
 
 def decide(provider: str, properties: CallProperties) -> Serving:
@@ -67,7 +67,7 @@ def decide(provider: str, properties: CallProperties) -> Serving:
     if provider == "auto" and properties.device.type == "meta":
         provider = "native"
     if provider == "auto":
-        return select(properties).plan
+        return select(properties).serving
     status = registry.provider_status(provider, chosen_source(SPECS[provider], properties.options))
     if not status.available:
         raise registry.unavailable(status)
@@ -80,7 +80,7 @@ def decide(provider: str, properties: CallProperties) -> Serving:
             f"attention provider '{provider}' cannot serve this call: {reason}. The call: {properties}. {instead}"
         )
     # On the meta device there is nothing to compute: PyTorch's own function returns the shape.
-    return plan(SPECS["native" if properties.device.type == "meta" else provider], properties)
+    return serving_of(SPECS["native" if properties.device.type == "meta" else provider], properties)
 
 
 # Dynamo calls this while it traces and takes the result, plain values, as constants: decisions cost nothing in a graph.
@@ -109,11 +109,11 @@ _CAUSAL = {
 }
 
 
-def _lowerings(plan: Serving) -> str:
+def _lowerings(serving: Serving) -> str:
     """The changes with which a kernel serves a call, in words."""
-    words = ["key heads repeated"] * plan.repeat_kv
-    words += [f"head_dim padded to {plan.pad_head_dim}"] * (plan.pad_head_dim > 0)
-    words += [_CAUSAL[each] for each in (plan.causal,) if each in _CAUSAL]
+    words = ["key heads repeated"] * serving.repeat_kv
+    words += [f"head_dim padded to {serving.pad_head_dim}"] * (serving.pad_head_dim > 0)
+    words += [_CAUSAL[each] for each in (serving.causal,) if each in _CAUSAL]
     return f"; {', '.join(words)}" if words else ""
 
 

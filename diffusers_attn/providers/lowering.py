@@ -33,46 +33,46 @@ def attention(
     mask: Any = None,
     *,
     adapter: type[Adapter],
-    plan: Serving,
+    serving: Serving,
     params: Params,
 ) -> Tensor:
-    """`adapter.attention` with the lowerings of `plan`; differentiable. Tensors have the adapter's layout."""
+    """`adapter.attention` with the lowerings of `serving`; differentiable. Tensors have the adapter's layout."""
     heads, seq = (1, 2) if adapter.layout == "bhsd" else (2, 1)
-    if plan.empty:
+    if serving.empty:
         return _zeros(query, key, value, mask, heads, seq)
     value_dim = value.shape[-1]
-    query, key, value, mask = _lower(plan, query, key, value, mask, heads, seq)
+    query, key, value, mask = _lower(serving, query, key, value, mask, heads, seq)
     query_len, key_len = query.shape[seq], key.shape[seq]
-    if plan.causal == "drop_keys":
+    if serving.causal == "drop_keys":
         key, value = key.narrow(seq, 0, query_len), value.narrow(seq, 0, query_len)
-    if plan.causal == "two_calls":
+    if serving.causal == "two_calls":
         square = adapter.attention(query.narrow(seq, 0, key_len), key, value, mask, params=params)
         after = query.narrow(seq, key_len, query_len - key_len)
         full = adapter.attention(after, key, value, mask, params=params._replace(is_causal=False))
         out = torch.cat([square, full], dim=seq)
     else:
         out = adapter.attention(query, key, value, mask, params=params)
-    return out[..., :value_dim] if plan.pad_head_dim else out
+    return out[..., :value_dim] if serving.pad_head_dim else out
 
 
 def forward(
-    plan: Serving, params: Params, query: Tensor, key: Tensor, value: Tensor, mask: Any
+    serving: Serving, params: Params, query: Tensor, key: Tensor, value: Tensor, mask: Any
 ) -> tuple[Tensor, Tensor]:
     """The output `[batch, query_len, heads, value_head_dim]` and the lse `[batch, query_len, heads]`; no autograd.
 
     Args:
         query, key, value: `[batch, seq, heads, head_dim]`, whatever layout the kernel has.
     """
-    heads, seq = (1, 2) if plan.layout == "bhsd" else (2, 1)
+    heads, seq = (1, 2) if serving.layout == "bhsd" else (2, 1)
     value_dim = value.shape[-1]
-    query, key, value = to_layout(plan, query, key, value)
-    query, key, value, mask = _lower(plan, query, key, value, mask, heads, seq)
-    out, lse = plan.adapter.forward(query, key, value, mask, params)
-    return to_layout(plan, out)[0][..., :value_dim], lse
+    query, key, value = to_layout(serving, query, key, value)
+    query, key, value, mask = _lower(serving, query, key, value, mask, heads, seq)
+    out, lse = serving.adapter.forward(query, key, value, mask, params)
+    return to_layout(serving, out)[0][..., :value_dim], lse
 
 
 def backward(
-    plan: Serving,
+    serving: Serving,
     params: Params,
     grad_out: Tensor,
     query: Tensor,
@@ -83,42 +83,42 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value from what `forward` returned; same shapes as its inputs."""
-    heads, seq = (1, 2) if plan.layout == "bhsd" else (2, 1)
+    heads, seq = (1, 2) if serving.layout == "bhsd" else (2, 1)
     kv_heads, query_dim, value_dim = key.shape[2], query.shape[-1], value.shape[-1]
-    query, key, value = to_layout(plan, query, key, value)
-    query, key, value, mask = _lower(plan, query, key, value, mask, heads, seq)
-    grad_out, out = _pad_head_dim(plan, *to_layout(plan, grad_out, out))
-    grads = plan.adapter.backward(grad_out, query, key, value, mask, out, lse, params)
-    grad_query, grad_key, grad_value = to_layout(plan, *grads)
-    if plan.repeat_kv:
+    query, key, value = to_layout(serving, query, key, value)
+    query, key, value, mask = _lower(serving, query, key, value, mask, heads, seq)
+    grad_out, out = _pad_head_dim(serving, *to_layout(serving, grad_out, out))
+    grads = serving.adapter.backward(grad_out, query, key, value, mask, out, lse, params)
+    grad_query, grad_key, grad_value = to_layout(serving, *grads)
+    if serving.repeat_kv:
         grad_key, grad_value = (grad.unflatten(2, (kv_heads, -1)).sum(dim=3) for grad in (grad_key, grad_value))
     return grad_query[..., :query_dim], grad_key[..., :query_dim], grad_value[..., :value_dim]
 
 
-def to_layout(plan: Serving, *tensors: Tensor) -> list[Tensor]:
+def to_layout(serving: Serving, *tensors: Tensor) -> list[Tensor]:
     """Views of `[batch, seq, heads, head_dim]` tensors in the kernel's layout; or, called again, back from it."""
-    return [tensor.transpose(1, 2) if plan.layout == "bhsd" else tensor for tensor in tensors]
+    return [tensor.transpose(1, 2) if serving.layout == "bhsd" else tensor for tensor in tensors]
 
 
 def _lower(
-    plan: Serving, query: Tensor, key: Tensor, value: Tensor, mask: Any, heads: int, seq: int
+    serving: Serving, query: Tensor, key: Tensor, value: Tensor, mask: Any, heads: int, seq: int
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """The inputs of the kernel, in its layout, whose heads and sequence are the dimensions `heads` and `seq`."""
-    if plan.broadcast:
+    if serving.broadcast:
         query, key, value = shapes.broadcast(query, key, value, heads)
-    if plan.repeat_kv:
+    if serving.repeat_kv:
         groups = query.shape[heads] // key.shape[heads]
         key, value = key.repeat_interleave(groups, dim=heads), value.repeat_interleave(groups, dim=heads)
-    query, key, value = _pad_head_dim(plan, query, key, value)
-    if plan.causal == "mask":
+    query, key, value = _pad_head_dim(serving, query, key, value)
+    if serving.causal == "mask":
         mask = masks.and_causal(mask, query.shape[seq], key.shape[seq])
     return query, key, value, mask
 
 
-def _pad_head_dim(plan: Serving, *tensors: Tensor) -> list[Tensor]:
-    if not plan.pad_head_dim:
+def _pad_head_dim(serving: Serving, *tensors: Tensor) -> list[Tensor]:
+    if not serving.pad_head_dim:
         return list(tensors)
-    return [pad(tensor, (0, plan.pad_head_dim - tensor.shape[-1])) for tensor in tensors]
+    return [pad(tensor, (0, serving.pad_head_dim - tensor.shape[-1])) for tensor in tensors]
 
 
 def _zeros(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, seq: int) -> Tensor:

@@ -11,21 +11,21 @@ from ..errors import AttentionProviderError, ProviderUnavailableError
 from . import registry, speeds
 from .catalog import SPECS
 from .hub import PACKAGE
-from .serving import CallProperties, Serving, plan, refusal
+from .serving import CallProperties, Serving, refusal, serving_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The plan for a call, with the reason for its provider. Prints as a short report."""
+    """How a call is served, with the reason for its provider. Prints as a short report."""
 
-    plan: Serving
+    serving: Serving
     reason: str
     passed_over: tuple[tuple[str, str], ...]
     """(provider, reason) for each provider that ranks before the chosen one, in that order."""
 
     def __str__(self) -> str:
-        source = "" if self.plan.source == PACKAGE else f" from the {self.plan.source}"
-        lines = [f"{self.plan.provider}{source}: {self.reason}"]
+        source = "" if self.serving.source == PACKAGE else f" from the {self.serving.source}"
+        lines = [f"{self.serving.provider}{source}: {self.reason}"]
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.passed_over])
 
 
@@ -52,7 +52,7 @@ def select(call: CallProperties) -> Selection:
         try:
             why_not = status.reason if not status.available else refusal(spec, own)
             if not why_not:
-                return Selection(plan(spec, own), evidence, tuple(passed_over))
+                return Selection(serving_of(spec, own), evidence, tuple(passed_over))
         except ProviderUnavailableError as error:  # only from the Hub; another provider would be a silent fallback
             raise registry.unavailable(dataclasses.replace(status, available=False, reason=str(error))) from error
         passed_over.append((name, why_not))

@@ -200,7 +200,7 @@ def _mask_after_lowering(spec: ProviderSpec, call: CallProperties) -> MaskKind:
     return MaskKind.DENSE if call.mask_kind in (MaskKind.KEY, MaskKind.DENSE) else MaskKind.BIAS
 
 
-def plan(spec: ProviderSpec, call: CallProperties) -> Serving:
+def serving_of(spec: ProviderSpec, call: CallProperties) -> Serving:
     """How `spec` serves a call that `refusal` accepts."""
     can = spec.capabilities
     mask_kind = _mask_after_lowering(spec, call)

@@ -186,7 +186,7 @@ def test_auto_takes_kernels_from_the_hub_where_it_was_asked_to(local, monkeypatc
     assert reference.relative_error(out, reference.attention(*inputs)[0]) < 1e-5
     call = CALL._replace(options=(("source", "hub"),))
     assert str(selection.select(call)).startswith("flash_3 from the hub: the first that supports the call")
-    assert selection.select(CALL).plan.provider == "flex"
+    assert selection.select(CALL).serving.provider == "flex"
     monkeypatch.delenv("LOCAL_KERNELS")
     monkeypatch.setattr(registry, "ADAPTERS", {})
     # Another provider would be a silent fallback.

@@ -8,7 +8,7 @@ import torch
 from diffusers_attn.masks import MaskKind
 from diffusers_attn.providers.catalog import SPECS
 from diffusers_attn.providers.decision import _lowerings, decide
-from diffusers_attn.providers.serving import CallProperties, Serving, plan, refusal
+from diffusers_attn.providers.serving import CallProperties, Serving, refusal, serving_of
 
 CALL = CallProperties(
     torch.device("cpu"), torch.float32, 64, 64, 8, 8, "equal", False, MaskKind.NONE, False, False, False, False, ()
@@ -24,9 +24,9 @@ MERGED = {
 
 @pytest.mark.parametrize("kind", MERGED)
 def test_causality_is_merged_into_a_mask_of_its_kind(kind):
-    served = plan(SPECS["native"], CALL._replace(mask_kind=kind, is_causal=True))
+    served = serving_of(SPECS["native"], CALL._replace(mask_kind=kind, is_causal=True))
     assert (served.causal, served.mask_kind) == ("mask", MERGED[kind])
-    served = plan(SPECS["native"], CALL._replace(mask_kind=kind))
+    served = serving_of(SPECS["native"], CALL._replace(mask_kind=kind))
     assert (served.causal, served.mask_kind) == ("none", kind)
 
 
@@ -35,10 +35,10 @@ def test_a_causal_kernel_gets_the_lengths_that_it_aligns_as_asked(length):
     """PyTorch's kernels align causality to the upper left for all lengths, other kernels for equal ones alone."""
     call = CALL._replace(is_causal=True, query_len=length)
     assert SPECS["native"].capabilities.causal == "top_left"
-    assert plan(SPECS["native"], call).causal == "kernel"
+    assert serving_of(SPECS["native"], call).causal == "kernel"
     square = dataclasses.replace(SPECS["native"].capabilities, causal="square")
     spec = dataclasses.replace(SPECS["native"], capabilities=square)
-    assert plan(spec, call).causal == {"equal": "kernel", "shorter": "drop_keys", "longer": "two_calls"}[length]
+    assert serving_of(spec, call).causal == {"equal": "kernel", "shorter": "drop_keys", "longer": "two_calls"}[length]
 
 
 def test_a_refusal_names_what_is_accepted():

@@ -58,11 +58,11 @@ class BlockAttention(NamedTuple):
             so_far: output and lse over the earlier blocks, or None.
             last: whether this is the last block.
         """
-        plan = self._tiles(spans)
+        tiles = self._tiles(spans)
         mask = self._mask(block, rows, spans)
         dtype = self._merge_dtype(query)
-        if _is_one_tile(plan, query, block):
-            part = self.kernel.forward(query, *_batch_first(block), mask, plan[0].is_causal)
+        if _is_one_tile(tiles, query, block):
+            part = self.kernel.forward(query, *_batch_first(block), mask, tiles[0].is_causal)
             if so_far is None:
                 return part
             return merge(*so_far, *part, dtype=dtype, out_dtype=query.dtype if last else dtype)
@@ -71,7 +71,7 @@ class BlockAttention(NamedTuple):
             lse = query.new_full(query.shape[:3], -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
         else:
             out, lse = so_far[0].to(dtype), so_far[1]
-        for tile in plan:
+        for tile in tiles:
             part = self.kernel.forward(*_cut(tile, query, block, mask), tile.is_causal)
             if tile.query[1] == query.shape[1]:
                 out, lse = merge(out, lse, *part, dtype=dtype)
@@ -80,7 +80,7 @@ class BlockAttention(NamedTuple):
                 merged_out, merged_lse = merge(some_out, some_lse, *part, dtype=dtype)
                 some_out.copy_(merged_out)
                 some_lse.copy_(merged_lse)
-        out = out if plan else depends_on(out, *block)
+        out = out if tiles else depends_on(out, *block)
         return out.to(query.dtype) if last else out, lse
 
     def backward(
@@ -95,21 +95,21 @@ class BlockAttention(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This block's share of the gradient of the query, and of the gradients of its key and value (sequence first).
         The dtype is the kernel's; sums of several calls are float32 at least."""
-        plan = self._tiles(spans)
+        tiles = self._tiles(spans)
         mask = self._mask(block, rows, spans)
-        if _is_one_tile(plan, query, block):
-            grads = self.kernel.backward(grad_out, query, *_batch_first(block), mask, plan[0].is_causal, out, lse)
+        if _is_one_tile(tiles, query, block):
+            grads = self.kernel.backward(grad_out, query, *_batch_first(block), mask, tiles[0].is_causal, out, lse)
             return grads[0], grads[1].transpose(0, 1), grads[2].transpose(0, 1)
         wide = torch.promote_types(query.dtype, torch.float32)
         totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (query, block[0], block[1])]
-        for tile in plan:
+        for tile in tiles:
             tile_query, key, value, tile_mask = _cut(tile, query, block, mask)
             some = [tensor.narrow(1, *tile.query) for tensor in (grad_out, out, lse)]
             grads = self.kernel.backward(some[0], tile_query, key, value, tile_mask, tile.is_causal, some[1], some[2])
             totals[0].narrow(1, *tile.query).add_(grads[0])
             totals[1].narrow(0, *tile.key).add_(grads[1].transpose(0, 1))
             totals[2].narrow(0, *tile.key).add_(grads[2].transpose(0, 1))
-        if not plan:
+        if not tiles:
             return (
                 depends_on(totals[0], *block),
                 depends_on(totals[1], grad_out, block[0]),
@@ -131,8 +131,8 @@ class BlockAttention(NamedTuple):
         return block[2].transpose(0, 1)[:, None, None, :] if len(block) == 3 else None
 
 
-def _is_one_tile(plan: list[Tile], query: Tensor, block: Block) -> bool:
-    return len(plan) == 1 and plan[0].query[1] == query.shape[1] and plan[0].key[1] == block[0].shape[0]
+def _is_one_tile(tiles: list[Tile], query: Tensor, block: Block) -> bool:
+    return len(tiles) == 1 and tiles[0].query[1] == query.shape[1] and tiles[0].key[1] == block[0].shape[0]
 
 
 def _batch_first(block: Block) -> tuple[Tensor, Tensor]:

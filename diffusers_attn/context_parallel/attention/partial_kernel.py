@@ -61,11 +61,11 @@ class PartialKernel(NamedTuple):
             # A product, so that gradients flow here as they do on ranks that have something to compute.
             sums = query.sum(dim=-1, keepdim=True) * key.sum(dim=(1, 2, 3), keepdim=True)
             return depends_on(sums * value.sum(dim=(1, 2), keepdim=True) * 0.0, mask)
-        plan, params, mask = self._prepare(query, key, value, mask, is_causal, partial=False)
-        query, key, value = lowering.to_layout(plan, query, key, value)
-        adapter = plan.adapter
-        out = lowering.attention(query, key, value, mask, adapter=adapter, plan=plan, params=params)
-        return lowering.to_layout(plan, out)[0]
+        serving, params, mask = self._prepare(query, key, value, mask, is_causal, partial=False)
+        query, key, value = lowering.to_layout(serving, query, key, value)
+        adapter = serving.adapter
+        out = lowering.attention(query, key, value, mask, adapter=adapter, serving=serving, params=params)
+        return lowering.to_layout(serving, out)[0]
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
@@ -81,8 +81,8 @@ class PartialKernel(NamedTuple):
             out = value.new_zeros(*query.shape[:3], value.shape[-1])
             lse = query.new_full(query.shape[:3], -math.inf, dtype=wide)
             return depends_on(out, key, value, mask), lse
-        plan, params, mask = self._prepare(query, key, value, mask, is_causal, partial=True)
-        return lowering.forward(plan, params, query, key, value, mask)
+        serving, params, mask = self._prepare(query, key, value, mask, is_causal, partial=True)
+        return lowering.forward(serving, params, query, key, value, mask)
 
     def backward(
         self,
@@ -102,8 +102,8 @@ class PartialKernel(NamedTuple):
                 depends_on(torch.zeros_like(key), grad_out, key),
                 depends_on(torch.zeros_like(value), grad_out, value),
             )
-        plan, params, mask = self._prepare(query, key, value, mask, is_causal, partial=True)
-        return lowering.backward(plan, params, grad_out, query, key, value, mask, out, lse)
+        serving, params, mask = self._prepare(query, key, value, mask, is_causal, partial=True)
+        return lowering.backward(serving, params, grad_out, query, key, value, mask, out, lse)
 
     @property
     def block_kind(self) -> MaskKind:
@@ -115,11 +115,11 @@ class PartialKernel(NamedTuple):
     def _prepare(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, *, partial: bool
     ) -> tuple[Serving, Params, Any]:
-        """The plan, the kernel's constants, and the mask as a 4-D view."""
+        """How the call is served, the kernel's constants, and the mask as a 4-D view."""
         sizes = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
         kind, view = masks.classify(self._by_token(mask), *sizes)
-        plan, params = decide_call(self._call(query, key, value, is_causal), kind, partial=partial)
-        return plan, params, view
+        serving, params = decide_call(self._call(query, key, value, is_causal), kind, partial=partial)
+        return serving, params, view
 
     def _by_token(self, mask: Tensor | None) -> Any:
         """A mask by blocks in the form that this provider takes; any other mask as it is."""

@@ -30,7 +30,7 @@ class ChangeLength(ArgumentHook):
 
 
 class ChangeLogBase(ArgumentHook):
-    """Gives the module the base for which the local length has the logarithm of the full one."""
+    """Changes the base of a logarithm of the length, so that the local length gives the value of the full length."""
 
     accepts = "an int or a float"
 
