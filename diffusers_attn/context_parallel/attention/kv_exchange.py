@@ -23,8 +23,8 @@ from ..comm.transport import COLLECTIVE, SYMMETRIC
 from .block_attention import Block, BlockAttention
 
 Message = list[Tensor]
-"""Tensors that are sent together, sequence first: keys and values, as one `[seq, batch, ...]` tensor if collectives send
-them, and the key mask, if there is one."""
+"""Tensors that are sent together, sequence first: keys and values, as one `[seq, batch, ...]` tensor if collectives
+send them, and the key mask, if there is one."""
 
 
 def start_rotation(message: Message, owner: int, call: BlockAttention) -> Message:
