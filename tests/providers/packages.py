@@ -236,7 +236,8 @@ FUNCTIONS: dict[str, dict[str, Callable[[Call], Any]]] = {
 }
 
 
-def stand_in(package: str, function: str) -> Callable[..., Any]:
+def placeholder(package: str, function: str) -> Callable[..., Any]:
+    """The placeholder of one function of a package."""
     bound, answer = signature(package, function), FUNCTIONS[package][function]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -266,7 +267,7 @@ def install(package: str, adapter: str, monkeypatch: Any) -> types.SimpleNamespa
         `kernel`, the adapter over these placeholders; `module`, the adapter's module; and `package`, the placeholder of
         the package's module with the functions.
     """
-    functions = {name: stand_in(package, name) for name in FUNCTIONS[package]}
+    functions = {name: placeholder(package, name) for name in FUNCTIONS[package]}
     kind = package.split()[0]
     source = MODULES[kind]
     modules: dict[str, dict[str, Any]] = {}

@@ -184,7 +184,7 @@ def test_sage_is_given_keys_for_a_whole_tile(is_causal, monkeypatch):
 
     def recorded(query, key, value, **rest):
         lengths.append(key.shape[1])
-        return packages.stand_in("sageattention 2.2.0", "sageattn_qk_int8_pv_fp16_cuda")(query, key, value, **rest)
+        return packages.placeholder("sageattention 2.2.0", "sageattn_qk_int8_pv_fp16_cuda")(query, key, value, **rest)
 
     made = packages.install("sageattention 2.2.0", "Fp16Cuda", monkeypatch)
     monkeypatch.setitem(made.module.sage_calls.FUNCTIONS, made.kernel.kernel, recorded)

@@ -15,27 +15,27 @@ from diffusers_attn.context_parallel.sequences.sharding import Shards, split
 from ... import reference
 from ..shared_memory import FileMemory, open_shared
 
-# (ring, ulysses, rotate_method); behind "push" through memory that ranks share.
+# (ring, ulysses, rotate_method); behind "symmetric" through memory that ranks share.
 STRATEGIES = {
     "ulysses 2": (1, 2, "allgather"),
     "ring 2": (2, 1, "alltoall"),
     "gather 2": (2, 1, "allgather"),
-    "push gather 2": (2, 1, "push allgather"),
-    "push ring 2": (2, 1, "push alltoall"),
+    "symmetric gather 2": (2, 1, "symmetric allgather"),
+    "symmetric ring 2": (2, 1, "symmetric alltoall"),
     "ulysses 3": (1, 3, "allgather"),
     "ring 3": (3, 1, "alltoall"),
     "gather 3": (3, 1, "allgather"),
-    "push gather 3": (3, 1, "push allgather"),
-    "push ring 3": (3, 1, "push alltoall"),
+    "symmetric gather 3": (3, 1, "symmetric allgather"),
+    "symmetric ring 3": (3, 1, "symmetric alltoall"),
     "ulysses 4": (1, 4, "allgather"),
     "ring 4": (4, 1, "alltoall"),
     "gather 4": (4, 1, "allgather"),
-    "push gather 4": (4, 1, "push allgather"),
-    "push ring 4": (4, 1, "push alltoall"),
+    "symmetric gather 4": (4, 1, "symmetric allgather"),
+    "symmetric ring 4": (4, 1, "symmetric alltoall"),
     "unified ring 2x2": (2, 2, "alltoall"),
     "unified gather 2x2": (2, 2, "allgather"),
-    "unified push gather 2x2": (2, 2, "push allgather"),
-    "unified push ring 2x2": (2, 2, "push alltoall"),
+    "unified symmetric gather 2x2": (2, 2, "symmetric allgather"),
+    "unified symmetric ring 2x2": (2, 2, "symmetric alltoall"),
 }
 DEFAULTS = {"batch": 2, "heads": 4, "kv_heads": 4, "queries": (13,), "keys": None, "mask": None, "order": "contiguous"}
 # Each says how it differs from the defaults. A length for each sequence: (5, 9) is five text and nine image tokens,
@@ -150,7 +150,7 @@ def run_case(mesh, case, transport):
 
 def meshes_of(meshes, ring, ulysses, rotate_method, **config):
     """Mesh, transport, and the memory that must stay referenced."""
-    symmetric, method = rotate_method.startswith("push "), rotate_method.removeprefix("push ")
+    symmetric, method = rotate_method.startswith("symmetric "), rotate_method.removeprefix("symmetric ")
     mesh = meshes(ring, ulysses, rotate_method=method, **config)
     return (mesh, SYMMETRIC, open_shared(mesh.ring)) if symmetric else (mesh, COLLECTIVE, None)
 
