@@ -56,7 +56,7 @@ def test_measured_steps_are_those_of_the_recorded_runs() -> None:
 
 
 def test_guidance_on_two_gpus_is_near_measured_steps() -> None:
-    """docs/design.md: a step of WanPipeline takes 1.036 s on one GPU, and 0.527 s with a branch on each of two."""
+    """docs/design.md: a step of WanPipeline takes 1,036 ms on one GPU, and 527 with a branch on each of two."""
     found = advise("wan-1.3b", "--gpus", "2", "--gpu", "h200", "--guidance", "--provider", "_native_cudnn")
     firsts = {each["gpus"]: each for each in reversed(found["predictions"])}
     assert firsts[1]["seconds"] == pytest.approx(1.036, rel=0.06)
