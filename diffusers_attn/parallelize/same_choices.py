@@ -26,34 +26,21 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
     problem: Exception | None = None
     try:
         chosen = choose_here()
-        found = (
-            [target.name for target in chosen.targets],
-            chosen.providers,
-            "degrees to be decided" if chosen.degrees is None else chosen.degrees,
-            f"convert_to_fp32={chosen.convert_to_fp32}",
-            chosen.inputs,
-            chosen.cuda_graphs,
-            f"split_vae={chosen.split_vae}",
-            [vae.name for vae in chosen.vaes],
-            f"guidance_degree={chosen.guidance_degree}",
-            f"data_degree={chosen.data_degree}",
-            *([f"shard_weights={[each.name for each in chosen.weights]}"] if chosen.weights else []),
-        )
-        summary = ", ".join(map(str, (*found, chosen.timeout)))
+        answer: dict[str, str] | str = _in_words(chosen)
         digest = hashlib.sha256(repr(sorted(chosen.facts.items())).encode()).hexdigest()
     except Exception as error:  # every type, since the others must not wait for this rank
-        problem, summary, digest = error, f"{type(error).__name__}: {error}", ""
-    answers = everyone((dist.get_rank(), problem is None, summary, digest), axes)
+        problem, answer, digest = error, f"{type(error).__name__}: {error}", ""
+    answers = everyone((dist.get_rank(), problem is None, answer, digest), axes)
     if problem is not None:
         raise problem
-    for rank, succeeded, answer, _ in answers:
+    for rank, succeeded, error_there, _ in answers:
         if not succeeded:
-            raise AttentionProviderError(f"context parallelism cannot be enabled on rank {rank}: {answer}")
-    if len({answer for _, _, answer, _ in answers}) > 1:
-        listed = "; ".join(f"rank {rank}: {answer}" for rank, _, answer, _ in answers)
+            raise AttentionProviderError(f"context parallelism cannot be enabled on rank {rank}: {error_there}")
+    unlike = differences([(rank, choices) for rank, _, choices, _ in answers])
+    if unlike:
         raise AttentionProviderError(
-            f"the ranks called enable_context_parallel with different choices. {listed}. Give the same arguments and "
-            "the same models on all of them."
+            f"the ranks called enable_context_parallel with different choices. {'. '.join(unlike)}. Give the same "
+            "arguments and the same models on all of them."
         )
     if len({digest for *_, digest in answers}) > 1:
         lines = differences(everyone((dist.get_rank(), chosen.facts), axes))
@@ -63,3 +50,22 @@ def choose_on_all_ranks(choose_here: Callable[[], Choices], axes: Sequence[dist.
             "same adapters, and use the same plan, provider and versions on all of them."
         )
     return chosen
+
+
+def _in_words(chosen: Choices) -> dict[str, str]:
+    """What must be equal on all ranks before they compare their models, by name."""
+    degrees = chosen.degrees
+    return {
+        "models": ", ".join(target.name for target in chosen.targets),
+        "attention providers": ", ".join(chosen.providers),
+        "degrees": "chosen by all ranks together"
+        if degrees is None
+        else f"ulysses_degree={degrees.ulysses_degree}, ring_degree={degrees.ring_degree}, "
+        f"rotate_method={degrees.rotate_method}",
+        "VAEs": ", ".join(vae.name for vae in chosen.vaes) or "none",
+        "sharded weights": ", ".join(each.name for each in chosen.weights) or "none",
+        "timeout": str(chosen.timeout),
+    } | {
+        name: str(getattr(chosen, name))
+        for name in ("convert_to_fp32", "inputs", "cuda_graphs", "split_vae", "guidance_degree", "data_degree")
+    }

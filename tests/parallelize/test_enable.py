@@ -235,7 +235,7 @@ MESSAGES = {
     "another degree": "ring_degree=4, but the mesh has 2",
     "nothing to split": "WanPipeline has no component with a plan. Its components are",
     "no pipeline": "a model (torch.nn.Module) or a diffusers pipeline is accepted",
-    "other ways": "with different choices. rank 0: ",
+    "other ways": "with different choices. degrees: ulysses_degree=1, ring_degree=4, rotate_method=",
     "twice": "transformer (WanTransformer3DModel) is split between ranks already",
     "applied": "transformer (WanTransformer3DModel) is split between ranks already",
 }

@@ -1,5 +1,6 @@
 """Long runs on two ranks leave nothing behind: no memory, descriptors, threads, process groups, compiled graphs, and no
-keys in the job's store. A server that takes another strategy for each request is such a run."""
+keys in the job's store. A server that takes another strategy for each request is such a run, and so are requests that
+fail."""
 
 from __future__ import annotations
 
@@ -12,9 +13,15 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _world
 
-from diffusers_attn import apply_compile, disable_context_parallel, enable_context_parallel
+from diffusers_attn import (
+    AttentionProviderError,
+    apply_compile,
+    disable_context_parallel,
+    enable_context_parallel,
+)
 
 from .test_enable import build, error, inputs, output
 
@@ -95,6 +102,32 @@ def draw(meshes: Any, first: int, times: int) -> Held:
     return found
 
 
+@torch.no_grad()
+def fail(meshes: Any, first: int, times: int) -> Held:
+    """Requests that fail: one rank has another provider when they begin, another size, or an error in a block."""
+    model, given, odd = build("flux"), inputs("flux"), dist.get_rank() == 1
+    expected = output(model, given)
+    others = given | {name: given[name].narrow(-2, 0, 5) for name in ("hidden_states", "img_ids")}
+
+    def request(number: int) -> None:
+        mesh = meshes.heads[2]
+        with pytest.raises(
+            AttentionProviderError, match="attention providers: native on rank 0; _native_math on rank 1"
+        ):
+            enable_context_parallel(model, verbose=False, mesh=mesh, provider="_native_math" if odd else "native")
+        enable_context_parallel(model, verbose=False, mesh=mesh, inputs="check" if number % 2 else "broadcast")
+        with pytest.raises(AttentionProviderError, match="on rank 1"):
+            output(model, others if odd else given)
+        fault = model.transformer_blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            output(model, given)
+        fault.remove()
+        assert error(output(model, given), expected) < 1e-10
+        disable_context_parallel(model)
+
+    return grown(request, first, times)
+
+
 def train(meshes: Any, first: int, times: int) -> Held:
     """Steps of training."""
     model, given = build("flux").train(), inputs("flux")
@@ -111,7 +144,12 @@ def train(meshes: Any, first: int, times: int) -> Held:
     return found
 
 
-JOBS: dict[Callable[..., Held], tuple[int, int]] = {serve: (6, 200), draw: (20, 500), train: (10, 200)}
+JOBS: dict[Callable[..., Held], tuple[int, int]] = {
+    serve: (6, 200),
+    fail: (6, 100),
+    draw: (20, 500),
+    train: (10, 200),
+}
 """How often each is done before it is measured, and then, in the long run."""
 
 
@@ -120,7 +158,7 @@ JOBS: dict[Callable[..., Held], tuple[int, int]] = {serve: (6, 200), draw: (20, 
 def test_nothing_grows(pool: Any, job: Callable[..., Held], length: str) -> None:
     first, times = JOBS[job] if length == "long" else (6, 6)
     for found in pool.run(2, job, first=first, times=times):
-        keys = MOST.keys + (KEYS_OF_A_GROUP * times if job is serve else 0)
+        keys = MOST.keys + (KEYS_OF_A_GROUP * times if job in (serve, fail) else 0)
         assert all(each <= most for each, most in zip(found, MOST._replace(keys=keys))), found
 
 

@@ -320,7 +320,7 @@ MESSAGES = {
     "none": "shard_weights=(): there is nothing to shard",
     "names of a model": "names components of a pipeline, but a WanTransformer3DModel was given",
     "graphs": "cuda_graphs=True does not combine with shard_weights",
-    "other names": "called enable_context_parallel with different choices",
+    "other names": "called enable_context_parallel with different choices. sharded weights: ",
     "inputs": "inputs='sync'",
     "offloaded": "Accelerate's ModelHook on 'blocks.0' moves or casts them",
     "compiled whole": 'apply_compile(model, "regional")',

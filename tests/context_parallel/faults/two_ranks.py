@@ -18,6 +18,8 @@ from diffusers_attn.nested import mapped
 from tests.parallelize.test_enable import build, inputs, output
 
 IDLE = 4.0
+TIMEOUT = 2 * IDLE
+"""of `computes_for_ever`"""
 
 
 def fails(*_: Any) -> None:
@@ -42,13 +44,19 @@ def computes(*_: Any) -> None:
         pass
 
 
+def computes_for_ever(*_: Any) -> None:
+    while True:
+        pass
+
+
 fault, where, inputs_are, device = sys.argv[1:]
 torch.set_num_threads(1)
 if device == "cuda":
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("nccl" if device == "cuda" else "gloo")
 model, given = build("flux").to(device), mapped(inputs("flux"), lambda each: each.to(device))
-enable_context_parallel(model, inputs=inputs_are, verbose=False, cuda_graphs=False)
+timeout = TIMEOUT if fault == "computes_for_ever" else None
+enable_context_parallel(model, inputs=inputs_are, verbose=False, cuda_graphs=False, timeout=timeout)
 rank_progress.wait_for_idle_ranks(IDLE)
 with torch.no_grad():
     output(model, given)

@@ -131,6 +131,10 @@ def test_rows_of_pixels_are_split_and_every_rank_needs_one():
         tracker.split_groups("rows", pixels, 1)
     tracker.shard_length("rows", 5)  # 2, 2, 1
     assert tracker.split_groups("rows", pixels, -1).tolist() == [[4, 5, 6, 7]]
+    with pytest.raises(AttentionProviderError, match="no tensor of sequence 'columns' has been split"):
+        tracker.gather_groups("columns", pixels, 1)
+    tracker.shard_length("rows", 3)  # one for every rank
+    assert tracker.split_groups("rows", pixels[:, :6], 1).tolist() == [[2, 3]]
     for rows, tokens in ((2, 4), (5, 11)):
         tracker.shard_length("rows", rows)
         with pytest.raises(AttentionProviderError, match=f"every one of 3 ranks needs one; .* rows: {rows}"):
