@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import diffusers_attn
 from diffusers_attn.processors import attention_modules
+from diffusers_attn.providers.catalog import SPECS
 
 from .documents import ROOT, snippets
 
@@ -95,3 +97,10 @@ def test_versions_that_are_named_agree() -> None:
             assert need.name in pinned, f"constraints.txt has no {need.name}: run `make constraints`"
             (pin,) = pinned[need.name]
             assert pin.operator == "==" and need.specifier.contains(pin.version), f"{need}, and {pin} is pinned"
+    named = dict(
+        re.findall(r"^pip show (\S+) +# (\S+) or newer", (ROOT / "docs/installing.md").read_text(), re.MULTILINE)
+    )
+    oldest = {need.distribution: need.minimum for each in SPECS.values() if (need := each.requirement) is not None}
+    oldest |= {each.name: str(each.specifier).removeprefix(">=") for each in wanted}
+    oldest["sageattention"] = SPECS["sage"].requirement.minimum
+    assert len(named) == 5 and named.items() <= oldest.items()
