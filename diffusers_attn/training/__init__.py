@@ -11,7 +11,8 @@ In the order in which a run goes through them:
 4. `families` has a file per family of models: what a model takes and what it predicts. `loss` has the objectives.
 5. `model` is the pipeline with the adapter.
 6. `parallel` makes the groups of processes (`job_ranks`: without groups), under what `accelerate_setup` accepts.
-7. `batches` are encoded data with noise, from the random numbers of `randomness`.
+7. `batches` are encoded data with noise, from the random numbers of `randomness`. `transfers` are copies to and from
+   the device.
 8. `checkpoints` are the files of the run.
 9. `loop` is the run itself.
 

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..context_parallel.comm import rank_progress
 from ..context_parallel.comm.everyone import everyone
@@ -26,7 +27,7 @@ class JobRanks:
 
     def barrier(self) -> None:
         """Waits until all processes have called this."""
-        with self._waiting():
+        with self.waiting():
             self._accelerator.wait_for_everyone()
 
     def any(self, flag: bool) -> bool:
@@ -37,14 +38,20 @@ class JobRanks:
         """The element-wise sums of `values` over all processes, in float32. Waits for the device."""
         if self.size == 1:
             return values
-        mine = torch.tensor(values, dtype=torch.float32, device=self._accelerator.device)
-        with self._waiting():
-            return self._accelerator.reduce(mine, reduction="sum").tolist()
+        return self.sums(torch.tensor(values, dtype=torch.float32, device=self._accelerator.device)).tolist()
+
+    def sums(self, mine: Tensor) -> Tensor:
+        """The element-wise sums of tensors over all processes. On a GPU, the host does not wait for them."""
+        if self.size == 1:
+            return mine
+        with self.waiting():
+            found: Tensor = self._accelerator.reduce(mine, reduction="sum")
+        return found
 
     def everyone(self, value: Any) -> list[Any]:
         """The `value` of every process in rank order. Values are plain, see `plain_values`."""
         return [value] if self.size == 1 else everyone(value, [None])
 
-    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
         """Within this context, an error caused by a missing process names that process."""
         return rank_progress.waiting_for(range(self.size))

@@ -8,6 +8,7 @@ A noise level is given as a number `u` in [0, 1]; 1 is pure noise.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .errors import TrainingError
 from .settings.choices import SAMPLINGS
+from .transfers import to_device
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Timestep of pure noise for the models of rectified flow."""
@@ -115,7 +117,7 @@ class Diffusion(abc.ABC):
     def level(self, u: Tensor, tokens: int) -> Level:
         count = len(self.alphas_cumprod)
         timestep = (u * count).long().clamp(0, count - 1)
-        return Level((1 - self.alphas_cumprod.to(u.device)[timestep]).sqrt(), timestep)
+        return Level((1 - to_device(self.alphas_cumprod, u)[timestep]).sqrt(), timestep)
 
     def noisy(self, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
         sigma = _per_sample(level.sigma, clean)
@@ -199,7 +201,7 @@ def scheduler_shift(config: Mapping[str, Any]) -> Shift:
 def dynamic_shift(mu: Shift, time_shift_type: str) -> Shift:
     """The shift of a scheduler whose `mu` depends on the number of tokens. Raises TrainingError for an unknown type."""
     if time_shift_type == "exponential":
-        return lambda tokens: float(torch.tensor(mu(tokens), dtype=torch.float64).exp())
+        return lambda tokens: math.exp(mu(tokens))
     if time_shift_type == "linear":
         return mu
     raise TrainingError(

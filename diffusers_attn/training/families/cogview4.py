@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..loss import Objective, RectifiedFlow, dynamic_shift, scheduler_shift
+from ..transfers import to_device
 from .base import part_of
 from .images import ImageFamily
 
@@ -43,7 +44,7 @@ class CogView4(ImageFamily):
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         batch, _, _, height, width = noisy.shape
         factor = self.pipeline.vae_scale_factor
-        size = noisy.new_tensor([[height * factor, width * factor]]).expand(batch, 2)
+        size = to_device(torch.tensor([[height * factor, width * factor]]), noisy).expand(batch, 2)
         return {
             "hidden_states": noisy.squeeze(2),
             "encoder_hidden_states": text["prompt_embeds"],

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..transfers import to_device
 from .base import Family
 from .latents import patches, shifted_and_scaled
 
@@ -54,7 +55,9 @@ class Flux(Family):
     def coordinates(self, latents: Tensor) -> Tensor:
         """The coordinates of the tokens of `pack`, [tokens, 3]."""
         batch, _, _, height, width = latents.shape
-        return self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, latents.dtype)
+        here = torch.device("cpu")
+        ids = self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, here, latents.dtype)
+        return to_device(ids, latents)
 
     def conditions(self, noisy: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         """The arguments of the transformer's forward that Chroma does not share."""

@@ -10,6 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from ..loss import Objective, RectifiedFlow, dynamic_shift
+from ..transfers import to_device
 from .base import Family
 
 STEPS = 50
@@ -46,8 +47,7 @@ class Flux2(Family):
     def normalise(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         mean, variance = (
-            each.to(latents.device, latents.dtype).view(1, -1, 1, 1, 1)
-            for each in (vae.bn.running_mean, vae.bn.running_var)
+            to_device(each, latents).view(1, -1, 1, 1, 1) for each in (vae.bn.running_mean, vae.bn.running_var)
         )
         return (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..loss import Level
+from ..transfers import to_device
 
 
 class Loss(Protocol):
@@ -54,7 +56,8 @@ class Waveform(NamedTuple):
 def standardised(latents: Tensor, config: Any) -> Tensor:
     """Latents [batch, channels, frames, height, width], standardised by each channel's mean and deviation in the VAE's
     configuration."""
-    mean, std = (latents.new_tensor(each).view(1, -1, 1, 1, 1) for each in (config.latents_mean, config.latents_std))
+    statistics = torch.tensor([config.latents_mean, config.latents_std])
+    mean, std = to_device(statistics, latents).view(2, 1, -1, 1, 1, 1)
     return (latents - mean) / std
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..transfers import to_device
 from .base import Family
 from .latents import patches
 
@@ -36,7 +37,8 @@ class LTXVideo(Family):
 
     def normalise(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        return self.pipeline._normalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+        mean, std = to_device(vae.latents_mean, latents), to_device(vae.latents_std, latents)
+        return self.pipeline._normalize_latents(latents, mean, std, vae.config.scaling_factor)
 
     def tokens(self, shape: Sequence[int]) -> int:
         return patches(shape, self.config.patch_size, self.config.patch_size_t)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from ..loss import Level
 from ..settings.flag_names import option
+from ..transfers import to_device
 from .latents import Latents, Waveform
 from .ltx import LTXVideo
 
@@ -139,9 +140,8 @@ class LTX2(LTXVideo):
         """Scales the latents of the sound to the transformer's range."""
         pipeline, vae = self.pipeline, self.pipeline.audio_vae
         packed = pipeline._pack_audio_latents(latents)
-        return self.audio_prediction(
-            pipeline._normalize_audio_latents(packed, vae.latents_mean, vae.latents_std), latents.shape
-        )
+        mean, std = to_device(vae.latents_mean, packed), to_device(vae.latents_std, packed)
+        return self.audio_prediction(pipeline._normalize_audio_latents(packed, mean, std), latents.shape)
 
     # ---- The transformer
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..loss import EpsilonPrediction, Objective, VPrediction
 from ..settings.flag_names import option
+from ..transfers import to_device
 from .base import Family
 from .latents import patches
 
@@ -77,7 +78,10 @@ class StableDiffusionXL(Family):
     def normalise(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (latents.new_tensor(config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+            mean, std = (
+                to_device(torch.tensor(config[f"latents_{name}"]), latents).view(1, -1, 1, 1, 1)
+                for name in ("mean", "std")
+            )
             latents = (latents - mean) / std
         return latents * config.scaling_factor
 
@@ -86,7 +90,7 @@ class StableDiffusionXL(Family):
 
     def inputs(self, noisy: Tensor, timestep: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
         height, width = (side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:])
-        sizes = noisy.new_tensor([height, width, 0, 0, height, width])  # original size, crop, size
+        sizes = to_device(torch.tensor([height, width, 0, 0, height, width]), noisy)  # original size, crop, size
         return {
             "sample": noisy.squeeze(2),
             "timestep": timestep,

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM end a run after the current step, with a checkpoint."""
+"""SIGINT (Ctrl-C) and SIGTERM end a run after the steps that are launched, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from ..errors import TrainingInterrupted
+from ..job_ranks import JobRanks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FORWARDED = 2.0
@@ -37,7 +38,9 @@ def interruptible() -> Iterator[Callable[[], int]]:
         received.append(number)
         received_at = now
         if os.environ.get("RANK", "0") == "0":  # os.write, since the signal may have interrupted a print
-            os.write(2, b"\ninterrupted: saving a checkpoint after this step. Interrupt again to exit at once.\n")
+            os.write(
+                2, b"\ninterrupted: saving a checkpoint after the running steps. Interrupt again to exit at once.\n"
+            )
 
     handlers = {}
     try:
@@ -51,3 +54,42 @@ def interruptible() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+class Interruption:
+    """The signal that ends a run on all processes, whichever of them received it.
+
+    Attributes:
+        number: the signal, the same on all processes; 0 for none.
+
+    Args:
+        ranks: the processes.
+    """
+
+    def __init__(self, ranks: JobRanks) -> None:
+        self.number = 0
+        self._ranks = ranks
+        self._received: Callable[[], int] = lambda: 0
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Within this context, signals are recorded; see `interruptible`."""
+        with interruptible() as self._received:
+            yield
+
+    def received(self) -> list[float]:
+        """For each of `SIGNALS`, 1 if this process has received it, else 0. Their sums over all processes are for
+        `note`."""
+        signal = self._received()
+        return [float(signal == each) for each in SIGNALS]
+
+    def note(self, counts: list[float]) -> None:
+        """Takes note of a signal, by the number of processes that have received each."""
+        if self._ranks.size == 1:
+            counts = self.received()  # what has arrived since
+        self.number = self.number or next((each for each, count in zip(SIGNALS, counts) if count), 0)
+
+    def exchange(self) -> int:
+        """Takes note of what all processes have received until now. All must call this; it waits for the device."""
+        self.note(self._ranks.sum(self.received()))
+        return self.number

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +80,25 @@ class Progress:
             desc="training",
             unit="step",
         )
-        self._began = time.perf_counter()
         self._tokens = self._steps = 0
+        self._seconds = 0.0
 
-    def step(self, number: int, numbers: Mapping[str, float], tokens: int) -> None:
+    def step(self, number: int, numbers: Mapping[str, float], tokens: int, seconds: float) -> None:
         """Updates the bar after a step, and writes a log entry if one is due.
 
         Args:
             number: number of the step, from 1.
             numbers: "loss", "learning rate" and "gradient norm".
             tokens: number of tokens that all processes trained on in this step.
+            seconds: time from the end of the step before, or from the work between them.
         """
         self._tokens += tokens
         self._steps += 1
+        self._seconds += seconds
         self._bar.update(1)
         if number % self.every:
             return
-        now = time.perf_counter()
-        seconds = max(now - self._began, 1e-9)
+        seconds = max(self._seconds, 1e-9)
         rate = self._tokens / seconds
         values = {
             **numbers,
@@ -107,7 +106,7 @@ class Progress:
             "tokens per second": rate,
             "memory GB": peak_memory(self._accelerator.device) / 1e9,
         }
-        self._began, self._tokens, self._steps = now, 0, 0
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4f}, lr {values['learning rate']:.1e}, {rate:.0f} tok/s, "
             f"{values['memory GB']:.1f} GB",
@@ -120,13 +119,6 @@ class Progress:
         self._accelerator.log(values, step=number)
         if self._metrics is not None:
             self._metrics.write(number, values)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time within this context out of the time per step."""
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
 
     def print(self, message: str) -> None:
         """Prints a line above the bar on rank 0."""

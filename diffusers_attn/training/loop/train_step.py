@@ -21,11 +21,11 @@ from ..settings.config import TrainConfig
 
 
 class Stepped(NamedTuple):
-    """The numbers of one step."""
+    """The numbers of one step. Tensors are scalars on the device, which may not have computed them yet."""
 
-    loss: float
+    loss: Tensor
     """Mean over this process's examples."""
-    gradient_norm: float
+    gradient_norm: Tensor
     """Of all processes, before clipping."""
     learning_rate: float
     tokens: int
@@ -65,7 +65,7 @@ class TrainStep:
         """Whether the processes have compared their first batch."""
 
     def __call__(self, micros: Iterator[dict[str, Any]]) -> Stepped:
-        """Trains one step on the next micro-batches."""
+        """Trains one step on the next micro-batches. Nothing in it waits for the device, except in the first step."""
         accelerator, config, training = self.accelerator, self.config, self.training
         model = training.transformer
         total = torch.zeros((), device=accelerator.device)
@@ -90,7 +90,7 @@ class TrainStep:
         if training.average is not None:
             training.average.step()
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return Stepped(float(total), float(norm), rate, tokens)
+        return Stepped(total, norm, rate, tokens)
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss of a micro-batch, a scalar on the device."""

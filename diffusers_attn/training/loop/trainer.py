@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import math
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,12 +28,13 @@ from ..parallel import TrainingParallel
 from ..settings.choices import WHOLE
 from ..settings.config import TrainConfig
 from ..settings.flag_names import option
+from ..transfers import Moment, ToHost
 from .accelerator import make_accelerator, start_trackers
 from .checks import check_split, check_with_model
 from .dry_run import reset_peak_memory, summary
 from .evaluation import evaluate
 from .finish import finish, save_adapters
-from .interruption import SIGNALS, interruptible
+from .interruption import Interruption
 from .progress import Progress, peak_memory
 from .set_up import adapter_of, add_adapters, check_equal_bases, load_family, make_training
 from .start import start
@@ -40,13 +42,28 @@ from .train_step import TrainStep
 from .validation import Sample, Validation, log_samples
 
 
+class _Launched(NamedTuple):
+    """A step whose numbers are not read yet."""
+
+    step: int
+    began: Moment
+    numbers: ToHost
+    """The sum of the processes' losses, the number of processes with each of `SIGNALS`, and the gradient norm."""
+    learning_rate: float
+    tokens: int
+
+
 class Trainer:
     """One training run. All processes of the job create a `Trainer` with the same settings and call `run`.
 
+    The numbers of a step are read while the device computes the next one, so that it is never idle.
+
     Args:
         config: the settings.
-        on_step: called after every optimizer step on every process, with the number of the step, from 1, and a dict
-            of "loss", "gradient norm" and "learning rate". The values are the same on all processes.
+        on_step: called for every optimizer step on every process, as soon as its numbers are read, with the number of
+            the step, from 1, and a dict of "loss", "gradient norm" and "learning rate". The values are the same on all
+            processes. The weights are those of this step where a checkpoint, an evaluation or samples follow, else
+            those of the next.
 
     Raises:
         TrainingError: settings that cannot be used, or a checkpoint that cannot be resumed. The model is not loaded
@@ -68,7 +85,8 @@ class Trainer:
         self.main = self.ranks.rank == 0
         self.checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoints_kept or None)
         self.step = 0
-        self._received_signal: Callable[[], int] = lambda: 0
+        """The last step that was launched."""
+        self.interruption = Interruption(self.ranks)
         self.offloaded: tempfile.TemporaryDirectory[str] | None = None
         """Folder with the weights of blocks, with `offload="disk"`."""
         begun = start(config, self.accelerator, self.parallel, self.checkpoints)
@@ -108,18 +126,18 @@ class Trainer:
         self._resume()
         metrics = config.output / "metrics.jsonl" if config.metrics else None
         progress = Progress(self.accelerator, config.steps, self.step, config.log_every, metrics)
-        with interruptible() as self._received_signal, contextlib.closing(progress):
-            stop = self._samples_at_start(progress)
+        with self.interruption.awaited(), contextlib.closing(progress):
+            self._samples_at_start(progress)
             with contextlib.closing(iter(self.training.loader)) as micros:  # type: ignore[type-var]
-                while self.step < config.steps and not stop:
-                    numbers, tokens, stop = self._train_step(micros)
-                    progress.step(self.step, numbers, tokens)
+                for done, numbers in self._steps(micros):
+                    seconds = done.numbers.computed.seconds_since(done.began)
+                    progress.step(done.step, numbers, done.tokens, seconds)
                     if self.on_step is not None:
-                        self.on_step(self.step, numbers)
-                    with progress.paused():
-                        stop = self._periodic_work(progress, stop)
-        if stop:
-            raise TrainingInterrupted(stop, self.checkpoints.path(self.step))
+                        self.on_step(done.step, numbers)
+                    if done.step == self.step:  # no later one is launched
+                        self._periodic_work(progress)
+        if self.interruption.number:
+            raise TrainingInterrupted(self.interruption.number, self.checkpoints.path(self.step))
         path = finish(config, self.family, self.parallel, self.training, self._generate("last"))
         # accelerator.end_training() would also destroy the process group, which may be the caller's.
         for tracker in self.accelerator.trackers:
@@ -134,7 +152,7 @@ class Trainer:
             reset_peak_memory(self.device)
             self._set_up()
             with contextlib.closing(iter(self.training.loader)) as micros:  # type: ignore[type-var]
-                numbers, _, _ = self._train_step(micros)
+                numbers = self._read(self._launch(micros, Moment(self.device)))
         memory = {"encoding": self.encoding_memory, "training": peak_memory(self.device)}
         degrees = self.parallel.dp_degree, self.parallel.cp_degree
         assert self.prepared.assigned is not None
@@ -207,55 +225,67 @@ class Trainer:
             self.checkpoints.tidy()
             remove_unfinished(self.config.output)
 
-    # ---- A step
+    # ---- Steps
 
-    def _train_step(self, micros: Iterator[dict[str, Any]]) -> tuple[dict[str, float], int, int]:
-        """Trains one optimizer step.
+    def _steps(self, micros: Iterator[dict[str, Any]]) -> Iterator[tuple[_Launched, dict[str, float]]]:
+        """Trains until the last step, or a signal. Yields each step with its numbers: while the next one runs, or
+        before it is launched if there is work between them."""
+        launched: deque[_Launched] = deque()
+        while True:
+            while len(launched) > 1 or (launched and self._has_work()):
+                first = launched.popleft()
+                yield first, self._read(first)
+            if self._at_end():
+                return
+            began = launched[-1].numbers.computed if launched else Moment(self.device)
+            launched.append(self._launch(micros, began))
 
-        Returns:
-            "loss", "gradient norm" and "learning rate"; the number of tokens on all processes; and the signal that
-            ends the run, 0 for none.
-        """
+    def _launch(self, micros: Iterator[dict[str, Any]], began: Moment) -> _Launched:
+        """Launches one optimizer step, and the exchange of its loss and of signals between processes."""
         done = self._step(micros)
         self.step += 1
-        loss_sum, stop = self._sum_and_signal(done.loss)
-        numbers = {
-            "loss": loss_sum / self.ranks.size,
-            "gradient norm": done.gradient_norm,
-            "learning rate": done.learning_rate,
-        }
+        signals = [torch.full_like(done.loss, each) for each in self.interruption.received()]
+        sums = self.ranks.sums(torch.stack([done.loss, *signals]))
+        numbers = torch.cat([sums, done.gradient_norm.to(sums.dtype)[None]])
+        return _Launched(self.step, began, ToHost(numbers), done.learning_rate, done.tokens)
+
+    def _read(self, launched: _Launched) -> dict[str, float]:
+        """The loss, the gradient norm and the learning rate of a step. Takes note of a signal on any process."""
+        with self.ranks.waiting():
+            loss, *counts, norm = launched.numbers.read()
+        self.interruption.note(counts)
+        numbers = {"loss": loss / self.ranks.size, "gradient norm": norm, "learning rate": launched.learning_rate}
         for name in ("loss", "gradient norm"):
             if not math.isfinite(numbers[name]):
-                raise self._diverged(f"the {name} is {numbers[name]}")
-        return numbers, done.tokens, stop
+                raise self._diverged(f"the {name} is {numbers[name]}", launched.step)
+        return numbers
 
-    def _diverged(self, what: str) -> TrainingError:
-        """An error for values of this step that are not finite. The last checkpoint was saved before they occurred."""
+    def _diverged(self, what: str, step: int) -> TrainingError:
+        """An error for values of a step that are not finite. The last checkpoint was saved before they occurred."""
         smaller = option("learning_rate", float(f"{self.config.rate / 10:.1e}"))
         newest = self.checkpoints.newest()
         if newest is None:
             advice = f"There is no checkpoint: start anew with a smaller learning rate, such as {smaller}"
         else:
             advice = f"Resume from the last checkpoint with a smaller learning rate: --resume latest {smaller}"
-        return TrainingError(f"{what} in step {self.step}. {advice}, or look at the data of this step.")
-
-    def _sum_and_signal(self, number: float = 0.0) -> tuple[float, int]:
-        """The sum of `number` over all processes, and the signal received on any of them, 0 for none, in one
-        collective."""
-        signal = self._received_signal()
-        total, *counts = self.ranks.sum([number, *(float(signal == each) for each in SIGNALS)])
-        return total, next((each for each, count in zip(SIGNALS, counts) if count), 0)
+        return TrainingError(f"{what} in step {step}. {advice}, or look at the data of this step.")
 
     # ---- At some steps
 
-    def _periodic_work(self, progress: Progress, stop: int) -> int:
-        """Saves a checkpoint, evaluates and generates samples where this step is due.
+    def _at_end(self) -> bool:
+        """Whether no step follows."""
+        return self.step >= self.config.steps or bool(self.interruption.number)
 
-        Returns:
-            The signal that ends the run, 0 for none; it may arrive while samples are generated.
-        """
+    def _has_work(self) -> bool:
+        """Whether `_periodic_work` has something to do after this step."""
         config, step = self.config, self.step
-        last = bool(stop) or step == config.steps
+        every = config.checkpoint_every, config.evaluation_every, config.validation_every
+        return self._at_end() or any(_due(step, each) for each in every)
+
+    def _periodic_work(self, progress: Progress) -> None:
+        """Saves a checkpoint, evaluates and generates samples where this step is due."""
+        config, step = self.config, self.step
+        last = self._at_end()
         save = last or _due(step, config.checkpoint_every)
         if save:
             self._save()
@@ -264,33 +294,29 @@ class Trainer:
             progress.log(step, found)
             progress.print(f"step {step}: evaluation loss {found['evaluation/loss']:.5f}")
         if not last and _due(step, config.validation_every):
-            stop = self._samples(progress)
-            if stop and not save:
+            self._samples(progress)
+            if self.interruption.number and not save:
                 self._save()
-        return stop
 
-    def _samples_at_start(self, progress: Progress) -> int:
-        """Generates samples before the first step of a new run. Returns as `_periodic_work` does."""
+    def _samples_at_start(self, progress: Progress) -> None:
+        """Generates samples before the first step of a new run."""
         if self.step or not self.config.validation_at_start or not self.validation.previews:
-            return 0
-        with progress.paused():
-            stop = self._samples(progress)
-            if stop:
-                self._save()
-        return stop
+            return
+        self._samples(progress)
+        if self.interruption.number:
+            self._save()
 
-    def _samples(self, progress: Progress) -> int:
-        """Generates samples after this step. Returns the signal that ends the run, 0 for none."""
-        samples = self._generate(f"step-{self.step:08d}", stop=lambda: self._sum_and_signal()[1] > 0)
-        _, stop = self._sum_and_signal()
+    def _samples(self, progress: Progress) -> None:
+        """Generates samples after this step, until a signal arrives."""
+        samples = self._generate(f"step-{self.step:08d}", stop=lambda: self.interruption.exchange() > 0)
+        self.interruption.exchange()
         if samples:
             progress.print(f"step {self.step}: generated {', '.join(str(each.path) for each in samples)}")
-        return stop
 
     def _save(self) -> None:
         taken = snapshot(self.training, self.step)
         if not all(bool(each.isfinite().all()) for each in taken.adapter.values()):
-            raise self._diverged("weights of the adapter are not finite")
+            raise self._diverged("weights of the adapter are not finite", self.step)
 
         weights = taken.adapter if taken.average is None else taken.average
 

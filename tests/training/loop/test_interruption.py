@@ -69,7 +69,7 @@ def test_what_a_launcher_passes_on_is_no_second_one(monkeypatch):
 
 
 def _one_is_signalled(settings):
-    """Only the second process, while it is at the second step."""
+    """Only the second process, when it has read the numbers of the second step."""
 
     def tell(number, _):
         if number == 2 and os.environ["RANK"] == "1":
@@ -83,10 +83,11 @@ def _one_is_signalled(settings):
 
 
 def test_all_processes_leave_behind_the_same_step(run_worlds, settings_of):
-    settings = settings_of("cogview4", steps=6, cp_degree=2)
+    settings = settings_of("cogview4", steps=8, cp_degree=2)
     [answers] = run_worlds(World(2, _one_is_signalled, {"settings": settings}))
-    assert steps_of(settings) == [3]  # it ends with the step after the signal
-    path = f"{settings['output_dir']}/checkpoints/step-00000003"
+    # The third step is launched already. The fourth exchanges the signal, which is read when the fifth is launched.
+    assert steps_of(settings) == [5]
+    path = f"{settings['output_dir']}/checkpoints/step-00000005"
     assert answers == [(signal.SIGINT, path), (signal.SIGINT, path)]
 
 
