@@ -95,7 +95,7 @@ class Bench:
             *(part for name, value in settings.items() for part in (f"--{name}", str(value))),
             *self.model_size.settings,
             *way.options.format(processes, processes).split(),
-            *(["--compile"] if choice.compiled else []),
+            *("--compile", "true" if choice.compiled else "false"),
             *(["--cpu"] if self.device.type == "cpu" else []),
             *more,
         ]

@@ -29,7 +29,7 @@ LAYERS = (
     ("guidance",),
     ("parallelize",),
     ("verify_plan", "training.errors", "training.once", "training.job_ranks", "training.data"),
-    ("training.settings", "training.randomness"),
+    ("training.settings", "training.randomness", "training.transfers"),
     ("training.accelerate_setup",),
     ("training.parallel", "training.loss"),
     ("training.families",),

@@ -29,6 +29,7 @@ def summary(
     memory: dict[str, int],
     optimizer: torch.optim.Optimizer,
     loss: float,
+    compiling: str,
 ) -> str:
     """The report of a dry run, of several lines.
 
@@ -40,6 +41,7 @@ def summary(
         memory: peak memory in bytes of "encoding" and of "training".
         optimizer: the optimizer after one step.
         loss: loss of that step.
+        compiling: whether blocks are compiled, and why.
     """
     dp_degree, cp_degree = degrees
     batch = config.batch_size * config.gradient_accumulation_steps * dp_degree
@@ -67,6 +69,7 @@ def summary(
         f"  memory     {human_size(memory['training'])} {where} in a step of the largest bucket: base model "
         f"{human_size(held)}, adapter with gradient and optimizer {human_size(adapter)}, other tensors "
         f"{human_size(max(rest, 0))}; {human_size(memory['encoding'])} while data are encoded",
+        f"  compile    {compiling}",
         f"  loss       {loss:.4f} in the first step",
         f"  data       {len(assigned.examples)} examples in {len(counts)} bucket{'s' if len(counts) > 1 else ''} "
         "(frames x height x width):",

@@ -85,8 +85,6 @@ class Interruption:
 
     def note(self, counts: list[float]) -> None:
         """Takes note of a signal, by the number of processes that have received each."""
-        if self._ranks.size == 1:
-            counts = self.received()  # what has arrived since
         self.number = self.number or next((each for each, count in zip(SIGNALS, counts) if count), 0)
 
     def exchange(self) -> int:

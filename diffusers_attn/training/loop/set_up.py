@@ -100,6 +100,7 @@ def add_adapters(
     device: Any,
     checkpoint: Path | None,
     offload_folder: Callable[[str], Path | None],
+    compiled: bool,
 ) -> Adapted:
     """Adds adapters, and prepares each transformer for training: offloaded, split over ranks, compiled, as set.
 
@@ -110,6 +111,7 @@ def add_adapters(
         device: this process's device.
         checkpoint: checkpoint to resume from; None for a new run.
         offload_folder: for a component's name, the folder of the files of its blocks; None if there are none.
+        compiled: whether to compile blocks.
     """
     trained = family.trained
     module = as_one_module(trained)
@@ -141,7 +143,7 @@ def add_adapters(
         report = parallel.enable(transformer, provider=config.attn_provider, inputs="trust")
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        if config.compile:
+        if compiled:
             from ...runtime.compile import apply_compile
 
             apply_compile(transformer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,12 +26,13 @@ from ..data.ranks import in_step
 from ..errors import TrainingError, TrainingInterrupted
 from ..model.pipeline import drop_text_encoders
 from ..parallel import TrainingParallel
-from ..settings.choices import WHOLE
+from ..settings.choices import AUTO, WHOLE
 from ..settings.config import TrainConfig
 from ..settings.flag_names import option
 from ..transfers import Moment, ToHost
 from .accelerator import make_accelerator, start_trackers
 from .checks import check_split, check_with_model
+from .compiling import choose
 from .dry_run import reset_peak_memory, summary
 from .evaluation import evaluate
 from .finish import finish, save_adapters
@@ -109,9 +111,10 @@ class Trainer:
             TrainingInterrupted: SIGINT or SIGTERM arrived on one of the processes. A checkpoint is saved.
         """
         # Blocks are compiled one by one. DDPOptimizer, made for one graph of the entire model, would split each block.
-        unsplit_blocks = torch._dynamo.config.patch(optimize_ddp=False)
+        # A block has more graphs than the usual limit of 8: with gradients, for evaluations and for samples, each for
+        # the first size and for all others, and again where its input has no gradient.
         try:
-            with unsplit_blocks if self.config.compile else contextlib.nullcontext():
+            with torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64):
                 if self.config.dry_run:
                     return self._dry_run()
                 with output_of_this_run(self.config.output, self.ranks):
@@ -157,7 +160,14 @@ class Trainer:
         degrees = self.parallel.dp_degree, self.parallel.cp_degree
         assert self.prepared.assigned is not None
         text = summary(
-            asked, self.family, self.prepared.assigned, degrees, memory, self.training.optimizer, numbers["loss"]
+            asked,
+            self.family,
+            self.prepared.assigned,
+            degrees,
+            memory,
+            self.training.optimizer,
+            numbers["loss"],
+            str(self.compiling),
         )
         if self.main:
             print(text, flush=True)
@@ -186,7 +196,13 @@ class Trainer:
         reset_peak_memory(self.device)
         noise = Noise(config, self.sampling, family.levels, pin=self.device.type == "cuda")
         loader = make_loader(config, self.prepared, parallel, noise)
-        adapted = add_adapters(config, family, parallel, self.device, self.checkpoint, self._offload_folder)
+        sharded = accelerator.distributed_type == "FSDP"
+        self.compiling = choose(config, list(family.trained.values()), self.device, self.ranks, sharded)
+        if self.main and config.compile == AUTO:
+            print(self.compiling, file=sys.stderr, flush=True)
+        adapted = add_adapters(
+            config, family, parallel, self.device, self.checkpoint, self._offload_folder, self.compiling.compiled
+        )
         self.report = adapted.report
         self.training, optimizer = make_training(config, accelerator, parallel, adapted, loader, facts)
         self.model = self.training.transformer
@@ -232,13 +248,16 @@ class Trainer:
         before it is launched if there is work between them."""
         launched: deque[_Launched] = deque()
         while True:
-            while len(launched) > 1 or (launched and self._has_work()):
+            if launched and self.ranks.size == 1:  # which need not wait for an exchange of signals
+                self.interruption.note(self.interruption.received())
+            if len(launched) > 1 or (launched and self._has_work()):
                 first = launched.popleft()
                 yield first, self._read(first)
-            if self._at_end():
+            elif self._at_end():
                 return
-            began = launched[-1].numbers.computed if launched else Moment(self.device)
-            launched.append(self._launch(micros, began))
+            else:
+                began = launched[-1].numbers.computed if launched else Moment(self.device)
+                launched.append(self._launch(micros, began))
 
     def _launch(self, micros: Iterator[dict[str, Any]], began: Moment) -> _Launched:
         """Launches one optimizer step, and the exchange of its loss and of signals between processes."""

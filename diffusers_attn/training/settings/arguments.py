@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..once import print_once
-from .choices import LOW_VRAM
+from .choices import AUTO, LOW_VRAM
 from .flag_names import option
 from .recipes import recipe_file, recipes
 from .run_file import SUFFIXES, read_run_file
-from .setting import default_of, did_you_mean, is_list, metadata_of, not_none, value_type
+from .setting import default_of, did_you_mean, is_list, is_switch, metadata_of, not_none, value_type
 
 
 def make_parser(
@@ -119,6 +119,12 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any, required: bool) -
         text = f"{metadata.help} (default: {'on' if default else 'off'})"
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
+    if is_switch(hint):
+        text = f"{metadata.help} (default: {str(default).lower()})"
+        choices = "{" + ",".join(_SWITCH) + "}"
+        group.add_argument(f"--{name}", nargs="?", const=True, type=_switch, metavar=choices, help=text)
+        group.add_argument(f"--no-{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+        return
     text = f"{metadata.help} (required)" if required else metadata.help
     if default not in (None, ""):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -129,6 +135,16 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any, required: bool) -
         group.add_argument(f"--{name}", nargs="+", choices=metadata.choices, **common)
     else:
         group.add_argument(f"--{name}", choices=metadata.choices, **common)
+
+
+_SWITCH = {AUTO: AUTO, "true": True, "false": False}
+
+
+def _switch(text: str) -> Any:
+    """The value of a switch. Without one, as in `--compile`, it is true."""
+    if text.lower() not in _SWITCH:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(_SWITCH)})")
+    return _SWITCH[text.lower()]
 
 
 def _metavar(name: str, hint: Any) -> str:

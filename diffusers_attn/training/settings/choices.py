@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+AUTO = "auto"
+"""Value of a switch that leaves the choice to the trainer."""
 QUANTISED = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 """Precisions of a quantised base model, each with the package that computes with it."""
 BASE_PRECISIONS = ("bf16", *QUANTISED)

@@ -27,7 +27,7 @@ def check_together(config: TrainConfig) -> None:
             f"{option('offload', config.offload)} with --no-gradient_checkpointing: the backward pass would keep the "
             "weights of all blocks on the device. Leave one of them out."
         )
-    if config.offload != "none" and config.compile:
+    if config.offload != "none" and config.compile is True:
         raise TrainingError(
             f"{option('offload', config.offload)} with --compile: compiled blocks keep their weights. Leave one of "
             "them out."

@@ -12,7 +12,11 @@ from typing import Any
 
 from ..errors import TrainingError
 from .bounds import Bounds
+from .choices import AUTO
 from .flag_names import option
+
+SWITCH = f"{AUTO}, true and false"
+"""Values of settings for which `is_switch` holds, in words."""
 
 
 class Metadata(typing.NamedTuple):
@@ -66,9 +70,14 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def not_none(hint: Any) -> Any:
     """The type of a setting without `| None`."""
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) and not is_switch(hint):
         return next(each for each in typing.get_args(hint) if each is not type(None))
     return hint
+
+
+def is_switch(hint: Any) -> bool:
+    """Whether a setting of this type is true, false, or left to the trainer."""
+    return AUTO in (value for each in typing.get_args(hint) for value in typing.get_args(each))
 
 
 def is_list(hint: Any) -> bool:
@@ -96,6 +105,8 @@ def check_value(name: str, value: Any, hint: Any, metadata: Metadata) -> None:
     """
     bounds, length, choices = metadata.bounds, metadata.length, metadata.choices
     given = value if isinstance(value, (list, tuple)) else [value]
+    if is_switch(hint) and not isinstance(value, bool) and value != AUTO:
+        raise TrainingError(f"{option(name, value)}: accepted are {SWITCH}.")
     if choices is not None and value is not None and not set(given) <= set(choices):
         raise TrainingError(f"{option(name, value)}: accepted are {', '.join(choices)}.")
     if metadata.forms is not None and value is not None:
@@ -143,7 +154,11 @@ def file_value(name: str, value: Any, hint: Any) -> Any:
 _EXPECTED = {bool: "true and false", int: "whole numbers", float: "numbers", str: "text"}
 
 
-def _converted(name: str, value: Any, kind: type) -> Any:
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    if is_switch(kind):
+        if isinstance(value, bool) or value == AUTO:
+            return value
+        raise TrainingError(f"{name}: {value!r}: accepted are {SWITCH}.")
     is_bool, number = isinstance(value, bool), isinstance(value, (int, float))
     if kind is bool and is_bool:
         return value

@@ -40,7 +40,8 @@ OTHERS = {
     "trackers": ["tensorboard"], "validation_prompts": ["other"], "validation_guidance": 2.0,
     "validation_size": [64, 64], "validation_frames": 5, "cp_degree": 2, "ulysses_degree": 2, "ring_degree": 2,
     "adam_betas": [0.5, 0.5], "resolution": [64], "caption_dropout": 0.5, "adapter_dropout": 0.5, "adam_eps": 1e-6,
-    "weight_decay": 0.5, "mode_scale": 0.5, "min_snr_gamma": 5.0, "timeout": 60.0, "format": ["diffusers", "comfyui"],
+    "compile": True, "weight_decay": 0.5, "mode_scale": 0.5, "min_snr_gamma": 5.0, "timeout": 60.0,
+    "format": ["diffusers", "comfyui"],
 }  # fmt: skip
 
 

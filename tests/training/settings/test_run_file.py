@@ -72,7 +72,8 @@ def test_a_run_file_has_settings_by_name(tmp_path, suffix, text):
         ("rank: true", "run.yaml: rank: True: accepted are whole numbers"),
         ("rank: [1, 2]", r"run.yaml: rank: \[1, 2\]: accepted are whole numbers"),
         ("rank:", "run.yaml: rank: None: accepted are whole numbers"),
-        ("compile: yes", "run.yaml: compile: 'yes': accepted are true and false"),
+        ("metrics: yes", "run.yaml: metrics: 'yes': accepted are true and false"),
+        ("compile: yes", "run.yaml: compile: 'yes': accepted are auto, true and false"),
         ("optimizer: sgd", "run.yaml: --optimizer sgd: accepted are adamw, "),
         ("rank: 3\nrank: 4", "run.yaml is not valid YAML: 'rank' is there twice"),
         ("rank: [", "run.yaml is not valid YAML"),
@@ -105,7 +106,7 @@ def test_the_command_line_overrides_the_file_and_the_file_its_recipe(tmp_path):
     config = TrainConfig.from_arguments(["--config", str(path), "--seed", "6", "--no-compile"])
     of_recipe = read_run_file(recipe_file("wan-1.3b"), TrainConfig)
     assert of_recipe["rank"] != 8
-    assert config == TrainConfig(**{**of_recipe, "data": "d", "rank": 8, "seed": 6})
+    assert config == TrainConfig(**{**of_recipe, "data": "d", "rank": 8, "seed": 6, "compile": False})
     other = TrainConfig.from_arguments(["--config", str(path), "--recipe", "z-image"])
     assert other.model == read_run_file(recipe_file("z-image"), TrainConfig)["model"]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ....context_parallel.config import ROTATE_METHODS
 from ..bounds import COUNT, POSITIVE
+from ..choices import AUTO
 from ..setting import setting
 
 
@@ -53,7 +54,11 @@ class ProcessSettings:
         "accelerate launch, else no)",
         ("no", "bf16"),
     )
-    compile: bool = setting(False, "Compile the transformer's blocks with torch.compile")
+    compile: bool | Literal["auto"] = setting(
+        AUTO,
+        "Compile the transformer's blocks with torch.compile: always, never, or on GPUs in runs of 300 steps or more; "
+        "without a value, always",
+    )
     gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass to save memory")
     find_unused_parameters: bool = setting(
         False, "DDP's find_unused_parameters, needed if some --targets do not contribute to the loss"
