@@ -71,7 +71,7 @@ def expected(name: str, device: str) -> Expected:
     results = feature.draw(pipe)
     without = None if feature.plain is None else feature.plain(_built(feature, device))
     if without is not None:
-        assert _error(results, without) > 1e-6, f"{name} does not change the results"
+        assert _error(results, without) > feature.tolerance, f"{name} does not change the results"
     return Expected(results, without, samples.number)
 
 

@@ -25,7 +25,7 @@ _ON_ONE = (
     "true CFG, Qwen-Image",
     "both branches in one batch, PixArt",
     "skip-layer",
-    "smoothed energy",
+    "adaptive projected",
     "`copy.deepcopy`",
     "`transformer.compile()`",
     "other sizes between calls",

@@ -19,7 +19,7 @@ QUICK = [
     ("LoHa", "weights"),
     ("bitsandbytes, NF4", "ring"),
     ("IP-Adapter, Flux", "both"),
-    ("smoothed energy", "ulysses"),
+    ("perturbed attention, in that of Qwen-Image", "ulysses"),
     ("`torch.save` and `torch.load`", "provider"),
     ("`push_to_hub`", "provider"),
     ("`torch.export(strict=True)`", "guidance"),

@@ -21,7 +21,7 @@ from ...processors import ip_adapters
 from ..feature import Feature, lossy
 
 
-def _controlnet(make: Callable[[], Any]) -> Feature:
+def _controlnet(make: Callable[[], Any], **options: Any) -> Feature:
     def build() -> Any:
         pipe, _, pipe.arguments = make()
         return pipe
@@ -34,7 +34,18 @@ def _controlnet(make: Callable[[], Any]) -> Feature:
         scale = pipe.arguments["controlnet_conditioning_scale"]
         return draw(pipe, controlnet_conditioning_scale=[0.0] * len(scale) if isinstance(scale, list) else 0.0)
 
-    return Feature(build=build, draw=draw, plain=without, orders=("before",), not_under=("vae", "whole"))
+    return Feature(build=build, draw=draw, plain=without, orders=("before",), not_under=("vae", "whole"), **options)
+
+
+def _qwen_image() -> tuple[Any, list[Any], dict[str, Any]]:
+    parts = tiny_pipelines.make("qwen_image").components
+    transformer = parts["transformer"]
+    net = diffusers.QwenImageControlNetModel.from_config({**transformer.config, "num_layers": 1})
+    randomize(net, torch.Generator().manual_seed(1))
+    pipe = diffusers.QwenImageControlNetPipeline(**parts, controlnet=net.eval())
+    picture = torch.linspace(-1, 1, 3 * 64 * 48).reshape(1, 3, 64, 48)
+    call = {"prompt": "a cat", "negative_prompt": "a dog", "true_cfg_scale": 4.0, "control_image": picture}
+    return pipe, [net], call | {"controlnet_conditioning_scale": 0.8}
 
 
 def _ip_adapter(family: str, load: Callable[[Any], None], **embeds: Any) -> Feature:
@@ -86,6 +97,7 @@ def _guided(family: str, **call: Any) -> Feature:
 FEATURES = {
     "two ControlNets, Flux": _controlnet(controlnets.flux),
     "ControlNet, Stable Diffusion 3": _controlnet(controlnets.sd3),
+    "ControlNet, Qwen-Image": _controlnet(_qwen_image, tolerance=1e-3),
     "VACE, Wan": Feature(
         build=_vace, draw=_draw_vace, plain=lambda pipe: _draw_vace(pipe, 0.0), orders=("before",), tolerance=1e-4
     ),

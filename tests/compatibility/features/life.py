@@ -119,5 +119,7 @@ FEATURES = {
     "slices of the VAE": _of_vae(lambda pipe: pipe.vae.enable_slicing(), False),
 }
 NOT_RUN = {
-    "gradient checkpointing": "compared with gradients, below",
+    "gradient checkpointing": "compared with gradients, in `tests/parallelize/test_enable.py`",
+    "a server that takes another strategy for each request": "`tests/parallelize/test_switching.py` has every strategy "
+    "after each other, also after requests that fail",
 }

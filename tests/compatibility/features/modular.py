@@ -34,8 +34,9 @@ def _pipeline(blocks: str, parts: str, not_under: tuple[str, ...] = (), **call: 
     return Feature(build=build, draw=draw, orders=("before",), not_under=("vae", "whole", *not_under), tolerance=1e-3)
 
 
+QWEN = _pipeline("QwenImageAutoBlocks", "qwen_image", negative_prompt="bad")
 FEATURES = {
-    "Qwen-Image, modular": _pipeline("QwenImageAutoBlocks", "qwen_image", negative_prompt="bad"),
+    "Qwen-Image, modular": QWEN,
     "Z-Image, modular": _pipeline("ZImageAutoBlocks", "z_image", negative_prompt="bad"),
     "FLUX.2 klein, modular": _pipeline(
         "Flux2KleinAutoBlocks",
