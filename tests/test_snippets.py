@@ -32,7 +32,6 @@ Names = dict[str, Any]
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 32}
 SUBSTITUTES = {
     '"black-forest-labs/FLUX.1-dev"': f'"{MODEL}"',
-    'dtype=torch.bfloat16).to("cuda")': "dtype=torch.bfloat16)",
     'init_device_mesh("cuda", (2,)': 'init_device_mesh("cpu", (4,)',
     'set_attention_provider(pipe, "sage")': 'set_attention_provider(pipe, "_native_math")',  # sage needs a GPU
     'attention_provider("flash", deterministic=True)': 'attention_provider("native")',

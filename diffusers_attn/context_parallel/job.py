@@ -17,8 +17,11 @@ HOW_TO_LAUNCH = (
 )
 
 
-def join(device_type: str) -> None:
+def join(device_type: str) -> bool:
     """Initialises torch.distributed, if it is not, by Accelerate from the launcher's environment variables.
+
+    Returns:
+        Whether it was not initialised before. Accelerate has then made this rank's GPU the current one.
 
     Raises:
         AttentionProviderError: the job has one rank, cannot be joined, or has no backend for `device_type`.
@@ -27,7 +30,8 @@ def join(device_type: str) -> None:
         raise AttentionProviderError(
             "this PyTorch was built without torch.distributed, which context parallelism needs."
         )
-    if not dist.is_initialized():
+    joins = not dist.is_initialized()
+    if joins:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched < 2:
             raise AttentionProviderError(
@@ -58,6 +62,21 @@ def join(device_type: str) -> None:
             f"the model is on {device_type}, but torch.distributed was initialised with {backends}, which cannot "
             "exchange tensors of that device. Move the model before this call, initialise with "
             "backend='cpu:gloo,cuda:nccl', or let this call initialise it."
+        )
+    return joins
+
+
+def check_gpu(device: torch.device) -> None:
+    """Checks that a model is on this rank's GPU, which is the current one. NCCL takes no two ranks on one GPU.
+
+    Raises:
+        AttentionProviderError: it is on another GPU.
+    """
+    if device.type == "cuda" and device.index not in (None, own := torch.cuda.current_device()):
+        raise AttentionProviderError(
+            f"the model is on {device}, but the GPU of this rank is cuda:{own}. Move it there before this call: "
+            "`pipe.to(accelerate.PartialState().device)`. `.to('cuda')` is the first GPU on all ranks, unless "
+            "PartialState() or torch.cuda.set_device was called before."
         )
 
 

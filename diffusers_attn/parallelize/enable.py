@@ -38,7 +38,7 @@ from .mesh_degrees import GivenDegrees, degrees_of
 from .record import record
 from .report import ContextParallelReport
 from .same_choices import choose_on_all_ranks
-from .targets import models_of
+from .targets import device_of, models_of
 from .weights.select import ShardWeights, device_to_use
 from .weights.shard import check_mesh, gather, shard
 
@@ -139,7 +139,7 @@ def enable_context_parallel(
         mesh, (data_degree, guidance_degree, ring_degree, ulysses_degree) = None, named
     device = device_to_use(pipeline_or_model, mesh, shard_weights)
     pipeline = _reference(pipeline_or_model)
-    job.join(device)
+    joined = job.join(device)
     shared_groups.end_unused()
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise AttentionProviderError(
@@ -155,6 +155,8 @@ def enable_context_parallel(
     meetings.meet(members, shared_groups.as_timeout(None, device))
 
     def choose_here() -> Choices:
+        if joined:
+            job.check_gpu(device_of(pipeline_or_model))
         if shard_weights is not False:
             check_mesh(mesh)
         return choose(

@@ -103,16 +103,24 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def device_type(pipeline_or_model: Any) -> str:
-    """Device type of the computation, such as "cuda". With offloading, the weights may be elsewhere."""
+    """Device type of the computation, such as "cuda"."""
+    return device_of(pipeline_or_model).type
+
+
+def device_of(pipeline_or_model: Any) -> torch.device:
+    """Device of the computation. With offloading, the weights may be elsewhere."""
     if isinstance(pipeline_or_model, nn.Module):
         hook = getattr(pipeline_or_model, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         tensor = next(pipeline_or_model.parameters(), None)
-        return torch.device(device).type if device is not None else tensor.device.type if tensor is not None else "cpu"
+        return torch.device(device) if device is not None else tensor.device if tensor is not None else _CPU
     device = getattr(pipeline_or_model, "_execution_device", None)
     if device is not None:
-        return torch.device(device).type
-    return next((device_type(model) for model in models_of(pipeline_or_model)), "cpu")
+        return torch.device(device)
+    return next((device_of(model) for model in models_of(pipeline_or_model)), _CPU)
+
+
+_CPU = torch.device("cpu")
 
 
 def split_heads(target: Target) -> tuple[int, ...]:

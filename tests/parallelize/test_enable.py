@@ -428,15 +428,18 @@ SCRIPT = """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch, torch.distributed as dist
     from diffusers_attn import enable_context_parallel
+    from diffusers_attn.context_parallel import job
     from tests.zoo import CASES, outputs
 
+    checked = []
+    job.check_gpu = checked.append
     model = CASES["wan"].build()
     with torch.no_grad():
         expected = outputs(model(**CASES["wan"].inputs()))[0]
         report = enable_context_parallel(model, inputs="check")
         found = outputs(model(**CASES["wan"].inputs()))[0]
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert dist.get_backend() == "gloo"
+    assert dist.get_backend() == "gloo" and checked == [torch.device("cpu")]
     sys.stdout.flush()
     dist.barrier()
     os._exit(0)
@@ -471,3 +474,16 @@ def test_accelerate_that_knows_of_one_rank_only(monkeypatch):
             job.join("cpu")
     finally:
         accelerate.PartialState._reset_state()
+
+
+@pytest.mark.parametrize(("device", "own"), [("cuda:1", 1), ("cuda", 1), ("cpu", 1), ("cuda:0", 0)])
+def test_a_model_on_the_gpu_of_its_rank(device, own, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: own)
+    job.check_gpu(torch.device(device))
+
+
+def test_a_model_on_the_gpu_of_another_rank(monkeypatch):
+    """As after `pipe.to("cuda")` in a script that torchrun started."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with pytest.raises(AttentionProviderError, match="the model is on cuda:0, but the GPU of this rank is cuda:1"):
+        job.check_gpu(torch.device("cuda", 0))
