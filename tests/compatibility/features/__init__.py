@@ -5,7 +5,7 @@ from . import adapters, caches, compiling, conditions, copies, guiders, life, mo
 
 KINDS: dict[str, dict[str, Feature]] = {
     "Step caches": caches.FEATURES,
-    "Compilation without `apply_compile`": compiling.FEATURES,
+    "Compilation": compiling.FEATURES,
     "Offloading": offloading.FEATURES,
     "Adapters": adapters.FEATURES,
     "Precision": precision.FEATURES,

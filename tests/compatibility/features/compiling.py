@@ -1,4 +1,4 @@
-"""What users compile themselves, by torch.compile and diffusers' own method, instead of `apply_compile`."""
+"""Compilation by `apply_compile`, torch.compile and diffusers' own method, before and after this library is put on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffusers_attn import apply_compile
 
 from ..feature import Feature, draw_wan
 from ..ways import Counting
@@ -28,6 +30,10 @@ def _draw(pipe: Any) -> list[Tensor]:
     return results
 
 
+def _ours(pipe: Any, **options: Any) -> None:
+    apply_compile(pipe.transformer, **options)
+
+
 def _repeated(pipe: Any, **options: Any) -> None:
     pipe.transformer.compile_repeated_blocks(**options)
 
@@ -41,6 +47,7 @@ def _replaced(pipe: Any, **options: Any) -> None:
 
 
 FEATURES = {
+    "`apply_compile(transformer)`": _compiled(_ours),
     "`compile_repeated_blocks(fullgraph=True)`": _compiled(_repeated, fullgraph=True),
     "`transformer.compile()`": _compiled(_in_place),
     "`torch.compile(transformer)`": _compiled(_replaced),
