@@ -75,8 +75,9 @@ def check_gpu(device: torch.device) -> None:
     if device.type == "cuda" and device.index not in (None, own := torch.cuda.current_device()):
         raise AttentionProviderError(
             f"the model is on {device}, but the GPU of this rank is cuda:{own}. Move it there before this call: "
-            "`pipe.to(accelerate.PartialState().device)`. `.to('cuda')` is the first GPU on all ranks, unless "
-            "PartialState() or torch.cuda.set_device was called before."
+            "`pipe.to(accelerate.PartialState().device)`, or with offloading "
+            "`pipe.enable_model_cpu_offload(device=accelerate.PartialState().device)`. `.to('cuda')` is the first GPU "
+            "on all ranks, unless PartialState() or torch.cuda.set_device was called before."
         )
 
 
