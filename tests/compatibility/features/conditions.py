@@ -18,6 +18,8 @@ from ... import tiny_pipelines
 from ...guidance import families
 from ...parallelize import test_controlnets as controlnets
 from ...processors import ip_adapters
+from ...vae.cases import CASES as VAES
+from ...zoo import CASES
 from ..feature import Feature, lossy
 
 
@@ -45,6 +47,60 @@ def _qwen_image() -> tuple[Any, list[Any], dict[str, Any]]:
     pipe = diffusers.QwenImageControlNetPipeline(**parts, controlnet=net.eval())
     picture = torch.linspace(-1, 1, 3 * 64 * 48).reshape(1, 3, 64, 48)
     call = {"prompt": "a cat", "negative_prompt": "a dog", "true_cfg_scale": 4.0, "control_image": picture}
+    return pipe, [net], call | {"controlnet_conditioning_scale": 0.8}
+
+
+def _sana() -> tuple[Any, list[Any], dict[str, Any]]:
+    net = controlnets.random(CASES["sana_controlnet"].build(dtype=torch.float64))
+    pipe = diffusers.SanaControlNetPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=controlnets.random(VAES["dc"].make()),
+        transformer=CASES["sana"].build(dtype=torch.float64).double().eval(),
+        controlnet=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    generator = torch.Generator().manual_seed(2)
+    call = {"control_image": controlnets.PICTURE[..., :32], "height": 64, "width": 32, "negative_prompt": None}
+    for prefix in ("", "negative_"):
+        call[f"{prefix}prompt_embeds"] = torch.randn(1, 13, 24, generator=generator, dtype=torch.float64)
+        call[f"{prefix}prompt_attention_mask"] = torch.ones(1, 13, dtype=torch.bool)
+    return pipe, [net], call | {"use_resolution_binning": False, "controlnet_conditioning_scale": 0.5}
+
+
+def _hunyuan_dit() -> tuple[Any, list[Any], dict[str, Any]]:
+    transformer = CASES["hunyuan_dit"].build(dtype=torch.float64).double().eval()
+    net = controlnets.random(CASES["hunyuan_dit_controlnet"].build(dtype=torch.float64))
+    absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "safety_checker", "feature_extractor")
+    pipe = diffusers.HunyuanDiTControlNetPipeline(
+        **dict.fromkeys(absent),
+        vae=controlnets.sd3()[0].vae,
+        transformer=transformer,
+        controlnet=net,
+        scheduler=diffusers.DDPMScheduler(clip_sample=False),
+        requires_safety_checker=False,
+    )
+    generator = torch.Generator().manual_seed(2)
+    call = {"control_image": controlnets.PICTURE, "use_resolution_binning": False}
+    for prefix in ("", "negative_"):
+        for number, tokens, dim in (("", 13, 32), ("_2", 7, 64)):
+            embeds = torch.randn(1, tokens, dim, generator=generator, dtype=torch.float64)
+            call[f"{prefix}prompt_embeds{number}"] = embeds
+            call[f"{prefix}prompt_attention_mask{number}"] = torch.ones(1, tokens, dtype=torch.long)
+    return pipe, [net], call | {"controlnet_conditioning_scale": 0.5}
+
+
+def _z_image() -> tuple[Any, list[Any], dict[str, Any]]:
+    parts = tiny_pipelines.make("z_image").components
+    config = parts["transformer"].config
+    net = diffusers.ZImageControlNetModel(
+        control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=config.in_channels,
+        add_control_noise_refiner=None, dim=config.dim, n_refiner_layers=1, n_heads=config.n_heads,
+    )  # fmt: skip
+    randomize(net, torch.Generator().manual_seed(1))
+    pipe = diffusers.ZImageControlNetPipeline(**parts, controlnet=net.eval())
+    picture = torch.linspace(-1, 1, 3 * 64 * 48).reshape(1, 3, 64, 48)
+    call = {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 4.0, "control_image": picture}
     return pipe, [net], call | {"controlnet_conditioning_scale": 0.8}
 
 
@@ -98,6 +154,9 @@ FEATURES = {
     "two ControlNets, Flux": _controlnet(controlnets.flux),
     "ControlNet, Stable Diffusion 3": _controlnet(controlnets.sd3),
     "ControlNet, Qwen-Image": _controlnet(_qwen_image, tolerance=1e-3),
+    "ControlNet, Sana": _controlnet(_sana, tolerance=1e-3),
+    "ControlNet, Hunyuan-DiT": _controlnet(_hunyuan_dit),
+    "ControlNet, Z-Image": _controlnet(_z_image, tolerance=1e-3),
     "VACE, Wan": Feature(
         build=_vace, draw=_draw_vace, plain=lambda pipe: _draw_vace(pipe, 0.0), orders=("before",), tolerance=1e-4
     ),
