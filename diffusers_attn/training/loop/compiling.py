@@ -55,7 +55,6 @@ def choose(
         return Choice(bool(config.compile), option("compile", config.compile))
     reasons = {
         "there is no CUDA GPU": device.type != "cuda",
-        "a dry run trains one step": config.dry_run,
         f"a run of fewer than {LEAST_STEPS} steps takes longer with it": config.steps < LEAST_STEPS,
         f"{option('offload', config.offload)} replaces their weights": config.offload != "none",
         f"{option('adapter', config.adapter)}": config.adapter not in COMPILED_KINDS,

@@ -198,11 +198,11 @@ class Trainer:
         loader = make_loader(config, self.prepared, parallel, noise)
         sharded = accelerator.distributed_type == "FSDP"
         self.compiling = choose(config, list(family.trained.values()), self.device, self.ranks, sharded)
-        if self.main and config.compile == AUTO:
+        if self.main and config.compile == AUTO and not config.dry_run:
             print(self.compiling, file=sys.stderr, flush=True)
-        adapted = add_adapters(
-            config, family, parallel, self.device, self.checkpoint, self._offload_folder, self.compiling.compiled
-        )
+        # A dry run trains one step, and only reports the choice.
+        compiled = self.compiling.compiled and (config.compile is True or not config.dry_run)
+        adapted = add_adapters(config, family, parallel, self.device, self.checkpoint, self._offload_folder, compiled)
         self.report = adapted.report
         self.training, optimizer = make_training(config, accelerator, parallel, adapted, loader, facts)
         self.model = self.training.transformer

@@ -219,6 +219,7 @@ def test_a_dry_run_tells_what_to_expect_and_writes_nothing(settings_of, capsys):
     output = capsys.readouterr().out
     assert steps == [] and not folder.exists()
     assert "dry run of 4 steps per epoch; 10 steps are 2.5 epochs" in output  # 15 examples, 4 in each step
+    assert "compile    blocks are not compiled: there is no CUDA GPU (--compile auto)" in output
     assert "5 examples in 1 bucket" in output and "1x48x48: 5 examples" in output
     assert "base model of " in output and "while data are encoded" in output and "lora of rank 4" in output
 
