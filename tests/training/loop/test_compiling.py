@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import CogView4Transformer2DModel
 
 from diffusers_attn.runtime import compile as compiling
 from diffusers_attn.training import TrainConfig, Trainer, TrainingError
 from diffusers_attn.training.job_ranks import JobRanks
 from diffusers_attn.training.loop.compiling import LEAST_STEPS, choose, failure
+from diffusers_attn.training.model.base_precision import load_transformer
 
 from ...marks import thorough_but
+from ...tiny_pipelines import make
 from ..data.media import picture, sounding_video, video
 from ..runs import FROM_IMAGE, SETTINGS, SOUNDING, VIDEOS, WITH_REFERENCES, make_references
 from ..worlds import forget_accelerate
@@ -47,12 +50,6 @@ class Block(torch.nn.Module):
     pass
 
 
-def quantised():
-    module = Blocks()
-    module.hf_quantizer = object()
-    return module
-
-
 @pytest.mark.parametrize(
     ("given", "compiled", "reason"),
     [
@@ -67,7 +64,6 @@ def quantised():
         ({"adapter": "dora"}, False, "--adapter dora"),
         ({"adapter": "none"}, False, "--adapter none"),
         ({"sharded": True}, False, "FSDP2"),
-        ({"transformer": quantised()}, False, "quantised"),
         ({"transformer": torch.nn.Linear(1, 1)}, False, "no repeated blocks"),
         ({"failed": "RuntimeError: no C compiler"}, False, "RuntimeError: no C compiler"),
         # What is asked for is done, or refused before.
@@ -79,6 +75,17 @@ def test_the_choice(given, compiled, reason):
     found = decided(**given)
     assert found.compiled is compiled and reason in str(found)
     assert ("--compile auto" in found.reason) is (not compiled and "compile" not in given)
+
+
+def test_a_quantised_base_is_not_compiled(tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    make("cogview4").transformer.save_pretrained(tmp_path)
+    given = {"model": "m", "part": "transformer", "revision": None, "dtype": torch.bfloat16}
+    for precision, compiled in (("bf16", True), ("int8", False)):
+        found = decided(
+            transformer=load_transformer(tmp_path, CogView4Transformer2DModel, **given, precision=precision)
+        )
+        assert found.compiled is compiled and ("quantised" in found.reason) is not compiled
 
 
 def test_values():
