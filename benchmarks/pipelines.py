@@ -102,7 +102,7 @@ class Variant:
 
 def difference(pictures: list[Any], others: list[Any]) -> float:
     """The mean difference of two pictures or videos, in levels of 255."""
-    one, other = (torch.from_numpy(np.asarray(each[0])).float() for each in (pictures, others))
+    one, other = (torch.tensor(np.asarray(each[0])).float() for each in (pictures, others))
     return (one - other).abs().mean().item() * (1 if one.max() > 1 else 255)
 
 

@@ -70,8 +70,28 @@ def _wan(device: torch.device, tiny: bool) -> Made:
     return pipe, {**{f"{name}_embeds": each for name, each in embeds.items()}, **size, "guidance_scale": 5.0}
 
 
+def _qwen_image(device: torch.device, tiny: bool) -> Made:
+    """QwenImagePipeline at 1024 x 1024, with true guidance of 4: two calls of the transformer per step."""
+    real = (TINY if tiny else REAL)["qwen-image"]
+    with torch.device(device):
+        vae = diffusers.AutoencoderKLQwenImage(**({"base_dim": 8, "num_res_blocks": 1} if tiny else {})).to(real.dtype)
+    randomize(vae, device)
+    pipe = diffusers.QwenImagePipeline(
+        transformer=real.make(device),
+        vae=vae.eval().requires_grad_(False),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=ABSENT, tokenizer=ABSENT,
+    )  # fmt: skip
+    width, call = pipe.transformer.config.joint_attention_dim, {}
+    for seed, (name, length) in enumerate({"prompt": 128, "negative_prompt": 16}.items()):
+        call[f"{name}_embeds"] = _drawn(pipe, device, seed, 1, length, width)
+        call[f"{name}_embeds_mask"] = torch.ones(1, length, dtype=torch.int64, device=device)
+    size = 64 if tiny else 1024
+    return pipe, {**call, "height": size, "width": size, "true_cfg_scale": 4.0}
+
+
 def _drawn(pipe: Any, device: torch.device, seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, pipe.transformer.dtype)
 
 
-PIPELINES = {"flux": _flux, "wan": _wan}
+PIPELINES = {"flux": _flux, "wan": _wan, "qwen-image": _qwen_image}
