@@ -1,14 +1,16 @@
 """Runs a training script as it is, and writes times and memory of its steps.
 
-    python step_timer.py result.json train.py --its arguments
+    python step_timer.py result.json 24 train.py --its arguments
 
-The time of a step is the time between the ends of two calls of an optimizer's `step`: on a GPU by events, so that
-nothing waits for the measurement. `peak_mib` counts tensors on the GPU from the first step on, `reserved_mib` what the
-allocator holds. `losses` are those that the script gives to `Accelerator.log`.
+The script is ended after the given number of steps. The time of a step is the time between the ends of two calls of an
+optimizer's `step`: on a GPU by events, so that nothing waits for the measurement. `peak_mib` counts tensors on the GPU
+from the first step on, `reserved_mib` what the allocator holds. `losses` are those that the script gives to
+`Accelerator.log`, as "loss" or "loss/current".
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import runpy
@@ -22,33 +24,37 @@ from accelerate import Accelerator
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
+class Ended(BaseException):
+    """The script has made all steps that are measured."""
+
+
 def main() -> None:
-    result, script = sys.argv[1:3]
-    sys.argv = sys.argv[2:]
+    result, steps, script = sys.argv[1:4]
+    sys.argv = sys.argv[3:]
     sys.path[0] = str(Path(script).resolve().parent)
     cuda = torch.cuda.is_available()
     marks: list[Any] = []
     losses: list[float] = []
 
     def stepped(*_: Any) -> None:
-        if not cuda:
-            marks.append(time.perf_counter())
-            return
-        if not marks:
+        if cuda and not marks:
             torch.cuda.reset_peak_memory_stats()
-        marks.append(torch.cuda.Event(enable_timing=True))
-        marks[-1].record()
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        if cuda:
+            marks[-1].record()
+        if len(marks) == int(steps):
+            raise Ended
 
     log = Accelerator.log
 
     def logged(self: Accelerator, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if "loss" in values:
-            losses.append(float(values["loss"]))
+        losses.extend(float(values[name]) for name in ("loss", "loss/current") if name in values)
         log(self, values, *args, **kwargs)
 
     register_optimizer_step_post_hook(stepped)
     Accelerator.log = logged
-    runpy.run_path(script, run_name="__main__")
+    with contextlib.suppress(Ended):
+        runpy.run_path(script, run_name="__main__")
     if cuda:
         torch.cuda.synchronize()
     seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]

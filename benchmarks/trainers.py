@@ -1,16 +1,15 @@
-"""Seconds and memory of a step of LoRA training for Flux 1024², by this trainer and by diffusers' example script.
+"""Seconds and memory of a step of LoRA training, by this trainer and by others: Flux 1024², Wan 480p of 81 frames.
 
-    python benchmarks/trainers.py --diffusers_script train_dreambooth_lora_flux.py --output results.json
-    python benchmarks/trainers.py --tiny --device cpu --diffusers_script ...   # tries the script out
+    python benchmarks/trainers.py --diffusers_script train_dreambooth_lora_flux.py --output flux.json
+    python benchmarks/trainers.py --model wan --musubi musubi-tuner --output wan.json
+    python benchmarks/trainers.py --tiny --device cpu --variants ours          # tries the script out
     python benchmarks/trainers.py --markdown results.json                      # prints the table of a run
 
-diffusers' script is `examples/dreambooth/train_dreambooth_lora_flux.py` of its repository, which is not part of the
-package. Both run as they are, each job in a process of its own, on the same pipeline folder (real transformer and VAE,
-random weights) and the same image. Settings that both have are equal: rank 16 on the attention's projections, batch 1,
-bfloat16, gradient checkpointing, cached latents, AdamW, 512 text tokens, noise levels and clipping. All else is each
-one's default; "ours, compiled" is what this trainer does by default in runs of 300 steps or more.
+`trainers_flux.py` and `trainers_wan.py` say which other trainers there are, and what is equal. All run as they are,
+each job in a process of its own, on files of the same content (real transformer and VAE, random weights).
 `benchmarks/step_timer.py` times the steps of every job in the same way.
 
+Each trainer is told to train --steps, as many as a user would, since some decide by it, and ended after --measured.
 Jobs take turns in alternating order. A job's time is the median of its steps without the first --warm_up ones. A job
 that fails is recorded with the end of its output, and the others continue.
 """
@@ -35,74 +34,40 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from flux_folder import CAPTION, make_images, make_pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from options import heading
+from trainer_jobs import ROOT, Comparison
+from trainers_flux import FLUX
+from trainers_wan import WAN
 from versions import host, installed, versions
 
 from diffusers_attn.atomic_files import write_atomically
 
-ROOT = Path(__file__).resolve().parent.parent
-OURS = ROOT / "examples" / "train_lora.py"
 PACKAGES = ("accelerate", "peft", "transformers")
-LAYERS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
-VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "ours": (["--compile", "false"], {}),
-    "ours, compiled": (["--compile"], {}),
-    "diffusers": ([], {}),
-    "diffusers, _native_flash": ([], {"DIFFUSERS_ATTN_BACKEND": "_native_flash"}),
-    "diffusers, flash": ([], {"DIFFUSERS_ATTN_BACKEND": "flash"}),
-}
-"""Each trainer's arguments beyond the common settings, and its environment. diffusers' default does not train Flux on
-Hopper with PyTorch 2.11 (docs/troubleshooting.md), so its other backends are here, too."""
+COMPARISONS: dict[str, Comparison] = {"flux": FLUX, "wan": WAN}
 LAST_LINES = 15
-
-
-def command(variant: str, args: argparse.Namespace, folder: Path, output: Path) -> list[str]:
-    """The script of a variant and its arguments, for files in `folder`."""
-    side, precision = (64, "no") if args.tiny else (1024, "bf16")
-    settings: dict[str, Any]
-    if variant.startswith("diffusers"):
-        settings = {
-            "pretrained_model_name_or_path": folder / "pipeline", "instance_data_dir": folder / "images",
-            "instance_prompt": CAPTION, "output_dir": output, "resolution": side, "train_batch_size": 1,
-            "rank": args.rank, "lora_alpha": args.rank, "lora_layers": ",".join(f"attn.{each}" for each in LAYERS),
-            "mixed_precision": precision, "max_train_steps": args.steps, "learning_rate": 1e-4,
-            "lr_scheduler": "constant", "lr_warmup_steps": 0, "weighting_scheme": "logit_normal", "logit_mean": 0.0,
-            "logit_std": 1.0, "guidance_scale": 1.0, "max_sequence_length": args.text_tokens, "optimizer": "adamw",
-            "adam_weight_decay": 0.01, "max_grad_norm": 1.0, "seed": 0,
-        }  # fmt: skip
-        script, flags = args.diffusers_script, ["--gradient_checkpointing", "--cache_latents"]
-    else:
-        settings = {
-            "model": folder / "pipeline", "data": folder / "captioned", "output_dir": output,
-            "cache_dir": folder / "cache", "resolution": side, "aspects": 1, "batch_size": 1, "rank": args.rank,
-            "mixed_precision": precision, "steps": args.steps, "learning_rate": 1e-4, "lr_schedule": "constant",
-            "lr_warmup_steps": 0, "timestep_sampling": "logit_normal", "guidance": 1.0,
-            "max_sequence_length": args.text_tokens, "optimizer": "adamw", "weight_decay": 0.01, "max_grad_norm": 1.0,
-            "seed": 0, "caption_dropout": 0.0, "checkpoint_every": 0,
-        }  # fmt: skip
-        script, flags = OURS, ["--cpu"] if args.device == "cpu" else []
-    named = (part for name, value in settings.items() for part in (f"--{name}", str(value)))
-    return [str(script), *named, *flags, *VARIANTS[variant][0]]
 
 
 def run(variant: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs a job. Returns its measurements, or its error."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         result = Path(output) / "result.json"
-        timer = [sys.executable, str(ROOT / "benchmarks" / "step_timer.py"), str(result)]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        timer = [sys.executable, str(ROOT / "benchmarks" / "step_timer.py"), str(result), str(args.measured)]
+        compared, of_others = COMPARISONS[args.model], {}
+        if not variant.startswith("ours"):
+            of_others = {**compared.environment(args), **compared.variants[variant].environment}
+        path = os.pathsep.join(filter(None, [str(ROOT), of_others.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")]))
+        command = compared.command(variant, args, folder, Path(output) / "run")
         began = time.perf_counter()
         try:
             done = subprocess.run(
-                [*timer, *command(variant, args, folder, Path(output) / "run")],
+                [*timer, *command, *compared.variants[variant].arguments],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 timeout=args.timeout,
-                env={**os.environ, "PYTHONPATH": path, **VARIANTS[variant][1]},
+                env={**os.environ, **of_others, "PYTHONPATH": path},
             )
         except subprocess.TimeoutExpired:
             return {"error": f"it took longer than {args.timeout:g} s"}
@@ -115,17 +80,14 @@ def run(variant: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Makes the files, runs all turns, and writes the report after each job."""
-    side = 64 if args.tiny else 1024
-    make_pipeline(args.tiny, folder / "pipeline", torch.device(args.device))
-    make_images(side, folder / "images", 1, captions=False)
-    make_images(side, folder / "captioned", 1, captions=True)
+    COMPARISONS[args.model].make(args, folder)
     if args.device == "cuda":  # the jobs need it
         torch.cuda.empty_cache()
     report: dict[str, Any] = {
         "environment": {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "model": "tiny Flux" if args.tiny else "Flux 1024²",
+            "model": ("tiny " if args.tiny else "") + COMPARISONS[args.model].title,
             "ranks": 1,
             "host": host(),
             **versions(args.device, args.commit),
@@ -134,7 +96,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if args.diffusers_script
             else None,
         },
-        "settings": {"rank": args.rank, "steps": args.steps, "warm_up": args.warm_up, "text_tokens": args.text_tokens},
+        "settings": {name: getattr(args, name) for name in ("rank", "steps", "measured", "warm_up")},
         "turns": [],
     }
     began = time.monotonic()
@@ -175,13 +137,15 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--model", choices=COMPARISONS, default="flux", help="model to train (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", help="names of trainers (default: all for the model)")
     parser.add_argument("--diffusers_script", type=Path, help="diffusers' train_dreambooth_lora_flux.py")
+    parser.add_argument("--musubi", type=Path, help="folder of a clone of musubi-tuner")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each variant (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=24, help="steps of a job (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps that trainers are told (default: %(default)s)")
+    parser.add_argument("--measured", type=int, default=24, help="steps after which a job ends (default: %(default)s)")
     parser.add_argument("--warm_up", type=int, default=8, help="steps that are not counted (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (default: %(default)s)")
-    parser.add_argument("--text_tokens", type=int, help="text tokens (default: 512, and 32 with --tiny)")
     parser.add_argument("--timeout", type=float, default=400, help="seconds after which a job is ended")
     parser.add_argument("--seconds", type=float, help="no job is started later than this, after the first turn")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -194,9 +158,14 @@ def main() -> None:
     if args.markdown is not None:
         print(markdown(json.loads(args.markdown.read_text())))
         return
-    if any(each.startswith("diffusers") for each in args.variants) and args.diffusers_script is None:
-        parser.error("--diffusers_script: needed for the variant diffusers. The script is in diffusers' repository.")
-    args.text_tokens = args.text_tokens or (32 if args.tiny else 512)
+    variants = COMPARISONS[args.model].variants
+    args.variants = args.variants or list(variants)
+    for each in args.variants:
+        if each not in variants:
+            parser.error(f"--variants: {each!r} is none of {', '.join(map(repr, variants))}")
+        needs = variants[each].needs
+        if needs is not None and getattr(args, needs) is None:
+            parser.error(f"--{needs}: needed for the variant {each!r}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.scratch or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
