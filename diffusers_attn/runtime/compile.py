@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import AttentionProviderError
-from .cuda_graphs.apply import CudaGraphs, apply_automatically, apply_cuda_graphs, check_mode, why_not
+from .cuda_graphs.apply import CudaGraphs, apply_automatically, apply_cuda_graphs, check_mode
 from .one_graph import OneGraph
 
 SCOPES = ("regional", "full")
@@ -70,7 +70,7 @@ def apply_compile(
             module._compiled_call_impl = OneGraph(module, module._compiled_call_impl)  # type: ignore[arg-type]
     if cuda_graphs is True:
         apply_cuda_graphs(model)
-    elif cuda_graphs == "auto" and why_not(model) is None:
+    elif cuda_graphs == "auto":
         apply_automatically(model)
     return model
 

@@ -159,7 +159,8 @@ def _graphs_over_ranks(pipe: Any, meshes: Any) -> Effect:
 
 
 def _replays(pipe: Any, _: int) -> bool:
-    return cuda_graphs_status(transformer_of(pipe)).replays > 0
+    status = cuda_graphs_status(transformer_of(pipe))
+    return status is not None and status.replays > 0
 
 
 def _in_parts(put: Callable[..., Effect]) -> Mapping[str, Put]:

@@ -117,8 +117,9 @@ def check_mode(mode: object) -> None:
 
 def apply_automatically(model: nn.Module) -> None:
     """Records the forward of `model` on this process's GPU where that is possible; other calls run as usual. See
-    `graphed`. Does nothing if CUDA graphs were applied already."""
-    if model not in applied:
+    `graphed`. Does nothing if CUDA graphs were applied already, or if the model cannot be recorded: a forward that
+    offloading has put there stays."""
+    if model not in applied and why_not(model) is None:
         _install(model, Graphs(_device(model), _MAX_GRAPHS, _alone))
 
 

@@ -107,7 +107,7 @@ FEATURES = {
         draw=_calls({}, {"height": 112}, {"num_frames": 9, "width": 64}, {}), orders=("before",)
     ),
     "several prompts, several videos of one": Feature(
-        draw=_calls({"prompts": 2}, {"numvideos_per_prompt": 2}, {}), orders=("before",)
+        draw=_calls({"prompts": 2}, {"num_videos_per_prompt": 2}, {}), orders=("before",)
     ),
     "a callback that changes latents": Feature(
         draw=_calls({"callback_on_step_end": _changes_latents}, {}), orders=("before",)
