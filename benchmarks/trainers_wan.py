@@ -43,7 +43,8 @@ def command(variant: str, args: argparse.Namespace, folder: Path, output: Path) 
             "dataset_config": folder / "musubi" / "dataset.toml", "mixed_precision": "bf16",
             "network_module": "musubi_tuner.networks.lora_wan", "network_dim": args.rank, "network_alpha": args.rank,
             "optimizer_type": "AdamW", "optimizer_args": "weight_decay=0.01", "learning_rate": 1e-4,
-            "lr_scheduler": "constant", "max_grad_norm": 1.0, "timestep_sampling": "sigmoid",
+            "lr_scheduler": "constant", "max_grad_norm": 1.0, "timestep_sampling": "shift",
+            "discrete_flow_shift": 3.0,  # that of the pipeline's scheduler, which is this trainer's default
             "max_train_steps": args.steps, "seed": 0, "output_dir": output, "output_name": "adapter",
             "logging_dir": output / "logs", "log_with": "tensorboard",
         }),

@@ -225,29 +225,38 @@ def training() -> str:
 
 
 def trainers() -> str:
-    """A step of LoRA training on one GPU, by this trainer and by diffusers' script."""
-    run = json.loads((RESULTS / "trainers-flux-h200.json").read_text())
-    warm_up = run["settings"]["warm_up"]
+    """A step of LoRA training on one GPU, by this trainer and by others."""
 
-    def bar(label: str, variant: str, colour: str) -> Bar:
-        turns = [each["seconds"][warm_up:] for each in run["turns"] if each["variant"] == variant]
-        return Bar(label, statistics.median(statistics.median(each) for each in turns), colour)
+    def group(title: str, name: str, *shown: tuple[str, str, str]) -> Group:
+        run = json.loads((RESULTS / f"trainers-{name}-h200.json").read_text())
+        warm_up = run["settings"]["warm_up"]
+
+        def seconds(variant: str) -> float:
+            turns = [each["seconds"][warm_up:] for each in run["turns"] if each["variant"] == variant]
+            return statistics.median(statistics.median(each) for each in turns)
+
+        return Group(title, [Bar(label, seconds(variant), colour) for label, variant, colour in shown])
 
     return bars(
-        "Seconds of a step of LoRA training: Flux.1 dev, 1024 x 1024",
+        "Seconds of a step of LoRA training on one GPU",
         [
-            Group(
-                "Rank 16, batch 1, bfloat16, blocks checkpointed",
-                [
-                    bar("diffusers, native flash", "diffusers, _native_flash", THEIRS),
-                    bar("diffusers, flash-attn", "diffusers, flash", THEIRS),
-                    bar("diffusers_attn", "ours", OURS),
-                    bar("diffusers_attn, --compile", "ours, compiled", OURS),
-                ],
-            )
+            group(
+                "Flux.1 dev, 1024 x 1024",
+                "flux",
+                ("diffusers, flash-attn", "diffusers, flash", THEIRS),
+                ("diffusers_attn, not compiled", "ours", OURS),
+                ("diffusers_attn", "ours, compiled", OURS),
+            ),
+            group(
+                "Wan 2.1 1.3B, 480 x 832, 81 frames",
+                "wan",
+                ("musubi-tuner, flash-attn", "musubi-tuner, flash_attn, compiled", THEIRS),
+                ("musubi-tuner, sdpa", "musubi-tuner, sdpa, compiled", THEIRS),
+                ("diffusers_attn", "ours", OURS),
+            ),
         ],
         "s",
-        "NVIDIA H200. Shorter is better. Run: benchmarks/results/trainers-flux-h200.json",
+        "NVIDIA H200, rank 16, batch 1. musubi-tuner is compiled. Shorter is better. Runs: trainers-*-h200.json",
     )
 
 
