@@ -2,8 +2,8 @@
 
 PEFT casts the input of a LoRA to the dtype of its weights, float32, and autocast casts it back to bfloat16 for the
 product: two copies of each input and two of its gradient, for the same bits. A step of 18 blocks of Flux at 1024² takes
-236 ms on an H200 without them, and 258 with them (benchmarks/results/peft_casts-flux-h200.json). Without autocast, as in
-the user's own code, the casts are needed, so they are left out within a context only.
+236 ms on an H200 without them, and 258 with them (benchmarks/results/peft_casts-flux-h200.json). Without autocast, the
+casts are needed, as in the user's own code, so they are left out within a context only.
 
 Names of PEFT in this file: `cast_input_dtype_enabled`, `lora_variant` and `lora_dropout` of its layers. (Its own
 `disable_input_dtype_casting` takes DoRA along, and searches all modules for each step.)
