@@ -14,8 +14,9 @@ from ..settings.config import TrainConfig
 from ..settings.flag_names import option
 
 LEAST_STEPS = 300
-"""Number of steps from which compiling pays. Flux at 1024² takes 29 s longer to start on an H200, and 0.23 s less for
-each step (benchmarks/results/trainers-flux-h200.json): it gains from step 130, models with shorter steps later."""
+"""Number of steps from which compiling pays. On an H200, Flux at 1024² takes 29 to 50 s longer to start, by the speed
+of the host, and 0.2 s less for each step (benchmarks/results/trainers-flux*-h200.json). So it gains from step 130 or
+250 on, and models with shorter steps later."""
 COMPILED_KINDS = ("lora", "rslora")
 """Types of adapters that tests compile for every family."""
 
