@@ -244,7 +244,7 @@ def trainers() -> str:
                 "Flux.1 dev, 1024 x 1024",
                 "flux",
                 ("diffusers, flash-attn", "diffusers, flash", THEIRS),
-                ("diffusers_attn, not compiled", "ours", OURS),
+                ("diffusers_attn, eager", "ours", OURS),
                 ("diffusers_attn", "ours, compiled", OURS),
             ),
             group(
