@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "diffusers_script_sha256": hashlib.sha256(args.diffusers_script.read_bytes()).hexdigest()
             if args.diffusers_script
             else None,
+            "musubi_tuner": tomllib.loads((args.musubi / "pyproject.toml").read_text())["project"]["version"]
+            if args.musubi
+            else None,
         },
         "settings": {name: getattr(args, name) for name in ("rank", "steps", "measured", "warm_up")},
         "turns": [],
@@ -127,7 +131,8 @@ def markdown(report: dict[str, Any]) -> str:
             continue
         times = [statistics.median(each["seconds"][warm_up:]) for each in good]
         memory = [max(each.get(name, 0) for each in good) / 1024 for name in ("peak_mib", "reserved_mib")]
-        loss = statistics.mean(loss for each in good for loss in each["losses"])
+        losses = [loss for each in good for loss in each["losses"]]
+        loss = statistics.mean(losses) if losses else float("nan")
         lines.append(
             f"| {variant} | {statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f}) | {memory[0]:.1f} | "
             f"{memory[1]:.1f} | {loss:.3f} | {statistics.median(each['job_seconds'] for each in good):.0f} |"
@@ -158,6 +163,8 @@ def main() -> None:
     if args.markdown is not None:
         print(markdown(json.loads(args.markdown.read_text())))
         return
+    if args.measured < args.warm_up + 2:
+        parser.error(f"--measured {args.measured}: at least {args.warm_up + 2}, two more than --warm_up")
     variants = COMPARISONS[args.model].variants
     args.variants = args.variants or list(variants)
     for each in args.variants:

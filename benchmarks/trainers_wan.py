@@ -1,9 +1,9 @@
 """Wan 2.1 1.3B, 480 x 832 and 81 frames: this trainer and musubi-tuner, with equal settings.
 
-musubi-tuner (https://github.com/kohya-ss/musubi-tuner, a clone of it is needed) trains on files in formats of its own;
-`musubi_folder.py` makes them from the same weights, video and caption. Equal are: rank 16 on all linear layers of the
-blocks, as by musubi-tuner's default; batch 1, bfloat16, gradient checkpointing, cached latents and texts, AdamW, noise
-levels and clipping. All else is each one's default.
+musubi-tuner (https://github.com/kohya-ss/musubi-tuner; a clone is needed, with its packages) trains on files in formats
+of its own; `musubi_folder.py` makes them from the same weights, video and caption. Equal are: rank 16 on all linear
+layers of the blocks, as by musubi-tuner's default; batch 1, bfloat16, gradient checkpointing, cached latents and texts,
+AdamW, noise levels and clipping. All else is each one's default.
 """
 
 from __future__ import annotations

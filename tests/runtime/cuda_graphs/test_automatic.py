@@ -309,3 +309,10 @@ def test_a_hook_that_may_change_the_model_has_it_checked_again(model, monkeypatc
     call(model)
     assert cuda_graphs_status(model).recorded == 1
     assert checks(model, True, monkeypatch) == 2
+
+
+def test_a_forward_that_another_tool_has_put_there_stays():
+    model = Model()
+    model.forward = moved = lambda *args, **kwargs: Model.forward(model, *args, **kwargs)  # as offloading does
+    apply.apply_automatically(model)
+    assert model.forward is moved and cuda_graphs_status(model) is None
